@@ -1,0 +1,213 @@
+"""Glyphs: the default data set, 13 thousand captioned images made from registry packages in about a minute, with no download of its own.
+
+What is written (`build`), from the drawings in data/glyphs_sources.py and, as extras, data/glyphs_extras.py:
+
+    OUT/train/glyphs-00000.tar ...   what may be trained on: seen styles x train concepts, styles mixed
+    OUT/heldout/STYLE-00000.tar ...  the rest: a tenth of the concepts, and three styles of one maker (`UNSEEN_STYLES`)
+    OUT/eval/NAME/                   evaluation sets in CLIP_benchmark's webdataset layout
+    OUT/LICENSES.txt, OUT/glyphs.json   where each style comes from; settings, versions and counts of this build
+
+A sample is STYLE__NAME.png|webp (transparent where the drawing is), .txt (its English name) and .json (`Vocabulary.about`).
+Two builds are byte-identical, whatever the number of processes.
+"""
+import hashlib
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from multiprocessing import Pool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import glyphs_extras
+from data.glyphs_sources import FLUENT3D, PACKAGES, Glyph, first_of, icons, install, installed, licence
+from data.shards import build_index, write_shard
+
+FORMAT = 1  # raise it when a build of the same packages would come out otherwise
+SHARD = 1000  # samples in a shard
+SEEN_STYLE, UNSEEN_STYLE = "noto", "fluent3d"  # whose drawings the classification sets show
+RETRIEVAL = 1000  # image-caption pairs in eval/retrieval
+TEMPLATES = "{c}\n"  # captions here are bare names, and so are the prompts
+
+
+def bar(items: Iterable, text: str) -> Iterable:
+    return tqdm(items, desc=text, file=sys.stderr, disable=None)  # None: shown on a terminal only
+
+
+def build(out: Path, *, cache: Path, tones: bool = False, extras: bool = False, progress: Callable[[Iterable, str], Iterable] = bar) -> dict:
+    """Make the data set in `out`, or find it finished there; returns what glyphs.json holds.
+
+    cache: where packages are kept between builds; tones: keep skin-tone variants; extras: Debian's clip art, stamps and photographs too.
+    """
+    settings = dict(format=FORMAT, tones=tones, extras=extras, packages=PACKAGES)
+    if out.exists() and (done := finished(out, settings)):
+        say(f"{out}: already built with these settings")
+        return done
+    glyphs, credits = collect(cache, tones, extras)
+    glyphs = one_per_image(draw(glyphs, progress))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # broken off, a build leaves no `out`
+        new = Path(folder, "new")
+        summary = dict(settings=settings, credits=credits, **write(new, glyphs, progress))
+        (new / "LICENSES.txt").write_text(licences(credits))
+        for package, text in glyphs_extras.copyrights(cache / "debian").items() if extras else ():
+            (new / f"copyright-{package}.txt").write_text(text)
+        (new / "glyphs.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        os.rename(new, out)
+    return summary
+
+
+def finished(out: Path, settings: dict) -> dict | None:
+    """The summary of a finished build with the same settings; None for an empty folder; ValueError for anything else."""
+    if (record := out / "glyphs.json").exists():
+        summary = json.loads(record.read_text())
+        if summary["settings"] == settings:
+            return summary
+        differ = [key for key in settings if summary["settings"].get(key) != settings[key]]
+        raise ValueError(f"{out}: holds a glyphs set built with other {', '.join(differ)}; remove it or name another folder")
+    if not out.is_dir() or any(out.iterdir()):
+        raise ValueError(f"{out}: exists and holds something else than a finished glyphs set; remove it or name another folder")
+    return None
+
+
+def collect(cache: Path, tones: bool, extras: bool) -> tuple[list[Glyph], dict[str, dict]]:
+    """All drawings, not yet drawn, and style -> {package, version, licence, author, url}."""
+    if installed(cache / "node_modules") != PACKAGES:
+        say(f"fetching {len(PACKAGES)} npm packages (about 250 MB unpacked) into {cache}")
+    modules = install(cache)
+    glyphs, words = icons(modules, tones)
+    sources = {package.split("/")[-1]: package for package in PACKAGES}  # an icon set's style is its package's last name
+    sources["fluent3d"] = FLUENT3D
+    credits = {s: dict(package=sources[s], version=PACKAGES[sources[s]], **licence(modules, sources[s])) for s in sorted({g.style for g in glyphs})}
+    if extras:
+        say(f"fetching {len(glyphs_extras.PACKAGES)} Debian packages (about 230 MB) into {cache}")
+        more, more_credits = glyphs_extras.collect(cache / "debian", words)
+        glyphs, credits = glyphs + more, credits | more_credits
+    return glyphs, credits
+
+
+def draw(glyphs: list[Glyph], progress: Callable) -> list[Glyph]:
+    """Get the images, on all cores, in the order given; leaves out what cannot be drawn."""
+    with Pool(len(os.sched_getaffinity(0))) as pool:
+        images = pool.imap(image_of, glyphs, chunksize=16)
+        drawn = [replace(glyph, image=image) for glyph, image in zip(progress(glyphs, "drawing"), images)]
+    return [glyph for glyph in drawn if glyph.image]
+
+
+def image_of(glyph: Glyph) -> bytes:
+    return glyph.image if isinstance(glyph.image, bytes) else glyph.image()
+
+
+def one_per_image(glyphs: Iterable[Glyph]) -> list[Glyph]:
+    """Of identical images of one style, the one with the shortest caption: 'farmer' of farmer, man farmer; 'France' of Clipperton, France."""
+    return first_of(glyphs, same=lambda g: (g.style, hashlib.md5(g.image).digest()), order=lambda g: (len(g.caption), g.caption, g.name))
+
+
+# ----------------------------------------------------------------------------------------------------------------- shards
+
+
+def trainable(glyph: Glyph) -> bool:
+    return glyph.about["style_split"] == glyph.about["concept_split"] == "train"
+
+
+def write(out: Path, glyphs: list[Glyph], progress: Callable) -> dict:
+    """Write the shards and evaluation sets; returns the counts."""
+    assert len({g.key for g in glyphs}) == len(glyphs), "two glyphs share a key: a source gives one name twice"
+    files = {out / "train" / "glyphs": [g for g in glyphs if trainable(g)]}
+    for style in sorted({g.style for g in glyphs}):
+        files[out / "heldout" / style] = [g for g in glyphs if g.style == style and not trainable(g)]
+    for stem, members in progress(list(files.items()), "writing"):
+        write_shards(stem, members)
+    for folder in ("train", "heldout"):
+        build_index(out / folder)
+    pairs: dict[str, Counter] = defaultdict(Counter)
+    for g in glyphs:
+        pairs[g.style]["train" if trainable(g) else "heldout"] += 1
+    totals = Counter("train" if trainable(g) else "heldout" for g in glyphs)
+    return dict(pairs=dict(totals), styles={style: dict(pairs[style]) for style in sorted(pairs)}, eval=write_evals(out / "eval", glyphs))
+
+
+def write_shards(stem: Path, glyphs: list[Glyph]) -> None:
+    """STEM-00000.tar ...: shuffled once, always the same way."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    glyphs = sorted(glyphs, key=lambda g: g.key)
+    random.Random(0).shuffle(glyphs)
+    for shard, start in enumerate(range(0, len(glyphs), SHARD)):
+        write_shard(stem.with_name(f"{stem.name}-{shard:05d}.tar"), map(sample, glyphs[start : start + SHARD]))
+
+
+def sample(glyph: Glyph) -> tuple[str, dict[str, bytes]]:
+    about = json.dumps(glyph.about, ensure_ascii=False).encode()
+    return glyph.key, {glyph.extension: glyph.image, "txt": glyph.caption.encode(), "json": about}
+
+
+def licences(credits: dict[str, dict]) -> str:
+    head = "The images and names of this data set come from these packages, under the licences that their own metadata state.\n"
+    names = f"captions, keywords, groups: cldr-annotations-full and -derived-full {PACKAGES['cldr-annotations-full']} (Unicode-3.0), "
+    names += f"unicode-emoji-json {PACKAGES['unicode-emoji-json']} (MIT)\n"
+    rows = (" ".join([f"{s}: {c['package']} {c['version']}, {c['licence']}", *(v for v in (c["author"], c["url"]) if v)]) for s, c in credits.items())
+    return head + "\n" + "\n".join(rows) + "\n\n" + names
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation sets
+
+
+def write_evals(out: Path, glyphs: list[Glyph]) -> dict[str, dict]:
+    """Every evaluation set; returns name -> {images, classes?}.
+
+    'seen_concepts_seen_style' shows images that are trained on: it measures fit, not generalisation.
+    A seen concept is one that the training shards hold in some style.
+    """
+    plain = [g for g in glyphs if g.about["emoji"] and not g.about["toned"]]
+    seen = {g.about["concept"] for g in plain if trainable(g)}
+    sides = {"seen": [g for g in plain if g.about["concept"] in seen], "unseen": [g for g in plain if g.about["concept_split"] == "test"]}
+    counts = {}
+    for side, members in sides.items():
+        for kind, style in (("seen", SEEN_STYLE), ("unseen", UNSEEN_STYLE)):
+            name = f"{side}_concepts_{kind}_style"
+            counts[name] = write_classification(out / name, [g for g in members if g.style == style])
+    hidden = [g for g in plain if g.style == UNSEEN_STYLE]
+    hidden.sort(key=lambda g: (g.about["concept_split"] != "test", hashlib.md5(g.key.encode()).digest()))  # unseen concepts, then any others
+    counts["retrieval"] = write_retrieval(out / "retrieval", by_caption(hidden)[:RETRIEVAL])
+    if stamps := [g for g in glyphs if g.style == "tuxstamps"]:
+        counts["tuxstamps"] = write_retrieval(out / "tuxstamps", by_caption(stamps))
+    return counts
+
+
+def by_caption(glyphs: list[Glyph]) -> list[Glyph]:
+    """The first image of every caption."""
+    chosen: dict[str, Glyph] = {}
+    for glyph in glyphs:
+        chosen.setdefault(glyph.caption, glyph)
+    return list(chosen.values())
+
+
+def write_classification(out: Path, glyphs: list[Glyph]) -> dict:
+    """CLIP_benchmark's layout: one class for each caption, a sample is the image and .cls, the class's line in classnames.txt."""
+    members = sorted(by_caption(glyphs), key=lambda g: g.caption)
+    write_test_shard(out, [(g.key, {g.extension: g.image, "cls": str(label).encode()}) for label, g in enumerate(members)])
+    (out / "classnames.txt").write_text("".join(f"{g.caption}\n" for g in members))
+    (out / "zeroshot_classification_templates.txt").write_text(TEMPLATES)
+    return dict(images=len(members), classes=len(members))
+
+
+def write_retrieval(out: Path, glyphs: list[Glyph]) -> dict:
+    """CLIP_benchmark's layout: a sample is the image and .txt, its captions one a line (here one)."""
+    write_test_shard(out, [(g.key, {g.extension: g.image, "txt": g.caption.encode()}) for g in glyphs])
+    (out / "dataset_type.txt").write_text("retrieval\n")
+    return dict(images=len(glyphs))
+
+
+def write_test_shard(out: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    (out / "test").mkdir(parents=True)
+    write_shard(out / "test" / "0.tar", samples)
+    (out / "test" / "nshards.txt").write_text("1\n")
+
+
+def say(text: str) -> None:
+    print(f"glyphs: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,204 @@
+"""Extras for glyphs from three Debian packages: clip art to train on, and stamps and photographs that are only evaluated on.
+
+    openclipart  openclipart-svg           5,8 thousand drawings with web-like titles; trained on where its title is no held-out concept
+    tuxstamps    tuxpaint-stamps-default   cut-out photographs and drawings with sentences in many languages; held out
+    gcompris     gcompris-qt-data          photographs and cartoons inside Qt resource files, named by file; held out
+
+The packages are downloaded and unpacked, not installed, so nothing of theirs runs; whichever version the distribution has is taken.
+"""
+import html
+import io
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import resvg_py
+from PIL import Image
+
+from data.glyphs_sources import Glyph, Vocabulary
+
+PACKAGES = {  # style -> (package, licence as its copyright file has it, what to unpack: None is everything)
+    "openclipart": ("openclipart-svg", "public domain", None),
+    "tuxstamps": ("tuxpaint-stamps-default", "GPL-2", ("*.png", "*.svg", "*.txt", "*/copyright")),  # not its 8 thousand sounds
+    "gcompris": ("gcompris-qt-data", "GPL-3+ and others, file by file in copyright-gcompris-qt-data.txt", None),
+}
+CLIPART_PIXELS, PHOTO_PIXELS = 128, 224  # the longer side
+ADULT = re.compile("stripper|nude|naked|pantyhose|lingerie|sex")
+NO_TITLE = re.compile("^(gramastar|part of the flat icon.*|lemon svg theme|aiga.*|card|)$", re.IGNORECASE)  # names of a series, not of the drawing
+RESOURCES = ("categorization", "lang", "erase", "explore_monuments", "explore_world_animals", "explore_farm_animals")
+
+
+def collect(cache: Path, words: Vocabulary) -> tuple[list[Glyph], dict[str, dict]]:
+    """All drawings, not yet drawn, and style -> {package, version, licence, author, url}."""
+    readers = {"openclipart": openclipart, "tuxstamps": tuxstamps, "gcompris": gcompris}
+    glyphs, credits = [], {}
+    for style, (package, licence, patterns) in PACKAGES.items():
+        folder, version = unpack(cache, package, patterns)
+        glyphs += readers[style](folder, words)
+        credits[style] = dict(package=f"Debian {package}", version=version, licence=licence, author="", url="")
+    return glyphs, credits
+
+
+def copyrights(cache: Path) -> dict[str, str]:
+    """package -> its copyright file."""
+    packages = [package for package, _, _ in PACKAGES.values()]
+    return {p: (cache / p / "usr/share/doc" / p / "copyright").read_text(errors="replace") for p in packages}
+
+
+# ---------------------------------------------------------------------------------------------------------------- packages
+
+
+def unpack(cache: Path, package: str, patterns: tuple[str, ...] | None) -> tuple[Path, str]:
+    """Download and unpack a Debian package once; returns its folder and version."""
+    folder, record = cache / package, cache / f"{package}.version"
+    if not record.exists():
+        for tool in ("apt-get", "dpkg", "tar"):
+            if not shutil.which(tool):
+                raise ValueError(f"extras: no {tool} here; they come from Debian packages, so build on Debian or Ubuntu, or without extras")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        archive = download(cache, package)
+        chosen = ["--wildcards", *patterns] if patterns else []
+        files = subprocess.Popen(["dpkg", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
+        run(["tar", "-x", "-C", str(folder), *chosen], stdin=files.stdout)
+        record.write_text(run(["dpkg-deb", "-f", str(archive), "Version"]).strip())  # written last: it says that the folder is whole
+        archive.unlink()
+    return folder, record.read_text()
+
+
+def download(cache: Path, package: str) -> Path:
+    for old in cache.glob(f"{package}_*.deb"):
+        old.unlink()
+    run(["apt-get", "download", "-q", package], cwd=cache)
+    return next(cache.glob(f"{package}_*.deb"))
+
+
+def run(command: list[str], **options) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
+    if done.returncode:
+        last = " | ".join(done.stderr.strip().splitlines()[-2:])
+        raise ValueError(f"extras: `{' '.join(command[:3])}` failed ({last}); try `apt-get update` first, or build without extras")
+    return done.stdout
+
+
+def read_rcc(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The files in a Qt binary resource, as (path, content): a header, a tree of fixed-size nodes, a table of names, the contents."""
+    data = path.read_bytes()
+    if data[:4] != b"qres":
+        raise ValueError(f"{path}: not a Qt resource file (starts with {data[:4]!r}); remove its folder to unpack it again")
+    version, tree, contents, names = struct.unpack(">IIII", data[4:20])
+    size = 14 if version < 2 else 22  # version 2 added a time to every node
+    folder, zipped, zstd = 2, 1, 4  # flags
+
+    def walk(node: int, prefix: str) -> Iterator[tuple[str, bytes]]:
+        name_at, flags, first, second = struct.unpack(">IHII", data[tree + node * size :][:14])
+        length = struct.unpack(">H", data[names + name_at :][:2])[0] if node else 0  # the root has no name
+        name = prefix + data[names + name_at + 6 :][: 2 * length].decode("utf-16-be")
+        if flags & folder:  # first: how many children, second: the first one's node
+            for child in range(second, second + first):
+                yield from walk(child, f"{name}/")
+        elif not flags & zstd:
+            length = struct.unpack(">I", data[contents + second :][:4])[0]
+            content = data[contents + second + 4 :][:length]
+            yield name, zlib.decompress(content[4:]) if flags & zipped else content  # 4: the size before compression
+
+    return walk(0, "")
+
+
+# ------------------------------------------------------------------------------------------------------------------ styles
+
+
+def openclipart(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
+    base = folder / "usr/share/openclipart/svg"
+    for path in sorted(p for p in base.rglob("*.svg") if not p.is_symlink()):
+        name = path.relative_to(base).with_suffix("").as_posix()
+        if name.startswith(("shapes/stars/star_", "special/")) or ADULT.search(name):
+            continue  # the first two: 1,6 thousand drawings made by a formula
+        text = path.read_text(encoding="utf-8", errors="replace")
+        title = re.sub("^Clipart by Nicu Buculei - ", "", field(text, "title")).replace("_", " ")
+        caption = spaced(re.sub(r"_?\d+$", "", path.stem)) if NO_TITLE.match(title) else title
+        keywords = [word.replace("_", " ") for word in field(text, "subject").split() if word != "hash"]
+        if glyph := extra(words, "openclipart", name, caption, partial(draw_clipart, path), name.split("/")[0], keywords):
+            yield glyph
+
+
+def field(text: str, tag: str) -> str:
+    """A Dublin Core field of the drawing itself (not of its author, which has a title too)."""
+    work = re.search("<cc:Work.*?</cc:Work>", text, re.DOTALL)
+    found = re.search(f"<dc:{tag}[^>]*>(.*?)</dc:{tag}>", work.group() if work else text[:4000], re.DOTALL)
+    return " ".join(html.unescape(re.sub("<[^>]+>", " ", found.group(1))).split()) if found else ""
+
+
+def tuxstamps(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
+    """NAME.txt beside an image: the English sentence, then lines such as `de.utf8=Ein Löwe.`"""
+    base = folder / "usr/share/tuxpaint/stamps"
+    images = {p.with_suffix(""): p for kind in ("*.png", "*.svg") for p in base.rglob(kind)}  # of both kinds of one drawing: the SVG
+    for path in sorted(p for p in images.values() if p.with_suffix(".txt").exists()):
+        first, *others = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        captions = {"en": first.strip()} | dict(re.match(r"([A-Za-z_@]+)\.utf8=(.+)", line).groups() for line in others if ".utf8=" in line)
+        name = path.relative_to(base).with_suffix("").as_posix()
+        if glyph := extra(words, "tuxstamps", name, captions["en"], partial(draw_photo, path), name.split("/")[0], captions=captions):
+            yield glyph
+
+
+def gcompris(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
+    for resource in RESOURCES:
+        for path, content in sorted(read_rcc(folder / f"usr/share/gcompris-qt/rcc/{resource}.rcc")):
+            stem, _, kind = Path(path).name.rpartition(".")
+            if kind == "webp":
+                words_of_name = re.sub("(?<=[a-z])(?=[A-Z])", " ", re.sub(r"\d+$", "", stem))
+                group = f"{resource}/{Path(path).parent.name}"
+                if glyph := extra(words, "gcompris", f"{resource}-{stem}", spaced(words_of_name).lower(), partial(draw_photo, content), group):
+                    yield glyph
+
+
+def spaced(name: str) -> str:
+    return re.sub("[_-]+", " ", name).strip()
+
+
+def extra(words: Vocabulary, style: str, name: str, caption: str, draw, group: str, keywords=(), captions=None) -> Glyph | None:
+    """A glyph whose concept is the emoji that its caption names, so that a held-out concept is held out here too."""
+    if len(caption) < 3:
+        return None
+    about = words.about(style, words.find(caption), caption, PACKAGES[style][1]) | dict(group=group, keywords=list(keywords))
+    about |= dict(captions=captions or {"en": caption}, style_split="train" if style == "openclipart" else "test")
+    return Glyph(style, re.sub("[/.]", "-", name)[:80], "webp", caption, about, draw)
+
+
+# ----------------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw_clipart(path: Path) -> bytes:
+    """b'' for what cannot be rendered, is nearly invisible or is a thin line."""
+    try:
+        image = fit(render(path, CLIPART_PIXELS), CLIPART_PIXELS)
+    except ValueError:
+        return b""
+    return webp(image) if min(image.size) >= 12 and image.getchannel("A").getextrema()[1] >= 128 else b""
+
+
+def draw_photo(source: Path | bytes) -> bytes:
+    if isinstance(source, Path) and source.suffix == ".svg":
+        return webp(fit(render(source, 256), PHOTO_PIXELS))
+    return webp(fit(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source), PHOTO_PIXELS))
+
+
+def render(path: Path, width: int) -> Image.Image:
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=width, dpi=96, skip_system_fonts=True))))
+
+
+def fit(image: Image.Image, pixels: int) -> Image.Image:
+    image = image.convert("RGBA")
+    image.thumbnail((pixels, pixels), Image.Resampling.BICUBIC)
+    return image
+
+
+def webp(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=88, method=0)
+    return file.getvalue()

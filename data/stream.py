@@ -1,0 +1,101 @@
+"""Training from shards that cannot be indexed (URLs, pipes), read from front to back by webdataset.
+
+`data.train: [https://host/{00000..00099}.tar]` or `pipe:aws s3 cp s3://.../{0000..0099}.tar -` comes here instead of data/batches.py's
+index.  The shards of all epochs form one sequence, each epoch in an order of its own; reader r of R (ranks x workers) takes every R-th.
+A resumed run begins at the first shard that some reader had not used up: every sample is seen at least once, some of them again.
+For exactly once, on any number of ranks, use local shards with an index.
+"""
+import zlib
+from collections.abc import Iterator
+from itertools import count, islice
+
+import numpy as np
+import webdataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data.batches import Reader, ahead, share
+from data.shards import Sample, split_name
+
+BUFFER = 1000  # samples that a reader mixes
+
+
+def is_stream(train: tuple[str, ...]) -> bool:
+    """Do these name streams?  Folders and streams cannot be mixed."""
+    streams = [path for path in train if "://" in path or path.startswith("pipe:")]
+    if streams and len(streams) < len(train):
+        raise ValueError(f"data.train: {streams[0]} is a stream and {next(p for p in train if p not in streams)} a folder; give one kind")
+    return bool(streams)
+
+
+class Stream(IterableDataset):
+    """One rank's batches from streamed shards; `cursor`: the sequence begins at this shard."""
+
+    def __init__(self, reader: Reader, train: tuple[str, ...], *, batch: int, accumulate: int = 1, rank: int = 0, world: int = 1, cursor: int = 0):
+        self.reader, self.urls = reader, [url for path in train for url in webdataset.shardlists.expand_urls(path)]
+        self.size, self.parts, self.rank, self.world, self.cursor = share(batch, world, accumulate), accumulate, rank, world, cursor
+        self.behind = [cursor] * max(1, reader.cfg.workers)  # by worker: the oldest shard that it still needs
+        readers = world * max(1, reader.cfg.workers)
+        if len(self.urls) < readers:
+            raise ValueError(f"data.train: {len(self.urls)} streamed shards for {readers} readers (ranks x data.workers); give more shards or fewer workers")
+
+    def __len__(self) -> int:
+        raise TypeError("a stream does not know its samples")
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        bad: list[tuple] = []
+        rows = self.rows(workers, worker, bad)
+        while True:
+            parts = []
+            for _ in range(self.parts):
+                oldest, mixed, keys = zip(*islice(rows, self.size))
+                parts.append(self.reader.part(mixed, list(bad)) | dict(keys=keys, worker=worker, oldest=oldest[-1]))
+                bad.clear()
+            yield parts
+
+    def rows(self, workers: int, worker: int, bad: list[tuple]) -> Iterator[tuple[int, tuple, tuple]]:
+        """(oldest shard still in the buffer, row, key) without end; what cannot be read goes to `bad`."""
+        rng, buffer = np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker)), []
+        for sample, epoch, ordinal in self.samples(self.rank * workers + worker, self.world * workers, bad):
+            buffer.append((sample, epoch, ordinal))
+            if len(buffer) < BUFFER:
+                continue
+            i = int(rng.integers(len(buffer)))
+            buffer[i], buffer[-1] = buffer[-1], buffer[i]
+            sample, epoch, _ = buffer.pop()
+            try:
+                row = self.reader.row(sample, epoch, zlib.crc32(f"{sample.shard}/{sample.key}".encode()))
+            except (ValueError, OSError) as error:
+                bad.append((sample.shard, sample.key, " ".join(str(error).split())))
+                continue
+            yield min((o for _, _, o in buffer), default=ordinal), row, (epoch, sample.shard, sample.key)
+
+    def samples(self, reader: int, readers: int, bad: list[tuple]) -> Iterator[tuple[Sample, int, int]]:
+        """(sample, epoch, shard's place in the sequence) of this reader's shards."""
+        for ordinal in count(self.cursor + reader, readers):
+            epoch, place = divmod(ordinal, len(self.urls))
+            url = self.urls[np.random.default_rng((self.reader.seed, epoch)).permutation(len(self.urls))[place]]
+            name, found = url.rstrip(" -").rpartition("/")[2], 0
+            try:
+                for parts in webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples()):
+                    found += 1
+                    files = {split_name(f"x.{ext}")[1]: data for ext, data in parts.items() if isinstance(data, bytes)}
+                    yield Sample(name, parts["__key__"], files), epoch, ordinal
+            except Exception as error:  # a transfer or a tar that breaks off, in whatever way its library says so
+                bad.append((name, f"after {found} samples", " ".join(str(error).split())))
+
+    def keys(self, part: dict) -> list[tuple[int, str, str]]:
+        return part["keys"]
+
+    def stream(self, starts: range, pin: bool) -> Iterator[list[dict]]:
+        """As many batches as `starts` names."""
+        batches = iter(DataLoader(self, batch_size=None, pin_memory=pin, **ahead(self.reader.cfg)))
+        for _ in starts:
+            parts = next(batches)
+            self.behind[parts[-1]["worker"]] = parts[-1]["oldest"]
+            yield parts
+
+    def position(self) -> int:
+        """The cursor for going on from the last batch that `stream` gave: no reader of this rank needs an earlier shard."""
+        return min(self.behind)

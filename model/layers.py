@@ -1,0 +1,145 @@
+"""Transformer parts shared by the towers: attention, MLP, pre-norm block, stack of blocks, positions, packed sequences.
+
+Letters: B batch, N tokens of a sequence, T tokens of a packed batch, D width, H heads, E = D / H.
+To add an activation: one row in ACTIVATIONS.  Linear layers are made in model/parallel.py.
+"""
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model.parallel import Init, column_linear, row_linear
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # flax's default, so FLIP's
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+}
+
+
+class Packed:
+    """B sequences of unlike length laid end to end, T tokens, and how attention alone sees them padded, as (B, N).
+
+    Nothing waits for the device when `longest` is given (any int >= the longest length); without it one read of `lengths` does.
+    """
+
+    def __init__(self, lengths: Tensor, tokens: int, longest: int | None, causal: bool):
+        """`lengths` (B,): int, each at least 1, sum `tokens`."""
+        longest = int(lengths.max()) if longest is None else longest
+        self.shape = len(lengths), longest
+        self.causal = causal
+        ends = lengths.cumsum(0)
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)  # (T,)
+        self.first, self.last = ends - lengths, ends - 1  # (B,): where a sequence begins, and its last token
+        self.positions = torch.arange(tokens, device=lengths.device) - self.first[rows]  # (T,): place in the own sequence
+        self.full = tokens == len(lengths) * longest  # no pads: packed and padded are the same memory
+        self.slots = rows * longest + self.positions  # (T,): place in the padded layout
+        # A causal token never sees the pads, which come after it; the others need a mask of the keys.
+        keys = None if causal or self.full else torch.arange(longest, device=lengths.device) < lengths[:, None]
+        self.mask = None if keys is None else keys[:, None, None]  # (B, 1, 1, N), True where there is a token
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(T, D) -> (B, N, D), zeros in the pads."""
+        if not self.full:
+            x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy_(0, self.slots, x)
+        return x.unflatten(0, self.shape)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (T, D)."""
+        return x.flatten(0, 1) if self.full else x.flatten(0, 1).index_select(0, self.slots)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D), or (T, D) -> (T, D) on packed sequences."""
+
+    def __init__(self, width: int, heads: int, init: Init):
+        super().__init__()
+        self.head = width // heads
+        self.qkv = column_linear(width, 3 * width, init.qkv)
+        self.out = row_linear(width, width, init.out)
+
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        x = self.qkv(x)
+        x = x if packed is None else packed.pad(x)
+        q, k, v = x.unflatten(2, (3, -1, self.head)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
+        if packed is None:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.mask, is_causal=packed.causal)
+        x = x.transpose(1, 2).flatten(2)
+        return self.out(x if packed is None else packed.unpad(x))
+
+
+class MLP(nn.Module):
+    """(..., D) -> (..., D) through 4 D."""
+
+    def __init__(self, width: int, activation: str, init: Init):
+        super().__init__()
+        self.up = column_linear(width, 4 * width, init.up, init.bias)
+        self.act = ACTIVATIONS[activation]
+        self.down = row_linear(4 * width, width, init.down, init.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; shapes as Attention's."""
+
+    def __init__(self, width: int, heads: int, activation: str, eps: float, init: Init):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads, init)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, activation, init)
+
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), packed)
+        return x + self.mlp(self.norm2(x))
+
+
+class Blocks(nn.ModuleList):
+    """`depth` blocks.  The one place that trades compute for memory: `recompute` drops a block's activations until its backward."""
+
+    def __init__(self, depth: int, width: int, heads: int, activation: str, eps: float, init: Init, recompute: bool = False):
+        super().__init__(Block(width, heads, activation, eps, init) for _ in range(depth))
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        for block in self:
+            if self.recompute and torch.is_grad_enabled():
+                # No layer draws random numbers, so no generator is saved.  DeepSpeed's own non-reentrant form fails under ZeRO-3.
+                x = checkpoint(block, x, packed, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, packed)
+        return x
+
+
+class Embedding(nn.Embedding):
+    """(...) ids -> (..., D), drawn from a normal of the given std."""
+
+    def __init__(self, rows: int, width: int, std: float):
+        self.std = std  # before super().__init__, which calls reset_parameters
+        super().__init__(rows, width)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+def drawn(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn from a normal."""
+    return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=std))
+
+
+def sincos(grid: tuple[int, int], width: int) -> Tensor:
+    """MAE's fixed 2-D positions of a (rows, columns) grid, (L, D) fp32: [sin x, cos x, sin y, cos y], D / 4 frequencies each.
+
+    Computed in numpy: sharded construction turns torch's new tensors into the training type, bf16 perhaps.
+    """
+    y, x = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    omega = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # 2 x (L, D / 4)
+    return torch.from_numpy(np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32))

@@ -1,0 +1,50 @@
+"""The text tower.  It reads packed captions: the tokens of a batch end to end, so that no layer runs on padding.
+
+Inside attention alone the sequences are spread over (B, N), which is exact: see Packed in model/layers.py. A model whose tokens must
+attend the pads (FLIP's released weights) is fed pads as tokens: every length is then the context, and nothing is copied.
+Letters: B batch, T tokens of the packed batch, N the longest caption, D width.
+"""
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drawn
+from model.parallel import Init
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The defaults are FLIP's; CLIP's: causal, eot, gelu or quick_gelu, eps 1e-5."""
+    causal: bool = False  # a token sees only what stands before it
+    pool: str = "first"  # first | eot: the token that stands for the caption (eot: its last)
+    activation: str = "gelu_tanh"  # gelu | gelu_tanh | quick_gelu
+    eps: float = 1e-6  # of every LayerNorm
+
+    def __post_init__(self):
+        for key, known in (("pool", ("eot", "first")), ("activation", ACTIVATIONS)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"model.text.{key} {getattr(self, key)!r}: unknown; known: {', '.join(sorted(known))}")
+        if self.causal and self.pool == "first":
+            raise ValueError("model.text.pool 'first' with model.text.causal: the first token would see nothing; use pool: eot")
+
+
+class TextTower(nn.Module):
+    """`vocab` token ids, captions of at most `context` tokens."""
+
+    def __init__(self, cfg: TextConfig, vocab: int, context: int, width: int, depth: int, heads: int, init: Init, recompute: bool = False):
+        super().__init__()
+        self.cfg = cfg
+        self.token = Embedding(vocab, width, init.token)
+        self.positions = drawn(context, width, std=init.positions)
+        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute)
+        self.norm = nn.LayerNorm(width, cfg.eps)
+
+    def forward(self, ids: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
+        """ids (T,) and lengths (B,) that sum to T, each from 1 to the context -> (B, D).  `longest`: see Packed."""
+        packed = Packed(lengths, len(ids), longest, self.cfg.causal)
+        x = self.token(ids) + F.embedding(packed.positions, self.positions)
+        x = self.blocks(x, packed)
+        # The last token, never the largest id: a caption that was cut, or another vocabulary, has its EOT elsewhere.
+        pooled = x.index_select(0, packed.last if self.cfg.pool == "eot" else packed.first)
+        return self.norm(pooled)  # token by token, so the norm of the pooled tokens is enough

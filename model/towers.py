@@ -1,0 +1,129 @@
+"""The pair of towers, what joins them, the table of sizes, and what a model costs.
+
+Letters: B batch, L patches, K visible patches, P patch side, T packed tokens, D width, E common embedding.
+To add a size: one row in SIZES, and its lines in tests/golden/params.txt (tests/test_towers.py says how).
+Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the projections and the temperature are modules
+of their own, and the encode_* methods only call modules.
+"""
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.parallel import Linear, text_init, vision_init
+from model.text import TextConfig, TextTower
+from model.vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of SIZES."""
+    width: int  # vision tower
+    depth: int
+    heads: int
+    text_width: int  # text tower
+    text_depth: int
+    text_heads: int
+    embed: int  # E
+
+
+SIZES = {
+    "nano": Size(128, 4, 4, 128, 3, 4, 128),       # for tests and first runs on a CPU
+    "Ti": Size(192, 12, 3, 192, 12, 3, 192),       # DeiT-Ti; no CLIP of this size is standard: text as wide as vision, as in S
+    "S": Size(384, 12, 6, 384, 12, 6, 384),        # open_clip's ViT-S
+    "B": Size(768, 12, 12, 512, 12, 8, 512),       # CLIP's and FLIP's
+    "L": Size(1024, 24, 16, 768, 12, 12, 768),
+    "H": Size(1280, 32, 16, 1024, 24, 16, 1024),
+}
+PATCHES = (8, 14, 16, 32)
+INITS = ("clip", "flip")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model as a run's config states it, under `model:`."""
+    size: str = "B/16"  # a row of SIZES / patch side in pixels
+    image_size: int = 224  # side of the square image, pixels
+    init: str = "flip"  # flip (MAE's Xavier) | clip (open_clip's)
+    checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, a third more compute
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self):
+        name, _, patch = self.size.partition("/")
+        if name not in SIZES or patch not in map(str, PATCHES):
+            raise ValueError(f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side {PATCHES}, as in 'B/16'")
+        if self.image_size < self.patch or self.image_size % self.patch:
+            raise ValueError(f"model.image_size {self.image_size}: not a multiple of the patch side of model.size {self.size!r}")
+        if self.init not in INITS:
+            raise ValueError(f"model.init {self.init!r}: unknown; known: {', '.join(INITS)}")
+
+    @property
+    def shape(self) -> Size:
+        return SIZES[self.size.partition("/")[0]]
+
+    @property
+    def patch(self) -> int:
+        return int(self.size.partition("/")[2])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.image_size // self.patch, self.image_size // self.patch
+
+
+class Temperature(nn.Module):
+    """The scale of the logits, exp(min(logit_scale, ln 100)), (1,) fp32.  Clamped here: an in-place clamp misses an optimiser's fp32 copy.
+
+    `residual`: what the parameter's own precision cannot hold. Under bf16 (steps of 1/64 at 2.66) whoever owns the fp32 copy sets it to
+    copy - parameter after each step, so that small updates reach the loss. It carries no gradient.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # not 0-dim, which DeepSpeed cannot hold
+        self.residual: Tensor | float = 0.0
+
+    def forward(self) -> Tensor:
+        return (self.logit_scale.float() + self.residual).clamp(max=math.log(100)).exp()
+
+
+class Towers(nn.Module):
+    """Image and text towers with their projections into the common embedding, and the temperature."""
+
+    def __init__(self, cfg: ModelConfig, vocab: int, context: int):
+        super().__init__()
+        s, recompute = cfg.shape, cfg.checkpoint_activations
+        vision, text = vision_init(cfg.init, s.width), text_init(cfg.init, s.text_width, s.text_depth)
+        self.vision = VisionTower(cfg.vision, cfg.grid, cfg.patch, s.width, s.depth, s.heads, vision, recompute)
+        self.text = TextTower(cfg.text, vocab, context, s.text_width, s.text_depth, s.text_heads, text, recompute)
+        self.image_projection = Linear(s.width, s.embed, vision.projection, bias=None)
+        self.text_projection = Linear(s.text_width, s.embed, text.projection, bias=None)
+        self.temperature = Temperature()
+
+    def encode_image(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """(B, K, 3 P P) at (B, K) -> (B, E), fp32 unit vectors."""
+        return unit(self.image_projection(self.vision.pool(self.vision(patches, positions))))
+
+    def encode_text(self, ids: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
+        """ids (T,), lengths (B,) -> (B, E), fp32 unit vectors."""
+        return unit(self.text_projection(self.text(ids, lengths, longest)))
+
+
+def unit(x: Tensor) -> Tensor:
+    """(B, E) -> (B, E), fp32, of length 1."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def flops(cfg: ModelConfig, visible: int, text_tokens: int) -> float:
+    """Training FLOPs of one sample with K `visible` patches and a caption of `text_tokens`: forward x 3, a multiply-add is 2.
+
+    Not counted: norms, softmax, look-ups, the loss, and what checkpoint_activations recomputes.
+    """
+    def blocks(tokens: int, width: int, depth: int) -> float:
+        return depth * (12 * tokens * width ** 2 + 2 * tokens ** 2 * width)  # 4 D D + 8 D D weights; q k and its use of v
+    s = cfg.shape
+    vision = blocks(1 + visible, s.width, s.depth) + visible * 3 * cfg.patch ** 2 * s.width + s.width * s.embed
+    text = blocks(text_tokens, s.text_width, s.text_depth) + s.text_width * s.embed
+    return 3 * 2.0 * (vision + text)

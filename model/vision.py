@@ -1,0 +1,83 @@
+"""The vision tower.  It sees patches and where they are; it knows nothing of masks and never holds a hidden patch.
+
+Letters: B batch, L patches of the grid, K visible patches, P patch side, D width.
+To add a kind of pooling: one row in POOLS.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.layers import ACTIVATIONS, Blocks, drawn, sincos
+from model.parallel import Init, Linear
+
+POOLS = {  # tokens (B, 1 + K, D), the class token first -> (B, D)
+    "cls": lambda tokens: tokens[:, 0],
+    "mean": lambda tokens: tokens[:, 1:].mean(1),
+    "mean_with_cls": lambda tokens: tokens.mean(1),
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The defaults are FLIP's; CLIP's: learned, cls, pre_norm, no patch_bias, gelu or quick_gelu, eps 1e-5, its own mean and std."""
+    positions: str = "sincos"  # sincos (fixed; the class token has none) | learned (1 + L rows, the class token's first)
+    pool: str = "mean_with_cls"  # cls | mean | mean_with_cls, after the final norm
+    pre_norm: bool = False  # a LayerNorm between embedding and blocks
+    patch_bias: bool = True  # bias of the patch embedding
+    freeze_patch: bool = False  # leave the patch embedding at its random start
+    activation: str = "gelu_tanh"  # gelu | gelu_tanh | quick_gelu
+    eps: float = 1e-6  # of every LayerNorm
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per channel, pixels in 0..1; ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # the same
+
+    def __post_init__(self):
+        for key, known in (("positions", ("learned", "sincos")), ("pool", POOLS), ("activation", ACTIVATIONS)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"model.vision.{key} {getattr(self, key)!r}: unknown; known: {', '.join(sorted(known))}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"model.vision.mean {self.mean}, std {self.std}: three numbers each, std above 0")
+
+
+class VisionTower(nn.Module):
+    """`grid` (rows, columns) of P x P patches; L = rows * columns."""
+
+    def __init__(self, cfg: VisionConfig, grid: tuple[int, int], patch: int, width: int, depth: int, heads: int, init: Init,
+                 recompute: bool = False):
+        super().__init__()
+        self.cfg = cfg
+        self.patch = Linear(3 * patch * patch, width, init.patch, init.bias if cfg.patch_bias else None)
+        self.patch.requires_grad_(not cfg.freeze_patch)
+        self.cls = drawn(width, std=init.cls)
+        if cfg.positions == "learned":
+            self.positions = drawn(1 + grid[0] * grid[1], width, std=init.positions)
+        else:
+            self.register_buffer("positions", sincos(grid, width), persistent=False)
+        self.pre_norm = nn.LayerNorm(width, cfg.eps) if cfg.pre_norm else nn.Identity()
+        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute)
+        self.norm = nn.LayerNorm(width, cfg.eps)
+
+    def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the class token first."""
+        learned = self.cfg.positions == "learned"
+        x = self.patch(normalise(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
+        x = x + F.embedding(positions.long() + learned, self.positions).to(x.dtype)  # row 0 of learned positions is the class token's
+        cls = self.cls + self.positions[0] if learned else self.cls
+        x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return self.norm(self.blocks(self.pre_norm(x)))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """(B, 1 + K, D) -> (B, D); holds no parameter, so it may be called anywhere."""
+        return POOLS[self.cfg.pool](tokens)
+
+
+def normalise(patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """uint8 (B, K, 3 P P), channel after channel -> (x / 255 - mean) / std, computed in fp32; floats pass as they are.
+
+    Channel by channel with Python numbers: a tensor of means would be a copy to the device each time, or a buffer cast to bf16.
+    """
+    if patches.dtype != torch.uint8:
+        return patches.to(dtype)
+    channels = patches.unflatten(2, (3, -1)).unbind(2)
+    return torch.cat([((x.float() / 255 - m) / s).to(dtype) for x, m, s in zip(channels, mean, std, strict=True)], dim=2)

@@ -1,0 +1,55 @@
+"""The evaluations: a table of kinds, and what they share.  All ranks run them in step, each a share of the data; sums are exact.
+
+    evaluate(method, cfg, tokenizer, ["zero_shot:data/glyphs/eval/seen_concepts_seen_style"]) -> {"zero_shot/...": 0.43}
+
+Each kind is one file here with `evaluate(model, benchmark) -> dict[str, float]`; to add one, write the file and its row in EVALS.
+"""
+from collections.abc import Iterable
+
+from data.benchmarks import Benchmark
+from run.evals import retrieval, zero_shot
+from run.evals.embed import Embedder
+from run.lib.config import Run, check_choice
+
+EVALS = {"zero_shot": zero_shot.evaluate, "retrieval": retrieval.evaluate}
+
+
+def parse(specs: Iterable[str]) -> list[tuple[str, Benchmark]]:
+    """'zero_shot:FOLDER' -> ('zero_shot', Benchmark), or ValueError: at start-up, not after the training."""
+    found = []
+    for spec in specs:
+        kind, colon, folder = spec.partition(":")
+        check_choice("evals", kind, EVALS)
+        if not colon:
+            raise ValueError(f"evals: {spec!r}; write {kind}:FOLDER")
+        found.append((kind, Benchmark(folder)))
+    return found
+
+
+def evaluate(method, cfg: Run, tokenizer, evals: list[tuple[str, Benchmark]]) -> dict[str, float]:
+    """Run evaluations (from `parse`) on a method, sharded or not, and name their metrics kind/set/metric."""
+    model, results = Embedder(method, cfg, tokenizer), {}
+    was_training = method.training
+    method.eval()
+    for kind, benchmark in evals:
+        results |= {f"{kind}/{benchmark.name}/{metric}": value for metric, value in EVALS[kind](model, benchmark).items()}
+    method.train(was_training)
+    return results
+
+
+def table(results: dict[str, float]) -> str:
+    """{kind/set/metric: share} as a line a set, in per cent; top1 also as a multiple of chance."""
+    rows: dict[str, dict] = {}
+    for name, value in results.items():
+        kind, benchmark, metric = name.split("/")
+        rows.setdefault(f"{kind:10} {benchmark}", {})[metric] = value
+    wide = max(map(len, rows))
+    return "\n".join(f"{name:{wide}}  " + "  ".join(map(cell, values.items())) + against_chance(values) for name, values in rows.items())
+
+
+def cell(item: tuple[str, float]) -> str:
+    return f"{item[0]} {item[1]:7.2%}"
+
+
+def against_chance(values: dict) -> str:
+    return f"  ({values['top1'] / values['chance']:.0f}x chance)" if "chance" in values else ""

@@ -1,0 +1,44 @@
+"""Images and texts to unit embeddings, on all ranks in step.  Names: N items, E embedding width, C classes."""
+import torch
+from torch import Tensor
+
+from data.benchmarks import Benchmark, Preprocess
+from data.tokenizer import pack
+from run.lib.config import Run
+from run.lib.engine import rank, to_device, total, world
+
+BATCH = 64  # images, or texts, a rank embeds at once
+
+
+class Embedder:
+    """A method's two encoders with the preprocessing of its config.  Every call is collective: all ranks must make it."""
+
+    def __init__(self, method, cfg: Run, tokenizer):
+        self.towers, self.tokenizer, self.data = method.towers, tokenizer, cfg.data
+        view = next(iter(cfg.views.values()))
+        self.pre = Preprocess(cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation)
+        self.width = cfg.model.shape.embed
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Tensor:
+        """(N, E), the whole on every rank."""
+        out = torch.zeros(len(texts), self.width)
+        for turn in range(0, len(texts), BATCH * world()):
+            first = turn + rank() * BATCH
+            mine = range(first, min(first + BATCH, len(texts)))
+            rows = [self.data.fill(self.tokenizer(texts[i]), self.tokenizer.pad_id) for i in mine or [0]]
+            ids, lengths = pack(rows)
+            made = self.towers.encode_text(**to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max()))))
+            if mine:
+                out[mine.start:mine.stop] = made.cpu()
+        return total(out)
+
+    @torch.no_grad()
+    def images(self, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
+        """This rank's images of a set: (indices (n,), embeddings (n, E)); over the ranks, every image once."""
+        indices, embeddings = [], []
+        for mine, patches, positions in benchmark.rounds(self.pre, BATCH, rank(), world(), min(self.data.workers, 2)):
+            made = self.towers.encode_image(**to_device(dict(patches=patches, positions=positions)))
+            indices.append(mine)
+            embeddings.append(made[:len(mine)])
+        return torch.cat(indices), torch.cat(embeddings)

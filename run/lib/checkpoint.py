@@ -1,0 +1,168 @@
+"""Checkpoints that are whole or not there, and that any number of ranks can go on from.
+
+    RUN/checkpoints/step-00001000/      DeepSpeed's files, one or two a rank, and manifest.json
+    manifest.json                       written last: step, samples, ranks, ZeRO stage, what was trained, and every file's size
+
+A folder counts only with a manifest that fits its files, so a job may die at any moment: DeepSpeed's own `latest` is written before
+the other ranks are done.  With another number of ranks DeepSpeed's universal format carries weights and optimizer over; what that
+format drops (frozen parameters) is carried over here.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from run.lib.config import Run, plain
+from run.lib.engine import Engine, barrier, rank, store, whole_parameter, world, zero_weights
+
+
+def identity(cfg: Run, tokenizer: str) -> dict:
+    """What must agree for weights to fit: the architecture, the method and the vocabulary."""
+    model = {key: value for key, value in plain(asdict(cfg.model)).items() if key != "checkpoint_activations"}
+    return dict(method=cfg.method, model=model, context=cfg.data.context, tokenizer=tokenizer)
+
+
+def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
+    """Write RUN/checkpoints/step-N and commit it; then delete all but the newest `keep`.  All ranks must call."""
+    tag = f"step-{engine.ds.global_steps:08d}"
+    path = folder / tag
+    if rank() == 0 and path.exists():
+        shutil.rmtree(path)  # torn: a whole one of this step would have been resumed from
+    barrier()
+    engine.ds.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+    barrier()
+    if rank() == 0:
+        files = {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+        for name in files:
+            sync(path / name)
+        manifest = dict(state, step=engine.ds.global_steps, samples=engine.samples, ranks=world(), stage=engine.stage, files=files)
+        part = path / "manifest.json.part"
+        part.write_text(json.dumps(manifest, indent=1))
+        sync(part)
+        os.replace(part, path / "manifest.json")
+        sync(path)
+        for old in whole(folder)[keep:]:
+            (old / "manifest.json").unlink()  # first: half a deletion must not look whole
+            shutil.rmtree(old)
+    barrier()
+    return path
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def whole(folder: Path) -> list[Path]:
+    """The checkpoints under RUN/checkpoints whose manifest fits their files, the newest first."""
+    return [path for path in sorted(folder.glob("step-*"), reverse=True) if manifest(path)]
+
+
+def manifest(path: Path) -> dict | None:
+    try:
+        found = json.loads((path / "manifest.json").read_text())
+        fits = all((path / name).stat().st_size == size for name, size in found["files"].items())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if fits else None
+
+
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run folder, or a checkpoint itself."""
+    if manifest(run):
+        return run
+    found = whole(run / "checkpoints")
+    if not found:
+        raise ValueError(f"{run}: no whole checkpoint in it; a run folder has checkpoints/step-*/manifest.json")
+    return found[0]
+
+
+def check_identity(path: Path, mine: dict) -> None:
+    """ValueError naming the first thing in which the checkpoint's model differs from this config's."""
+    for key, was, now in differences(manifest(path)["identity"], mine):
+        raise ValueError(f"{path} was trained with {key}: {was!r}, this config says {now!r}; use the run's own config.yaml")
+
+
+def differences(was, now, where: str = "") -> Iterator[tuple]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(was.keys() | now.keys()):
+            yield from differences(was.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+    elif was != now:
+        yield where, was, now
+
+
+def prepare_elastic(path: Path, ranks: int) -> Path | None:
+    """Where the rank count changed: the checkpoint in DeepSpeed's universal format, converted by rank 0; else None.
+
+    The other ranks wait at the store, where hours of conversion time no collective out.
+    """
+    found = manifest(path)
+    if found["ranks"] == ranks or found["stage"] == 0:
+        return None
+    target = path.with_name(f"universal-{path.name}")
+    if rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", path, "--output_folder", target,
+                   "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=alone)
+        if result.returncode:
+            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"{path}: conversion to the universal format failed: {last}")
+        (path.parent / "latest_universal").unlink(missing_ok=True)
+        store().set("converted", "1")
+    store().wait(["converted"], timedelta(hours=12))
+    return target
+
+
+def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
+    """Load a checkpoint (its universal form where the rank count changed) into the engine and return its manifest."""
+    found = manifest(path)
+    if found["stage"] != engine.stage:
+        raise ValueError(f"{path} was trained with ZeRO stage {found['stage']}, this DeepSpeed JSON says {engine.stage}; "
+                         "go on with the old stage, or start a new run from its weights with `init:`")
+    source = universal or path
+    engine.ds.load_checkpoint(str(source.parent), tag=source.name)
+    engine.samples, engine.ds.global_steps = found["samples"], found["step"]
+    if universal:
+        frozen = {name for name, p in engine.method.named_parameters() if not p.requires_grad}
+        if frozen:
+            load(engine.method, path, only=frozen)
+        barrier()
+        if rank() == 0:
+            shutil.rmtree(universal)
+    engine.exact_temperature()
+    return found
+
+
+def weights(path: Path) -> dict:
+    """The fp32 weights of a checkpoint, {name: lazy or plain tensor}; `.contiguous()` makes each whole, one at a time."""
+    if manifest(path)["stage"] == 0:
+        return torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)["module"]
+    return zero_weights(path)
+
+
+def load(method: torch.nn.Module, path: Path, only: set[str] | None = None) -> None:
+    """Copy a checkpoint's weights into a method, sharded or not; no rank holds more than one whole tensor beside its shard.
+
+    Every parameter must be found in its own shape; all ranks must call.
+    """
+    source = weights(path) if rank() == 0 else {}
+    parameters = {name: p for name, p in method.named_parameters() if only is None or name in only}
+    if rank() == 0 and (missing := parameters.keys() - source.keys()):
+        raise ValueError(f"{path}: has no weights for {sorted(missing)[0]} ({len(missing)} missing); it holds another architecture")
+    for name, parameter in parameters.items():
+        with whole_parameter(parameter):
+            if rank() == 0:
+                value = source[name].contiguous()
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{path}: {name} is {tuple(value.shape)}, this config makes {tuple(parameter.shape)}")
+                parameter.copy_(value)

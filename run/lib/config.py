@@ -1,0 +1,215 @@
+"""What a run is: YAML over dataclasses, resolved once, saved with the run.  The one place that reads the command line.
+
+    load("run/configs/flip_b16.yaml", ["seed=1", "views.image.mask=random(0.75)"]) -> Run
+
+A config may name a `base:`, whose keys it overrides one by one.  The dataclasses stand beside the code that they configure (ModelConfig in
+model/towers.py, ...); `Run` puts them together.  A key that no dataclass declares is refused with the near miss named, and every
+declared key is read somewhere: tests/test_config_keys.py holds both.  Counts of samples may be written 12.8B, 400M or 51.2k.
+"""
+import argparse
+import difflib
+import re
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from data.augment import View
+from data.batches import DataConfig
+from model.methods import METHODS
+from model.towers import ModelConfig
+from run.lib.optim import OptimConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class Run:
+    run: str  # the run's folder, e.g. runs/flip_b16
+    method: str  # a row of model.methods.METHODS
+    samples: int  # how many image-text pairs to train on; 12.8B is FLIP's schedule
+    batch: int  # pairs in a step, over all ranks: these are each other's negatives
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    views: dict[str, View]  # the method's docstring says which it reads
+    deepspeed: str = "ds_configs/zero3.json"  # how memory, precision and communication are spent; from the repository root
+    accumulate: int = 1  # GradCache: so many forward-backward passes a step, with the negatives of the whole batch
+    seed: int = 0  # weights, order of the data, crops and masks
+    init: str = ""  # a run folder or checkpoint whose weights start this run; the optimizer starts anew
+    log_every: int = 10  # steps
+    eval_every: int = 0  # samples; 0: only at the end
+    save_every: int = 0  # samples; 0: only at the end
+    keep: int = 2  # checkpoints kept; older ones are deleted
+    evals: tuple[str, ...] = ()  # e.g. zero_shot:FOLDER, retrieval:FOLDER
+    eval_crop: str = "resize_crop"  # evaluation images: resize_crop (short side, then centre: CLIP) or square (centre, then resize: FLIP)
+
+    def __post_init__(self):
+        check_choice("method", self.method, METHODS)
+        check_choice("eval_crop", self.eval_crop, ("resize_crop", "square"))
+        missing = set(METHODS[self.method].views) - set(self.views)
+        if missing:
+            raise ValueError(f"views: method {self.method!r} reads view {sorted(missing)[0]!r}; give it under views:")
+        for name in ("samples", "batch", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; it must be at least 1")
+        if self.samples < self.batch:
+            raise ValueError(f"samples: {self.samples} is less than one batch of {self.batch}")
+
+    @property
+    def steps(self) -> int:
+        return self.samples // self.batch
+
+
+def check_choice(key: str, value: str, known: typing.Iterable[str]) -> None:
+    """ValueError that names the value, what is allowed, and the near miss, unless value is one of `known`."""
+    known = sorted(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key}: unknown {value!r}; known: {', '.join(known)}{hint}")
+
+
+def load(path: str | Path, overrides: typing.Iterable[str] = ()) -> Run:
+    """The config at `path`, its bases below it, `a.b=value` overrides on top."""
+    tree = read_tree(Path(path))
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item}: write key=value, e.g. --set seed=1")
+        *parents, last = key.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--set {item}: {name} is a value, it has no keys below it")
+        node[last] = yaml.safe_load(text)
+    return build(Run, tree)
+
+
+def read_tree(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config; the shipped ones are run/configs/*.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a config; a config is a mapping of keys")
+    tree.pop("provenance", None)  # what a saved config.yaml says of its making
+    base = tree.pop("base", None)
+    return merge(read_tree(path.parent / base), tree) if base else tree
+
+
+def merge(base: dict, over: dict) -> dict:
+    both = {k: merge(base[k], over[k]) for k in base.keys() & over.keys() if isinstance(base[k], dict) and isinstance(over[k], dict)}
+    return {**base, **over, **both}
+
+
+def build(cls: type, tree: dict, where: str = ""):
+    """A dataclass from a mapping: every key declared, every value of the declared type."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where.rstrip('.')}: {tree!r}; it holds keys: {', '.join(f.name for f in fields(cls))}")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            check_choice(f"{where}{key}", key, hints)
+    for f in fields(cls):
+        if f.name not in tree and f.default is f.default_factory:  # both MISSING
+            raise ValueError(f"{where}{f.name}: missing; it has no default")
+    return cls(**{key: convert(hints[key], value, f"{where}{key}") for key, value in tree.items()})
+
+
+def convert(kind, value, where: str):
+    """The value as `kind`, or ValueError."""
+    if is_dataclass(kind):
+        return build(kind, value, f"{where}.")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: {value!r}; it must be a mapping")
+        return {k: convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        if len(items) != len(kinds):
+            raise ValueError(f"{where}: {value!r}; it takes {len(kinds)} values")
+        return tuple(convert(k, v, f"{where}.{i}") for i, (k, v) in enumerate(zip(kinds, items)))
+    if origin is types.UnionType:  # e.g. float | str: the first that fits
+        for option in args:
+            try:
+                return convert(option, value, where)
+            except ValueError:
+                continue
+        raise ValueError(f"{where}: {value!r}; it must be {kind}")
+    try:
+        return SCALARS[kind](value)
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{where}: {value!r}; it must be of type {kind.__name__}") from None
+
+
+def to_int(value) -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+)([kMB])", value)):
+        value = float(match[1]) * UNITS[match[2]]
+    if int(float(value)) != float(value):
+        raise ValueError
+    return int(float(value))
+
+
+def to_float(value) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)  # YAML reads 4e-6 as text
+
+
+def to_bool(value) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def to_str(value) -> str:
+    if value is None or isinstance(value, (dict, list)):
+        raise ValueError
+    return str(value)
+
+
+SCALARS = {int: to_int, float: to_float, bool: to_bool, str: to_str}
+
+
+def save(cfg: Run, path: Path, provenance: dict) -> None:
+    """The resolved whole; `load` reads it back."""
+    tree = {"provenance": provenance, **plain(asdict(cfg))}
+    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=130))
+
+
+def plain(value):
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A script's command line; its help is the script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def training_arguments(doc: str) -> tuple[Run, bool]:
+    """(config, resume) of a training script.  The command line is --config, --set, --resume and what DeepSpeed's launcher passes."""
+    args = parser(doc)
+    args.add_argument("--config", required=True, help="a YAML file, e.g. run/configs/flip_b16.yaml, or a run's own config.yaml")
+    args.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys, e.g. seed=1 batch=8192")
+    args.add_argument("--resume", action="store_true", help="go on from the run folder's newest whole checkpoint")
+    args.add_argument("--deepspeed_config", help="a DeepSpeed JSON instead of the config's")
+    args.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's habit; always on")
+    args.add_argument("--local_rank", type=int, help="from the launcher")
+    found = args.parse_args()
+    cfg = load(found.config, found.set)
+    if found.deepspeed_config:
+        cfg = replace(cfg, deepspeed=str(Path(found.deepspeed_config).resolve()))
+    return cfg, found.resume

@@ -1,0 +1,108 @@
+"""The run folder: refused if it is there, opened with what explains the run, and audited sample by sample.
+
+    RUN/config.yaml      the resolved config, with git commit, package versions and ranks
+    RUN/command.txt      every command that worked on it
+    RUN/metrics.jsonl    one record a line (run/lib/log.py); RUN/results.jsonl one evaluation a line
+    RUN/log.txt, RUN/tensorboard/, RUN/checkpoints/, RUN/trace/ (data.trace)
+"""
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data.batches import Batches, DataConfig
+from data.stream import Stream
+from run.lib import config
+from run.lib.config import ROOT, Run
+from run.lib.engine import Engine, world
+from run.lib.log import short
+
+PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
+
+
+def check(home: Path, resume: bool) -> Path:
+    """The run's folder, or ValueError: a run is never written over."""
+    if home.exists() and not resume:
+        raise ValueError(f"run: {home} exists; go on with it by --resume, or name another with --set run=...")
+    if resume and not (home / "config.yaml").exists():
+        raise ValueError(f"--resume: {home} is no run folder (it has no config.yaml); see `run:` in the config")
+    return home
+
+
+def open_folder(home: Path, cfg: Run, samples: int) -> None:
+    """Make the folder, or prepare it for going on from `samples`: records beyond them are of steps that will be taken again."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "command.txt").open("a") as file:
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv), f"# {world()} ranks", file=file)
+    saved = home / "config.yaml"
+    if saved.exists() and config.load(saved) != cfg:
+        saved.rename(home / f"config.until-{samples}.yaml")
+    config.save(cfg, saved, provenance())
+    for records in [home / "metrics.jsonl", home / "results.jsonl", *(home / "trace").glob("*.jsonl")]:
+        trim(records, samples)
+
+
+def trim(records: Path, samples: int) -> None:
+    """Drop the records of steps after `samples`, and a last line that a kill cut off."""
+    if not records.exists():
+        return
+    kept = []
+    for line in records.read_text().splitlines():
+        try:
+            if json.loads(line)["samples"] <= samples:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            pass
+    part = records.with_name(records.name + ".part")
+    part.write_text("".join(kept))
+    os.replace(part, records)
+
+
+def provenance() -> dict:
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
+    return dict(commit=git.stdout.strip() or "unknown", started=time.strftime("%Y-%m-%d %H:%M:%S"), ranks=world(), python=platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in PACKAGES})
+
+
+def headline(cfg: Run, engine: Engine, batches: Batches | Stream) -> str:
+    """What this run is, in a line."""
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.method.parameters())
+    masks = ", ".join(f"{name} {view.mask}" for name, view in cfg.views.items())
+    size = f"{len(batches.shards):,} pairs" if isinstance(batches, Batches) else f"{len(batches.urls):,} streamed shards"
+    precision = "bf16" if engine.bf16 else "fp32"
+    return (f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · {world()} ranks, ZeRO {engine.stage}, {precision} · "
+            f"{short(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}")
+
+
+class Audit:
+    """What went into the run: broken samples, named once each in the log and counted; every sample's key, where data.trace asks.
+
+    Raises ValueError when this rank's share of broken samples passes data.max_bad (of at least 1,000 seen).
+    """
+
+    def __init__(self, home: Path, rank: int, cfg: DataConfig, say):
+        self.cfg, self.say, self.seen, self.bad, self.named = cfg, say, 0, 0, set()
+        self.trace = None
+        if cfg.trace:
+            (home / "trace").mkdir(exist_ok=True)
+            self.trace = (home / "trace" / f"rank-{rank}.jsonl").open("a", buffering=1)
+
+    def __call__(self, batches: Batches | Stream, parts: list[dict], samples: int) -> None:
+        for part in parts:
+            self.seen += len(part["samples"])
+            self.bad += len(part["bad"])
+            for shard, key, why in part["bad"]:
+                if (shard, key) not in self.named:
+                    self.named.add((shard, key))
+                    self.say(f"skipped {shard} {key}: {why}")
+            if self.trace:
+                self.trace.write(json.dumps(dict(samples=samples, keys=batches.keys(part))) + "\n")
+        if self.bad > self.cfg.max_bad * max(self.seen, 1000):
+            raise ValueError(f"data.max_bad: {self.bad} of {self.seen} samples could not be read, more than {self.cfg.max_bad:.1%}; "
+                             f"the last: {' '.join(parts[-1]['bad'][-1] if parts[-1]['bad'] else sorted(self.named)[-1])}; "
+                             "run: run/prepare.py check DIR")

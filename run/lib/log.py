@@ -1,0 +1,132 @@
+"""The one writer: a progress line, metrics.jsonl, TensorBoard.  Silent off rank 0, so that no caller asks for its rank.
+
+A record is one JSON object a line: {"step": 40, "samples": 10240, "loss": 4.1, ...}.  Speeds are over the steps since the last record:
+samples_per_s over all ranks; mfu the share of the devices' peak spent on the model's own FLOPs (recomputation not counted); stall the
+share of the time in which the training loop waited for data.
+"""
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "B200": 2250, "L40S": 362, "A10G": 70, "A10": 125,
+               "RTX 4090": 165, "V100": 125, "T4": 65}  # dense bf16 (fp16 where there is no bf16), from the vendor's data sheets
+
+
+def peak_flops() -> float:
+    """FLOP/s that this rank's device could do: by its name on a GPU, by a timed matmul on a CPU; nan where the GPU is not in the table."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), float("nan"))
+    n, times = 1024, []
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    for _ in range(5):
+        begin = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
+
+
+class Log:
+    """Writes what a run does into its folder and to the terminal; on other ranks than 0 every call does nothing."""
+
+    def __init__(self, folder: Path, rank: int, steps: int, batch: int):
+        self.rank, self.on, self.steps, self.batch = rank, rank == 0, steps, batch
+        self.waited, self.since, self.last_step = 0.0, time.perf_counter(), None
+        if not self.on:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        self.folder = folder
+        self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.text = (folder / "log.txt").open("a", buffering=1)
+        self.board = SummaryWriter(folder / "tensorboard")
+        self.live = sys.stdout.isatty()
+
+    def say(self, message: str) -> None:
+        """A line for people: terminal and log.txt."""
+        if self.on:
+            print(f"\r\033[K{message}" if self.live else message, flush=True)
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=self.text)
+
+    def warn(self, message: str) -> None:
+        """Something is wrong with this rank's data: said on every rank."""
+        if self.on:
+            self.say(message)
+        else:
+            print(f"rank {self.rank}: {message}", flush=True)
+
+    def wait(self, seconds: float) -> None:
+        """Time in which the loop had no batch."""
+        self.waited += seconds
+
+    def step(self, step: int, samples: int, flops_per_sample: float, peak: float, **values) -> None:
+        """Record a training step; step counts from 1, peak is of all devices together."""
+        if not self.on:
+            return
+        now, values = time.perf_counter(), numbers(values)
+        if self.last_step is not None:
+            took = max(now - self.since, 1e-9)
+            speed = (step - self.last_step) * self.batch / took
+            values.update(samples_per_s=speed, mfu=speed * flops_per_sample / peak, stall=min(1.0, self.waited / took))
+        self.last_step, self.since, self.waited = step, now, 0.0
+        self.write(step, samples, values)
+        line = self.line(step, samples, values)
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def line(self, step: int, samples: int, values: dict) -> str:
+        parts = [f"step {step}/{self.steps}", f"{short(samples)} samples", f"loss {values['loss']:.4f}"]
+        if "temperature" in values:
+            parts.append(f"temperature {values['temperature']:.4f}")
+        if "samples_per_s" in values:
+            left = (self.steps - step) * self.batch / values["samples_per_s"]
+            parts += [f"{short(values['samples_per_s'])}/s", f"MFU {values['mfu']:.0%}", f"data stall {values['stall']:.0%}", f"ETA {clock(left)}"]
+        return " · ".join(parts)
+
+    def evaluation(self, step: int, samples: int, values: dict[str, float]) -> None:
+        if self.on:
+            self.write(step, samples, values)
+            with (self.folder / "results.jsonl").open("a") as results:
+                print(json.dumps(dict(step=step, samples=samples, **values)), file=results)
+            self.say(f"step {step} · " + " · ".join(f"{name} {value:.2%}" for name, value in values.items()))
+            self.since = time.perf_counter()  # evaluating is not training time
+            self.last_step = step
+
+    def write(self, step: int, samples: int, values: dict) -> None:
+        finite = {name: value if value == value else None for name, value in values.items()}  # JSON has no nan
+        self.metrics.write(json.dumps(dict(step=step, samples=samples, **finite)) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, samples)
+
+    def picture(self, name: str, image: Tensor, samples: int) -> None:
+        """image (3, H, W) uint8, onto TensorBoard."""
+        if self.on:
+            self.board.add_image(name, image, samples)
+
+    def close(self) -> None:
+        if self.on:
+            if self.live:
+                print(flush=True)
+            self.board.close()
+            self.metrics.close()
+            self.text.close()
+
+
+def numbers(values: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def short(count: float) -> str:
+    """12800000000 -> '12.8B'."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

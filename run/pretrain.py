@@ -1,0 +1,119 @@
+"""Pretrain a vision-language model.
+
+    deepspeed --num_accelerators 2 run/pretrain.py --config run/configs/quickstart.yaml
+    deepspeed --hostfile hostfile  run/pretrain.py --config run/configs/flip_l16.yaml --set run=runs/mine batch=16384
+
+The run folder is refused if it exists, unless --resume goes on with it: from its newest whole checkpoint, on any number of ranks.
+"""
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+if __package__ is None:  # started as a file: import from the repository root, not from run/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data.batches import Batches, Reader  # noqa: E402
+from data.shards import Shards  # noqa: E402
+from data.stream import Stream, is_stream  # noqa: E402
+from model.towers import flops  # noqa: E402
+from run.evals import evaluate, parse  # noqa: E402
+from run.lib import checkpoint, engine, folder  # noqa: E402
+from run.lib.config import Run, training_arguments  # noqa: E402
+from run.lib.log import Log, peak_flops  # noqa: E402
+from run.lib.pictures import masked_inputs  # noqa: E402
+
+
+def main() -> None:
+    cfg, resume = training_arguments(__doc__)
+    engine.merged(cfg, engine.world())  # say what is wrong with the JSON or the batch before anything starts
+    home = folder.check(Path(cfg.run), resume)
+    engine.start()
+    evals = engine.once(lambda: parse(cfg.evals))
+    reader = Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed)
+    trainer, found = restore(cfg, home, resume, reader.tokenizer)
+    batches = loader(cfg, reader, found.get("shards", 0))
+    engine.once(lambda: folder.open_folder(home, cfg, trainer.samples))
+    log = Log(home, engine.rank(), cfg.steps, cfg.batch)
+    log.say(folder.headline(cfg, trainer, batches))
+    train(cfg, home, batches, trainer, evals, log)
+    log.close()
+
+
+def loader(cfg: Run, reader: Reader, cursor: int) -> Batches | Stream:
+    """This rank's batches: by position from indexed folders, front to back from streams."""
+    share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=engine.rank(), world=engine.world())
+    if is_stream(cfg.data.train):
+        return Stream(reader, cfg.data.train, cursor=cursor, **share)
+    return Batches(reader, engine.once(lambda: Shards(cfg.data.train)), **share)  # rank 0 makes an index where there is none
+
+
+def restore(cfg: Run, home: Path, resume: bool, tokenizer) -> tuple[engine.Engine, dict]:
+    """The engine, and the checkpoint's manifest if there is one: at the beginning of the run, or where its newest whole checkpoint left it."""
+    if not resume or not checkpoint.whole(home / "checkpoints"):
+        begin = checkpoint.newest(Path(cfg.init)) if cfg.init else None
+        return engine.Engine(cfg, tokenizer.vocab_size, load=begin and partial(checkpoint.load, path=begin)), {}
+    path = checkpoint.newest(home)
+    checkpoint.check_identity(path, checkpoint.identity(cfg, tokenizer.fingerprint))
+    universal = checkpoint.prepare_elastic(path, engine.world())
+    trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
+    return trainer, checkpoint.resume(trainer, path, universal)
+
+
+def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engine, evals: list, log: Log) -> None:
+    """Update, report, evaluate, save, until the samples are spent or someone asks to stop."""
+    stop, audit = engine.Stop(), folder.Audit(home, engine.rank(), cfg.data, log.warn)
+    tokenizer = batches.reader.tokenizer
+    def save() -> Path:
+        state = dict(identity=checkpoint.identity(cfg, tokenizer.fingerprint), shards=engine.least(batches.position()))
+        return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)
+
+    peak = peak_flops() * engine.world()
+    stream = batches.stream(range(trainer.samples, cfg.steps * cfg.batch, cfg.batch), pin=engine.device().type == "cuda")
+    saved = trainer.samples
+    while trainer.samples < cfg.steps * cfg.batch and not stop.asked():
+        begin = time.perf_counter()
+        parts = next(stream)
+        log.wait(time.perf_counter() - begin)
+        audit(batches, parts, trainer.samples + cfg.batch)
+        lr = cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples)
+        loss, metrics = trainer.step(parts, lr)
+        step = trainer.samples // cfg.batch
+        if step == 1:
+            log.picture("masked inputs", masked_inputs(parts[0], cfg), trainer.samples)
+        if step % cfg.log_every == 0 or step in (1, cfg.steps):
+            finite(float(loss), step, home)
+            log.step(step, trainer.samples, cost(cfg, parts), peak, loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=audit.bad, **metrics)
+        if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples < cfg.steps * cfg.batch:
+            log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+        if due(cfg.save_every, trainer.samples, cfg.batch):
+            save()
+            saved = trainer.samples
+    if saved < trainer.samples:
+        log.say(f"saved {save()}")
+    if trainer.samples < cfg.steps * cfg.batch:
+        log.say(f"asked to stop after {trainer.samples} samples; go on with --resume")
+    elif evals:
+        log.evaluation(cfg.steps, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+
+
+def due(every: int, samples: int, batch: int) -> bool:
+    """Has this step crossed a multiple of `every` samples?"""
+    return every > 0 and samples // every > (samples - batch) // every
+
+
+def cost(cfg: Run, parts: list[dict]) -> float:
+    """Training FLOPs of one of these samples."""
+    visible = next(iter(parts[0]["views"].values()))["positions"].shape[1]
+    tokens = sum(len(part["text"]["ids"]) for part in parts) / sum(len(part["text"]["lengths"]) for part in parts)
+    return flops(cfg.model, visible, tokens)
+
+
+def finite(loss: float, step: int, home: Path) -> None:
+    if not abs(loss) < float("inf"):
+        raise ValueError(f"the loss is {loss} at step {step}; nothing was saved since {home}/checkpoints' newest; "
+                         "lower optim.lr, set optim.clip, or lengthen optim.warmup, and go on with --resume")
+
+
+if __name__ == "__main__":
+    engine.run_script(main)

@@ -1,0 +1,22 @@
+"""Launched by test_resume.py: run/pretrain.py, but that rank 1 fails in its third step."""
+import sys
+from pathlib import Path
+
+if __package__ is None:  # started as a file: import from the repository root, not from tests/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from run import pretrain  # noqa: E402
+from run.lib import engine  # noqa: E402
+
+step = engine.Engine.step
+
+
+def fail_at_three(self, *args):
+    if engine.rank() == 1 and self.samples == 2 * self.batch:
+        raise OSError("the disk is on fire")
+    return step(self, *args)
+
+
+if __name__ == "__main__":
+    engine.Engine.step = fail_at_three
+    engine.run_script(pretrain.main)

@@ -1,0 +1,57 @@
+"""The number of ranks, the ZeRO stage, accumulation and recomputation change nothing: the same twenty losses on the same global batches.
+
+    bash run/test.sh tests/test_curves.py -s        prints the largest relative differences
+"""
+import json
+
+import pytest
+
+from tests.tiny import launch, shards
+
+EXACT = 1e-5  # relative, fp32
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    """{ranks: {case: twenty losses}}, each number of ranks in one launch."""
+    data = shards(tmp_path_factory.mktemp("curves"))
+    found = {}
+    for ranks in (1, 2, 4):
+        out = data / f"{ranks}.json"
+        done = launch(ranks, "tests/curves_worker.py", str(data), str(out), timeout=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        found[ranks] = json.loads(out.read_text())
+    return found
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    """The largest relative difference of two curves."""
+    assert len(a) == len(b) == 20
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "flip", "glip"])
+def test_ranks_and_stages_agree(curves, name):
+    reference = curves[1][f"{name} stage 0"]
+    assert reference[-1] < 0.9 * reference[0], "it must learn, or equal curves say little"
+    for ranks, cases in curves.items():
+        for stage in range(4):
+            far = apart(cases[f"{name} stage {stage}"], reference)
+            print(f"{name}: {ranks} ranks, stage {stage}: {far:.1e} from one rank, stage 0")
+            assert far < EXACT
+
+
+@pytest.mark.slow
+def test_accumulation_and_recomputation_agree(curves):
+    for ranks, cases in curves.items():
+        for case, plain in (("flip stage 3 accumulate 4", "flip stage 3"), ("clip stage 1 accumulate 2", "clip stage 1"),
+                            ("flip stage 3 checkpointed", "flip stage 3")):
+            assert apart(cases[case], cases[plain]) < EXACT, (ranks, case)
+
+
+@pytest.mark.slow
+def test_bf16_stays_near_fp32(curves):
+    for cases in curves.values():
+        far = apart(cases["flip stage 3 bf16"], cases["flip stage 3"])
+        assert 0 < far < 0.04  # methods and reference: docs/log.md

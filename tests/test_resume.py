@@ -1,0 +1,125 @@
+"""A run that is killed again and again sees every sample of every epoch once and has the uninterrupted run's losses.
+
+    KILLS=10 bash run/test.sh tests/test_resume.py -s       the full count; CI kills fewer times
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+
+from tests.tiny import ROOT, command, environment, launch, settings, shards
+
+KILLS = int(os.environ.get("KILLS", 3))
+STEPS, EPOCH = 60, 120
+SCHEDULE = ("samples=960", "save_every=64", "data.trace=true", "data.workers=1")  # 60 steps of 16, 8 epochs; a checkpoint every 4th step
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return shards(tmp_path_factory.mktemp("resume"), EPOCH)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data):
+    done = launch(2, "run/pretrain.py", *settings(data, data / "straight", *SCHEDULE))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return losses(data / "straight")
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run):
+    return {row["samples"]: row["loss"] for row in records(run / "metrics.jsonl") if "loss" in row}
+
+
+def seen(run):
+    """{(epoch, shard, key): how often} over the whole run, each step counted as it was last taken."""
+    steps = {}
+    for path in sorted((run / "trace").glob("*.jsonl")):
+        for row in records(path):
+            steps.setdefault(row["samples"], {})[path.name] = row["keys"]
+    return Counter(tuple(key) for ranks in steps.values() for keys in ranks.values() for key in keys)
+
+
+def check_multiset(run):
+    found = seen(run)
+    assert set(found.values()) == {1}
+    assert Counter(epoch for epoch, _, _ in found) == {epoch: EPOCH for epoch in range(STEPS * 16 // EPOCH)}
+
+
+def kill_at(data, run, ranks, step, *more):
+    """Start or go on with the run, kill -9 its process group once metrics.jsonl has that step (or the run ends first)."""
+    resume = ["--resume"] if (run / "config.yaml").exists() else []
+    with (data / "killed.log").open("a") as log:
+        process = subprocess.Popen(command(ranks, "run/pretrain.py", *settings(data, run, *SCHEDULE, *more), *resume), cwd=ROOT, env=environment(),
+                                   stdout=log, stderr=log, start_new_session=True)
+        limit = time.time() + 120
+        while process.poll() is None and time.time() < limit:
+            if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step * 16:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        process.wait()
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps(data, uninterrupted):
+    run, rng = data / "killed", random.Random(0)
+    at = sorted(rng.sample(range(2, STEPS - 1), KILLS))
+    codes = [kill_at(data, run, 2, step) for step in at]
+    assert codes == [-signal.SIGKILL] * KILLS, (data / "killed.log").read_text()[-3000:]
+    done = launch(2, "run/pretrain.py", *settings(data, run, *SCHEDULE), "--resume")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    check_multiset(run)
+    assert losses(run) == uninterrupted, "bit for bit"
+    print(f"killed at steps {at}: {STEPS} losses bit-equal, {STEPS * 16} samples, each of {STEPS * 16 // EPOCH} epochs exact")
+
+
+@pytest.mark.slow
+def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
+    run = data / "elastic"
+    assert kill_at(data, run, 2, 15) == -signal.SIGKILL
+    assert kill_at(data, run, 1, 38, "data.workers=2") == -signal.SIGKILL
+    done = launch(2, "run/pretrain.py", *settings(data, run, *SCHEDULE, "data.workers=0"), "--resume")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    check_multiset(run)
+    found = losses(run)
+    far = max(abs(found[step] - loss) / loss for step, loss in uninterrupted.items())
+    print(f"2 -> 1 -> 2 ranks, 1 -> 2 -> 0 workers: largest relative difference {far:.1e}")
+    assert found.keys() == uninterrupted.keys() and far < 1e-4
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves(data):
+    run = data / "asked"
+    with (data / "asked.log").open("w") as log:
+        process = subprocess.Popen(command(2, "run/pretrain.py", *settings(data, run, "samples=1600k", "data.workers=1")), cwd=ROOT, env=environment(),
+                                   stdout=log, stderr=log)
+        while not ((run / "metrics.jsonl").exists() and len(losses(run)) > 5):
+            assert process.poll() is None, (data / "asked.log").read_text()
+            time.sleep(0.1)
+        begin = time.time()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    text = (data / "asked.log").read_text()
+    assert "go on with --resume" in text, text[-2000:]
+    manifest = json.loads(next((run / "checkpoints").glob("step-*/manifest.json")).read_text())
+    assert manifest["samples"] == max(losses(run)), "what was saved is where the run stopped"
+    print(f"SIGTERM: saved and left in {time.time() - begin:.1f} s")
+
+
+@pytest.mark.slow
+def test_a_failing_rank_ends_the_job(data):
+    """Rank 1 dies at its third step; the launcher's whole job is over within a minute, with its message."""
+    begin = time.time()
+    done = launch(2, "tests/failing_worker.py", *settings(data, data / "failing"))
+    assert done.returncode != 0 and "the disk is on fire" in done.stderr + done.stdout
+    assert time.time() - begin < 60

@@ -1,0 +1,96 @@
+"""A small real data set and real launches, for the tests that train: drawn shapes with captions, in shards; the deepspeed launcher.
+
+    folder = shards(tmp_path)             train/*.tar, eval/shapes/, tokenizer.model
+    run = launch(2, "run/pretrain.py", "--config", ...)   a CompletedProcess
+"""
+import io
+import os
+import socket
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data.shards import build_index, write_shard
+from data.tokenizer import train_sentencepiece
+
+ROOT = Path(__file__).parents[1]
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("circle", "square", "triangle", "cross")
+NAMES = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
+TINY = ("model.size=nano/8", "model.image_size=32", "batch=16", "samples=320", "log_every=1", "data.workers=0", "optim.warmup=64", "evals=[]")
+
+
+def picture(name: str, rng: np.random.Generator, kind: str = "png") -> bytes:
+    """A shape of that colour somewhere on a 48 x 40 picture, as a png, webp or jpeg."""
+    colour, shape = name.split()
+    image = Image.new("RGB", (48, 40), tuple(rng.integers(200, 256, 3).tolist()))
+    draw, (x, y), r = ImageDraw.Draw(image), rng.integers((14, 14), (34, 26)), int(rng.integers(8, 13))
+    box = (int(x) - r, int(y) - r, int(x) + r, int(y) + r)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(box[0], box[3]), (box[2], box[3]), (int(x), box[1])], fill=colour)
+    else:
+        draw.line(box, fill=colour, width=4)
+        draw.line((box[0], box[3], box[2], box[1]), fill=colour, width=4)
+    out = io.BytesIO()
+    image.save(out, {"jpg": "JPEG"}.get(kind, kind.upper()))
+    return out.getvalue()
+
+
+def shards(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
+    """folder/train with `count` pairs in several shards, folder/eval/shapes with every name twice, folder/tokenizer.model."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        name, kind = NAMES[i % len(NAMES)], ("png", "jpg", "webp")[i % 3]
+        rows.append((f"{i:06d}", {kind: picture(name, rng, kind), "txt": f"a {name}".encode()}))
+    (folder / "train").mkdir(parents=True)
+    for n in range(0, count, per_shard):
+        write_shard(folder / "train" / f"{n // per_shard:05d}.tar", rows[n:n + per_shard])
+    build_index(folder / "train")
+    test = folder / "eval" / "shapes" / "test"
+    test.mkdir(parents=True)
+    write_shard(test / "0.tar", [(f"{i:04d}", {"png": picture(NAMES[i % len(NAMES)], rng), "cls": str(i % len(NAMES)).encode()})
+                                 for i in range(2 * len(NAMES) + 1)])
+    (test / "nshards.txt").write_text("1")
+    (test.parent / "classnames.txt").write_text("\n".join(NAMES))
+    (test.parent / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}")
+    retrieval = folder / "eval" / "retrieval" / "test"
+    retrieval.mkdir(parents=True)
+    write_shard(retrieval / "0.tar", [(f"{i:04d}", {"png": picture(name, rng), "txt": f"a {name}\nthe {name}".encode()}) for i, name in enumerate(NAMES)])
+    (retrieval / "nshards.txt").write_text("1")
+    train_sentencepiece([f"{word} {name}" for name in NAMES for word in ("a", "the")], folder / "tokenizer.model", 320)
+    return folder
+
+
+def settings(data: Path, run: Path, *more: str) -> list[str]:
+    """The command line of a tiny run on that data."""
+    return ["--config", "run/configs/quickstart.yaml", "--set", f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)",
+            f"run={run}", *TINY, *more]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def command(ranks: int, script: str, *args: str) -> list[str]:
+    return ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port()), script, *args]
+
+
+def launch(ranks: int, script: str, *args: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    """Run a script on real ranks under the deepspeed launcher."""
+    return subprocess.run(command(ranks, script, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
