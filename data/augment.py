@@ -68,7 +68,7 @@ def random_view(data: bytes, size: int, view: View, rng: np.random.Generator) ->
     box = random_box(height, width, view, rng)
     flip = view.flip and rng.random() < 0.5
     shrink = next((s for s in (8, 4, 2) if min(box[2:]) >= s * size and is_jpeg(data)), 1)
-    top, left, rows, columns = (side // shrink for side in box)  # onto the pixels of the smaller image: at most 0.4 % of a side
+    top, left, rows, columns = (side // shrink for side in box)  # a shift of less than one pixel of the view
     image = decode(data, shrink)[top : top + rows, left : left + columns]
     return resize(image, size, size, view.interpolation, flip), (top * shrink, left * shrink, rows * shrink, columns * shrink)
 
@@ -110,7 +110,8 @@ def center_view(data: bytes, size: int, how: str = "resize_crop", interpolation:
 def resize(image: np.ndarray, height: int, width: int, interpolation: str, flip: bool = False) -> np.ndarray:
     """(H, W, 3) uint8 -> (height, width, 3); flip mirrors left and right."""
     check_interpolation(interpolation)
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels last in memory, which is what the fast kernel reads
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).view(1, *image.shape).permute(0, 3, 1, 2)
+    # torch must see channels last, in the stride of the batch too: else it works plane by plane, in twice the time
     pixels = torch.nn.functional.interpolate(pixels, (height, width), mode=interpolation, antialias=True)
     return (pixels.flip(3) if flip else pixels)[0].permute(1, 2, 0).numpy()
 

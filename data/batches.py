@@ -80,7 +80,8 @@ class Reader:
         packed, lengths = pack(ids)
         stacked = {name: dict(patches=torch.from_numpy(np.stack([v[name][0] for v in views])),
                               positions=torch.from_numpy(np.stack([v[name][1] for v in views]))) for name, _, _ in self.views}
-        return dict(views=stacked, text=dict(ids=packed, lengths=lengths, longest=int(lengths.max())), samples=torch.tensor(samples), bad=bad)
+        text = dict(ids=packed, lengths=lengths, longest=int(lengths.max()))
+        return dict(views=stacked, text=text, samples=torch.tensor(samples), bad=bad)
 
 
 def share(batch: int, world: int, accumulate: int) -> int:
@@ -118,7 +119,8 @@ class Batches(Dataset):
             except (ValueError, OSError) as error:
                 bad.append((*self.shards.name(i), " ".join(str(error).split())))
             i = int(np.random.default_rng((self.reader.seed, epoch, position, attempt, 1)).integers(len(self.shards)))
-        raise ValueError(f"data.train: {SUBSTITUTES} samples in a row cannot be read, the last {' '.join(bad[-1])}; run: run/prepare.py check DIR")
+        raise ValueError(f"data.train: {SUBSTITUTES} samples in a row cannot be read, the last {' '.join(bad[-1])}; "
+                         "run: run/prepare.py check DIR")
 
     def keys(self, part: dict) -> list[tuple[int, str, str]]:
         """(epoch, shard, key) of each sample of a part."""

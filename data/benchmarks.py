@@ -1,7 +1,7 @@
 """Evaluation sets: folders in CLIP_benchmark's webdataset layout, read in shares that cover every sample once.
 
     SET/classnames.txt, SET/zeroshot_classification_templates.txt    a class a line; a template a line, {c} is the class
-    SET/test/0.tar ...                                               key.webp|png|jpg with key.cls (the class's number) or key.txt (captions, one a line)
+    SET/test/0.tar ...          key.webp|png|jpg with key.cls (the class's number) or key.txt (captions, one a line)
 
 Names: n images on this rank in this round, L patches, P patch side.
 """
@@ -59,7 +59,7 @@ class Benchmark:
         return [line for line in self.shards[i].caption.splitlines() if line.strip()]
 
     def rounds(self, pre: Preprocess, batch: int, rank: int, world: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rounds in which every rank has a batch, of (indices (m,), patches (n, L, 3*P*P) uint8, positions (n, L)); m <= n are this rank's own.
+        """Rounds in which every rank has a batch: indices (m,), patches (n, L, 3*P*P) uint8, positions (n, L); m <= n are its own.
 
         A rank whose share ran out repeats image 0 and owns nothing of it: under ZeRO-3 all ranks must go through the tower in step.
         """

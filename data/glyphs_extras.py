@@ -1,6 +1,6 @@
 """Extras for glyphs from three Debian packages: clip art to train on, and stamps and photographs that are only evaluated on.
 
-    openclipart  openclipart-svg           5,8 thousand drawings with web-like titles; trained on where its title is no held-out concept
+    openclipart  openclipart-svg           5 thousand drawings with web-like titles; trained on where its title is no held-out concept
     tuxstamps    tuxpaint-stamps-default   cut-out photographs and drawings with sentences in many languages; held out
     gcompris     gcompris-qt-data          photographs and cartoons inside Qt resource files, named by file; held out
 
@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ PACKAGES = {  # style -> (package, licence as its copyright file has it, what to
 }
 CLIPART_PIXELS, PHOTO_PIXELS = 128, 224  # the longer side
 ADULT = re.compile("stripper|nude|naked|pantyhose|lingerie|sex")
-NO_TITLE = re.compile("^(gramastar|part of the flat icon.*|lemon svg theme|aiga.*|card|)$", re.IGNORECASE)  # names of a series, not of the drawing
+SERIES = 4  # a title on so many drawings is a series', unless their files are called so too
 RESOURCES = ("categorization", "lang", "erase", "explore_monuments", "explore_world_animals", "explore_farm_animals")
 
 
@@ -115,16 +116,29 @@ def read_rcc(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def openclipart(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
     base = folder / "usr/share/openclipart/svg"
+    drawings = []
     for path in sorted(p for p in base.rglob("*.svg") if not p.is_symlink()):
         name = path.relative_to(base).with_suffix("").as_posix()
         if name.startswith(("shapes/stars/star_", "special/")) or ADULT.search(name):
-            continue  # the first two: 1,6 thousand drawings made by a formula
-        text = path.read_text(encoding="utf-8", errors="replace")
-        title = re.sub("^Clipart by Nicu Buculei - ", "", field(text, "title")).replace("_", " ")
-        caption = spaced(re.sub(r"_?\d+$", "", path.stem)) if NO_TITLE.match(title) else title
+            continue  # the first two: 1.6 thousand drawings made by a formula
+        drawings.append((path, name, path.read_text(encoding="utf-8", errors="replace")))
+    titles = Counter(field(text, "title") for _, _, text in drawings)
+    for path, name, text in drawings:
+        title = field(text, "title")
+        caption = title.replace("_", " ") if names_one(title, titles[title], path.stem) else from_file(path.stem)
         keywords = [word.replace("_", " ") for word in field(text, "subject").split() if word != "hash"]
         if glyph := extra(words, "openclipart", name, caption, partial(draw_clipart, path), name.split("/")[0], keywords):
             yield glyph
+
+
+def names_one(title: str, uses: int, stem: str) -> bool:
+    """Whether a title names the drawing: 'Clipart by N. B. - pear' is on his apple too, 'Part of the Flat Icon Collection' on 900."""
+    return bool(title) and not title.startswith("Clipart by") and (uses < SERIES or title.split()[0].lower() in stem.lower())
+
+
+def from_file(stem: str) -> str:
+    """'aiga_bus1' -> 'bus', '001_star_butterfly' -> 'star butterfly'."""
+    return " ".join(re.sub(r"^(aiga_|\d+_)|[_\-\d]+$", "", stem).replace("_", " ").replace("-", " ").split())
 
 
 def field(text: str, tag: str) -> str:
@@ -151,19 +165,15 @@ def gcompris(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
         for path, content in sorted(read_rcc(folder / f"usr/share/gcompris-qt/rcc/{resource}.rcc")):
             stem, _, kind = Path(path).name.rpartition(".")
             if kind == "webp":
-                words_of_name = re.sub("(?<=[a-z])(?=[A-Z])", " ", re.sub(r"\d+$", "", stem))
+                caption = from_file(re.sub("(?<=[a-z])(?=[A-Z])", " ", stem)).lower()  # 'polarBear2' -> 'polar bear'
                 group = f"{resource}/{Path(path).parent.name}"
-                if glyph := extra(words, "gcompris", f"{resource}-{stem}", spaced(words_of_name).lower(), partial(draw_photo, content), group):
+                if glyph := extra(words, "gcompris", f"{resource}-{stem}", caption, partial(draw_photo, content), group):
                     yield glyph
-
-
-def spaced(name: str) -> str:
-    return re.sub("[_-]+", " ", name).strip()
 
 
 def extra(words: Vocabulary, style: str, name: str, caption: str, draw, group: str, keywords=(), captions=None) -> Glyph | None:
     """A glyph whose concept is the emoji that its caption names, so that a held-out concept is held out here too."""
-    if len(caption) < 3:
+    if len(re.findall("[^\\W\\d_]", caption)) < 3:  # letters
         return None
     about = words.about(style, words.find(caption), caption, PACKAGES[style][1]) | dict(group=group, keywords=list(keywords))
     about |= dict(captions=captions or {"en": caption}, style_split="train" if style == "openclipart" else "test")

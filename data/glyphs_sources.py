@@ -33,12 +33,13 @@ PACKAGES = {  # npm package -> version
     "cldr-annotations-derived-full": "48.2.0",
     "unicode-emoji-json": "0.9.0",
 }
+NPM_OPTIONS = ("--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=1000")  # fail in seconds
 FLUENT3D = "@lobehub/fluent-emoji-3d"
 UNSEEN_STYLES = ("fluent3d", "fluent-emoji-flat", "fluent-emoji-high-contrast")  # one maker's family: held out together
 RUN_TOGETHER = ("fxemoji",)  # 'bellcancellation': an icon that is no emoji has no readable name, so it is left out
 LANGUAGES = ("en", "de", "fr", "es", "zh", "ja", "ar", "hi", "ru", "sw")
 PIXELS = 64
-TONE = re.compile("[\U0001F3FB-\U0001F3FF]")
+TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ def install(cache: Path) -> Path:
     if installed(modules) != PACKAGES:
         cache.mkdir(parents=True, exist_ok=True)
         wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
-        done = npm(["install", "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--prefix", str(cache), *wanted])
+        done = npm(["install", *NPM_OPTIONS, "--prefix", str(cache), *wanted])
         if done.returncode:
-            said = [line.removeprefix("npm error ") for line in done.stderr.splitlines() if line.startswith("npm error ")]
-            raise ValueError(f"npm install failed ({' | '.join(said[:4]) or done.stderr.strip()[-300:]}); it needs the npm registry, or a filled {cache}")
+            said = re.findall("^npm (?:error|ERR!) (.+)$", done.stderr, re.MULTILINE)
+            why = " | ".join(said[:4]) or done.stderr.strip()[-300:]
+            raise ValueError(f"npm install failed ({why}); it needs the npm registry, or a filled {cache}")
     return modules
 
 
@@ -121,7 +123,7 @@ def read_icon_set(modules: Path, package: str) -> IconSet:
     return IconSet(
         style=data["prefix"],
         icons={name: icon for name, icon in data["icons"].items() if not icon.get("hidden")},
-        aliases={other: alias["parent"] for other, alias in data.get("aliases", {}).items() if set(alias) == {"parent"}},  # not flipped ones
+        aliases={other: alias["parent"] for other, alias in data.get("aliases", {}).items() if set(alias) == {"parent"}},  # no flips
         emoji={name: emoji_of(code) for code, name in codes.items()},
         size=(data.get("width", 16), data.get("height", 16)),
         licence=licence(modules, package)["licence"],
@@ -208,7 +210,8 @@ def unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def read_vocabulary(modules: Path, icon_sets: Iterable[IconSet]) -> Vocabulary:
-    groups = {bare(emoji): about["group"] for emoji, about in json.loads((modules / "unicode-emoji-json/data-by-emoji.json").read_text()).items()}
+    emoji = json.loads((modules / "unicode-emoji-json/data-by-emoji.json").read_text())
+    groups = {bare(e): about["group"] for e, about in emoji.items()}
     return Vocabulary({language: read_language(modules, language) for language in LANGUAGES}, groups, icon_sets)
 
 
@@ -237,7 +240,7 @@ def iconify_glyphs(icon_set: IconSet, words: Vocabulary) -> Iterator[Glyph]:
 
 def svg(icon: dict, size: tuple[int, int]) -> str:
     width, height = icon.get("width", size[0]), icon.get("height", size[1])
-    box = f'{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}'
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {spaces} viewBox="{box}" width="{width}" height="{height}">{icon["body"].replace("currentColor", "#000")}</svg>'
 

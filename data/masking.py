@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,9 +46,9 @@ class Mask:
 
     def visible(self, patches: int) -> int:
         """K for L patches, rounded down as FLIP does (19 of 196 at 90 %)."""
-        count = int(round(patches * (1 - self.ratio), 6))  # round first: 10 * (1 - 0.9) is 0.99.. in floating point, and means 1
+        count = int(round(patches * (1 - self.ratio), 6))  # 10 * (1 - 0.9) is 0.9999999999999998, and means 1
         if count == 0:
-            raise ValueError(f"mask ratio {self.ratio} hides all {patches} patches; lower the ratio, or use smaller patches or a larger image")
+            raise ValueError(f"mask: a ratio of {self.ratio} hides all {patches} patches; lower it, or use more patches")
         return count
 
     def score(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -63,7 +64,7 @@ class Mask:
 
 @strategy("random")
 class Random(Mask):
-    """FLIP (arXiv 2212.00794, 3.1): every patch is as likely to stay as any other."""
+    """FLIP (arXiv 2212.00794, section 3, image masking): every patch is as likely to stay as any other."""
 
     def score(self, noise, grid):
         return noise
@@ -71,13 +72,13 @@ class Random(Mask):
 
 @dataclass(frozen=True)
 class Centred(Mask):
-    """What GLIP's strategies share: a normal density around the image's centre, over a grid that spans [-1, 1] both ways.
+    """What GLIP's strategies share: a normal density around the image's centre, on coordinates from -1 to 1 both ways.
 
     The paper calls `sigma` a standard deviation; its released code, which gave the published results, uses the number as
     the VARIANCE, and so do we. `literal=True` follows the paper's wording.
     """
 
-    sigma: float = 0.2  # the variance of the density (not its standard deviation), in half image sides squared, > 0
+    sigma: float = 0.2  # the variance of the density, not its standard deviation; > 0
     literal: bool = False  # True: sigma is the standard deviation
 
     def __post_init__(self):
@@ -85,28 +86,33 @@ class Centred(Mask):
         if not 0 < self.sigma < math.inf:
             raise ValueError(f"sigma is {self.sigma}; it must be a finite number above 0")
 
-    def density(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """(L,): the density at every patch; the outermost patches lie on the border, at -1 and 1, as in the released code."""
-        variance = self.sigma**2 if self.literal else self.sigma
-        y, x = (torch.linspace(-1, 1, side, device=like.device) if side > 1 else like.new_zeros(1) for side in grid)
-        return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * variance)).flatten() / (2 * math.pi * variance)
+    def density(self, grid: tuple[int, int], noise: Tensor) -> Tensor:
+        """(L,), on the device of the noise."""
+        return normal_density(self.sigma**2 if self.literal else self.sigma, tuple(grid)).to(noise)
+
+
+@cache
+def normal_density(variance: float, grid: tuple[int, int]) -> Tensor:
+    """(L,) at the patches; the outermost lie on the border itself, at -1 and 1, as in the released code."""
+    y, x = (torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in grid)
+    return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * variance)).flatten() / (2 * math.pi * variance)
 
 
 @strategy("gaussian")
 class Gaussian(Centred):
-    """GLIP (arXiv 2403.15837, 3.2): patches near the centre are likelier to stay. The released code adds the density to the noise."""
+    """GLIP (arXiv 2403.15837, equation 2): patches near the centre are likelier to stay.  As released: noise plus density, the K largest."""
 
-    gumbel: bool = False  # True: draw without replacement with probability proportional to the density (Gumbel top-k)
+    gumbel: bool = False  # True: draw one by one, with probability proportional to the density (Gumbel top-k)
 
     def score(self, noise, grid):
         density = self.density(grid, noise)
-        # -log(u) / w is exponential with rate w; the K first arrivals are a draw without replacement with weights w
+        # -log(u) / w is an arrival time of rate w; the first K arrivals are K draws without replacement, of weights w
         return noise.log() / density if self.gumbel else noise + density
 
 
 @strategy("inverse_gaussian")
 class InverseGaussian(Centred):
-    """GLIP's control experiment: patches near the border are likelier to stay."""
+    """GLIP's control experiment (its table 7): patches near the border are likelier to stay."""
 
     def score(self, noise, grid):
         return noise - self.density(grid, noise)
@@ -122,17 +128,17 @@ def parse(spec: str) -> Mask:
     except (SyntaxError, AttributeError, ValueError, TypeError):
         raise ValueError(f"mask {spec!r} cannot be read; write it as none, random(0.5) or gaussian(0.5, sigma=0.2)") from None
     if name not in STRATEGIES:
-        raise ValueError(f"mask {spec!r}: {_unknown(name)}")
+        raise ValueError(f"mask {spec!r}: {unknown(name)}")
     signature = inspect.signature(STRATEGIES[name]).replace(return_annotation=inspect.Signature.empty)
     try:
-        args, options = _arguments(call)
+        args, options = arguments(call)
         signature.bind(*args, **options)
         return STRATEGIES[name](*args, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"mask {spec!r}: {error}; {name} takes {signature}") from None
 
 
-def _unknown(name: str) -> str:
+def unknown(name: str) -> str:
     if name == "none":
         return "none takes no arguments"
     near = get_close_matches(name, [*STRATEGIES, "none"], 1)
@@ -140,7 +146,7 @@ def _unknown(name: str) -> str:
     return f"unknown strategy {name!r}; known: {', '.join(sorted([*STRATEGIES, 'none']))}{hint}"
 
 
-def _arguments(call: ast.expr) -> tuple[list, dict]:
+def arguments(call: ast.expr) -> tuple[list, dict]:
     args, keywords = (call.args, call.keywords) if isinstance(call, ast.Call) else ([], [])
     names = [keyword.arg for keyword in keywords]
     if None in names or len(set(names)) < len(names):

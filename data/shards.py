@@ -49,7 +49,7 @@ class Sample:
         if "txt" in self.parts:
             return self.parts["txt"].decode("utf-8", errors="replace").strip()
         fields = json.loads(self.parts.get("json", b"{}"))
-        for name in CAPTION_FIELDS:
+        for name in CAPTION_FIELDS if isinstance(fields, dict) else ():
             if isinstance(fields.get(name), str):
                 return fields[name].strip()
         raise ValueError(f"no caption: has {', '.join(self.parts)}; a caption is a txt, or one of {', '.join(CAPTION_FIELDS)} in a json")
@@ -59,7 +59,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     """Write (key, {extension: content}) as one tar and return how many; the same samples give the same bytes."""
     part, count = path.with_name(path.name + ".part"), 0
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for count, (key, parts) in enumerate(samples, start=1):
+        for key, parts in samples:
+            count += 1
             for extension, content in parts.items():
                 member = tarfile.TarInfo(f"{key}.{extension}")  # no time, no owner: TarInfo's zeros
                 member.size = len(content)
@@ -68,10 +69,28 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     return count
 
 
+def headers(path: Path) -> list[tuple[str, str, int, int]]:
+    """The files in a tar, in order: [(key, extension, offset, bytes)]. ValueError: it is cut off, damaged or empty."""
+    try:
+        with tarfile.open(path, "r:") as tar:  # a tar cut off within a file raises ReadError here
+            files = [(*split_name(m.name), m.offset_data, m.size) for m in tar if m.isfile()]
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: truncated or no tar ({error}); fetch it again or remove it") from None
+    if not files:
+        raise ValueError(f"{path}: an empty shard; remove it")
+    return files
+
+
 def members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """The samples of a tar in order: [(key, {extension: (offset, bytes)})]; reads headers only."""
-    with tarfile.open(path, "r:") as tar:  # a cut-off tar raises ReadError here
-        files = [(*split_name(m.name), m.offset_data, m.size) for m in tar if m.isfile()]
+    return grouped(headers(path))
+
+
+def grouped(files: list[tuple[str, str, int, int]]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """`headers` as samples: files that follow each other and share a key."""
     return [(key, {ext: (offset, size) for _, ext, offset, size in group}) for key, group in groupby(files, key=lambda f: f[0])]
 
 
@@ -88,17 +107,19 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
     if not paths:
         raise ValueError(f"{folder}: no *.tar in it; name the folder that holds the shards")
     (folder / "shards.index").mkdir(exist_ok=True)
-    rows = []
+    rows, broken = [], []
     for path in progress(paths):
         try:
             samples = members(path)
-        except tarfile.TarError as error:
-            raise ValueError(f"{path}: truncated or no tar ({error}); fetch it again or remove it") from None
-        if not samples:
-            raise ValueError(f"{path}: an empty shard; remove it")
+        except ValueError as error:
+            broken.append(str(error))
+            continue
         replace_json(folder / "shards.index" / f"{path.name}.json", samples)
         extensions = Counter(extension for _, parts in samples for extension in parts)
         rows.append(dict(name=path.name, samples=len(samples), bytes=path.stat().st_size, extensions=dict(sorted(extensions.items()))))
+    if broken:
+        several = f"{folder}: {len(broken)} of {len(paths)} shards are unusable"
+        raise ValueError(broken[0] if len(broken) == 1 else "\n  ".join([several, *broken]))
     index = dict(version=VERSION, shards=rows)
     replace_json(folder / "shards.index.json", index)
     return index

@@ -30,13 +30,15 @@ def is_stream(train: tuple[str, ...]) -> bool:
 class Stream(IterableDataset):
     """One rank's batches from streamed shards; `cursor`: the sequence begins at this shard."""
 
-    def __init__(self, reader: Reader, train: tuple[str, ...], *, batch: int, accumulate: int = 1, rank: int = 0, world: int = 1, cursor: int = 0):
+    def __init__(self, reader: Reader, train: tuple[str, ...], *, batch: int, accumulate: int = 1, rank: int = 0, world: int = 1,
+                 cursor: int = 0):
         self.reader, self.urls = reader, [url for path in train for url in webdataset.shardlists.expand_urls(path)]
         self.size, self.parts, self.rank, self.world, self.cursor = share(batch, world, accumulate), accumulate, rank, world, cursor
         self.behind = [cursor] * max(1, reader.cfg.workers)  # by worker: the oldest shard that it still needs
         readers = world * max(1, reader.cfg.workers)
         if len(self.urls) < readers:
-            raise ValueError(f"data.train: {len(self.urls)} streamed shards for {readers} readers (ranks x data.workers); give more shards or fewer workers")
+            raise ValueError(f"data.train: {len(self.urls)} streamed shards for {readers} readers (ranks x data.workers); "
+                             "give more shards or fewer workers")
 
     def __len__(self) -> int:
         raise TypeError("a stream does not know its samples")

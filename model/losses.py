@@ -3,23 +3,23 @@
 Letters: `b` pairs on this rank, `B` = b x ranks, `E` embedding width, `m` rows, `n` columns; S = scale * image @ text^T.
 A rank owns the block of its b rows against all B columns and walks it tile by tile, forward and (computed again) backward: nothing of size
 b x B is ever stored. Rows are complete on one rank; columns are partial sums that two all-reduces of B numbers complete.
-A pair's own logit (its positive) is kept out of the sums, so that with gap = log-sum-exp(negatives) - positive the loss of a row is
-softplus(gap) and the pull on its pair sigmoid(gap): both stay accurate when a row is nearly solved, where `lse - positive` would cancel.
-To extend: `_negatives` and `_gradients` know nothing of ranks or of the loss. Another softmax over blocks (NT-Xent: view 1 against view 2, and
-against itself, whose diagonal is already kept out) merges the blocks' (largest, total) and calls `_gradients` with the merged sums; an infinite
-`row_lse` or `col_lse` switches that direction off.
+A pair's own logit (its positive) is kept out of the sums: with margin = positive - log-sum-exp(negatives), a row's probability is
+sigmoid(margin), and loss and gradients stay accurate where it is nearly 1 and `lse - positive` would cancel.
+To extend: `_negatives` and `_gradients` know nothing of ranks or of the loss. Another softmax over blocks (NT-Xent: view 1 against
+view 2 and against itself, whose diagonal is already kept out) merges the blocks' (largest, total) and calls `_gradients` on each
+block with the merged sums; an infinite `row_lse` or `col_lse` switches that direction off.
 """
-
 import weakref
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-# Rows x columns of a tile: 8 MiB of fp32 logits. Forward + backward on 2 CPU cores, E 512, ns a logit: 256x512 18.9, 512x512 17.4, 1024x1024 16.7,
-# 1024x2048 16.6, 2048x4096 18.4, 4096x4096 22.1 (dense 29.5): beyond, exp and sums leave the cache. Not measured on a GPU: a tile is 2 GFLOP
-# for about ten kernel launches, roughly even there, so that smaller tiles would wait for launches and larger ones gain little.
+# Rows x columns of a tile: 8 MiB of fp32 logits. Forward + backward of B 4096, E 512 on 2 CPU cores, ns a logit: 256x512 18.9,
+# 512x512 17.4, 1024x1024 16.7, 1024x2048 16.6, 2048x4096 18.4, 4096x4096 22.1 (dense 29.5): beyond it, exp and sums leave the cache.
+# Not measured on a GPU: a tile is 2 GFLOP for about ten kernel launches, near break-even, so that smaller ones would wait for launches.
 TILE = (1024, 2048)
 
 # torch 2.13 renamed these two and deprecated the names that 2.11 knows
@@ -28,13 +28,13 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _agreed = weakref.WeakKeyDictionary()  # process group -> the b all its ranks brought to the first step
 
 
-def contrastive(image, text, scale):
+def contrastive(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """image (b, E), text (b, E), scale (1,) -> (loss (), {"accuracy": ()}), the same numbers on every rank.
 
-    The loss is the mean over the B pairs and both directions, in fp32 (fp64 stays fp64). Its gradients are those of the global mean loss times
-    the number of ranks, because DeepSpeed averages parameter gradients over ranks: what reaches the parameters is the exact gradient (the first
-    row of the table of gather semantics; a detached gather would lose the other ranks' half of it, a full matrix per rank would divide it by
-    the ranks). Accuracy: the share of pairs whose logit beats every other of its row, and of its column, averaged; a tie is a miss.
+    The loss is the mean over the B pairs and both directions, in fp32 (fp64 stays fp64). Its gradients are those of the global mean loss
+    times the number of ranks: DeepSpeed averages parameter gradients over ranks, and so applies the exact gradient (a full matrix on every
+    rank, own slice re-inserted, would apply exact / ranks; local rows against detached columns only the query-side half).
+    Accuracy: the share of pairs whose logit beats every other of its row, averaged with that of its column; a tie is a miss.
     """
     if image.ndim != 2 or image.shape != text.shape or not len(image):
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)}: both must be (b, E), b > 0, one row a pair")
@@ -46,7 +46,7 @@ def contrastive(image, text, scale):
     return loss, {"accuracy": accuracy}
 
 
-def dense_contrastive(image, text, scale):
+def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """The same loss with its B x B matrix, for one process: what the tests and the benchmark compare with. (B, E), (B, E), (1,) -> ()."""
     logits = scale * image @ text.t()
     labels = torch.arange(len(image), device=image.device)
@@ -56,22 +56,20 @@ def dense_contrastive(image, text, scale):
 class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, scale):
-        b, total = len(image), len(image) * _world()
-        ctx.first = b * _rank()
+        ctx.first = len(image) * _rank()
         rows, cols = image * scale, _gather(text)
+        own, B = slice(ctx.first, ctx.first + len(image)), len(cols)
         positive, by_row, by_col = _negatives(rows, cols, ctx.first)
-        row_gap = _log_sum(*by_row) - positive
+        row_neg = by_row[0] + by_row[1].log()
         peak = _all_reduce(by_col[0].clone(), dist.ReduceOp.MAX)
         positives = torch.zeros_like(peak)
-        positives[ctx.first : ctx.first + b] = positive
-        rows_done = torch.stack([F.softplus(row_gap).sum(), (positive > by_row[0]).sum()])  # loss and hits of image to text
-        message = torch.cat([by_col[1] * (by_col[0] - peak).exp(), positives, rows_done])
-        col_sum, positives, rows_done = _all_reduce(message, dist.ReduceOp.SUM).split([total, total, 2])
-        col_gap = _log_sum(peak, col_sum) - positives
-        cols_done = torch.stack([F.softplus(col_gap).sum(), (positives > peak).sum()])
-        loss, accuracy = (rows_done + cols_done) / (2 * total)
-        pull = row_gap.sigmoid() + col_gap[ctx.first : ctx.first + b].sigmoid()
-        row_lse, col_lse = positive + F.softplus(row_gap), positives + F.softplus(col_gap)
+        positives[own] = positive
+        message = torch.cat([by_col[1] * (by_col[0] - peak).exp(), positives, _score(positive, row_neg, by_row[0])])
+        col_sum, positives, rows_score = _all_reduce(message, dist.ReduceOp.SUM).split([B, B, 2])
+        col_neg = peak + col_sum.log()
+        loss, accuracy = (x.clone() for x in (rows_score + _score(positives, col_neg, peak)) / (2 * B))  # no views: `loss *= 2` may follow
+        pull = (row_neg - positive).sigmoid() + (col_neg - positives)[own].sigmoid()
+        row_lse, col_lse = torch.logaddexp(row_neg, positive), torch.logaddexp(col_neg, positives)
         ctx.save_for_backward(image, scale, cols, row_lse, col_lse, pull)
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy
@@ -86,7 +84,7 @@ class _Contrastive(torch.autograd.Function):
         d_cols[own].addcmul_(pull[:, None], rows, value=-1)
         grad = grad * _world() / (2 * len(cols))  # x ranks: DeepSpeed averages
         d_scale = (d_rows * image).sum() * grad  # sum(G * image @ text^T): this rank's share of it
-        return d_rows * (grad * scale), _scatter_sum(d_cols) * grad, d_scale.reshape(1)
+        return d_rows.mul_(grad * scale), _scatter_sum(d_cols).mul_(grad), d_scale.reshape(1)
 
 
 def _tiles(rows, cols, first):
@@ -124,8 +122,9 @@ def _fold(largest, total, tile, dim):
     largest.copy_(new)
 
 
-def _log_sum(largest, total):
-    return largest + total.log()
+def _score(positive, negatives, largest):
+    """Positive logits, their negatives' log-sum-exp and largest, all (k,) -> [summed loss, pairs that win] (2,)."""
+    return torch.stack([-F.logsigmoid(positive - negatives).sum(), (positive > largest).sum()])
 
 
 def _gradients(rows, cols, first, row_lse, col_lse):
@@ -154,7 +153,7 @@ def _check_batch(image):
             raise ValueError(f"local batches {sizes} differ over the ranks: the contrastive loss needs the same number on every rank")
         _agreed[group] = b
     if b != _agreed[group]:
-        raise ValueError(f"local batch {b} on rank {_rank()}, {_agreed[group]} at the first step: every rank must bring that number at every step")
+        raise ValueError(f"local batch {b} on rank {_rank()}, {_agreed[group]} at the first step: bring that number at every step")
 
 
 def _world():
@@ -170,7 +169,7 @@ def _gather(x):
     if _world() == 1:
         return x
     out = x.new_empty(len(x) * _world(), *x.shape[1:])
-    _all_gather(out, x.contiguous())
+    _all_gather(out, x.contiguous())  # NCCL refuses any other
     return out
 
 

@@ -55,7 +55,9 @@ class Init:
 def vision_init(init: str, width: int) -> Init:
     """For 'clip', what open_clip trains with: torch's defaults (fused Xavier for qkv) in all linear layers, std D ** -0.5 in the rest."""
     std = width ** -0.5
-    return Init() if init == "flip" else Init("xavier", "uniform", "uniform", "uniform", "uniform", std, "uniform", cls=std, positions=std)
+    if init == "flip":
+        return Init()
+    return Init(out="uniform", up="uniform", down="uniform", patch="uniform", bias="uniform", projection=std, cls=std, positions=std)
 
 
 def text_init(init: str, width: int, depth: int) -> Init:
@@ -63,4 +65,4 @@ def text_init(init: str, width: int, depth: int) -> Init:
     std, residual = width ** -0.5, (2 * depth) ** -0.5  # `residual` keeps the sum of 2 * depth branches at the scale of one
     if init == "flip":
         return Init()
-    return Init(std, std * residual, (2 * width) ** -0.5, std * residual, projection=std, bias="uniform", positions=0.01)
+    return Init(qkv=std, out=std * residual, up=(2 * width) ** -0.5, down=std * residual, bias="uniform", projection=std, positions=0.01)

@@ -116,12 +116,12 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def flops(cfg: ModelConfig, visible: int, text_tokens: int) -> float:
-    """Training FLOPs of one sample with K `visible` patches and a caption of `text_tokens`: forward x 3, a multiply-add is 2.
+def flops(cfg: ModelConfig, visible: int, text_tokens: float) -> float:
+    """Training FLOPs of a sample: K `visible` patches, `text_tokens` in its caption (a mean will do). Forward x 3; a multiply-add is 2.
 
     Not counted: norms, softmax, look-ups, the loss, and what checkpoint_activations recomputes.
     """
-    def blocks(tokens: int, width: int, depth: int) -> float:
+    def blocks(tokens: float, width: int, depth: int) -> float:
         return depth * (12 * tokens * width ** 2 + 2 * tokens ** 2 * width)  # 4 D D + 8 D D weights; q k and its use of v
     s = cfg.shape
     vision = blocks(1 + visible, s.width, s.depth) + visible * 3 * cfg.patch ** 2 * s.width + s.width * s.embed

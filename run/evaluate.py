@@ -15,8 +15,9 @@ import json  # noqa: E402
 
 from data.tokenizer import build as build_tokenizer  # noqa: E402
 from model.methods import METHODS  # noqa: E402
-from run.evals import evaluate, parse, table  # noqa: E402
-from run.lib import checkpoint, config, engine  # noqa: E402
+from run.evals import evaluate, parse  # noqa: E402
+from run.lib import checkpoint, config, engine, ranks  # noqa: E402
+from run.lib.log import table  # noqa: E402
 
 
 def main() -> None:
@@ -28,16 +29,16 @@ def main() -> None:
     path = checkpoint.newest(Path(found.run))
     home = path.parents[1]
     cfg = config.load(home / "config.yaml")
-    engine.start()
-    evals = engine.once(lambda: parse(found.evals or cfg.evals))
+    ranks.start()
+    evals = ranks.once(lambda: parse(found.evals or cfg.evals))
     if not evals:
-        raise ValueError("--evals: none given, and the run's config names none; e.g. --evals zero_shot:data/glyphs/eval/seen_concepts_seen_style")
+        raise ValueError("--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER")
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
     checkpoint.check_identity(path, checkpoint.identity(cfg, tokenizer.fingerprint))
     method = METHODS[cfg.method](cfg.model, tokenizer.vocab_size, cfg.data.context)
     checkpoint.load(method, path)
     results = evaluate(engine.place(method, cfg), cfg, tokenizer, evals)
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         report(results, path, home)
 
 
@@ -50,4 +51,4 @@ def report(results: dict[str, float], path: Path, home: Path) -> None:
 
 
 if __name__ == "__main__":
-    engine.run_script(main)
+    ranks.run_script(main)

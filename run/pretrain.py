@@ -18,7 +18,7 @@ from data.shards import Shards  # noqa: E402
 from data.stream import Stream, is_stream  # noqa: E402
 from model.towers import flops  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
-from run.lib import checkpoint, engine, folder  # noqa: E402
+from run.lib import checkpoint, engine, folder, ranks  # noqa: E402
 from run.lib.config import Run, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
 from run.lib.pictures import masked_inputs  # noqa: E402
@@ -26,15 +26,15 @@ from run.lib.pictures import masked_inputs  # noqa: E402
 
 def main() -> None:
     cfg, resume = training_arguments(__doc__)
-    engine.merged(cfg, engine.world())  # say what is wrong with the JSON or the batch before anything starts
+    engine.merged(cfg, ranks.world())  # say what is wrong with the JSON or the batch before anything starts
     home = folder.check(Path(cfg.run), resume)
-    engine.start()
-    evals = engine.once(lambda: parse(cfg.evals))
+    ranks.start()
+    evals = ranks.once(lambda: parse(cfg.evals))
     reader = Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed)
     trainer, found = restore(cfg, home, resume, reader.tokenizer)
     batches = loader(cfg, reader, found.get("shards", 0))
-    engine.once(lambda: folder.open_folder(home, cfg, trainer.samples))
-    log = Log(home, engine.rank(), cfg.steps, cfg.batch)
+    ranks.once(lambda: folder.open_folder(home, cfg, trainer.samples))
+    log = Log(home, ranks.rank(), cfg.steps, cfg.batch)
     log.say(folder.headline(cfg, trainer, batches))
     train(cfg, home, batches, trainer, evals, log)
     log.close()
@@ -42,10 +42,10 @@ def main() -> None:
 
 def loader(cfg: Run, reader: Reader, cursor: int) -> Batches | Stream:
     """This rank's batches: by position from indexed folders, front to back from streams."""
-    share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=engine.rank(), world=engine.world())
+    share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=ranks.rank(), world=ranks.world())
     if is_stream(cfg.data.train):
         return Stream(reader, cfg.data.train, cursor=cursor, **share)
-    return Batches(reader, engine.once(lambda: Shards(cfg.data.train)), **share)  # rank 0 makes an index where there is none
+    return Batches(reader, ranks.once(lambda: Shards(cfg.data.train)), **share)  # rank 0 makes an index where there is none
 
 
 def restore(cfg: Run, home: Path, resume: bool, tokenizer) -> tuple[engine.Engine, dict]:
@@ -55,21 +55,21 @@ def restore(cfg: Run, home: Path, resume: bool, tokenizer) -> tuple[engine.Engin
         return engine.Engine(cfg, tokenizer.vocab_size, load=begin and partial(checkpoint.load, path=begin)), {}
     path = checkpoint.newest(home)
     checkpoint.check_identity(path, checkpoint.identity(cfg, tokenizer.fingerprint))
-    universal = checkpoint.prepare_elastic(path, engine.world())
+    universal = checkpoint.prepare_elastic(path, ranks.world())
     trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
     return trainer, checkpoint.resume(trainer, path, universal)
 
 
 def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engine, evals: list, log: Log) -> None:
     """Update, report, evaluate, save, until the samples are spent or someone asks to stop."""
-    stop, audit = engine.Stop(), folder.Audit(home, engine.rank(), cfg.data, log.warn)
+    stop, audit = ranks.Stop(), folder.Audit(home, ranks.rank(), cfg.data, log.warn)
     tokenizer = batches.reader.tokenizer
     def save() -> Path:
-        state = dict(identity=checkpoint.identity(cfg, tokenizer.fingerprint), shards=engine.least(batches.position()))
+        state = dict(identity=checkpoint.identity(cfg, tokenizer.fingerprint), shards=ranks.least(batches.position()))
         return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)
 
-    peak = peak_flops() * engine.world()
-    stream = batches.stream(range(trainer.samples, cfg.steps * cfg.batch, cfg.batch), pin=engine.device().type == "cuda")
+    peak = peak_flops() * ranks.world()
+    stream = batches.stream(range(trainer.samples, cfg.steps * cfg.batch, cfg.batch), pin=ranks.device().type == "cuda")
     saved = trainer.samples
     while trainer.samples < cfg.steps * cfg.batch and not stop.asked():
         begin = time.perf_counter()
@@ -83,7 +83,8 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
             log.picture("masked inputs", masked_inputs(parts[0], cfg), trainer.samples)
         if step % cfg.log_every == 0 or step in (1, cfg.steps):
             finite(float(loss), step, home)
-            log.step(step, trainer.samples, cost(cfg, parts), peak, loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=audit.bad, **metrics)
+            values = dict(loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=audit.bad, **metrics)
+            log.step(step, trainer.samples, cost(cfg, parts), peak, **values)
         if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples < cfg.steps * cfg.batch:
             log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
         if due(cfg.save_every, trainer.samples, cfg.batch):
@@ -116,4 +117,4 @@ def finite(loss: float, step: int, home: Path) -> None:
 
 
 if __name__ == "__main__":
-    engine.run_script(main)
+    ranks.run_script(main)

@@ -6,17 +6,17 @@ if __package__ is None:  # started as a file: import from the repository root, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from run import pretrain  # noqa: E402
-from run.lib import engine  # noqa: E402
+from run.lib import engine, ranks  # noqa: E402
 
 step = engine.Engine.step
 
 
 def fail_at_three(self, *args):
-    if engine.rank() == 1 and self.samples == 2 * self.batch:
+    if ranks.rank() == 1 and self.samples == 2 * self.batch:
         raise OSError("the disk is on fire")
     return step(self, *args)
 
 
 if __name__ == "__main__":
     engine.Engine.step = fail_at_three
-    engine.run_script(pretrain.main)
+    ranks.run_script(pretrain.main)

@@ -58,8 +58,8 @@ def kill_at(data, run, ranks, step, *more):
     """Start or go on with the run, kill -9 its process group once metrics.jsonl has that step (or the run ends first)."""
     resume = ["--resume"] if (run / "config.yaml").exists() else []
     with (data / "killed.log").open("a") as log:
-        process = subprocess.Popen(command(ranks, "run/pretrain.py", *settings(data, run, *SCHEDULE, *more), *resume), cwd=ROOT, env=environment(),
-                                   stdout=log, stderr=log, start_new_session=True)
+        line = command(ranks, "run/pretrain.py", *settings(data, run, *SCHEDULE, *more), *resume)
+        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
         limit = time.time() + 120
         while process.poll() is None and time.time() < limit:
             if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step * 16:
@@ -101,8 +101,8 @@ def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
 def test_sigterm_saves_and_leaves(data):
     run = data / "asked"
     with (data / "asked.log").open("w") as log:
-        process = subprocess.Popen(command(2, "run/pretrain.py", *settings(data, run, "samples=1600k", "data.workers=1")), cwd=ROOT, env=environment(),
-                                   stdout=log, stderr=log)
+        line = command(2, "run/pretrain.py", *settings(data, run, "samples=1600k", "data.workers=1"))
+        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=log, stderr=log)
         while not ((run / "metrics.jsonl").exists() and len(losses(run)) > 5):
             assert process.poll() is None, (data / "asked.log").read_text()
             time.sleep(0.1)

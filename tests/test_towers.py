@@ -16,11 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.towers import PATCHES, SIZES, ModelConfig, Temperature, TextConfig, Towers, VisionConfig, flops
 
 GOLDEN = Path(__file__).parent / "golden" / "params.txt"
-OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = ModelConfig(
     init="clip",
-    vision=VisionConfig(positions="learned", pool="cls", pre_norm=True, patch_bias=False, activation="gelu", eps=1e-5,
-                        mean=OPENAI[0], std=OPENAI[1]),
+    vision=VisionConfig(positions="learned", pool="cls", pre_norm=True, patch_bias=False, activation="gelu", eps=1e-5),
     text=TextConfig(causal=True, pool="eot", activation="gelu", eps=1e-5))
 FLAVOURS = {"flip": (ModelConfig(), 30523, 32), "clip": (CLIP, 49408, 77)}  # config, vocabulary, context
 SMALL = {"size": "nano/8", "image_size": 32}
@@ -141,12 +139,15 @@ def test_clip_draws_as_open_clip_does():
             assert (a.abs().max() / a.std()).item() == pytest.approx((b.abs().max() / b.std()).item(), rel=0.3), name
 
 
-@pytest.mark.parametrize("size, name", [("S/16", "ViT-S-16"), ("B/16", "ViT-B-16"), ("B/32", "ViT-B-32"), ("L/14", "ViT-L-14"), ("H/14", "ViT-H-14")])
-def test_counts_equal_open_clip(size, name):
+@pytest.mark.parametrize("size", ["S/16", "B/16", "B/32", "L/14", "H/14"])
+def test_counts_and_heads_equal_open_clip(size):
     open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
-        reference = open_clip.model.CLIP(**open_clip.get_model_config(name))
+        reference = open_clip.model.CLIP(**open_clip.get_model_config("ViT-" + size.replace("/", "-")))
     assert count(meta("clip", size)) == count(reference)
+    shape = ModelConfig(size=size).shape
+    heads = [tower.resblocks[0].attn.num_heads for tower in (reference.visual.transformer, reference.transformer)]
+    assert [shape.heads, shape.text_heads] == heads  # which no count can tell
 
 
 # ---- what a model costs
@@ -163,9 +164,12 @@ def test_parameter_counts_of_all_sizes():
     assert lines == GOLDEN.read_text().splitlines()
 
 
-@pytest.mark.parametrize("flavour, size, millions", [("flip", "B/16", 139.8), ("flip", "L/16", 413.0), ("flip", "H/14", 966.4), ("clip", "B/16", 149.6)])
-def test_parameter_counts_of_the_papers(flavour, size, millions):
-    assert round(count(meta(flavour, size)) / 1e6, 1) == millions
+PAPERS = {("flip", "B/16"): 139.8, ("flip", "L/16"): 413.0, ("flip", "H/14"): 966.4, ("clip", "B/16"): 149.6}
+
+
+@pytest.mark.parametrize("flavour, size", PAPERS)
+def test_parameter_counts_of_the_papers(flavour, size):
+    assert round(count(meta(flavour, size)) / 1e6, 1) == PAPERS[flavour, size]
 
 
 @pytest.mark.parametrize("flavour, visible, length", [("flip", 16, 12), ("flip", 4, 12), ("clip", 8, 6)])
@@ -202,19 +206,14 @@ def test_uint8_equals_normalised_floats(flavour):
     torch.testing.assert_close(towers.vision(patches_of(pixels.float(), 8).byte(), everywhere(2)), towers.vision(floats, everywhere(2)))
 
 
-def test_mean_with_cls():
-    tokens = torch.randn(2, 6, 128)
-    torch.testing.assert_close(small("flip").vision.pool(tokens), tokens.mean(1))
-
-
-def test_flip_class_token_has_no_position():
-    vision = small("flip").vision
-    assert not vision.state_dict().keys() & {"positions"} and vision.positions.shape == (16, 128)
-    seen = []
+def test_flip_class_token_has_no_position_and_joins_the_mean():
+    vision, seen = small("flip").vision, []
+    assert "positions" not in vision.state_dict() and vision.positions.shape == (16, 128)
     vision.blocks.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    vision(torch.zeros(1, 3, 192), torch.tensor([[0, 5, 9]]))
+    tokens = vision(torch.zeros(1, 3, 192), torch.tensor([[0, 5, 9]]))
     torch.testing.assert_close(seen[0][0, 0], vision.cls)
     torch.testing.assert_close(seen[0][0, 1:], vision.positions[[0, 5, 9]])  # zero patches, zero bias
+    torch.testing.assert_close(vision.pool(tokens), tokens.mean(1))
 
 
 def test_flip_text_pools_the_first_token():

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "cross")
 NAMES = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
-TINY = ("model.size=nano/8", "model.image_size=32", "batch=16", "samples=320", "log_every=1", "data.workers=0", "optim.warmup=64", "evals=[]")
+TINY = ("model.size=nano/8", "model.image_size=32", "batch=16", "samples=320", "log_every=1", "data.workers=0", "optim.warmup=64",
+        "evals=[]")
 
 
 def picture(name: str, rng: np.random.Generator, kind: str = "png") -> bytes:
@@ -64,7 +65,8 @@ def shards(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
     (test.parent / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}")
     retrieval = folder / "eval" / "retrieval" / "test"
     retrieval.mkdir(parents=True)
-    write_shard(retrieval / "0.tar", [(f"{i:04d}", {"png": picture(name, rng), "txt": f"a {name}\nthe {name}".encode()}) for i, name in enumerate(NAMES)])
+    write_shard(retrieval / "0.tar", [(f"{i:04d}", {"png": picture(name, rng), "txt": f"a {name}\nthe {name}".encode()})
+                                      for i, name in enumerate(NAMES)])
     (retrieval / "nshards.txt").write_text("1")
     train_sentencepiece([f"{word} {name}" for name in NAMES for word in ("a", "the")], folder / "tokenizer.model", 320)
     return folder
@@ -72,8 +74,8 @@ def shards(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
 
 def settings(data: Path, run: Path, *more: str) -> list[str]:
     """The command line of a tiny run on that data."""
-    return ["--config", "run/configs/quickstart.yaml", "--set", f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)",
-            f"run={run}", *TINY, *more]
+    return ["--config", "run/configs/quickstart.yaml", "--set", f"data.train={data}/train",
+            f"data.tokenizer=sentencepiece({data}/tokenizer.model)", f"run={run}", *TINY, *more]
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Contrastive language-image pretraining: CLIP (arXiv 2103.00020), and with a masked view FLIP (arXiv 2212.00794) and GLIP (arXiv 2403.15837).
+"""Contrastive language-image pretraining: CLIP (arXiv 2103.00020); with a masked view FLIP (2212.00794) and GLIP (2403.15837).
 
 The three differ only in the `mask:` of the view `image`: none, random(0.5), gaussian(0.5).
 """

@@ -35,21 +35,3 @@ def evaluate(method, cfg: Run, tokenizer, evals: list[tuple[str, Benchmark]]) ->
         results |= {f"{kind}/{benchmark.name}/{metric}": value for metric, value in EVALS[kind](model, benchmark).items()}
     method.train(was_training)
     return results
-
-
-def table(results: dict[str, float]) -> str:
-    """{kind/set/metric: share} as a line a set, in per cent; top1 also as a multiple of chance."""
-    rows: dict[str, dict] = {}
-    for name, value in results.items():
-        kind, benchmark, metric = name.split("/")
-        rows.setdefault(f"{kind:10} {benchmark}", {})[metric] = value
-    wide = max(map(len, rows))
-    return "\n".join(f"{name:{wide}}  " + "  ".join(map(cell, values.items())) + against_chance(values) for name, values in rows.items())
-
-
-def cell(item: tuple[str, float]) -> str:
-    return f"{item[0]} {item[1]:7.2%}"
-
-
-def against_chance(values: dict) -> str:
-    return f"  ({values['top1'] / values['chance']:.0f}x chance)" if "chance" in values else ""

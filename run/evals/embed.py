@@ -5,7 +5,7 @@ from torch import Tensor
 from data.benchmarks import Benchmark, Preprocess
 from data.tokenizer import pack
 from run.lib.config import Run
-from run.lib.engine import rank, to_device, total, world
+from run.lib.ranks import rank, to_device, total, world
 
 BATCH = 64  # images, or texts, a rank embeds at once
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.benchmarks import Benchmark
 from run.evals.embed import Embedder
-from run.lib.engine import rank, total, world
+from run.lib.ranks import rank, total, world
 
 AT = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at once

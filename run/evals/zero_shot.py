@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from data.benchmarks import Benchmark
 from run.evals.embed import Embedder
-from run.lib.engine import total
+from run.lib.ranks import total
 
 
 def evaluate(model: Embedder, benchmark: Benchmark) -> dict[str, float]:

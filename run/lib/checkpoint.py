@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from run.lib.config import Run, plain
-from run.lib.engine import Engine, barrier, rank, store, whole_parameter, world, zero_weights
+from run.lib.engine import Engine, whole_parameter, zero_weights
+from run.lib.ranks import barrier, rank, store, world
 
 
 def identity(cfg: Run, tokenizer: str) -> dict:

@@ -19,8 +19,9 @@ from data.batches import Batches, DataConfig
 from data.stream import Stream
 from run.lib import config
 from run.lib.config import ROOT, Run
-from run.lib.engine import Engine, world
+from run.lib.engine import Engine
 from run.lib.log import short
+from run.lib.ranks import world
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
 
@@ -65,8 +66,8 @@ def trim(records: Path, samples: int) -> None:
 
 def provenance() -> dict:
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
-    return dict(commit=git.stdout.strip() or "unknown", started=time.strftime("%Y-%m-%d %H:%M:%S"), ranks=world(), python=platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in PACKAGES})
+    versions = dict(python=platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES})
+    return dict(commit=git.stdout.strip() or "unknown", started=time.strftime("%Y-%m-%d %H:%M:%S"), ranks=world(), **versions)
 
 
 def headline(cfg: Run, engine: Engine, batches: Batches | Stream) -> str:
@@ -75,7 +76,8 @@ def headline(cfg: Run, engine: Engine, batches: Batches | Stream) -> str:
     masks = ", ".join(f"{name} {view.mask}" for name, view in cfg.views.items())
     size = f"{len(batches.shards):,} pairs" if isinstance(batches, Batches) else f"{len(batches.urls):,} streamed shards"
     precision = "bf16" if engine.bf16 else "fp32"
-    return (f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · {world()} ranks, ZeRO {engine.stage}, {precision} · "
+    return (f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · "
+            f"{world()} ranks, ZeRO {engine.stage}, {precision} · "
             f"{short(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}")
 
 

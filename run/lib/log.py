@@ -82,7 +82,8 @@ class Log:
             parts.append(f"temperature {values['temperature']:.4f}")
         if "samples_per_s" in values:
             left = (self.steps - step) * self.batch / values["samples_per_s"]
-            parts += [f"{short(values['samples_per_s'])}/s", f"MFU {values['mfu']:.0%}", f"data stall {values['stall']:.0%}", f"ETA {clock(left)}"]
+            speed, mfu = short(values["samples_per_s"]), f"{values['mfu']:.0%}"
+            parts += [f"{speed}/s", f"MFU {mfu}", f"data stall {values['stall']:.0%}", f"ETA {clock(left)}"]
         return " · ".join(parts)
 
     def evaluation(self, step: int, samples: int, values: dict[str, float]) -> None:
@@ -90,7 +91,7 @@ class Log:
             self.write(step, samples, values)
             with (self.folder / "results.jsonl").open("a") as results:
                 print(json.dumps(dict(step=step, samples=samples, **values)), file=results)
-            self.say(f"step {step} · " + " · ".join(f"{name} {value:.2%}" for name, value in values.items()))
+            self.say(f"evaluated after step {step}, {short(samples)} samples:\n{table(values)}")
             self.since = time.perf_counter()  # evaluating is not training time
             self.last_step = step
 
@@ -130,3 +131,21 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def table(results: dict[str, float]) -> str:
+    """{kind/set/metric: share} as a line a set, in per cent; top1 also as a multiple of chance."""
+    rows: dict[str, dict] = {}
+    for name, value in results.items():
+        kind, benchmark, metric = name.split("/")
+        rows.setdefault(f"{kind:10} {benchmark}", {})[metric] = value
+    wide = max(map(len, rows))
+    return "\n".join(f"{name:{wide}}  " + "  ".join(map(cell, values.items())) + against_chance(values) for name, values in rows.items())
+
+
+def cell(item: tuple[str, float]) -> str:
+    return f"{item[0]} {item[1]:7.2%}"
+
+
+def against_chance(values: dict) -> str:
+    return f"  ({values['top1'] / values['chance']:.0f}x chance)" if "chance" in values else ""

@@ -62,4 +62,5 @@ def groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
             if parameter.requires_grad:
                 (free if kind(module, name) in cfg.no_decay else decayed).append(parameter)
     assert len(decayed) + len(free) == sum(p.requires_grad for p in model.parameters()), "a parameter is shared or missed"
-    return [group for group in (dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=free, weight_decay=0.0)) if group["params"]]
+    both = dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=free, weight_decay=0.0)
+    return [group for group in both if group["params"]]

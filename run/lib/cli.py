@@ -1,0 +1,28 @@
+"""What scripts without ranks share: how they end, and their progress bar.  (Scripts on ranks end through run/lib/engine.py.)
+
+    if __name__ == "__main__":
+        run_script(main)
+"""
+import sys
+from collections.abc import Callable, Iterable
+
+from tqdm import tqdm
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run main and exit with its code; what a user can mend is told in one line and exits with 2."""
+    try:
+        code = main()
+    except (ValueError, OSError) as error:
+        named = isinstance(error, OSError) and error.filename
+        print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def bar(items: Iterable, text: str, unit: str = "", total: int | None = None) -> Iterable:
+    """The items, with a progress bar on a terminal and silently elsewhere."""
+    return tqdm(items, desc=text, unit=unit, total=total, file=sys.stderr, disable=None, smoothing=0.05)
