@@ -30,13 +30,6 @@ Box = tuple[int, int, int, int]
 INTERPOLATIONS = ("bicubic", "bilinear")
 TRIES = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
 
-# (mean, standard deviation) of red, green and blue, for pixels in [0, 1]
-NORMALISE = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
 
 @dataclass(frozen=True)
 class View:

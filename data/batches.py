@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.augment import View, random_view
 from data.masking import Mask, parse
-from data.patches import visible
+from data import patches
 from data.shards import Order, Sample, Shards
 from data.tokenizer import build as build_tokenizer
 from data.tokenizer import pack
@@ -59,7 +59,9 @@ class Reader:
         self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
         self.views = [(name, view, parse(view.mask)) for name, view in sorted(views.items())]
         self.tokenizer = build_tokenizer(cfg.tokenizer, cfg.context)
-        self.grid = (image_size // patch,) * 2
+        self.grid = patches.grid(image_size, image_size, patch)
+        for _, _, mask in self.views:
+            mask.visible(self.grid[0] * self.grid[1])  # a mask that hides everything is refused here
 
     def row(self, sample: Sample, epoch: int, number: int) -> tuple[tuple[int, int], list[int], dict]:
         """((epoch, number), token ids, {view: (visible patches, positions)}) of a sample; ValueError or OSError if it cannot be read."""
@@ -73,7 +75,7 @@ class Reader:
         image, _ = random_view(data, self.image_size, view, rng)
         noise = torch.from_numpy(rng.random((1, self.grid[0] * self.grid[1]), dtype=np.float32))
         keep = mask(noise, self.grid)[0].numpy()
-        return visible(image, self.patch, keep), keep.astype(np.int16)
+        return patches.visible(image, self.patch, keep), keep.astype(np.int16)
 
     def part(self, rows: list[tuple], bad: list[tuple]) -> dict:
         samples, ids, views = zip(*rows)

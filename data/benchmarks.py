@@ -52,7 +52,11 @@ class Benchmark:
         return [[template.replace("{c}", name) for template in templates] for name in self.lines("classnames.txt")]
 
     def label(self, i: int) -> int:
-        return int(self.shards[i].parts["cls"])
+        """The class's number of image i."""
+        sample = self.shards[i]
+        if "cls" not in sample.parts:
+            raise ValueError(f"evals: {self.folder}: {sample.shard} {sample.key} has no cls (has {', '.join(sample.parts)})")
+        return int(sample.parts["cls"])
 
     def captions(self, i: int) -> list[str]:
         """The captions of image i, in order."""
@@ -85,5 +89,9 @@ class _Rounds(Dataset):
         return torch.tensor(list(mine), dtype=torch.int64), patches, positions
 
     def patches(self, i: int) -> np.ndarray:
-        image = center_view(self.shards[i].image, self.pre.image_size, self.pre.how, self.pre.interpolation)
+        sample = self.shards[i]
+        try:
+            image = center_view(sample.image, self.pre.image_size, self.pre.how, self.pre.interpolation)
+        except ValueError as error:
+            raise ValueError(f"evals: {sample.shard} {sample.key}: {error}") from None
         return visible(image, self.pre.patch, self.everything)

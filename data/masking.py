@@ -100,7 +100,7 @@ def normal_density(variance: float, grid: tuple[int, int]) -> Tensor:
 
 @strategy("gaussian")
 class Gaussian(Centred):
-    """GLIP (arXiv 2403.15837, equation 2): patches near the centre are likelier to stay.  As released: noise plus density, the K largest."""
+    """GLIP (arXiv 2403.15837, equation 2): patches near the centre are likelier to stay.  As released: noise plus density."""
 
     gumbel: bool = False  # True: draw one by one, with probability proportional to the density (Gumbel top-k)
 

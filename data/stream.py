@@ -13,7 +13,7 @@ import numpy as np
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.batches import Reader, ahead, share
+from data.batches import SUBSTITUTES, Reader, ahead, share
 from data.shards import Sample, split_name
 
 BUFFER = 1000  # samples that a reader mixes
@@ -58,7 +58,7 @@ class Stream(IterableDataset):
 
     def rows(self, workers: int, worker: int, bad: list[tuple]) -> Iterator[tuple[int, tuple, tuple]]:
         """(oldest shard still in the buffer, row, key) without end; what cannot be read goes to `bad`."""
-        rng, buffer = np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker)), []
+        rng, buffer, failed = np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker)), [], 0
         for sample, epoch, ordinal in self.samples(self.rank * workers + worker, self.world * workers, bad):
             buffer.append((sample, epoch, ordinal))
             if len(buffer) < BUFFER:
@@ -70,11 +70,16 @@ class Stream(IterableDataset):
                 row = self.reader.row(sample, epoch, zlib.crc32(f"{sample.shard}/{sample.key}".encode()))
             except (ValueError, OSError) as error:
                 bad.append((sample.shard, sample.key, " ".join(str(error).split())))
+                failed += 1
+                if failed == SUBSTITUTES:
+                    raise ValueError(f"data.train: {failed} samples in a row cannot be read, the last {' '.join(bad[-1])}") from None
                 continue
+            failed = 0
             yield min((o for _, _, o in buffer), default=ordinal), row, (epoch, sample.shard, sample.key)
 
     def samples(self, reader: int, readers: int, bad: list[tuple]) -> Iterator[tuple[Sample, int, int]]:
-        """(sample, epoch, shard's place in the sequence) of this reader's shards."""
+        """(sample, epoch, shard's place in the sequence) of this reader's shards; ValueError where one after another is empty."""
+        empty = 0
         for ordinal in count(self.cursor + reader, readers):
             epoch, place = divmod(ordinal, len(self.urls))
             url = self.urls[np.random.default_rng((self.reader.seed, epoch)).permutation(len(self.urls))[place]]
@@ -86,9 +91,14 @@ class Stream(IterableDataset):
                     yield Sample(name, parts["__key__"], files), epoch, ordinal
             except Exception as error:  # a transfer or a tar that breaks off, in whatever way its library says so
                 bad.append((name, f"after {found} samples", " ".join(str(error).split())))
+            empty = 0 if found else empty + 1
+            if empty == min(SUBSTITUTES, len(self.urls)):  # else a server that is down would be asked for ever, while the ranks wait
+                why = bad[-1][2] if bad else "empty shards"
+                raise ValueError(f"data.train: {empty} streamed shards in a row gave nothing, the last {url}: {why}")
 
     def keys(self, part: dict) -> list[tuple[int, str, str]]:
-        return part["keys"]
+        """(epoch, shard, key) of each sample of a part."""
+        return [tuple(key) for key in part["keys"]]  # the loader makes lists of tuples
 
     def stream(self, starts: range, pin: bool) -> Iterator[list[dict]]:
         """As many batches as `starts` names."""

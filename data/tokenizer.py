@@ -34,7 +34,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-CLIP_MERGES = 48894  # CLIP reads that many of the list's 262,145 merges: 49,408 ids = 2 x 256 bytes + merges + SOT + EOT
+CLIP_MERGES = 48894  # CLIP reads that many of the list's merges, a fifth: 49,408 ids = 2 x 256 bytes + merges + SOT + EOT
 # What CLIP never merges across: contractions, runs of letters, single digits, runs of anything else. Its pattern ignores case, which gives
 # its ids two oddities: a long s contracts too, and U+0345, a combining mark whose capital is a letter, is none of these and is left out.
 CLIP_WORDS = r"'[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"

@@ -49,7 +49,7 @@ def loader(cfg: Run, reader: Reader, cursor: int) -> Batches | Stream:
 
 
 def restore(cfg: Run, home: Path, resume: bool, tokenizer) -> tuple[engine.Engine, dict]:
-    """The engine, and the checkpoint's manifest if there is one: at the beginning of the run, or where its newest whole checkpoint left it."""
+    """The engine at the beginning of the run, or where its newest whole checkpoint left it, and that checkpoint's manifest."""
     if not resume or not checkpoint.whole(home / "checkpoints"):
         begin = checkpoint.newest(Path(cfg.init)) if cfg.init else None
         return engine.Engine(cfg, tokenizer.vocab_size, load=begin and partial(checkpoint.load, path=begin)), {}
@@ -64,6 +64,7 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
     """Update, report, evaluate, save, until the samples are spent or someone asks to stop."""
     stop, audit = ranks.Stop(), folder.Audit(home, ranks.rank(), cfg.data, log.warn)
     tokenizer = batches.reader.tokenizer
+
     def save() -> Path:
         state = dict(identity=checkpoint.identity(cfg, tokenizer.fingerprint), shards=ranks.least(batches.position()))
         return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)

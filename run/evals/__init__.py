@@ -2,7 +2,8 @@
 
     evaluate(method, cfg, tokenizer, ["zero_shot:data/glyphs/eval/seen_concepts_seen_style"]) -> {"zero_shot/...": 0.43}
 
-Each kind is one file here with `evaluate(model, benchmark) -> dict[str, float]`; to add one, write the file and its row in EVALS.
+Each kind is one file here with `evaluate(model, benchmark) -> dict[str, float]` and `check(benchmark)`, which raises ValueError where the
+set lacks what the kind reads; to add one, write the file and its row in EVALS.
 """
 from collections.abc import Iterable
 
@@ -11,7 +12,7 @@ from run.evals import retrieval, zero_shot
 from run.evals.embed import Embedder
 from run.lib.config import Run, check_choice
 
-EVALS = {"zero_shot": zero_shot.evaluate, "retrieval": retrieval.evaluate}
+EVALS = {"zero_shot": zero_shot, "retrieval": retrieval}
 
 
 def parse(specs: Iterable[str]) -> list[tuple[str, Benchmark]]:
@@ -22,7 +23,11 @@ def parse(specs: Iterable[str]) -> list[tuple[str, Benchmark]]:
         check_choice("evals", kind, EVALS)
         if not colon:
             raise ValueError(f"evals: {spec!r}; write {kind}:FOLDER")
-        found.append((kind, Benchmark(folder)))
+        benchmark = Benchmark(folder)
+        EVALS[kind].check(benchmark)
+        if (kind, benchmark.name) in {(k, b.name) for k, b in found}:
+            raise ValueError(f"evals: {spec!r}: a second set is called {benchmark.name!r}, and results go by that name; rename its folder")
+        found.append((kind, benchmark))
     return found
 
 
@@ -32,6 +37,6 @@ def evaluate(method, cfg: Run, tokenizer, evals: list[tuple[str, Benchmark]]) ->
     was_training = method.training
     method.eval()
     for kind, benchmark in evals:
-        results |= {f"{kind}/{benchmark.name}/{metric}": value for metric, value in EVALS[kind](model, benchmark).items()}
+        results |= {f"{kind}/{benchmark.name}/{metric}": value for metric, value in EVALS[kind].evaluate(model, benchmark).items()}
     method.train(was_training)
     return results

@@ -1,6 +1,7 @@
 """Retrieval both ways: recall at 1, 5, 10, with one or several captions to an image.
 
-A query counts as found at K if any of its matches is among its K nearest.  Names: N images, M captions.
+A query counts as found at K if any of its matches is among its K nearest; a tie is a miss, so that a model whose embeddings are all
+alike (or nan) finds nothing.  Names: N images, M captions.
 """
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from run.lib.ranks import rank, total, world
 
 AT = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at once
+
+
+def check(benchmark: Benchmark) -> None:
+    benchmark.captions(0)
 
 
 def evaluate(model: Embedder, benchmark: Benchmark) -> dict[str, float]:
@@ -33,7 +38,7 @@ def recalls(name: str, queries: Tensor, query_ids: Tensor, targets: Tensor, targ
         similar = queries[chunk] @ targets.T  # (chunk, targets)
         match = query_ids[chunk, None] == target_ids[None]
         best = similar.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
-        nearer = (similar > best).sum(1)  # how many targets are nearer than the nearest match
+        nearer = (~(similar < best) & ~match).sum(1)  # how many others are as near as the nearest match, or nearer
         found += torch.stack([(nearer < k).sum() for k in AT])
     found = total(found) / len(queries)
     return {f"{name}_r{k}": float(value) for k, value in zip(AT, found)}

@@ -7,6 +7,10 @@ from run.evals.embed import Embedder
 from run.lib.ranks import total
 
 
+def check(benchmark: Benchmark) -> None:
+    benchmark.prompts(), benchmark.label(0)
+
+
 def evaluate(model: Embedder, benchmark: Benchmark) -> dict[str, float]:
     """top1 and top5, as shares, and chance: what guessing would get at top1."""
     prompts = benchmark.prompts()

@@ -50,6 +50,8 @@ class Run:
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
         check_choice("eval_crop", self.eval_crop, ("resize_crop", "square"))
+        if self.data.pad_text and self.model.text.pool == "eot":
+            raise ValueError("data.pad_text: with model.text.pool 'eot' the pooled token would be padding; use pool: first, or no padding")
         missing = set(METHODS[self.method].views) - set(self.views)
         if missing:
             raise ValueError(f"views: method {self.method!r} reads view {sorted(missing)[0]!r}; give it under views:")

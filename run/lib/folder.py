@@ -21,7 +21,7 @@ from run.lib import config
 from run.lib.config import ROOT, Run
 from run.lib.engine import Engine
 from run.lib.log import short
-from run.lib.ranks import world
+from run.lib.ranks import rank, world
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
 
@@ -36,7 +36,12 @@ def check(home: Path, resume: bool) -> Path:
 
 
 def open_folder(home: Path, cfg: Run, samples: int) -> None:
-    """Make the folder, or prepare it for going on from `samples`: records beyond them are of steps that will be taken again."""
+    """Make the folder, or prepare it for going on from `samples`: records beyond them are of steps that will be taken again.
+
+    Rank 0 does it, and must be done before any rank opens a record: `trim` puts a new file in the place of the one that is there.
+    """
+    if rank():
+        return
     home.mkdir(parents=True, exist_ok=True)
     with (home / "command.txt").open("a") as file:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv), f"# {world()} ranks", file=file)

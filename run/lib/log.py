@@ -5,6 +5,7 @@ samples_per_s over all ranks; mfu the share of the devices' peak spent on the mo
 share of the time in which the training loop waited for data.
 """
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -87,16 +88,16 @@ class Log:
         return " · ".join(parts)
 
     def evaluation(self, step: int, samples: int, values: dict[str, float]) -> None:
-        if self.on:
+        if self.on and values:
             self.write(step, samples, values)
             with (self.folder / "results.jsonl").open("a") as results:
                 print(json.dumps(dict(step=step, samples=samples, **values)), file=results)
             self.say(f"evaluated after step {step}, {short(samples)} samples:\n{table(values)}")
-            self.since = time.perf_counter()  # evaluating is not training time
+            self.since, self.waited = time.perf_counter(), 0.0  # evaluating is not training time
             self.last_step = step
 
     def write(self, step: int, samples: int, values: dict) -> None:
-        finite = {name: value if value == value else None for name, value in values.items()}  # JSON has no nan
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan or inf
         self.metrics.write(json.dumps(dict(step=step, samples=samples, **finite)) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, samples)
@@ -122,7 +123,7 @@ def numbers(values: dict) -> dict[str, float]:
 def short(count: float) -> str:
     """12800000000 -> '12.8B'."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
+        if count >= 0.9995 * size:  # 999,950 is 1M, not 1e+03k
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
 

@@ -1,0 +1,198 @@
+"""Batches: a pure function of config and position, whoever computes them; only visible patches travel; broken samples are replaced alike.
+
+    bash run/test.sh tests/test_batches.py
+"""
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.augment import View, random_view
+from data.batches import SUBSTITUTES, Batches, DataConfig, Reader, share
+from data.masking import parse
+from data.patches import patchify, take
+from data.shards import Shards, write_shard
+from tests.tiny import picture
+from tests.tiny import shards as make_shards
+
+VIEWS = {"image": View(crop=(0.5, 1.0), flip=True, mask="random(0.5)"), "local": View(crop=(0.1, 0.4), mask="gaussian(0.75)")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("batches"))
+
+
+def batches(data, *, views=VIEWS, seed=3, train=None, workers=0, **more):
+    """Batches of 16 from three shards of 40 samples."""
+    cfg = DataConfig(train=(str(train or data / "train"),), tokenizer=f"sentencepiece({data}/tokenizer.model)", context=12, workers=workers,
+                     window=2)
+    reader = Reader(cfg, views, image_size=32, patch=8, seed=seed)
+    return Batches(reader, Shards(cfg.train), **{"batch": 16, **more})
+
+
+def same(a, b):
+    """Nested dicts, lists and tensors, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def joined(parts):
+    """Parts of a batch as one part."""
+    views = {v: {k: torch.cat([p["views"][v][k] for p in parts]) for k in ("patches", "positions")} for v in parts[0]["views"]}
+    text = {k: torch.cat([p["text"][k] for p in parts]) for k in ("ids", "lengths")}
+    return dict(views=views, text=dict(text, longest=max(p["text"]["longest"] for p in parts)),
+                samples=torch.cat([p["samples"] for p in parts]), bad=[b for p in parts for b in p["bad"]])
+
+
+def test_what_travels(data):
+    part, = batches(data)[0]
+    for name, K in (("image", 8), ("local", 4)):  # of 16 patches
+        view = part["views"][name]
+        assert view["patches"].shape == (16, K, 3 * 8 * 8) and view["patches"].dtype == torch.uint8
+        assert view["positions"].shape == (16, K) and view["positions"].dtype == torch.int16
+        assert (view["positions"].diff(dim=1) > 0).all() and view["positions"].min() >= 0 and view["positions"].max() < 16
+    text = part["text"]
+    assert text["ids"].dtype == torch.int32 and len(text["ids"]) == text["lengths"].sum() and text["longest"] == text["lengths"].max()
+    assert part["samples"].shape == (16, 2) and part["samples"].dtype == torch.int64 and part["bad"] == []
+
+
+def test_rows_are_what_their_seed_says(data):
+    """A row, made again from the pieces: caption of that very sample, patches of that very crop at the places that the mask kept."""
+    loader = batches(data)
+    part, = loader[48]
+    ids = part["text"]["ids"].split(part["text"]["lengths"].tolist())
+    for row, (epoch, i) in enumerate(part["samples"].tolist()):
+        assert (epoch, i) == loader.order(48 + row)
+        sample = loader.shards[i]
+        assert ids[row].tolist() == loader.reader.tokenizer(sample.caption)
+        for n, name in enumerate(sorted(VIEWS)):
+            rng = np.random.default_rng((3, epoch, i, 1 + n))
+            image, _ = random_view(sample.image, 32, VIEWS[name], rng)
+            keep = parse(VIEWS[name].mask)(torch.from_numpy(rng.random((1, 16), dtype=np.float32)), (4, 4))
+            patches = take(patchify(torch.from_numpy(image).permute(2, 0, 1)[None], 8), keep)[0]
+            assert torch.equal(part["views"][name]["patches"][row], patches)
+            assert part["views"][name]["positions"][row].tolist() == keep[0].tolist()
+
+
+def test_workers_change_nothing(data):
+    starts = range(0, 160, 16)  # over the end of the first epoch
+    alone, two = (list(batches(data, workers=w).stream(starts, pin=False)) for w in (0, 2))
+    assert len(alone) == 10 and same(alone, two)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_ranks_and_parts_share_the_same_batch(data, world, accumulate):
+    whole, = batches(data)[112]  # straddles two epochs
+    shares = [batches(data, rank=r, world=world, accumulate=accumulate)[112] for r in range(world)]
+    assert all(len(parts) == accumulate and len(p["samples"]) == 16 // world // accumulate for parts in shares for p in parts)
+    assert same(joined([p for parts in shares for p in parts]), whole)
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="nearest: 12 or 18"):
+        share(16, 3, 2)
+    with pytest.raises(ValueError, match="nearest: 8"):
+        share(6, 4, 2)
+
+
+def test_a_batch_over_the_end_of_an_epoch(data):
+    """Every sample once in each epoch, also where a batch holds the end of one and the beginning of the next."""
+    loader = batches(data)
+    found = torch.cat([loader[start][0]["samples"] for start in range(0, 240, 16)]).tolist()
+    assert sorted(map(tuple, found)) == [(e, i) for e in (0, 1) for i in range(120)]
+    assert {e for e, _ in loader[112][0]["samples"].tolist()} == {0, 1}
+    huge, = batches(data, batch=300)[0]
+    assert huge["samples"][:, 0].bincount().tolist() == [120, 120, 60], "a batch larger than the data"
+
+
+def test_crops_and_masks_change_with_the_epoch_and_nothing_else(data):
+    reader = batches(data).reader
+    sample = Shards([data / "train"])[5]
+    first, other, again = (reader.row(sample, epoch, 5)[2] for epoch in (0, 1, 0))
+    assert all(np.array_equal(a, b) for name in VIEWS for a, b in zip(first[name], again[name]))
+    for name in VIEWS:
+        assert not np.array_equal(first[name][1], other[name][1]), "the mask changes"
+    whole = {name: replace(view, mask="none") for name, view in VIEWS.items()}
+    crops = [batches(data, views=whole).reader.row(sample, epoch, 5)[2]["image"][0] for epoch in (0, 1)]
+    assert not np.array_equal(*crops), "the crop changes"
+    turned = batches(data, views=dict(reversed(VIEWS.items()))).reader.row(sample, 0, 5)[2]
+    assert all(np.array_equal(a, b) for name in VIEWS for a, b in zip(first[name], turned[name])), "the order in the YAML does not matter"
+    seeded = batches(data, seed=4).reader.row(sample, 0, 5)[2]
+    assert not np.array_equal(first["image"][1], seeded["image"][1])
+
+
+def broken(folder, which):
+    """24 pairs of which some cannot be read: a cut image, no image, no caption, by turns."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(24):
+        image = picture("red circle", rng, "jpg")
+        parts = {"jpg": image, "txt": f"number {i}".encode()}
+        if i in which:
+            parts = ({**parts, "jpg": image[:150]}, {"txt": b"x"}, {"jpg": image})[i % 3]
+        rows.append((f"{i:03d}", parts))
+    folder.mkdir()
+    write_shard(folder / "0.tar", rows)
+    return folder
+
+
+def test_a_broken_sample_is_replaced_named_and_alone(data, tmp_path):
+    wanted, = batches(data, train=broken(tmp_path / "good", ()))[0]
+    bad = broken(tmp_path / "bad", (3, 7, 11))
+    whole = joined([batches(data, train=bad, rank=rank, world=2)[0][0] for rank in (0, 1)])
+    hit = [row for row, (_, i) in enumerate(wanted["samples"].tolist()) if i in (3, 7, 11)]
+    assert hit, "the batch meets some of them"
+    assert {("0.tar", f"{wanted['samples'][row, 1]:03d}") for row in hit} <= {(shard, key) for shard, key, _ in whole["bad"]}
+    assert {(shard, key) for shard, key, _ in whole["bad"]} <= {("0.tar", "003"), ("0.tar", "007"), ("0.tar", "011")}
+    for row in set(range(16)) - set(hit):
+        for name in VIEWS:
+            assert torch.equal(whole["views"][name]["patches"][row], wanted["views"][name]["patches"][row]), "neighbours are as they were"
+        assert whole["samples"][row].tolist() == wanted["samples"][row].tolist()
+    assert not {3, 7, 11} & {i for _, i in whole["samples"].tolist()}, "what is named as trained on was"
+    alone = batches(data, train=bad)
+    assert same(alone[0][0], whole), "the substitutes are the same on one rank"
+    reasons = " ".join(why for start in range(0, 96, 16) for _, _, why in alone[start][0]["bad"])
+    assert "no image: has txt" in reasons and "no caption: has jpg" in reasons and "cannot read the image" in reasons
+
+
+def test_nothing_readable_ends_the_run(data, tmp_path):
+    with pytest.raises(ValueError, match=f"{SUBSTITUTES} samples in a row cannot be read, the last 0.tar .*prepare.py check"):
+        batches(data, train=broken(tmp_path / "bad", range(24)))[0]
+
+
+def test_keys(data):
+    loader = batches(data)
+    part, = loader[112]
+    found = loader.keys(part)
+    assert [(epoch, loader.shards[i].shard, loader.shards[i].key) for epoch, i in part["samples"].tolist()] == found
+    assert all(shard == f"{int(key) // 40:05d}.tar" for _, shard, key in found)
+
+
+def test_pad_text(data):
+    cfg = replace(batches(data).reader.cfg, pad_text=True)
+    loader = Batches(Reader(cfg, VIEWS, image_size=32, patch=8, seed=0), Shards(cfg.train), batch=16)
+    text = loader[0][0]["text"]
+    assert text["lengths"].tolist() == [12] * 16 and text["longest"] == 12
+    padded, plain = text["ids"].view(16, 12), batches(data, seed=0)[0][0]["text"]
+    for row, ids in zip(padded, plain["ids"].split(plain["lengths"].tolist())):
+        assert row.tolist() == ids.tolist() + [loader.reader.tokenizer.pad_id] * (12 - len(ids))
+
+
+def test_grey_and_palette_pictures_join_a_batch(data, tmp_path):
+    rows = []
+    for i, mode in enumerate(("L", "P", "RGBA", "I;16", "CMYK", "1")):
+        out = io.BytesIO()
+        Image.new(mode, (20, 33)).save(out, "TIFF" if mode == "CMYK" else "PNG")
+        rows.append((f"{i}", {"png": out.getvalue(), "txt": b"x"}))
+    write_shard(tmp_path / "0.tar", rows)
+    part, = batches(data, train=tmp_path, batch=6)[0]
+    assert part["bad"] == [] and part["views"]["image"]["patches"].shape == (6, 8, 192)

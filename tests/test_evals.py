@@ -1,0 +1,185 @@
+"""Evaluations: the numbers are those of a plain computation, on any number of ranks, during training and from the checkpoint.
+
+    bash run/test.sh tests/test_evals.py
+Fast cases run ranks as threads of this process; the slow one launches them.
+"""
+import json
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data.augment import View, center_view
+from data.patches import patchify
+from data.shards import Shards, write_shard
+from data.tokenizer import build as build_tokenizer
+from data.tokenizer import train_sentencepiece
+from model.methods import METHODS
+from run.evals import embed, evaluate, parse, retrieval, zero_shot
+from run.lib import config
+from tests.tiny import NAMES, launch, picture, settings
+from tests.tiny import shards as make_shards
+
+PICTURES, CAPTIONED = 150, 131  # no multiple of 64 (a round) or of 3 ranks; the last captions are on one rank alone
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = make_shards(tmp_path_factory.mktemp("evals"))
+    rng = np.random.default_rng(1)
+    for name, rows in (("many", [(f"{i:04d}", {"webp": picture(NAMES[i % 24], rng, "webp"), "cls": b"%d" % (i % 24)}) for i in range(PICTURES)]),
+                       ("pairs", [(f"{i:04d}", {"jpg": picture(NAMES[i % 24], rng, "jpg"), "txt": texts(i).encode()}) for i in range(CAPTIONED)])):
+        test = folder / "eval" / name / "test"
+        test.mkdir(parents=True)
+        write_shard(test / "0.tar", rows[:70])
+        write_shard(test / "1.tar", rows[70:])
+    for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (folder / "eval" / "many" / file).write_text((folder / "eval" / "shapes" / file).read_text())
+    train_sentencepiece([texts(i) for i in range(CAPTIONED)], folder / "tokenizer.model", 320)
+    return folder
+
+
+def texts(i):
+    """One to three captions, a line each, all of them different."""
+    return "\n".join(f"{word} {NAMES[i % 24]} number {i}" for word in ("a", "the", "one")[:1 + i % 3]) + "\n\n"
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    cfg = config.load("run/configs/quickstart.yaml", [f"data.tokenizer=sentencepiece({data}/tokenizer.model)", "model.size=nano/8",
+                                                      "model.image_size=32", "data.workers=0", "eval_crop=resize_crop"])
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
+    method = METHODS["clip"](cfg.model, tokenizer.vocab_size, cfg.data.context)
+    for parameter in method.towers.parameters():
+        parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
+    return method, cfg, tokenizer
+
+
+@contextmanager
+def ranks(monkeypatch, world, batch):
+    """run(work): the work of `world` ranks, each a thread with its own rank(); total() really adds up over them."""
+    me, meet, given = threading.local(), threading.Barrier(world), [None] * world
+
+    def total(values):
+        given[me.rank] = values.clone()
+        meet.wait(30)
+        summed = sum(given[1:], given[0].clone())
+        meet.wait(30)
+        return summed
+    for module in (embed, retrieval, zero_shot):
+        for name, value in (("rank", lambda: me.rank), ("world", lambda: world), ("total", total), ("BATCH", batch), ("CHUNK", 7)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+    def run(work):
+        found = [None] * world
+
+        def one(r):
+            me.rank = r
+            found[r] = work()
+        threads = [threading.Thread(target=one, args=(r,)) for r in range(world)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        return found
+    yield run
+
+
+def by_hand(method, cfg, tokenizer, folder):
+    """Image embeddings (N, E) one by one, and a function for a text's."""
+    pre, samples = cfg.model, Shards([folder / "test"], captions=False)
+    images = [torch.from_numpy(center_view(samples[i].image, 32)).permute(2, 0, 1) for i in range(len(samples))]
+    patches = patchify(torch.stack(images), pre.patch)
+    with torch.no_grad():
+        made = [method.towers.encode_image(p[None], torch.arange(16)[None])[0] for p in patches]
+
+    def text(line):
+        ids = torch.tensor(tokenizer(line))
+        with torch.no_grad():
+            return method.towers.encode_text(ids, torch.tensor([len(ids)]))[0]
+    return torch.stack(made), text, [samples[i] for i in range(len(samples))]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_zero_shot(data, model, monkeypatch, world):
+    images, text, samples = by_hand(*model, data / "eval" / "shapes")  # 49 pictures, 24 classes
+    classes = torch.stack([(text(f"a {name}") + text(f"the {name}")) / 2 for name in NAMES])
+    scores = images @ (classes / classes.norm(dim=1, keepdim=True)).T
+    own = scores[range(49), labels := [int(s.parts["cls"]) for s in samples]]
+    rank = (scores > own[:, None]).sum(1)
+    assert len(set(labels)) == 24
+    with ranks(monkeypatch, world, batch=4) as run:
+        found = run(lambda: evaluate(*model, parse([f"zero_shot:{data}/eval/shapes"])))
+    assert all(f == found[0] for f in found), "every rank knows"
+    assert found[0] == {"zero_shot/shapes/top1": float((rank < 1).double().mean()), "zero_shot/shapes/top5": float((rank < 5).double().mean()),
+                        "zero_shot/shapes/chance": 1 / 24}
+    assert 0 < found[0]["zero_shot/shapes/top5"] < 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_retrieval(data, model, monkeypatch, world):
+    """One to three captions an image."""
+    images, text, samples = by_hand(*model, data / "eval" / "pairs")
+    lines = [(i, line) for i, s in enumerate(samples) for line in s.parts["txt"].decode().split("\n") if line]
+    scores = images @ torch.stack([text(line) for _, line in lines]).T  # (131, 261)
+    owner = [i for i, _ in lines]
+    wanted = {}
+    for k in (1, 5, 10):
+        hits = [any(owner[c] == i for c in scores[i].topk(k).indices.tolist()) for i in range(len(samples))]
+        wanted[f"retrieval/pairs/image_to_text_r{k}"] = np.mean(hits)
+        wanted[f"retrieval/pairs/text_to_image_r{k}"] = np.mean([owner[c] in scores[:, c].topk(k).indices.tolist() for c in range(len(lines))])
+    with ranks(monkeypatch, world, batch=16) as run:
+        found = run(lambda: evaluate(*model, parse([f"retrieval:{data}/eval/pairs"])))
+    assert all(f == found[0] for f in found) and found[0] == pytest.approx(wanted, abs=1e-12)
+    assert 0 < found[0]["retrieval/pairs/text_to_image_r10"] < 1
+
+
+@pytest.mark.parametrize("what", ["alike", "nan"])
+def test_a_collapsed_model_finds_nothing(monkeypatch, what):
+    """Equal similarities, or none that can be compared, must not count as found."""
+    same = torch.ones(12, 4) / 2 if what == "alike" else torch.full((12, 4), float("nan"))
+    with ranks(monkeypatch, 1, 4) as run:
+        found, = run(lambda: retrieval.recalls("x", same, torch.arange(12), same, torch.arange(12)))
+    assert found == {"x_r1": 0, "x_r5": 0, "x_r10": 0}
+
+
+def test_what_a_set_lacks_is_said_at_the_start(data, tmp_path):
+    shapes, pairs = f"{data}/eval/shapes", f"{data}/eval/pairs"
+    for specs, words in (([f"zero_shot:{pairs}"], "needs classnames.txt"), ([f"retrieval:{shapes}"], "no caption"), (["zero_shot"], "write zero_"),
+                         ([f"retrieval:{pairs}", f"retrieval:{pairs}/../pairs"], "a second set is called 'pairs'")):
+        with pytest.raises(ValueError, match=words):
+            parse(specs)
+    (tmp_path / "test").mkdir()
+    write_shard(tmp_path / "test" / "0.tar", [("a", {"png": b"x", "cls": b"0"})])
+    rounds = parse([f"retrieval:{pairs}"])[0][1].__class__(tmp_path).rounds(embed.Preprocess(32, 8, "square", "bicubic"), 4, 0, 1, 0)
+    with pytest.raises(ValueError, match="evals: 0.tar a: cannot read the image"):
+        next(rounds)
+
+
+def test_evaluating_leaves_the_method_as_it_was(data, model, monkeypatch):
+    method = model[0].train()
+    with ranks(monkeypatch, 1, 64) as run:
+        run(lambda: evaluate(*model, parse([f"zero_shot:{data}/eval/shapes"])))
+    assert method.training and all(p.grad is None for p in method.parameters())
+    several = SimpleNamespace(**{**vars(model[1]), "views": {"image": View((0.5, 1.0), interpolation="bilinear")}})
+    assert embed.Embedder(method, several, model[2]).pre == embed.Preprocess(32, 8, "resize_crop", "bilinear")
+
+
+@pytest.mark.slow
+def test_the_same_numbers_on_any_ranks_during_training_and_after(data, tmp_path):
+    """Trained and evaluated under ZeRO-3 in bf16 on 2 ranks, then run/evaluate.py on 1, 2 and 3."""
+    (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 1000}}))
+    sets = f"evals=[zero_shot:{data}/eval/many, zero_shot:{data}/eval/shapes, retrieval:{data}/eval/pairs, retrieval:{data}/eval/retrieval]"
+    run = tmp_path / "run"
+    done = launch(2, "run/pretrain.py", *settings(data, run, f"deepspeed={tmp_path}/ds.json", sets, "samples=480", "optim.lr=1e-3"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for world in (1, 2, 3):
+        done = launch(world, "run/evaluate.py", "--run", str(run))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and rows[0]["samples"] == 480 and rows[0]["zero_shot/many/top1"] > 0.05
+    assert all(row == rows[0] for row in rows), rows
