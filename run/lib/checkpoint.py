@@ -130,9 +130,7 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
     if found["stage"] != engine.stage:
         raise ValueError(f"{path} was trained with ZeRO stage {found['stage']}, this DeepSpeed JSON says {engine.stage}; "
                          "go on with the old stage, or start a new run from its weights with `init:`")
-    source = universal or path
-    engine.ds.load_checkpoint(str(source.parent), tag=source.name)
-    engine.samples, engine.ds.global_steps = found["samples"], found["step"]
+    engine.restore(universal or path, found)
     if universal:
         frozen = {name for name, p in engine.method.named_parameters() if not p.requires_grad}
         if frozen:

@@ -5,6 +5,7 @@
 
 The config says what is trained; the DeepSpeed JSON says how.  What the config owns is refused in the JSON.
 """
+import copy
 import json
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -71,6 +72,7 @@ class Engine:
             load(method)
         self.ds, *_ = deepspeed.initialize(model=method, model_parameters=optim.groups(method, cfg.optim), config=tree)
         self.method, self.samples, self.batch = method, 0, cfg.batch
+        self.settings = [{k: v for k, v in group.items() if k != "params"} for group in self.ds.optimizer.param_groups]
         self.bf16 = bool(tree.get("bf16", {}).get("enabled"))
         self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
         self.got: set[str] = set()  # trainable parameters that got a gradient in this backward pass
@@ -78,6 +80,17 @@ class Engine:
         for name, parameter in self.trainable.items():
             parameter.register_hook(lambda _, name=name: self.got.add(name))
         self.exact_temperature()
+
+    def restore(self, folder: Path, found: dict) -> None:
+        """Weights, optimizer and counts of a checkpoint folder; `found` is its manifest."""
+        self.ds.load_checkpoint(str(folder.parent), tag=folder.name)
+        # Two faults of the universal format with more than one group, undone: all groups get the first one's weight decay, and share
+        # one step counter, which each of them then counts up.
+        for group, settings in zip(self.ds.optimizer.param_groups, self.settings):
+            group.update(settings)
+        for state in getattr(self.ds.optimizer, "optimizer", self.ds.optimizer).state.values():
+            state["step"] = copy.deepcopy(state["step"])
+        self.samples, self.ds.global_steps = found["samples"], found["step"]
 
     def step(self, parts: list[dict], lr: float) -> tuple[torch.Tensor, dict]:
         """One optimizer step on this rank's share of the global batch (data/batches.py); (loss, metrics) of the whole global batch."""
