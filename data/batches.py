@@ -11,6 +11,7 @@ Everything drawn for a sample comes from a generator of (seed, epoch, sample, vi
 changes a crop or a mask.  Names: B global batch, b a part's share on one rank, K visible patches, P patch side, T tokens.
 """
 import signal
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data import patches
 from data.augment import View, random_view
 from data.masking import Mask, parse
-from data import patches
 from data.shards import Order, Sample, Shards
 from data.tokenizer import build as build_tokenizer
 from data.tokenizer import pack
@@ -45,6 +46,8 @@ class DataConfig:
         return ids + [pad] * (self.context - len(ids)) if self.pad_text else ids
 
     def __post_init__(self):
+        if not self.train:
+            raise ValueError("data.train: none; name at least one folder of shards")
         if not 0 <= self.max_bad < 1:
             raise ValueError(f"data.max_bad: {self.max_bad}; a share from 0 to below 1")
         for name in ("context", "window", "prefetch"):
@@ -127,6 +130,15 @@ class Batches(Dataset):
     def keys(self, part: dict) -> list[tuple[int, str, str]]:
         """(epoch, shard, key) of each sample of a part."""
         return [(epoch, *self.shards.name(i)) for epoch, i in part["samples"].tolist()]
+
+    def fingerprint(self) -> dict:
+        """What the order of the samples follows from: a run that goes on must have the same."""
+        names = [(path.name, count) for path, count in zip(self.shards.paths, self.shards.counts)]
+        digest = f"{zlib.crc32(repr(names).encode()):08x}"
+        return dict(seed=self.reader.seed, window=self.reader.cfg.window, pairs=len(self.shards), shards=digest)
+
+    def begin(self, cursor: int) -> None:
+        """Go on: the number of samples says where."""
 
     def position(self) -> int:
         """Nothing but the number of samples is needed to go on."""

@@ -60,6 +60,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     part, count = path.with_name(path.name + ".part"), 0
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, parts in samples:
+            if "." in key.rpartition("/")[2]:
+                raise ValueError(f"{path}: key {key!r} has a dot, where its extension would begin; replace the dots")
             count += 1
             for extension, content in parts.items():
                 member = tarfile.TarInfo(f"{key}.{extension}")  # no time, no owner: TarInfo's zeros
@@ -137,9 +139,10 @@ def read_index(folder: Path) -> dict:
     index = json.loads(path.read_text()) if path.exists() else build_index(folder)
     if index.get("version") != VERSION:
         raise ValueError(f"{path}: version {index.get('version')!r}, this code writes {VERSION}; run: run/prepare.py index {folder}")
-    there, indexed = {p.name for p in folder.glob("*.tar")}, {row["name"] for row in index["shards"]}
+    there = {(p.name, p.stat().st_size) for p in folder.glob("*.tar")}
+    indexed = {(row["name"], row["bytes"]) for row in index["shards"]}
     if there != indexed:
-        raise ValueError(f"{path}: the tars changed (e.g. {sorted(there ^ indexed)[0]}); run: run/prepare.py index {folder}")
+        raise ValueError(f"{path}: the tars changed (e.g. {sorted(there ^ indexed)[0][0]}); run: run/prepare.py index {folder}")
     return index
 
 

@@ -1,6 +1,6 @@
 """Training from shards that cannot be indexed (URLs, pipes), read from front to back by webdataset.
 
-`data.train: [https://host/{00000..00099}.tar]` or `pipe:aws s3 cp s3://.../{0000..0099}.tar -` comes here instead of data/batches.py's
+`data.train: "https://host/{00000..00099}.tar"` or `"pipe:aws s3 cp s3://.../{0000..0099}.tar -"` comes here instead of data/batches.py's
 index.  The shards of all epochs form one sequence, each epoch in an order of its own; reader r of R (ranks x workers) takes every R-th.
 A resumed run begins at the first shard that some reader had not used up: every sample is seen at least once, some of them again.
 For exactly once, on any number of ranks, use local shards with an index.
@@ -107,6 +107,14 @@ class Stream(IterableDataset):
             parts = next(batches)
             self.behind[parts[-1]["worker"]] = parts[-1]["oldest"]
             yield parts
+
+    def fingerprint(self) -> dict:
+        """What the order of the shards follows from: a run that goes on must have the same."""
+        return dict(seed=self.reader.seed, shards=f"{zlib.crc32(repr(self.urls).encode()):08x}")
+
+    def begin(self, cursor: int) -> None:
+        """Go on from that shard of the sequence."""
+        self.cursor, self.behind = cursor, [cursor] * len(self.behind)
 
     def position(self) -> int:
         """The cursor for going on from the last batch that `stream` gave: no reader of this rank needs an earlier shard."""

@@ -16,7 +16,6 @@ import importlib.util  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import resource  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
@@ -32,6 +31,7 @@ from data.patches import visible  # noqa: E402
 from model import losses  # noqa: E402
 from model.methods.clip import Clip  # noqa: E402
 from run.lib import cli, config  # noqa: E402
+from run.lib.log import peak_gib  # noqa: E402
 
 RATIOS = (0.0, 0.5, 0.75)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -192,12 +192,6 @@ def loss_case(kind: str, size: str) -> None:
     tensors, before = inputs(int(size)), peak_gib()
     seconds = medians({kind: lambda: step(tensors)}, 1 if int(size) > 16384 else 3)[kind]
     print(json.dumps(dict(seconds=seconds, peak=peak_gib() - before)))
-
-
-def peak_gib() -> float:
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Evaluate a run's checkpoint, on one process or on all ranks.
 
-    python run/evaluate.py --run runs/quickstart --evals zero_shot:data/glyphs/eval/unseen_concepts_seen_style
-    deepspeed run/evaluate.py --run runs/flip_l16 --evals zero_shot:imagenet1k retrieval:flickr30k
+    python run/evaluate.py --run runs/quickstart --evals zero_shot:datasets/glyphs/eval/unseen_concepts_seen_style
+    deepspeed run/evaluate.py --run runs/flip_l16 --evals zero_shot:/data/imagenet1k retrieval:/data/flickr30k
 
 Prints a table and appends a line to RUN/results.jsonl.  Any folder in CLIP_benchmark's webdataset layout is an evaluation set.
 """

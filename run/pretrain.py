@@ -13,6 +13,8 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch  # noqa: E402
+
 from data.batches import Batches, Reader  # noqa: E402
 from data.shards import Shards  # noqa: E402
 from data.stream import Stream, is_stream  # noqa: E402
@@ -30,31 +32,40 @@ def main() -> None:
     home = folder.check(Path(cfg.run), resume)
     ranks.start()
     evals = ranks.once(lambda: parse(cfg.evals))
-    reader = Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed)
-    trainer, found = restore(cfg, home, resume, reader.tokenizer)
-    batches = loader(cfg, reader, found.get("shards", 0))
+    batches = loader(cfg)
+    trainer, found = restore(cfg, home, resume, batches)
+    batches.begin(found.get("shards", 0))
     ranks.once(lambda: folder.open_folder(home, cfg, trainer.samples))
-    log = Log(home, ranks.rank(), cfg.steps, cfg.batch)
+    log = Log(home, ranks.rank(), trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch, cfg.batch)
     log.say(folder.headline(cfg, trainer, batches))
     train(cfg, home, batches, trainer, evals, log)
     log.close()
 
 
-def loader(cfg: Run, reader: Reader, cursor: int) -> Batches | Stream:
+def loader(cfg: Run) -> Batches | Stream:
     """This rank's batches: by position from indexed folders, front to back from streams."""
+    reader = Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed)
     share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=ranks.rank(), world=ranks.world())
     if is_stream(cfg.data.train):
-        return Stream(reader, cfg.data.train, cursor=cursor, **share)
+        return Stream(reader, cfg.data.train, **share)
     return Batches(reader, ranks.once(lambda: Shards(cfg.data.train)), **share)  # rank 0 makes an index where there is none
 
 
-def restore(cfg: Run, home: Path, resume: bool, tokenizer) -> tuple[engine.Engine, dict]:
+def identity(cfg: Run, batches: Batches | Stream) -> dict:
+    """What a checkpoint and the run that goes on from it have in common."""
+    return checkpoint.identity(cfg, batches.reader.tokenizer.fingerprint, batches.fingerprint())
+
+
+def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tuple[engine.Engine, dict]:
     """The engine at the beginning of the run, or where its newest whole checkpoint left it, and that checkpoint's manifest."""
+    tokenizer = batches.reader.tokenizer
     if not resume or not checkpoint.whole(home / "checkpoints"):
         begin = checkpoint.newest(Path(cfg.init)) if cfg.init else None
+        if begin:
+            checkpoint.check_identity(begin, dict(tokenizer=tokenizer.fingerprint))
         return engine.Engine(cfg, tokenizer.vocab_size, load=begin and partial(checkpoint.load, path=begin)), {}
     path = checkpoint.newest(home)
-    checkpoint.check_identity(path, checkpoint.identity(cfg, tokenizer.fingerprint))
+    checkpoint.check_identity(path, identity(cfg, batches))
     universal = checkpoint.prepare_elastic(path, ranks.world())
     trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
     return trainer, checkpoint.resume(trainer, path, universal)
@@ -66,37 +77,38 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
     tokenizer = batches.reader.tokenizer
 
     def save() -> Path:
-        state = dict(identity=checkpoint.identity(cfg, tokenizer.fingerprint), shards=ranks.least(batches.position()))
+        finite(float(loss), step, home)  # a checkpoint of nan would push the good ones out
+        state = dict(identity=identity(cfg, batches), shards=ranks.least(batches.position()))
         return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)
 
     peak = peak_flops() * ranks.world()
-    stream = batches.stream(range(trainer.samples, cfg.steps * cfg.batch, cfg.batch), pin=ranks.device().type == "cuda")
+    stream = batches.stream(range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch), pin=ranks.device().type == "cuda")
     saved = trainer.samples
-    while trainer.samples < cfg.steps * cfg.batch and not stop.asked():
+    while trainer.samples + cfg.batch <= cfg.samples and not stop.asked():
         begin = time.perf_counter()
         parts = next(stream)
         log.wait(time.perf_counter() - begin)
         audit(batches, parts, trainer.samples + cfg.batch)
         lr = cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples)
         loss, metrics = trainer.step(parts, lr)
-        step = trainer.samples // cfg.batch
+        step = trainer.ds.global_steps
         if step == 1:
             log.picture("masked inputs", masked_inputs(parts[0], cfg), trainer.samples)
-        if step % cfg.log_every == 0 or step in (1, cfg.steps):
+        if step % cfg.log_every == 0 or step in (1, log.steps):
             finite(float(loss), step, home)
-            values = dict(loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=audit.bad, **metrics)
+            values = dict(loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=ranks.total(torch.tensor(audit.bad)), **metrics)
             log.step(step, trainer.samples, cost(cfg, parts), peak, **values)
-        if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples < cfg.steps * cfg.batch:
+        if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples + cfg.batch <= cfg.samples:
             log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
         if due(cfg.save_every, trainer.samples, cfg.batch):
             save()
             saved = trainer.samples
     if saved < trainer.samples:
         log.say(f"saved {save()}")
-    if trainer.samples < cfg.steps * cfg.batch:
+    if trainer.samples + cfg.batch <= cfg.samples:
         log.say(f"asked to stop after {trainer.samples} samples; go on with --resume")
     elif evals:
-        log.evaluation(cfg.steps, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+        log.evaluation(trainer.ds.global_steps, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
 
 
 def due(every: int, samples: int, batch: int) -> bool:

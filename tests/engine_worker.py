@@ -106,12 +106,12 @@ class Cases:
         read = {name: value.contiguous().float() for name, value in checkpoint.weights(path).items()}
         other = self.config(then, "seed=7", "model.vision.freeze_patch=true", bf16=bf16)
         fresh = self.trained(other, 0, load=partial(checkpoint.load, path=path))
-        loaded = self.weights(fresh)
+        loaded, kind = self.weights(fresh), torch.bfloat16 if bf16 else torch.float32  # the copies of bf16 weights
         moments = [state["exp_avg"] for state in fresh.ds.optimizer.optimizer.state.values() if "exp_avg" in state]
         found = dict(kept=sorted(p.name for p in folder.glob("step-*")), newest=checkpoint.newest(folder.parent).name,
                      missing=sorted(masters.keys() - read.keys()), count=len(masters),
                      read=[n for n in masters if n in read and not torch.equal(read[n], masters[n])],
-                     loaded=[n for n in masters if not torch.equal(loaded[n], masters[n])],
+                     loaded=[n for n in masters if not torch.equal(loaded[n], masters[n].to(kind).float())],
                      moments=max((float(m.abs().max()) for m in moments if len(m)), default=0.0), steps=fresh.ds.global_steps)
         fresh.step(self.parts, 1e-3)
         fresh.ds.destroy()

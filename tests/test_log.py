@@ -29,7 +29,8 @@ def test_records(tmp_path, capsys):
     log.say("hello")
     log.close()
     first, second = strict(tmp_path / "metrics.jsonl")
-    assert first == dict(step=1, samples=256, loss=5.5, lr=1e-3, temperature=0.07), "no speed of the first step: it compiles and warms up"
+    assert first.items() >= dict(step=1, samples=256, loss=5.5, lr=1e-3, temperature=0.07).items() and "grad_norm" not in first
+    assert "samples_per_s" not in first, "no speed of the first step: it warms up"
     assert second["grad_norm"] is None and second["accuracy"] is None and second["loss"] == 4.25
     assert 0.5 * 2560 / took < second["samples_per_s"] <= 2560 / 0.08
     assert second["mfu"] == pytest.approx(second["samples_per_s"] * 1e9 / 1e12)

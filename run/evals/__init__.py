@@ -1,6 +1,6 @@
 """The evaluations: a table of kinds, and what they share.  All ranks run them in step, each a share of the data; sums are exact.
 
-    evaluate(method, cfg, tokenizer, ["zero_shot:data/glyphs/eval/seen_concepts_seen_style"]) -> {"zero_shot/...": 0.43}
+    evaluate(method, cfg, tokenizer, ["zero_shot:datasets/glyphs/eval/seen_concepts_seen_style"]) -> {"zero_shot/...": 0.43}
 
 Each kind is one file here with `evaluate(model, benchmark) -> dict[str, float]` and `check(benchmark)`, which raises ValueError where the
 set lacks what the kind reads; to add one, write the file and its row in EVALS.

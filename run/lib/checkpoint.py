@@ -24,10 +24,10 @@ from run.lib.engine import Engine, whole_parameter, zero_weights
 from run.lib.ranks import barrier, rank, store, world
 
 
-def identity(cfg: Run, tokenizer: str) -> dict:
-    """What must agree for weights to fit: the architecture, the method and the vocabulary."""
+def identity(cfg: Run, tokenizer: str, data: dict | None = None) -> dict:
+    """What must agree to go on: the architecture, the method, the vocabulary; in training also the data and their order."""
     model = {key: value for key, value in plain(asdict(cfg.model)).items() if key != "checkpoint_activations"}
-    return dict(method=cfg.method, model=model, context=cfg.data.context, tokenizer=tokenizer)
+    return dict(method=cfg.method, model=model, context=cfg.data.context, tokenizer=tokenizer, **({"data": data} if data else {}))
 
 
 def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
@@ -43,7 +43,8 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
         files = {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
         for name in files:
             sync(path / name)
-        manifest = dict(state, step=engine.ds.global_steps, samples=engine.samples, ranks=world(), stage=engine.stage, files=files)
+        counts = dict(step=engine.ds.global_steps, samples=engine.samples, ranks=world(), stage=engine.stage, bf16=engine.bf16)
+        manifest = dict(state, **counts, files=files)
         part = path / "manifest.json.part"
         part.write_text(json.dumps(manifest, indent=1))
         sync(part)
@@ -87,8 +88,9 @@ def newest(run: Path) -> Path:
 
 
 def check_identity(path: Path, mine: dict) -> None:
-    """ValueError naming the first thing in which the checkpoint's model differs from this config's."""
-    for key, was, now in differences(manifest(path)["identity"], mine):
+    """ValueError naming the first thing of `mine` in which the checkpoint differs."""
+    found = manifest(path)["identity"]
+    for key, was, now in differences({key: found.get(key) for key in mine}, mine):
         raise ValueError(f"{path} was trained with {key}: {was!r}, this config says {now!r}; use the run's own config.yaml")
 
 
@@ -127,9 +129,11 @@ def prepare_elastic(path: Path, ranks: int) -> Path | None:
 def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
     """Load a checkpoint (its universal form where the rank count changed) into the engine and return its manifest."""
     found = manifest(path)
-    if found["stage"] != engine.stage:
-        raise ValueError(f"{path} was trained with ZeRO stage {found['stage']}, this DeepSpeed JSON says {engine.stage}; "
-                         "go on with the old stage, or start a new run from its weights with `init:`")
+    was, now = (f"ZeRO stage {stage} in {'bf16' if bf16 else 'fp32'}" for stage, bf16 in
+                ((found["stage"], found["bf16"]), (engine.stage, engine.bf16)))
+    if was != now:
+        raise ValueError(f"{path} was trained with {was}, this DeepSpeed JSON says {now}; "
+                         "go on with the old, or start a new run from its weights with `init:`")
     engine.restore(universal or path, found)
     if universal:
         frozen = {name for name, p in engine.method.named_parameters() if not p.requires_grad}
@@ -144,9 +148,11 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
 
 def weights(path: Path) -> dict:
     """The fp32 weights of a checkpoint, {name: lazy or plain tensor}; `.contiguous()` makes each whole, one at a time."""
-    if manifest(path)["stage"] == 0:
-        return torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)["module"]
-    return zero_weights(path)
+    stage, file = manifest(path)["stage"], path / "mp_rank_00_model_states.pt"
+    if stage == 3:
+        return zero_weights(path)
+    module = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+    return {**module, **zero_weights(path)} if stage else module  # stages 1 and 2 keep frozen parameters in the module alone
 
 
 def load(method: torch.nn.Module, path: Path, only: set[str] | None = None) -> None:
@@ -158,6 +164,8 @@ def load(method: torch.nn.Module, path: Path, only: set[str] | None = None) -> N
     parameters = {name: p for name, p in method.named_parameters() if only is None or name in only}
     if rank() == 0 and (missing := parameters.keys() - source.keys()):
         raise ValueError(f"{path}: has no weights for {sorted(missing)[0]} ({len(missing)} missing); it holds another architecture")
+    if rank() == 0 and only is None and (extra := source.keys() - parameters.keys()):
+        raise ValueError(f"{path}: this config has no place for {sorted(extra)[0]} ({len(extra)} such); it holds another architecture")
     for name, parameter in parameters.items():
         with whole_parameter(parameter):
             if rank() == 0:

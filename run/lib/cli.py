@@ -1,4 +1,4 @@
-"""What scripts without ranks share: how they end, and their progress bar.  (Scripts on ranks end through run/lib/engine.py.)
+"""What scripts without ranks share: how they end, and their progress bar.  (Scripts on ranks end through run/lib/ranks.py.)
 
     if __name__ == "__main__":
         run_script(main)

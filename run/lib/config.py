@@ -55,7 +55,7 @@ class Run:
         missing = set(METHODS[self.method].views) - set(self.views)
         if missing:
             raise ValueError(f"views: method {self.method!r} reads view {sorted(missing)[0]!r}; give it under views:")
-        for name in ("samples", "batch", "accumulate", "log_every"):
+        for name in ("samples", "batch", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; it must be at least 1")
         if self.samples < self.batch:
@@ -88,7 +88,10 @@ def load(path: str | Path, overrides: typing.Iterable[str] = ()) -> Run:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise ValueError(f"--set {item}: {name} is a value, it has no keys below it")
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {item}: {text!r} is not YAML; put quotes around a value with braces, brackets or a colon") from None
     return build(Run, tree)
 
 

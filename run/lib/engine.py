@@ -5,10 +5,11 @@
 
 The config says what is trained; the DeepSpeed JSON says how.  What the config owns is refused in the JSON.
 """
+import contextlib
 import copy
+import io
 import json
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -43,6 +44,8 @@ def read_json(path: str) -> dict:
             raise ValueError(f"deepspeed: {path} sets {key!r}, which the config owns; remove it there and set `{owner}` in the config")
     if tree.get("fp16", {}).get("enabled"):
         raise ValueError(f"deepspeed: {path} enables fp16; contrastive losses overflow in it (docs/running.md), use bf16")
+    if tree.get("bf16", {}).get("enabled") and not tree.get("zero_optimization", {}).get("stage"):
+        raise ValueError(f"deepspeed: {path}: bf16 without ZeRO keeps no fp32 copy that the temperature could be read from; use stage 1")
     return tree
 
 
@@ -66,7 +69,7 @@ class Engine:
             tree["checkpoint"] = {"load_universal": True}
         self.stage = tree.get("zero_optimization", {}).get("stage", 0)
         torch.manual_seed(cfg.seed)
-        with deepspeed.zero.Init(config_dict_or_path=tree) if self.stage == 3 else nullcontext():
+        with deepspeed.zero.Init(config_dict_or_path=tree) if self.stage == 3 else contextlib.nullcontext():
             method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context)
         if load:
             load(method)
@@ -150,7 +153,7 @@ class Engine:
         return None if norm is None else float(norm)
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_parameter(parameter: torch.nn.Parameter):
     """The parameter whole, to be written by rank 0; what rank 0 wrote is on every rank, or in every shard, afterwards."""
     with torch.no_grad():
@@ -164,7 +167,8 @@ def whole_parameter(parameter: torch.nn.Parameter):
 
 def zero_weights(checkpoint: Path) -> dict:
     """The fp32 weights in a ZeRO 1-3 checkpoint, {name: tensor made whole by .contiguous()}."""
-    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it says much
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
 
 
 def place(method: torch.nn.Module, cfg: Run) -> torch.nn.Module:

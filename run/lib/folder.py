@@ -82,7 +82,7 @@ def headline(cfg: Run, engine: Engine, batches: Batches | Stream) -> str:
     size = f"{len(batches.shards):,} pairs" if isinstance(batches, Batches) else f"{len(batches.urls):,} streamed shards"
     precision = "bf16" if engine.bf16 else "fp32"
     return (f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · "
-            f"{world()} ranks, ZeRO {engine.stage}, {precision} · "
+            f"{world()} rank{'s' * (world() > 1)}, ZeRO {engine.stage}, {precision} · "
             f"{short(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}")
 
 

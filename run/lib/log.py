@@ -6,6 +6,7 @@ share of the time in which the training loop waited for data.
 """
 import json
 import math
+import resource
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,13 @@ def peak_flops() -> float:
         a @ b
         times.append(time.perf_counter() - begin)
     return 2 * n**3 / min(times)
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Log:
@@ -68,6 +76,7 @@ class Log:
         if not self.on:
             return
         now, values = time.perf_counter(), numbers(values)
+        values["memory_gib"] = peak_gib()
         if self.last_step is not None:
             took = max(now - self.since, 1e-9)
             speed = (step - self.last_step) * self.batch / took
@@ -83,7 +92,7 @@ class Log:
             parts.append(f"temperature {values['temperature']:.4f}")
         if "samples_per_s" in values:
             left = (self.steps - step) * self.batch / values["samples_per_s"]
-            speed, mfu = short(values["samples_per_s"]), f"{values['mfu']:.0%}"
+            speed, mfu = short(values["samples_per_s"]), "?" if math.isnan(values["mfu"]) else f"{values['mfu']:.0%}"
             parts += [f"{speed}/s", f"MFU {mfu}", f"data stall {values['stall']:.0%}", f"ETA {clock(left)}"]
         return " · ".join(parts)
 

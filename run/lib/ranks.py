@@ -25,6 +25,8 @@ _once: list[str] = []  # the keys at the store that `once` has used
 def start() -> None:
     """Join the launcher's process group, or be the only process where there is no launcher."""
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise ValueError("RANK: not set, though Slurm started several tasks; map SLURM_PROCID and its like first (docs/running.md)")
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
     local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if torch.cuda.is_available() and local >= devices:
@@ -134,7 +136,10 @@ def run_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if rank():
             time.sleep(3)  # where all ranks fail alike, rank 0 speaks and the launcher ends the others meanwhile
-        print(f"error: {error}" if not rank() else f"error on rank {rank()}: {error}", file=sys.stderr)
+        said = str(error)
+        if "Traceback" in said:  # from a loader process, which sends its whole trace
+            said = said.strip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {said}" if not rank() else f"error on rank {rank()}: {said}", file=sys.stderr)
         finish(2)
     except BaseException as error:
         if isinstance(error, SystemExit):
