@@ -26,9 +26,10 @@ for ((n = 2; ; n++)); do
 done
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus > 0 ? gpus : 2))
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 
 say "training on $ranks ranks ($run)"
-deepspeed --num_accelerators "$ranks" run/pretrain.py --config run/configs/quickstart.yaml --set "run=$run"
+deepspeed --quiet --num_accelerators "$ranks" run/pretrain.py --config run/configs/quickstart.yaml --set "run=$run"
 
 say "done"
 cat <<END

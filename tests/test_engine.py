@@ -75,7 +75,7 @@ class Engine:
     samples, stage = 160, 3
 
     def __init__(self, step):
-        self.ds = SimpleNamespace(global_steps=step, save_checkpoint=self.write)
+        self.ds, self.bf16 = SimpleNamespace(global_steps=step, save_checkpoint=self.write), False
 
     def write(self, folder, tag, **_):
         assert not (checkpoint.Path(folder) / tag).exists()

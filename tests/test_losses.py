@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import losses
 
@@ -135,6 +136,25 @@ def test_bf16_features_and_autocast_leave_fp32_inside():
     dense = losses.dense_contrastive(*doubled(leaves))
     assert loss.dtype == torch.float32 and leaves[0].grad.dtype == torch.bfloat16
     assert abs(loss.item() - dense.item()) < EXACT  # bf16 logits would be off by 1e-2
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation returns meanwhile."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.size = max(self.size, *(x.numel() for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def test_nothing_of_size_b_x_B_is_stored(monkeypatch):
+    monkeypatch.setattr(losses, "TILE", (32, 40))
+    for loss_of, size in ((lambda *x: losses.contrastive(*x)[0], 32 * 40), (losses.dense_contrastive, 300 * 300)):
+        with Largest() as largest:
+            loss_of(*features(300, 4, 1.0, 10.0)).backward()
+        assert largest.size == size
 
 
 def test_a_nan_is_not_hidden():
