@@ -22,7 +22,7 @@ FLAVOURS = {"clip": CLIP_FLAVOUR, "flip": [], "glip": CLIP_FLAVOUR}
 
 
 def curve(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> list[float]:
-    """Twenty losses of a tiny run, at a rate where rounding does not grow: Adam's first steps follow the signs of the smallest gradients."""
+    """Twenty losses of a tiny run, at a rate where rounding does not grow: Adam's first steps follow signs of the smallest gradients."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10000}, "bf16": {"enabled": bf16}}, file)
         file.flush()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import losses
 
@@ -140,12 +141,11 @@ def test_bf16_features_and_autocast_leave_fp32_inside():
 
 class Largest(TorchDispatchMode):
     """The size of the largest tensor that any operation returns meanwhile."""
-
     size = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.size = max(self.size, *(x.numel() for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, torch.Tensor)), 0)
+        self.size = max([self.size] + [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
         return out
 
 
@@ -232,7 +232,6 @@ def worker(folder, world, rank):
     start("store2")
     found["first"] = refusal(b + rank)
     torch.save(found, folder / f"{rank}.pt")
-    sys.stdout.flush()
     sys.stderr.flush()
     dist.barrier()
     os._exit(0)  # gloo's threads abort some of the processes that end through the interpreter
@@ -243,8 +242,8 @@ def ranks(request, tmp_path_factory):
     """[what each rank found]: one launch of `worker` on so many ranks, in which a deprecated collective is an error."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__, str(folder), str(world)]
-    processes = [subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(world)]
+    processes = [subprocess.Popen([sys.executable, __file__, folder, str(world), str(rank)], env=env, stderr=subprocess.PIPE, text=True)
+                 for rank in range(world)]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
@@ -261,8 +260,8 @@ def global_oracle(world):
     return loss.item(), [w.grad for w in weights]
 
 
-def apart(grads, expected):
-    return max((got - want).abs().max().item() for got, want in zip(grads, expected))
+def apart(got, expected):
+    return max((x - y).abs().max().item() for x, y in zip(got, expected))
 
 
 @pytest.mark.slow
@@ -284,8 +283,7 @@ def test_a_detached_gather_would_be_caught(ranks):
 
 @pytest.mark.slow
 def test_accuracy_is_global(ranks):
-    weights = [w.detach() for w in towers()]
-    _, metrics = losses.contrastive(*embed(weights, len(ranks)))
+    _, metrics = losses.contrastive(*embed([w.detach() for w in towers()], len(ranks)))
     assert 0 < metrics["accuracy"] < 1
     assert all(found["accuracy"] == pytest.approx([metrics["accuracy"].item()] * 2) for found in ranks)
 
