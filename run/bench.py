@@ -1,10 +1,10 @@
 """Measure Glimpse on this machine, against a peer in the same process tree.  Ratios carry over to other machines; seconds do not.
 
     python run/bench.py step                       a B/16's training step at masks of 0, 50, 75 %, short and long captions, and open_clip's
-    python run/bench.py data --images FOLDER       images/s of decode + augment + mask + patches on one core, and open_clip's transform
+    python run/bench.py data                       images/s of decode + augment + mask + patches on one core, and open_clip's transform
     python run/bench.py loss                       time and memory of the tiled loss and of the dense one
 
-open_clip (requirements-dev.txt) is left out where it is not installed.  Letters: B batch, P patch side.
+    python run/bench.py data                       images/s of decode + augment + mask + patches on one core, and open_clip's
 """
 import sys
 from pathlib import Path
@@ -121,7 +121,7 @@ def bench_step(args) -> None:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 def bench_data(args) -> None:
-    files = [path.read_bytes() for path in sorted(Path(args.images).glob("*.jp*g"))]
+    files = [path.read_bytes() for path in sorted(Path(args.images).glob("*.jp*g"))] if args.images else photographs()
     if not files:
         raise ValueError(f"--images {args.images}: no .jpg in it")
     torch.set_num_threads(1)
@@ -131,10 +131,28 @@ def bench_data(args) -> None:
         transform = open_clip.image_transform(224, is_train=True, aug_cfg=dict(scale=(0.5, 1.0)))
         runs["open_clip, decode alone"] = each(files, lambda data: Image.open(io.BytesIO(data)).convert("RGB"))
         runs["open_clip"] = each(files, lambda data: transform(Image.open(io.BytesIO(data)).convert("RGB")))
-    print(f"Images of {args.images} ({len(files)}) to 224-px views, crop scale 0.5-1, one core, median of {args.repeats}\n")
+    print(f"{len(files)} images of {args.images or 'scikit-image'} to 224-px views, crop scale 0.5-1, one core, median of {args.repeats}\n")
     took = medians(runs, args.repeats)
     table(["path", "images/s", "to open_clip"], [[name, round(len(files) / s), took["open_clip"] / s if "open_clip" in took else "-"]
                                                  for name, s in took.items()])
+
+
+def photographs(count: int = 100) -> list[bytes]:
+    """JPEGs of about 500 pixels (quality 90, 4:2:0): windows of scikit-image's photographs with a little sensor noise."""
+    import skimage.data
+    rng, files = np.random.default_rng(0), []
+    for i in range(count):
+        name = ("astronaut", "chelsea", "coffee", "rocket")[i % 4]
+        picture = Image.fromarray(getattr(skimage.data, name)())
+        width, height = ((500, 375), (500, 333), (375, 500), (500, 400), (500, 500))[rng.integers(5)]
+        zoom = min(picture.width / width, picture.height / height) * rng.uniform(0.8, 1)
+        left, top = rng.uniform(0, picture.width - zoom * width), rng.uniform(0, picture.height - zoom * height)
+        window = picture.resize((width, height), Image.BICUBIC, box=(left, top, left + zoom * width, top + zoom * height))
+        noisy = np.clip(np.asarray(window) + rng.normal(0, 2, (height, width, 3)), 0, 255).astype(np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(noisy).save(out, "JPEG", quality=90, subsampling=2)
+        files.append(out.getvalue())
+    return files
 
 
 def each(files: list[bytes], do: Callable[[bytes], object]) -> Callable[[], object]:
@@ -201,7 +219,7 @@ def main() -> None:
     step.add_argument("--batch", type=int, default=8)
     step.add_argument("--size", default="B/16", help="a size and patch of model/towers.py")
     data = kinds.add_parser("data", help="decode and augment")
-    data.add_argument("--images", required=True, help="a folder of JPEGs")
+    data.add_argument("--images", help="a folder of JPEGs; default: a hundred made of scikit-image's photographs")
     loss = kinds.add_parser("loss", help="tiled and dense contrastive loss")
     loss.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384, 32768], metavar="B")
     loss.add_argument("--case", nargs=2, help="one case, as the benchmark itself starts it")

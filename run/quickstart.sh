@@ -37,6 +37,7 @@ The model is in $run:
   config.yaml      what was trained          metrics.jsonl   one record a line
   checkpoints/     to go on from             results.jsonl   the evaluations above
   tensorboard/     tensorboard --logdir $run  (with a picture of what the tower saw)
+1x chance is guessing.  Seen and unseen: whether the concept, or the style of drawing, was trained on.
 Activate the environment and go on:
   source .venv/bin/activate
   deepspeed --num_accelerators $ranks run/evaluate.py --run $run --evals retrieval:datasets/glyphs/eval/retrieval

@@ -145,7 +145,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.size = max([self.size] + [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)])
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.size = max([self.size, *sizes])
         return out
 
 
