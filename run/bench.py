@@ -1,10 +1,11 @@
 """Measure Glimpse on this machine, against a peer in the same process tree.  Ratios carry over to other machines; seconds do not.
 
-    python run/bench.py step                       a B/16's training step at masks of 0, 50, 75 %, short and long captions, and open_clip's
-    python run/bench.py data                       images/s of decode + augment + mask + patches on one core, and open_clip's transform
-    python run/bench.py loss                       time and memory of the tiled loss and of the dense one
+    python run/bench.py step     a B/16's training step at masks of 0, 50, 75 %, short and long captions, and open_clip's
+    python run/bench.py data     images/s of decode + augment + mask + patches on one core, and open_clip's transform
+    python run/bench.py loss     time and memory of the tiled loss and of the dense one
 
-    python run/bench.py data                       images/s of decode + augment + mask + patches on one core, and open_clip's
+open_clip and the photographs come with requirements-dev.txt; the peer is left out where it is not installed.
+Letters: B batch, P patch side.
 """
 import sys
 from pathlib import Path

@@ -162,7 +162,9 @@ def whole_parameter(parameter: torch.nn.Parameter):
                 yield
         else:
             yield
-            dist.broadcast(parameter.data, 0)
+            sent = parameter.data.to(device())  # NCCL sends nothing from a CPU, where a method that is not placed yet lies
+            dist.broadcast(sent, 0)
+            parameter.data.copy_(sent)
 
 
 def zero_weights(checkpoint: Path) -> dict:

@@ -36,10 +36,9 @@ def start() -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for 38 s, and only speeds inference up
-    torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # from inside DeepSpeed: names that torch 2.13 renamed
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     get_accelerator().set_device(local)
+    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
 
 
 def rank() -> int:
@@ -58,7 +57,10 @@ def once(make: Callable):
     """make(), by rank 0 first and then by the others: for files that the first call makes and the later ones find."""
     _once.append(f"once {len(_once)}")
     if rank():
-        store().wait([_once[-1]], datetime.timedelta(hours=12))
+        try:
+            store().wait([_once[-1]], datetime.timedelta(hours=12))
+        except dist.DistError:  # rank 0, which keeps the store, failed in its turn and says why
+            finish(1)
     made = make()
     if not rank():
         store().set(_once[-1], "1")
