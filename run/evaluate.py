@@ -26,7 +26,7 @@ def main() -> None:
     args.add_argument("--evals", nargs="+", metavar="KIND:FOLDER", help="zero_shot:FOLDER or retrieval:FOLDER; default: the run's own")
     args.add_argument("--local_rank", type=int, help="from the launcher")
     found = args.parse_args()
-    path = checkpoint.newest(Path(found.run))
+    path = checkpoint.newest(Path(found.run).resolve())
     home = path.parents[1]
     cfg = config.load(home / "config.yaml")
     ranks.start()
@@ -37,7 +37,7 @@ def main() -> None:
     checkpoint.check_identity(path, checkpoint.identity(cfg, tokenizer.fingerprint))
     method = METHODS[cfg.method](cfg.model, tokenizer.vocab_size, cfg.data.context)
     checkpoint.load(method, path)
-    results = evaluate(engine.place(method, cfg), cfg, tokenizer, evals)
+    results = evaluate(engine.place(method, checkpoint.manifest(path)["bf16"]), cfg, tokenizer, evals)
     if ranks.rank() == 0:
         report(results, path, home)
 

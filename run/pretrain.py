@@ -35,11 +35,13 @@ def main() -> None:
     batches = loader(cfg)
     trainer, found = restore(cfg, home, resume, batches)
     batches.begin(found.get("shards", 0))
-    ranks.once(lambda: folder.open_folder(home, cfg, trainer.samples))
+    ranks.once(lambda: folder.open_folder(home, cfg, trainer.samples, resume))
     log = Log(home, ranks.rank(), trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch, cfg.batch)
     log.say(folder.headline(cfg, trainer, batches))
-    train(cfg, home, batches, trainer, evals, log)
-    log.close()
+    try:
+        train(cfg, home, batches, trainer, evals, log)
+    finally:
+        log.close()
 
 
 def loader(cfg: Run) -> Batches | Stream:
@@ -59,13 +61,15 @@ def identity(cfg: Run, batches: Batches | Stream) -> dict:
 def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tuple[engine.Engine, dict]:
     """The engine at the beginning of the run, or where its newest whole checkpoint left it, and that checkpoint's manifest."""
     tokenizer = batches.reader.tokenizer
-    if not resume or not checkpoint.whole(home / "checkpoints"):
+    found = ranks.told(lambda: str((checkpoint.whole(home / "checkpoints") or [""])[0]) if resume else "")
+    if not found:
         begin = checkpoint.newest(Path(cfg.init)) if cfg.init else None
         if begin:
             checkpoint.check_identity(begin, dict(tokenizer=tokenizer.fingerprint))
         return engine.Engine(cfg, tokenizer.vocab_size, load=begin and partial(checkpoint.load, path=begin)), {}
-    path = checkpoint.newest(home)
+    path = Path(found)
     checkpoint.check_identity(path, identity(cfg, batches))
+    checkpoint.check_memory(path, engine.merged(cfg, ranks.world()))
     universal = checkpoint.prepare_elastic(path, ranks.world())
     trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
     return trainer, checkpoint.resume(trainer, path, universal)
@@ -78,6 +82,7 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
 
     def save() -> Path:
         finite(float(loss), step, home)  # a checkpoint of nan would push the good ones out
+        finite(trainer.grad_norm() or 0.0, step, home)
         state = dict(identity=identity(cfg, batches), shards=ranks.least(batches.position()))
         return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)
 
@@ -101,7 +106,7 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
         if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples + cfg.batch <= cfg.samples:
             log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
         if due(cfg.save_every, trainer.samples, cfg.batch):
-            save()
+            log.say(f"saved {save()}")
             saved = trainer.samples
     if saved < trainer.samples:
         log.say(f"saved {save()}")
@@ -125,7 +130,7 @@ def cost(cfg: Run, parts: list[dict]) -> float:
 
 def finite(loss: float, step: int, home: Path) -> None:
     if not abs(loss) < float("inf"):
-        raise ValueError(f"the loss is {loss} at step {step}; nothing was saved since {home}/checkpoints' newest; "
+        raise ValueError(f"the loss or its gradient is {loss} at step {step}; nothing was saved since {home}/checkpoints' newest; "
                          "lower optim.lr, set optim.clip, or lengthen optim.warmup, and go on with --resume")
 
 

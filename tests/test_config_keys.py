@@ -47,7 +47,7 @@ def test_every_config_loads_and_saves(path, tmp_path):
     assert load(tmp_path / "config.yaml") == cfg
     head = path.read_text().split("\nbase:")[0]
     assert f"run/configs/{path.name}" in head or "run/quickstart.sh" in head, "a config opens with its command"
-    assert "Cost" in head or "Table" in head, "and with its cost"
+    assert "Cost" in head, "and with its cost"
     assert len(path.read_text().splitlines()) <= 30
 
 

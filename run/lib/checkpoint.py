@@ -40,6 +40,9 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
     engine.ds.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
     barrier()
     if rank() == 0:
+        shards = len(list(path.glob("*_optim_states.pt")))
+        if engine.stage and shards != world():
+            raise OSError(f"{path}: {shards} of {world()} ranks' shards are there; is it on a file system that all machines share?")
         files = {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
         for name in files:
             sync(path / name)
@@ -94,6 +97,16 @@ def check_identity(path: Path, mine: dict) -> None:
         raise ValueError(f"{path} was trained with {key}: {was!r}, this config says {now!r}; use the run's own config.yaml")
 
 
+def check_memory(path: Path, tree: dict) -> None:
+    """ValueError if the DeepSpeed JSON spends memory otherwise than the checkpoint's run: its files would not fit."""
+    found = manifest(path)
+    mine = tree.get("zero_optimization", {}).get("stage", 0), bool(tree.get("bf16", {}).get("enabled"))
+    was, now = (f"ZeRO stage {stage} in {'bf16' if bf16 else 'fp32'}" for stage, bf16 in ((found["stage"], found["bf16"]), mine))
+    if was != now:
+        raise ValueError(f"{path} was trained with {was}, this DeepSpeed JSON says {now}; "
+                         "go on with the old, or start a new run from its weights with `init:`")
+
+
 def differences(was, now, where: str = "") -> Iterator[tuple]:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in sorted(was.keys() | now.keys()):
@@ -129,11 +142,6 @@ def prepare_elastic(path: Path, ranks: int) -> Path | None:
 def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
     """Load a checkpoint (its universal form where the rank count changed) into the engine and return its manifest."""
     found = manifest(path)
-    was, now = (f"ZeRO stage {stage} in {'bf16' if bf16 else 'fp32'}" for stage, bf16 in
-                ((found["stage"], found["bf16"]), (engine.stage, engine.bf16)))
-    if was != now:
-        raise ValueError(f"{path} was trained with {was}, this DeepSpeed JSON says {now}; "
-                         "go on with the old, or start a new run from its weights with `init:`")
     engine.restore(universal or path, found)
     if universal:
         frozen = {name for name, p in engine.method.named_parameters() if not p.requires_grad}

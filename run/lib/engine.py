@@ -86,7 +86,9 @@ class Engine:
 
     def restore(self, folder: Path, found: dict) -> None:
         """Weights, optimizer and counts of a checkpoint folder; `found` is its manifest."""
-        self.ds.load_checkpoint(str(folder.parent), tag=folder.name)
+        loaded, _ = self.ds.load_checkpoint(str(folder.parent), tag=folder.name)
+        if loaded is None:  # DeepSpeed would go on with an optimizer that starts anew
+            raise OSError(f"{folder}: DeepSpeed could not load it")
         # Two faults of the universal format with more than one group, undone: all groups get the first one's weight decay, and share
         # one step counter, which each of them then counts up.
         for group, settings in zip(self.ds.optimizer.param_groups, self.settings):
@@ -173,7 +175,6 @@ def zero_weights(checkpoint: Path) -> dict:
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
 
 
-def place(method: torch.nn.Module, cfg: Run) -> torch.nn.Module:
-    """A method that is not trained, on this rank's device in the precision that its run trained in."""
-    bf16 = read_json(cfg.deepspeed).get("bf16", {}).get("enabled")
+def place(method: torch.nn.Module, bf16: bool) -> torch.nn.Module:
+    """A method that is not trained, on this rank's device, in the precision that its run trained in."""
     return method.to(device(), torch.bfloat16 if bf16 else torch.float32)

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -35,20 +36,23 @@ def check(home: Path, resume: bool) -> Path:
     return home
 
 
-def open_folder(home: Path, cfg: Run, samples: int) -> None:
+def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
     """Make the folder, or prepare it for going on from `samples`: records beyond them are of steps that will be taken again.
 
     Rank 0 does it, and must be done before any rank opens a record: `trim` puts a new file in the place of the one that is there.
     """
     if rank():
         return
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=resume)  # made meanwhile by another job with the same `run:`, it is refused
     with (home / "command.txt").open("a") as file:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv), f"# {world()} ranks", file=file)
     saved = home / "config.yaml"
     if saved.exists() and config.load(saved) != cfg:
-        saved.rename(home / f"config.until-{samples}.yaml")
-    config.save(cfg, saved, provenance())
+        shutil.copy(saved, home / f"config.until-{samples}.yaml")
+    config.save(cfg, home / "config.yaml.part", provenance())
+    os.replace(home / "config.yaml.part", saved)  # at no moment without it
+    if cfg.data.trace:
+        (home / "trace").mkdir(exist_ok=True)
     for records in [home / "metrics.jsonl", home / "results.jsonl", *(home / "trace").glob("*.jsonl")]:
         trim(records, samples)
 
@@ -96,7 +100,6 @@ class Audit:
         self.cfg, self.say, self.seen, self.bad, self.named = cfg, say, 0, 0, set()
         self.trace = None
         if cfg.trace:
-            (home / "trace").mkdir(exist_ok=True)
             self.trace = (home / "trace" / f"rank-{rank}.jsonl").open("a", buffering=1)
 
     def __call__(self, batches: Batches | Stream, parts: list[dict], samples: int) -> None:

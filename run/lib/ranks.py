@@ -67,6 +67,13 @@ def once(make: Callable):
     return made
 
 
+def told(make: Callable[[], str]) -> str:
+    """make(), by rank 0 alone, told to all: what ranks might see differently on a network file system."""
+    answer: list[str] = []
+    once(lambda: answer.append(make()) or store().set("told", answer[0]) if not rank() else None)
+    return store().get("told").decode()
+
+
 def store() -> dist.Store:
     """The key-value store of the process group: for waits that are longer than a collective may take."""
     return dist.distributed_c10d._get_default_store()
@@ -114,11 +121,17 @@ class Stop:
     def asked(self) -> bool:
         answer = False
         if self.pending is not None:
-            work, flags = self.pending
+            answer = bool(self.pending().item())
+        flags = torch.full((1,), self.flag, device=device())
+        work = dist.all_reduce(flags, async_op=True)
+        if flags.is_cuda:  # wait for this number alone, not for the kernels that were queued since
             work.wait()
-            answer = bool(flags.item())
-        flags = torch.tensor([self.flag], device=device())
-        self.pending = dist.all_reduce(flags, async_op=True), flags
+            host, done = torch.empty(1, pin_memory=True), torch.cuda.Event()
+            host.copy_(flags, non_blocking=True)
+            done.record()
+            self.pending = lambda: done.synchronize() or host
+        else:
+            self.pending = lambda: work.wait() and flags
         return answer
 
 
