@@ -80,7 +80,7 @@ class Engine:
     def write(self, folder, tag, **_):
         assert not (checkpoint.Path(folder) / tag).exists()
         (checkpoint.Path(folder) / tag / "sub").mkdir(parents=True)
-        for name in ("a.pt", "sub/b.pt"):
+        for name in ("0_optim_states.pt", "sub/b.pt"):
             (checkpoint.Path(folder) / tag / name).write_bytes(bytes(1000))
 
 
@@ -101,10 +101,10 @@ def test_the_newest_are_kept(kept):
     assert steps(kept) == [4, 3, 2] and sorted(p.name for p in kept.iterdir()) == [f"step-{n:08d}" for n in (2, 3, 4)]
     assert checkpoint.newest(kept.parent).name == "step-00000004" and checkpoint.newest(kept / "step-00000002").name == "step-00000002"
     found = checkpoint.manifest(kept / "step-00000004")
-    assert found["step"] == 4 and found["samples"] == 160 and found["files"] == {"a.pt": 1000, "sub/b.pt": 1000}
+    assert found["step"] == 4 and found["samples"] == 160 and found["files"] == {"0_optim_states.pt": 1000, "sub/b.pt": 1000}
 
 
-@pytest.mark.parametrize("tear", [lambda path: (path / "sub" / "b.pt").write_bytes(bytes(999)), lambda path: (path / "a.pt").unlink(),
+@pytest.mark.parametrize("tear", [lambda path: (path / "sub" / "b.pt").write_bytes(bytes(999)), lambda path: (path / "0_optim_states.pt").unlink(),
                                   lambda path: (path / "manifest.json").unlink(), lambda path: (path / "manifest.json").write_text('{"st')])
 def test_a_torn_checkpoint_is_skipped_and_written_again(kept, tear):
     tear(kept / "step-00000004")
