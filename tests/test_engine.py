@@ -70,6 +70,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
     assert found["stop"] == [3, 3], "asked before its third step (2), heard one step later"
 
 
+SHARD = "0_optim_states.pt"
+
+
 class Engine:
     """What `save` needs of an engine, writing two files."""
     samples, stage = 160, 3
@@ -80,7 +83,7 @@ class Engine:
     def write(self, folder, tag, **_):
         assert not (checkpoint.Path(folder) / tag).exists()
         (checkpoint.Path(folder) / tag / "sub").mkdir(parents=True)
-        for name in ("0_optim_states.pt", "sub/b.pt"):
+        for name in (SHARD, "sub/b.pt"):
             (checkpoint.Path(folder) / tag / name).write_bytes(bytes(1000))
 
 
@@ -101,10 +104,10 @@ def test_the_newest_are_kept(kept):
     assert steps(kept) == [4, 3, 2] and sorted(p.name for p in kept.iterdir()) == [f"step-{n:08d}" for n in (2, 3, 4)]
     assert checkpoint.newest(kept.parent).name == "step-00000004" and checkpoint.newest(kept / "step-00000002").name == "step-00000002"
     found = checkpoint.manifest(kept / "step-00000004")
-    assert found["step"] == 4 and found["samples"] == 160 and found["files"] == {"0_optim_states.pt": 1000, "sub/b.pt": 1000}
+    assert found["step"] == 4 and found["samples"] == 160 and found["files"] == {SHARD: 1000, "sub/b.pt": 1000}
 
 
-@pytest.mark.parametrize("tear", [lambda path: (path / "sub" / "b.pt").write_bytes(bytes(999)), lambda path: (path / "0_optim_states.pt").unlink(),
+@pytest.mark.parametrize("tear", [lambda path: (path / "sub" / "b.pt").write_bytes(bytes(999)), lambda path: (path / SHARD).unlink(),
                                   lambda path: (path / "manifest.json").unlink(), lambda path: (path / "manifest.json").write_text('{"st')])
 def test_a_torn_checkpoint_is_skipped_and_written_again(kept, tear):
     tear(kept / "step-00000004")
