@@ -12,6 +12,7 @@ tests/test_masking.py then holds it to the contract above.
 import ast
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -32,7 +33,7 @@ def strategy(name: str) -> Callable[[type["Mask"]], type["Mask"]]:
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(ABC):
     ratio: float  # the share of patches to hide, in [0, 1)
 
     def __post_init__(self):
@@ -51,9 +52,9 @@ class Mask:
             raise ValueError(f"mask: a ratio of {self.ratio} hides all {patches} patches; lower it, or use more patches")
         return count
 
+    @abstractmethod
     def score(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, L), the larger the likelier to stay."""
-        raise NotImplementedError
 
     def __call__(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
         """noise (B, L), uniform in [0, 1) -> keep (B, K)."""

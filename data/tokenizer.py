@@ -21,6 +21,7 @@ import os
 import re
 import unicodedata
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -40,7 +41,7 @@ CLIP_MERGES = 48894  # CLIP reads that many of the list's merges, a fifth: 49,40
 CLIP_WORDS = r"'[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every kind has.  A kind reads its vocabulary from a file, and says how to encode and decode."""
     package = ()  # (import name, file inside it, distribution) that brings the vocabulary, where one does
     vocab_size: int  # rows of the embedding table
@@ -52,13 +53,13 @@ class Tokenizer:
         self.context = context
         self.fingerprint = hashlib.sha256(type(self).__name__.encode() + b"\0" + vocabulary).hexdigest()[:12]  # same: ids mean the same
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a whole text, with nothing around it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spell(self, ids: list[int]) -> str:
         """The text of ids up to the end; special tokens spell nothing."""
-        raise NotImplementedError
 
     def __call__(self, text: str) -> list[int]:
         """A caption's ids: 1 to `context` of them."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.masking import STRATEGIES, Gaussian, InverseGaussian, Random, normal_density, parse
+from data.masking import STRATEGIES, Gaussian, InverseGaussian, Mask, Random, normal_density, parse
 
 GRIDS = [(14, 14), (16, 16), (3, 11), (1, 8)]
 
@@ -135,3 +135,10 @@ def test_parse_refuses(spec, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse(spec)
     assert repr(spec) in str(caught.value)
+
+
+def test_a_strategy_that_scores_nothing_cannot_be_made():
+    class Forgetful(Mask):
+        pass
+    with pytest.raises(TypeError, match="score"):
+        Forgetful(0.5)
