@@ -28,11 +28,6 @@ def unpatchify(patches: Tensor, P: int, grid: tuple[int, int]) -> Tensor:
     return patches.reshape(B, rows, columns, -1, P, P).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, rows * P, columns * P)
 
 
-def take(patches: Tensor, keep: Tensor) -> Tensor:
-    """The patches named by keep: (B, L, D) at (B, K) -> (B, K, D)."""
-    return patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))
-
-
 def visible(image: np.ndarray, P: int, keep: np.ndarray) -> np.ndarray:
     """One image (H, W, C) at keep (K,) -> (K, C*P*P); reads and copies the visible patches only."""
     rows, columns = grid(*image.shape[:2], P)

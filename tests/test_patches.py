@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.patches import patchify, take, unpatchify, visible
+from data.patches import patchify, unpatchify, visible
 
 
 def test_a_linear_layer_over_patches_is_the_convolution():
@@ -20,14 +20,9 @@ def test_unpatchify_inverts():
     assert torch.equal(unpatchify(patches, 8, (3, 5)), images)
 
 
-def test_take():
-    patches, keep = torch.arange(2 * 4 * 3).view(2, 4, 3), torch.tensor([[0, 3], [1, 2]])
-    assert torch.equal(take(patches, keep), torch.stack([patches[0, [0, 3]], patches[1, [1, 2]]]))
-
-
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("keep", [[0, 3, 4, 14], [14, 2], list(range(15))])
-def test_visible_is_patchify_and_take(keep, mirrored):
+def test_visible_is_patchify_at_keep(keep, mirrored):
     image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     image = image[:, ::-1] if mirrored else image
     patches = visible(image, 8, np.array(keep, dtype=np.int64))
