@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.augment import center_view
 from data.batches import quiet_worker
 from data.patches import visible
-from data.shards import Shards
+from data.shards import CAPTIONS, Shards
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Benchmark:
 
     def label(self, i: int) -> int:
         """The class's number of image i."""
-        sample = self.shards[i]
+        sample = self.shards.read(i, only=("cls",))
         if "cls" not in sample.parts:
             raise ValueError(f"evals: {self.folder}: {sample.shard} {sample.key} has no cls (has {', '.join(sample.parts)})")
         return int(sample.parts["cls"])
 
     def captions(self, i: int) -> list[str]:
         """The captions of image i, in order."""
-        return [line for line in self.shards[i].caption.splitlines() if line.strip()]
+        return [line for line in self.shards.read(i, only=CAPTIONS).caption.splitlines() if line.strip()]
 
     def rounds(self, pre: Preprocess, batch: int, rank: int, world: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rounds in which every rank has a batch: indices (m,), patches (n, L, 3*P*P) uint8, positions (n, L); m <= n are its own.

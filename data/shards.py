@@ -178,8 +178,12 @@ class Shards:
         return self.ends[-1]
 
     def __getitem__(self, i: int) -> Sample:
+        return self.read(i)
+
+    def read(self, i: int, only: tuple[str, ...] = ()) -> Sample:
+        """Sample i; `only`: with those of its members alone, and no byte of the others read."""
         shard, place = self.locate(i)
-        return self._open(self.paths[shard]).read(place)
+        return self._open(self.paths[shard]).read(place, only)
 
     def locate(self, i: int) -> tuple[int, int]:
         """Sample i as (shard, place in that shard)."""
@@ -210,8 +214,9 @@ class _OpenShard:
         if hasattr(self, "file"):
             os.close(self.file)
 
-    def read(self, i: int) -> Sample:
+    def read(self, i: int, only: tuple[str, ...]) -> Sample:
         key, parts = self.samples[i]
+        parts = {ext: parts[ext] for ext in only if ext in parts} or parts  # none of them there: all, so that the caller can say what is
         start = min(offset for offset, _ in parts.values())
         end = max(offset + size for offset, size in parts.values())
         block = os.pread(self.file, end - start, start)  # the members lie side by side

@@ -4,6 +4,7 @@
 """
 import hashlib
 import json
+import os
 import pickle
 import tarfile
 from collections import Counter
@@ -40,6 +41,16 @@ def test_what_is_written_is_read(folder):
     twice = Shards([folder, folder])
     assert len(twice) == 42 and twice[41] == twice[20]
     assert pickle.loads(pickle.dumps(shards))[13] == shards[13], "worker processes that do not fork"
+
+
+def test_only_some_members_are_read(folder, monkeypatch):
+    """A label or a caption costs its own bytes, not the image's."""
+    shards, (key, parts) = Shards([folder]), rows(21)[20]
+    read, pread = [], os.pread
+    monkeypatch.setattr("os.pread", lambda file, count, offset: read.append(count) or pread(file, count, offset))
+    assert shards.read(20, only=("cls", "txt")) == Sample("00002.tar", key, {"txt": parts["txt"]})
+    assert read == [len(parts["txt"])]
+    assert shards.read(20, only=("cls",)).parts == parts, "none of them: all, to say what there is"
 
 
 def test_same_samples_same_bytes(tmp_path):
