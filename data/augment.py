@@ -12,13 +12,14 @@ antialias, since a crop of a photograph is shrunk.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data.colour import recolour
 from data.masking import parse
 
 try:
@@ -35,19 +36,57 @@ TRIES = 10  # draws of a crop before the central one is taken, as in torchvision
 class View:
     """How one training view of an image is made."""
 
-    crop: tuple[float, float]  # smallest and largest share of the image's area that a crop covers, in (0, 1]; uniform between
+    crop: tuple[float, float] = (0.5, 1.0)  # smallest and largest share of the image's area that a crop covers, in (0, 1]; uniform between
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # narrowest and widest crop, width : height, before it is made square; log-uniform between
     flip: bool = False  # mirror one view in two; off where a method needs the view's box, which does not tell
     interpolation: str = "bicubic"  # bicubic or bilinear, both antialiased
     mask: str = "none"  # which patches stay visible: none, random(0.5), gaussian(0.75), ... as data/masking.py reads it
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # of brightness, contrast, saturation, hue, in four views of five
+    grey: float = 0.0  # probability
+    blur: float = 0.0  # probability
+    solarize: float = 0.0  # probability
+    count: int = 1  # independent draws of this view; with two or more, they are called NAME1, NAME2, ...
+    encloses: tuple[str, ...] = ()  # instead of a crop: the smallest box around those of these views (A-CLIP section 3.3)
+    enlarge: bool = False  # of an enclosing box: grown at random, as A-CLIP's release does
+    size: int = 0  # side in pixels; 0: model.image_size
 
     def __post_init__(self):
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise ValueError(f"crop: {self.crop}; it must be two shares of the image's area, 0 < smallest <= largest <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             raise ValueError(f"ratio: {self.ratio}; it must be two ratios of width to height, 0 < narrowest <= widest")
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError(f"jitter: {self.jitter}; of brightness, contrast, saturation (0 or more) and hue (0 to 0.5)")
+        for key in ("grey", "blur", "solarize"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; it must be a probability, 0 to 1")
+        if not 1 <= self.count <= 9:
+            raise ValueError(f"count: {self.count}; a view is drawn 1 to 9 times")
+        if self.enlarge and not self.encloses:
+            raise ValueError("enlarge: only a view that encloses others can be enlarged; name them in encloses")
+        if self.encloses and self.flip:
+            raise ValueError("flip: a view that encloses others cannot be mirrored, since places in it are looked up by theirs")
         check_interpolation(self.interpolation)
         parse(self.mask)
+
+
+def expanded(views: dict[str, View]) -> dict[str, View]:
+    """Every draw of every view under its own name, in alphabetical order."""
+    names = {name: [name] if view.count == 1 else [f"{name}{n + 1}" for n in range(view.count)] for name, view in views.items()}
+    found = {}
+    for name, view in views.items():
+        for other in view.encloses:
+            if other not in views or views[other].encloses:
+                raise ValueError(f"views.{name}.encloses: {other!r}; name views with a crop: "
+                                 f"{', '.join(sorted(n for n, v in views.items() if not v.encloses))}")
+            if views[other].flip:
+                raise ValueError(f"views.{other}.flip: {name} encloses it and looks places up by its box; set it to false")
+        inside = tuple(draw for other in view.encloses for draw in names[other])
+        for draw in names[name]:
+            if draw in found or (draw != name and draw in views):
+                raise ValueError(f"views: two are called {draw!r}; rename one")
+            found[draw] = replace(view, count=1, encloses=inside)
+    return dict(sorted(found.items()))
 
 
 def check_interpolation(name: str) -> None:
@@ -55,15 +94,39 @@ def check_interpolation(name: str) -> None:
         raise ValueError(f"interpolation: {name!r}; known: {', '.join(INTERPOLATIONS)}")
 
 
-def random_view(data: bytes, size: int, view: View, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
-    """A random resized crop, (size, size, 3), and its box. ValueError: the image cannot be read."""
+def random_views(data: bytes, size: int, views: dict[str, View],
+                 rngs: dict[str, np.random.Generator]) -> dict[str, tuple[np.ndarray, Box]]:
+    """{name: ((size, size, 3) uint8, its box)} of views from `expanded`; the image is decoded once. ValueError: it cannot be read."""
     height, width = image_size(data)
-    box = random_box(height, width, view, rng)
-    flip = view.flip and rng.random() < 0.5
-    shrink = next((s for s in (8, 4, 2) if min(box[2:]) >= s * size and is_jpeg(data)), 1)
-    top, left, rows, columns = (side // shrink for side in box)  # a shift of less than one pixel of the view
-    image = decode(data, shrink)[top : top + rows, left : left + columns]
-    return resize(image, size, size, view.interpolation, flip), (top * shrink, left * shrink, rows * shrink, columns * shrink)
+    boxes = {name: random_box(height, width, view, rngs[name]) for name, view in views.items() if not view.encloses}
+    flips = {name: view.flip and rngs[name].random() < 0.5 for name, view in views.items()}
+    for name, view in views.items():
+        if view.encloses:
+            boxes[name] = enclosing([boxes[other] for other in view.encloses], height, width, rngs[name] if view.enlarge else None)
+    sizes = {name: view.size or size for name, view in views.items()}
+    shrink = next((s for s in (8, 4, 2) if all(min(boxes[n][2:]) >= s * sizes[n] for n in views) and is_jpeg(data)), 1)
+    image, made = decode(data, shrink), {}
+    for name, view in views.items():
+        top, left, rows, columns = (side // shrink for side in boxes[name])  # a shift of less than one pixel of the view
+        cut = resize(image[top : top + rows, left : left + columns], sizes[name], sizes[name], view.interpolation, flips[name])
+        cut = recolour(cut, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
+        made[name] = cut, (top * shrink, left * shrink, rows * shrink, columns * shrink)
+    return made
+
+
+def random_view(data: bytes, size: int, view: View, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
+    """One view of an image: see random_views."""
+    return random_views(data, size, {"": view}, {"": rng})[""]
+
+
+def enclosing(boxes: list[Box], height: int, width: int, rng: np.random.Generator | None) -> Box:
+    """The smallest box around the boxes; with rng, each side moved outwards by a uniform share of what the image leaves it."""
+    top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    bottom, right = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+    if rng is not None:
+        top, left = int(rng.integers(top + 1)), int(rng.integers(left + 1))
+        bottom, right = int(rng.integers(bottom, height + 1)), int(rng.integers(right, width + 1))
+    return top, left, bottom - top, right - left
 
 
 def random_box(height: int, width: int, view: View, rng: np.random.Generator) -> Box:

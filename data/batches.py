@@ -3,7 +3,11 @@
 A batch is a list of `accumulate` parts (one, unless GradCache is on), each a dict of what b images need:
 
     views: {name: {patches (b, K, 3*P*P) uint8, positions (b, K) int16}}     only the visible patches, as a mask left them
+                   box (b, 4) float32      (top, left, height, width) in the source's pixels, where one view encloses others
+                   hidden (b, L-K, 3*P*P), hidden_positions (b, L-K)         the other patches, for methods that predict them
+                   noise (b, L) float32    uniform, for methods that choose patches themselves
     text:  {ids (T,) int32, lengths (b,) int32, longest int}                 captions packed, no padding
+           positions (T,) int32    the tokens' places, where a text mask dropped some
     samples (b, 2) int64                                                     (epoch, sample), which Shards names
     bad: [(shard, key, why)]                                                 samples that could not be read, and were replaced
 
@@ -13,14 +17,14 @@ changes a crop or a mask.  Names: B global batch, b a part's share on one rank, 
 import signal
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data import patches
-from data.augment import View, random_view
+from data import patches, text_masking
+from data.augment import Box, View, expanded, random_views
 from data.masking import Mask, parse
 from data.shards import Order, Sample, Shards
 from data.tokenizer import build as build_tokenizer
@@ -35,6 +39,7 @@ class DataConfig:
     tokenizer: str  # clip_bpe, wordpiece(PATH) or sentencepiece(PATH)
     context: int  # tokens of a caption at most: FLIP 32, CLIP 77
     pad_text: bool = False  # fill every caption to the context and attend to the padding, as FLIP's released weights do
+    text_mask: str = "none"  # which tokens are seen: none, random(0.5), prioritised(0.5), first(16), ... (data/text_masking.py)
     window: int = 16  # shards whose samples are mixed with each other
     max_bad: float = 0.01  # share of unreadable samples above which a run stops
     workers: int = 4  # loader processes on each rank; 0: load in the training process
@@ -48,6 +53,7 @@ class DataConfig:
     def __post_init__(self):
         if not self.train:
             raise ValueError("data.train: none; name at least one folder of shards")
+        text_masking.parse(self.text_mask)
         if not 0 <= self.max_bad < 1:
             raise ValueError(f"data.max_bad: {self.max_bad}; a share from 0 to below 1")
         for name in ("context", "window", "prefetch"):
@@ -55,37 +61,71 @@ class DataConfig:
                 raise ValueError(f"data.{name}: {getattr(self, name)}; it must be at least 1")
 
 
-class Reader:
-    """Samples into rows (tokens and visible patches), rows into a part of a batch."""
+def plan(views: dict[str, View], image_size: int, patch: int) -> list[tuple[str, View, Mask, tuple[int, int]]]:
+    """(name, view, mask, grid) of every draw of every view; what cannot be cut into patches, or a mask that hides all, is refused."""
+    found = []
+    for name, view in expanded(views).items():
+        side, mask = view.size or image_size, parse(view.mask)
+        try:
+            grid = patches.grid(side, side, patch)
+            mask.visible(grid[0] * grid[1])
+        except ValueError as error:
+            raise ValueError(f"views.{name}: {error}") from None
+        found.append((name, view, mask, grid))
+    return found
 
-    def __init__(self, cfg: DataConfig, views: dict[str, View], *, image_size: int, patch: int, seed: int):
+
+class Reader:
+    """Samples into rows (tokens and visible patches), rows into a part of a batch.
+
+    hidden, noise: the names of the views of which a method wants the hidden patches, or noise.  pool: first or eot, the caption's token
+    that a text mask leaves.
+    """
+
+    def __init__(self, cfg: DataConfig, views: dict[str, View], *, image_size: int, patch: int, seed: int, hidden: tuple[str, ...] = (),
+                 noise: tuple[str, ...] = (), pool: str = "first"):
         self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
-        self.views = [(name, view, parse(view.mask)) for name, view in sorted(views.items())]
+        self.views = plan(views, image_size, patch)
+        self.boxes = any(view.encloses for view in views.values())
+        self.hidden, self.noise = (set(expanded({name: replace(views[name], encloses=()) for name in some})) for some in (hidden, noise))
         self.tokenizer = build_tokenizer(cfg.tokenizer, cfg.context)
-        self.grid = patches.grid(image_size, image_size, patch)
-        for _, _, mask in self.views:
-            mask.visible(self.grid[0] * self.grid[1])  # a mask that hides everything is refused here
+        self.text_mask = text_masking.parse(cfg.text_mask)
+        special = len(self.tokenizer.start), len(self.tokenizer.end)
+        self.caption = text_masking.Caption(cfg.context, *special, pooled=0 if pool == "first" else -1)
 
     def row(self, sample: Sample, epoch: int, number: int) -> tuple[tuple[int, int], list[int], dict]:
-        """((epoch, number), token ids, {view: (visible patches, positions)}) of a sample; ValueError or OSError if it cannot be read."""
-        ids = self.cfg.fill(self.tokenizer(sample.caption), self.tokenizer.pad_id)
-        seeds = (self.seed, epoch, number)
-        views = {name: self.view(sample.image, view, mask, np.random.default_rng((*seeds, 1 + n)))
-                 for n, (name, view, mask) in enumerate(self.views)}
-        return (epoch, number), ids, views
+        """((epoch, number), (token ids, their places), {view: its arrays}) of a sample; ValueError or OSError if it cannot be read."""
+        ids = self.tokenizer(sample.caption)
+        text = self.cfg.fill(ids, self.tokenizer.pad_id), None
+        if self.text_mask:
+            text = self.text_mask(text[0], len(ids), self.caption, np.random.default_rng((self.seed, epoch, number, 0)))
+        rngs = {name: np.random.default_rng((self.seed, epoch, number, 1 + n)) for n, (name, *_) in enumerate(self.views)}
+        made = random_views(sample.image, self.image_size, {name: view for name, view, *_ in self.views}, rngs)
+        return (epoch, number), text, {name: self.view(name, mask, grid, *made[name], rngs[name]) for name, _, mask, grid in self.views}
 
-    def view(self, data: bytes, view: View, mask: Mask, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        image, _ = random_view(data, self.image_size, view, rng)
-        noise = torch.from_numpy(rng.random((1, self.grid[0] * self.grid[1]), dtype=np.float32))
-        keep = mask(noise, self.grid)[0].numpy()
-        return patches.visible(image, self.patch, keep), keep.astype(np.int16)
+    def view(self, name: str, mask: Mask, grid: tuple[int, int], image: np.ndarray, box: Box, rng: np.random.Generator) -> dict:
+        """What travels of a view, by the names of the module's docstring."""
+        count = grid[0] * grid[1]
+        keep = mask(torch.from_numpy(rng.random((1, count), dtype=np.float32)), grid)[0].numpy()
+        row = dict(patches=patches.visible(image, self.patch, keep), positions=keep.astype(np.int16))
+        if self.boxes:
+            row["box"] = np.array(box, np.float32)
+        if name in self.hidden:
+            rest = np.setdiff1d(np.arange(count), keep)
+            row |= dict(hidden=patches.visible(image, self.patch, rest), hidden_positions=rest.astype(np.int16))
+        if name in self.noise:
+            row["noise"] = rng.random(count, dtype=np.float32)
+        return row
 
     def part(self, rows: list[tuple], bad: list[tuple]) -> dict:
-        samples, ids, views = zip(*rows)
+        samples, texts, views = zip(*rows)
+        ids, places = zip(*texts)
         packed, lengths = pack(ids)
-        stacked = {name: dict(patches=torch.from_numpy(np.stack([v[name][0] for v in views])),
-                              positions=torch.from_numpy(np.stack([v[name][1] for v in views]))) for name, _, _ in self.views}
+        stacked = {name: {key: torch.from_numpy(np.stack([row[name][key] for row in views])) for key in first}
+                   for name, first in views[0].items()}
         text = dict(ids=packed, lengths=lengths, longest=int(lengths.max()))
+        if places[0] is not None:
+            text["positions"] = pack(places)[0]
         return dict(views=stacked, text=text, samples=torch.tensor(samples), bad=bad)
 
 

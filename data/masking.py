@@ -119,32 +119,42 @@ class InverseGaussian(Centred):
         return noise - self.density(grid, noise)
 
 
+def complementary(noise: Tensor, views: int) -> list[Tensor]:
+    """noise (B, L) -> `views` keeps (B, K), ascending, that together hold every patch once; where L does not divide, K differ by one."""
+    if not 1 <= views <= noise.shape[1]:
+        raise ValueError(f"--ensemble {views}: {noise.shape[1]} patches make 1 to {noise.shape[1]} views")
+    return [part.sort(dim=1).values for part in noise.argsort(dim=1, stable=True).tensor_split(views, dim=1)]
+
+
 def parse(spec: str) -> Mask:
     """'gaussian(0.5, sigma=0.1)' -> Gaussian(ratio=0.5, sigma=0.1); 'none' -> a mask that hides nothing."""
-    if spec == "none":
-        return Random(0.0)
+    return Random(0.0) if spec == "none" else named(spec, STRATEGIES, "mask", "random(0.5) or gaussian(0.5, sigma=0.2)")
+
+
+def named(spec: str, strategies: dict[str, type], key: str, form: str):
+    """The strategy that a spec names, made of the arguments in it; `key` and `form` are for messages."""
     try:
         call = ast.parse(spec, mode="eval").body
         name = (call.func if isinstance(call, ast.Call) else call).id
     except (SyntaxError, AttributeError, ValueError, TypeError):
-        raise ValueError(f"mask {spec!r} cannot be read; write it as none, random(0.5) or gaussian(0.5, sigma=0.2)") from None
-    if name not in STRATEGIES:
-        raise ValueError(f"mask {spec!r}: {unknown(name)}")
-    signature = inspect.signature(STRATEGIES[name]).replace(return_annotation=inspect.Signature.empty)
+        raise ValueError(f"{key} {spec!r} cannot be read; write it as none, {form}") from None
+    if name not in strategies:
+        raise ValueError(f"{key} {spec!r}: {unknown(name, strategies)}")
+    signature = inspect.signature(strategies[name]).replace(return_annotation=inspect.Signature.empty)
     try:
         args, options = arguments(call)
         signature.bind(*args, **options)
-        return STRATEGIES[name](*args, **options)
+        return strategies[name](*args, **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"mask {spec!r}: {error}; {name} takes {signature}") from None
+        raise ValueError(f"{key} {spec!r}: {error}; {name} takes {signature}") from None
 
 
-def unknown(name: str) -> str:
+def unknown(name: str, strategies: dict[str, type]) -> str:
     if name == "none":
         return "none takes no arguments"
-    near = get_close_matches(name, [*STRATEGIES, "none"], 1)
+    near = get_close_matches(name, [*strategies, "none"], 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown strategy {name!r}; known: {', '.join(sorted([*STRATEGIES, 'none']))}{hint}"
+    return f"unknown strategy {name!r}; known: {', '.join(sorted([*strategies, 'none']))}{hint}"
 
 
 def arguments(call: ast.expr) -> tuple[list, dict]:

@@ -20,6 +20,19 @@ ACTIVATIONS = {
 }
 
 
+Only = int | Tensor | None  # all tokens | so many leading ones of each sequence | these of a packed batch, one a sequence, (B,)
+
+
+class Watch:
+    """Takes up how the class token attends, layer after layer: `layers`, each (B, N), the mean over heads.
+
+    Not a list: ZeRO-3's hooks hand lists to a module as copies.
+    """
+
+    def __init__(self):
+        self.layers: list[Tensor] = []
+
+
 class Packed:
     """B sequences of unlike length laid end to end, T tokens, and how attention alone sees them padded, as (B, N).
 
@@ -37,9 +50,9 @@ class Packed:
         self.positions = torch.arange(tokens, device=lengths.device) - self.first[rows]  # (T,): place in the own sequence
         self.full = tokens == len(lengths) * longest  # no pads: packed and padded are the same memory
         self.slots = rows * longest + self.positions  # (T,): place in the padded layout
-        # A causal token never sees the pads, which come after it; the others need a mask of the keys.
-        keys = None if causal or self.full else torch.arange(longest, device=lengths.device) < lengths[:, None]
-        self.mask = None if keys is None else keys[:, None, None]  # (B, 1, 1, N), True where there is a token
+        # (B, 1, 1, N), True where there is a token.  Where all ask, a causal one never sees the pads, which come after it.
+        self.keys = None if self.full else (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None]
+        self.mask = None if causal else self.keys
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, D) -> (B, N, D), zeros in the pads."""
@@ -61,14 +74,21 @@ class Attention(nn.Module):
         self.qkv = column_linear(width, 3 * width, init.qkv)
         self.out = row_linear(width, width, init.out)
 
-    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None) -> Tensor:
+        """only: the tokens that ask, and are returned."""
         x = self.qkv(x)
         x = x if packed is None else packed.pad(x)
         q, k, v = x.unflatten(2, (3, -1, self.head)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
+        if watch is not None:
+            watch.layers.append((q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head ** -0.5).softmax(3).mean(1)[:, 0])
         if packed is None:
-            x = F.scaled_dot_product_attention(q, k, v)
-        else:
+            x = F.scaled_dot_product_attention(q[:, :, :only], k, v)
+        elif only is None:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.mask, is_causal=packed.causal)
+        else:  # of each sequence its first token, which attends to all (not causal), or its last, which may
+            place = packed.positions[only].view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, self.head)
+            x = F.scaled_dot_product_attention(q.gather(2, place), k, v, attn_mask=packed.keys)
+            return self.out(x.flatten(1))
         x = x.transpose(1, 2).flatten(2)
         return self.out(x if packed is None else packed.unpad(x))
 
@@ -96,8 +116,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, activation, init)
 
-    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), packed)
+    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None) -> Tensor:
+        seen = self.attn(self.norm1(x), packed, only, watch)
+        x = (x if only is None else x[:, :only] if packed is None else x.index_select(0, only)) + seen
         return x + self.mlp(self.norm2(x))
 
 
@@ -108,13 +129,15 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, activation, eps, init) for _ in range(depth))
         self.recompute = recompute
 
-    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
-        for block in self:
+    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None) -> Tensor:
+        """only: the tokens that are needed, so that the last block works for these alone."""
+        for i, block in enumerate(self):
+            few = only if i == len(self) - 1 else None
             if self.recompute and torch.is_grad_enabled():
                 # No layer draws random numbers, so no generator is saved.  DeepSpeed's own non-reentrant form fails under ZeRO-3.
-                x = checkpoint(block, x, packed, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, packed, few, watch, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, packed)
+                x = block(x, packed, few, watch)
         return x
 
 

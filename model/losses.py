@@ -1,48 +1,44 @@
-"""Contrastive losses: the exact InfoNCE of the global batch, over all ranks, in tiles.
+"""The losses.  Contrastive ones are the exact InfoNCE of the global batch, over all ranks, in tiles; the others a number a sample, (b,).
 
 Letters: `b` pairs on this rank, `B` = b x ranks, `E` embedding width, `m` rows, `n` columns; S = scale * image @ text^T.
 A rank owns the block of its b rows against all B columns and walks it tile by tile, forward and (computed again) backward: nothing of size
 b x B is ever stored. Rows are complete on one rank; columns are partial sums that two all-reduces of B numbers complete.
 A pair's own logit (its positive) is kept out of the sums: with margin = positive - log-sum-exp(negatives), a row's probability is
 sigmoid(margin), and loss and gradients stay accurate where it is nearly 1 and `lse - positive` would cancel.
-To extend: `_negatives` and `_gradients` know nothing of ranks or of the loss. Another softmax over blocks (NT-Xent: view 1 against
-view 2 and against itself, whose diagonal is already kept out) merges the blocks' (largest, total) and calls `_gradients` on each
-block with the merged sums; an infinite `row_lse` or `col_lse` switches that direction off.
+To extend: `_negatives` and `_gradients` know nothing of ranks or of the loss. Another softmax over blocks merges the blocks' (largest,
+total) and calls `_gradients` on each block with the merged sums, as _SimCLR does; an infinite `row_lse` or `col_lse` switches that
+direction off.
 """
-import weakref
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from model.collectives import all_reduce, check_batch, gather, rank, scatter_sum, world
 
 # Rows x columns of a tile: 8 MiB of fp32 logits. Forward + backward of B 4096, E 512 on 2 CPU cores, ns a logit: 256x512 18.9,
 # 512x512 17.4, 1024x1024 16.7, 1024x2048 16.6, 2048x4096 18.4, 4096x4096 22.1 (dense 29.5): beyond it, exp and sums leave the cache.
 # Not measured on a GPU: a tile is 2 GFLOP for about ten kernel launches, near break-even, so that smaller ones would wait for launches.
 TILE = (1024, 2048)
 
-# torch 2.13 renamed these two and deprecated the names that 2.11 knows
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_agreed = weakref.WeakKeyDictionary()  # process group -> the b all its ranks brought to the first step
 
 
-def contrastive(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def contrastive(image: Tensor, text: Tensor, scale: Tensor, exact: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
     """image (b, E), text (b, E), scale (1,) -> (loss (), {"accuracy": ()}), the same numbers on every rank.
 
     The loss is the mean over the B pairs and both directions, in fp32 (fp64 stays fp64). Its gradients are those of the global mean loss
     times the number of ranks: DeepSpeed averages parameter gradients over ranks, and so applies the exact gradient (a full matrix on every
     rank, own slice re-inserted, would apply exact / ranks; local rows against detached columns only the query-side half).
+    exact False: the same loss with the gradients of SLIP's release, whose local rows meet gathered columns that carry none.
     Accuracy: the share of pairs whose logit beats every other of its row, averaged with that of its column; a tie is a miss.
     """
     if image.ndim != 2 or image.shape != text.shape or not len(image):
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)}: both must be (b, E), b > 0, one row a pair")
     if scale.shape != (1,):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, must be (1,)")
-    _check_batch(image)
+    check_batch(image)
     kind = torch.promote_types(image.dtype, torch.float32)
-    loss, accuracy = _Contrastive.apply(image.to(kind), text.to(kind), scale.to(kind))
+    loss, accuracy = _Contrastive.apply(image.to(kind), text.to(kind), scale.to(kind), exact)
     return loss, {"accuracy": accuracy}
 
 
@@ -55,20 +51,20 @@ def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 class _Contrastive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, scale):
-        ctx.first = len(image) * _rank()
-        rows, cols = image * scale, _gather(text)
+    def forward(ctx, image, text, scale, exact):
+        ctx.exact, ctx.first = exact, len(image) * rank()
+        rows, cols = image * scale, gather(text)
         own, B = slice(ctx.first, ctx.first + len(image)), len(cols)
         positive, by_row, by_col = _negatives(rows, cols, ctx.first)
         row_neg = by_row[0] + by_row[1].log()
-        peak = _all_reduce(by_col[0].clone(), dist.ReduceOp.MAX)
+        peak = all_reduce(by_col[0].clone(), largest=True)
         positives = torch.zeros_like(peak)
         positives[own] = positive
         message = torch.cat([by_col[1] * (by_col[0] - peak).exp(), positives, _score(positive, row_neg, by_row[0])])
-        col_sum, positives, rows_score = _all_reduce(message, dist.ReduceOp.SUM).split([B, B, 2])
+        col_sum, positives, rows_score = all_reduce(message).split([B, B, 2])
         col_neg = peak + col_sum.log()
         loss, accuracy = (x.clone() for x in (rows_score + _score(positives, col_neg, peak)) / (2 * B))  # no views: `loss *= 2` may follow
-        pull = (row_neg - positive).sigmoid() + (col_neg - positives)[own].sigmoid()
+        pull = torch.stack([row_neg - positive, (col_neg - positives)[own]]).sigmoid()  # of each pair, by row and by column
         row_lse, col_lse = torch.logaddexp(row_neg, positive), torch.logaddexp(col_neg, positives)
         ctx.save_for_backward(image, scale, cols, row_lse, col_lse, pull)
         ctx.mark_non_differentiable(accuracy)
@@ -79,12 +75,100 @@ class _Contrastive(torch.autograd.Function):
     def backward(ctx, grad, _):
         image, scale, cols, row_lse, col_lse, pull = ctx.saved_tensors
         rows, own = image * scale, slice(ctx.first, ctx.first + len(image))
-        d_rows, d_cols = _gradients(rows, cols, ctx.first, row_lse, col_lse)
-        d_rows.addcmul_(pull[:, None], cols[own], value=-1)
-        d_cols[own].addcmul_(pull[:, None], rows, value=-1)
-        grad = grad * _world() / (2 * len(cols))  # x ranks: DeepSpeed averages
+
+        def pulled(col_lse, pull):
+            d_rows, d_cols = _gradients(rows, cols, ctx.first, row_lse, col_lse)
+            d_rows.addcmul_(pull[:, None], cols[own], value=-1)
+            d_cols[own].addcmul_(pull[:, None], rows, value=-1)
+            return d_rows, d_cols
+        d_rows, d_cols = pulled(col_lse, pull.sum(0))
+        grad = grad * world() / (2 * len(cols))  # x ranks: DeepSpeed averages
         d_scale = (d_rows * image).sum() * grad  # sum(G * image @ text^T): this rank's share of it
-        return d_rows.mul_(grad * scale), _scatter_sum(d_cols).mul_(grad), d_scale.reshape(1)
+        if not ctx.exact:  # an image feels the softmax of its own row alone, a text that of its column
+            d_rows, by_row = pulled(torch.full_like(col_lse, torch.inf), pull[0])
+            d_cols -= by_row
+        return d_rows.mul_(grad * scale), scatter_sum(d_cols).mul_(grad), d_scale.reshape(1), None
+
+
+def simclr(one: Tensor, two: Tensor, temperature: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+    """one (b, E), two (b, E), two views' vectors -> (loss (), {"simclr_accuracy": ()}), the same numbers on every rank.
+
+    SimCLR's NT-Xent (arXiv 2002.05709, equation 1) over the views of all ranks: each view's positive is the other view of its image, its
+    negatives both views of all other images.  Mean over the 2 B rows; gradients as `contrastive`'s.
+    """
+    if one.ndim != 2 or one.shape != two.shape or not len(one):
+        raise ValueError(f"one {tuple(one.shape)} and two {tuple(two.shape)}: both must be (b, E), b > 0, one row an image")
+    check_batch(one)
+    loss, accuracy = _SimCLR.apply(unit(one), unit(two), 1 / temperature)
+    return loss, {"simclr_accuracy": accuracy}
+
+
+def unit(x: Tensor) -> Tensor:
+    """(..., E) -> (..., E) of length 1, fp32 (fp64 stays fp64)."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class _SimCLR(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, one, two, scale):
+        ctx.first, ctx.scale = len(one) * rank(), scale
+        every = gather(one), gather(two)
+        score, kept = one.new_zeros(2), []
+        for mine, (other, same) in ((one, (every[1], every[0])), (two, (every[0], every[1]))):
+            rows = mine * scale
+            positive, (peak, total), _ = _negatives(rows, other, ctx.first)
+            _, (peak_same, total_same), _ = _negatives(rows, same, ctx.first)  # whose diagonal is the view itself
+            negatives = torch.logaddexp(peak + total.log(), peak_same + total_same.log())
+            score += _score(positive, negatives, torch.maximum(peak, peak_same))
+            kept += [torch.logaddexp(negatives, positive), (negatives - positive).sigmoid()]
+        ctx.save_for_backward(one, two, *every, *kept)
+        loss, accuracy = (x.clone() for x in all_reduce(score) / (2 * len(every[0])))
+        ctx.mark_non_differentiable(accuracy)
+        return loss, accuracy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        one, two, every_one, every_two, *kept = ctx.saved_tensors
+        own, off = slice(ctx.first, ctx.first + len(one)), torch.full_like(every_one[:, 0], torch.inf)
+        everyone, mine = (every_one, every_two), []
+        columns = [torch.zeros_like(every_one), torch.zeros_like(every_two)]
+        for view, x in enumerate((one, two)):
+            rows, lse, pull = x * ctx.scale, kept[2 * view], kept[2 * view + 1]
+            d_rows, d_other = _gradients(rows, everyone[1 - view], ctx.first, lse, off)
+            d_rows.addcmul_(pull[:, None], everyone[1 - view][own], value=-1)
+            d_other[own].addcmul_(pull[:, None], rows, value=-1)
+            more, d_same = _gradients(rows, everyone[view], ctx.first, lse, off)
+            mine.append((d_rows + more) * ctx.scale)
+            columns[1 - view] += d_other
+            columns[view] += d_same
+        grad = grad * world() / (2 * len(every_one))
+        return *((x + scatter_sum(y)) * grad for x, y in zip(mine, columns)), None
+
+
+def byol(prediction: Tensor, target: Tensor) -> Tensor:
+    """(b, E) x 2 -> (b,): 2 - 2 cos (BYOL, arXiv 2006.07733, equation 2); no gradient reaches the target."""
+    return 2 - 2 * (unit(prediction) * unit(target.detach())).sum(-1)
+
+
+def simsiam(prediction: Tensor, target: Tensor) -> Tensor:
+    """(b, E) x 2 -> (b,): -cos (SimSiam, arXiv 2011.10566, equation 1); no gradient reaches the target."""
+    return -(unit(prediction) * unit(target.detach())).sum(-1)
+
+
+def distillation(made: Tensor, target: Tensor, beta: float = 2.0, normalise: bool = False) -> Tensor:
+    """(b, M, D) x 2 -> (b,): smooth L1, mean over tokens and channels (MaskCLIP section 3.2); normalise: layer-normalise the targets."""
+    made, target = made.float(), target.detach().float()
+    target = F.layer_norm(target, target.shape[-1:]) if normalise else target
+    return F.smooth_l1_loss(made, target, beta=beta, reduction="none").mean((1, 2))
+
+
+def reconstruction(made: Tensor, target: Tensor, normalise: bool = True) -> Tensor:
+    """(b, M, X) x 2 -> (b,): mean squared error of patches; normalise: of each target patch's own mean and deviation (MAE section 3)."""
+    made, target = made.float(), target.detach().float()
+    if normalise:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (made - target).square().mean((1, 2))
 
 
 def _tiles(rows, cols, first):
@@ -137,52 +221,3 @@ def _gradients(rows, cols, first, row_lse, col_lse):
         d_rows[r].addmm_(weight, cols[c])
         d_cols[c].addmm_(weight.t(), rows[r])
     return d_rows, d_cols
-
-
-def _check_batch(image):
-    """Refuse ranks with unequal batches: they would hang or corrupt the collectives.
-
-    The sizes are compared over ranks once, at the first step; afterwards each rank holds its own to that number, with no communication.
-    """
-    if _world() == 1:
-        return
-    b, group = len(image), dist.group.WORLD
-    if group not in _agreed:
-        sizes = _gather(torch.tensor([b], device=image.device)).tolist()
-        if len(set(sizes)) > 1:
-            raise ValueError(f"local batches {sizes} differ over the ranks: the contrastive loss needs the same number on every rank")
-        _agreed[group] = b
-    if b != _agreed[group]:
-        raise ValueError(f"local batch {b} on rank {_rank()}, {_agreed[group]} at the first step: bring that number at every step")
-
-
-def _world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(x):
-    """x (k, ...) on each rank -> (k x ranks, ...), in rank order."""
-    if _world() == 1:
-        return x
-    out = x.new_empty(len(x) * _world(), *x.shape[1:])
-    _all_gather(out, x.contiguous())  # NCCL refuses any other
-    return out
-
-
-def _scatter_sum(x):
-    """x (k x ranks, ...) on each rank -> this rank's (k, ...) of the sum over ranks."""
-    if _world() == 1:
-        return x
-    out = x.new_empty(len(x) // _world(), *x.shape[1:])
-    _reduce_scatter(out, x)
-    return out
-
-
-def _all_reduce(x, op):
-    if _world() > 1:
-        dist.all_reduce(x, op)
-    return x

@@ -40,11 +40,12 @@ class TextTower(nn.Module):
         self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute)
         self.norm = nn.LayerNorm(width, cfg.eps)
 
-    def forward(self, ids: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
-        """ids (T,) and lengths (B,) that sum to T, each from 1 to the context -> (B, D).  `longest`: see Packed."""
+    def forward(self, ids: Tensor, lengths: Tensor, longest: int | None = None, positions: Tensor | None = None) -> Tensor:
+        """ids (T,) and lengths (B,) that sum to T, each from 1 to the context -> (B, D).  `longest`: see Packed.
+
+        positions (T,): the tokens' places in captions of which a mask dropped some.
+        """
         packed = Packed(lengths, len(ids), longest, self.cfg.causal)
-        x = self.token(ids) + F.embedding(packed.positions, self.positions)
-        x = self.blocks(x, packed)
+        x = self.token(ids) + F.embedding(packed.positions if positions is None else positions.long(), self.positions)
         # The last token, never the largest id: a caption that was cut, or another vocabulary, has its EOT elsewhere.
-        pooled = x.index_select(0, packed.last if self.cfg.pool == "eot" else packed.first)
-        return self.norm(pooled)  # token by token, so the norm of the pooled tokens is enough
+        return self.norm(self.blocks(x, packed, only=packed.last if self.cfg.pool == "eot" else packed.first))

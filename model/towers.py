@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from model.losses import unit
 from model.parallel import Linear, text_init, vision_init
 from model.text import TextConfig, TextTower
 from model.vision import VisionConfig, VisionTower
@@ -35,6 +35,7 @@ SIZES = {
     "S": Size(384, 12, 6, 384, 12, 6, 384),        # open_clip's ViT-S
     "B": Size(768, 12, 12, 512, 12, 8, 512),       # CLIP's and FLIP's
     "L": Size(1024, 24, 16, 768, 12, 12, 768),
+    "L512": Size(1024, 24, 16, 512, 12, 8, 512),   # SLIP's and A-CLIP's L: B's text tower beside L's vision
     "H": Size(1280, 32, 16, 1024, 24, 16, 1024),
 }
 PATCHES = (8, 14, 16, 32)
@@ -89,41 +90,56 @@ class Temperature(nn.Module):
         return (self.logit_scale.float() + self.residual).clamp(max=math.log(100)).exp()
 
 
+def vision_tower(cfg: ModelConfig) -> VisionTower:
+    """The vision tower of a model; of its teacher too."""
+    s = cfg.shape
+    init = vision_init(cfg.init, s.width)
+    return VisionTower(cfg.vision, cfg.grid, cfg.patch, s.width, s.depth, s.heads, init, cfg.checkpoint_activations)
+
+
 class Towers(nn.Module):
     """Image and text towers with their projections into the common embedding, and the temperature."""
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int):
         super().__init__()
-        s, recompute = cfg.shape, cfg.checkpoint_activations
-        vision, text = vision_init(cfg.init, s.width), text_init(cfg.init, s.text_width, s.text_depth)
-        self.vision = VisionTower(cfg.vision, cfg.grid, cfg.patch, s.width, s.depth, s.heads, vision, recompute)
-        self.text = TextTower(cfg.text, vocab, context, s.text_width, s.text_depth, s.text_heads, text, recompute)
-        self.image_projection = Linear(s.width, s.embed, vision.projection, bias=None)
+        s, text = cfg.shape, text_init(cfg.init, cfg.shape.text_width, cfg.shape.text_depth)
+        self.vision = vision_tower(cfg)
+        self.text = TextTower(cfg.text, vocab, context, s.text_width, s.text_depth, s.text_heads, text, cfg.checkpoint_activations)
+        self.image_projection = Linear(s.width, s.embed, vision_init(cfg.init, s.width).projection, bias=None)
         self.text_projection = Linear(s.text_width, s.embed, text.projection, bias=None)
         self.temperature = Temperature()
 
+    def image_features(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """(B, K, 3 P P) at (B, K) -> pooled tokens (B, D)."""
+        return self.vision.pool(self.vision(patches, positions, only_cls=self.vision.cfg.pool == "cls"))
+
+    def embed_image(self, features: Tensor) -> Tensor:
+        """Pooled tokens (B, D) -> (B, E), fp32 unit vectors."""
+        return unit(self.image_projection(features))
+
     def encode_image(self, patches: Tensor, positions: Tensor) -> Tensor:
         """(B, K, 3 P P) at (B, K) -> (B, E), fp32 unit vectors."""
-        return unit(self.image_projection(self.vision.pool(self.vision(patches, positions))))
+        return self.embed_image(self.image_features(patches, positions))
 
-    def encode_text(self, ids: Tensor, lengths: Tensor, longest: int | None = None) -> Tensor:
-        """ids (T,), lengths (B,) -> (B, E), fp32 unit vectors."""
-        return unit(self.text_projection(self.text(ids, lengths, longest)))
-
-
-def unit(x: Tensor) -> Tensor:
-    """(B, E) -> (B, E), fp32, of length 1."""
-    return F.normalize(x.float(), dim=-1)
+    def encode_text(self, ids: Tensor, lengths: Tensor, longest: int | None = None, positions: Tensor | None = None) -> Tensor:
+        """ids (T,), lengths (B,), the tokens' places (T,) if they are not 0, 1, ... -> (B, E), fp32 unit vectors."""
+        return unit(self.text_projection(self.text(ids, lengths, longest, positions)))
 
 
-def flops(cfg: ModelConfig, visible: int, text_tokens: float) -> float:
-    """Training FLOPs of a sample: K `visible` patches, `text_tokens` in its caption (a mean will do). Forward x 3; a multiply-add is 2.
+def vision_flops(cfg: ModelConfig, visible: int, only_cls: bool = False) -> float:
+    """FLOPs of a forward pass of the vision tower and its projection over K `visible` patches; only_cls: see VisionTower.forward."""
+    width, tokens = cfg.shape.width, 1 + visible
+    blocks = _blocks(tokens, width, cfg.shape.depth, 1 if only_cls else tokens)
+    return 2.0 * (blocks + visible * 3 * cfg.patch ** 2 * width + width * cfg.shape.embed)
 
-    Not counted: norms, softmax, look-ups, the loss, and what checkpoint_activations recomputes.
-    """
-    def blocks(tokens: float, width: int, depth: int) -> float:
-        return depth * (12 * tokens * width ** 2 + 2 * tokens ** 2 * width)  # 4 D D + 8 D D weights; q k and its use of v
+
+def text_flops(cfg: ModelConfig, tokens: float) -> float:
+    """FLOPs of a forward pass of the text tower and its projection over a caption of `tokens` (a mean will do)."""
     s = cfg.shape
-    vision = blocks(1 + visible, s.width, s.depth) + visible * 3 * cfg.patch ** 2 * s.width + s.width * s.embed
-    text = blocks(text_tokens, s.text_width, s.text_depth) + s.text_width * s.embed
-    return 3 * 2.0 * (vision + text)
+    return 2.0 * (_blocks(tokens, s.text_width, s.text_depth, 1) + s.text_width * s.embed)
+
+
+def _blocks(tokens: float, width: int, depth: int, only: float) -> float:
+    """Multiply-adds of `depth` blocks, the last of which works for `only` so many tokens.  Not counted: norms, softmax, look-ups."""
+    attend, rest = 2 * tokens * width, 9 * width ** 2  # a token's: q k and its use of v; out and the MLP (qkv is for all)
+    return depth * tokens * (3 * width ** 2 + attend + rest) - (tokens - only) * (attend + rest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.layers import ACTIVATIONS, Blocks, drawn, sincos
+from model.layers import ACTIVATIONS, Blocks, Watch, drawn, sincos
 from model.parallel import Init, Linear
 
 POOLS = {  # tokens (B, 1 + K, D), the class token first -> (B, D)
@@ -46,7 +46,7 @@ class VisionTower(nn.Module):
     def __init__(self, cfg: VisionConfig, grid: tuple[int, int], patch: int, width: int, depth: int, heads: int, init: Init,
                  recompute: bool = False):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.grid = cfg, grid
         self.patch = Linear(3 * patch * patch, width, init.patch, init.bias if cfg.patch_bias else None)
         self.patch.requires_grad_(not cfg.freeze_patch)
         self.cls = drawn(width, std=init.cls)
@@ -58,18 +58,32 @@ class VisionTower(nn.Module):
         self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute)
         self.norm = nn.LayerNorm(width, cfg.eps)
 
-    def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the class token first."""
+    def forward(self, patches: Tensor, positions: Tensor, grid: tuple[int, int] | None = None, only_cls: bool = False,
+                watch: Watch | None = None) -> Tensor:
+        """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the class token first.
+
+        grid: the positions are those of another grid, to which the tower's own are interpolated.  only_cls: (B, 1, D), the class token
+        alone, exact for less.  watch: takes up how the class token attends.
+        """
         learned = self.cfg.positions == "learned"
         x = self.patch(normalise(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
-        x = x + F.embedding(positions.long() + learned, self.positions).to(x.dtype)  # row 0 of learned positions is the class token's
+        table = self.positions[1:] if learned else self.positions  # row 0 of learned positions is the class token's
+        if grid not in (None, self.grid):
+            table = resized(table, self.grid, grid)
+        x = x + F.embedding(positions.long(), table).to(x.dtype)
         cls = self.cls + self.positions[0] if learned else self.cls
         x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return self.norm(self.blocks(self.pre_norm(x)))
+        return self.norm(self.blocks(self.pre_norm(x), only=1 if only_cls else None, watch=watch))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """(B, 1 + K, D) -> (B, D); holds no parameter, so it may be called anywhere."""
         return POOLS[self.cfg.pool](tokens)
+
+
+def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions (L, D) of one grid (rows, columns) at the places of another's patches, bicubic (A-CLIP section 4.1)."""
+    image = table.t().unflatten(1, old)[None].float()  # (1, D, rows, columns)
+    return F.interpolate(image, new, mode="bicubic", align_corners=False)[0].flatten(1).t().to(table.dtype)
 
 
 def normalise(patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """Measure Glimpse on this machine, against a peer in the same process tree.  Ratios carry over to other machines; seconds do not.
 
     python run/bench.py step     a B/16's training step at masks of 0, 50, 75 %, short and long captions, and open_clip's
+    python run/bench.py methods  a B/16's training step by each method, to clip's, beside the ratio of FLOPs
     python run/bench.py data     images/s of decode + augment + mask + patches on one core, and open_clip's transform
     python run/bench.py loss     time and memory of the tiled loss and of the dense one
 
@@ -25,14 +26,17 @@ from collections.abc import Callable  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from data.augment import View, random_view  # noqa: E402
+from data.batches import plan  # noqa: E402
 from data.masking import parse  # noqa: E402
 from data.patches import visible  # noqa: E402
 from model import losses  # noqa: E402
-from model.methods.clip import Clip  # noqa: E402
+from model.methods import METHODS  # noqa: E402
 from run.lib import cli, config  # noqa: E402
 from run.lib.log import peak_gib  # noqa: E402
+from run.lib.ranks import to_device  # noqa: E402
 
 RATIOS = (0.0, 0.5, 0.75)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,27 +68,40 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 
 # ---------------------------------------------------------------------------------------------------------------- step
 
-def our_step(cfg: config.Run, ratio: float, tokens: float, batch: int) -> Callable[[], object]:
-    """Forward, loss, backward and AdamW on a batch whose captions have `tokens` tokens on average, a spread of half of it to each side."""
+def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]:
+    """Forward, loss, backward, AdamW and the teacher's average, on a batch whose captions have `tokens` tokens on average."""
     torch.manual_seed(0)
-    model = Clip(cfg.model, 49408, cfg.data.context).to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    L, P = cfg.model.grid[0] * cfg.model.grid[1], cfg.model.patch
-    keep = parse(f"random({ratio})")(torch.rand(batch, L), cfg.model.grid)
-    patches = torch.randint(0, 256, (batch, keep.shape[1], 3 * P * P), dtype=torch.uint8)
-    low, high = (77, 77) if tokens >= 77 else (round(tokens * 0.5), round(tokens * 1.5))
-    lengths = torch.linspace(low, high, batch).round().int()
-    text = dict(ids=torch.randint(1, 49000, (int(lengths.sum()),), dtype=torch.int32), lengths=lengths, longest=int(lengths.max()))
-    views = {"image": dict(patches=patches.to(DEVICE), positions=keep.to(DEVICE))}
-    part = dict(views=views, text={k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in text.items()})
+    method = METHODS[cfg.method](cfg.model, 49408, cfg.data.context, cfg.options).to(DEVICE)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-5)
+    part = to_device(made_up(cfg, tokens, batch))
+    pairs = [pair for teacher, student in method.averaged() for pair in zip(teacher.parameters(), student.parameters())]
 
     def step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss, _ = model.loss(model(part))
+            loss, _ = method.loss(method(part))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        for teacher, student in pairs:
+            teacher.data.lerp_(student.data, 0.004)
     return step
+
+
+def made_up(cfg: config.Run, tokens: float, batch: int) -> dict:
+    """A part of a batch as the config's loader makes it, of random pixels and captions of half to one and a half `tokens`."""
+    views, side = {}, 256.0
+    for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
+        L = grid[0] * grid[1]
+        keep = mask(torch.rand(batch, L), grid)
+        hide = torch.ones(batch, L, dtype=torch.bool).scatter_(1, keep, False).nonzero()[:, 1].view(batch, -1)
+        pixels = lambda count: torch.randint(0, 256, (batch, count, 3 * cfg.model.patch ** 2), dtype=torch.uint8)  # noqa: E731
+        box = torch.cat([torch.rand(batch, 2) * side / 8, torch.full((batch, 2), 0.75 * side)], 1)
+        views[name] = dict(patches=pixels(keep.shape[1]), positions=keep.to(torch.int16), noise=torch.rand(batch, L), box=box,
+                           hidden=pixels(hide.shape[1]), hidden_positions=hide.to(torch.int16))
+    low, high = (77, 77) if tokens >= 77 else (round(tokens * 0.5), round(tokens * 1.5))
+    lengths = torch.linspace(low, high, batch).round().int()
+    text = dict(ids=torch.randint(1, 49000, (int(lengths.sum()),), dtype=torch.int32), lengths=lengths, longest=int(lengths.max()))
+    return dict(views=views, text=text)
 
 
 def peer_step(ratio: float, batch: int) -> Callable[[], object]:
@@ -105,9 +122,10 @@ def peer_step(ratio: float, batch: int) -> Callable[[], object]:
 
 
 def bench_step(args) -> None:
-    cfg = config.load(config.ROOT / "run/configs/clip_b16.yaml", [f"model.size={args.size}"])
-    kinds = {"11 tokens on average": lambda ratio: our_step(cfg, ratio, 11, args.batch),
-             "77 tokens": lambda ratio: our_step(cfg, ratio, 77, args.batch)}
+    def ours(tokens):
+        return lambda ratio: our_step(config.load(config.ROOT / "run/configs/clip_b16.yaml", [
+            f"model.size={args.size}", f"views.image.mask={f'random({ratio})' if ratio else 'none'}"]), tokens, args.batch)
+    kinds = {"11 tokens on average": ours(11), "77 tokens": ours(77)}
     if importlib.util.find_spec("open_clip") and args.size == "B/16":
         kinds["open_clip ViT-B-16, 77 tokens"] = lambda ratio: peer_step(ratio, args.batch)
     print(f"Training step of {args.size}, B {args.batch}, median of {args.repeats}, {machine()}\n")
@@ -117,6 +135,36 @@ def bench_step(args) -> None:
         whole = took["0.0"]
         rows += [[kind, f"{ratio:.0%}", took[str(ratio)], took[str(ratio)] / whole, args.batch / took[str(ratio)]] for ratio in RATIOS]
     table(["captions", "mask", "s/step", "to unmasked", "samples/s"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+PAPER_TIME = {"aclip": 1.16, "aclip_eff": 0.86, "maskclip": 1.56, "slip": 2.67, "mae": 1.30}  # to CLIP, A-CLIP's Table 1 and MaskCLIP's
+
+
+def bench_methods(args) -> None:
+    """Each method's step in a process tree of its own would meet other noise: two at a time, the method and clip, in turns."""
+    print(f"Training step of {args.size}, B {args.batch}, captions of 11 tokens, to clip's; median of {args.repeats}, {machine()}\n")
+    rows, clip = [], make_method("slip", args, ["method=clip", "views.augmented=null", "options=null"])
+    flops = {"clip": counted(clip)}
+    for name, time_there in PAPER_TIME.items():
+        step = make_method(name, args, [])
+        flops[name] = counted(step)
+        took = medians({"clip": clip, name: step}, args.repeats)
+        time, work = took[name] / took["clip"], flops[name] / flops["clip"]
+        rows.append([name, took[name], time, work, time / work, time_there])
+    table(["method", "s/step", "to clip", "FLOPs to clip", "time / FLOPs", "paper's time"], rows)
+
+
+def make_method(name: str, args, overrides: list[str]) -> Callable[[], object]:
+    return our_step(config.load(config.ROOT / f"run/configs/{name}_b16.yaml", [f"model.size={args.size}", *overrides]), 11, args.batch)
+
+
+def counted(step: Callable[[], object]) -> int:
+    """FLOPs of a step, by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -215,16 +263,17 @@ def loss_case(kind: str, size: str) -> None:
 
 def main() -> None:
     parser = config.parser(__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="step | data | loss")
-    step = kinds.add_parser("step", help="training step by mask")
-    step.add_argument("--batch", type=int, default=8)
-    step.add_argument("--size", default="B/16", help="a size and patch of model/towers.py")
+    kinds = parser.add_subparsers(required=True, metavar="step | methods | data | loss")
+    step, methods = kinds.add_parser("step", help="training step by mask"), kinds.add_parser("methods", help="training step by method")
+    for sub in (step, methods):
+        sub.add_argument("--batch", type=int, default=8)
+        sub.add_argument("--size", default="B/16", help="a size and patch of model/towers.py")
     data = kinds.add_parser("data", help="decode and augment")
     data.add_argument("--images", help="a folder of JPEGs; default: a hundred made of scikit-image's photographs")
     loss = kinds.add_parser("loss", help="tiled and dense contrastive loss")
     loss.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384, 32768], metavar="B")
     loss.add_argument("--case", nargs=2, help="one case, as the benchmark itself starts it")
-    for sub, run in ((step, bench_step), (data, bench_data), (loss, bench_loss)):
+    for sub, run in ((step, bench_step), (methods, bench_methods), (data, bench_data), (loss, bench_loss)):
         sub.add_argument("--repeats", type=int, default=5)
         sub.set_defaults(run=run)
     args = parser.parse_args()

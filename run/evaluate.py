@@ -2,6 +2,7 @@
 
     python run/evaluate.py --run runs/quickstart --evals zero_shot:datasets/glyphs/eval/unseen_concepts_seen_style
     deepspeed run/evaluate.py --run runs/flip_l16 --evals zero_shot:/data/imagenet1k retrieval:/data/flickr30k
+    python run/evaluate.py --run runs/aclip_nano --weights teacher --ensemble 2
 
 Prints a table and appends a line to RUN/results.jsonl.  Any folder in CLIP_benchmark's webdataset layout is an evaluation set.
 """
@@ -13,10 +14,9 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import json  # noqa: E402
 
-from data.tokenizer import build as build_tokenizer  # noqa: E402
-from model.methods import METHODS  # noqa: E402
+from data.masking import parse as parse_mask  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
-from run.lib import checkpoint, config, engine, ranks  # noqa: E402
+from run.lib import checkpoint, config, ranks  # noqa: E402
 from run.lib.log import table  # noqa: E402
 
 
@@ -24,29 +24,36 @@ def main() -> None:
     args = config.parser(__doc__)
     args.add_argument("--run", required=True, help="a run folder, or one of its checkpoints")
     args.add_argument("--evals", nargs="+", metavar="KIND:FOLDER", help="zero_shot:FOLDER or retrieval:FOLDER; default: the run's own")
+    args.add_argument("--weights", default="student", choices=("student", "teacher"), help="teacher: the moving average")
+    args.add_argument("--mask", default="none", help="which patches of an image are seen, e.g. 'random(0.5)' (FLIP, table 1d)")
+    args.add_argument("--ensemble", type=int, default=1, metavar="N", help="mean over N random views that together show every patch once")
     args.add_argument("--local_rank", type=int, help="from the launcher")
     found = args.parse_args()
+    if found.mask != "none" and found.ensemble > 1:
+        raise ValueError("--mask, --ensemble: give one; an ensemble's views show 1/N of the patches each")
+    if found.ensemble < 1:
+        raise ValueError(f"--ensemble {found.ensemble}: a number of views, 1 or more")
+    parse_mask(found.mask)
     path = checkpoint.newest(Path(found.run).resolve())
     home = path.parents[1]
-    cfg = config.load(home / "config.yaml")
     ranks.start()
-    evals = ranks.once(lambda: parse(found.evals or cfg.evals))
+    evals = ranks.once(lambda: parse(found.evals or config.load(home / "config.yaml").evals))
     if not evals:
         raise ValueError("--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER")
-    tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
-    checkpoint.check_identity(path, checkpoint.identity(cfg, tokenizer.fingerprint))
-    method = METHODS[cfg.method](cfg.model, tokenizer.vocab_size, cfg.data.context)
-    checkpoint.load(method, path)
-    results = evaluate(engine.place(method, checkpoint.manifest(path)["bf16"]), cfg, tokenizer, evals)
+    cfg, tokenizer, method = checkpoint.opened(path)
+    if found.weights == "teacher":
+        checkpoint.load_teacher(method, path)
+    results = evaluate(method, cfg, tokenizer, evals, mask=found.mask, ensemble=found.ensemble)
     if ranks.rank() == 0:
-        report(results, path, home)
+        report(results, path, home, dict(weights=found.weights, mask=found.mask, ensemble=found.ensemble))
 
 
-def report(results: dict[str, float], path: Path, home: Path) -> None:
+def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:
     found = checkpoint.manifest(path)
     with (home / "results.jsonl").open("a") as file:
-        print(json.dumps(dict(step=found["step"], samples=found["samples"], **results)), file=file)
+        print(json.dumps(dict(step=found["step"], samples=found["samples"], **how, **results)), file=file)
     print(table(results))
+    print(f"{', '.join(f'{key} {value}' for key, value in how.items())}")
     print(f"{path}: step {found['step']}, {found['samples']:,} samples; appended to {home / 'results.jsonl'}")
 
 

@@ -15,13 +15,12 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import torch  # noqa: E402
 
-from data.batches import Batches, Reader  # noqa: E402
+from data.batches import Batches  # noqa: E402
 from data.shards import Shards  # noqa: E402
 from data.stream import Stream, is_stream  # noqa: E402
-from model.towers import flops  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
 from run.lib import checkpoint, engine, folder, ranks  # noqa: E402
-from run.lib.config import Run, training_arguments  # noqa: E402
+from run.lib.config import Run, reader, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
 from run.lib.pictures import masked_inputs  # noqa: E402
 
@@ -46,11 +45,11 @@ def main() -> None:
 
 def loader(cfg: Run) -> Batches | Stream:
     """This rank's batches: by position from indexed folders, front to back from streams."""
-    reader = Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed)
+    rows = reader(cfg)
     share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=ranks.rank(), world=ranks.world())
     if is_stream(cfg.data.train):
-        return Stream(reader, cfg.data.train, **share)
-    return Batches(reader, ranks.once(lambda: Shards(cfg.data.train)), **share)  # rank 0 makes an index where there is none
+        return Stream(rows, cfg.data.train, **share)
+    return Batches(rows, ranks.once(lambda: Shards(cfg.data.train)), **share)  # rank 0 makes an index where there is none
 
 
 def identity(cfg: Run, batches: Batches | Stream) -> dict:
@@ -63,10 +62,10 @@ def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tu
     tokenizer = batches.reader.tokenizer
     found = ranks.told(lambda: str((checkpoint.whole(home / "checkpoints") or [""])[0]) if resume else "")
     if not found:
-        begin = checkpoint.newest(Path(cfg.init)) if cfg.init else None
-        if begin:
-            checkpoint.check_identity(begin, dict(tokenizer=tokenizer.fingerprint))
-        return engine.Engine(cfg, tokenizer.vocab_size, load=begin and partial(checkpoint.load, path=begin)), {}
+        init = checkpoint.newest(Path(cfg.init)) if cfg.init else None
+        if init:
+            checkpoint.check_identity(init, dict(tokenizer=tokenizer.fingerprint))
+        return engine.Engine(cfg, tokenizer.vocab_size, load=partial(checkpoint.begin, init=init)), {}
     path = Path(found)
     checkpoint.check_identity(path, identity(cfg, batches))
     checkpoint.check_memory(path, engine.merged(cfg, ranks.world()))
@@ -102,7 +101,7 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
         if step % cfg.log_every == 0 or step in (1, log.steps):
             finite(float(loss), step, home)
             values = dict(loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=ranks.total(torch.tensor(audit.bad)), **metrics)
-            log.step(step, trainer.samples, cost(cfg, parts), peak, **values)
+            log.step(step, trainer.samples, trainer.method.flops(parts[0]), peak, **values)
         if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples + cfg.batch <= cfg.samples:
             log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
         if due(cfg.save_every, trainer.samples, cfg.batch):
@@ -119,13 +118,6 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
 def due(every: int, samples: int, batch: int) -> bool:
     """Has this step crossed a multiple of `every` samples?"""
     return every > 0 and samples // every > (samples - batch) // every
-
-
-def cost(cfg: Run, parts: list[dict]) -> float:
-    """Training FLOPs of one of these samples."""
-    visible = next(iter(parts[0]["views"].values()))["positions"].shape[1]
-    tokens = sum(len(part["text"]["ids"]) for part in parts) / sum(len(part["text"]["lengths"]) for part in parts)
-    return flops(cfg.model, visible, tokens)
 
 
 def finite(loss: float, step: int, home: Path) -> None:

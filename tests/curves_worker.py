@@ -10,7 +10,7 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from tests/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.batches import Batches, Reader  # noqa: E402
+from data.batches import Batches  # noqa: E402
 from data.shards import Shards  # noqa: E402
 from run.lib import config, engine, ranks  # noqa: E402
 from tests.tiny import TINY  # noqa: E402
@@ -19,6 +19,15 @@ MASKS = {"clip": "none", "flip": "random(0.5)", "glip": "gaussian(0.5)"}
 CLIP_FLAVOUR = ["model.init=clip", "model.vision.positions=learned", "model.vision.pool=cls", "model.vision.pre_norm=true",
                 "model.text.causal=true", "model.text.pool=eot", "optim.clip=1.0"]
 FLAVOURS = {"clip": CLIP_FLAVOUR, "flip": [], "glip": CLIP_FLAVOUR}
+AUGMENTED = "views.augmented={count: 2, crop: [0.3, 1.0], jitter: [0.4, 0.4, 0.4, 0.1], grey: 0.2, blur: 0.1}"
+VIEWS = ["views.image=null", "views.view={count: 2, jitter: [0.4, 0.4, 0.2, 0.1]}", "views.teacher={encloses: [view]}"]
+METHODS = {
+    "slip": ["method=slip", "views.image.mask=none", AUGMENTED, "options={hidden: 64, out: 32}"],
+    "mae": ["method=mae", "views.image.mask=random(0.75)", "options={width: 64, depth: 1, heads: 2}"],
+    "maskclip": ["method=maskclip", "views.image.mask=random(0.75)", "model.vision.pool=mean", "options={momentum: [0.9, 0.99]}"],
+    "aclip": ["method=aclip", *VIEWS, "model.vision.freeze_patch=true",
+              "options={block: 16, simclr: 1.0, byol: 2.0, simsiam: 0.5, hidden: 64, out: 32, momentum: [0.9, 1.0]}"],
+}
 
 
 def curve(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> list[float]:
@@ -28,8 +37,9 @@ def curve(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> l
         file.flush()
         cfg = config.load("run/configs/quickstart.yaml", [
             f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)", *TINY, f"deepspeed={file.name}",
-            f"views.image.mask={MASKS[name]}", "optim.lr=5e-4", *FLAVOURS[name], *more])
-        reader = Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed)
+            f"views.image.mask={MASKS.get(name, 'none')}", "optim.lr=5e-4", *FLAVOURS.get(name, CLIP_FLAVOUR), *METHODS.get(name, []),
+            *more])
+        reader = config.reader(cfg)
         batches = Batches(reader, Shards(cfg.data.train), batch=cfg.batch, accumulate=cfg.accumulate,
                           rank=ranks.rank(), world=ranks.world())
         trainer = engine.Engine(cfg, reader.tokenizer.vocab_size)
@@ -47,6 +57,9 @@ def main() -> None:
     found["clip stage 1 accumulate 2"] = curve(data, "clip", 1, "accumulate=2")
     found["flip stage 3 checkpointed"] = curve(data, "flip", 3, "model.checkpoint_activations=true")
     found["flip stage 3 bf16"] = curve(data, "flip", 3, bf16=True)
+    if ranks.world() < 4:
+        for stage in (0, 3)[ranks.world() - 1:]:
+            found |= {f"{name} stage {stage}": curve(data, name, stage) for name in METHODS}
     if ranks.rank() == 0:
         Path(out).write_text(json.dumps(found))
 

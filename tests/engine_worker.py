@@ -17,7 +17,7 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 
-from data.batches import Batches, Reader  # noqa: E402
+from data.batches import Batches  # noqa: E402
 from data.shards import Shards  # noqa: E402
 from model.methods import METHODS  # noqa: E402
 from model.methods.clip import Clip  # noqa: E402
@@ -51,7 +51,7 @@ class Cases:
             "views.image.mask=random(0.5)", "optim.lr=3e-3", f"deepspeed={file.name}", *more])
 
     def trained(self, cfg, steps: int, **how) -> engine.Engine:
-        reader = Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed)
+        reader = config.reader(cfg)
         batches = Batches(reader, Shards(cfg.data.train), batch=cfg.batch, rank=ranks.rank(), world=ranks.world())
         trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
         for parts in batches.stream(range(0, steps * cfg.batch, cfg.batch), pin=False):
@@ -89,7 +89,7 @@ class Cases:
         """The optimizer's groups of a method built under zero.Init: {name: numel} each."""
         cfg = self.config(3, *flavour)
         with deepspeed.zero.Init(config_dict_or_path=engine.merged(cfg, ranks.world())):
-            method = METHODS[cfg.method](cfg.model, 320, cfg.data.context)
+            method = METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options)
         names = {id(p): name for name, p in method.named_parameters()}
         return [{names[id(p)]: p.ds_numel for p in group["params"]} for group in optim.groups(method, cfg.optim)]
 

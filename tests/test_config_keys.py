@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model.methods import METHODS
 from run.lib.config import Run, build, load, save
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ def unread(found):
 
 def test_every_key_is_read():
     assert not unread(keys(Run))
+    assert not unread(found for method in METHODS.values() for found in keys(method.Options))
 
 
 def test_an_unread_key_would_be_found():
@@ -56,7 +58,7 @@ def test_every_config_loads_and_saves(path, tmp_path):
     ("model.vision.pol=cls", "did you mean 'pool'"),
     ("batch=many", "batch: 'many'; it must be of type int"),
     ("batch=0", "batch: 0; it must be at least 1"),
-    ("method=flop", "method: unknown 'flop'; known: clip"),
+    ("method=flop", "method: unknown 'flop'; known: aclip, clip, mae, maskclip, slip"),
     ("views.image.mask=gausian(0.5)", "gaussian"),
     ("views.image.mask=random(1.0)", "1.0"),
     ("optim.lr=fast", "optim.lr: 'fast'"),

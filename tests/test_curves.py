@@ -57,3 +57,15 @@ def test_bf16_agrees_over_ranks(curves):
     assert reference != curves[1]["flip stage 3"] and reference[-1] < 0.9 * reference[0]
     for ranks in (2, 4):
         assert apart(curves[ranks]["flip stage 3 bf16"], reference) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slip", "mae", "maskclip", "aclip"])
+def test_the_other_methods_agree(curves, name):
+    """Batch norm over ranks, several forwards of a tower in a step, and a teacher: two ZeRO-3 ranks are one process."""
+    reference = curves[1][f"{name} stage 0"]
+    assert reference[-1] < 0.95 * reference[0]
+    for ranks in (1, 2):
+        far = apart(curves[ranks][f"{name} stage 3"], reference)
+        print(f"{name}: {ranks} ranks, stage 3: {far:.1e} from one rank, stage 0")
+        assert far < 1e-4

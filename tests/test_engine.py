@@ -47,7 +47,7 @@ def test_the_temperature_keeps_its_fp32_value(found, stage):
 def test_groups_under_zero3(found, flavour):
     """The very parameters and sizes of a method that is not sharded, where every parameter looks one-dimensional and empty."""
     cfg = config.load("run/configs/quickstart.yaml", ["model.size=nano/8", "model.image_size=32", *FLAVOURS[flavour]])
-    method = METHODS[cfg.method](cfg.model, 320, cfg.data.context)
+    method = METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options)
     names = {id(p): name for name, p in method.named_parameters()}
     patch_bias = {"towers.vision.patch.bias"}  # the worker's clip flavour keeps it
     for mine, theirs in zip(groups(method, cfg.optim), found[f"groups {flavour}"], strict=True):
@@ -79,6 +79,7 @@ class Engine:
 
     def __init__(self, step):
         self.ds, self.bf16 = SimpleNamespace(global_steps=step, save_checkpoint=self.write), False
+        self.average = SimpleNamespace(pairs={})
 
     def write(self, folder, tag, **_):
         assert not (checkpoint.Path(folder) / tag).exists()

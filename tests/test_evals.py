@@ -55,7 +55,7 @@ def model(data):
                                                       "model.image_size=32", "data.workers=0", "eval_crop=resize_crop"])
     torch.manual_seed(0)
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
-    method = METHODS["clip"](cfg.model, tokenizer.vocab_size, cfg.data.context)
+    method = METHODS["clip"](cfg.model, tokenizer.vocab_size, cfg.data.context, cfg.options)
     for parameter in method.towers.parameters():
         parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
     return method, cfg, tokenizer

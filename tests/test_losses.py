@@ -189,7 +189,7 @@ def embed(weights, world, rank=None):
 def detached(image, text, scale):
     """The wrong loss that must be told apart: local rows against gathered columns that carry no gradient to the other ranks."""
     labels = dist.get_rank() * b + torch.arange(b)
-    images, texts = (losses._gather(x.detach()) for x in (image, text))
+    images, texts = (losses.gather(x.detach()) for x in (image, text))
     return (F.cross_entropy(scale * image @ texts.t(), labels) + F.cross_entropy(scale * text @ images.t(), labels)) / 2
 
 

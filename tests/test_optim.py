@@ -19,7 +19,7 @@ FLAVOURS = {"flip": [], "clip": ["model.init=clip", "model.vision.positions=lear
 
 def made(flavour, *more):
     cfg = config.load("run/configs/quickstart.yaml", ["model.size=nano/8", "model.image_size=32", *FLAVOURS[flavour], *more])
-    return METHODS[cfg.method](cfg.model, 320, cfg.data.context), cfg
+    return METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options), cfg
 
 
 def free_names(method, cfg):

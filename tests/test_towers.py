@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.towers import PATCHES, SIZES, ModelConfig, Temperature, TextConfig, Towers, VisionConfig, flops
+from model.layers import Packed
+from model.towers import PATCHES, SIZES, ModelConfig, Temperature, TextConfig, Towers, VisionConfig, text_flops, vision_flops
 
 GOLDEN = Path(__file__).parent / "golden" / "params.txt"
 CLIP = ModelConfig(
@@ -179,7 +180,8 @@ def test_flops_equal_torch_counter(flavour, visible, length):
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         image = towers.encode_image(torch.randn(2, visible, 192), everywhere(2)[:, :visible])
         (image.sum() + towers.encode_text(ids, lengths).sum()).backward()
-    expected = flops(dataclasses.replace(FLAVOURS[flavour][0], **SMALL), visible, length)
+    cfg = dataclasses.replace(FLAVOURS[flavour][0], **SMALL)
+    expected = 3 * (vision_flops(cfg, visible, cfg.vision.pool == "cls") + text_flops(cfg, length))
     assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.02)
 
 
@@ -219,11 +221,9 @@ def test_flip_class_token_has_no_position_and_joins_the_mean():
 def test_flip_text_pools_the_first_token():
     towers = small("flip")
     ids, lengths = captions()
-    seen = []
-    towers.text.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    towers.text.blocks.register_forward_hook(lambda _, args, out: seen.append(out))
-    towers.encode_text(ids, lengths)
-    assert torch.equal(seen[1], seen[0][[0, 5, 17, 19]])
+    packed = Packed(lengths, len(ids), None, False)
+    every = towers.text.blocks(towers.text.token(ids) + towers.text.positions[packed.positions], packed)
+    torch.testing.assert_close(towers.text(ids, lengths), towers.text.norm(every[[0, 5, 17, 19]]))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -281,7 +281,7 @@ def test_temperature_residual_restores_what_bf16_lost():
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: ModelConfig(size="B16"), "model.size 'B16'.*nano, Ti, S, B, L, H"),
+    (lambda: ModelConfig(size="B16"), "model.size 'B16'.*nano, Ti, S, B, L, L512, H"),
     (lambda: ModelConfig(size="B/15"), "8, 14, 16, 32"),
     (lambda: ModelConfig(size="L/14", image_size=230), "model.image_size 230"),
     (lambda: ModelConfig(init="kaiming"), "model.init 'kaiming': unknown; known: clip, flip"),

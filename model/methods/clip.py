@@ -2,26 +2,23 @@
 
 The three differ only in the `mask:` of the view `image`: none, random(0.5), gaussian(0.5).
 """
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.losses import contrastive
-from model.towers import ModelConfig, Towers
+from model.methods.base import Method
 
 
-class Clip(nn.Module):
-    views = ("image",)
-    shared = ("scale",)
-
-    def __init__(self, cfg: ModelConfig, vocab: int, context: int):
-        super().__init__()
-        self.towers = Towers(cfg, vocab, context)
-
+class Clip(Method):
     def forward(self, part: dict) -> dict[str, Tensor]:
         """A part of a batch (data/batches.py) -> unit embeddings image and text (b, E), and scale (1,)."""
-        image = self.towers.encode_image(**part["views"]["image"])
+        view = part["views"]["image"]
+        image = self.towers.encode_image(view["patches"], view["positions"])
         return dict(image=image, text=self.towers.encode_text(**part["text"]), scale=self.towers.temperature())
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE over the pairs of all ranks (FLIP section 3)."""
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
         return loss, {**metrics, "temperature": 1 / features["scale"].detach()}
+
+    def image_flops(self, visible: dict[str, int]) -> float:
+        return 3 * self.pooled_flops(visible["image"])

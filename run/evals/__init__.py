@@ -31,9 +31,9 @@ def parse(specs: Iterable[str]) -> list[tuple[str, Benchmark]]:
     return found
 
 
-def evaluate(method, cfg: Run, tokenizer, evals: list[tuple[str, Benchmark]]) -> dict[str, float]:
-    """Run evaluations (from `parse`) on a method, sharded or not, and name their metrics kind/set/metric."""
-    model, results = Embedder(method, cfg, tokenizer), {}
+def evaluate(method, cfg: Run, tokenizer, evals: list[tuple[str, Benchmark]], **shown) -> dict[str, float]:
+    """Run evaluations (from `parse`) on a method, sharded or not, and name their metrics kind/set/metric.  shown: Embedder's options."""
+    model, results = Embedder(method, cfg, tokenizer, **shown), {}
     was_training = method.training
     method.eval()
     for kind, benchmark in evals:

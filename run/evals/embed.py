@@ -1,9 +1,13 @@
 """Images and texts to unit embeddings, on all ranks in step.  Names: N items, E embedding width, C classes."""
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.benchmarks import Benchmark, Preprocess
+from data.masking import complementary, parse
 from data.tokenizer import pack
+from model.attentive import take
+from model.losses import unit
 from run.lib.config import Run
 from run.lib.ranks import rank, to_device, total, world
 
@@ -11,9 +15,14 @@ BATCH = 64  # images, or texts, a rank embeds at once
 
 
 class Embedder:
-    """A method's two encoders with the preprocessing of its config.  Every call is collective: all ranks must make it."""
+    """A method's two encoders with the preprocessing of its config.  Every call is collective: all ranks must make it.
 
-    def __init__(self, method, cfg: Run, tokenizer):
+    mask: which patches of an image are seen (FLIP table 1d).  ensemble: an image's embedding is the mean of those of so many random views
+    that together show every patch once.
+    """
+
+    def __init__(self, method, cfg: Run, tokenizer, mask: str = "none", ensemble: int = 1):
+        self.mask, self.ensemble, self.grid = parse(mask), ensemble, cfg.model.grid
         self.towers, self.tokenizer, self.data = method.towers, tokenizer, cfg.data
         view = next(iter(cfg.views.values()))
         self.pre = Preprocess(cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation)
@@ -38,7 +47,14 @@ class Embedder:
         """This rank's images of a set: (indices (n,), embeddings (n, E)); over the ranks, every image once."""
         indices, embeddings = [], []
         for mine, patches, positions in benchmark.rounds(self.pre, BATCH, rank(), world(), min(self.data.workers, 2)):
-            made = self.towers.encode_image(**to_device(dict(patches=patches, positions=positions)))
+            shown = [to_device(dict(patches=take(patches, keep), positions=keep)) for keep in self.keeps(mine, *positions.shape)]
+            made = unit(sum(self.towers.encode_image(**view) for view in shown))
             indices.append(mine)
             embeddings.append(made[:len(mine)])
         return torch.cat(indices), torch.cat(embeddings)
+
+    def keeps(self, indices: Tensor, images: int, patches: int) -> list[Tensor]:
+        """Which patches of each image are seen in each view, (images, K); drawn for the image's number, whichever rank has it."""
+        numbers = indices.tolist() or [0] * images  # a rank without images goes through the tower in step
+        noise = torch.from_numpy(np.stack([np.random.default_rng((0, i)).random(patches, dtype=np.float32) for i in numbers]))
+        return complementary(noise, self.ensemble) if self.ensemble > 1 else [self.mask(noise, self.grid)]

@@ -19,9 +19,15 @@ from pathlib import Path
 
 import torch
 
+from data.tokenizer import Tokenizer
+from data.tokenizer import build as build_tokenizer
+from model.methods import METHODS
 from run.lib.config import Run, plain
-from run.lib.engine import Engine, whole_parameter, zero_weights
+from run.lib.config import load as read_config
+from run.lib.engine import Engine, place, whole_parameter, zero_weights
 from run.lib.ranks import barrier, rank, store, world
+
+AVERAGE = "average_rank_{:05d}.pt"  # a rank's part of the teacher in fp32; all of it on rank 0 where the stage is below 3
 
 
 def identity(cfg: Run, tokenizer: str, data: dict | None = None) -> dict:
@@ -38,6 +44,8 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
         shutil.rmtree(path)  # torn: a whole one of this step would have been resumed from
     barrier()
     engine.ds.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+    if engine.average.pairs and (engine.stage == 3 or rank() == 0):
+        torch.save({name: kept.clone() for name, kept in engine.average.kept.items()}, path / AVERAGE.format(rank()))
     barrier()
     if rank() == 0:
         shards = len(list(path.glob("*_optim_states.pt")))
@@ -146,12 +154,27 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
     if universal:
         frozen = {name for name, p in engine.method.named_parameters() if not p.requires_grad}
         if frozen:
-            load(engine.method, path, only=frozen)
+            load(engine.method, path, {name: name for name in frozen})
         barrier()
         if rank() == 0:
             shutil.rmtree(universal)
+    if engine.average.pairs:
+        read_average(engine, path)
     engine.exact_temperature()
     return found
+
+
+def read_average(engine: Engine, path: Path) -> None:
+    """This rank's part of the teacher's averages, out of the parts that so many ranks once wrote."""
+    found = sorted(path.glob(AVERAGE.replace("{:05d}", "*")))
+    files = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in found]
+    for name, kept in engine.average.kept.items():
+        parts = [file[name] for file in files]
+        first = rank() * len(kept) if engine.stage == 3 else 0
+        pieces = [part[max(0, first - i * len(part)):max(0, first + len(kept) - i * len(part))] for i, part in enumerate(parts)]
+        whole = torch.cat(pieces)  # ZeRO-3's shards are laid end to end, padded at the end
+        kept[:len(whole)].copy_(whole)
+    engine.average.write()
 
 
 def weights(path: Path) -> dict:
@@ -163,21 +186,53 @@ def weights(path: Path) -> dict:
     return {**module, **zero_weights(path)} if stage else module  # stages 1 and 2 keep frozen parameters in the module alone
 
 
-def load(method: torch.nn.Module, path: Path, only: set[str] | None = None) -> None:
+def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = None, under: str | None = None) -> None:
     """Copy a checkpoint's weights into a method, sharded or not; no rank holds more than one whole tensor beside its shard.
 
-    Every parameter must be found in its own shape; all ranks must call.
+    names: {parameter of the method: its name in the checkpoint}; all, by their own names, where none are given.  Each must be found in its
+    own shape, and the checkpoint may hold nothing else whose name begins with `under`.  All ranks must call.
     """
+    parameters = dict(method.named_parameters())
+    if names is None:
+        names, under = {name: name for name in parameters}, ""
     source = weights(path) if rank() == 0 else {}
-    parameters = {name: p for name, p in method.named_parameters() if only is None or name in only}
-    if rank() == 0 and (missing := parameters.keys() - source.keys()):
+    if rank() == 0 and (missing := set(names.values()) - source.keys()):
         raise ValueError(f"{path}: has no weights for {sorted(missing)[0]} ({len(missing)} missing); it holds another architecture")
-    if rank() == 0 and only is None and (extra := source.keys() - parameters.keys()):
+    if rank() == 0 and under is not None and (extra := {name for name in source if name.startswith(under)} - set(names.values())):
         raise ValueError(f"{path}: this config has no place for {sorted(extra)[0]} ({len(extra)} such); it holds another architecture")
-    for name, parameter in parameters.items():
+    for name, stored in names.items():
+        parameter = parameters[name]
         with whole_parameter(parameter):
             if rank() == 0:
-                value = source[name].contiguous()
+                value = source[stored].contiguous()
                 if value.shape != parameter.shape:
-                    raise ValueError(f"{path}: {name} is {tuple(value.shape)}, this config makes {tuple(parameter.shape)}")
+                    raise ValueError(f"{path}: {stored} is {tuple(value.shape)}, this config makes {tuple(parameter.shape)}")
                 parameter.copy_(value)
+
+
+def begin(method: torch.nn.Module, init: Path | None) -> None:
+    """The weights that a new run starts from: the towers of `init`, and what the method borrows from another run."""
+    names = [name for name, _ in method.named_parameters()]
+    if init:
+        load(method, init, {name: name for name in names if name.startswith("towers.")}, "towers.")
+    for prefix, run in method.borrowed().items():
+        borrowed = {name: "towers." + name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        load(method, newest(Path(run)), borrowed)
+
+
+def load_teacher(method: torch.nn.Module, path: Path) -> None:
+    """Put the teacher's weights in the place of the student's; what the teacher has none of stays the student's."""
+    names = {name.replace("teacher.", "towers.", 1): name for name, _ in method.named_parameters() if name.startswith("teacher.")}
+    if not names:
+        raise ValueError(f"--weights teacher: {path} was trained without a teacher")
+    load(method, path, names)
+
+
+def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
+    """(config, tokenizer, method on this rank's device) of a checkpoint, to be looked at."""
+    cfg = read_config(path.parents[1] / "config.yaml")
+    tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
+    check_identity(path, identity(cfg, tokenizer.fingerprint))
+    method = METHODS[cfg.method](cfg.model, tokenizer.vocab_size, cfg.data.context, cfg.options)
+    load(method, path)
+    return cfg, tokenizer, place(method, manifest(path)["bf16"])

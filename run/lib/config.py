@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from data.augment import View
-from data.batches import DataConfig
+from data.batches import DataConfig, Reader, plan
 from model.methods import METHODS
 from model.towers import ModelConfig
 from run.lib.optim import OptimConfig
@@ -36,6 +36,7 @@ class Run:
     model: ModelConfig
     optim: OptimConfig
     views: dict[str, View]  # the method's docstring says which it reads
+    options: object = None  # the method's own: `Options` in its file; built with the rest, so never None
     deepspeed: str = "ds_configs/zero3.json"  # how memory, precision and communication are spent; from the repository root
     accumulate: int = 1  # GradCache: so many forward-backward passes a step, with the negatives of the whole batch
     seed: int = 0  # weights, order of the data, crops and masks
@@ -52,18 +53,38 @@ class Run:
         check_choice("eval_crop", self.eval_crop, ("resize_crop", "square"))
         if self.data.pad_text and self.model.text.pool == "eot":
             raise ValueError("data.pad_text: with model.text.pool 'eot' the pooled token would be padding; use pool: first, or no padding")
-        missing = set(METHODS[self.method].views) - set(self.views)
-        if missing:
-            raise ValueError(f"views: method {self.method!r} reads view {sorted(missing)[0]!r}; give it under views:")
+        self.check_views()
         for name in ("samples", "batch", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; it must be at least 1")
         if self.samples < self.batch:
             raise ValueError(f"samples: {self.samples} is less than one batch of {self.batch}")
 
+    def check_views(self) -> None:
+        method = METHODS[self.method]
+        for name, counts in method.views.items():
+            if name not in self.views:
+                raise ValueError(f"views: method {self.method!r} reads view {name!r}; give it under views:")
+            if (count := self.views[name].count) not in counts:
+                raise ValueError(f"views.{name}.count: {count}; method {self.method!r} takes {', '.join(map(str, counts))}")
+        for name in self.views:
+            check_choice(f"views: method {self.method!r}", name, method.views)
+        method.check(self.options, {name: view.count for name, view in self.views.items()})
+        plan(self.views, self.model.image_size, self.model.patch)
+        for name in method.hidden:
+            if self.views[name].mask == "none":
+                raise ValueError(f"views.{name}.mask: none; method {self.method!r} learns from what a mask hides, e.g. random(0.75)")
+
     @property
     def steps(self) -> int:
         return self.samples // self.batch
+
+
+def reader(cfg: Run) -> Reader:
+    """What turns this run's samples into batches."""
+    method = METHODS[cfg.method]
+    return Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed, hidden=method.hidden,
+                  noise=method.noise, pool=cfg.model.text.pool)
 
 
 def check_choice(key: str, value: str, known: typing.Iterable[str]) -> None:
@@ -89,7 +110,10 @@ def load(path: str | Path, overrides: typing.Iterable[str] = ()) -> Run:
             if not isinstance(node, dict):
                 raise ValueError(f"--set {item}: {name} is a value, it has no keys below it")
         try:
-            node[last] = yaml.safe_load(text)
+            if (value := yaml.safe_load(text)) is None:
+                node.pop(last, None)
+            else:
+                node[last] = value
         except yaml.YAMLError:
             raise ValueError(f"--set {item}: {text!r} is not YAML; put quotes around a value with braces, brackets or a colon") from None
     return build(Run, tree)
@@ -110,8 +134,9 @@ def read_tree(path: Path) -> dict:
 
 
 def merge(base: dict, over: dict) -> dict:
+    """What `over` names replaces what `base` says, mappings key by key; null takes a key of the base away."""
     both = {k: merge(base[k], over[k]) for k in base.keys() & over.keys() if isinstance(base[k], dict) and isinstance(over[k], dict)}
-    return {**base, **over, **both}
+    return {k: v for k, v in {**base, **over, **both}.items() if v is not None}
 
 
 def build(cls: type, tree: dict, where: str = ""):
@@ -125,6 +150,9 @@ def build(cls: type, tree: dict, where: str = ""):
     for f in fields(cls):
         if f.name not in tree and f.default is f.default_factory:  # both MISSING
             raise ValueError(f"{where}{f.name}: missing; it has no default")
+    if cls is Run:
+        check_choice("method", tree["method"], METHODS)
+        hints["options"], tree = METHODS[tree["method"]].Options, {"options": {}, **tree}
     return cls(**{key: convert(hints[key], value, f"{where}{key}") for key, value in tree.items()})
 
 

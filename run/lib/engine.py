@@ -15,10 +15,12 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from data.batches import share
+from model import ema
 from model.methods import METHODS
 from model.towers import Temperature
 from run.lib import optim
@@ -70,11 +72,11 @@ class Engine:
         self.stage = tree.get("zero_optimization", {}).get("stage", 0)
         torch.manual_seed(cfg.seed)
         with deepspeed.zero.Init(config_dict_or_path=tree) if self.stage == 3 else contextlib.nullcontext():
-            method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context)
+            method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
         if load:
             load(method)
         self.ds, *_ = deepspeed.initialize(model=method, model_parameters=optim.groups(method, cfg.optim), config=tree)
-        self.method, self.samples, self.batch = method, 0, cfg.batch
+        self.method, self.samples, self.batch, self.length = method, 0, cfg.batch, cfg.samples
         self.settings = [{k: v for k, v in group.items() if k != "params"} for group in self.ds.optimizer.param_groups]
         self.bf16 = bool(tree.get("bf16", {}).get("enabled"))
         self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
@@ -83,6 +85,8 @@ class Engine:
         for name, parameter in self.trainable.items():
             parameter.register_hook(lambda _, name=name: self.got.add(name))
         self.exact_temperature()
+        self.average = ema.Average(ema.parameters(method.averaged()), own_part, newest_part, written)
+        self.average.update(0.0)  # the teacher begins as the student
 
     def restore(self, folder: Path, found: dict) -> None:
         """Weights, optimizer and counts of a checkpoint folder; `found` is its manifest."""
@@ -105,6 +109,8 @@ class Engine:
         loss, metrics = self.plain_step(*parts) if len(parts) == 1 else self.cached_step(parts)
         self.exact_temperature()
         self.samples += self.batch
+        if self.average.pairs:  # after the step: A-CLIP's release does it before the next forward, which is the same
+            self.average.update(self.method.momentum(self.samples / self.length))
         return loss.detach(), metrics
 
     def plain_step(self, part: dict) -> tuple[torch.Tensor, dict]:
@@ -153,6 +159,29 @@ class Engine:
     def grad_norm(self) -> float | None:
         norm = self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+
+def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter, flat: its shard under ZeRO-3, else the whole."""
+    return parameter.ds_tensor.data if hasattr(parameter, "ds_id") else parameter.data.view(-1)
+
+
+def newest_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The same in the precision that the optimizer works in, without communication.
+
+    Under bf16 in stages 1 and 2, where a rank's fp32 copy is of other elements than it needs, the rounded weights.
+    """
+    if hasattr(parameter, "ds_id") and parameter.requires_grad:
+        return safe_get_local_fp32_param(parameter)
+    return own_part(parameter)
+
+
+def written(parameter: torch.nn.Parameter) -> None:
+    """Make ZeRO-3 forget what it gathered of a frozen parameter before its shard changed."""
+    if hasattr(parameter, "ds_id"):
+        parameter.ds_secondary_tensor = None  # hierarchical partitioning keeps a second shard
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            parameter.partition(has_been_updated=False)
 
 
 @contextlib.contextmanager

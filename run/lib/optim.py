@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from model.heads import BatchNorm
+
 KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
 
 
@@ -47,7 +49,7 @@ class OptimConfig:
 
 def kind(module: nn.Module, name: str) -> str:
     """What sort of parameter `module.name` is, one of KINDS."""
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, BatchNorm)):
         return "norm"
     if isinstance(module, nn.Embedding):
         return "tokens"

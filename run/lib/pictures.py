@@ -1,23 +1,102 @@
-"""Pictures of what goes in: the visible patches of a batch, where they lie, the hidden ones grey."""
+"""Pictures: the visible patches of a batch; what each mask keeps of the same images, what a model attends to, what resembles a caption.
+
+Letters: n images, L patches, (rows, columns) their grid, P patch side, S image side.
+"""
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from data.patches import unpatchify
+from data.augment import center_view
+from data.batches import plan
+from data.masking import parse
+from data.patches import patchify, unpatchify
+from data.tokenizer import pack
+from model.attentive import Attentive, take
+from model.layers import Watch
 from run.lib.config import Run
+from run.lib.ranks import to_device
 
 GREY, IMAGES, COLUMNS = 128, 16, 8
+MASKS = ("random(0.5)", "gaussian(0.5)", "inverse_gaussian(0.5)")
+HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])  # dark to bright: Matplotlib's inferno
 
 
 def masked_inputs(part: dict, cfg: Run) -> Tensor:
     """The first images of each view of a part as one picture, (3, H, W) uint8; a row of eight images under another."""
     rows = []
-    for view in part["views"].values():
+    for name, _, _, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
+        view = part["views"][name]
         patches, positions = view["patches"][:IMAGES].cpu(), view["positions"][:IMAGES].cpu().long()
-        whole = torch.full((len(patches), cfg.model.grid[0] * cfg.model.grid[1], patches.shape[2]), GREY, dtype=torch.uint8)
-        whole.scatter_(1, positions[:, :, None].expand_as(patches), patches)
-        images = unpatchify(whole, cfg.model.patch, cfg.model.grid)  # (n, 3, H, W)
-        images = torch.nn.functional.pad(images, (0, 2, 0, 2), value=255)
+        images = framed(placed(patches, positions, cfg.model.patch, grid))
         short = -len(images) % COLUMNS
         images = torch.cat([images, images.new_full((short, *images.shape[1:]), 255)])
         rows += [torch.cat(list(row), dim=2) for row in images.split(COLUMNS)]
-    return torch.cat(rows, dim=1)
+    wide = max(row.shape[2] for row in rows)
+    return torch.cat([F.pad(row, (0, wide - row.shape[2]), value=255) for row in rows], dim=1)
+
+
+def placed(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """(n, K, 3 P P) uint8 at (n, K) -> images (n, 3, H, W), grey where no patch is."""
+    whole = torch.full((len(patches), grid[0] * grid[1], patches.shape[2]), GREY, dtype=torch.uint8)
+    return unpatchify(whole.scatter_(1, positions[:, :, None].expand_as(patches), patches), patch, grid)
+
+
+def framed(images: Tensor) -> Tensor:
+    """With a white line to the right of and below each."""
+    return F.pad(images, (0, 2, 0, 2), value=255)
+
+
+@torch.no_grad()
+def gallery(method, cfg: Run, tokenizer, images: list[bytes], captions: list[str]) -> dict[str, Tensor]:
+    """{column: (n, 3, S, S) uint8} for encoded images; all ranks must call, with the same images."""
+    view = next(iter(cfg.views.values()))
+    pixels = [center_view(image, cfg.model.image_size, cfg.eval_crop, view.interpolation) for image in images]
+    whole = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    patches, grid = patchify(whole, cfg.model.patch), cfg.model.grid
+    positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
+    scores, tokens = looked(method, **to_device(dict(patches=patches, positions=positions)))
+    similar = resemblance(method, cfg, tokenizer, tokens, captions)
+    noise = torch.from_numpy(np.random.default_rng(0).random(positions.shape, dtype=np.float32))
+    keeps = {spec: parse(spec)(noise, grid) for spec in MASKS}
+    block = cfg.model.patch * (1 + (not any(side % 2 for side in grid)))
+    for strategy in ("low", "high"):
+        keeps[f"attentive, {strategy}"] = Attentive(strategy, block, cfg.model.patch, grid).choose(scores, 0.5)
+    columns = {name: placed(take(patches, keep), keep, cfg.model.patch, grid)
+               for name, keep in keeps.items()}
+    return {"image": whole, **columns, "attention": heat(scores, grid, whole), "resemblance": heat(similar, grid, whole)}
+
+
+def looked(method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of the class token (n, L), of the teacher where there is one, and the student's patch tokens (n, L, D)."""
+    watch = Watch()
+    tokens = method.towers.vision(patches, positions, watch=watch)
+    if hasattr(method, "teacher"):
+        watch = Watch()
+        method.teacher.vision(patches, positions, watch=watch)
+    return torch.stack(watch.layers).mean(0)[:, 1:].float().cpu(), tokens[:, 1:]
+
+
+def resemblance(method, cfg: Run, tokenizer, tokens: Tensor, captions: list[str]) -> Tensor:
+    """(n, L): cosine of each patch's embedding and its image's caption's (MaskCLIP's figure 2)."""
+    ids, lengths = pack([cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions])
+    text = method.towers.encode_text(**to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max()))))
+    embedded = method.towers.embed_image(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    return torch.einsum("nle,ne->nl", embedded, text).float().cpu()
+
+
+def heat(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
+    """(n, L) -> (n, 3, S, S): each row from its smallest, dark, to its largest, bright, over the greyed image."""
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    level = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid)[:, None]
+    level = F.interpolate(level, images.shape[2:], mode="nearest")[:, 0] * (len(HEAT) - 1)
+    lower = level.floor().clamp(max=len(HEAT) - 2).long()
+    part = (level - lower)[..., None]
+    colour = HEAT[lower] * (1 - part) + HEAT[lower + 1] * part  # (n, S, S, 3)
+    grey = images.float().mean(1)[..., None]
+    return (0.75 * colour + 0.25 * grey).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def sheet(columns: dict[str, Tensor]) -> Tensor:
+    """A gallery as one picture (3, H, W): a row an image, a column a mask."""
+    return torch.cat([torch.cat(list(row), dim=2) for row in zip(*(framed(images) for images in columns.values()))], dim=1)

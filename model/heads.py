@@ -1,0 +1,104 @@
+"""What is trained on top of the towers: the heads of SimCLR, BYOL and SimSiam, and the decoder of MAE and MaskCLIP.
+
+Letters: B samples, D width, E width of what is compared, K visible patches, M hidden ones, L = K + M of the grid.
+Every layer draws its own weights in its __init__, as model/parallel.py asks.
+"""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.collectives import mean
+from model.layers import Blocks, drawn, sincos
+from model.parallel import Init, Linear
+
+
+class BatchNorm(nn.Module):
+    """(B, D) -> (B, D): batch normalisation over all ranks, each with as many rows, in fp32.
+
+    Beside torch's SyncBatchNorm, which refuses CPU tensors, it keeps no running statistics: a head is never evaluated, and universal
+    checkpoints drop buffers.  With `accumulate`, the batch is a part.
+    """
+
+    def __init__(self, width: int, affine: bool = True, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = (nn.Parameter(f(width)) for f in (torch.ones, torch.zeros)) if affine else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind, x = x.dtype, x.float()
+        x = x - mean(x.mean(0))
+        x = x * (mean(x.square().mean(0)) + self.eps).rsqrt()
+        return (x if self.weight is None else x * self.weight + self.bias).to(kind)
+
+
+def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
+    """Linear layers of these widths, with BatchNorm and ReLU between them; last_norm: a BatchNorm after the last, too."""
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+        last = i == len(widths) - 2
+        layers.append(Linear(inputs, outputs, "uniform", "uniform" if bias else None))
+        layers += [BatchNorm(outputs)] * (last_norm or not last) + [nn.ReLU()] * (not last)
+    return nn.Sequential(*layers)
+
+
+def simclr_head(width: int, hidden: int, out: int) -> nn.Module:
+    """SLIP's and A-CLIP's: D -> 4096 -> 4096 -> 256."""
+    return mlp(width, hidden, hidden, out, bias=True)
+
+
+def byol_projector(width: int, hidden: int, out: int) -> nn.Module:
+    """A-CLIP's release: D -> 4096 -> 256; a copy of it stands on the teacher."""
+    return mlp(width, hidden, out, bias=False)
+
+
+def byol_predictor(hidden: int, out: int) -> nn.Module:
+    """256 -> 4096 -> 256, on the student alone."""
+    return mlp(out, hidden, out, bias=False)
+
+
+def simsiam_projector(width: int, hidden: int) -> nn.Module:
+    """D -> 2048 -> 2048 -> 2048, the last normalised (SimSiam section 3)."""
+    return mlp(width, hidden, hidden, hidden, bias=False, last_norm=True)
+
+
+def simsiam_predictor(hidden: int) -> nn.Module:
+    """2048 -> 512 -> 2048."""
+    return mlp(hidden, hidden // 4, hidden, bias=True)
+
+
+class Decoder(nn.Module):
+    """MAE's (arXiv 2111.06377 section 3), of one block in MaskCLIP: visible and mask tokens, with fixed sine-cosine positions.
+
+    forward: tokens (B, 1 + K, inputs), the class token first, at positions (B, K), and the hidden patches' positions (B, M)
+    -> (B, M, out).  What the encoder saw of the hidden patches is nothing but their places.
+    """
+
+    def __init__(self, inputs: int, width: int, depth: int, heads: int, grid: tuple[int, int], out: int, recompute: bool = False):
+        super().__init__()
+        if width % (4 * heads):
+            raise ValueError(f"options.width {width}: a decoder of {heads} heads needs a multiple of {4 * heads}")
+        init = Init()
+        self.shape = width, depth, inputs, out
+        self.inputs = Linear(inputs, width, "xavier")
+        self.mask = drawn(width, std=0.02)
+        self.register_buffer("positions", sincos(grid, width), persistent=False)
+        self.blocks = Blocks(depth, width, heads, "gelu", 1e-6, init, recompute)
+        self.norm = nn.LayerNorm(width, 1e-6)
+        self.out = Linear(width, out, "xavier")
+
+    def forward(self, tokens: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+        x = self.inputs(tokens)
+        seen, guessed = x[:, 1:] + self.at(positions, x), self.mask + self.at(hidden, x)
+        x = self.blocks(torch.cat([x[:, :1], seen, guessed.to(x.dtype)], dim=1))  # the class token has no position, as in MAE
+        return self.out(self.norm(x[:, -hidden.shape[1]:]))
+
+    def at(self, positions: Tensor, like: Tensor) -> Tensor:
+        """(B, K) -> (B, K, width)."""
+        return F.embedding(positions.long(), self.positions).to(like.dtype)
+
+    def flops(self, visible: int, patches: int) -> float:
+        """Of a forward pass over K `visible` of L `patches`."""
+        width, depth, inputs, out = self.shape
+        tokens = 1 + patches
+        blocks = depth * tokens * (12 * width ** 2 + 2 * tokens * width)
+        return 2.0 * (blocks + (1 + visible) * inputs * width + (patches - visible) * width * out)

@@ -1,0 +1,170 @@
+"""A-CLIP (arXiv 2212.08653): views of half their patches, those that the class token of a moving average, the teacher, attends to most.
+
+The teacher sees the smallest box around all views, once; its attention scores are read off at each view's patches (section 3.3).  Each
+view meets the text in a contrastive loss of its own (3.4).  Auxiliary losses: SimCLR or SimSiam between the views, BYOL between a view
+and the teacher's whole image.
+Views: one to four of `view`, and `teacher`, which encloses them.  Letters: B samples, K visible patches, L all, D width.
+"""
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from model.attentive import Attentive, scores_at, take
+from model.collectives import batch_mean
+from model.ema import cosine
+from model.heads import byol_predictor, byol_projector, simclr_head, simsiam_predictor, simsiam_projector
+from model.layers import Watch
+from model.losses import byol, contrastive, simclr, simsiam
+from model.methods.base import Method
+from model.towers import Towers, vision_flops, vision_tower
+
+
+@dataclass(frozen=True)
+class Options:
+    strategy: str = "low"  # which patches go: low (the lowest scores) | high | mixed (a quarter of what stays is drawn) | random
+    keep: float = 0.0  # share of its patches that a view keeps; 0: one over the number of views
+    block: int = 32  # pixels: patches stay or go in blocks of this side
+    layers: str = "all"  # whose attention counts: all | last
+    simclr: float = 0.0  # weights of the auxiliary losses; 0: off
+    simsiam: float = 0.0
+    byol: float = 0.0
+    temperature: float = 0.1  # SimCLR's
+    hidden: int = 4096  # width of the heads of SimCLR and BYOL; SimSiam's have half of it
+    out: int = 256  # width of what SimCLR and BYOL compare
+    momentum: tuple[float, float] = (0.996, 1.0)  # of the teacher, along a cosine
+    average_text: bool = False  # average text tower and projections too, as the release does
+    as_released: bool = False  # SimCLR of the first view with itself
+
+    def __post_init__(self):
+        if self.layers not in ("all", "last"):
+            raise ValueError(f"options.layers {self.layers!r}: unknown; known: all, last")
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"options.keep {self.keep}: the share of patches that a view keeps, 0 (one over the views) to 1")
+        if not 0 <= self.momentum[0] <= self.momentum[1] <= 1:
+            raise ValueError(f"options.momentum {self.momentum}: two numbers from 0 to 1, first <= last")
+
+
+class Aclip(Method):
+    Options = Options
+    views = {"view": (1, 2, 3, 4), "teacher": (1,)}
+    noise = ("view",)
+
+    def __init__(self, cfg, vocab, context, options):
+        super().__init__(cfg, vocab, context, options)
+        width, hidden, out = cfg.shape.width, options.hidden, options.out
+        self.attentive = Attentive(options.strategy, options.block, cfg.patch, cfg.grid)
+        if options.average_text:
+            self.teacher = Towers(cfg, vocab, context)
+            # The release shares these with the student
+            del self.teacher.temperature, self.teacher.text.token, self.teacher.text.positions, self.teacher.text.norm
+        else:
+            self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)})
+        self.teacher.requires_grad_(False)
+        if options.simclr:
+            self.simclr_head = simclr_head(width, hidden, out)
+        if options.simsiam:
+            self.simsiam_projector = simsiam_projector(width, hidden // 2)
+            self.simsiam_predictor = simsiam_predictor(hidden // 2)
+        if options.byol:
+            self.byol_projector, self.byol_teacher = byol_projector(width, hidden, out), byol_projector(width, hidden, out)
+            self.byol_teacher.requires_grad_(False)
+            self.byol_predictor = byol_predictor(hidden, out)
+
+    @staticmethod
+    def check(options: Options, counts: dict[str, int]) -> None:
+        if (options.simclr or options.simsiam) and counts["view"] < 2:
+            raise ValueError("options.simclr, options.simsiam: they compare views, and views.view.count is 1; set both to 0, or count to 2")
+
+    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+        teacher, towers = self.teacher, self.towers
+        pairs = [(teacher.vision, towers.vision)]
+        if self.options.byol:
+            pairs.append((self.byol_teacher, self.byol_projector))
+        if self.options.average_text:
+            pairs += [(teacher.image_projection, towers.image_projection), (teacher.text.blocks, towers.text.blocks),
+                      (teacher.text_projection, towers.text_projection)]
+        return pairs
+
+    def momentum(self, progress: float) -> float:
+        return cosine(*self.options.momentum, progress)
+
+    def forward(self, part: dict) -> dict[str, Tensor]:
+        views = [view for name, view in sorted(part["views"].items()) if name != "teacher"]
+        options, seen, k = self.options, part["views"]["teacher"], len(views)
+        share = options.keep or 1 / k
+        with torch.no_grad():
+            scores, whole = self.look(seen)
+        kept = [self.select(scores, seen, view, share) for view in views]
+        features = self.pooled(kept)  # k x (B, D)
+        made = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(features)}
+        made |= dict(text=self.towers.encode_text(**part["text"]), scale=self.towers.temperature())
+        together = torch.cat(features)
+        if options.simclr:
+            made |= {f"simclr{i}": x for i, x in enumerate(self.simclr_head(together).chunk(k))}
+        if options.simsiam:
+            z = self.simsiam_projector(together)
+            made["simsiam"] = between(self.simsiam_predictor(z).chunk(k), z.chunk(k))
+        if options.byol:
+            with torch.no_grad():
+                target = self.byol_teacher(whole)  # the teacher's own batch statistics, as in the release
+            p = self.byol_predictor(self.byol_projector(together))
+            made["byol"] = torch.stack([byol(x, target) for x in p.chunk(k)]).mean(0)
+        return made
+
+    def select(self, scores: Tensor, seen: dict, view: dict, share: float) -> dict:
+        """What stays of a view: (B, K, 3 P P) at (B, K)."""
+        at = scores_at(scores, self.teacher_grid(seen), seen["box"], view["box"], self.cfg.grid)
+        keep = self.attentive.choose(at, share, view["noise"])
+        return dict(patches=take(view["patches"], keep), positions=keep)
+
+    def look(self, seen: dict) -> tuple[Tensor, Tensor]:
+        """The teacher's view -> attention scores (B, L), mean over heads and layers (equation 4), and its pooled features (B, D)."""
+        vision, watch = self.teacher.vision, Watch()
+        tokens = vision(seen["patches"], seen["positions"], grid=self.teacher_grid(seen), only_cls=vision.cfg.pool == "cls", watch=watch)
+        scores = torch.stack(watch.layers).mean(0) if self.options.layers == "all" else watch.layers[-1]
+        return scores[:, 1:], vision.pool(tokens)  # the class token's attention to itself is no patch's
+
+    def teacher_grid(self, seen: dict) -> tuple[int, int]:
+        """The grid of the teacher's view, which may have another resolution (A-CLIP-eff) but has the model's proportions."""
+        rows, columns = self.cfg.grid
+        scale = (seen["positions"].shape[1] / (rows * columns)) ** 0.5
+        return round(rows * scale), round(columns * scale)
+
+    def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of the views' contrastive losses + the weighted auxiliary ones (sections 3.1 and 3.4)."""
+        options, images = self.options, in_order(features, "image")
+        pairs = [contrastive(image, features["text"], features["scale"]) for image in images]
+        total = contrast = torch.stack([loss for loss, _ in pairs]).mean()
+        metrics = {"accuracy": torch.stack([more["accuracy"] for _, more in pairs]).mean(), "contrastive": contrast.detach(),
+                   "temperature": 1 / features["scale"].detach()}
+        auxiliary = {}
+        if options.simclr:
+            views = in_order(features, "simclr")
+            chosen = [(views[0], views[0])] if options.as_released else combinations(views, 2)
+            auxiliary["simclr"] = torch.stack([simclr(one, two, options.temperature)[0] for one, two in chosen]).mean()
+        for name in ("simsiam", "byol"):
+            if name in features:
+                auxiliary[name] = batch_mean(features[name])
+        for name, loss in auxiliary.items():
+            total = total + getattr(options, name) * loss
+            metrics[name] = loss.detach()
+        return total, metrics
+
+    def image_flops(self, visible: dict[str, int]) -> float:
+        views = len(visible) - 1
+        kept = self.attentive.kept(self.options.keep or 1 / views) * self.attentive.side ** 2
+        student = 3 * views * self.pooled_flops(kept)
+        return student + vision_flops(self.cfg, visible["teacher"], self.cfg.vision.pool == "cls")
+
+
+def in_order(features: dict[str, Tensor], name: str) -> list[Tensor]:
+    """features name0, name1, ..."""
+    return [features[f"{name}{i}"] for i in range(len(features)) if f"{name}{i}" in features]
+
+
+def between(predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+    """SimSiam over all pairs of views, both ways, (B,)."""
+    both = [simsiam(predictions[i], targets[j]) for i in range(len(targets)) for j in range(len(targets)) if i != j]
+    return torch.stack(both).mean(0)

@@ -1,0 +1,88 @@
+"""What every method is: the contract between a training run and the losses of a paper.  Letters: B samples, K visible patches.
+
+A method is an nn.Module that turns a batch into features and features into a loss:
+
+    forward(part) -> features           {name: tensor}: everything that depends on parameters, made inside the towers' own forwards
+    loss(features) -> (loss, metrics)   a function of the features of the whole batch on this rank, and of the other ranks'
+
+The cut between the two is what lets accumulation keep the negatives of the whole batch (GradCache): features without a graph for all
+parts, the loss and its gradient in the features once, then part after part again with a graph.  Each row of a feature belongs to one
+sample, except those named in `shared`, which every part computes alike (the temperature).
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.towers import ModelConfig, Towers, text_flops, vision_flops
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The options of a method that has none."""
+
+
+class Method(nn.Module):
+    """The towers and what a method tells the rest: its options, the views that it reads, its teacher."""
+
+    Options: type = Nothing  # what the config's `options:` may hold
+    views: dict[str, tuple[int, ...]] = {"image": (1,)}  # the views that it reads, and how many of each it can use
+    hidden: tuple[str, ...] = ()  # views whose hidden patches it reads, as targets
+    noise: tuple[str, ...] = ()  # views for which it draws, from uniform noise of the data path
+    shared: tuple[str, ...] = ("scale",)
+
+    def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
+        super().__init__()
+        self.cfg, self.options = cfg, options
+        self.towers = Towers(cfg, vocab, context)
+
+    @staticmethod
+    def check(options, counts: dict[str, int]) -> None:
+        """ValueError where the options do not go with so many draws of each view."""
+
+    def borrowed(self) -> dict[str, str]:
+        """{prefix of parameters: the run whose towers they are taken from, at the start}, e.g. {"teacher.": "runs/clip"}."""
+        return {}
+
+    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(teacher, student): modules built alike, of which the first follows the second as a moving average."""
+        return []
+
+    def momentum(self, progress: float) -> float:
+        """The share of itself that the teacher keeps in a step, at `progress` (0 to 1) of the run."""
+        raise NotImplementedError(f"{type(self).__name__} averages weights, but does not say with which momentum")
+
+    def pooled(self, views: list[dict]) -> list[Tensor]:
+        """Pooled features (B, D) of each view; in one pass through the tower where all show as many patches."""
+        columns = [[view[key] for view in views] for key in ("patches", "positions")]
+        if len({patches.shape[1:] for patches in columns[0]}) > 1:
+            return [self.towers.image_features(view["patches"], view["positions"]) for view in views]
+        return list(self.towers.image_features(*map(torch.cat, columns)).chunk(len(views)))
+
+    def flops(self, part: dict) -> float:
+        """Training FLOPs of one of these samples: the student's forward x 3, the teacher's x 1; a multiply-add is 2.
+
+        Not counted: norms, softmax, look-ups, the loss, and what checkpoint_activations recomputes.
+        """
+        text = part["text"]
+        return self.image_flops({name: view["positions"].shape[1] for name, view in part["views"].items()}) \
+            + 3 * text_flops(self.cfg, len(text["ids"]) / len(text["lengths"]))
+
+    def image_flops(self, visible: dict[str, int]) -> float:
+        """The images' part of it, for K `visible` patches in each view."""
+        raise NotImplementedError
+
+    def pooled_flops(self, visible: int) -> float:
+        """A forward pass to an image's embedding."""
+        return vision_flops(self.cfg, visible, self.cfg.vision.pool == "cls")
+
+    def forward(self, part: dict) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+
+def whole(view: dict) -> tuple[Tensor, Tensor]:
+    """All patches (B, L, 3 P P) of a masked view and their positions (B, L): the visible ones, then the hidden."""
+    return torch.cat([view["patches"], view["hidden"]], dim=1), torch.cat([view["positions"], view["hidden_positions"]], dim=1)

@@ -1,0 +1,62 @@
+"""CLIP + MAE: the contrastive loss, and MAE (arXiv 2111.06377) through the same vision tower.
+
+Two papers report it without code.  `contrast: image` is the baseline of MaskCLIP (its figure 1c): the whole image meets the text, a masked
+one is reconstructed.  `contrast: visible` is FLIP's table 1f: the same masked pass serves both losses.
+View: `image` with a mask, whose hidden patches are the targets.  Letters: B samples, K visible patches, L all, D width.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.collectives import batch_mean
+from model.heads import Decoder
+from model.losses import contrastive, reconstruction
+from model.methods.base import Method, whole
+from model.towers import vision_flops
+from model.vision import normalise
+
+
+@dataclass(frozen=True)
+class Options:
+    contrast: str = "image"  # image: the whole one is contrasted with the text, in a pass of its own | visible: the masked one
+    weight: float = 1.0  # of the reconstruction
+    width: int = 512  # of the decoder; MAE's default
+    depth: int = 8
+    heads: int = 16
+    normalise: bool = True  # targets are pixels normalised patch by patch
+
+    def __post_init__(self):
+        if self.contrast not in ("image", "visible"):
+            raise ValueError(f"options.contrast {self.contrast!r}: unknown; known: image, visible")
+
+
+class Mae(Method):
+    Options = Options
+    hidden = ("image",)
+
+    def __init__(self, cfg, vocab, context, options):
+        super().__init__(cfg, vocab, context, options)
+        self.decoder = Decoder(cfg.shape.width, options.width, options.depth, options.heads, cfg.grid, out=3 * cfg.patch ** 2)
+
+    def forward(self, part: dict) -> dict[str, Tensor]:
+        view, towers = part["views"]["image"], self.towers
+        tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
+        pooled = towers.image_features(*whole(view)) if self.options.contrast == "image" else towers.vision.pool(tokens)
+        made = self.decoder(tokens, view["positions"], view["hidden_positions"])  # (B, L - K, 3 P P)
+        target = normalise(view["hidden"], self.cfg.vision.mean, self.cfg.vision.std, torch.float32)
+        return dict(image=towers.embed_image(pooled), text=towers.encode_text(**part["text"]), scale=towers.temperature(),
+                    reconstruction=reconstruction(made, target, self.options.normalise))
+
+    def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Contrastive + weight * mean squared error of the hidden patches (FLIP section 4.1)."""
+        loss, metrics = contrastive(features["image"], features["text"], features["scale"])
+        auxiliary = batch_mean(features["reconstruction"])
+        total = loss + self.options.weight * auxiliary
+        return total, {**metrics, "contrastive": loss.detach(), "reconstruction": auxiliary.detach(),
+                       "temperature": 1 / features["scale"].detach()}
+
+    def image_flops(self, visible: dict[str, int]) -> float:
+        seen, everything = visible["image"], self.cfg.grid[0] * self.cfg.grid[1]
+        extra = self.pooled_flops(everything) if self.options.contrast == "image" else 0
+        return 3 * (vision_flops(self.cfg, seen) + self.decoder.flops(seen, everything) + extra)

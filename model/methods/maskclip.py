@@ -1,0 +1,85 @@
+"""MaskCLIP (arXiv 2208.12262v1): the contrastive loss on the whole image, and masked self-distillation.
+
+A moving average of the vision tower, the teacher, sees the whole image; the student sees a quarter of its patches, and a decoder of one
+block predicts the teacher's features of the others (sections 3.1 and 3.2).
+View: `image` with a mask, whose hidden patches are the targets' places.  Letters: B samples, K visible patches, L all, D width.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.collectives import batch_mean
+from model.ema import linear
+from model.heads import Decoder
+from model.losses import contrastive, distillation
+from model.methods.base import Method, whole
+from model.towers import vision_flops, vision_tower
+
+
+@dataclass(frozen=True)
+class Options:
+    weight: float = 1.0  # lambda of L_I + L_T + lambda L_dist; the paper does not say its value
+    convention: str = "sum"  # sum: L_I + L_T, the paper's | half: (L_I + L_T) / 2, where weight 0.5 keeps the same balance
+    beta: float = 2.0  # of the smooth L1
+    normalise: bool = False  # layer-normalise the targets
+    depth: int = 1  # blocks of the decoder
+    teacher: str = "average"  # average of the student | student: its own features, without gradient | a run folder: its model, frozen
+    momentum: tuple[float, float] = (0.999, 0.9999)  # of the average, rising linearly
+
+    def __post_init__(self):
+        if self.convention not in ("sum", "half"):
+            raise ValueError(f"options.convention {self.convention!r}: unknown; known: half, sum")
+        if not 0 <= self.momentum[0] <= self.momentum[1] <= 1:
+            raise ValueError(f"options.momentum {self.momentum}: two numbers from 0 to 1, first <= last")
+
+
+class MaskClip(Method):
+    Options = Options
+    hidden = ("image",)
+
+    def __init__(self, cfg, vocab, context, options):
+        super().__init__(cfg, vocab, context, options)
+        width = cfg.shape.width
+        self.decoder = Decoder(width, width, options.depth, cfg.shape.heads, cfg.grid, out=width)
+        if options.teacher != "student":
+            self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)}).requires_grad_(False)
+
+    def borrowed(self) -> dict[str, str]:
+        return {} if self.options.teacher in ("average", "student") else {"teacher.": self.options.teacher}
+
+    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher["vision"], self.towers.vision)] if self.options.teacher == "average" else []
+
+    def momentum(self, progress: float) -> float:
+        return linear(*self.options.momentum, progress)
+
+    def forward(self, part: dict) -> dict[str, Tensor]:
+        view, towers, options = part["views"]["image"], self.towers, self.options
+        everything = whole(view)
+        if options.teacher == "student":
+            full = towers.vision(*everything)  # (B, 1 + L, D)
+            pooled, target = towers.vision.pool(full), full.detach()
+        else:
+            with torch.no_grad():
+                target = self.teacher["vision"](*everything)
+            pooled = towers.image_features(*everything)
+        tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
+        made = self.decoder(tokens, view["positions"], view["hidden_positions"])  # (B, L - K, D)
+        target = target[:, -made.shape[1]:]  # `whole` puts the hidden patches last
+        return dict(image=towers.embed_image(pooled), text=towers.encode_text(**part["text"]), scale=towers.temperature(),
+                    distillation=distillation(made, target, options.beta, options.normalise))
+
+    def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_I + L_T + lambda L_dist (section 3.3)."""
+        loss, metrics = contrastive(features["image"], features["text"], features["scale"])  # (L_I + L_T) / 2
+        auxiliary = batch_mean(features["distillation"])
+        total = loss * (2 if self.options.convention == "sum" else 1) + self.options.weight * auxiliary
+        return total, {**metrics, "contrastive": loss.detach(), "distillation": auxiliary.detach(),
+                       "temperature": 1 / features["scale"].detach()}
+
+    def image_flops(self, visible: dict[str, int]) -> float:
+        seen, everything, student = visible["image"], self.cfg.grid[0] * self.cfg.grid[1], self.options.teacher == "student"
+        full = vision_flops(self.cfg, everything) if student else self.pooled_flops(everything)
+        trained = full + vision_flops(self.cfg, seen) + self.decoder.flops(seen, everything)
+        return 3 * trained + (not student) * vision_flops(self.cfg, everything)

@@ -1,0 +1,46 @@
+"""SLIP (arXiv 2112.12750): CLIP on one view of the image, and SimCLR on two strongly augmented views of it.
+
+Views: `image`, and two of `augmented`.
+"""
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.heads import simclr_head
+from model.losses import contrastive, simclr
+from model.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Options:
+    weight: float = 1.0  # of SimCLR's loss
+    temperature: float = 0.1  # of SimCLR's loss
+    hidden: int = 4096  # width of SimCLR's head
+    out: int = 256  # width of what SimCLR compares
+    as_released: bool = False  # CLIP's loss without gradient through the gather, which loses half of it (docs/methods.md)
+
+
+class Slip(Method):
+    Options = Options
+    views = {"image": (1,), "augmented": (2,)}
+
+    def __init__(self, cfg, vocab, context, options):
+        super().__init__(cfg, vocab, context, options)
+        self.head = simclr_head(cfg.shape.width, options.hidden, options.out)
+
+    def forward(self, part: dict) -> dict[str, Tensor]:
+        views = part["views"]
+        image, one, two = self.pooled([views["image"], views["augmented1"], views["augmented2"]])
+        return dict(image=self.towers.embed_image(image), text=self.towers.encode_text(**part["text"]),
+                    scale=self.towers.temperature(), one=self.head(one), two=self.head(two))  # each view has its own batch statistics
+
+    def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """CLIP + weight * SimCLR (SLIP section 3.3)."""
+        loss, metrics = contrastive(features["image"], features["text"], features["scale"], exact=not self.options.as_released)
+        auxiliary, more = simclr(features["one"], features["two"], self.options.temperature)
+        total = loss + self.options.weight * auxiliary
+        return total, {**metrics, **more, "contrastive": loss.detach(), "simclr": auxiliary.detach(),
+                       "temperature": 1 / features["scale"].detach()}
+
+    def image_flops(self, visible: dict[str, int]) -> float:
+        return 3 * sum(map(self.pooled_flops, visible.values()))
