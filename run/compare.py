@@ -14,10 +14,9 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import json  # noqa: E402
 import os  # noqa: E402
+import socket  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
-
-import torch  # noqa: E402
 
 from run.lib import cli, config  # noqa: E402
 
@@ -58,8 +57,9 @@ EVAL = "zero_shot/seen_concepts_seen_style"
 def main() -> None:
     args = config.parser(__doc__)
     args.add_argument("rows", nargs="*", default=list(ROWS), metavar="ROW", help=f"default: all; known: {'; '.join(ROWS)}")
-    args.add_argument("--samples", type=int, default=38400, help="pairs that each run sees")
-    args.add_argument("--batch", type=int, default=128)
+    args.add_argument("--samples", type=int, default=19200, help="pairs that each run sees")
+    args.add_argument("--batch", type=int, default=64)
+    args.add_argument("--ranks", type=int, default=2, help="processes, or GPUs, of each run")
     args.add_argument("--out", default="runs/compare", help="where the run folders go")
     found = args.parse_args()
     for row in found.rows:
@@ -68,20 +68,23 @@ def main() -> None:
     done = {}
     for row in rows:
         print(f"{row} ...", flush=True)
-        done[row] = measured(trained(row, Path(found.out), found.samples, found.batch))
+        done[row] = measured(trained(row, Path(found.out), found))
     report(done)
 
 
-def trained(row: str, out: Path, samples: int, batch: int) -> Path:
-    """The run folder of a row, trained as far as `samples`."""
+def trained(row: str, out: Path, found) -> Path:
+    """The run folder of a row, trained as far as `--samples`."""
     run = out / row.replace(", ", "-").replace(" ", "_").replace("%", "pc")
     name, overrides = ROWS[row]
     if (run / "results.jsonl").exists():
         return run
-    settings = [f"run={run}", f"samples={samples}", f"batch={batch}", f"optim.warmup={samples // 16}", "log_every=10",
-                "evals=[zero_shot:datasets/glyphs/eval/seen_concepts_seen_style]", *(o.format(clip=out / "clip") for o in overrides)]
-    ranks = [] if torch.cuda.is_available() else ["--num_accelerators", "2"]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", *ranks, str(config.ROOT / "run/pretrain.py"),
+    settings = [f"run={run}", f"samples={found.samples}", f"batch={found.batch}", f"optim.warmup={found.samples // 16}", "log_every=10",
+                "optim.lr=5e-4", "evals=[zero_shot:datasets/glyphs/eval/seen_concepts_seen_style]", *(o.format(clip=out / "clip") for o in overrides)]
+    with socket.socket() as free:  # so that comparisons may run side by side
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(found.ranks), "--master_port", port,
+               str(config.ROOT / "run/pretrain.py"),
                "--config", str(config.ROOT / f"run/configs/{name}.yaml"), "--set", *settings,
                *(["--resume"] if run.exists() else [])]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -22,7 +22,7 @@ from run.evals import evaluate, parse  # noqa: E402
 from run.lib import checkpoint, engine, folder, ranks  # noqa: E402
 from run.lib.config import Run, reader, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
-from run.lib.pictures import masked_inputs  # noqa: E402
+from run.lib.pictures import gallery, masked_inputs, sheet  # noqa: E402
 
 
 def main() -> None:
@@ -85,6 +85,14 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
         state = dict(identity=identity(cfg, batches), shards=ranks.least(batches.position()))
         return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)
 
+    def look(step: int) -> None:
+        """Evaluations, and a picture of what the masks keep and the model attends to."""
+        log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+        if watched:
+            found = gallery(trainer.method, cfg, tokenizer, *watched)
+            log.picture("masks", sheet(found), trainer.samples)
+
+    watched = examples(batches)
     peak = peak_flops() * ranks.world()
     stream = batches.stream(range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch), pin=ranks.device().type == "cuda")
     saved = trainer.samples
@@ -103,7 +111,7 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
             values = dict(loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=ranks.total(torch.tensor(audit.bad)), **metrics)
             log.step(step, trainer.samples, trainer.method.flops(parts[0]), peak, **values)
         if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples + cfg.batch <= cfg.samples:
-            log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+            look(step)
         if due(cfg.save_every, trainer.samples, cfg.batch):
             log.say(f"saved {save()}")
             saved = trainer.samples
@@ -112,7 +120,15 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
     if trainer.samples + cfg.batch <= cfg.samples:
         log.say(f"asked to stop after {trainer.samples} samples; go on with --resume")
     elif evals:
-        log.evaluation(trainer.ds.global_steps, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+        look(trainer.ds.global_steps)
+
+
+def examples(batches: Batches | Stream) -> tuple[list[bytes], list[str]] | None:
+    """The images and captions of eight samples, spread over the data; a stream has none to hand out."""
+    if isinstance(batches, Stream):
+        return None
+    chosen = [batches.shards[i * len(batches.shards) // 8] for i in range(8)]
+    return [sample.image for sample in chosen], [sample.caption for sample in chosen]
 
 
 def due(every: int, samples: int, batch: int) -> bool:

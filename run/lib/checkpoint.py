@@ -152,9 +152,9 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
     found = manifest(path)
     engine.restore(universal or path, found)
     if universal:
-        frozen = {name for name, p in engine.method.named_parameters() if not p.requires_grad}
+        frozen = {name: name for name, p in engine.method.named_parameters() if not p.requires_grad}
         if frozen:
-            load(engine.method, path, {name: name for name in frozen})
+            load(engine.method, path, frozen)
         barrier()
         if rank() == 0:
             shutil.rmtree(universal)
@@ -190,7 +190,7 @@ def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = Non
     """Copy a checkpoint's weights into a method, sharded or not; no rank holds more than one whole tensor beside its shard.
 
     names: {parameter of the method: its name in the checkpoint}; all, by their own names, where none are given.  Each must be found in its
-    own shape, and the checkpoint may hold nothing else whose name begins with `under`.  All ranks must call.
+    own shape, and the checkpoint may hold nothing else whose name begins with `under`.  All ranks must call, with names in one order.
     """
     parameters = dict(method.named_parameters())
     if names is None:
