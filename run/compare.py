@@ -79,7 +79,8 @@ def trained(row: str, out: Path, found) -> Path:
     if (run / "results.jsonl").exists():
         return run
     settings = [f"run={run}", f"samples={found.samples}", f"batch={found.batch}", f"optim.warmup={found.samples // 16}", "log_every=10",
-                "optim.lr=5e-4", "evals=[zero_shot:datasets/glyphs/eval/seen_concepts_seen_style]", *(o.format(clip=out / "clip") for o in overrides)]
+                "optim.lr=5e-4", "evals=[zero_shot:datasets/glyphs/eval/seen_concepts_seen_style]",
+                *(o.format(clip=out / "clip") for o in overrides)]
     with socket.socket() as free:  # so that comparisons may run side by side
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
