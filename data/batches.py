@@ -95,10 +95,11 @@ class Reader:
 
     def row(self, sample: Sample, epoch: int, number: int) -> tuple[tuple[int, int], list[int], dict]:
         """((epoch, number), (token ids, their places), {view: its arrays}) of a sample; ValueError or OSError if it cannot be read."""
-        ids = self.tokenizer(sample.caption)
+        rng, captions = np.random.default_rng((self.seed, epoch, number, 0)), sample.captions
+        ids = self.tokenizer(captions[rng.integers(len(captions)) if len(captions) > 1 else 0])  # one of several, as SLIP's code does
         text = self.cfg.fill(ids, self.tokenizer.pad_id), None
         if self.text_mask:
-            text = self.text_mask(text[0], len(ids), self.caption, np.random.default_rng((self.seed, epoch, number, 0)))
+            text = self.text_mask(text[0], len(ids), self.caption, rng)
         rngs = {name: np.random.default_rng((self.seed, epoch, number, 1 + n)) for n, (name, *_) in enumerate(self.views)}
         made = random_views(sample.image, self.image_size, {name: view for name, view, *_ in self.views}, rngs)
         return (epoch, number), text, {name: self.view(name, mask, grid, *made[name], rngs[name]) for name, _, mask, grid in self.views}

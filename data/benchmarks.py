@@ -60,7 +60,7 @@ class Benchmark:
 
     def captions(self, i: int) -> list[str]:
         """The captions of image i, in order."""
-        return [line for line in self.shards.read(i, only=CAPTIONS).caption.splitlines() if line.strip()]
+        return [line for text in self.shards.read(i, only=CAPTIONS).captions for line in text.splitlines() if line.strip()]
 
     def rounds(self, pre: Preprocess, batch: int, rank: int, world: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Rounds in which every rank has a batch: indices (m,), patches (n, L, 3*P*P) uint8, positions (n, L); m <= n are its own.

@@ -44,15 +44,22 @@ class Sample:
         raise ValueError(f"no image: has {', '.join(self.parts)}; an image is one of {', '.join(IMAGES)}")
 
     @property
-    def caption(self) -> str:
-        """The text that belongs to the image: the txt member, or the json member's caption field."""
+    def captions(self) -> list[str]:
+        """The texts that belong to the image: the txt member, or the json member's caption field, which may list several."""
         if "txt" in self.parts:
-            return self.parts["txt"].decode("utf-8", errors="replace").strip()
+            return [self.parts["txt"].decode("utf-8", errors="replace").strip()]
         fields = json.loads(self.parts.get("json", b"{}"))
         for name in CAPTION_FIELDS if isinstance(fields, dict) else ():
-            if isinstance(fields.get(name), str):
-                return fields[name].strip()
+            texts = fields.get(name)
+            texts = [texts] if isinstance(texts, str) else texts
+            if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+                return [text.strip() for text in texts if text.strip()] or [""]
         raise ValueError(f"no caption: has {', '.join(self.parts)}; a caption is a txt, or one of {', '.join(CAPTION_FIELDS)} in a json")
+
+    @property
+    def caption(self) -> str:
+        """The first of them."""
+        return self.captions[0]
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:

@@ -20,11 +20,14 @@ STRATEGIES: dict[str, type["TextMask"]] = {}
 
 @dataclass(frozen=True)
 class Caption:
-    """What a mask must know of all captions: the context, how many special tokens stand around one, the index of the pooled token."""
+    """What a mask must know of all captions: the context, how many special tokens stand around one, the index of the pooled token.
+
+    FLIP's masks keep that one always; CLIPA's keep the special tokens, which it is unless a vocabulary has none.
+    """
     context: int
     start: int
     end: int
-    pooled: int  # 0, the first, or -1, the last: it always stays
+    pooled: int  # 0, the first, or -1, the last
 
 
 def strategy(name: str) -> Callable[[type["TextMask"]], type["TextMask"]]:

@@ -20,7 +20,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def linear(start: float, end: float, progress: float) -> float:
-    """From start to end (MaskCLIP section 4.1)."""
+    """From start to end (MaskCLIP appendix B)."""
     return start + (end - start) * min(1.0, progress)
 
 

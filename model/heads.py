@@ -3,6 +3,8 @@
 Letters: B samples, D width, E width of what is compared, K visible patches, M hidden ones, L = K + M of the grid.
 Every layer draws its own weights in its __init__, as model/parallel.py asks.
 """
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,6 +68,12 @@ def simsiam_predictor(hidden: int) -> nn.Module:
     return mlp(hidden, hidden // 4, hidden, bias=True)
 
 
+def check_decoder(width: int, heads: int) -> None:
+    """ValueError where a decoder's width does not divide: by its heads, and by four, for its positions."""
+    if heads < 1 or width < 1 or width % heads or width % 4:
+        raise ValueError(f"options.width {width}: a decoder of {heads} heads needs a multiple of {math.lcm(4, max(1, heads))}")
+
+
 class Decoder(nn.Module):
     """MAE's (arXiv 2111.06377 section 3), of one block in MaskCLIP: visible and mask tokens, with fixed sine-cosine positions.
 
@@ -75,8 +83,6 @@ class Decoder(nn.Module):
 
     def __init__(self, inputs: int, width: int, depth: int, heads: int, grid: tuple[int, int], out: int, recompute: bool = False):
         super().__init__()
-        if width % (4 * heads):
-            raise ValueError(f"options.width {width}: a decoder of {heads} heads needs a multiple of {4 * heads}")
         init = Init()
         self.shape = width, depth, inputs, out
         self.inputs = Linear(inputs, width, "xavier")

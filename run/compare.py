@@ -3,8 +3,8 @@
     python run/compare.py                                 all rows, one after another on two ranks, into runs/compare/
     python run/compare.py clip aclip --samples 51200      some rows, for longer
 
-A row that is done is not trained again; one that was cut off goes on.  Figures of a short run on small pictures: what a method costs
-carries over to other sizes, which method is better does not.
+A row that is done is not trained again; one that was cut off goes on.  These are figures of short runs on small pictures: they show
+that a method works and what it costs here (run/bench.py: at B/16), not which one is better.
 """
 import sys
 from pathlib import Path
@@ -35,10 +35,12 @@ ROWS = {
     "maskclip, half sum": ("maskclip_nano", ["options.convention=half", "options.weight=0.5"]),
     "maskclip, normalised targets": ("maskclip_nano", ["options.normalise=true"]),
     "maskclip, without average": ("maskclip_nano", ["options.teacher=student"]),
-    "maskclip, two stages": ("maskclip_nano", ["options.teacher={clip}"]),
+    "maskclip, second stage": ("maskclip_nano", ["options.teacher={clip}", "options.contrast=false"]),
+    "maskclip, teacher of a run": ("maskclip_nano", ["options.teacher={clip}"]),
     "maskclip, gaussian masks": ("maskclip_nano", ["views.image.mask=gaussian(0.75)"]),
     "aclip": ("aclip_nano", []),
-    "aclip, plain": ("aclip_nano", ["options.simclr=0", "options.byol=0"]),
+    "aclip, plain": ("aclip_nano", ["options.simclr=0", "options.byol=0", "views.view.jitter=[0, 0, 0, 0]", "views.view.grey=0",
+                                    "views.view.blur=0"]),
     "aclip, SimSiam": ("aclip_nano", ["options.simclr=0", "options.simsiam=1"]),
     "aclip, half resolution": ("aclip_nano", ["views.teacher.size=24"]),
     "aclip, high": ("aclip_nano", ["options.strategy=high"]),
@@ -46,7 +48,7 @@ ROWS = {
     "aclip, random": ("aclip_nano", ["options.strategy=random"]),
     "aclip, single patches": ("aclip_nano", ["options.block=8"]),
     "aclip, last layer": ("aclip_nano", ["options.layers=last"]),
-    "aclip, 1 view of 50 %": ("aclip_nano", ["views.view.count=1", "options.keep=0.5", "options.simclr=0"]),
+    "aclip, one view": ("aclip_nano", ["views.view.count=1", "options.keep=0.5", "options.simclr=0"]),
     "aclip, 3 views": ("aclip_nano", ["views.view.count=3"]),
     "aclip, 4 views": ("aclip_nano", ["views.view.count=4"]),
     "aclip, as released": ("aclip_nano", ["options.as_released=true", "options.average_text=true", "views.teacher.enlarge=true"]),
@@ -74,7 +76,7 @@ def main() -> None:
 
 def trained(row: str, out: Path, found) -> Path:
     """The run folder of a row, trained as far as `--samples`."""
-    run = out / row.replace(", ", "-").replace(" ", "_").replace("%", "pc")
+    run = out / row.replace(", ", "-").replace(" ", "_")
     name, overrides = ROWS[row]
     if (run / "results.jsonl").exists():
         return run

@@ -169,7 +169,7 @@ def captions(folder: Path, rows: list[dict], step: int) -> Iterator[str]:
             for key, parts in table[::step]:
                 content = {kind: os.pread(file.fileno(), size, offset) for kind, (offset, size) in parts.items() if kind in CAPTIONS}
                 try:
-                    yield without_surrogates(Sample(row["name"], key, content).caption)
+                    yield from map(without_surrogates, Sample(row["name"], key, content).captions)
                 except ValueError:
                     continue
 

@@ -5,6 +5,7 @@
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from tests/
@@ -30,23 +31,36 @@ METHODS = {
 }
 
 
-def curve(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> list[float]:
-    """Twenty losses of a tiny run, at a rate where rounding does not grow: Adam's first steps follow signs of the smallest gradients."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10000}, "bf16": {"enabled": bf16}}, file)
-        file.flush()
-        cfg = config.load("run/configs/quickstart.yaml", [
-            f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)", *TINY, f"deepspeed={file.name}",
-            f"views.image.mask={MASKS.get(name, 'none')}", "optim.lr=5e-4", *FLAVOURS.get(name, CLIP_FLAVOUR), *METHODS.get(name, []),
-            *more])
-        reader = config.reader(cfg)
-        batches = Batches(reader, Shards(cfg.data.train), batch=cfg.batch, accumulate=cfg.accumulate,
-                          rank=ranks.rank(), world=ranks.world())
-        trainer = engine.Engine(cfg, reader.tokenizer.vocab_size)
-        stream = batches.stream(range(0, cfg.samples, cfg.batch), pin=False)
-        losses = [float(trainer.step(parts, cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples))[0]) for parts in stream]
-        trainer.ds.destroy()
-        return losses
+def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> config.Run:
+    """The config of a tiny run, at a rate where rounding does not grow: Adam's first steps follow signs of the smallest gradients."""
+    spent = Path(tempfile.mkdtemp()) / "deepspeed.json"
+    spent.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10000},
+                                 "bf16": {"enabled": bf16}}))
+    return config.load("run/configs/quickstart.yaml", [
+        f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)", *TINY, f"deepspeed={spent}",
+        f"views.image.mask={MASKS.get(name, 'none')}", "optim.lr=5e-4", *FLAVOURS.get(name, CLIP_FLAVOUR), *METHODS.get(name, []), *more])
+
+
+def start(cfg: config.Run, **how) -> tuple[engine.Engine, Batches]:
+    """The engine of a run, and this rank's batches."""
+    reader = config.reader(cfg)
+    share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=ranks.rank(), world=ranks.world())
+    return engine.Engine(cfg, reader.tokenizer.vocab_size, **how), Batches(reader, Shards(cfg.data.train), **share)
+
+
+def steps(cfg: config.Run, trainer: engine.Engine, batches: Batches, until: int) -> Iterator[float]:
+    """Train on, a loss a step, until so many samples are seen."""
+    for parts in batches.stream(range(trainer.samples, until, cfg.batch), pin=False):
+        yield float(trainer.step(parts, cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples))[0])
+
+
+def curve(*case, **how) -> list[float]:
+    """The losses of twenty steps."""
+    cfg = settings(*case, **how)
+    trainer, batches = start(cfg)
+    losses = list(steps(cfg, trainer, batches, cfg.samples))
+    trainer.ds.destroy()
+    return losses
 
 
 def main() -> None:

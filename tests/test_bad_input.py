@@ -3,15 +3,17 @@
 Fast cases start run/pretrain.py as one process; the slow one goes through the launcher.  `-s` prints the lines.
 """
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from data.shards import build_index, write_shard
-from tests.tiny import ROOT, environment, launch, picture, settings, shards
+from tests.tiny import ROOT, command, environment, launch, picture, settings, shards
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +108,16 @@ def test_broken_images_beyond_the_budget(data, tmp_path):
     assert kept.returncode == 0 and "skipped" in kept.stdout
 
 
+@pytest.mark.slow
 def test_more_ranks_than_devices(data, tmp_path):
-    """On a CPU any number of ranks runs; where there are GPUs, one more than them is refused (checked there)."""
-    import torch
-    if torch.cuda.is_available():
-        fails(launch(torch.cuda.device_count() + 1, "run/pretrain.py", *settings(data, tmp_path / "run")), "GPUs", "start at most")
-    from unittest import mock
-
-    from run.lib import ranks
-    one_gpu = mock.patch("torch.cuda.is_available", return_value=True), mock.patch("torch.cuda.device_count", return_value=1)
-    second = mock.patch.dict("os.environ", RANK="1", LOCAL_RANK="1")
-    with one_gpu[0], one_gpu[1], second, pytest.raises(ValueError, match="a machine with 1 GPUs; start at most 1"):
-        ranks.start()
+    """One more than there are GPUs; without GPUs, one more than the cores that the launcher may use."""
+    devices = torch.cuda.device_count() or 1
+    cores = [] if torch.cuda.is_available() else ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+    line = [*cores, *command(devices + 1, "run/pretrain.py", *settings(data, tmp_path / "run"))]
+    alone = {key: value for key, value in environment().items() if key != "OVERSUBSCRIBE"}
+    done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=120)
+    fails(done, "--num_accelerators", f"a machine with {devices}", f"start at most {devices}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

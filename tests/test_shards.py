@@ -150,7 +150,9 @@ def test_captions():
     assert caption(json=b'{"TEXT": " b ", "url": 1}') == "b"
     assert caption(txt=b" a\n", json=b'{"caption": "c"}') == "a"
     assert caption(txt=b"caf\xe9") == "caf\ufffd", "a caption in another encoding is no reason to lose the image"
-    for broken in ({"json": b"[]"}, {"json": b"{"}, {"json": b'{"caption": null}'}, {}):
+    assert Sample("s", "k", {"json": b'{"caption": [" title ", "", "description"]}'}).captions == ["title", "description"]
+    assert Sample("s", "k", {"json": b'{"caption": [" "]}'}).captions == [""]
+    for broken in ({"json": b"[]"}, {"json": b"{"}, {"json": b'{"caption": null}'}, {"json": b'{"caption": [1]}'}, {}):
         with pytest.raises(ValueError):
             caption(**broken)
 

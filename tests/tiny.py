@@ -80,7 +80,8 @@ def settings(data: Path, run: Path, *more: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
+    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "OVERSUBSCRIBE": "1"}  # 2 and 4 ranks, on any number of cores
+    return {**os.environ, **fixed, "PATH": os.pathsep.join(paths)}
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ from model.heads import byol_predictor, byol_projector, simclr_head, simsiam_pre
 from model.layers import Watch
 from model.losses import byol, contrastive, simclr, simsiam
 from model.methods.base import Method
-from model.towers import Towers, vision_flops, vision_tower
+from model.towers import ModelConfig, Towers, vision_flops, vision_tower
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ class Aclip(Method):
     Options = Options
     views = {"view": (1, 2, 3, 4), "teacher": (1,)}
     noise = ("view",)
+    enclosing = ("teacher",)
 
     def __init__(self, cfg, vocab, context, options):
         super().__init__(cfg, vocab, context, options)
         width, hidden, out = cfg.shape.width, options.hidden, options.out
-        self.attentive = Attentive(options.strategy, options.block, cfg.patch, cfg.grid)
+        self.attentive = attentive(options, cfg)
         if options.average_text:
             self.teacher = Towers(cfg, vocab, context)
             # The release shares these with the student
@@ -73,7 +74,8 @@ class Aclip(Method):
             self.byol_predictor = byol_predictor(hidden, out)
 
     @staticmethod
-    def check(options: Options, counts: dict[str, int]) -> None:
+    def check(options: Options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+        attentive(options, cfg).kept(options.keep or 1 / counts["view"])
         if (options.simclr or options.simsiam) and counts["view"] < 2:
             raise ValueError("options.simclr, options.simsiam: they compare views, and views.view.count is 1; set both to 0, or count to 2")
 
@@ -157,6 +159,10 @@ class Aclip(Method):
         kept = self.attentive.kept(self.options.keep or 1 / views) * self.attentive.side ** 2
         student = 3 * views * self.pooled_flops(kept)
         return student + vision_flops(self.cfg, visible["teacher"], self.cfg.vision.pool == "cls")
+
+
+def attentive(options: Options, cfg: ModelConfig) -> Attentive:
+    return Attentive(options.strategy, options.block, cfg.patch, cfg.grid)
 
 
 def in_order(features: dict[str, Tensor], name: str) -> list[Tensor]:

@@ -28,7 +28,8 @@ class Method(nn.Module):
     Options: type = Nothing  # what the config's `options:` may hold
     views: dict[str, tuple[int, ...]] = {"image": (1,)}  # the views that it reads, and how many of each it can use
     hidden: tuple[str, ...] = ()  # views whose hidden patches it reads, as targets
-    noise: tuple[str, ...] = ()  # views for which it draws, from uniform noise of the data path
+    noise: tuple[str, ...] = ()  # views whose visible patches it chooses itself, with uniform noise of the data path
+    enclosing: tuple[str, ...] = ()  # views around others, of which it reads the boxes
     shared: tuple[str, ...] = ("scale",)
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
@@ -37,8 +38,8 @@ class Method(nn.Module):
         self.towers = Towers(cfg, vocab, context)
 
     @staticmethod
-    def check(options, counts: dict[str, int]) -> None:
-        """ValueError where the options do not go with so many draws of each view."""
+    def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+        """ValueError where the options do not go with the model, or with so many draws of each view."""
 
     def borrowed(self) -> dict[str, str]:
         """{prefix of parameters: the run whose towers they are taken from, at the start}, e.g. {"teacher.": "runs/clip"}."""
@@ -65,12 +66,16 @@ class Method(nn.Module):
         Not counted: norms, softmax, look-ups, the loss, and what checkpoint_activations recomputes.
         """
         text = part["text"]
-        return self.image_flops({name: view["positions"].shape[1] for name, view in part["views"].items()}) \
-            + 3 * text_flops(self.cfg, len(text["ids"]) / len(text["lengths"]))
+        visible = {name: view["positions"].shape[1] for name, view in part["views"].items()}
+        return self.image_flops(visible) + self.text_flops(len(text["ids"]) / len(text["lengths"]))
 
     def image_flops(self, visible: dict[str, int]) -> float:
         """The images' part of it, for K `visible` patches in each view."""
         raise NotImplementedError
+
+    def text_flops(self, tokens: float) -> float:
+        """The captions' part of it, for so many tokens in each."""
+        return 3 * text_flops(self.cfg, tokens)
 
     def pooled_flops(self, visible: int) -> float:
         """A forward pass to an image's embedding."""

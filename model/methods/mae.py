@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from model.collectives import batch_mean
-from model.heads import Decoder
+from model.heads import Decoder, check_decoder
 from model.losses import contrastive, reconstruction
 from model.methods.base import Method, whole
-from model.towers import vision_flops
+from model.towers import ModelConfig, vision_flops
 from model.vision import normalise
 
 
@@ -38,6 +38,10 @@ class Mae(Method):
     def __init__(self, cfg, vocab, context, options):
         super().__init__(cfg, vocab, context, options)
         self.decoder = Decoder(cfg.shape.width, options.width, options.depth, options.heads, cfg.grid, out=3 * cfg.patch ** 2)
+
+    @staticmethod
+    def check(options: Options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+        check_decoder(options.width, options.heads)
 
     def forward(self, part: dict) -> dict[str, Tensor]:
         view, towers = part["views"]["image"], self.towers

@@ -25,6 +25,7 @@ class Options:
     normalise: bool = False  # layer-normalise the targets
     depth: int = 1  # blocks of the decoder
     teacher: str = "average"  # average of the student | student: its own features, without gradient | a run folder: its model, frozen
+    contrast: bool = True  # false: distillation alone, the second stage of the paper's table 3; the text side is left as it starts
     momentum: tuple[float, float] = (0.999, 0.9999)  # of the average, rising linearly
 
     def __post_init__(self):
@@ -32,6 +33,8 @@ class Options:
             raise ValueError(f"options.convention {self.convention!r}: unknown; known: half, sum")
         if not 0 <= self.momentum[0] <= self.momentum[1] <= 1:
             raise ValueError(f"options.momentum {self.momentum}: two numbers from 0 to 1, first <= last")
+        if not self.contrast and self.teacher in ("average", "student"):
+            raise ValueError(f"options.contrast: false with teacher {self.teacher!r}: nothing would be learned but to agree; name a run")
 
 
 class MaskClip(Method):
@@ -44,6 +47,9 @@ class MaskClip(Method):
         self.decoder = Decoder(width, width, options.depth, cfg.shape.heads, cfg.grid, out=width)
         if options.teacher != "student":
             self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)}).requires_grad_(False)
+        if not options.contrast:
+            for module in (self.towers.text, self.towers.image_projection, self.towers.text_projection, self.towers.temperature):
+                module.requires_grad_(False)
 
     def borrowed(self) -> dict[str, str]:
         return {} if self.options.teacher in ("average", "student") else {"teacher.": self.options.teacher}
@@ -56,30 +62,36 @@ class MaskClip(Method):
 
     def forward(self, part: dict) -> dict[str, Tensor]:
         view, towers, options = part["views"]["image"], self.towers, self.options
-        everything = whole(view)
+        everything, features = whole(view), {}
         if options.teacher == "student":
             full = towers.vision(*everything)  # (B, 1 + L, D)
             pooled, target = towers.vision.pool(full), full.detach()
         else:
             with torch.no_grad():
                 target = self.teacher["vision"](*everything)
-            pooled = towers.image_features(*everything)
+            pooled = towers.image_features(*everything) if options.contrast else None
+        if options.contrast:
+            features = dict(image=towers.embed_image(pooled), text=towers.encode_text(**part["text"]), scale=towers.temperature())
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
         made = self.decoder(tokens, view["positions"], view["hidden_positions"])  # (B, L - K, D)
         target = target[:, -made.shape[1]:]  # `whole` puts the hidden patches last
-        return dict(image=towers.embed_image(pooled), text=towers.encode_text(**part["text"]), scale=towers.temperature(),
-                    distillation=distillation(made, target, options.beta, options.normalise))
+        return dict(features, distillation=distillation(made, target, options.beta, options.normalise))
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """L_I + L_T + lambda L_dist (section 3.3)."""
-        loss, metrics = contrastive(features["image"], features["text"], features["scale"])  # (L_I + L_T) / 2
         auxiliary = batch_mean(features["distillation"])
+        if not self.options.contrast:
+            return self.options.weight * auxiliary, {"distillation": auxiliary.detach()}
+        loss, metrics = contrastive(features["image"], features["text"], features["scale"])  # (L_I + L_T) / 2
         total = loss * (2 if self.options.convention == "sum" else 1) + self.options.weight * auxiliary
         return total, {**metrics, "contrastive": loss.detach(), "distillation": auxiliary.detach(),
                        "temperature": 1 / features["scale"].detach()}
 
     def image_flops(self, visible: dict[str, int]) -> float:
         seen, everything, student = visible["image"], self.cfg.grid[0] * self.cfg.grid[1], self.options.teacher == "student"
-        full = vision_flops(self.cfg, everything) if student else self.pooled_flops(everything)
+        full = vision_flops(self.cfg, everything) if student else self.options.contrast * self.pooled_flops(everything)
         trained = full + vision_flops(self.cfg, seen) + self.decoder.flops(seen, everything)
         return 3 * trained + (not student) * vision_flops(self.cfg, everything)
+
+    def text_flops(self, tokens: float) -> float:
+        return self.options.contrast * super().text_flops(tokens)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from data.tokenizer import Tokenizer
 from data.tokenizer import build as build_tokenizer
 from model.methods import METHODS
+from model.towers import ModelConfig
 from run.lib.config import Run, plain
 from run.lib.config import load as read_config
 from run.lib.engine import Engine, place, whole_parameter, zero_weights
@@ -31,9 +33,10 @@ AVERAGE = "average_rank_{:05d}.pt"  # a rank's part of the teacher in fp32; all 
 
 
 def identity(cfg: Run, tokenizer: str, data: dict | None = None) -> dict:
-    """What must agree to go on: the architecture, the method, the vocabulary; in training also the data and their order."""
+    """What must agree to go on: the architecture, the method and its options, the vocabulary; in training also the data and their order."""
     model = {key: value for key, value in plain(asdict(cfg.model)).items() if key != "checkpoint_activations"}
-    return dict(method=cfg.method, model=model, context=cfg.data.context, tokenizer=tokenizer, **({"data": data} if data else {}))
+    same = dict(method=cfg.method, options=plain(asdict(cfg.options)), model=model, context=cfg.data.context, tokenizer=tokenizer)
+    return same | ({"data": data} if data else {})
 
 
 def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
@@ -159,21 +162,25 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
         if rank() == 0:
             shutil.rmtree(universal)
     if engine.average.pairs:
-        read_average(engine, path)
+        read_average(engine, path, found)
     engine.exact_temperature()
     return found
 
 
-def read_average(engine: Engine, path: Path) -> None:
-    """This rank's part of the teacher's averages, out of the parts that so many ranks once wrote."""
-    found = sorted(path.glob(AVERAGE.replace("{:05d}", "*")))
-    files = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in found]
+def read_average(engine: Engine, path: Path, found: dict) -> None:
+    """This rank's part of the teacher's averages, out of the parts that so many ranks once wrote; it opens only those that it needs.
+
+    ZeRO-3 lays shards of one size end to end and pads the last.
+    """
+    count = found["ranks"] if engine.stage == 3 else 1
+    file = cache(lambda i: torch.load(path / AVERAGE.format(i), map_location="cpu", mmap=True, weights_only=True))
+    mine = rank() if engine.stage == 3 else 0
     for name, kept in engine.average.kept.items():
-        parts = [file[name] for file in files]
-        first = rank() * len(kept) if engine.stage == 3 else 0
-        pieces = [part[max(0, first - i * len(part)):max(0, first + len(kept) - i * len(part))] for i, part in enumerate(parts)]
-        whole = torch.cat(pieces)  # ZeRO-3's shards are laid end to end, padded at the end
-        kept[:len(whole)].copy_(whole)
+        first, size = mine * len(kept), len(file(min(mine, count - 1))[name])
+        for i in range(first // size, min(count, -(-(first + len(kept)) // size))):
+            begin = i * size - first  # where that part would lie in ours
+            piece = file(i)[name][max(0, -begin):len(kept) - begin]
+            kept[max(0, begin):][:len(piece)].copy_(piece)
     engine.average.write()
 
 
@@ -216,8 +223,20 @@ def begin(method: torch.nn.Module, init: Path | None) -> None:
     if init:
         load(method, init, {name: name for name in names if name.startswith("towers.")}, "towers.")
     for prefix, run in method.borrowed().items():
+        path = newest(Path(run))
+        check_tower(path, method.cfg)
         borrowed = {name: "towers." + name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        load(method, newest(Path(run)), borrowed)
+        load(method, path, borrowed)
+
+
+def check_tower(path: Path, cfg: ModelConfig) -> None:
+    """ValueError naming the first thing in which a checkpoint's vision tower computes its patch tokens otherwise than the config's."""
+    was, now = manifest(path)["identity"]["model"], plain(asdict(cfg))
+    for key in ("pool", "freeze_patch"):
+        del was["vision"][key], now["vision"][key]
+    for key in ("size", "image_size", "vision"):
+        for where, theirs, mine in differences(was[key], now[key], f"model.{key}"):
+            raise ValueError(f"{path} was trained with {where}: {theirs!r}, this config says {mine!r}; a borrowed tower must be the same")
 
 
 def load_teacher(method: torch.nn.Module, path: Path) -> None:

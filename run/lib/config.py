@@ -69,11 +69,20 @@ class Run:
                 raise ValueError(f"views.{name}.count: {count}; method {self.method!r} takes {', '.join(map(str, counts))}")
         for name in self.views:
             check_choice(f"views: method {self.method!r}", name, method.views)
-        method.check(self.options, {name: view.count for name, view in self.views.items()})
-        plan(self.views, self.model.image_size, self.model.patch)
-        for name in method.hidden:
-            if self.views[name].mask == "none":
-                raise ValueError(f"views.{name}.mask: none; method {self.method!r} learns from what a mask hides, e.g. random(0.75)")
+        for name, view in self.views.items():
+            around = name in method.enclosing
+            if around != bool(view.encloses):
+                raise ValueError(f"views.{name}.encloses: {list(view.encloses)}; method {self.method!r} takes "
+                                 f"{'a view around others, e.g. [view]' if around else 'none here'}")
+            if view.size and not around:
+                raise ValueError(f"views.{name}.size: {view.size}; only a view around others has another size than model.image_size")
+            if view.mask != "none" and name in (*method.noise, *method.enclosing):
+                raise ValueError(f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses itself what is hidden; use none")
+        for name, view, mask, (rows, columns) in plan(self.views, self.model.image_size, self.model.patch):
+            if name in method.hidden and mask.visible(rows * columns) == rows * columns:
+                raise ValueError(f"views.{name}.mask: {view.mask!r} hides nothing; method {self.method!r} learns from what is hidden, "
+                                 "e.g. random(0.75)")
+        method.check(self.options, self.model, {name: view.count for name, view in self.views.items()})
 
     @property
     def steps(self) -> int:
@@ -93,7 +102,7 @@ def check_choice(key: str, value: str, known: typing.Iterable[str]) -> None:
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key}: unknown {value!r}; known: {', '.join(known)}{hint}")
+        raise ValueError(f"{key}: unknown {value!r}; known: {', '.join(known) or 'none'}{hint}")
 
 
 def load(path: str | Path, overrides: typing.Iterable[str] = ()) -> Run:

@@ -28,10 +28,8 @@ def start() -> None:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise ValueError("RANK: not set, though Slurm started several tasks; map SLURM_PROCID and its like first (docs/running.md)")
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
-    local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if torch.cuda.is_available() and local >= devices:
-        raise ValueError(f"--num_gpus: rank {os.environ['RANK']} would be process {local + 1} on a machine with {devices} GPUs; "
-                         f"start at most {devices}")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    check_devices(local)
     deepspeed.utils.logger.setLevel("WARNING")
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
@@ -39,6 +37,20 @@ def start() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # from inside DeepSpeed: names that torch 2.13 renamed
     get_accelerator().set_device(local)
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+
+
+def check_devices(local: int) -> None:
+    """Refuse a rank without a device of its own: a GPU or, where there is none, a core."""
+    if torch.cuda.is_available():
+        devices, kind, otherwise = torch.cuda.device_count(), "GPUs", ""
+    elif os.environ.get("OVERSUBSCRIBE") == "1":
+        return
+    else:
+        devices, kind = len(os.sched_getaffinity(0)), "CPU cores"
+        otherwise = ", or let ranks share cores by OVERSUBSCRIBE=1 in the environment"
+    if local >= devices:
+        raise ValueError(f"--num_accelerators: rank {os.environ['RANK']} would be process {local + 1} on a machine with {devices} {kind}; "
+                         f"start at most {devices}{otherwise}")
 
 
 def rank() -> int:

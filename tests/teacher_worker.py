@@ -1,0 +1,128 @@
+"""Launched by test_teacher.py on 2 ranks and then on 1: teachers beside a plain average, and every method stopped and gone on with.
+
+    deepspeed --num_accelerators 2 tests/teacher_worker.py DATA OUT.json
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+if __package__ is None:  # started as a file: import from the repository root, not from tests/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+
+from model import ema  # noqa: E402
+from run.lib import checkpoint, ranks  # noqa: E402
+from tests.curves_worker import METHODS, settings, start, steps  # noqa: E402
+
+LENGTH, HALF = 50, 25  # steps
+MOMENTA = {"aclip": lambda t: 1 - 0.1 * (1 + math.cos(math.pi * t)) / 2, "maskclip": lambda t: 0.9 + 0.09 * t}  # as METHODS sets them
+LONG = f"samples={LENGTH * 16}"
+
+
+def whole(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Sharded parameters whole; under fp32, where weights have no other copy."""
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [parameter.detach().clone() for parameter in parameters]
+
+
+class Plain:
+    """The moving average as the formula has it, of whole fp32 tensors."""
+
+    def __init__(self, trainer, name: str, kept: list | None = None):
+        pairs = ema.parameters(trainer.method.averaged()).values()
+        self.teachers, self.students = [teacher for teacher, _ in pairs], [student for _, student in pairs]
+        self.momentum, self.kept = MOMENTA[name], kept or whole(self.students)
+
+    def follow(self, step: int) -> None:
+        m = self.momentum(step / LENGTH)
+        self.kept = [m * kept + (1 - m) * student for kept, student in zip(self.kept, whole(self.students))]
+
+    def apart(self) -> float:
+        """The largest difference from the teacher's weights, all of them."""
+        return furthest(self.kept, whole(self.teachers))
+
+    def moved(self) -> float:
+        """The largest difference of teacher and student."""
+        return furthest(whole(self.teachers), whole(self.students))
+
+
+def furthest(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(these, those, strict=True))
+
+
+def followed(cfg, name: str, trainer, batches, plain: Plain, until: int) -> list[float]:
+    losses = []
+    for loss in steps(cfg, trainer, batches, until * cfg.batch):
+        losses.append(loss)
+        plain.follow(trainer.ds.global_steps)
+    return losses
+
+
+def teacher(data: Path, name: str) -> dict:
+    """On 2 ranks: fifty steps beside the plain average, with a checkpoint half way, from which one more engine goes on."""
+    cfg = settings(data, name, 3, LONG)
+    trainer, batches = start(cfg)
+    plain = Plain(trainer, name)
+    begun = plain.apart()
+    followed(cfg, name, trainer, batches, plain, HALF)
+    path = checkpoint.save(trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1)
+    torch.save(plain.kept, data / name / "plain.pt")
+    straight = followed(cfg, name, trainer, batches, plain, LENGTH)
+    kept = trainer.average.kept
+    found = dict(begun=begun, apart=plain.apart(), moved=plain.moved(), straight=straight,
+                 share=sum(x.numel() for x in kept.values()) / sum(x.numel() for x in plain.kept),
+                 held=sum(t.ds_tensor.numel() for t in plain.teachers) / sum(x.numel() for x in kept.values()),
+                 optimized=sum(state["exp_avg"].numel() for state in trainer.ds.optimizer.optimizer.state.values() if "exp_avg" in state),
+                 trainable=sum(p.ds_numel for p in trainer.method.parameters() if p.requires_grad))
+    trainer.ds.destroy()
+    again, batches = start(cfg)
+    checkpoint.resume(again, path, None)
+    found["resumed"] = list(steps(cfg, again, batches, cfg.samples))
+    found["same teacher"] = all(torch.equal(kept[key], again.average.kept[key]) for key in kept)
+    again.ds.destroy()
+    return found
+
+
+def elsewhere(data: Path, name: str) -> dict:
+    """On 1 rank: the second half again, from the checkpoint of 2."""
+    cfg, path = settings(data, name, 3, LONG), checkpoint.newest(data / name)
+    trainer, batches = start(cfg, universal=True)
+    checkpoint.resume(trainer, path, checkpoint.prepare_elastic(path, 1))
+    plain = Plain(trainer, name, torch.load(data / name / "plain.pt"))
+    found = dict(begun=plain.apart(), losses=followed(cfg, name, trainer, batches, plain, LENGTH), apart=plain.apart())
+    trainer.ds.destroy()
+    return found
+
+
+def resumed(data: Path, name: str) -> dict:
+    """Methods without an average: ten steps, a checkpoint, ten more; and the last ten again by another engine."""
+    cfg = settings(data, name, 3)
+    trainer, batches = start(cfg)
+    list(steps(cfg, trainer, batches, 160))
+    path = checkpoint.save(trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1)
+    found = dict(straight=list(steps(cfg, trainer, batches, cfg.samples)))
+    trainer.ds.destroy()
+    again, batches = start(cfg)
+    checkpoint.resume(again, path, None)
+    found["resumed"] = list(steps(cfg, again, batches, cfg.samples))
+    again.ds.destroy()
+    return found
+
+
+def main() -> None:
+    data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
+    ranks.start()
+    if ranks.world() == 1:
+        found = {name: elsewhere(Path(data), name) for name in MOMENTA}
+    else:
+        found = {name: teacher(Path(data), name) for name in MOMENTA}
+        found |= {name: resumed(Path(data), name) for name in METHODS if name not in MOMENTA}
+    if ranks.rank() == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    ranks.run_script(main)
