@@ -62,6 +62,8 @@ class View:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be a probability, 0 to 1")
         if not 1 <= self.count <= 9:
             raise ValueError(f"count: {self.count}; a view is drawn 1 to 9 times")
+        if self.size < 0:
+            raise ValueError(f"size: {self.size}; it must be a side in pixels, or 0 for model.image_size")
         if self.enlarge and not self.encloses:
             raise ValueError("enlarge: only a view that encloses others can be enlarged; name them in encloses")
         if self.encloses and self.flip:
@@ -70,9 +72,14 @@ class View:
         parse(self.mask)
 
 
+def draws(name: str, view: View) -> list[str]:
+    """What the draws of a view are called."""
+    return [name] if view.count == 1 else [f"{name}{n + 1}" for n in range(view.count)]
+
+
 def expanded(views: dict[str, View]) -> dict[str, View]:
     """Every draw of every view under its own name, in alphabetical order."""
-    names = {name: [name] if view.count == 1 else [f"{name}{n + 1}" for n in range(view.count)] for name, view in views.items()}
+    names = {name: draws(name, view) for name, view in views.items()}
     found = {}
     for name, view in views.items():
         for other in view.encloses:
@@ -100,14 +107,18 @@ def random_views(data: bytes, size: int, views: dict[str, View],
     height, width = image_size(data)
     boxes = {name: random_box(height, width, view, rngs[name]) for name, view in views.items() if not view.encloses}
     flips = {name: view.flip and rngs[name].random() < 0.5 for name, view in views.items()}
+    least = boxes | {name: enclosing([boxes[other] for other in view.encloses]) for name, view in views.items() if view.encloses}
+    sizes = {name: view.size or size for name, view in views.items()}
+    shrink = next((s for s in (8, 4, 2) if all(min(least[n][2:]) >= s * sizes[n] for n in views) and is_jpeg(data)), 1)
+    cuts = {name: tuple(side // shrink for side in box) for name, box in boxes.items()}  # a shift of less than one pixel of the view
     for name, view in views.items():
         if view.encloses:
-            boxes[name] = enclosing([boxes[other] for other in view.encloses], height, width, rngs[name] if view.enlarge else None)
-    sizes = {name: view.size or size for name, view in views.items()}
-    shrink = next((s for s in (8, 4, 2) if all(min(boxes[n][2:]) >= s * sizes[n] for n in views) and is_jpeg(data)), 1)
+            cuts[name] = enclosing([cuts[other] for other in view.encloses])
+            if view.enlarge:
+                cuts[name] = enlarged(cuts[name], height // shrink, width // shrink, rngs[name])
     image, made = decode(data, shrink), {}
     for name, view in views.items():
-        top, left, rows, columns = (side // shrink for side in boxes[name])  # a shift of less than one pixel of the view
+        top, left, rows, columns = cuts[name]
         cut = resize(image[top : top + rows, left : left + columns], sizes[name], sizes[name], view.interpolation, flips[name])
         cut = recolour(cut, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
         made[name] = cut, (top * shrink, left * shrink, rows * shrink, columns * shrink)
@@ -119,13 +130,16 @@ def random_view(data: bytes, size: int, view: View, rng: np.random.Generator) ->
     return random_views(data, size, {"": view}, {"": rng})[""]
 
 
-def enclosing(boxes: list[Box], height: int, width: int, rng: np.random.Generator | None) -> Box:
-    """The smallest box around the boxes; with rng, each side moved outwards by a uniform share of what the image leaves it."""
+def enclosing(boxes: list[Box]) -> Box:
+    """The smallest box around the boxes."""
     top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
-    bottom, right = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
-    if rng is not None:
-        top, left = int(rng.integers(top + 1)), int(rng.integers(left + 1))
-        bottom, right = int(rng.integers(bottom, height + 1)), int(rng.integers(right, width + 1))
+    return top, left, max(box[0] + box[2] for box in boxes) - top, max(box[1] + box[3] for box in boxes) - left
+
+
+def enlarged(box: Box, height: int, width: int, rng: np.random.Generator) -> Box:
+    """The box with each side moved outwards, by a uniform share of what the image leaves it."""
+    top, left = int(rng.integers(box[0] + 1)), int(rng.integers(box[1] + 1))
+    bottom, right = int(rng.integers(box[0] + box[2], height + 1)), int(rng.integers(box[1] + box[3], width + 1))
     return top, left, bottom - top, right - left
 
 

@@ -17,14 +17,14 @@ changes a crop or a mask.  Names: B global batch, b a part's share on one rank, 
 import signal
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import patches, text_masking
-from data.augment import Box, View, expanded, random_views
+from data.augment import Box, View, draws, expanded, random_views
 from data.masking import Mask, parse
 from data.shards import Order, Sample, Shards
 from data.tokenizer import build as build_tokenizer
@@ -87,7 +87,7 @@ class Reader:
         self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
         self.views = plan(views, image_size, patch)
         self.boxes = any(view.encloses for view in views.values())
-        self.hidden, self.noise = (set(expanded({name: replace(views[name], encloses=()) for name in some})) for some in (hidden, noise))
+        self.hidden, self.noise = ({draw for name in some for draw in draws(name, views[name])} for some in (hidden, noise))
         self.tokenizer = build_tokenizer(cfg.tokenizer, cfg.context)
         self.text_mask = text_masking.parse(cfg.text_mask)
         special = len(self.tokenizer.start), len(self.tokenizer.end)

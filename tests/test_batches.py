@@ -1,4 +1,5 @@
-"""Batches: a pure function of config and position, whoever computes them; only visible patches travel; broken samples are replaced alike.
+"""Batches: a pure function of config and position, whoever computes them; only visible patches travel, and what a method asks for beside
+them: the hidden ones, noise, boxes; broken samples are replaced alike.
 
     bash run/test.sh tests/test_batches.py
 """
@@ -19,6 +20,8 @@ from tests.tiny import picture
 from tests.tiny import shards as make_shards
 
 VIEWS = {"image": View(crop=(0.5, 1.0), flip=True, mask="random(0.5)"), "local": View(crop=(0.1, 0.4), mask="gaussian(0.75)")}
+SEVERAL = {"view": View(crop=(0.2, 0.5), count=2, mask="random(0.75)", jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2),
+           "teacher": View(encloses=("view",), size=48)}
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +29,11 @@ def data(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("batches"))
 
 
-def batches(data, *, views=VIEWS, seed=3, train=None, workers=0, **more):
+def batches(data, *, views=VIEWS, seed=3, train=None, workers=0, hidden=(), noise=(), **more):
     """Batches of 16 from three shards of 40 samples."""
     cfg = DataConfig(train=(str(train or data / "train"),), tokenizer=f"sentencepiece({data}/tokenizer.model)", context=12, workers=workers,
                      window=2)
-    reader = Reader(cfg, views, image_size=32, patch=8, seed=seed)
+    reader = Reader(cfg, views, image_size=32, patch=8, seed=seed, hidden=hidden, noise=noise)
     return Batches(reader, Shards(cfg.train), **{"batch": 16, **more})
 
 
@@ -47,7 +50,7 @@ def same(a, b):
 
 def joined(parts):
     """Parts of a batch as one part."""
-    views = {v: {k: torch.cat([p["views"][v][k] for p in parts]) for k in ("patches", "positions")} for v in parts[0]["views"]}
+    views = {v: {k: torch.cat([p["views"][v][k] for p in parts]) for k in keys} for v, keys in parts[0]["views"].items()}
     text = {k: torch.cat([p["text"][k] for p in parts]) for k in ("ids", "lengths")}
     return dict(views=views, text=dict(text, longest=max(p["text"]["longest"] for p in parts)),
                 samples=torch.cat([p["samples"] for p in parts]), bad=[b for p in parts for b in p["bad"]])
@@ -96,6 +99,84 @@ def test_ranks_and_parts_share_the_same_batch(data, world, accumulate):
     shares = [batches(data, rank=r, world=world, accumulate=accumulate)[112] for r in range(world)]
     assert all(len(parts) == accumulate and len(p["samples"]) == 16 // world // accumulate for parts in shares for p in parts)
     assert same(joined([p for parts in shares for p in parts]), whole)
+
+
+def several(data, **more):
+    return batches(data, views=SEVERAL, hidden=("view",), noise=("view",), **more)
+
+
+def test_what_travels_of_several_views(data):
+    part, = several(data)[0]
+    all_have, asked = {"patches", "positions", "box"}, {"hidden", "hidden_positions", "noise"}
+    assert {name: set(view) for name, view in part["views"].items()} == {
+        "teacher": all_have, "view1": all_have | asked, "view2": all_have | asked}, "draws by their own names"
+    assert part["views"]["teacher"]["positions"].tolist() == [list(range(36))] * 16, "48 pixels are six patches, none of them hidden"
+    first, second = part["views"]["view1"], part["views"]["view2"]
+    assert not any(torch.equal(first[key], second[key]) for key in first)
+    assert all("box" not in view for view in batches(data)[0][0]["views"].values()), "boxes are of use where one view encloses others"
+
+
+def test_boxes_are_those_of_the_crops(data):
+    loader = several(data)
+    part, = loader[0]
+    for row, (epoch, i) in enumerate(part["samples"].tolist()):
+        boxes = {name: view["box"][row].tolist() for name, view in part["views"].items()}
+        for n, name in enumerate(("teacher", "view1", "view2")):
+            assert part["views"][name]["box"].shape == (16, 4) and part["views"][name]["box"].dtype == torch.float32
+            if name != "teacher":
+                _, box = random_view(loader.shards[i].image, 32, SEVERAL["view"], np.random.default_rng((3, epoch, i, 1 + n)))
+                assert boxes[name] == list(box)
+        top, left, rows, columns = boxes.pop("teacher")
+        assert [top, left] == [min(box[axis] for box in boxes.values()) for axis in (0, 1)]
+        assert [top + rows, left + columns] == [max(box[axis] + box[2 + axis] for box in boxes.values()) for axis in (0, 1)]
+
+
+@pytest.mark.parametrize("mask", ["random(0.5)", "gaussian(0.75)", "inverse_gaussian(0.9)"])
+def test_visible_and_hidden_patches_are_the_whole_view(data, mask):
+    view = View(flip=True, mask=mask, blur=0.5)
+    found = batches(data, views={"image": view, "local": VIEWS["local"]}, hidden=("image",))[0][0]["views"]
+    whole = batches(data, views={"image": replace(view, mask="none"), "local": VIEWS["local"]})[0][0]["views"]["image"]["patches"]
+    image, K = found["image"], parse(mask).visible(16)
+    assert "hidden" not in found["local"], "only where a method asks"
+    assert image["hidden"].shape == (16, 16 - K, 192) and image["hidden"].dtype == torch.uint8
+    assert image["hidden_positions"].dtype == torch.int16 and (image["hidden_positions"].diff(dim=1) > 0).all()
+    patches, positions = (torch.cat([image[a], image[b]], dim=1) for a, b in (("patches", "hidden"), ("positions", "hidden_positions")))
+    assert (positions.sort(dim=1).values == torch.arange(16)).all(), "each patch is on one side"
+    assert torch.equal(patches, whole.take_along_dim(positions.long()[:, :, None], dim=1))
+
+
+def test_noise(data):
+    part, = several(data)[0]
+    for name in ("view1", "view2"):
+        noise = part["views"][name]["noise"]
+        assert noise.shape == (16, 16) and noise.dtype == torch.float32 and noise.min() >= 0 and noise.max() < 1
+        assert abs(noise.mean() - 0.5) < 0.08 and noise.std() > 0.25 and len(noise.unique(dim=0)) == 16
+        order = noise.argsort(dim=1, descending=True)[:, :4].sort(dim=1).values
+        assert not torch.equal(order.short(), part["views"][name]["positions"][:, :4]), "not the noise that the mask used"
+    assert all("noise" not in view for view in batches(data)[0][0]["views"].values())
+
+
+@pytest.mark.parametrize("world, accumulate", [(1, 4), (2, 2), (4, 1)])
+def test_ranks_and_parts_share_several_views(data, world, accumulate):
+    shares = [several(data, rank=rank, world=world, accumulate=accumulate)[112] for rank in range(world)]
+    assert same(joined([part for parts in shares for part in parts]), several(data)[112][0])
+
+
+def test_workers_change_nothing_of_several_views(data):
+    alone, two = (list(several(data, workers=workers).stream(range(96, 144, 16), pin=False)) for workers in (0, 2))
+    assert len(alone) == 3 and same(alone, two)
+
+
+@pytest.mark.parametrize("asked", ["hidden", "noise"])
+def test_an_enlarged_view_may_be_asked_for_more(data, asked):
+    views = {**SEVERAL, "teacher": replace(SEVERAL["teacher"], enlarge=True, mask="random(0.5)")}
+    part, = batches(data, views=views, **{asked: ("teacher",)})[0]
+    assert part["views"]["teacher"][asked].shape[:2] == (16, 18 if asked == "hidden" else 36)
+
+
+def test_a_view_that_makes_no_patches_is_named(data):
+    with pytest.raises(ValueError, match="views.teacher: an image of 50 x 50 pixels does not divide into patches of 8"):
+        batches(data, views={**SEVERAL, "teacher": View(encloses=("view",), size=50)})
 
 
 def test_a_batch_that_does_not_divide():

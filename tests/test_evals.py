@@ -90,13 +90,15 @@ def ranks(monkeypatch, world, batch):
     yield run
 
 
-def by_hand(method, cfg, tokenizer, folder):
-    """Image embeddings (N, E) one by one, and a function for a text's."""
+def by_hand(method, cfg, tokenizer, folder, views=lambda i: [range(16)]):
+    """Image embeddings (N, E) one by one, the mean of those of the patches in each of views(i), and a function for a text's."""
     pre, samples = cfg.model, Shards([folder / "test"], captions=False)
     images = [torch.from_numpy(center_view(samples[i].image, 32)).permute(2, 0, 1) for i in range(len(samples))]
     patches = patchify(torch.stack(images), pre.patch)
     with torch.no_grad():
-        made = [method.towers.encode_image(p[None], torch.arange(16)[None])[0] for p in patches]
+        each = [[method.towers.encode_image(p[None, keep], keep[None])[0] for keep in map(torch.tensor, views(i))]
+                for i, p in enumerate(patches)]
+    made = [torch.nn.functional.normalize(torch.stack(several).mean(0), dim=0) for several in each]
 
     def text(line):
         ids = torch.tensor(tokenizer(line))
@@ -138,6 +140,38 @@ def test_retrieval(data, model, monkeypatch, world):
         found = run(lambda: evaluate(*model, parse([f"retrieval:{data}/eval/pairs"])))
     assert all(f == found[0] for f in found) and found[0] == pytest.approx(wanted, abs=1e-12)
     assert 0 < found[0]["retrieval/pairs/text_to_image_r10"] < 1
+
+
+def shown(i, mask, ensemble):
+    """Which patches an image is seen by, view by view: what noise of its number, and of nothing else, says."""
+    order = np.random.default_rng((0, i)).random(16, dtype=np.float32).argsort()
+    if ensemble > 1:
+        return [sorted(part.tolist()) for part in np.array_split(order, ensemble)]
+    return [sorted(order[8:].tolist()) if mask == "random(0.5)" else range(16)]
+
+
+@pytest.mark.parametrize("mask, ensemble", [("none", 1), ("random(0.5)", 1), ("none", 2), ("none", 3)])
+def test_images_seen_in_part(data, model, monkeypatch, mask, ensemble):
+    """Half of an image's patches, or the mean of views that together show each once; the same on whichever rank."""
+    folder = data / "eval" / "shapes"
+    wanted, *_ = by_hand(*model, folder, lambda i: shown(i, mask, ensemble))
+    for world, batch in ((1, 64), (3, 4)):
+        with ranks(monkeypatch, world, batch) as run:
+            found = run(lambda: embed.Embedder(*model, mask=mask, ensemble=ensemble).images(Benchmark(folder)))
+        indices, made = (torch.cat(parts) for parts in zip(*found))
+        assert sorted(indices.tolist()) == list(range(49))
+        torch.testing.assert_close(made, wanted[indices])
+
+
+def test_evaluations_of_images_seen_in_part(data, model, monkeypatch):
+    def results(world, **how):
+        with ranks(monkeypatch, world, batch=5) as run:
+            return run(lambda: evaluate(*model, parse([f"retrieval:{data}/eval/retrieval"]), **how))
+    plain, = results(1)
+    assert results(1, mask="none", ensemble=1) == [plain]
+    for how in (dict(mask="random(0.5)"), dict(ensemble=2)):
+        alone, = results(1, **how)
+        assert alone != plain and results(3, **how) == [alone] * 3
 
 
 @pytest.mark.parametrize("what", ["alike", "nan"])
