@@ -30,9 +30,14 @@ def parameters(modules: Iterable[tuple[nn.Module, nn.Module]]) -> dict[str, tupl
     for i, (teacher, student) in enumerate(modules):
         mine, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
         assert mine.keys() == theirs.keys(), f"teacher and student differ in {sorted(mine.keys() ^ theirs.keys())[0]}"
+        assert all(shape(mine[name]) == shape(theirs[name]) for name in mine), "teacher and student differ in a shape"
         assert not any(p.requires_grad for p in mine.values()), "a teacher's parameters are frozen"
         pairs |= {f"{i}.{name}": (mine[name], theirs[name]) for name in mine}
     return pairs
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # a sharded one's own is empty
 
 
 class Average:

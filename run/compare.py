@@ -59,8 +59,8 @@ EVAL = "zero_shot/seen_concepts_seen_style"
 def main() -> None:
     args = config.parser(__doc__)
     args.add_argument("rows", nargs="*", default=list(ROWS), metavar="ROW", help=f"default: all; known: {'; '.join(ROWS)}")
-    args.add_argument("--samples", type=int, default=19200, help="pairs that each run sees")
-    args.add_argument("--batch", type=int, default=64)
+    args.add_argument("--samples", type=int, default=6400, help="pairs that each run sees")
+    args.add_argument("--batch", type=int, default=32)
     args.add_argument("--ranks", type=int, default=2, help="processes, or GPUs, of each run")
     args.add_argument("--out", default="runs/compare", help="where the run folders go")
     found = args.parse_args()

@@ -4,6 +4,7 @@ them: the hidden ones, noise, boxes; broken samples are replaced alike.
     bash run/test.sh tests/test_batches.py
 """
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from data.augment import View, random_view
 from data.batches import SUBSTITUTES, Batches, DataConfig, Reader, share
 from data.masking import parse
 from data.patches import patchify
-from data.shards import Shards, write_shard
+from data.shards import Sample, Shards, write_shard
 from tests.tiny import picture
 from tests.tiny import shards as make_shards
 
@@ -66,6 +67,14 @@ def test_what_travels(data):
     text = part["text"]
     assert text["ids"].dtype == torch.int32 and len(text["ids"]) == text["lengths"].sum() and text["longest"] == text["lengths"].max()
     assert part["samples"].shape == (16, 2) and part["samples"].dtype == torch.int64 and part["bad"] == []
+
+
+def test_one_of_several_captions_is_drawn(data):
+    """Anew in each epoch, the same one however often it is asked for."""
+    reader, texts = batches(data).reader, ["red", "green", "blue"]
+    several = Sample("", "", {"png": picture("red circle", np.random.default_rng(0)), "json": json.dumps({"caption": texts}).encode()})
+    drawn = [[tuple(reader.row(several, epoch, 7)[1][0]) for epoch in range(30)] for _ in range(2)]
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {tuple(reader.tokenizer(text)) for text in texts}
 
 
 def test_rows_are_what_their_seed_says(data):

@@ -210,6 +210,8 @@ def test_decoder_flops_equal_torch_counter(visible, depth, attention):
     assert counter.get_total_flops() / 2 == made.flops(visible, L)
 
 
-def test_decoder_refuses_a_width():
-    with pytest.raises(ValueError, match=r"options.width 20: a decoder of 3 heads needs a multiple of 12"):
-        heads.check_decoder(20, 3)
+@pytest.mark.parametrize("width, attention, multiple", [(20, 3, 12), (18, 3, 12), (0, 2, 4), (20, 0, 4)])
+def test_decoder_refuses_a_width(width, attention, multiple):
+    heads.check_decoder(96, 16)
+    with pytest.raises(ValueError, match=f"options.width {width}: a decoder of {attention} heads needs a multiple of {multiple}$"):
+        heads.check_decoder(width, attention)

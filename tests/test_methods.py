@@ -36,7 +36,8 @@ VIEWS = {"clip": {"image": View(**WHOLE, mask="random(0.5)")},
 HEADS, AUXILIARY = dict(hidden=64, out=32), dict(simclr=1.0, simsiam=0.5, byol=2.0)
 OPTIONS = {"clip": {}, "slip": HEADS, "mae": dict(width=64, depth=1, heads=2), "maskclip": {}, "aclip": dict(block=16, **HEADS)}
 VARIANTS = [("clip", {}), ("slip", {}), ("mae", {}), ("mae", dict(contrast="visible")), ("maskclip", {}),
-            ("maskclip", dict(teacher="student")), ("aclip", AUXILIARY), ("aclip", dict(average_text=True, byol=1.0))]
+            ("maskclip", dict(teacher="student")), ("maskclip", dict(teacher="runs/x", contrast=False)),
+            ("aclip", AUXILIARY), ("aclip", dict(average_text=True, byol=1.0))]
 
 
 def build(name: str, views: int = 2, **options) -> Method:
@@ -95,7 +96,7 @@ def masked(method: Method, part: dict) -> tuple[list[torch.Tensor], list[torch.T
     shown = [torch.zeros(B, L, dtype=torch.bool).scatter_(1, own.long(), True) for (_, at), _ in calls for own in at.split(B)]
     few, made = [x for x in shown if not x.all()], [out for _, out in decoded]
     if len(few) == len(shown):  # no pass over whole pictures: no feature of them may know what is hidden
-        made += [x for key, x in features.items() if key not in ("text", "scale", "reconstruction")]
+        made += [x for key, x in features.items() if key not in ("text", "scale", "reconstruction", "distillation")]
     return made, few
 
 
@@ -113,14 +114,13 @@ def test_the_student_never_sees_a_hidden_patch(part, monkeypatch, name, options)
 
 def leaves(loss: torch.Tensor) -> set[int]:
     """The ids of the tensors that a backward pass would reach."""
-    found, seen, todo = set(), set(), [loss.grad_fn]
+    seen, todo = set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
-        if node is not None and node not in seen:
+        if node not in seen:
             seen.add(node)
-            todo += [before for before, _ in node.next_functions]
-            found |= {id(node.variable)} if hasattr(node, "variable") else set()
-    return found
+            todo += [before for before, _ in node.next_functions if before is not None]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
 
 
 @pytest.mark.parametrize("name, options", VARIANTS)
@@ -128,6 +128,7 @@ def test_gradients_reach_what_is_trained_and_no_teacher(part, name, options):
     method = build(name, **options)
     loss, _ = method.loss(method(part(name)))
     frozen = ("teacher.", "byol_teacher.") + ("towers.vision.patch.",) * (name == "aclip")
+    frozen += ("towers.text", "towers.image_projection.", "towers.temperature.") * (options.get("contrast") is False)
     trained = {key: p for key, p in method.named_parameters() if not key.startswith(frozen)}
     assert leaves(loss) == {id(p) for p in trained.values()}
     loss.backward()
@@ -146,15 +147,9 @@ def test_every_weight_of_a_teacher_follows_its_own(name, options):
     assert any(".text" in key for key in pairs) == ("average_text" in options)
 
 
-@pytest.mark.parametrize("name, expected", [("maskclip", (0.999, 0.99945, 0.9999)), ("aclip", (0.996, 0.998, 1.0))])
+@pytest.mark.parametrize("name, expected", [("maskclip", (0.999, 0.999225, 0.9999)), ("aclip", (0.996, 0.998 - 0.002 * 0.5 ** 0.5, 1.0))])
 def test_momentum(name, expected):
-    assert [build(name).momentum(t) for t in (0, 0.5, 1)] == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("teacher, borrowed, averaged", [("average", {}, 1), ("student", {}, 0), ("runs/x", {"teacher.": "runs/x"}, 0)])
-def test_where_the_teacher_of_maskclip_comes_from(teacher, borrowed, averaged):
-    method = build("maskclip", teacher=teacher)
-    assert method.borrowed() == borrowed and len(method.averaged()) == averaged and hasattr(method, "teacher") == (teacher != "student")
+    assert [build(name).momentum(t) for t in (0, 0.25, 1)] == pytest.approx(expected, abs=1e-9)
 
 
 # ---- losses by hand
@@ -177,9 +172,8 @@ def test_slip(part, as_released, mask):
     for key, expected in dict(image=method.towers.embed_image(image), one=method.head(one), two=method.head(two)).items():
         torch.testing.assert_close(made[key], expected)
     ours, theirs = ({key: x.detach().requires_grad_() for key, x in made.items()} for _ in range(2))
-    image, text = theirs["image"], theirs["text"]
-    others = (text.detach(), image.detach()) if as_released else (text, image)
-    logits = [theirs["scale"] * mine @ other.T for mine, other in zip((image, text), others)]
+    others = [theirs[key].detach() if as_released else theirs[key] for key in ("text", "image")]
+    logits = [theirs["scale"] * theirs[key] @ other.T for key, other in zip(("image", "text"), others)]
     expected = sum(F.cross_entropy(x, torch.arange(B)) for x in logits) / 2 + 0.7 * simclr(theirs["one"], theirs["two"], 0.2)[0]
     loss, _ = method.loss(ours)
     torch.testing.assert_close(loss, expected)
@@ -209,20 +203,26 @@ def test_mae(part, contrast, normalise):
     torch.testing.assert_close(method.loss(features)[0], dense(features) + 0.3 * features["reconstruction"].mean())
 
 
-@pytest.mark.parametrize("teacher", ["average", "student"])
+@pytest.mark.parametrize("teacher", ["average", "student", "runs/x"])
 @pytest.mark.parametrize("convention, beta, normalise", [("sum", 2.0, False), ("half", 0.5, True)])
 def test_maskclip(part, teacher, convention, beta, normalise):
-    """The target is what the teacher makes of the whole picture, at the hidden patches."""
-    method = build("maskclip", teacher=teacher, convention=convention, beta=beta, normalise=normalise, weight=0.3)
+    """The target is what the teacher makes of the whole picture, at the hidden patches.  Another run's goes without a contrast, too."""
+    both = teacher != "runs/x"
+    method = build("maskclip", teacher=teacher, convention=convention, beta=beta, normalise=normalise, weight=0.3, contrast=both)
+    assert method.borrowed() == ({} if both else {"teacher.": "runs/x"}) and len(method.averaged()) == (teacher == "average")
     batch, everything = part("maskclip"), (pictures(), torch.arange(L).expand(B, -1))
+    vision = (method.towers if teacher == "student" else method.teacher).vision
+    vision.norm.weight.data.uniform_(0.5, 2)  # or its outputs are layer-normalised already
     features, ((_, made),) = hooked(method.decoder, lambda: method(batch))
-    tokens = (method.towers if teacher == "student" else method.teacher).vision(*everything)[:, 1:]
-    target = take(tokens, hidden(batch))
+    target = take(vision(*everything)[:, 1:], hidden(batch))
     far = (made - (F.layer_norm(target, (128,)) if normalise else target)).abs()
     expected = torch.where(far < beta, far ** 2 / (2 * beta), far - beta / 2).mean((1, 2))
     torch.testing.assert_close(features["distillation"], expected)
-    torch.testing.assert_close(features["image"], method.towers.encode_image(*everything))
-    torch.testing.assert_close(method.loss(features)[0], {"sum": 2, "half": 1}[convention] * dense(features) + 0.3 * expected.mean())
+    total = 0.3 * expected.mean()
+    if both:
+        torch.testing.assert_close(features["image"], method.towers.encode_image(*everything))
+        total += {"sum": 2, "half": 1}[convention] * dense(features)
+    torch.testing.assert_close(method.loss(features)[0], total)
     order, view = torch.randperm(L - L // 4), batch["views"]["image"]
     view |= {key: view[key][:, order] for key in ("hidden", "hidden_positions")}
     torch.testing.assert_close(method(batch)["distillation"], expected, msg="the order of the hidden patches does not matter")
@@ -280,14 +280,14 @@ def test_flops_equal_torch_counter(part, monkeypatch, name, options, views):
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         method.loss(method(batch))[0].backward()
     expected = method.image_flops({view: x["positions"].shape[1] for view, x in batch["views"].items()})
-    assert counter.get_total_flops() / B == pytest.approx(expected, rel=0.03)
+    assert 0.97 < counter.get_total_flops() / B / expected < 1.001  # no gradient flows to pixels: that is what is counted too much
 
 
 @pytest.mark.parametrize("work, message", [
     (lambda: build("mae", contrast="text"), "options.contrast 'text': unknown; known: image, visible"),
     (lambda: build("mae", width=62), "options.width 62: a decoder of 2 heads needs a multiple of 4"),
-    (lambda: build("mae", heads=3), "options.width 64: a decoder of 3 heads needs a multiple of 12"),
     (lambda: build("maskclip", convention="mean"), "options.convention 'mean': unknown; known: half, sum"),
+    (lambda: build("maskclip", contrast=False), "options.contrast: false with teacher 'average': nothing would be learned"),
     (lambda: build("maskclip", momentum=(0.9, 1.1)), "options.momentum .* two numbers from 0 to 1, first <= last"),
     (lambda: build("aclip", momentum=(1.0, 0.9)), "options.momentum .* two numbers from 0 to 1, first <= last"),
     (lambda: build("aclip", layers="first"), "options.layers 'first': unknown; known: all, last"),

@@ -37,7 +37,8 @@ class Mae(Method):
 
     def __init__(self, cfg, vocab, context, options):
         super().__init__(cfg, vocab, context, options)
-        self.decoder = Decoder(cfg.shape.width, options.width, options.depth, options.heads, cfg.grid, out=3 * cfg.patch ** 2)
+        self.decoder = Decoder(cfg.shape.width, options.width, options.depth, options.heads, cfg.grid, out=3 * cfg.patch ** 2,
+                               recompute=cfg.checkpoint_activations)
 
     @staticmethod
     def check(options: Options, cfg: ModelConfig, counts: dict[str, int]) -> None:

@@ -44,7 +44,7 @@ class MaskClip(Method):
     def __init__(self, cfg, vocab, context, options):
         super().__init__(cfg, vocab, context, options)
         width = cfg.shape.width
-        self.decoder = Decoder(width, width, options.depth, cfg.shape.heads, cfg.grid, out=width)
+        self.decoder = Decoder(width, width, options.depth, cfg.shape.heads, cfg.grid, out=width, recompute=cfg.checkpoint_activations)
         if options.teacher != "student":
             self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)}).requires_grad_(False)
         if not options.contrast:
