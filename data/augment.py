@@ -66,6 +66,8 @@ class View:
             raise ValueError(f"size: {self.size}; it must be a side in pixels, or 0 for model.image_size")
         if self.enlarge and not self.encloses:
             raise ValueError("enlarge: only a view that encloses others can be enlarged; name them in encloses")
+        if self.encloses and (self.crop, self.ratio) != (View.crop, View.ratio):
+            raise ValueError("crop, ratio: a view that encloses others has the box around theirs; leave both out")
         if self.encloses and self.flip:
             raise ValueError("flip: a view that encloses others cannot be mirrored, since places in it are looked up by theirs")
         check_interpolation(self.interpolation)
@@ -90,7 +92,7 @@ def expanded(views: dict[str, View]) -> dict[str, View]:
                 raise ValueError(f"views.{other}.flip: {name} encloses it and looks places up by its box; set it to false")
         inside = tuple(draw for other in view.encloses for draw in names[other])
         for draw in names[name]:
-            if draw in found or (draw != name and draw in views):
+            if draw in found:
                 raise ValueError(f"views: two are called {draw!r}; rename one")
             found[draw] = replace(view, count=1, encloses=inside)
     return dict(sorted(found.items()))

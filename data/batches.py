@@ -53,7 +53,9 @@ class DataConfig:
     def __post_init__(self):
         if not self.train:
             raise ValueError("data.train: none; name at least one folder of shards")
-        text_masking.parse(self.text_mask)
+        mask = text_masking.parse(self.text_mask)
+        if isinstance(mask, text_masking.Cut) and mask.tokens >= self.context:
+            raise ValueError(f"data.text_mask: {self.text_mask} cuts nothing from captions of at most data.context {self.context} tokens")
         if not 0 <= self.max_bad < 1:
             raise ValueError(f"data.max_bad: {self.max_bad}; a share from 0 to below 1")
         for name in ("context", "window", "prefetch"):

@@ -1,11 +1,11 @@
 """The moving average of a student's weights, which is its teacher: kept in fp32, by each rank for its own shard, with no gathering.
 
-    average = Average(pairs, part, source)      pairs of parameters: (teacher's, student's)
+    average = Average(parameters(modules), part, source, written)
     average.update(cosine(0.996, 1.0, progress))
 
-Two functions tell what this rank holds, since ZeRO-3 keeps shards: `part(teacher parameter)` the tensor to write, `source(student
-parameter)` the student's newest values in fp32, of the same elements.  Where weights are fp32 the teacher's own memory is the average;
-under bf16, whose steps are coarser than 1 - momentum, an fp32 copy stands beside it.
+Functions tell what this rank holds, since ZeRO-3 keeps shards: `part(teacher parameter)` the tensor to write, `source(student parameter)`
+the student's newest values in fp32, of the same elements; `written(teacher parameter)` hears that it has changed.  Where weights are
+fp32 the teacher's own memory is the average; under bf16, whose steps are coarser than 1 - momentum, an fp32 copy stands beside it.
 """
 import math
 from collections.abc import Callable, Iterable
@@ -22,6 +22,11 @@ def cosine(start: float, end: float, progress: float) -> float:
 def linear(start: float, end: float, progress: float) -> float:
     """From start to end (MaskCLIP appendix B)."""
     return start + (end - start) * min(1.0, progress)
+
+
+def check_momentum(momentum: tuple[float, float]) -> None:
+    if not 0 <= momentum[0] <= momentum[1] <= 1:
+        raise ValueError(f"options.momentum {momentum}: two numbers from 0 to 1, first <= last")
 
 
 def parameters(modules: Iterable[tuple[nn.Module, nn.Module]]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -41,7 +46,7 @@ def shape(parameter: nn.Parameter) -> torch.Size:
 
 
 class Average:
-    """The averages of this rank, {name: flat fp32 tensor}; `write(teacher parameter)` is called after each has changed."""
+    """The averages of this rank, {name: flat fp32 tensor}."""
 
     def __init__(self, pairs: dict[str, tuple[nn.Parameter, nn.Parameter]], part: Callable[[nn.Parameter], Tensor],
                  source: Callable[[nn.Parameter], Tensor], written: Callable[[nn.Parameter], None]):

@@ -1,7 +1,7 @@
 """Train every method and option for a short while on the glyphs, and print what each costs and what it gives.
 
     python run/compare.py                                 all rows, one after another on two ranks, into runs/compare/
-    python run/compare.py clip aclip --samples 51200      some rows, for longer
+    python run/compare.py clip aclip --samples 51200 --out runs/compare-long        some rows, for longer
 
 A row that is done is not trained again; one that was cut off goes on.  These are figures of short runs on small pictures: they show
 that a method works and what it costs here (run/bench.py: at B/16), not which one is better.
@@ -56,7 +56,7 @@ ROWS = {
 EVAL = "zero_shot/seen_concepts_seen_style"
 
 
-def main() -> None:
+def main() -> int:
     args = config.parser(__doc__)
     args.add_argument("rows", nargs="*", default=list(ROWS), metavar="ROW", help=f"default: all; known: {'; '.join(ROWS)}")
     args.add_argument("--samples", type=int, default=6400, help="pairs that each run sees")
@@ -72,12 +72,17 @@ def main() -> None:
         print(f"{row} ...", flush=True)
         done[row] = measured(trained(row, Path(found.out), found))
     report(done)
+    return int(None in done.values())
 
 
 def trained(row: str, out: Path, found) -> Path:
     """The run folder of a row, trained as far as `--samples`."""
     run = out / row.replace(", ", "-").replace(" ", "_")
     name, overrides = ROWS[row]
+    if run.exists():
+        was = config.load(run / "config.yaml")
+        if (was.samples, was.batch) != (found.samples, found.batch):
+            raise ValueError(f"--out {out}: {run} is a run of {was.samples} samples in batches of {was.batch}; name another folder")
     if (run / "results.jsonl").exists():
         return run
     settings = [f"run={run}", f"samples={found.samples}", f"batch={found.batch}", f"optim.warmup={found.samples // 16}", "log_every=10",
@@ -103,7 +108,8 @@ def measured(run: Path) -> dict | None:
         return None
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "loss" in step]
-    result = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
+    results = map(json.loads, (run / "results.jsonl").read_text().splitlines())
+    result = next(result for result in results if "weights" not in result)  # the training's own, not one of run/evaluate.py
     return dict(speed=statistics.median(step["samples_per_s"] for step in steps if "samples_per_s" in step),
                 memory=max(step["memory_gib"] for step in steps), first=steps[0]["loss"], last=steps[-1]["loss"],
                 top1=result[f"{EVAL}/top1"], chance=result[f"{EVAL}/chance"])
@@ -111,11 +117,11 @@ def measured(run: Path) -> dict | None:
 
 def report(done: dict[str, dict | None]) -> None:
     """A Markdown table; time and memory as ratios to clip's."""
-    clip = done["clip"]
+    clip = done["clip"] or dict(speed=float("nan"), memory=float("nan"))
     print("\n| method | step time to clip | peak memory to clip | loss, first to last | zero-shot top-1 | to chance |\n" + "|---" * 6 + "|")
     for row, found in done.items():
-        if found is None or clip is None:
-            print(f"| {row} | did not end: see its log.txt | | | | |")
+        if found is None:
+            print(f"| {row} | did not end: see above | | | | |")
             continue
         time, memory = clip["speed"] / found["speed"], found["memory"] / clip["memory"]
         print(f"| {row} | {time:.2f} | {memory:.2f} | {found['first']:.2f} to {found['last']:.2f} | {found['top1']:.1%} "

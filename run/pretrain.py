@@ -22,7 +22,7 @@ from run.evals import evaluate, parse  # noqa: E402
 from run.lib import checkpoint, engine, folder, ranks  # noqa: E402
 from run.lib.config import Run, reader, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
-from run.lib.pictures import gallery, masked_inputs, sheet  # noqa: E402
+from run.lib.pictures import examples, gallery, masked_inputs, sheet  # noqa: E402
 
 
 def main() -> None:
@@ -62,10 +62,7 @@ def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tu
     tokenizer = batches.reader.tokenizer
     found = ranks.told(lambda: str((checkpoint.whole(home / "checkpoints") or [""])[0]) if resume else "")
     if not found:
-        init = checkpoint.newest(Path(cfg.init)) if cfg.init else None
-        if init:
-            checkpoint.check_identity(init, dict(tokenizer=tokenizer.fingerprint))
-        return engine.Engine(cfg, tokenizer.vocab_size, load=partial(checkpoint.begin, init=init)), {}
+        return engine.Engine(cfg, tokenizer.vocab_size, load=partial(checkpoint.begin, init=cfg.init, vocabulary=tokenizer.fingerprint)), {}
     path = Path(found)
     checkpoint.check_identity(path, identity(cfg, batches))
     checkpoint.check_memory(path, engine.merged(cfg, ranks.world()))
@@ -86,13 +83,12 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
         return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)
 
     def look(step: int) -> None:
-        """Evaluations, and a picture of what the masks keep and the model attends to."""
-        log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+        """A picture of what masks keep and the model attends to, and the evaluations."""
         if watched:
-            found = gallery(trainer.method, cfg, tokenizer, *watched)
-            log.picture("masks", sheet(found), trainer.samples)
+            log.picture("masks", sheet(gallery(trainer.method, cfg, tokenizer, *watched)), trainer.samples)
+        log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
 
-    watched = examples(batches)
+    watched = examples(batches.shards) if isinstance(batches, Batches) and (evals or cfg.eval_every) else None
     peak = peak_flops() * ranks.world()
     stream = batches.stream(range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch), pin=ranks.device().type == "cuda")
     saved = trainer.samples
@@ -110,25 +106,17 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
             finite(float(loss), step, home)
             values = dict(loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=ranks.total(torch.tensor(audit.bad)), **metrics)
             log.step(step, trainer.samples, trainer.method.flops(parts[0]), peak, **values)
-        if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples + cfg.batch <= cfg.samples:
-            look(step)
         if due(cfg.save_every, trainer.samples, cfg.batch):
             log.say(f"saved {save()}")
             saved = trainer.samples
+        if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples + cfg.batch <= cfg.samples:
+            look(step)
     if saved < trainer.samples:
         log.say(f"saved {save()}")
     if trainer.samples + cfg.batch <= cfg.samples:
         log.say(f"asked to stop after {trainer.samples} samples; go on with --resume")
     elif evals:
         look(trainer.ds.global_steps)
-
-
-def examples(batches: Batches | Stream) -> tuple[list[bytes], list[str]] | None:
-    """The images and captions of eight samples, spread over the data; a stream has none to hand out."""
-    if isinstance(batches, Stream):
-        return None
-    chosen = [batches.shards[i * len(batches.shards) // 8] for i in range(8)]
-    return [sample.image for sample in chosen], [sample.caption for sample in chosen]
 
 
 def due(every: int, samples: int, batch: int) -> bool:

@@ -18,6 +18,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from data.shards import Shards  # noqa: E402
+from data.stream import is_stream  # noqa: E402
 from run.lib import checkpoint, config, pictures, ranks  # noqa: E402
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222;background:#fff}
@@ -28,14 +29,19 @@ td{padding:.1rem}img{width:100%;display:block;image-rendering:pixelated}.caption
 
 def masks(args) -> None:
     path = checkpoint.newest(Path(args.run).resolve())
+    if args.count < 1:
+        raise ValueError(f"--count {args.count}: a number of images, 1 or more")
+    if not args.images and is_stream(config.load(path.parents[1] / "config.yaml").data.train):
+        raise ValueError("--images: the run read streams; name folders of shards")
     cfg, tokenizer, method = checkpoint.opened(path)
-    shards = Shards(args.images or cfg.data.train)
-    chosen = [shards[i * len(shards) // args.count] for i in range(args.count)]
-    found = pictures.gallery(method, cfg, tokenizer, [sample.image for sample in chosen], [sample.caption for sample in chosen])
+    chosen = pictures.examples(Shards(args.images or cfg.data.train), args.count)
+    if not chosen:
+        raise ValueError(f"--images: none of {args.count} samples can be read; run: run/prepare.py check DIR")
+    found = pictures.gallery(method, cfg, tokenizer, *chosen)
     folder = path.parents[1] / "report"
     folder.mkdir(exist_ok=True)
     Image.fromarray(pictures.sheet(found).permute(1, 2, 0).numpy()).save(folder / "masks.png")
-    (folder / "masks.html").write_text(page(found, [sample.caption for sample in chosen], cfg, checkpoint.manifest(path)))
+    (folder / "masks.html").write_text(page(found, chosen[1], cfg, checkpoint.manifest(path)))
     print(f"columns: {' | '.join(found)}\nwrote {folder / 'masks.png'} and {folder / 'masks.html'}")
 
 

@@ -74,6 +74,11 @@ def main() -> None:
     if ranks.world() < 4:
         for stage in (0, 3)[ranks.world() - 1:]:
             found |= {f"{name} stage {stage}": curve(data, name, stage) for name in METHODS}
+    if ranks.world() == 2:
+        released = ["options.as_released=true", "options.average_text=true"]
+        found |= {f"{name} accumulated": curve(data, name, 3, "accumulate=2", *released * (name == "aclip")) for name in METHODS}
+        found |= {f"{name} checkpointed": curve(data, name, 3, "model.checkpoint_activations=true") for name in METHODS if name != "slip"}
+        found |= {f"{name} bf16": curve(data, name, 3, bf16=True) for name in ("maskclip", "aclip")}
     if ranks.rank() == 0:
         Path(out).write_text(json.dumps(found))
 

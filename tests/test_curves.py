@@ -60,6 +60,18 @@ def test_bf16_agrees_over_ranks(curves):
 
 
 @pytest.mark.slow
+def test_the_other_methods_accumulate_recompute_and_train_in_bf16(curves):
+    """Accumulated they learn; without batch norm, whose batch is then a part, they are the same.  Recomputed all are the same."""
+    found = curves[2]
+    for name in ("mae", "maskclip"):
+        assert apart(found[f"{name} accumulated"], found[f"{name} stage 3"]) < EXACT
+    for name in ("mae", "maskclip", "aclip"):
+        assert apart(found[f"{name} checkpointed"], found[f"{name} stage 3"]) < EXACT
+    for case in ("slip accumulated", "aclip accumulated", "maskclip bf16", "aclip bf16"):
+        assert found[case][-1] < 0.97 * found[case][0], case
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["slip", "mae", "maskclip", "aclip"])
 def test_the_other_methods_agree(curves, name):
     """Batch norm over ranks, several forwards of a tower in a step, and a teacher: two ZeRO-3 ranks are one process."""

@@ -197,6 +197,11 @@ def test_places_travel_with_the_ids(tokenizer, text_mask, pool):
     assert torch.equal(again, text["positions"]) and other.tolist() != again.tolist()
 
 
+def test_a_cut_that_cuts_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"data.text_mask: first\(32\) cuts nothing from captions of at most data.context 32 tokens"):
+        DataConfig(train=("x",), tokenizer="clip_bpe", context=32, text_mask="first(32)")
+
+
 @pytest.mark.parametrize("text_mask", ["none", "first(5)", "block(5)", "shuffled(5)"])
 def test_no_places_where_tokens_are_numbered_anew(tokenizer, text_mask):
     text, whole = read(tokenizer, text_mask)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from model.attentive import Attentive, scores_at, take
 from model.collectives import batch_mean
-from model.ema import cosine
+from model.ema import check_momentum, cosine
 from model.heads import byol_predictor, byol_projector, simclr_head, simsiam_predictor, simsiam_projector
 from model.layers import Watch
 from model.losses import byol, contrastive, simclr, simsiam
-from model.methods.base import Method
+from model.methods.base import Method, above, at_least
 from model.towers import ModelConfig, Towers, vision_flops, vision_tower
 
 
@@ -42,8 +42,11 @@ class Options:
             raise ValueError(f"options.layers {self.layers!r}: unknown; known: all, last")
         if not 0 <= self.keep <= 1:
             raise ValueError(f"options.keep {self.keep}: the share of patches that a view keeps, 0 (one over the views) to 1")
-        if not 0 <= self.momentum[0] <= self.momentum[1] <= 1:
-            raise ValueError(f"options.momentum {self.momentum}: two numbers from 0 to 1, first <= last")
+        check_momentum(self.momentum)
+        at_least(0, simclr=self.simclr, simsiam=self.simsiam, byol=self.byol)
+        at_least(1, out=self.out)
+        at_least(8, hidden=self.hidden)  # SimSiam's narrowest layer has an eighth of it
+        above(0, temperature=self.temperature)
 
 
 class Aclip(Method):
@@ -97,7 +100,7 @@ class Aclip(Method):
         options, seen, k = self.options, part["views"]["teacher"], len(views)
         share = options.keep or 1 / k
         with torch.no_grad():
-            scores, whole = self.look(seen)
+            scores, whole = self.look(seen) if self.looks(share) else (torch.zeros_like(seen["positions"], dtype=torch.float32), None)
         kept = [self.select(scores, seen, view, share) for view in views]
         features = self.pooled(kept)  # k x (B, D)
         made = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(features)}
@@ -114,6 +117,10 @@ class Aclip(Method):
             p = self.byol_predictor(self.byol_projector(together))
             made["byol"] = torch.stack([byol(x, target) for x in p.chunk(k)]).mean(0)
         return made
+
+    def looks(self, share: float) -> bool:
+        """Is anything read of what the teacher sees?"""
+        return bool(self.options.byol) or (self.options.strategy != "random" and share < 1)
 
     def select(self, scores: Tensor, seen: dict, view: dict, share: float) -> dict:
         """What stays of a view: (B, K, 3 P P) at (B, K)."""
@@ -156,9 +163,9 @@ class Aclip(Method):
 
     def image_flops(self, visible: dict[str, int]) -> float:
         views = len(visible) - 1
-        kept = self.attentive.kept(self.options.keep or 1 / views) * self.attentive.side ** 2
-        student = 3 * views * self.pooled_flops(kept)
-        return student + vision_flops(self.cfg, visible["teacher"], self.cfg.vision.pool == "cls")
+        share = self.options.keep or 1 / views
+        student = 3 * views * self.pooled_flops(self.attentive.kept(share) * self.attentive.side ** 2)
+        return student + self.looks(share) * vision_flops(self.cfg, visible["teacher"], self.cfg.vision.pool == "cls")
 
 
 def attentive(options: Options, cfg: ModelConfig) -> Attentive:

@@ -63,7 +63,8 @@ class Method(nn.Module):
     def flops(self, part: dict) -> float:
         """Training FLOPs of one of these samples: the student's forward x 3, the teacher's x 1; a multiply-add is 2.
 
-        Not counted: norms, softmax, look-ups, the loss, and what checkpoint_activations recomputes.
+        Not counted: norms, softmax, look-ups, the loss, the heads of SimCLR, BYOL and SimSiam (a thousandth at B/16), and what
+        checkpoint_activations and `accumulate` compute twice.
         """
         text = part["text"]
         visible = {name: view["positions"].shape[1] for name, view in part["views"].items()}
@@ -86,6 +87,20 @@ class Method(nn.Module):
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
+
+
+def at_least(least: float, **options: float) -> None:
+    """ValueError naming the first option that is less."""
+    for name, value in options.items():
+        if not value >= least:
+            raise ValueError(f"options.{name} {value}: it must be at least {least}")
+
+
+def above(bound: float, **options: float) -> None:
+    """ValueError naming the first option that is not more."""
+    for name, value in options.items():
+        if not value > bound:
+            raise ValueError(f"options.{name} {value}: it must be above {bound}")
 
 
 def whole(view: dict) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.collectives import batch_mean
 from model.heads import Decoder, check_decoder
 from model.losses import contrastive, reconstruction
-from model.methods.base import Method, whole
+from model.methods.base import Method, above, at_least, whole
 from model.towers import ModelConfig, vision_flops
 from model.vision import normalise
 
@@ -29,6 +29,8 @@ class Options:
     def __post_init__(self):
         if self.contrast not in ("image", "visible"):
             raise ValueError(f"options.contrast {self.contrast!r}: unknown; known: image, visible")
+        at_least(1, depth=self.depth)
+        above(0, weight=self.weight)
 
 
 class Mae(Method):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from model.collectives import batch_mean
-from model.ema import linear
+from model.ema import check_momentum, linear
 from model.heads import Decoder
 from model.losses import contrastive, distillation
-from model.methods.base import Method, whole
+from model.methods.base import Method, above, at_least, whole
 from model.towers import vision_flops, vision_tower
 
 
@@ -31,8 +31,9 @@ class Options:
     def __post_init__(self):
         if self.convention not in ("sum", "half"):
             raise ValueError(f"options.convention {self.convention!r}: unknown; known: half, sum")
-        if not 0 <= self.momentum[0] <= self.momentum[1] <= 1:
-            raise ValueError(f"options.momentum {self.momentum}: two numbers from 0 to 1, first <= last")
+        check_momentum(self.momentum)
+        at_least(1, depth=self.depth)
+        above(0, weight=self.weight, beta=self.beta)
         if not self.contrast and self.teacher in ("average", "student"):
             raise ValueError(f"options.contrast: false with teacher {self.teacher!r}: nothing would be learned but to agree; name a run")
 

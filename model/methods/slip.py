@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.heads import simclr_head
 from model.losses import contrastive, simclr
-from model.methods.base import Method
+from model.methods.base import Method, above, at_least
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Options:
     hidden: int = 4096  # width of SimCLR's head
     out: int = 256  # width of what SimCLR compares
     as_released: bool = False  # CLIP's loss without gradient through the gather, which loses half of it (docs/methods.md)
+
+    def __post_init__(self):
+        at_least(0, weight=self.weight)
+        at_least(1, hidden=self.hidden, out=self.out)
+        above(0, temperature=self.temperature)
 
 
 class Slip(Method):

@@ -47,14 +47,18 @@ class Embedder:
         """This rank's images of a set: (indices (n,), embeddings (n, E)); over the ranks, every image once."""
         indices, embeddings = [], []
         for mine, patches, positions in benchmark.rounds(self.pre, BATCH, rank(), world(), min(self.data.workers, 2)):
-            shown = [to_device(dict(patches=take(patches, keep), positions=keep)) for keep in self.keeps(mine, *positions.shape)]
-            made = unit(sum(self.towers.encode_image(**view) for view in shown))
+            patches, keeps = to_device(patches), self.keeps(mine, positions)
+            made = unit(sum(self.towers.encode_image(patches if keep is positions else take(patches, place), place)
+                            for keep, place in zip(keeps, map(to_device, keeps))))
             indices.append(mine)
             embeddings.append(made[:len(mine)])
         return torch.cat(indices), torch.cat(embeddings)
 
-    def keeps(self, indices: Tensor, images: int, patches: int) -> list[Tensor]:
+    def keeps(self, indices: Tensor, positions: Tensor) -> list[Tensor]:
         """Which patches of each image are seen in each view, (images, K); drawn for the image's number, whichever rank has it."""
+        images, patches = positions.shape
+        if self.ensemble == 1 and self.mask.visible(patches) == patches:
+            return [positions]  # all, as they lie
         numbers = indices.tolist() or [0] * images  # a rank without images goes through the tower in step
         noise = torch.from_numpy(np.stack([np.random.default_rng((0, i)).random(patches, dtype=np.float32) for i in numbers]))
         return complementary(noise, self.ensemble) if self.ensemble > 1 else [self.mask(noise, self.grid)]

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
@@ -27,7 +27,7 @@ from model.towers import ModelConfig
 from run.lib.config import Run, plain
 from run.lib.config import load as read_config
 from run.lib.engine import Engine, place, whole_parameter, zero_weights
-from run.lib.ranks import barrier, rank, store, world
+from run.lib.ranks import barrier, rank, store, told, world
 
 AVERAGE = "average_rank_{:05d}.pt"  # a rank's part of the teacher in fp32; all of it on rank 0 where the stage is below 3
 
@@ -54,6 +54,9 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
         shards = len(list(path.glob("*_optim_states.pt")))
         if engine.stage and shards != world():
             raise OSError(f"{path}: {shards} of {world()} ranks' shards are there; is it on a file system that all machines share?")
+        parts, due = len(list(path.glob("average_rank_*.pt"))), (world() if engine.stage == 3 else 1) * bool(engine.average.pairs)
+        if parts != due:
+            raise OSError(f"{path}: {parts} of {due} parts of the teacher are there; is it on a file system that all machines share?")
         files = {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
         for name in files:
             sync(path / name)
@@ -217,16 +220,28 @@ def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = Non
                 parameter.copy_(value)
 
 
-def begin(method: torch.nn.Module, init: Path | None) -> None:
-    """The weights that a new run starts from: the towers of `init`, and what the method borrows from another run."""
+def begin(method: torch.nn.Module, init: str, vocabulary: str) -> None:
+    """The weights that a new run starts from: the towers of the run `init`, and what the method borrows from another run.
+
+    Rank 0 alone looks for checkpoints and checks them: to many ranks a run that still goes on may look unlike.
+    """
     names = [name for name, _ in method.named_parameters()]
     if init:
-        load(method, init, {name: name for name in names if name.startswith("towers.")}, "towers.")
+        path = told(lambda: found_for("init", init, check_identity, dict(tokenizer=vocabulary)))
+        load(method, Path(path), {name: name for name in names if name.startswith("towers.")}, "towers.")
     for prefix, run in method.borrowed().items():
+        path = told(lambda run=run: found_for("options.teacher", run, check_tower, method.cfg))
+        load(method, Path(path), {name: "towers." + name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+
+
+def found_for(key: str, run: str, check: Callable[..., None], *wanted) -> str:
+    """The newest checkpoint of a run, which passes the check; ValueError naming the key otherwise."""
+    try:
         path = newest(Path(run))
-        check_tower(path, method.cfg)
-        borrowed = {name: "towers." + name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        load(method, path, borrowed)
+        check(path, *wanted)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return str(path)
 
 
 def check_tower(path: Path, cfg: ModelConfig) -> None:
@@ -241,9 +256,9 @@ def check_tower(path: Path, cfg: ModelConfig) -> None:
 
 def load_teacher(method: torch.nn.Module, path: Path) -> None:
     """Put the teacher's weights in the place of the student's; what the teacher has none of stays the student's."""
+    if not method.averaged():
+        raise ValueError(f"--weights teacher: {path} was trained without a moving average")
     names = {name.replace("teacher.", "towers.", 1): name for name, _ in method.named_parameters() if name.startswith("teacher.")}
-    if not names:
-        raise ValueError(f"--weights teacher: {path} was trained without a teacher")
     load(method, path, names)
 
 

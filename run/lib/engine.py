@@ -85,7 +85,10 @@ class Engine:
         for name, parameter in self.trainable.items():
             parameter.register_hook(lambda _, name=name: self.got.add(name))
         self.exact_temperature()
-        self.average = ema.Average(ema.parameters(method.averaged()), own_part, newest_part, written)
+        pairs = ema.parameters(method.averaged())
+        if self.stage == 3:
+            unkept([teacher for teacher, _ in pairs.values()], self.ds.optimizer.persistent_parameters)
+        self.average = ema.Average(pairs, own_part, newest_part, written)
         self.average.update(0.0)  # the teacher begins as the student
 
     def restore(self, folder: Path, found: dict) -> None:
@@ -129,7 +132,7 @@ class Engine:
         shared = self.method.shared
         features = {k: (made[0][k] if k in shared else torch.cat([m[k] for m in made])).requires_grad_() for k in made[0]}
         loss, metrics = self.method.loss(features)
-        gradients = dict(zip(features, torch.autograd.grad(loss, list(features.values()))))
+        gradients = dict(zip(features, torch.autograd.grad(loss, list(features.values()), allow_unused=True, materialize_grads=True)))
         shares = {k: [g / len(parts)] * len(parts) if k in shared else g.split([len(m[k]) for m in made]) for k, g in gradients.items()}
         for i, part in enumerate(parts):
             again = self.ds(part)
@@ -174,6 +177,17 @@ def newest_part(parameter: torch.nn.Parameter) -> torch.Tensor:
     if hasattr(parameter, "ds_id") and parameter.requires_grad:
         return safe_get_local_fp32_param(parameter)
     return own_part(parameter)
+
+
+def unkept(teachers: list[torch.nn.Parameter], persistent: list[torch.nn.Parameter]) -> None:
+    """Have ZeRO-3 gather small teacher parameters when they are used, as it does large ones.
+
+    It gathers the small ones of a model after each optimizer step, which is before the averages change.
+    """
+    known = {id(parameter) for parameter in teachers}
+    for parameter in teachers:
+        parameter.ds_persist = False
+    persistent[:] = [parameter for parameter in persistent if id(parameter) not in known]
 
 
 def written(parameter: torch.nn.Parameter) -> None:

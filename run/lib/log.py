@@ -102,8 +102,7 @@ class Log:
             with (self.folder / "results.jsonl").open("a") as results:
                 print(json.dumps(dict(step=step, samples=samples, **values)), file=results)
             self.say(f"evaluated after step {step}, {short(samples)} samples:\n{table(values)}")
-            self.since, self.waited = time.perf_counter(), 0.0  # evaluating is not training time
-            self.last_step = step
+        self.since, self.waited, self.last_step = time.perf_counter(), 0.0, step  # evaluating is not training time
 
     def write(self, step: int, samples: int, values: dict) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan or inf

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.augment import center_view
+from data.augment import center_view, decode
 from data.batches import plan
 from data.masking import parse
 from data.patches import patchify, unpatchify
+from data.shards import Shards
 from data.tokenizer import pack
 from model.attentive import Attentive, take
 from model.layers import Watch
@@ -20,6 +21,19 @@ from run.lib.ranks import to_device
 GREY, IMAGES, COLUMNS = 128, 16, 8
 MASKS = ("random(0.5)", "gaussian(0.5)", "inverse_gaussian(0.5)")
 HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])  # dark to bright: Matplotlib's inferno
+
+
+def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | None:
+    """The images and captions of so many samples, spread over the shards; what cannot be read is left out, None where that is all."""
+    found = []
+    for i in range(count):
+        try:
+            sample = shards[i * len(shards) // count]
+            decode(sample.image)
+            found.append((sample.image, sample.caption))
+        except (ValueError, OSError):
+            continue
+    return tuple(map(list, zip(*found))) or None
 
 
 def masked_inputs(part: dict, cfg: Run) -> Tensor:
@@ -59,9 +73,9 @@ def gallery(method, cfg: Run, tokenizer, images: list[bytes], captions: list[str
     similar = resemblance(method, cfg, tokenizer, tokens, captions)
     noise = torch.from_numpy(np.random.default_rng(0).random(positions.shape, dtype=np.float32))
     keeps = {spec: parse(spec)(noise, grid) for spec in MASKS}
-    block = cfg.model.patch * (1 + (not any(side % 2 for side in grid)))
+    block = getattr(cfg.options, "block", cfg.model.patch * (1 + (not any(side % 2 for side in grid))))  # A-CLIP's own, or 2 x 2 patches
     for strategy in ("low", "high"):
-        keeps[f"attentive, {strategy}"] = Attentive(strategy, block, cfg.model.patch, grid).choose(scores, 0.5)
+        keeps[f"attentive, {strategy}, blocks of {block} px"] = Attentive(strategy, block, cfg.model.patch, grid).choose(scores, 0.5)
     columns = {name: placed(take(patches, keep), keep, cfg.model.patch, grid)
                for name, keep in keeps.items()}
     return {"image": whole, **columns, "attention": heat(scores, grid, whole), "resemblance": heat(similar, grid, whole)}
@@ -69,12 +83,13 @@ def gallery(method, cfg: Run, tokenizer, images: list[bytes], captions: list[str
 
 def looked(method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of the class token (n, L), of the teacher where there is one, and the student's patch tokens (n, L, D)."""
-    watch = Watch()
-    tokens = method.towers.vision(patches, positions, watch=watch)
+    student, teacher = Watch(), Watch()
+    tokens = method.towers.vision(patches, positions, watch=student)
     if hasattr(method, "teacher"):
-        watch = Watch()
-        method.teacher.vision(patches, positions, watch=watch)
-    return torch.stack(watch.layers).mean(0)[:, 1:].float().cpu(), tokens[:, 1:]
+        method.teacher.vision(patches, positions, watch=teacher)
+    layers = teacher.layers or student.layers
+    last = getattr(method.options, "layers", "all") == "last"
+    return torch.stack(layers[-1:] if last else layers).mean(0)[:, 1:].float().cpu(), tokens[:, 1:]
 
 
 def resemblance(method, cfg: Run, tokenizer, tokens: Tensor, captions: list[str]) -> Tensor:
