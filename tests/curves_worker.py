@@ -54,11 +54,11 @@ def steps(cfg: config.Run, trainer: engine.Engine, batches: Batches, until: int)
         yield float(trainer.step(parts, cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples))[0])
 
 
-def curve(*case, **how) -> list[float]:
-    """The losses of twenty steps."""
+def curve(*case, only: int = 20, **how) -> list[float]:
+    """The losses of twenty steps, or of only the first so many."""
     cfg = settings(*case, **how)
     trainer, batches = start(cfg)
-    losses = list(steps(cfg, trainer, batches, cfg.samples))
+    losses = list(steps(cfg, trainer, batches, only * cfg.batch))
     trainer.ds.destroy()
     return losses
 
@@ -76,9 +76,11 @@ def main() -> None:
             found |= {f"{name} stage {stage}": curve(data, name, stage) for name in METHODS}
     if ranks.world() == 2:
         released = ["options.as_released=true", "options.average_text=true"]
-        found |= {f"{name} accumulated": curve(data, name, 3, "accumulate=2", *released * (name == "aclip")) for name in METHODS}
-        found |= {f"{name} checkpointed": curve(data, name, 3, "model.checkpoint_activations=true") for name in METHODS if name != "slip"}
-        found |= {f"{name} bf16": curve(data, name, 3, bf16=True) for name in ("maskclip", "aclip")}
+        for name in METHODS:
+            found[f"{name} accumulated"] = curve(data, name, 3, "accumulate=2", *released * (name == "aclip"), only=6)
+            if name != "slip":
+                found[f"{name} checkpointed"] = curve(data, name, 3, "model.checkpoint_activations=true", only=6)
+        found |= {f"{name} bf16": curve(data, name, 3, bf16=True, only=12) for name in ("maskclip", "aclip")}
     if ranks.rank() == 0:
         Path(out).write_text(json.dumps(found))
 

@@ -17,7 +17,7 @@ from model import ema  # noqa: E402
 from run.lib import checkpoint, ranks  # noqa: E402
 from tests.curves_worker import METHODS, settings, start, steps  # noqa: E402
 
-LENGTH, HALF = 50, 25  # steps
+LENGTH, SAVED = 50, 40  # steps
 MOMENTA = {"aclip": lambda t: 1 - 0.1 * (1 + math.cos(math.pi * t)) / 2, "maskclip": lambda t: 0.9 + 0.09 * t}  # as METHODS sets them
 LONG = f"samples={LENGTH * 16}"
 
@@ -62,12 +62,12 @@ def followed(cfg, name: str, trainer, batches, plain: Plain, until: int) -> list
 
 
 def teacher(data: Path, name: str) -> dict:
-    """On 2 ranks: fifty steps beside the plain average, with a checkpoint half way, from which one more engine goes on."""
+    """On 2 ranks: fifty steps beside the plain average, with a checkpoint on the way, from which one more engine goes on."""
     cfg = settings(data, name, 3, LONG)
     trainer, batches = start(cfg)
     plain = Plain(trainer, name)
     begun = plain.apart()
-    followed(cfg, name, trainer, batches, plain, HALF)
+    followed(cfg, name, trainer, batches, plain, SAVED)
     path = checkpoint.save(trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1)
     torch.save(plain.kept, data / name / "plain.pt")
     straight = followed(cfg, name, trainer, batches, plain, LENGTH)
@@ -87,7 +87,7 @@ def teacher(data: Path, name: str) -> dict:
 
 
 def elsewhere(data: Path, name: str) -> dict:
-    """On 1 rank: the second half again, from the checkpoint of 2."""
+    """On 1 rank: the last steps again, from the checkpoint of 2."""
     cfg, path = settings(data, name, 3, LONG), checkpoint.newest(data / name)
     trainer, batches = start(cfg, universal=True)
     checkpoint.resume(trainer, path, checkpoint.prepare_elastic(path, 1))
@@ -98,16 +98,16 @@ def elsewhere(data: Path, name: str) -> dict:
 
 
 def resumed(data: Path, name: str) -> dict:
-    """Methods without an average: ten steps, a checkpoint, ten more; and the last ten again by another engine."""
+    """Methods without an average: eight steps with a checkpoint half way; and the last four again by another engine."""
     cfg = settings(data, name, 3)
     trainer, batches = start(cfg)
-    list(steps(cfg, trainer, batches, 160))
+    list(steps(cfg, trainer, batches, 4 * cfg.batch))
     path = checkpoint.save(trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1)
-    found = dict(straight=list(steps(cfg, trainer, batches, cfg.samples)))
+    found = dict(straight=list(steps(cfg, trainer, batches, 8 * cfg.batch)))
     trainer.ds.destroy()
     again, batches = start(cfg)
     checkpoint.resume(again, path, None)
-    found["resumed"] = list(steps(cfg, again, batches, cfg.samples))
+    found["resumed"] = list(steps(cfg, again, batches, 8 * cfg.batch))
     again.ds.destroy()
     return found
 
