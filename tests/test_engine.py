@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.methods import METHODS
+from model.methods.base import Averaging, Method
 from run.lib import checkpoint, config
 from run.lib.optim import groups
 from tests.test_optim import FLAVOURS
@@ -68,6 +69,14 @@ def test_weights_go_from_run_to_run(found, case):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
     assert found["stop"] == [3, 3], "asked before its third step (2), heard one step later"
+
+
+@pytest.mark.parametrize("base, lacks", [(Method, "forward, image_flops, loss|'forward', 'image_flops', 'loss'"), (Averaging, "momentum")])
+def test_an_incomplete_method_cannot_be_made(base, lacks):
+    class Half(base):
+        pass
+    with pytest.raises(TypeError, match=lacks):
+        Half(None, 320, 12, None)
 
 
 SHARD = "0_optim_states.pt"

@@ -17,7 +17,7 @@ from model.ema import check_momentum, cosine
 from model.heads import byol_predictor, byol_projector, simclr_head, simsiam_predictor, simsiam_projector
 from model.layers import Watch
 from model.losses import byol, contrastive, simclr, simsiam
-from model.methods.base import Method, above, at_least
+from model.methods.base import Averaging, above, at_least
 from model.towers import ModelConfig, Towers, vision_flops, vision_tower
 
 
@@ -49,7 +49,7 @@ class Options:
         above(0, temperature=self.temperature)
 
 
-class Aclip(Method):
+class Aclip(Averaging):
     Options = Options
     views = {"view": (1, 2, 3, 4), "teacher": (1,)}
     noise = ("view",)

@@ -9,6 +9,7 @@ The cut between the two is what lets accumulation keep the negatives of the whol
 parts, the loss and its gradient in the features once, then part after part again with a graph.  Each row of a feature belongs to one
 sample, except those named in `shared`, which every part computes alike (the temperature).
 """
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Nothing:
     """The options of a method that has none."""
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """The towers and what a method tells the rest: its options, the views that it reads, its teacher."""
 
     Options: type = Nothing  # what the config's `options:` may hold
@@ -46,12 +47,8 @@ class Method(nn.Module):
         return {}
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(teacher, student): modules built alike, of which the first follows the second as a moving average."""
+        """(teacher, student): modules built alike, of which the first follows the second as a moving average (class Averaging)."""
         return []
-
-    def momentum(self, progress: float) -> float:
-        """The share of itself that the teacher keeps in a step, at `progress` (0 to 1) of the run."""
-        raise NotImplementedError(f"{type(self).__name__} averages weights, but does not say with which momentum")
 
     def pooled(self, views: list[dict]) -> list[Tensor]:
         """Pooled features (B, D) of each view; in one pass through the tower where all show as many patches."""
@@ -70,9 +67,9 @@ class Method(nn.Module):
         visible = {name: view["positions"].shape[1] for name, view in part["views"].items()}
         return self.image_flops(visible) + self.text_flops(len(text["ids"]) / len(text["lengths"]))
 
+    @abstractmethod
     def image_flops(self, visible: dict[str, int]) -> float:
         """The images' part of it, for K `visible` patches in each view."""
-        raise NotImplementedError
 
     def text_flops(self, tokens: float) -> float:
         """The captions' part of it, for so many tokens in each."""
@@ -82,11 +79,25 @@ class Method(nn.Module):
         """A forward pass to an image's embedding."""
         return vision_flops(self.cfg, visible, self.cfg.vision.pool == "cls")
 
+    @abstractmethod
     def forward(self, part: dict) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """A part of a batch (data/batches.py) -> features."""
 
+    @abstractmethod
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError
+        """Features of the whole batch on this rank -> (loss (), what to log)."""
+
+
+class Averaging(Method):
+    """A method with a teacher that is a moving average."""
+
+    @abstractmethod
+    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+        """See Method.averaged; none, where the options ask for another teacher."""
+
+    @abstractmethod
+    def momentum(self, progress: float) -> float:
+        """The share of itself that the teacher keeps in a step, at `progress` (0 to 1) of the run."""
 
 
 def at_least(least: float, **options: float) -> None:

@@ -13,7 +13,7 @@ from model.collectives import batch_mean
 from model.ema import check_momentum, linear
 from model.heads import Decoder
 from model.losses import contrastive, distillation
-from model.methods.base import Method, above, at_least, whole
+from model.methods.base import Averaging, above, at_least, whole
 from model.towers import vision_flops, vision_tower
 
 
@@ -38,7 +38,7 @@ class Options:
             raise ValueError(f"options.contrast: false with teacher {self.teacher!r}: nothing would be learned but to agree; name a run")
 
 
-class MaskClip(Method):
+class MaskClip(Averaging):
     Options = Options
     hidden = ("image",)
 
