@@ -2,13 +2,17 @@
 
 Run: pytest tests/test_looking.py
 """
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from data.shards import Shards, build_index, write_shard
 from model.layers import Packed, Watch
 from model.vision import resized
+from run.lib.pictures import examples
 from tests.test_towers import FLAVOURS, captions, everywhere, small
+from tests.tiny import picture
 
 
 def whole_captions(text, ids, lengths):
@@ -72,3 +76,14 @@ def test_another_resolution(flavour):
         table[:4] = table_there
     torch.testing.assert_close(made, vision(patches, torch.arange(4)[None]))
     assert resized(table, (4, 4), (2, 3)).shape == (6, 128)
+
+
+def test_examples_leave_out_what_cannot_be_read(tmp_path):
+    """A broken picture among those chosen for the pictures of a run must not end it."""
+    good = [(f"{i}", {"png": picture("red circle", np.random.default_rng(i)), "txt": b"a red circle"}) for i in range(3)]
+    write_shard(tmp_path / "0.tar", [*good, ("broken", {"png": good[0][1]["png"][:60], "txt": b"x"})])
+    images, captions = examples(Shards([tmp_path]), 4)
+    assert images == [parts["png"] for _, parts in good] and captions == ["a red circle"] * 3
+    write_shard(tmp_path / "0.tar", [("broken", {"png": b"x", "txt": b"x"})])
+    build_index(tmp_path)
+    assert examples(Shards([tmp_path]), 4) is None
