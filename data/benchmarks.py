@@ -1,11 +1,15 @@
 """Evaluation sets: folders in CLIP_benchmark's webdataset layout, read in shares that cover every sample once.
 
     SET/classnames.txt, SET/zeroshot_classification_templates.txt    a class a line; a template a line, {c} is the class
-    SET/test/0.tar ...          key.webp|png|jpg with key.cls (the class's number) or key.txt (captions, one a line)
+    SET/test/0.tar ...          key.webp|png|jpg with key.cls (the class's number) or key.txt (captions, one a line), or with
+                                key.seg.png (a label map), or key.json that holds questions: [{question, answers, kind}]
+    SET/train/0.tar ...         the same, for what is fitted before it is evaluated (probes, fine-tuning, heads)
 
-Names: n images on this rank in this round, L patches, P patch side.
+Other layouts are classes of their own in data/layouts.py.  Names: n images on this rank in this round, L patches, P patch side.
 """
-from collections.abc import Iterator
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.augment import center_view
+from data.augment import center_view, opened
 from data.batches import quiet_worker
 from data.patches import visible
 from data.shards import CAPTIONS, Shards
+
+IGNORE = 255  # in a label map: no class
 
 
 @dataclass(frozen=True)
@@ -30,68 +36,156 @@ class Preprocess:
     interpolation: str
 
 
-class Benchmark:
-    """A set in that layout: its classes and templates (empty for retrieval) and its images."""
+@dataclass(frozen=True)
+class Question:
+    """A question about an image, and what people answered (VQAv2: ten of them)."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not (self.folder / "test").is_dir():
-            raise ValueError(f"evals: {folder} is no evaluation set; it needs test/*.tar in CLIP_benchmark's webdataset layout")
-        self.name = self.folder.name
-        self.shards = Shards([self.folder / "test"], captions=False)
+    text: str
+    answers: tuple[str, ...]
+    kind: str = ""  # e.g. what, how many; accuracies are told for each
+
+
+class Images(ABC):
+    """Images by number, and what is known of each: `len(images)`; what a layout holds nothing of raises ValueError."""
+
+    folder: Path
+    split: str
+
+    @property
+    def name(self) -> str:
+        """What results go by."""
+        return self.folder.name
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def image(self, i: int) -> bytes:
+        """Image i, encoded."""
+
+    @abstractmethod
+    def key(self, i: int) -> str:
+        """What a message calls it."""
 
     def lines(self, name: str) -> list[str]:
+        """The lines of a text file of the set."""
         path = self.folder / name
         if not path.exists():
-            raise ValueError(f"evals: {self.folder}: a classification set needs {name}")
+            raise ValueError(f"evals: {self.folder}: it needs {name}")
         return [line for line in path.read_text().splitlines() if line.strip()]
+
+    def classes(self) -> list[str]:
+        """The name of each class, from classnames.txt."""
+        return self.lines("classnames.txt")
+
+    def templates(self) -> list[str]:
+        """The set's own templates, from zeroshot_classification_templates.txt; {c} is the class."""
+        return self.lines("zeroshot_classification_templates.txt")
 
     def prompts(self) -> list[list[str]]:
         """For each class, its name in every template."""
-        templates = self.lines("zeroshot_classification_templates.txt")
-        return [[template.replace("{c}", name) for template in templates] for name in self.lines("classnames.txt")]
+        templates = self.templates()
+        return [[template.replace("{c}", name) for template in templates] for name in self.classes()]
 
     def label(self, i: int) -> int:
         """The class's number of image i."""
-        sample = self.shards.read(i, only=("cls",))
-        if "cls" not in sample.parts:
-            raise ValueError(f"evals: {self.folder}: {sample.shard} {sample.key} has no cls (has {', '.join(sample.parts)})")
-        return int(sample.parts["cls"])
+        raise self.lacks("classes of images")
 
     def captions(self, i: int) -> list[str]:
         """The captions of image i, in order."""
-        return [line for text in self.shards.read(i, only=CAPTIONS).captions for line in text.splitlines() if line.strip()]
+        raise self.lacks("captions")
 
-    def rounds(self, pre: Preprocess, batch: int, rank: int, world: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rounds in which every rank has a batch: indices (m,), patches (n, L, 3*P*P) uint8, positions (n, L); m <= n are its own.
+    def label_map(self, i: int) -> np.ndarray:
+        """(H, W) uint8: the class's number of each pixel of image i, at its full size; IGNORE: of none."""
+        raise self.lacks("label maps")
 
-        A rank whose share ran out repeats image 0 and owns nothing of it: under ZeRO-3 all ranks must go through the tower in step.
+    def questions(self, i: int) -> list[Question]:
+        """What is asked about image i."""
+        raise self.lacks("questions")
+
+    def lacks(self, what: str) -> ValueError:
+        return ValueError(f"evals: {self.folder}: no {what} in it, or none in a layout that is known (docs/running.md)")
+
+    def other(self, split: str) -> "Images":
+        """Another split of the same set; ValueError if it has none of that name."""
+        return type(self)(self.folder, split)
+
+    def rounds(self, pre: Preprocess, batch: int, mine: Sequence[int], turns: int,
+               workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """`turns` rounds over the images `mine`: indices (m,), patches (n, L, 3*P*P) uint8, positions (n, L); the first m <= n are its own.
+
+        Where its own are used up, a round shows image 0 and owns nothing: under ZeRO-3 all ranks must go through the tower in step.
         """
-        yield from DataLoader(_Rounds(self.shards, pre, batch, rank, world), batch_size=None, num_workers=workers,
+        yield from DataLoader(_Rounds(self, pre, batch, mine, turns), batch_size=None, num_workers=workers,
                               worker_init_fn=quiet_worker if workers else None)
 
 
+class Benchmark(Images):
+    """A set in that layout: its classes and templates (empty for retrieval) and its images."""
+
+    def __init__(self, folder: str | Path, split: str = "test"):
+        self.folder, self.split = Path(folder), split
+        if not (self.folder / split).is_dir():
+            raise ValueError(f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's webdataset layout")
+        self.shards = Shards([self.folder / split], captions=False)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def image(self, i: int) -> bytes:
+        return self.shards[i].image
+
+    def key(self, i: int) -> str:
+        return " ".join(self.shards.name(i))
+
+    def label(self, i: int) -> int:
+        return int(self.member(i, "cls"))
+
+    def captions(self, i: int) -> list[str]:
+        return [line for text in self.shards.read(i, only=CAPTIONS).captions for line in text.splitlines() if line.strip()]
+
+    def label_map(self, i: int) -> np.ndarray:
+        return decode_map(self.member(i, "seg.png"))
+
+    def questions(self, i: int) -> list[Question]:
+        rows = json.loads(self.member(i, "json")).get("questions")
+        if rows is None:
+            raise self.lacks("questions")
+        return [Question(row["question"], tuple(row["answers"]), row.get("kind", "")) for row in rows]
+
+    def member(self, i: int, extension: str) -> bytes:
+        """One file of sample i."""
+        sample = self.shards.read(i, only=(extension,))
+        if extension not in sample.parts:
+            raise ValueError(f"evals: {self.folder}: {sample.shard} {sample.key} has no {extension} (has {', '.join(sample.parts)})")
+        return sample.parts[extension]
+
+
+def decode_map(data: bytes) -> np.ndarray:
+    """A grey or palette PNG -> (H, W) uint8 as it is stored."""
+    with opened(data) as image:
+        return np.array(image if image.mode in ("L", "P") else image.convert("L"))
+
+
 class _Rounds(Dataset):
-    def __init__(self, shards: Shards, pre: Preprocess, batch: int, rank: int, world: int):
-        self.shards, self.pre, self.batch, self.rank, self.world = shards, pre, batch, rank, world
+    def __init__(self, images: Images, pre: Preprocess, batch: int, mine: Sequence[int], turns: int):
+        self.images, self.pre, self.batch, self.mine, self.turns = images, pre, batch, mine, turns
         self.everything = np.arange((pre.image_size // pre.patch) ** 2)
 
     def __len__(self) -> int:
-        return -(-len(self.shards) // (self.batch * self.world))
+        return self.turns
 
     def __getitem__(self, turn: int) -> tuple[Tensor, Tensor, Tensor]:
-        if turn >= len(self):
+        if turn >= self.turns:
             raise IndexError
-        first = (turn * self.world + self.rank) * self.batch
-        mine = range(first, min(first + self.batch, len(self.shards)))
+        mine = list(self.mine[turn * self.batch:(turn + 1) * self.batch])
         patches = torch.from_numpy(np.stack([self.patches(i) for i in mine or [0]]))
         positions = torch.from_numpy(self.everything).expand(len(patches), -1)
-        return torch.tensor(list(mine), dtype=torch.int64), patches, positions
+        return torch.tensor(mine, dtype=torch.int64), patches, positions
 
     def patches(self, i: int) -> np.ndarray:
-        sample = self.shards[i]
         try:
-            image = center_view(sample.image, self.pre.image_size, self.pre.how, self.pre.interpolation)
+            image = center_view(self.images.image(i), self.pre.image_size, self.pre.how, self.pre.interpolation)
         except ValueError as error:
-            raise ValueError(f"evals: {sample.shard} {sample.key}: {error}") from None
+            raise ValueError(f"evals: {self.images.key(i)}: {error}") from None
         return visible(image, self.pre.patch, self.everything)

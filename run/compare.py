@@ -109,7 +109,7 @@ def measured(run: Path) -> dict | None:
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "loss" in step]
     results = map(json.loads, (run / "results.jsonl").read_text().splitlines())
-    result = next(result for result in results if "weights" not in result)  # the training's own, not one of run/evaluate.py
+    result = next(result for result in results if result.get("weights", "student") == "student")  # the first is the training's own
     return dict(speed=statistics.median(step["samples_per_s"] for step in steps if "samples_per_s" in step),
                 memory=max(step["memory_gib"] for step in steps), first=steps[0]["loss"], last=steps[-1]["loss"],
                 top1=result[f"{EVAL}/top1"], chance=result[f"{EVAL}/chance"])

@@ -16,6 +16,7 @@ import json  # noqa: E402
 
 from data.masking import parse as parse_mask  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
+from run.evals.embed import Embedder  # noqa: E402
 from run.lib import checkpoint, config, ranks  # noqa: E402
 from run.lib.log import table  # noqa: E402
 
@@ -24,7 +25,7 @@ def main() -> None:
     args = config.parser(__doc__)
     args.add_argument("--run", required=True, help="a run folder, or one of its checkpoints")
     args.add_argument("--evals", nargs="+", metavar="KIND:FOLDER", help="zero_shot:FOLDER or retrieval:FOLDER; default: the run's own")
-    args.add_argument("--weights", default="student", choices=("student", "teacher"), help="teacher: the moving average")
+    args.add_argument("--weights", nargs="+", choices=("student", "teacher"), help="teacher: the moving average; default: what the run has")
     args.add_argument("--mask", default="none", help="which patches of an image are seen, e.g. 'random(0.5)' (FLIP, table 1d)")
     args.add_argument("--ensemble", type=int, default=1, metavar="N", help="mean over N random views that together show every patch once")
     args.add_argument("--local_rank", type=int, help="from the launcher")
@@ -41,11 +42,11 @@ def main() -> None:
     if not evals:
         raise ValueError("--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER")
     cfg, tokenizer, method = checkpoint.opened(path)
-    if found.weights == "teacher":
-        checkpoint.load_teacher(method, path)
-    results = evaluate(method, cfg, tokenizer, evals, mask=found.mask, ensemble=found.ensemble)
-    if ranks.rank() == 0:
-        report(results, path, home, dict(weights=found.weights, mask=found.mask, ensemble=found.ensemble))
+    for weights in found.weights or ["student"] + ["teacher"] * bool(method.averaged()):
+        how = dict(weights=weights, mask=found.mask, ensemble=found.ensemble)
+        results = evaluate(Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how), evals)
+        if ranks.rank() == 0:
+            report(results, path, home, how)
 
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:

@@ -19,6 +19,7 @@ from data.batches import Batches  # noqa: E402
 from data.shards import Shards  # noqa: E402
 from data.stream import Stream, is_stream  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
+from run.evals.embed import Embedder  # noqa: E402
 from run.lib import checkpoint, engine, folder, ranks  # noqa: E402
 from run.lib.config import Run, reader, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
@@ -30,7 +31,7 @@ def main() -> None:
     engine.merged(cfg, ranks.world())  # say what is wrong with the JSON or the batch before anything starts
     home = folder.check(Path(cfg.run), resume)
     ranks.start()
-    evals = ranks.once(lambda: parse(cfg.evals))
+    evals = ranks.once(lambda: parse(cfg.evals, training=True))
     batches = loader(cfg)
     trainer, found = restore(cfg, home, resume, batches)
     batches.begin(found.get("shards", 0))
@@ -86,7 +87,10 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
         """A picture of what masks keep and the model attends to, and the evaluations."""
         if watched:
             log.picture("masks", sheet(gallery(trainer.method, cfg, tokenizer, *watched)), trainer.samples)
-        log.evaluation(step, trainer.samples, evaluate(trainer.method, cfg, tokenizer, evals))
+        for weights in ["student"] + ["teacher"] * bool(trainer.method.averaged()):
+            model = Embedder(trainer.method, cfg, tokenizer, home=home, tag=f"training-{step}", weights=weights, say=log.say)
+            log.evaluation(step, trainer.samples, evaluate(model, evals), weights)
+            model.forget()
 
     watched = examples(batches.shards) if isinstance(batches, Batches) and (evals or cfg.eval_every) else None
     peak = peak_flops() * ranks.world()

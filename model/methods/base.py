@@ -9,6 +9,7 @@ The cut between the two is what lets accumulation keep the negatives of the whol
 parts, the loss and its gradient in the features once, then part after part again with a graph.  Each row of a feature belongs to one
 sample, except those named in `shared`, which every part computes alike (the temperature).
 """
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -49,6 +50,14 @@ class Method(nn.Module, ABC):
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
         """(teacher, student): modules built alike, of which the first follows the second as a moving average (class Averaging)."""
         return []
+
+    def shown(self, weights: str = "student") -> Towers:
+        """The towers as evaluations see them: the student's, or with the moving averages in the place of what they average."""
+        if weights == "student":
+            return self.towers
+        if not self.averaged():
+            raise ValueError(f"--weights {weights}: this run was trained without a moving average")
+        return swapped(self.towers, {student: teacher for teacher, student in self.averaged()})
 
     def pooled(self, views: list[dict]) -> list[Tensor]:
         """Pooled features (B, D) of each view; in one pass through the tower where all show as many patches."""
@@ -98,6 +107,18 @@ class Averaging(Method):
     @abstractmethod
     def momentum(self, progress: float) -> float:
         """The share of itself that the teacher keeps in a step, at `progress` (0 to 1) of the run."""
+
+
+def swapped(module: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module with others in the place of some below it; it shares everything else with the original, which stays as it is."""
+    if module in others:
+        return others[module]
+    below = {name: child and swapped(child, others) for name, child in module._modules.items()}
+    if all(below[name] is child for name, child in module._modules.items()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = below
+    return twin
 
 
 def at_least(least: float, **options: float) -> None:

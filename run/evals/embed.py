@@ -1,15 +1,22 @@
-"""Images and texts to unit embeddings, on all ranks in step.  Names: N items, E embedding width, C classes."""
+"""Images and texts to unit embeddings or features, on all ranks in step.
+
+Names: N items, m this rank's share of a round, E embedding width, D tower width, L patches.
+"""
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.benchmarks import Benchmark, Preprocess
+from data.benchmarks import Images, Preprocess
 from data.masking import complementary, parse
 from data.tokenizer import pack
 from model.attentive import take
 from model.losses import unit
 from run.lib.config import Run
-from run.lib.ranks import rank, to_device, total, world
+from run.lib.ranks import rank, say, to_device, total, world
 
 BATCH = 64  # images, or texts, a rank embeds at once
 
@@ -17,42 +24,66 @@ BATCH = 64  # images, or texts, a rank embeds at once
 class Embedder:
     """A method's two encoders with the preprocessing of its config.  Every call is collective: all ranks must make it.
 
-    mask: which patches of an image are seen (FLIP table 1d).  ensemble: an image's embedding is the mean of those of so many random views
-    that together show every patch once.
+    weights: student, or teacher (the moving average).  mask: which patches of an image are seen (FLIP table 1d).  ensemble: an image's
+    embedding is the mean of those of so many random views that together show every patch once.  home: the run's folder, where features
+    and pictures go, under names that hold `tag`, which tells these weights from others.  say: tells people something, once.
     """
 
-    def __init__(self, method, cfg: Run, tokenizer, mask: str = "none", ensemble: int = 1):
+    def __init__(self, method, cfg: Run, tokenizer, *, home: Path, tag: str, weights: str = "student", mask: str = "none",
+                 ensemble: int = 1, say: Callable[[str], None] = say):
         self.mask, self.ensemble, self.grid = parse(mask), ensemble, cfg.model.grid
-        self.towers, self.tokenizer, self.data = method.towers, tokenizer, cfg.data
+        self.towers, self.tokenizer, self.cfg, self.say = method.shown(weights), tokenizer, cfg, say
         view = next(iter(cfg.views.values()))
         self.pre = Preprocess(cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation)
-        self.width = cfg.model.shape.embed
+        self.home, self.tag = home, "-".join([tag, weights, *[mask] * (mask != "none"), *[f"{ensemble}views"] * (ensemble > 1)])
+        self.encoders = {"embedded": self.embed, "pooled": self.towers.image_features, "tokens": self.towers.vision}
+
+    def forget(self) -> None:
+        """Remove the features that were kept of these weights."""
+        if not rank():
+            shutil.rmtree(self.home / "features" / self.tag, ignore_errors=True)
 
     @torch.no_grad()
-    def texts(self, texts: list[str]) -> Tensor:
+    def texts(self, texts: Sequence[str]) -> Tensor:
         """(N, E), the whole on every rank."""
-        out = torch.zeros(len(texts), self.width)
+        out = torch.zeros(len(texts), self.cfg.model.shape.embed)
         for turn in range(0, len(texts), BATCH * world()):
             first = turn + rank() * BATCH
             mine = range(first, min(first + BATCH, len(texts)))
-            rows = [self.data.fill(self.tokenizer(texts[i]), self.tokenizer.pad_id) for i in mine or [0]]
+            rows = [self.cfg.data.fill(self.tokenizer(texts[i]), self.tokenizer.pad_id) for i in mine or [0]]
             ids, lengths = pack(rows)
             made = self.towers.encode_text(**to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max()))))
             if mine:
                 out[mine.start:mine.stop] = made.cpu()
         return total(out)
 
-    @torch.no_grad()
-    def images(self, benchmark: Benchmark) -> tuple[Tensor, Tensor]:
+    def images(self, images: Images) -> tuple[Tensor, Tensor]:
         """This rank's images of a set: (indices (n,), embeddings (n, E)); over the ranks, every image once."""
-        indices, embeddings = [], []
-        for mine, patches, positions in benchmark.rounds(self.pre, BATCH, rank(), world(), min(self.data.workers, 2)):
-            patches, keeps = to_device(patches), self.keeps(mine, positions)
-            made = unit(sum(self.towers.encode_image(patches if keep is positions else take(patches, place), place)
-                            for keep, place in zip(keeps, map(to_device, keeps))))
-            indices.append(mine)
-            embeddings.append(made[:len(mine)])
+        turns = -(-len(images) // (BATCH * world()))
+        mine = [i for turn in range(turns) for i in range(len(images))[(turn * world() + rank()) * BATCH:][:BATCH]]
+        indices, embeddings = zip(*self.passed(images, "embedded", mine, turns))
         return torch.cat(indices), torch.cat(embeddings)
+
+    @torch.no_grad()
+    def passed(self, images: Images, what: str, mine: Sequence[int], turns: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`turns` rounds, the same number on every rank, over this rank's images: (indices (m,), what the encoder makes of them (m, ...)).
+
+        what: embedded (E), pooled (D, before the projection) or tokens (1 + K, D, the class token first).
+        """
+        for indices, patches, positions in images.rounds(self.pre, BATCH, mine, turns, min(self.cfg.data.workers, 2)):
+            yield indices, self.encode(what, indices, patches, positions)[:len(indices)]
+
+    def encode(self, what: str, indices: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
+        """Patches (n, L, 3 P P) at (n, L) of the images of these numbers -> (n, ...)."""
+        patches, keeps = to_device(patches), self.keeps(indices, positions)
+        if what == "tokens" and len(keeps) > 1:
+            raise ValueError("--ensemble: what reads patch tokens sees one view; leave it out")
+        made = sum(self.encoders[what](patches if keep is positions else take(patches, place), place)
+                   for keep, place in zip(keeps, map(to_device, keeps)))
+        return unit(made) if what == "embedded" else made / len(keeps)
+
+    def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
+        return self.towers.encode_image(patches, positions)
 
     def keeps(self, indices: Tensor, positions: Tensor) -> list[Tensor]:
         """Which patches of each image are seen in each view, (images, K); drawn for the image's number, whichever rank has it."""

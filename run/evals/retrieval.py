@@ -3,6 +3,8 @@
 A query counts as found at K if any of its matches is among its K nearest; a tie is a miss, so that a model whose embeddings are all
 alike (or nan) finds nothing.  Names: N images, M captions.
 """
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,18 @@ AT = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at once
 
 
-def check(benchmark: Benchmark) -> None:
+@dataclass(frozen=True)
+class Options:
+    pass
+
+
+def check(benchmark: Benchmark, options: Options) -> None:
     benchmark.captions(0)
 
 
-def evaluate(model: Embedder, benchmark: Benchmark) -> dict[str, float]:
+def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[str, float]:
     """image_to_text and text_to_image R@K (shares), from raw captions without a prompt."""
-    captions = [benchmark.captions(i) for i in range(len(benchmark.shards))]
+    captions = [benchmark.captions(i) for i in range(len(benchmark))]
     owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])  # (M,): the image of each caption
     texts = model.texts([text for texts in captions for text in texts])  # (M, E)
     indices, mine = model.images(benchmark)

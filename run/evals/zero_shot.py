@@ -1,4 +1,6 @@
 """Zero-shot classification: an image's class is the one whose prompts' mean embedding lies nearest (CLIP section 3.1.4)."""
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 
@@ -7,11 +9,16 @@ from run.evals.embed import Embedder
 from run.lib.ranks import total
 
 
-def check(benchmark: Benchmark) -> None:
+@dataclass(frozen=True)
+class Options:
+    pass
+
+
+def check(benchmark: Benchmark, options: Options) -> None:
     benchmark.prompts(), benchmark.label(0)
 
 
-def evaluate(model: Embedder, benchmark: Benchmark) -> dict[str, float]:
+def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[str, float]:
     """top1 and top5, as shares, and chance: what guessing would get at top1."""
     prompts = benchmark.prompts()
     texts = model.texts([text for names in prompts for text in names])

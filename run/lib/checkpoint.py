@@ -254,14 +254,6 @@ def check_tower(path: Path, cfg: ModelConfig) -> None:
             raise ValueError(f"{path} was trained with {where}: {theirs!r}, this config says {mine!r}; a borrowed tower must be the same")
 
 
-def load_teacher(method: torch.nn.Module, path: Path) -> None:
-    """Put the teacher's weights in the place of the student's; what the teacher has none of stays the student's."""
-    if not method.averaged():
-        raise ValueError(f"--weights teacher: {path} was trained without a moving average")
-    names = {name.replace("teacher.", "towers.", 1): name for name, _ in method.named_parameters() if name.startswith("teacher.")}
-    load(method, path, names)
-
-
 def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
     """(config, tokenizer, method on this rank's device) of a checkpoint, to be looked at."""
     cfg = read_config(path.parents[1] / "config.yaml")

@@ -96,12 +96,13 @@ class Log:
             parts += [f"{speed}/s", f"MFU {mfu}", f"data stall {values['stall']:.0%}", f"ETA {clock(left)}"]
         return " · ".join(parts)
 
-    def evaluation(self, step: int, samples: int, values: dict[str, float]) -> None:
+    def evaluation(self, step: int, samples: int, values: dict[str, float], weights: str) -> None:
+        """weights: whose results these are, student or teacher."""
         if self.on and values:
-            self.write(step, samples, values)
+            self.write(step, samples, values if weights == "student" else {f"{weights}/{name}": value for name, value in values.items()})
             with (self.folder / "results.jsonl").open("a") as results:
-                print(json.dumps(dict(step=step, samples=samples, **values)), file=results)
-            self.say(f"evaluated after step {step}, {short(samples)} samples:\n{table(values)}")
+                print(json.dumps(dict(step=step, samples=samples, weights=weights, **values)), file=results)
+            self.say(f"evaluated the {weights} after step {step}, {short(samples)} samples:\n{table(values)}")
         self.since, self.waited, self.last_step = time.perf_counter(), 0.0, step  # evaluating is not training time
 
     def write(self, step: int, samples: int, values: dict) -> None:

@@ -109,6 +109,12 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def say(message: str) -> None:
+    """A line for people, once."""
+    if not rank():
+        print(message, flush=True)
+
+
 def least(value: int) -> int:
     """The smallest of the ranks' values; every rank must ask."""
     found = torch.tensor([value], device=device())

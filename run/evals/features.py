@@ -1,0 +1,88 @@
+"""Features of a whole set, made once by all ranks and kept on disk, so that what is fitted to them can be broken off and done again.
+
+    RUN/features/TAG/SET-SPLIT-WHAT-DIGEST/00000.npy ...   CHUNK images each, float32 (tokens: float16); 00000.label.npy their classes
+
+TAG tells the weights, DIGEST the set and how its images are shown.  A chunk is there whole or not at all; any number of ranks goes on.
+The run's folder must be one that all ranks see.  Names: N images, D width.
+"""
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.benchmarks import Images
+from run.evals.embed import BATCH, Embedder
+from run.lib.ranks import barrier, once, rank, told, world
+
+CHUNK = 16 * BATCH
+
+
+class Features:
+    """The features of a set's images, (N, ...), by number; the whole on every rank, read from disk as they are asked for."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+        self.parts = [np.load(part(folder, c), mmap_mode="r") for c in range(chunks(count))]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, indices: Iterable[int] | Tensor) -> Tensor:
+        """(n, ...) float32, in the order asked for."""
+        indices = np.asarray(indices)
+        out = np.empty((len(indices), *self.parts[0].shape[1:]), np.float32)
+        for chunk in np.unique(indices // CHUNK):
+            here = np.nonzero(indices // CHUNK == chunk)[0]
+            out[here] = self.parts[chunk][indices[here] % CHUNK]
+        return torch.from_numpy(out)
+
+    def all(self) -> Tensor:
+        return torch.from_numpy(np.concatenate(self.parts).astype(np.float32, copy=False))
+
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return torch.from_numpy(np.concatenate([np.load(part(self.folder, c, ".label")) for c in range(chunks(self.count))]))
+
+
+def features(model: Embedder, images: Images, what: str, labels: bool = False) -> Features:
+    """`what` as Embedder.passed has it; labels: the classes of the images too.  All ranks must call."""
+    how = repr((model.pre, model.mask, model.ensemble, str(images.folder.resolve()), len(images), images.key(0), images.key(len(images) - 1)))
+    folder = model.home / "features" / model.tag / f"{images.name}-{images.split}-{what}-{zlib.crc32(how.encode()):08x}"
+    once(lambda: folder.mkdir(parents=True, exist_ok=True))
+    missing = told(lambda: " ".join(str(c) for c in range(chunks(len(images))) if not part(folder, c).exists()
+                                    or labels and not part(folder, c, ".label").exists()))
+    missing = [int(c) for c in missing.split()]
+    mine = missing[rank()::world()]
+    samples = [i for c in mine for i in range(c * CHUNK, min((c + 1) * CHUNK, len(images)))]
+    turns = -(-len(missing) // world()) * (CHUNK // BATCH)
+    made, waiting = iter(mine), []
+    for indices, x in model.passed(images, what, samples, turns):
+        waiting.append((indices, x.to(torch.float16 if what == "tokens" else torch.float32).cpu()))
+        have = sum(len(i) for i, _ in waiting)
+        if have and (have == CHUNK or int(indices[-1]) == len(images) - 1):
+            chunk, order = next(made), torch.cat([i for i, _ in waiting]).tolist()
+            if labels:
+                write(part(folder, chunk, ".label"), np.array([images.label(i) for i in order], np.int64))
+            write(part(folder, chunk), torch.cat([x for _, x in waiting]).numpy())
+            waiting.clear()
+    barrier()
+    return Features(folder, len(images))
+
+
+def chunks(count: int) -> int:
+    return -(-count // CHUNK)
+
+
+def part(folder: Path, chunk: int, kind: str = "") -> Path:
+    return folder / f"{chunk:05d}{kind}.npy"
+
+
+def write(path: Path, values: np.ndarray) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
+        np.save(file, values)
+    os.replace(unfinished, path)

@@ -1,0 +1,90 @@
+"""The small supervised loop that probes, fine-tuning and heads share: fit(trainer, batches, loss_of, rate, steps).
+
+A trainer is called like a module, and has backward(loss), step(), and an optimizer: `Replicated` for what is small, or DeepSpeed's engine.
+Batches are global: `order` names the samples of each, the same on every rank, which takes its share, so that the number of ranks does not
+change what is learned.  Names: N samples, B global batch.
+"""
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from run.lib.ranks import device, rank, total, world
+
+
+class Replicated:
+    """A module that every rank holds whole; gradients are averaged over the ranks.  clip: the largest gradient norm, 0 for any."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float = 0.0):
+        self.module, self.optimizer, self.clip = module, optimizer, clip
+        for value in module.state_dict().values():  # drawn alike or not, they begin as rank 0's
+            dist.broadcast(value, 0)
+
+    def __call__(self, *inputs):
+        return self.module(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
+        mean = total(torch.cat([g.flatten() for g in gradients])) / world()
+        for p, g in zip(held, mean.split([p.numel() for p in held])):
+            p.grad = g.view_as(p)
+        if self.clip:
+            nn.utils.clip_grad_norm_(held, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def order(count: int, batch: int, epochs: float, seed: int) -> Iterator[Tensor]:
+    """The samples (B,) of each step, all ranks'; every epoch in a new order, its last batch filled from the next."""
+    queue, epoch = torch.empty(0, dtype=torch.int64), 0
+    for _ in range(steps(count, batch, epochs)):
+        while len(queue) < batch:
+            queue = torch.cat([queue, torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))])
+            epoch += 1
+        yield queue[:batch]
+        queue = queue[batch:]
+
+
+def steps(count: int, batch: int, epochs: float) -> int:
+    return max(1, round(count * epochs / batch))
+
+
+def mine(samples: Tensor) -> Tensor:
+    """This rank's share of a global batch; where it does not divide, shares differ by one."""
+    return samples[rank()::world()]
+
+
+def mean_loss(losses: Tensor, batch: int) -> Tensor:
+    """A share's losses (b,) -> what to give to backward, so that the mean over ranks is that over the global batch of B samples."""
+    return losses.sum() * world() / batch
+
+
+def fit(trainer, batches: Iterable, loss_of: Callable, rate: Callable[[float], float], total_steps: int) -> list[float]:
+    """Train over the batches; loss_of(trainer, batch) -> a loss whose mean over ranks is the batch's; returns these means.
+
+    rate(progress, from 0 to 1) -> learning rate; a group's `scale`, where it has one, multiplies it (layer-wise decay).
+    """
+    found = []
+    for step, batch in enumerate(batches):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = rate(step / total_steps) * group.get("scale", 1.0)
+        loss = loss_of(trainer, batch)
+        trainer.backward(loss)
+        trainer.step()
+        found.append(loss.detach())
+    return (total(torch.stack(found).to(device())) / world()).tolist() if found else []
+
+
+def cosine(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:
+    """A learning rate by progress: linear from 0 over the share `warmup`, then half a cosine to `end`."""
+    def rate(progress: float) -> float:
+        if progress < warmup:
+            return peak * progress / warmup
+        return end + (peak - end) * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+    return rate
