@@ -2,6 +2,7 @@
 
 Run: pytest tests/test_ema.py (its shards under ZeRO-3: tests/test_teacher.py)
 """
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from model.ema import Average, cosine, linear, parameters
+from tests.test_methods import build, pictures
 
 STEPS = 50
 
@@ -118,3 +120,24 @@ def test_pairs_of_several_modules_keep_apart():
 def test_refuses(teacher, student, complaint):
     with pytest.raises(AssertionError, match=complaint):
         parameters([(teacher, student)])
+
+
+@pytest.mark.parametrize("name, options", [("maskclip", {}), ("aclip", {}), ("aclip", dict(average_text=True))])
+def test_the_average_as_evaluations_see_it(name, options):
+    """The student's towers with the average's weights in the place of its own, where it has an average; the student stays as it is."""
+    method = build(name, **options)
+    before = {key: value.clone() for key, value in method.towers.state_dict().items()}
+    averages = {key.removeprefix("teacher."): value for key, value in method.state_dict().items() if key.startswith("teacher.")}
+    plain = copy.deepcopy(method.towers)
+    plain.load_state_dict({**before, **averages})
+    ids, lengths = torch.arange(1, 12), torch.tensor([4, 7])
+
+    def embeddings(towers):
+        return towers.encode_image(pictures(), torch.arange(64).expand(6, -1)), towers.encode_text(ids, lengths)
+    shown = method.shown("teacher")
+    for found, wanted in zip(embeddings(shown), embeddings(plain), strict=True):
+        assert torch.equal(found, wanted)
+    assert not torch.equal(embeddings(shown)[0], embeddings(method.towers)[0]) and method.shown() is method.towers
+    assert all(torch.equal(value, before[key]) for key, value in method.towers.state_dict().items())
+    with pytest.raises(ValueError, match="without a moving average"):
+        build("clip").shown("teacher")
