@@ -33,13 +33,16 @@ METHODS = {
 
 
 def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> config.Run:
-    """The config of a tiny run, at a rate where rounding does not grow: Adam's first steps follow signs of the smallest gradients."""
+    """The config of a tiny run, at a rate and an eps where rounding does not grow.
+
+    Adam divides a gradient by its own size: one that is nothing but rounding (of a bias before batch norm, say) moves by the whole rate.
+    """
     spent = Path(tempfile.mkdtemp()) / "deepspeed.json"
     spent.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10000},
                                  "bf16": {"enabled": bf16}}))
     return config.load("run/configs/quickstart.yaml", [
         f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)", *TINY, f"deepspeed={spent}",
-        f"views.image.mask={MASKS.get(name, 'none')}", "optim.lr=5e-4", *FLAVOURS.get(name, CLIP_FLAVOUR), *METHODS.get(name, []), *more])
+        f"views.image.mask={MASKS.get(name, 'none')}", "optim.lr=5e-4", "optim.eps=1e-5", *FLAVOURS.get(name, CLIP_FLAVOUR), *METHODS.get(name, []), *more])
 
 
 def start(cfg: config.Run, **how) -> tuple[engine.Engine, Batches]:
