@@ -42,7 +42,8 @@ def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -
                                  "bf16": {"enabled": bf16}}))
     return config.load("run/configs/quickstart.yaml", [
         f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)", *TINY, f"deepspeed={spent}",
-        f"views.image.mask={MASKS.get(name, 'none')}", "optim.lr=5e-4", "optim.eps=1e-5", *FLAVOURS.get(name, CLIP_FLAVOUR), *METHODS.get(name, []), *more])
+        f"views.image.mask={MASKS.get(name, 'none')}", "optim.lr=5e-4", "optim.eps=1e-5",
+        *FLAVOURS.get(name, CLIP_FLAVOUR), *METHODS.get(name, []), *more])
 
 
 def start(cfg: config.Run, **how) -> tuple[engine.Engine, Batches]:
