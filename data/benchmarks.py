@@ -67,6 +67,10 @@ class Images(ABC):
     def key(self, i: int) -> str:
         """What a message calls it."""
 
+    def view(self, i: int, pre: Preprocess) -> np.ndarray:
+        """(S, S, 3) uint8: image i as the tower sees it.  ValueError: it cannot be read."""
+        return center_view(self.image(i), pre.image_size, pre.how, pre.interpolation)
+
     def lines(self, name: str) -> list[str]:
         """The lines of a text file of the set."""
         path = self.folder / name
@@ -185,7 +189,7 @@ class _Rounds(Dataset):
 
     def patches(self, i: int) -> np.ndarray:
         try:
-            image = center_view(self.images.image(i), self.pre.image_size, self.pre.how, self.pre.interpolation)
+            image = self.images.view(i, self.pre)
         except ValueError as error:
             raise ValueError(f"evals: {self.images.key(i)}: {error}") from None
         return visible(image, self.pre.patch, self.everything)

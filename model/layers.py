@@ -74,14 +74,17 @@ class Attention(nn.Module):
         self.qkv = column_linear(width, 3 * width, init.qkv)
         self.out = row_linear(width, width, init.out)
 
-    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None) -> Tensor:
-        """only: the tokens that ask, and are returned."""
+    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
+                alone: bool = False) -> Tensor:
+        """only: the tokens that ask, and are returned.  alone: each token attends to itself, so its own value is what it gets."""
         x = self.qkv(x)
         x = x if packed is None else packed.pad(x)
         q, k, v = x.unflatten(2, (3, -1, self.head)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
         if watch is not None:
             watch.layers.append((q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head ** -0.5).softmax(3).mean(1)[:, 0])
-        if packed is None:
+        if alone:
+            x = v
+        elif packed is None:
             x = F.scaled_dot_product_attention(q[:, :, :only], k, v)
         elif only is None:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.mask, is_causal=packed.causal)
@@ -116,8 +119,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, activation, init)
 
-    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None) -> Tensor:
-        seen = self.attn(self.norm1(x), packed, only, watch)
+    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
+                alone: bool = False) -> Tensor:
+        seen = self.attn(self.norm1(x), packed, only, watch, alone)
         x = (x if only is None else x[:, :only] if packed is None else x.index_select(0, only)) + seen
         return x + self.mlp(self.norm2(x))
 
@@ -129,15 +133,17 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, activation, eps, init) for _ in range(depth))
         self.recompute = recompute
 
-    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None) -> Tensor:
-        """only: the tokens that are needed, so that the last block works for these alone."""
+    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
+                alone: bool = False) -> Tensor:
+        """only: the tokens that are needed, so that the last block works for these.  alone: in the last block each attends to itself."""
         for i, block in enumerate(self):
-            few = only if i == len(self) - 1 else None
+            last = i == len(self) - 1
+            few, itself = only if last else None, alone and last
             if self.recompute and torch.is_grad_enabled():
                 # No layer draws random numbers, so no generator is saved.  DeepSpeed's own non-reentrant form fails under ZeRO-3.
-                x = checkpoint(block, x, packed, few, watch, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, packed, few, watch, itself, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, packed, few, watch)
+                x = block(x, packed, few, watch, itself)
         return x
 
 

@@ -4,8 +4,6 @@
 Fast cases run ranks as threads of this process; the slow one launches them.
 """
 import json
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +18,9 @@ from data.shards import Shards, write_shard
 from data.tokenizer import build as build_tokenizer
 from data.tokenizer import train_sentencepiece
 from model.methods import METHODS
-from run.evals import embed, evaluate, parse, retrieval, zero_shot
+from run.evals import embed, evaluate, parse, retrieval
 from run.lib import config
+from tests.threads import ranks
 from tests.tiny import NAMES, launch, picture, settings
 from tests.tiny import shards as make_shards
 
@@ -60,35 +59,6 @@ def model(data):
     for parameter in method.towers.parameters():
         parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
     return method, cfg, tokenizer
-
-
-@contextmanager
-def ranks(monkeypatch, world, batch):
-    """run(work): the work of `world` ranks, each a thread with its own rank(); total() really adds up over them."""
-    me, meet, given = threading.local(), threading.Barrier(world), [None] * world
-
-    def total(values):
-        given[me.rank] = values.clone()
-        meet.wait(30)
-        summed = sum(given[1:], given[0].clone())
-        meet.wait(30)
-        return summed
-    for module in (embed, retrieval, zero_shot):
-        for name, value in (("rank", lambda: me.rank), ("world", lambda: world), ("total", total), ("BATCH", batch), ("CHUNK", 7)):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-
-    def run(work):
-        found = [None] * world
-
-        def one(r):
-            me.rank = r
-            found[r] = work()
-        threads = [threading.Thread(target=one, args=(r,)) for r in range(world)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-        return found
-    yield run
 
 
 def embedder(model, **how):

@@ -4,6 +4,7 @@ Names: N items, m this rank's share of a round, E embedding width, D tower width
 """
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,14 @@ class Embedder:
         view = next(iter(cfg.views.values()))
         self.pre = Preprocess(cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation)
         self.home, self.tag = home, "-".join([tag, weights, *[mask] * (mask != "none"), *[f"{ensemble}views"] * (ensemble > 1)])
-        self.encoders = {"embedded": self.embed, "pooled": self.towers.image_features, "tokens": self.towers.vision}
+        self.encoders = {"embedded": self.embed, "pooled": self.towers.image_features, "tokens": self.towers.vision,
+                         "values": partial(self.towers.vision, alone=True)}
+
+    @property
+    def whole(self) -> bool:
+        """Is an image seen in one view, with all its patches?"""
+        patches = self.grid[0] * self.grid[1]
+        return self.ensemble == 1 and self.mask.visible(patches) == patches
 
     def forget(self) -> None:
         """Remove the features that were kept of these weights."""
@@ -68,7 +76,8 @@ class Embedder:
     def passed(self, images: Images, what: str, mine: Sequence[int], turns: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`turns` rounds, the same number on every rank, over this rank's images: (indices (m,), what the encoder makes of them (m, ...)).
 
-        what: embedded (E), pooled (D, before the projection) or tokens (1 + K, D, the class token first).
+        what: embedded (E), pooled (D, before the projection), tokens (1 + K, D, the class token first), or values, which are tokens of
+        a last block where each attends to itself alone.
         """
         for indices, patches, positions in images.rounds(self.pre, BATCH, mine, turns, min(self.cfg.data.workers, 2)):
             yield indices, self.encode(what, indices, patches, positions)[:len(indices)]
@@ -76,7 +85,7 @@ class Embedder:
     def encode(self, what: str, indices: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
         """Patches (n, L, 3 P P) at (n, L) of the images of these numbers -> (n, ...)."""
         patches, keeps = to_device(patches), self.keeps(indices, positions)
-        if what == "tokens" and len(keeps) > 1:
+        if what in ("tokens", "values") and len(keeps) > 1:
             raise ValueError("--ensemble: what reads patch tokens sees one view; leave it out")
         made = sum(self.encoders[what](patches if keep is positions else take(patches, place), place)
                    for keep, place in zip(keeps, map(to_device, keeps)))
@@ -88,7 +97,7 @@ class Embedder:
     def keeps(self, indices: Tensor, positions: Tensor) -> list[Tensor]:
         """Which patches of each image are seen in each view, (images, K); drawn for the image's number, whichever rank has it."""
         images, patches = positions.shape
-        if self.ensemble == 1 and self.mask.visible(patches) == patches:
+        if self.whole:
             return [positions]  # all, as they lie
         numbers = indices.tolist() or [0] * images  # a rank without images goes through the tower in step
         noise = torch.from_numpy(np.stack([np.random.default_rng((0, i)).random(patches, dtype=np.float32) for i in numbers]))

@@ -109,6 +109,13 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gathered(items: list) -> list:
+    """The ranks' lists as one, on every rank; for small things that can be pickled."""
+    every: list = [[]] * world()
+    dist.all_gather_object(every, items)
+    return [item for items in every for item in items]
+
+
 def say(message: str) -> None:
     """A line for people, once."""
     if not rank():

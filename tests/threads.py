@@ -1,0 +1,47 @@
+"""Several ranks in one process, each a thread: for fast tests of evaluations, whose sums over ranks then really add up.
+
+    with ranks(monkeypatch, world=3, batch=4) as run:
+        a, b, c = run(work)
+"""
+import sys
+import threading
+from contextlib import contextmanager
+
+
+@contextmanager
+def ranks(monkeypatch, world: int, batch: int):
+    """run(work): what `world` ranks, each with its own rank(), return; rounds of `batch` images, small chunks."""
+    me, meet, given = threading.local(), threading.Barrier(world), [None] * world
+
+    def exchanged(value):
+        given[me.rank] = value
+        meet.wait(30)
+        values = list(given)
+        meet.wait(30)
+        return values
+    fakes = dict(rank=lambda: me.rank, world=lambda: world, BATCH=batch, CHUNK=7,
+                 total=lambda values: sum(exchanged(values.clone())),
+                 least=lambda value: min(exchanged(value)), gathered=lambda items: sum(exchanged(items), []))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("run.evals"):
+            for fake, value in fakes.items():
+                if hasattr(module, fake):
+                    monkeypatch.setattr(module, fake, 2 * batch if (name, fake) == ("run.evals.features", "CHUNK") else value)
+
+    def run(work):
+        found, errors = [None] * world, []
+
+        def one(r):
+            me.rank = r
+            try:
+                found[r] = work()
+            except BaseException as error:
+                errors.append(error)
+                meet.abort()
+        threads = [threading.Thread(target=one, args=(r,)) for r in range(world)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        if errors:
+            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        return found
+    yield run
