@@ -70,7 +70,7 @@ def build(out: Path, *, cache: Path, tones: bool = False, extras: bool = False, 
 
 
 def finished(out: Path, settings: dict, kind: str = "glyphs") -> dict | None:
-    """The summary of a finished build with the same settings; None for an empty folder; ValueError for anything else."""
+    """The summary (KIND.json) of a finished build with the same settings; None for an empty folder; ValueError for anything else."""
     if (record := out / f"{kind}.json").exists():
         summary = json.loads(record.read_text())
         if summary["settings"] == settings:

@@ -1,6 +1,7 @@
 """Make, index and check the data that a run trains on: folders of tar shards, which a config's `data.train` names.
 
     python run/prepare.py glyphs --out datasets/glyphs                        the default data set: drawings out of npm packages
+    python run/prepare.py composites --out datasets/composites                scenes of several glyphs, with masks, captions and questions
     python run/prepare.py pairs photos/ --out datasets/photos                 your images with captions, from a folder
     python run/prepare.py pairs train-*.parquet --out datasets/photos         ... or from tables: csv, tsv, parquet
     python run/prepare.py index datasets/laion                                shards that you have: runs on them resume exactly
@@ -21,6 +22,7 @@ import json  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 
+from data import composites as composed  # noqa: E402
 from data.batches import DataConfig  # noqa: E402
 from data.check import check, counted, describe, human_bytes  # noqa: E402
 from data.glyphs import build  # noqa: E402
@@ -51,6 +53,12 @@ def main() -> int | None:
     add("--tones", action="store_true", help="keep the skin-tone variants: 10 thousand more drawings, nearly alike")
     add("--extras", action="store_true", help="clip art, stamps and photographs out of Debian packages too (Debian or Ubuntu only)")
     add("--cache", type=Path, default=CACHE, help="where fetched packages are kept, default %(default)s")
+    add = command("composites", composites)
+    add("--glyphs", type=Path, default=Path("datasets/glyphs"), help="a finished glyphs set, whose drawings are taken, default %(default)s")
+    add("--out", type=Path, required=True, help="the new folder, e.g. datasets/composites")
+    for name, scenes in (("train", 10000), ("test", 2000), ("unseen", 1000)):
+        add(f"--{name}", type=int, default=scenes, metavar="N", help=f"{name} scenes, default %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="another one gives other scenes, default %(default)s")
     add = command("pairs", pairs)
     add("sources", nargs="+", type=Path, metavar="SOURCE", help="a folder, or .csv, .tsv or .parquet tables")
     add("--out", type=Path, required=True, help="the new folder of shards, e.g. datasets/photos")
@@ -92,6 +100,20 @@ def glyphs(out: Path, tones: bool, extras: bool, cache: Path) -> None:
         print(f"  {'eval/' + name:42} {counts['images']:6,} images" + (f", {counts['classes']:,} classes" if "classes" in counts else ""))
     print("  LICENSES.txt says whose the drawings are")
     next_is(f"tokenizer {out}/train --out {out}-tokenizer.model --vocab-size 2000")
+
+
+def composites(out: Path, glyphs: Path, train: int, test: int, unseen: int, seed: int) -> None:
+    """Make scenes of one to four glyphs each, with exact label maps, boxes, captions and questions.
+
+    OUT is an evaluation set for segmentation, captioning, questions and retrieval, and OUT/train is a training set.  OUT/test shows
+    drawings that OUT/train does not, OUT/unseen_style those of styles that neither glyphs' nor these training scenes show.
+    A finished OUT with the same settings is left as it is.
+    """
+    done = composed.build(out, glyphs=glyphs, train=train, test=test, unseen=unseen, seed=seed)
+    print(f"{out}: {len(done['settings']['concepts'])} classes")
+    for part, where, scenes in zip(done["drawings"], ("train", "test", "unseen_style"), done["settings"]["scenes"]):
+        print(f"  {where + '/':16} {scenes:6,} scenes of {sum(done['drawings'][part].values()):4,} drawings")
+    next_is(f"check {out}/train")
 
 
 def pairs(sources: list[Path], out: Path, per_shard: int, image_column: str | None, caption_column: str | None) -> None:
