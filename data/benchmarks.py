@@ -1,8 +1,11 @@
 """Evaluation sets: folders in CLIP_benchmark's webdataset layout, read in shares that cover every sample once.
 
-    SET/classnames.txt, SET/zeroshot_classification_templates.txt    a class a line; a template a line, {c} is the class
+    SET/classnames.txt                          a class a line; NAME;OTHER NAME where it has several
+    SET/zeroshot_classification_templates.txt   a template a line, {c} is the class
+    SET/class_subset.txt                        where only some of the classes compete: their numbers, a line each
     SET/test/0.tar ...          key.webp|png|jpg with key.cls (the class's number) or key.txt (captions, one a line), or with
-                                key.seg.png (a label map), or key.json that holds questions: [{question, answers, kind}]
+                                key.seg.png (a label map), key.npy (0 or 1 for each class), or key.json that holds
+                                questions: [{question, answers, kind}], or anchor, offset and labels of a video frame
     SET/train/0.tar ...         the same, for what is fitted before it is evaluated (probes, fine-tuning, heads)
 
 Other layouts are classes of their own in data/layouts.py.  Names: n images on this rank in this round, L patches, P patch side.
@@ -11,6 +14,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data import prompts
 from data.augment import center_view, opened
 from data.batches import quiet_worker
 from data.patches import visible
@@ -43,6 +49,15 @@ class Question:
     text: str
     answers: tuple[str, ...]
     kind: str = ""  # e.g. what, how many; accuracies are told for each
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A video frame: the anchor frame that it belongs to, how many frames it is away from it (0: that itself), and its classes."""
+
+    anchor: str
+    offset: int
+    labels: tuple[int, ...]
 
 
 class Images(ABC):
@@ -76,24 +91,54 @@ class Images(ABC):
         path = self.folder / name
         if not path.exists():
             raise ValueError(f"evals: {self.folder}: it needs {name}")
-        return [line for line in path.read_text().splitlines() if line.strip()]
+        return path.read_text().rstrip().splitlines()
+
+    def names(self) -> list[list[str]]:
+        """All names of each class, from classnames.txt; where class_subset.txt names some, of these alone."""
+        found = [prompts.synonyms(line) for line in self.lines("classnames.txt")]
+        if not all(found):
+            raise ValueError(f"evals: {self.folder}: classnames.txt: line {found.index([]) + 1} is empty; line i + 1 names class i")
+        return [found[number] for number in self.subset] if self.subset else found
 
     def classes(self) -> list[str]:
-        """The name of each class, from classnames.txt."""
-        return self.lines("classnames.txt")
+        """The first name of each class."""
+        return [names[0] for names in self.names()]
 
-    def templates(self) -> list[str]:
-        """The set's own templates, from zeroshot_classification_templates.txt; {c} is the class."""
-        return self.lines("zeroshot_classification_templates.txt")
+    @cached_property
+    def subset(self) -> list[int]:
+        """What class_subset.txt holds, lines of classnames.txt from 0: class i of the set is the i-th of these.  []: all compete."""
+        if not (self.folder / "class_subset.txt").exists():
+            return []
+        count, lines = len(self.lines("classnames.txt")), self.lines("class_subset.txt")
+        found = [int(line) if line.strip().isdecimal() else -1 for line in lines]
+        if len(set(found)) < len(found) or not all(0 <= number < count for number in found):
+            raise ValueError(f"evals: {self.folder}: class_subset.txt: it holds lines of classnames.txt by number, "
+                             f"0 to {count - 1}, each once")
+        return found
 
-    def prompts(self) -> list[list[str]]:
-        """For each class, its name in every template."""
-        templates = self.templates()
-        return [[template.replace("{c}", name) for template in templates] for name in self.classes()]
+    def templates(self, which: str = "") -> list[str]:
+        """A list of data/prompts.py; by default the set's own, from zeroshot_classification_templates.txt."""
+        own = "zeroshot_classification_templates.txt"
+        if not which and not (self.folder / own).exists():
+            raise ValueError(f"evals: {self.folder}: no templates; it needs {own}, or give templates=7, 80 or a file")
+        return prompts.templates(which or self.folder / own)
+
+    def prompts(self, which: str = "") -> list[list[str]]:
+        """For each class, each of its names in every template."""
+        templates = self.templates(which)
+        return [[template.replace("{c}", name) for name in names for template in templates] for names in self.names()]
 
     def label(self, i: int) -> int:
         """The class's number of image i."""
         raise self.lacks("classes of images")
+
+    def present(self, i: int) -> np.ndarray:
+        """(C,) bool: which classes are in image i, where it may have several."""
+        raise self.lacks("lists of classes of images")
+
+    def frame(self, i: int) -> Frame:
+        """Where image i lies in a video."""
+        raise self.lacks("video frames")
 
     def captions(self, i: int) -> list[str]:
         """The captions of image i, in order."""
@@ -143,7 +188,26 @@ class Benchmark(Images):
         return " ".join(self.shards.name(i))
 
     def label(self, i: int) -> int:
-        return int(self.member(i, "cls"))
+        text = self.member(i, "cls").decode(errors="replace").strip()
+        if not text.isdecimal():
+            raise ValueError(f"evals: {self.folder}: the class of {self.key(i)} is {text[:20]!r}; it must be a number")
+        return self.numbered(i, int(text))
+
+    def numbered(self, i: int, label: int) -> int:
+        """A class's number as image i has it -> as it competes."""
+        if self.subset and label not in self.subset:
+            raise ValueError(f"evals: {self.folder}: {self.key(i)} is of class {label}, which class_subset.txt has not")
+        return self.subset.index(label) if self.subset else label
+
+    def present(self, i: int) -> np.ndarray:
+        found = np.load(BytesIO(self.member(i, "npy"))).reshape(-1) > 0  # refuses pickles
+        return found[self.subset] if self.subset else found
+
+    def frame(self, i: int) -> Frame:
+        row = json.loads(self.member(i, "json"))
+        if not isinstance(row, dict) or not {"anchor", "offset", "labels"} <= row.keys() or not row["labels"]:
+            raise self.lacks("video frames (json with anchor, offset and labels)")
+        return Frame(str(row["anchor"]), int(row["offset"]), tuple(self.numbered(i, label) for label in row["labels"]))
 
     def captions(self, i: int) -> list[str]:
         return [line for text in self.shards.read(i, only=CAPTIONS).captions for line in text.splitlines() if line.strip()]

@@ -164,7 +164,7 @@ def test_a_collapsed_model_finds_nothing(monkeypatch, what):
 
 def test_what_a_set_lacks_is_said_at_the_start(data, tmp_path):
     shapes, pairs = f"{data}/eval/shapes", f"{data}/eval/pairs"
-    for specs, words in (([f"zero_shot:{pairs}"], "pairs: it needs zeroshot"), ([f"retrieval:{shapes}"], "no caption"),
+    for specs, words in (([f"zero_shot:{pairs}"], "pairs: no templates; it needs zeroshot"), ([f"retrieval:{shapes}"], "no caption"),
                          (["zero_shot"], "write zero_shot:FOLDER"),
                          ([f"retrieval:{pairs}", f"retrieval:{pairs}/../pairs"], "a second set is called 'pairs'")):
         with pytest.raises(ValueError, match=words):

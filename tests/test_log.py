@@ -43,16 +43,16 @@ def test_records(tmp_path, capsys):
 def test_evaluations(tmp_path, capsys):
     log = Log(tmp_path, 0, steps=40, batch=256)
     log.step(1, 256, 1e9, 1e12, loss=5.5)
-    log.evaluation(1, 256, {})  # a config with eval_every and no evals
+    log.evaluation(1, 256, {}, "student")  # a config with eval_every and no evals
     assert not (tmp_path / "results.jsonl").exists() and len(strict(tmp_path / "metrics.jsonl")) == 1
     log.wait(0.5)
     time.sleep(0.05)
-    log.evaluation(5, 1280, {"zero_shot/shapes/top1": 0.5, "zero_shot/shapes/chance": 0.1})
+    log.evaluation(5, 1280, {"zero_shot/shapes/top1": 0.5, "zero_shot/shapes/chance": 0.1}, "student")
     time.sleep(0.02)
     log.step(6, 1536, 1e9, 1e12, loss=5.0)
     log.close()
     values = {"zero_shot/shapes/top1": 0.5, "zero_shot/shapes/chance": 0.1}
-    assert strict(tmp_path / "results.jsonl") == [dict(step=5, samples=1280, **values)]
+    assert strict(tmp_path / "results.jsonl") == [dict(step=5, samples=1280, weights="student", **values)]
     last = strict(tmp_path / "metrics.jsonl")[-1]
     assert last["samples_per_s"] > 256 / 0.05 and last["stall"] == 0, "evaluating is no training time"
     assert "(5x chance)" in capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     log = Log(tmp_path, 1, steps=40, batch=256)
     log.wait(1.0)
     log.step(1, 256, 1e9, 1e12, loss=5.5)
-    log.evaluation(1, 256, {"zero_shot/x/top1": 0.5})
+    log.evaluation(1, 256, {"zero_shot/x/top1": 0.5}, "student")
     log.say("hello")
     log.picture("x", None, 0)
     log.close()

@@ -25,6 +25,7 @@ FEATURES = ("auto", "tokens", "values")
 
 @dataclass(frozen=True)
 class Options:
+    templates: str = ""  # 7, 80, 85 (data/prompts.py; MaskCLIP: 85) or a file; default: the set's own
     size: int = 0  # pixels that an image's short side is brought to; 0: twice the tower's side (MaskCLIP: 512, Pascal Context 480, at 224)
     stride: int = 0  # pixels from window to window; 0: half the tower's side
     features: str = "auto"  # tokens: the tower's; values: of a last block that mixes no tokens; auto: values where cls is pooled
@@ -38,7 +39,7 @@ class Options:
 
 
 def check(images: Images, options: Options) -> None:
-    check_map(images, 0, len(images.prompts()))
+    check_map(images, 0, len(images.prompts(options.templates)))
 
 
 def check_map(images: Images, i: int, classes: int) -> Tensor:
@@ -60,7 +61,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
         raise ValueError(f"evals: segmentation(size={options.size}): the tower sees windows of {side} pixels; at least that")
     sliding = Sliding(side, options.size or 2 * side, min(options.stride or side // 2, side))
     values = options.features == "values" or options.features == "auto" and model.towers.vision.cfg.pool == "cls"
-    classes = class_embeddings(model, images)  # (C, E)
+    classes = class_embeddings(model, images, options.templates)  # (C, E)
     counts, shown = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device()), []
     for i, similar in similarities(model, images, sliding, "values" if values else "tokens", classes):
         truth = check_map(images, i, len(classes))

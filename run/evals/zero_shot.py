@@ -1,36 +1,77 @@
 """Zero-shot classification: an image's class is the one whose prompts' mean embedding lies nearest (CLIP section 3.1.4)."""
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.benchmarks import Benchmark, Images
+from run.evals import metrics
 from run.evals.embed import Embedder
-from run.lib.ranks import total
+from run.lib.config import check_choice
 
 
 @dataclass(frozen=True)
 class Options:
-    pass
+    templates: str = ""  # 7, 80, 85 (data/prompts.py) or a file; default: the set's own
+    metric: str = "top1"  # a row of run.evals.metrics.METRICS; top1 and top5 are told beside it where images have one class
+
+    def __post_init__(self):
+        check_choice("evals: zero_shot.metric", self.metric, metrics.METRICS)
 
 
 def check(benchmark: Benchmark, options: Options) -> None:
-    benchmark.prompts(), benchmark.label(0)
+    """Every label is read, so that a set whose labels do not fit its names is refused before anything is computed."""
+    classes = len(benchmark.prompts(options.templates))
+    if options.metric == "roc_auc" and classes != 2:
+        raise ValueError(f"evals: {benchmark.folder}: roc_auc is for two classes; {classes} are named")
+    if options.metric == "pm":
+        frames = [benchmark.frame(i) for i in range(len(benchmark))]
+        if lone := {frame.anchor for frame in frames} - {frame.anchor for frame in frames if frame.offset == 0}:
+            raise ValueError(f"evals: {benchmark.folder}: frames of the anchor {min(lone)!r}, but not itself (offset 0)")
+    for i in range(len(benchmark)):
+        if options.metric == "map":
+            if len(row := benchmark.present(i)) != classes:
+                raise ValueError(f"evals: {benchmark.folder}: {benchmark.key(i)} tells of {len(row)} classes; {classes} are named")
+            continue
+        labels = benchmark.frame(i).labels if options.metric == "pm" else [benchmark.label(i)]
+        if max(labels) >= classes:
+            raise ValueError(f"evals: {benchmark.folder}: {benchmark.key(i)} is of class {max(labels)}; "
+                             f"classnames.txt names {classes}, from 0")
 
 
 def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[str, float]:
-    """top1 and top5, as shares, and chance: what guessing would get at top1."""
-    classes = class_embeddings(model, benchmark)
+    """The metric, and for images of one class top1, top5 and chance: what guessing would get at top1; all are shares."""
+    classes = class_embeddings(model, benchmark, options.templates)
     indices, images = model.images(benchmark)
+    scores = images @ classes.T.to(images.device)  # (n, C)
+    if options.metric == "map":
+        present = torch.from_numpy(np.stack([benchmark.present(i) for i in indices.tolist()] or [np.zeros(len(classes))]))[:len(indices)]
+        scores, present = (metrics.everyone(indices, x.to(scores.device), len(benchmark)) for x in (scores, present))
+        return dict(map=metrics.mean_average_precision(scores, present > 0))
+    if options.metric == "pm":
+        frames = [benchmark.frame(i) for i in range(len(benchmark))]
+        right = [best in frames[i].labels for i, best in zip(indices.tolist(), scores.argmax(1).tolist())]
+        right = metrics.everyone(indices, torch.tensor(right, device=scores.device), len(benchmark)) > 0
+        offsets = torch.tensor([frame.offset for frame in frames], device=scores.device)
+        anchors = [frame.anchor for frame in frames]
+        return {f"pm_{k}": metrics.perturbed(right, anchors, offsets, k) for k in (0, 10)} | dict(chance=1 / len(classes))
     labels = torch.tensor([benchmark.label(i) for i in indices.tolist()], dtype=torch.int64, device=images.device)
-    top = (images @ classes.T).topk(min(5, len(classes)), dim=1).indices == labels[:, None]  # (n, 5)
-    hits = total(torch.stack([top[:, 0].sum(), top.sum(), torch.tensor(len(top), device=top.device)]).double())
-    return dict(top1=float(hits[0] / hits[2]), top5=float(hits[1] / hits[2]), chance=1 / len(classes))
+    counts = metrics.counted(scores, labels)
+    found = dict(top1=metrics.top1(counts), top5=metrics.top5(counts), chance=1 / len(classes))
+    if options.metric == "mean_per_class":
+        found["mean_per_class"] = metrics.mean_per_class(counts)
+    if options.metric == "top1_top5":
+        found["top1_top5"] = (found["top1"] + found["top5"]) / 2
+    if options.metric == "roc_auc":
+        above = metrics.everyone(indices, scores[:, 1] - scores[:, 0], len(benchmark))
+        found["roc_auc"] = metrics.roc_auc(above, metrics.everyone(indices, labels, len(benchmark)) > 0)
+    return found
 
 
-def class_embeddings(model: Embedder, benchmark: Images) -> Tensor:
-    """(C, E): of each class the mean of its prompts' embeddings, of length 1."""
-    prompts = benchmark.prompts()
-    texts = model.texts([text for names in prompts for text in names])
-    return F.normalize(texts.unflatten(0, (len(prompts), -1)).mean(1), dim=-1)
+def class_embeddings(model: Embedder, benchmark: Images, templates: str = "") -> Tensor:
+    """(C, E): of each class the mean of its prompts' embeddings, of length 1; all names of a class weigh the same."""
+    prompts = benchmark.prompts(templates)
+    texts = model.texts([text for several in prompts for text in several])
+    return F.normalize(torch.stack([part.mean(0) for part in texts.split(list(map(len, prompts)))]), dim=-1)

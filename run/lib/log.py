@@ -158,4 +158,4 @@ def cell(item: tuple[str, float]) -> str:
 
 
 def against_chance(values: dict) -> str:
-    return f"  ({values['top1'] / values['chance']:.0f}x chance)" if "chance" in values else ""
+    return f"  ({values['top1'] / values['chance']:.0f}x chance)" if {"top1", "chance"} <= values.keys() else ""
