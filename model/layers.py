@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; shapes as Attention's."""
+    """Pre-norm transformer block; shapes as Attention's.  paths: (2, B), by what its two branches are multiplied (see drop_path)."""
 
     def __init__(self, width: int, heads: int, activation: str, eps: float, init: Init):
         super().__init__()
@@ -120,10 +120,26 @@ class Block(nn.Module):
         self.mlp = MLP(width, activation, init)
 
     def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
-                alone: bool = False) -> Tensor:
+                alone: bool = False, paths: Tensor | None = None) -> Tensor:
+        attend, think = (None, None) if paths is None else paths
         seen = self.attn(self.norm1(x), packed, only, watch, alone)
-        x = (x if only is None else x[:, :only] if packed is None else x.index_select(0, only)) + seen
-        return x + self.mlp(self.norm2(x))
+        x = (x if only is None else x[:, :only] if packed is None else x.index_select(0, only)) + times(seen, attend)
+        return x + times(self.mlp(self.norm2(x)), think)
+
+
+def times(branch: Tensor, factors: Tensor | None) -> Tensor:
+    """(B, N, D) times (B,)."""
+    return branch if factors is None else branch * factors.to(branch.dtype)[:, None, None]
+
+
+def drop_path(noise: Tensor, rate: float) -> Tensor:
+    """Uniform noise (B, depth, 2) -> paths (depth, 2, B) for Blocks: stochastic depth (arXiv 1603.09382).
+
+    A sample goes round a branch with a probability that rises linearly from 0 in the first block to `rate` in the last; where it goes
+    through, the branch counts for more, so that its mean stays.  Each of a block's two branches is drawn by itself, as in timm.
+    """
+    rates = torch.linspace(0, rate, noise.shape[1], device=noise.device)[None, :, None]
+    return ((noise >= rates) / (1 - rates)).permute(1, 2, 0)
 
 
 class Blocks(nn.ModuleList):
@@ -134,16 +150,20 @@ class Blocks(nn.ModuleList):
         self.recompute = recompute
 
     def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
-                alone: bool = False) -> Tensor:
-        """only: the tokens that are needed, so that the last block works for these.  alone: in the last block each attends to itself."""
+                alone: bool = False, paths: Tensor | None = None) -> Tensor:
+        """only: the tokens that are needed, so that the last block works for these.  alone: in the last block each attends to itself.
+
+        paths: (depth, 2, B), of drop_path; for sequences of one length.
+        """
         for i, block in enumerate(self):
             last = i == len(self) - 1
-            few, itself = only if last else None, alone and last
+            how = packed, only if last else None, watch, alone and last, None if paths is None else paths[i]
             if self.recompute and torch.is_grad_enabled():
-                # No layer draws random numbers, so no generator is saved.  DeepSpeed's own non-reentrant form fails under ZeRO-3.
-                x = checkpoint(block, x, packed, few, watch, itself, use_reentrant=False, preserve_rng_state=False)
+                # No layer draws random numbers (paths are drawn before), so no generator is saved.  DeepSpeed's own non-reentrant form
+                # fails under ZeRO-3.
+                x = checkpoint(block, x, *how, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, packed, few, watch, itself)
+                x = block(x, *how)
         return x
 
 

@@ -59,12 +59,13 @@ class VisionTower(nn.Module):
         self.norm = nn.LayerNorm(width, cfg.eps)
 
     def forward(self, patches: Tensor, positions: Tensor, grid: tuple[int, int] | None = None, only_cls: bool = False,
-                watch: Watch | None = None, alone: bool = False) -> Tensor:
+                watch: Watch | None = None, alone: bool = False, paths: Tensor | None = None) -> Tensor:
         """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the class token first.
 
         grid: the positions are those of another grid, to which the tower's own are interpolated.  only_cls: (B, 1, D), the class token
         alone, exact for less.  watch: takes up how the class token attends.  alone: in the last block each token attends to itself, so that
         it tells of its own place where the tower is pooled by its class token (Zhou et al. 2022, Extract Free Dense Labels from CLIP, 3.2).
+        paths: (depth, 2, B), model/layers.py's drop_path, in fine-tuning.
         """
         learned = self.cfg.positions == "learned"
         x = self.patch(normalise(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
@@ -74,7 +75,7 @@ class VisionTower(nn.Module):
         x = x + F.embedding(positions.long(), table).to(x.dtype)
         cls = self.cls + self.positions[0] if learned else self.cls
         x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return self.norm(self.blocks(self.pre_norm(x), only=1 if only_cls else None, watch=watch, alone=alone))
+        return self.norm(self.blocks(self.pre_norm(x), only=1 if only_cls else None, watch=watch, alone=alone, paths=paths))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """(B, 1 + K, D) -> (B, D); holds no parameter, so it may be called anywhere."""

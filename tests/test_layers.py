@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.layers import ACTIVATIONS, Blocks, Embedding, Packed, sincos
+from model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drop_path, sincos
 from model.parallel import Init, Linear
 from model.towers import ModelConfig, Towers
 
@@ -149,3 +149,34 @@ def test_flip_draws():
         elif name != "temperature.logit_scale":
             assert p.std().item() == pytest.approx(0.02, rel=0.2), name
             assert p.abs().max() > 0.04, name  # a normal's tail
+
+
+def test_drop_path_by_hand():
+    noise = torch.tensor([[[0.0, 0.9], [0.05, 0.1], [0.1, 0.3]]])  # one sample, three blocks at rates 0, 0.1, 0.2
+    torch.testing.assert_close(drop_path(noise, 0.2)[..., 0], torch.tensor([[1, 1], [0, 1 / 0.9], [0, 1 / 0.8]]))
+
+
+def test_drop_path_keeps_the_mean():
+    """Every branch counts once on average, and goes missing as often as its rate says; the first block's never does."""
+    paths = drop_path(torch.rand(20_000, 4, 2, generator=torch.Generator().manual_seed(0)), 0.3)
+    assert paths.shape == (4, 2, 20_000) and (paths[0] == 1).all()
+    torch.testing.assert_close(paths.mean(2), torch.ones(4, 2), atol=0.02, rtol=0)
+    torch.testing.assert_close((paths == 0).float().mean(2), torch.linspace(0, 0.3, 4)[:, None].expand(4, 2), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_paths_multiply_the_branches(recompute):
+    """A sample that goes round all branches comes out as it went in; ones change nothing; factors act in the backward pass, too."""
+    stack, x = blocks(recompute), tokens(6).detach().view(2, 3, WIDTH).requires_grad_()
+    paths = torch.ones(2, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(stack(x, paths=paths), stack(x), rtol=0, atol=0)
+    paths[:, :, 1] = 0
+    y = stack(x, paths=paths)
+    torch.testing.assert_close(y[1], x[1], rtol=0, atol=0)
+    torch.testing.assert_close(y[0], stack(x)[0])
+    block, factor = stack[0], torch.tensor([[3.0], [2.0]], dtype=torch.float64)
+    half = x[:1] + 3 * block.attn(block.norm1(x[:1]))
+    expected = half + 2 * block.mlp(block.norm2(half))
+    found = Blocks.forward(stack, x[:1], paths=torch.stack([factor, torch.zeros_like(factor)]))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])

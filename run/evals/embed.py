@@ -65,11 +65,11 @@ class Embedder:
                 out[mine.start:mine.stop] = made.cpu()
         return total(out)
 
-    def images(self, images: Images) -> tuple[Tensor, Tensor]:
-        """This rank's images of a set: (indices (n,), embeddings (n, E)); over the ranks, every image once."""
+    def images(self, images: Images, what: str = "embedded") -> tuple[Tensor, Tensor]:
+        """This rank's images of a set: (indices (n,), embeddings (n, E)); over the ranks, every image once.  what: as in `passed`."""
         turns = -(-len(images) // (BATCH * world()))
         mine = [i for turn in range(turns) for i in range(len(images))[(turn * world() + rank()) * BATCH:][:BATCH]]
-        indices, embeddings = zip(*self.passed(images, "embedded", mine, turns))
+        indices, embeddings = zip(*self.passed(images, what, mine, turns))
         return torch.cat(indices), torch.cat(embeddings)
 
     @torch.no_grad()

@@ -54,11 +54,28 @@ def read_json(path: str) -> dict:
 def merged(cfg: Run, ranks: int) -> dict:
     """The JSON with what the config owns put in."""
     tree = read_json(cfg.deepspeed)
-    offload = tree.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    adam = dict(lr=cfg.optim.peak(cfg.batch), betas=list(cfg.optim.betas), eps=cfg.optim.eps)
     return {**tree, "train_batch_size": cfg.batch, "gradient_accumulation_steps": cfg.accumulate,
             "train_micro_batch_size_per_gpu": share(cfg.batch, ranks, cfg.accumulate), "gradient_clipping": cfg.optim.clip,
-            "optimizer": dict(type="AdamW", params=adam if offload else {**adam, "torch_adam": True})}
+            "optimizer": adamw(tree, lr=cfg.optim.peak(cfg.batch), betas=list(cfg.optim.betas), eps=cfg.optim.eps)}
+
+
+def adamw(tree: dict, **settings) -> dict:
+    """The optimizer's part of a JSON: torch's AdamW, or DeepSpeed's own on the CPU where the JSON offloads it."""
+    offload = tree.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    return dict(type="AdamW", params=settings if offload else {**settings, "torch_adam": True})
+
+
+def wrapped(module: torch.nn.Module, groups: list[dict], path: str, *, accumulate: int = 1,
+            betas: tuple[float, float] = (0.9, 0.999)) -> deepspeed.DeepSpeedEngine:
+    """A module that every rank holds whole, under a run's DeepSpeed JSON: a trainer for run/lib/fit.py, AdamW over these groups.
+
+    Stage 3 shards the module's own parameters.  accumulate: backward passes to a step, whose mean gradient it takes.
+    """
+    tree = read_json(path)
+    tree.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
+    tree |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulate, "gradient_clipping": 0.0,
+             "optimizer": adamw(tree, lr=0.0, betas=list(betas), eps=1e-8)}  # 1: DeepSpeed only counts by it
+    return deepspeed.initialize(model=module, model_parameters=groups, config=tree)[0]
 
 
 class Engine:

@@ -65,10 +65,12 @@ def mean_loss(losses: Tensor, batch: int) -> Tensor:
     return losses.sum() * world() / batch
 
 
-def fit(trainer, batches: Iterable, loss_of: Callable, rate: Callable[[float], float], total_steps: int) -> list[float]:
+def fit(trainer, batches: Iterable, loss_of: Callable, rate: Callable[[float], float], total_steps: int,
+        say: Callable[[str], None] | None = None) -> list[float]:
     """Train over the batches; loss_of(trainer, batch) -> a loss whose mean over ranks is the batch's; returns these means.
 
     rate(progress, from 0 to 1) -> learning rate; a group's `scale`, where it has one, multiplies it (layer-wise decay).
+    say: is told the loss, at a twentieth of the steps.
     """
     found = []
     for step, batch in enumerate(batches):
@@ -78,6 +80,8 @@ def fit(trainer, batches: Iterable, loss_of: Callable, rate: Callable[[float], f
         trainer.backward(loss)
         trainer.step()
         found.append(loss.detach())
+        if say and (step + 1) % max(1, total_steps // 20) == 0:
+            say(f"step {step + 1}/{total_steps}  loss {float(total(found[-1].clone())) / world():.6f}")
     return (total(torch.stack(found).to(device())) / world()).tolist() if found else []
 
 
