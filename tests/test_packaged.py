@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import numpy as np
@@ -136,6 +138,44 @@ def test_wheels_are_fetched_once_and_known_by_their_hash(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ValueError, match="no-such==1: `pip download` failed"):
         packages.wheel(tmp_path / "cache", "no-such==1", "")
+
+
+def deb(files):
+    """A Debian package: an ar archive of three members."""
+    def tar(members):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w:gz") as archive:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return out.getvalue()
+
+    control = tar({"./control": b"Package: tiny\nVersion: 2.0-1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: d\n"})
+    out = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n"), ("control.tar.gz", control), ("data.tar.gz", tar(files))):
+        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content + b"\n" * (len(content) % 2)
+    return out
+
+
+@pytest.mark.skipif(not (shutil.which("dpkg") and shutil.which("apt-get")), reason="Debian packages are unpacked on Debian")
+def test_debian_packages_are_unpacked_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    whole, served = deb({"./usr/a.png": bytes(5000), "./usr/b.ogg": b"sound"}), []
+
+    def download(cache, package):
+        (cache / "tiny_2.0.deb").write_bytes(served.pop())
+        return cache / "tiny_2.0.deb"
+
+    monkeypatch.setattr(packages, "download", download)
+    served.append(whole[:-60])
+    with pytest.raises(ValueError, match="tiny: "):
+        packages.debian(tmp_path, "tiny", ("*.png",))
+    assert not (tmp_path / "tiny.version").exists()
+    served.append(whole)
+    for _ in range(2):  # the second finds it unpacked
+        folder, version = packages.debian(tmp_path, "tiny", ("*.png",))
+        assert version == "2.0-1" and [p.name for p in folder.rglob("*.*")] == ["a.png"]
+    assert not list(tmp_path.glob("*.deb"))
 
 
 def test_a_failed_apt_get_says_what_to_do(tmp_path):
