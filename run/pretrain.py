@@ -89,6 +89,7 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
             log.picture("masks", sheet(gallery(trainer.method, cfg, tokenizer, *watched)), trainer.samples)
         for weights in ["student"] + ["teacher"] * bool(trainer.method.averaged()):
             model = Embedder(trainer.method, cfg, tokenizer, home=home, tag=f"training-{step}", weights=weights, say=log.say)
+            model.forget()  # what a job left that was broken off here: its weights may have been others by a rounding
             log.evaluation(step, trainer.samples, evaluate(model, evals), weights)
             model.forget()
 

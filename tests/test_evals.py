@@ -33,11 +33,11 @@ def data(tmp_path_factory):
     rng = np.random.default_rng(1)
     many = [(f"{i:04d}", {"webp": picture(NAMES[i % 24], rng, "webp"), "cls": b"%d" % (i % 24)}) for i in range(PICTURES)]
     pairs = [(f"{i:04d}", {"jpg": picture(NAMES[i % 24], rng, "jpg"), "txt": texts(i).encode()}) for i in range(CAPTIONED)]
-    for name, rows in (("many", many), ("pairs", pairs)):
-        test = folder / "eval" / name / "test"
-        test.mkdir(parents=True)
-        write_shard(test / "0.tar", rows[:70])
-        write_shard(test / "1.tar", rows[70:])
+    for name, split, rows in (("many", "test", many), ("many", "train", many[29:]), ("pairs", "test", pairs)):
+        part = folder / "eval" / name / split
+        part.mkdir(parents=True)
+        write_shard(part / "0.tar", rows[:70])
+        write_shard(part / "1.tar", rows[70:])
     for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
         (folder / "eval" / "many" / file).write_text((folder / "eval" / "shapes" / file).read_text())
     train_sentencepiece([texts(i) for i in range(CAPTIONED)], folder / "tokenizer.model", 320)
@@ -188,7 +188,8 @@ def test_evaluating_leaves_the_method_as_it_was(data, model, monkeypatch):
 @pytest.mark.slow
 def test_the_same_numbers_on_any_ranks_during_training_and_after(data, tmp_path):
     """Trained and evaluated under ZeRO-3 on 2 ranks, then run/evaluate.py on 1 and 3: student and average."""
-    sets = f"evals=[zero_shot:{data}/eval/many, zero_shot:{data}/eval/shapes, retrieval:{data}/eval/pairs, retrieval:{data}/eval/retrieval]"
+    sets = (f"evals=[zero_shot:{data}/eval/many, zero_shot:{data}/eval/shapes, retrieval:{data}/eval/pairs, "
+            f"retrieval:{data}/eval/retrieval, knn:{data}/eval/many, 'knn(features=embedded, k=3):{data}/eval/many']")
     run, method = tmp_path / "run", ("method=maskclip", "views.image.mask=random(0.75)", "options.momentum=[0.5,0.9]")
     done = launch(2, "run/pretrain.py", *settings(data, run, sets, *method, "samples=480", "optim.lr=1e-3"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -199,4 +200,6 @@ def test_the_same_numbers_on_any_ranks_during_training_and_after(data, tmp_path)
     trained = rows[:2]
     assert [row["weights"] for row in trained] == ["student", "teacher"] and trained[0]["zero_shot/many/top1"] > 0.05
     assert trained[0] != {**trained[1], "weights": "student"}, "the average is another model"
+    assert trained[0]["knn/many/top1"] < 1 and trained[0]["knn(features=embedded, k=3)/many/top1"] > 0.5, "most images are in both splits"
+    assert not list(run.glob("features/training-*/*")), "features of weights that are gone are not kept"
     assert rows[2:] == [{**row, "mask": "none", "ensemble": 1} for row in trained] * 2

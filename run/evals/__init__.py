@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from data.benchmarks import Benchmark, Images
-from run.evals import finetune, retrieval, segmentation, zero_shot
+from run.evals import finetune, knn, retrieval, segmentation, zero_shot
 from run.evals.embed import Embedder
 from run.lib.config import build, check_choice
 
-EVALS = {"zero_shot": zero_shot, "retrieval": retrieval, "segmentation": segmentation,
+EVALS = {"zero_shot": zero_shot, "retrieval": retrieval, "segmentation": segmentation, "knn": knn,
          "finetune": finetune}
 
 

@@ -38,7 +38,8 @@ class Embedder:
         self.pre = Preprocess(cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation)
         self.home, self.tag = home, "-".join([tag, weights, *[mask] * (mask != "none"), *[f"{ensemble}views"] * (ensemble > 1)])
         self.encoders = {"embedded": self.embed, "pooled": self.towers.image_features, "tokens": self.towers.vision,
-                         "values": partial(self.towers.vision, alone=True)}
+                         "values": partial(self.towers.vision, alone=True),
+                         "pixels": lambda patches, positions: patches.flatten(1) / 255}
 
     @property
     def whole(self) -> bool:
@@ -77,7 +78,7 @@ class Embedder:
         """`turns` rounds, the same number on every rank, over this rank's images: (indices (m,), what the encoder makes of them (m, ...)).
 
         what: embedded (E), pooled (D, before the projection), tokens (1 + K, D, the class token first), or values, which are tokens of
-        a last block where each attends to itself alone.
+        a last block where each attends to itself alone; pixels (L 3 P P) do without the tower.
         """
         for indices, patches, positions in images.rounds(self.pre, BATCH, mine, turns, min(self.cfg.data.workers, 2)):
             yield indices, self.encode(what, indices, patches, positions)[:len(indices)]
@@ -85,8 +86,8 @@ class Embedder:
     def encode(self, what: str, indices: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
         """Patches (n, L, 3 P P) at (n, L) of the images of these numbers -> (n, ...)."""
         patches, keeps = to_device(patches), self.keeps(indices, positions)
-        if what in ("tokens", "values") and len(keeps) > 1:
-            raise ValueError("--ensemble: what reads patch tokens sees one view; leave it out")
+        if what in ("tokens", "values", "pixels") and len(keeps) > 1:
+            raise ValueError("--ensemble: what reads patches sees one view; leave it out")
         made = sum(self.encoders[what](patches if keep is positions else take(patches, place), place)
                    for keep, place in zip(keeps, map(to_device, keeps)))
         return unit(made) if what == "embedded" else made / len(keeps)

@@ -1,6 +1,6 @@
 """Features of a whole set, made once by all ranks and kept on disk, so that what is fitted to them can be broken off and done again.
 
-    RUN/features/TAG/SET-SPLIT-WHAT-DIGEST/00000.npy ...   CHUNK images each, float32 (tokens: float16); 00000.label.npy their classes
+    RUN/features/TAG/SET-SPLIT-WHAT-DIGEST/00000.npy ...   CHUNK images each, float32 or float16; 00000.label.npy their classes
 
 TAG tells the weights, DIGEST the set and how its images are shown.  A chunk is there whole or not at all; any number of ranks goes on.
 The run's folder must be one that all ranks see.  Names: N images, D width.
@@ -19,6 +19,7 @@ from run.evals.embed import BATCH, Embedder
 from run.lib.ranks import barrier, once, rank, told, world
 
 CHUNK = 16 * BATCH
+HALF = ("tokens", "pixels")  # kept as float16: many numbers, of few bits
 
 
 class Features:
@@ -61,16 +62,35 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
     turns = -(-len(missing) // world()) * (CHUNK // BATCH)
     made, waiting = iter(mine), []
     for indices, x in model.passed(images, what, samples, turns):
-        waiting.append((indices, x.to(torch.float16 if what == "tokens" else torch.float32).cpu()))
+        waiting.append((indices, x.to(torch.float16 if what in HALF else torch.float32).cpu()))
         have = sum(len(i) for i, _ in waiting)
         if have and (have == CHUNK or int(indices[-1]) == len(images) - 1):
             chunk, order = next(made), torch.cat([i for i, _ in waiting]).tolist()
             if labels:
-                write(part(folder, chunk, ".label"), np.array([images.label(i) for i in order], np.int64))
+                write(part(folder, chunk, ".label"), numbers(images, order))
             write(part(folder, chunk), torch.cat([x for _, x in waiting]).numpy())
             waiting.clear()
     barrier()
     return Features(folder, len(images))
+
+
+def numbers(images: Images, indices: list[int]) -> np.ndarray:
+    """The classes of images, int64. ValueError: there is none of that number; nothing is kept of it, so that it can be mended."""
+    found, classes = [images.label(i) for i in indices], len(images.classes())
+    if wrong := [i for i, label in zip(indices, found) if not 0 <= label < classes]:
+        raise ValueError(f"evals: {images.folder}: {images.key(wrong[0])} of {images.split} is of class {images.label(wrong[0])}; "
+                         f"classnames.txt names {classes}, from 0")
+    return np.array(found, np.int64)
+
+
+def check_splits(images: Images, options: object) -> None:
+    """ValueError unless the set has classes, and images of them in its test and train splits."""
+    images.classes(), images.label(0), images.other("train").label(0)
+
+
+def splits(model: Embedder, images: Images, what: str) -> tuple[Features, Features]:
+    """(train, test) features of a set, with labels.  All ranks must call."""
+    return features(model, images.other("train"), what, labels=True), features(model, images, what, labels=True)
 
 
 def chunks(count: int) -> int:

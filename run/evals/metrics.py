@@ -1,4 +1,4 @@
-"""What zero-shot classification is measured by: exact sums over all ranks in float64, from this rank's share of the images.
+"""What classification is measured by: exact sums over all ranks in float64, from this rank's share of the images.
 
     top1, top5       share of images whose class is the nearest, among the five nearest
     mean_per_class   top1 of each class that has images, averaged over these classes
@@ -13,7 +13,7 @@ Names: n images on this rank, N on all, C classes.
 import torch
 from torch import Tensor
 
-from run.lib.ranks import total
+from run.lib.ranks import to_device, total
 
 METRICS = ("top1", "mean_per_class", "top1_top5", "roc_auc", "map", "pm")
 MAIN = {name: name for name in METRICS} | {"pm": "pm_10"}  # the one number that stands for a set
@@ -40,6 +40,12 @@ def top5(counts: Tensor) -> float:
 def mean_per_class(counts: Tensor) -> float:
     images, right, _ = counts[:, counts[0] > 0]
     return float((right / images).mean())
+
+
+def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of a classifier that was fitted: top1, mean_per_class and chance, over all ranks; scores (n, C), labels (n,)."""
+    counts = counted(to_device(scores), to_device(labels))
+    return dict(top1=top1(counts), mean_per_class=mean_per_class(counts), chance=1 / scores.shape[1])
 
 
 def everyone(indices: Tensor, values: Tensor, count: int) -> Tensor:
