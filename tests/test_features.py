@@ -3,6 +3,7 @@
     bash run/test.sh tests/test_features.py
 The model is a table of vectors, so that every number can be worked out by hand; ranks are threads.
 """
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,14 @@ def test_every_image_once_and_in_order(tmp_path, images, monkeypatch, world):
             assert len(f) == 47 and torch.equal(f.all(), images.tables["test"])
             assert torch.equal(f.rows([46, 0, 13, 0]), images.tables["test"][[46, 0, 13, 0]])
             assert f.labels().tolist() == images.numbers["test"].tolist()
+
+
+def test_no_file_is_kept_open(tmp_path, images, monkeypatch):
+    """ImageNet's features are 1,252 files, and a process may often have 1,024 open."""
+    with ranks(monkeypatch, 1, batch=4) as run:
+        before = len(os.listdir("/proc/self/fd"))
+        found, = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
+        assert len(found.parts) == 6 and len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("before, after", [(1, 1), (1, 3), (3, 2)])

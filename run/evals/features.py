@@ -27,7 +27,7 @@ class Features:
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
-        self.parts = [np.load(part(folder, c), mmap_mode="r") for c in range(chunks(count))]
+        self.parts = [mapped(part(folder, c)) for c in range(chunks(count))]
 
     def __len__(self) -> int:
         return self.count
@@ -91,6 +91,13 @@ def check_splits(images: Images, options: object) -> None:
 def splits(model: Embedder, images: Images, what: str) -> tuple[Features, Features]:
     """(train, test) features of a set, with labels.  All ranks must call."""
     return features(model, images.other("train"), what, labels=True), features(model, images, what, labels=True)
+
+
+def mapped(path: Path) -> np.ndarray:
+    """A .npy file, read as it is asked for.  numpy's own map keeps the file open, and ImageNet's 1,252 are more than a process may have."""
+    found = np.load(path, mmap_mode="r")
+    held = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
+    return held[found.offset:].view(found.dtype).reshape(found.shape)
 
 
 def chunks(count: int) -> int:
