@@ -28,6 +28,7 @@ except ImportError:  # Pillow alone gives the same pixels, in more time
     simplejpeg = None
 
 Box = tuple[int, int, int, int]
+CROPS = ("resize_crop", "square")  # of an evaluation image, see center_view
 INTERPOLATIONS = ("bicubic", "bilinear")
 TRIES = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
 
@@ -166,8 +167,8 @@ def center_view(data: bytes, size: int, how: str = "resize_crop", interpolation:
 
     resize_crop: the short side to `size`, then the central square (CLIP, SLIP, open_clip); square: the central square, then resized (FLIP).
     """
-    if how not in ("resize_crop", "square"):
-        raise ValueError(f"how: {how!r}; known: resize_crop, square")
+    if how not in CROPS:
+        raise ValueError(f"how: {how!r}; known: {', '.join(CROPS)}")
     image = decode(data)
     height, width = image.shape[:2]
     short = min(height, width)

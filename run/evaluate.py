@@ -3,6 +3,7 @@
     python run/evaluate.py --run runs/quickstart --evals zero_shot:datasets/glyphs/eval/unseen_concepts_seen_style
     deepspeed run/evaluate.py --run runs/flip_l16 --evals zero_shot:/data/imagenet1k retrieval:/data/flickr30k
     python run/evaluate.py --run runs/aclip_nano --weights teacher --ensemble 2
+    python run/evaluate.py --run runs/flip_l16 --evals suite:flip --data /data --templates 80
 
 Prints a table and appends a line to RUN/results.jsonl.  Any folder in CLIP_benchmark's webdataset layout is an evaluation set.
 """
@@ -13,7 +14,9 @@ if __package__ is None:  # started as a file: import from the repository root, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json  # noqa: E402
+from dataclasses import replace  # noqa: E402
 
+from data.augment import CROPS  # noqa: E402
 from data.masking import parse as parse_mask  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
 from run.evals.embed import Embedder  # noqa: E402
@@ -25,6 +28,9 @@ def main() -> None:
     args = config.parser(__doc__)
     args.add_argument("--run", required=True, help="a run folder, or one of its checkpoints")
     args.add_argument("--evals", nargs="+", metavar="KIND:FOLDER", help="zero_shot:FOLDER or retrieval:FOLDER; default: the run's own")
+    args.add_argument("--data", metavar="DIR", help="where the sets of suite:NAME lie; default: the run's eval_data")
+    args.add_argument("--templates", default="", metavar="7|80|85|FILE", help="for evaluations that name none; default: each set's own")
+    args.add_argument("--crop", choices=CROPS, help="how an image becomes square; default: the run's eval_crop")
     args.add_argument("--weights", nargs="+", choices=("student", "teacher"), help="teacher: the moving average; default: what the run has")
     args.add_argument("--mask", default="none", help="which patches of an image are seen, e.g. 'random(0.5)' (FLIP, table 1d)")
     args.add_argument("--ensemble", type=int, default=1, metavar="N", help="mean over N random views that together show every patch once")
@@ -38,15 +44,22 @@ def main() -> None:
     path = checkpoint.newest(Path(found.run).resolve())
     home = path.parents[1]
     ranks.start()
-    evals = ranks.once(lambda: parse(found.evals or config.load(home / "config.yaml").evals))
+    cfg = config.load(home / "config.yaml")
+    given = {"templates": found.templates} if found.templates else {}
+    evals = ranks.once(lambda: parse(found.evals or cfg.evals, data=found.data or cfg.eval_data, **given))
     if not evals:
         raise ValueError("--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER")
     cfg, tokenizer, method = checkpoint.opened(path)
+    if found.crop:
+        cfg, given = replace(cfg, eval_crop=found.crop), given | {"crop": found.crop}
     for weights in found.weights or ["student"] + ["teacher"] * bool(method.averaged()):
         how = dict(weights=weights, mask=found.mask, ensemble=found.ensemble)
         results = evaluate(Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how), evals)
         if ranks.rank() == 0:
-            report(results, path, home, how)
+            report(results, path, home, how | given)
+    left_out = {fault: None for e in evals if e.kind == "suite" for fault in e.options.faults}
+    if left_out:
+        raise ValueError("\n  ".join([f"{len(left_out)} sets were left out; all others are evaluated", *left_out]))
 
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:

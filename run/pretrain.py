@@ -31,7 +31,7 @@ def main() -> None:
     engine.merged(cfg, ranks.world())  # say what is wrong with the JSON or the batch before anything starts
     home = folder.check(Path(cfg.run), resume)
     ranks.start()
-    evals = ranks.once(lambda: parse(cfg.evals, training=True))
+    evals = ranks.once(lambda: parse(cfg.evals, training=True, data=cfg.eval_data))
     batches = loader(cfg)
     trainer, found = restore(cfg, home, resume, batches)
     batches.begin(found.get("shards", 0))

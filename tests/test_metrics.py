@@ -11,10 +11,10 @@ import torch
 
 from data import prompts
 from data.benchmarks import Benchmark
-from data.shards import write_shard
 from run.evals import parse, zero_shot
 from run.evals.metrics import average_precision, counted, everyone, mean_average_precision, mean_per_class, perturbed, roc_auc, top1, top5
 from tests.threads import ranks
+from tests.tiny import evaluation_set
 
 # six classes, five images: the class of each and where it stands among the scores: 1st, 2nd, 1st, 6th, 1st
 SCORES = torch.tensor([[9, 1, 2, 3, 4, 5], [8, 7, 1, 2, 3, 4], [1, 9, 2, 3, 4, 5], [1, 9, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9.0]])
@@ -87,18 +87,6 @@ def test_perturbations():
     assert made == [0.75, 0.5, 0.25]
 
 
-def make(folder, rows, names="ape\nbee\ncat", templates="a {c}"):
-    """A set of one shard: {extension: content} of each sample."""
-    picture = io.BytesIO()
-    from PIL import Image
-    Image.new("RGB", (8, 8)).save(picture, "PNG")
-    (folder / "test").mkdir(parents=True)
-    write_shard(folder / "test" / "0.tar", [(f"{i:03d}", {"png": picture.getvalue(), **row}) for i, row in enumerate(rows)])
-    (folder / "classnames.txt").write_text(names)
-    (folder / "zeroshot_classification_templates.txt").write_text(templates)
-    return folder
-
-
 def npy(*values):
     out = io.BytesIO()
     np.save(out, np.array(values))
@@ -126,7 +114,7 @@ def test_templates_of_a_file(tmp_path):
 
 
 def test_names_of_a_class_and_a_subset(tmp_path):
-    folder = make(tmp_path / "set", [{"cls": b"3"}, {"cls": b"1"}], "happy;smiling\nsad; depressed\nbored\nangry", "a {c}\n{c}!")
+    folder = evaluation_set(tmp_path / "set", [{"cls": b"3"}, {"cls": b"1"}], "happy;smiling\nsad; depressed\nbored\nangry", "a {c}\n{c}!")
     assert Benchmark(folder).prompts()[0] == ["a happy", "happy!", "a smiling", "smiling!"]
     assert Benchmark(folder).classes() == ["happy", "sad", "bored", "angry"]
     (folder / "class_subset.txt").write_text("1\n3\n")
@@ -162,7 +150,7 @@ def test_each_metric_of_a_set(monkeypatch, tmp_path, world):
     two = [[row[0], row[1]] for row in images]
 
     def found(metric, rows, images=images, names="ape\nbee\ncat"):
-        folder = make(tmp_path / f"{metric}{len(names)}", rows, names, "{c}")
+        folder = evaluation_set(tmp_path / f"{metric}{len(names)}", rows, names, "{c}")
         spec, = parse([f"zero_shot(metric={metric}):{folder}"])
         return gathered(monkeypatch, world, lambda mine: zero_shot.evaluate(Told(images, mine), spec.images, spec.options))
     labels = [{"cls": b"%d" % label} for label in (0, 1, 0, 2, 0)]  # all but the third are right
@@ -185,18 +173,18 @@ def test_what_does_not_fit_is_said_at_the_start(tmp_path):
     def refused(spec, words):
         with pytest.raises(ValueError, match=words):
             parse([spec])
-    plain = make(tmp_path / "plain", [{"cls": b"0"}, {"cls": b"3"}])
+    plain = evaluation_set(tmp_path / "plain", [{"cls": b"0"}, {"cls": b"3"}])
     refused(f"zero_shot:{plain}", "plain: 0.tar 001 is of class 3; classnames.txt names 3, from 0")
     refused(f"zero_shot(metric=top2):{plain}", "zero_shot.metric: unknown 'top2'; known: map")
     refused(f"zero_shot(metric=roc_auc):{plain}", "roc_auc is for two classes; 3 are named")
     refused(f"zero_shot(metric=map):{plain}", "has no npy")
     refused(f"zero_shot(templates=81):{plain}", "templates: '81'")
-    refused(f"zero_shot:{make(tmp_path / 'words', [{'cls': b'ape'}])}", "the class of 0.tar 000 is 'ape'; it must be a number")
-    refused(f"zero_shot:{make(tmp_path / 'gap', [{'cls': b'1'}], names=GAP)}", "line 2 is empty")
-    refused(f"zero_shot(metric=map):{make(tmp_path / 'several', [npy(0, 1)])}", "tells of 2 classes; 3 are named")
-    frames = make(tmp_path / "frames", [frame("v1", 0, 1), frame("v2", 1, 1)])
+    refused(f"zero_shot:{evaluation_set(tmp_path / 'words', [{'cls': b'ape'}])}", "the class of 0.tar 000 is 'ape'; it must be a number")
+    refused(f"zero_shot:{evaluation_set(tmp_path / 'gap', [{'cls': b'1'}], names=GAP)}", "line 2 is empty")
+    refused(f"zero_shot(metric=map):{evaluation_set(tmp_path / 'several', [npy(0, 1)])}", "tells of 2 classes; 3 are named")
+    frames = evaluation_set(tmp_path / "frames", [frame("v1", 0, 1), frame("v2", 1, 1)])
     refused(f"zero_shot(metric=pm):{frames}", "of the anchor 'v2', but not itself")
-    bare = make(tmp_path / "bare", [{"cls": b"1"}])
+    bare = evaluation_set(tmp_path / "bare", [{"cls": b"1"}])
     (bare / "zeroshot_classification_templates.txt").unlink()
     refused(f"zero_shot:{bare}", "bare: no templates; it needs zeroshot_classification_templates.txt, or give templates=7, 80 or a file")
     assert parse([f"zero_shot(templates=7):{bare}"])[0].label == "zero_shot(templates=7)/bare"

@@ -72,6 +72,17 @@ def shards(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
     return folder
 
 
+def evaluation_set(folder: Path, rows: list[dict[str, bytes]], names: str = "ape\nbee\ncat", templates: str = "a {c}") -> Path:
+    """A set of one shard: {extension: content} of each sample, to which a white picture is added."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(out, "PNG")
+    (folder / "test").mkdir(parents=True)
+    write_shard(folder / "test" / "0.tar", [(f"{i:03d}", {"png": out.getvalue(), **row}) for i, row in enumerate(rows)])
+    (folder / "classnames.txt").write_text(names)
+    (folder / "zeroshot_classification_templates.txt").write_text(templates)
+    return folder
+
+
 def settings(data: Path, run: Path, *more: str) -> list[str]:
     """The command line of a tiny run on that data."""
     return ["--config", "run/configs/quickstart.yaml", "--set", f"data.train={data}/train",

@@ -3,6 +3,8 @@
     parse(["zero_shot:datasets/glyphs/eval/seen_concepts_seen_style", "linear_probe(optimizer=lars):datasets/benchmarks/fashion"])
     evaluate(Embedder(...), parsed) -> {"zero_shot/seen_concepts_seen_style/top1": 0.43, ...}
 
+`suite:aclip` is the sets of a paper (suites.py), each of them a zero_shot, and their averages.
+
 Each kind is one file here; to add one, write the file and its row in EVALS:
 
     Options                                what the parentheses may hold: a frozen dataclass
@@ -12,36 +14,43 @@ Each kind is one file here; to add one, write the file and its row in EVALS:
 """
 import ast
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from data.benchmarks import Benchmark, Images
-from run.evals import finetune, knn, retrieval, segmentation, zero_shot
+from run.evals import finetune, knn, retrieval, segmentation, suites, zero_shot
 from run.evals.embed import Embedder
 from run.lib.config import build, check_choice
+from run.lib.ranks import say
 
 EVALS = {"zero_shot": zero_shot, "retrieval": retrieval, "segmentation": segmentation, "knn": knn,
-         "finetune": finetune}
+         "finetune": finetune, "suite": suites}
 
 
 @dataclass(frozen=True)
 class Eval:
     kind: str
-    options: object
-    images: Images
+    options: object  # of a suite: what was found of it
+    images: Images | None
     label: str  # what its results go by: KIND/SET, with the options that were given
 
 
-def parse(specs: Iterable[str], training: bool = False) -> list[Eval]:
-    """'zero_shot:FOLDER' or 'KIND(option=value, ...):FOLDER' -> what to do, or ValueError: at start-up, not after the training."""
+def parse(specs: Iterable[str], training: bool = False, data: str = "", **defaults) -> list[Eval]:
+    """'zero_shot:FOLDER' or 'KIND(option=value, ...):FOLDER' -> what to do, or ValueError: at start-up, not after the training.
+
+    data: where the sets of suites lie.  defaults: values of options that are not given, for the kinds that have them.
+    """
     found: list[Eval] = []
     for spec in specs:
         call, colon, folder = spec.partition(":")
-        kind, options, given = read_call(call, spec)
+        kind, options, given = read_call(call, spec, defaults)
         if not colon or not folder:
             raise ValueError(f"evals: {spec!r}; write {kind}:FOLDER")
         module = EVALS[kind]
         if training and getattr(module, "trains_tower", lambda options: False)(options):
             raise ValueError(f"evals: {spec!r} trains the tower; ask for it after the training, with run/evaluate.py")
+        if kind == "suite":
+            found += [e for e in of_suite(suites.look(folder, data, options, given), training) if e.label not in {f.label for f in found}]
+            continue
         images = Benchmark(folder)
         module.check(images, options)
         label = f"{kind}{given}/{images.name}"
@@ -51,7 +60,16 @@ def parse(specs: Iterable[str], training: bool = False) -> list[Eval]:
     return found
 
 
-def read_call(call: str, spec: str) -> tuple[str, object, str]:
+def of_suite(suite: suites.Suite, training: bool) -> list[Eval]:
+    """The sets of a suite, and last the suite, for its averages.  Its broken sets stop a training before it starts."""
+    say(str(suite))
+    if training and suite.faults:
+        raise ValueError("\n  ".join([f"evals: suite:{suite.name}: mend or remove", *suite.faults]))
+    sets = [Eval("zero_shot", options, images, f"{suite.kind}/{name}") for name, (images, options) in suite.sets.items()]
+    return [*sets, Eval("suite", suite, None, f"{suite.kind.replace('zero_shot', 'suite')}/{suite.name}")]
+
+
+def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
     """'KIND(option=value)' -> (kind, its Options, '(option=value)')."""
     try:
         tree = ast.parse(call.strip(), mode="eval").body
@@ -61,7 +79,9 @@ def read_call(call: str, spec: str) -> tuple[str, object, str]:
         raise ValueError(f"evals: {spec!r} cannot be read; write KIND:FOLDER or KIND(option=value):FOLDER") from None
     check_choice("evals", name, EVALS)
     shown = ", ".join(f"{key}={str(value).rpartition('/')[2]}" for key, value in given.items())
-    return name, build(EVALS[name].Options, given, f"evals: {name}."), f"({shown})" * bool(shown)
+    Options = EVALS[name].Options
+    known = {key: value for key, value in defaults.items() if key in {f.name for f in fields(Options)}}
+    return name, build(Options, known | given, f"evals: {name}."), f"({shown})" * bool(shown)
 
 
 def evaluate(model: Embedder, evals: list[Eval]) -> dict[str, float]:
@@ -69,6 +89,7 @@ def evaluate(model: Embedder, evals: list[Eval]) -> dict[str, float]:
     results, was_training = {}, model.towers.training
     model.towers.eval()
     for e in evals:
-        results |= {f"{e.label}/{metric}": value for metric, value in EVALS[e.kind].evaluate(model, e.images, e.options).items()}
+        made = suites.averages(e.options, results) if e.kind == "suite" else EVALS[e.kind].evaluate(model, e.images, e.options)
+        results |= {f"{e.label}/{metric}": value for metric, value in made.items()}
     model.towers.train(was_training)
     return results

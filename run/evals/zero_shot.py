@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.augment import decode
 from data.benchmarks import Benchmark, Images
 from run.evals import metrics
 from run.evals.embed import Embedder
@@ -24,6 +25,10 @@ class Options:
 def check(benchmark: Benchmark, options: Options) -> None:
     """Every label is read, so that a set whose labels do not fit its names is refused before anything is computed."""
     classes = len(benchmark.prompts(options.templates))
+    try:
+        decode(benchmark.image(0))
+    except ValueError as error:
+        raise ValueError(f"evals: {benchmark.folder}: {benchmark.key(0)}: {error}") from None
     if options.metric == "roc_auc" and classes != 2:
         raise ValueError(f"evals: {benchmark.folder}: roc_auc is for two classes; {classes} are named")
     if options.metric == "pm":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from data.augment import View
+from data.augment import CROPS, View
 from data.batches import DataConfig, Reader, plan
 from model.methods import METHODS
 from model.towers import ModelConfig
@@ -45,12 +45,13 @@ class Run:
     eval_every: int = 0  # samples; 0: only at the end
     save_every: int = 0  # samples; 0: only at the end
     keep: int = 2  # checkpoints kept; older ones are deleted
-    evals: tuple[str, ...] = ()  # e.g. zero_shot:FOLDER, retrieval:FOLDER
+    evals: tuple[str, ...] = ()  # e.g. zero_shot:FOLDER, retrieval:FOLDER, suite:aclip
+    eval_data: str = ""  # where the sets of suite:NAME lie
     eval_crop: str = "resize_crop"  # evaluation images: resize_crop (short side, then centre: CLIP) or square (centre, then resize: FLIP)
 
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
-        check_choice("eval_crop", self.eval_crop, ("resize_crop", "square"))
+        check_choice("eval_crop", self.eval_crop, CROPS)
         if self.data.pad_text and self.model.text.pool == "eot":
             raise ValueError("data.pad_text: with model.text.pool 'eot' the pooled token would be padding; use pool: first, or no padding")
         self.check_views()
