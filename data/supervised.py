@@ -68,6 +68,14 @@ def paired(rows: Sequence[Row], rank: int, world: int) -> list[Row]:
     return [rows[i] for i in front] + [rows[-1 - i] for i in reversed(front)]
 
 
+def label(images: Images, i: int, classes: int) -> int:
+    """The class of image i; ValueError where the set does not name it."""
+    found = images.label(i)
+    if not 0 <= found < classes:
+        raise ValueError(f"evals: {images.folder}: {images.key(i)} is of class {found}; classnames.txt names {classes}, from 0")
+    return found
+
+
 class Labelled(Dataset):
     """Item [rows]: images (b, 3, S, S) float32, normalised; their classes (b,); uniform noise (b, *noise), for what a model drops.
 
@@ -87,9 +95,6 @@ class Labelled(Dataset):
         return torch.stack(images), torch.tensor(labels), torch.from_numpy(np.stack(noise))
 
     def row(self, epoch: int, i: int) -> tuple[Tensor, int, np.ndarray]:
-        label = self.images.label(i)
-        if not 0 <= label < self.classes:
-            raise ValueError(f"evals: {self.images.folder}: {self.images.key(i)} is of class {label}; classnames.txt has {self.classes}")
         rng = np.random.default_rng((self.seed, epoch, i, 1))
         try:
             pixels, _ = random_view(self.images.image(i), self.size, self.view, rng)
@@ -99,7 +104,8 @@ class Labelled(Dataset):
         with drawn_from(rng):
             if self.augment:
                 pixels = np.array(self.augment(Image.fromarray(pixels)))
-            return self.erase((torch.from_numpy(pixels).permute(2, 0, 1) / 255 - self.mean) / self.std), label, noise
+            pixels = self.erase((torch.from_numpy(pixels).permute(2, 0, 1) / 255 - self.mean) / self.std)
+        return pixels, label(self.images, i, self.classes), noise
 
 
 class Mix:

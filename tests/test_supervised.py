@@ -96,7 +96,7 @@ def test_targets_by_hand():
 
 
 def test_a_label_beyond_the_classes_is_named(images):
-    with pytest.raises(ValueError, match="0.tar 0005 is of class 5; classnames.txt has 5"):
+    with pytest.raises(ValueError, match="0.tar 0005 is of class 5; classnames.txt names 5"):
         Labelled(images, 5, **HOW, **STRONG)[[(0, 5)]]
 
 

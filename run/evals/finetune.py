@@ -17,16 +17,17 @@ from torch.utils.data import DataLoader
 from data.batches import ahead
 from data.benchmarks import Images
 from data.patches import patchify
-from data.supervised import Labelled, Mix, Row, paired, rand_augment, timm
+from data.supervised import Labelled, Mix, Row, label, paired, rand_augment, timm
 from model.layers import drop_path
 from model.parallel import Linear
 from model.vision import VisionTower
+from run.evals import metrics
 from run.evals.embed import Embedder
 from run.lib.config import check_choice
 from run.lib.engine import wrapped
 from run.lib.fit import cosine, fit, mean_loss, order, steps
 from run.lib.optim import kind
-from run.lib.ranks import once, rank, to_device, total, world
+from run.lib.ranks import once, rank, to_device, world
 
 SHARES = dict(decay=1, drop_path=0.99, warmup=0.99, smoothing=1, erase=1, crop=1)  # what lies from 0 to so much
 NO_DECAY = ("bias", "norm", "positions", "cls")  # kinds of parameters without weight decay, in both codes
@@ -112,7 +113,10 @@ def trains_tower(options: Options) -> bool:
 
 def check(images: Images, options: Options) -> None:
     train = images.other("train")
-    images.classes(), images.label(0), train.label(0)
+    classes = len(images.classes())
+    for i in range(len(images)):  # those of train/ are looked at as they come
+        label(images, i, classes)
+    label(train, 0, classes)
     if len(train) < options.samples:
         raise ValueError(f"evals: finetune(samples={options.samples}): {images.folder}/train has {len(train)} images")
     timm("mixup")
@@ -166,7 +170,7 @@ def rates(depth: int, recipe: Recipe) -> str:
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """top1 and top5 on test/ after training on train/, and chance: what guessing would get at top1."""
+    """top1, top5 and mean_per_class on test/ after training on train/, and chance: what guessing would get at top1."""
     classes, home = len(images.classes()), model.home / "finetuned" / model.tag / options.save
     if options.save and once(home.exists):
         raise ValueError(f"finetune(save={options.save}): {home} exists; give another name")
@@ -176,9 +180,8 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     shown.encoders = {"logits": trainer}
     indices, logits = shown.images(images, "logits")
     labels = torch.tensor([images.label(i) for i in indices.tolist()], dtype=torch.int64, device=logits.device)
-    top = logits.topk(min(5, classes), dim=1).indices == labels[:, None]  # (n, 5)
-    hits = total(torch.stack([top[:, 0].sum(), top.sum(), torch.tensor(len(top), device=top.device)]).double())
-    results = dict(top1=float(hits[0] / hits[2]), top5=float(hits[1] / hits[2]), chance=1 / classes)
+    counts = metrics.counted(logits, labels)
+    results = dict(top1=metrics.top1(counts), top5=metrics.top5(counts), mean_per_class=metrics.mean_per_class(counts), chance=1 / classes)
     if options.save:
         trainer.save_16bit_model(str(home), "classifier.pt")  # its name; the weights are in the precision of training
         if not rank():
