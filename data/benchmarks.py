@@ -152,6 +152,10 @@ class Images(ABC):
         """What is asked about image i."""
         raise self.lacks("questions")
 
+    def group(self, i: int) -> str:
+        """The part of the set that image i is in, where each has results of its own, as nocaps' domains; '' where there are none."""
+        return ""
+
     def lacks(self, what: str) -> ValueError:
         return ValueError(f"evals: {self.folder}: no {what} in it, or none in a layout that is known (docs/running.md)")
 
@@ -175,7 +179,8 @@ class Benchmark(Images):
     def __init__(self, folder: str | Path, split: str = "test"):
         self.folder, self.split = Path(folder), split
         if not (self.folder / split).is_dir():
-            raise ValueError(f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's webdataset layout")
+            raise ValueError(f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's webdataset "
+                             "layout, or another layout of docs/running.md")
         self.shards = Shards([self.folder / split], captions=False)
 
     def __len__(self) -> int:
@@ -230,9 +235,12 @@ class Benchmark(Images):
 
 
 def decode_map(data: bytes) -> np.ndarray:
-    """A grey or palette PNG -> (H, W) uint8 as it is stored."""
+    """A grey or palette PNG -> (H, W) uint8 as it is stored.  ValueError: it has colours, or numbers above 255."""
     with opened(data) as image:
-        return np.array(image if image.mode in ("L", "P") else image.convert("L"))
+        stored = np.array(image)
+    if stored.ndim != 2 or stored.max(initial=0) > 255:
+        raise ValueError(f"a label map stores one number from 0 to 255 a pixel; this is of mode {image.mode}")
+    return stored.astype(np.uint8)
 
 
 class _Rounds(Dataset):

@@ -10,13 +10,15 @@ Each kind is one file here; to add one, write the file and its row in EVALS:
     Options                                what the parentheses may hold: a frozen dataclass
     check(images, options)                 ValueError where the set lacks what the kind reads, or the options do not fit it
     evaluate(model, images, options)       {metric: value}, the same on every rank; no printing but by model.say
+    READS                                  where it matters which of a folder's layouts is meant: label_map, captions or questions
     trains_tower(options)                  only where it may be so: those are refused during training
 """
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from data.benchmarks import Benchmark, Images
+from data.benchmarks import Images
+from data.layouts import open_set
 from run.evals import finetune, knn, retrieval, segmentation, suites, zero_shot
 from run.evals.embed import Embedder
 from run.lib.config import build, check_choice
@@ -51,7 +53,7 @@ def parse(specs: Iterable[str], training: bool = False, data: str = "", **defaul
         if kind == "suite":
             found += [e for e in of_suite(suites.look(folder, data, options, given), training) if e.label not in {f.label for f in found}]
             continue
-        images = Benchmark(folder)
+        images = open_set(folder, reads=getattr(module, "READS", ""))
         module.check(images, options)
         label = f"{kind}{given}/{images.name}"
         if label in {e.label for e in found}:

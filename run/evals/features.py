@@ -51,7 +51,8 @@ class Features:
 
 def features(model: Embedder, images: Images, what: str, labels: bool = False) -> Features:
     """`what` as Embedder.passed has it; labels: the classes of the images too.  All ranks must call."""
-    how = repr((model.pre, model.mask, model.ensemble, str(images.folder.resolve()), len(images), images.key(len(images) - 1)))
+    last = images.key(len(images) - 1)
+    how = repr((model.pre, model.mask, model.ensemble, str(images.folder.resolve()), type(images).__name__, len(images), last))
     folder = model.home / "features" / model.tag / f"{images.name}-{images.split}-{what}-{zlib.crc32(how.encode()):08x}"
     once(lambda: folder.mkdir(parents=True, exist_ok=True))
     missing = told(lambda: " ".join(str(c) for c in range(chunks(len(images))) if not part(folder, c).exists()

@@ -14,6 +14,7 @@ from run.lib.ranks import rank, total, world
 
 AT = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at once
+READS = "captions"
 
 
 @dataclass(frozen=True)

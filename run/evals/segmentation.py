@@ -21,6 +21,7 @@ from run.lib.pictures import segmentations
 from run.lib.ranks import device, gathered, least, rank, total, world
 
 FEATURES = ("auto", "tokens", "values")
+READS = "label_map"
 
 
 @dataclass(frozen=True)
