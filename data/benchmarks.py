@@ -27,6 +27,7 @@ from data import prompts
 from data.augment import center_view, opened
 from data.batches import quiet_worker
 from data.patches import visible
+from data.remote import local
 from data.shards import CAPTIONS, Shards
 
 IGNORE = 255  # in a label map: no class
@@ -174,10 +175,10 @@ class Images(ABC):
 
 
 class Benchmark(Images):
-    """A set in that layout: its classes and templates (empty for retrieval) and its images."""
+    """A set in that layout, in a folder or at a URL: its classes and templates (none for retrieval) and its images."""
 
     def __init__(self, folder: str | Path, split: str = "test"):
-        self.folder, self.split = Path(folder), split
+        self.source, self.folder, self.split = folder, local(folder, split), split
         if not (self.folder / split).is_dir():
             raise ValueError(f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's webdataset "
                              "layout, or another layout of docs/running.md")
@@ -191,6 +192,9 @@ class Benchmark(Images):
 
     def key(self, i: int) -> str:
         return " ".join(self.shards.name(i))
+
+    def other(self, split: str) -> "Benchmark":
+        return type(self)(self.source, split)
 
     def label(self, i: int) -> int:
         text = self.member(i, "cls").decode(errors="replace").strip()

@@ -19,9 +19,19 @@ from data.shards import Sample, split_name
 BUFFER = 1000  # samples that a reader mixes
 
 
+def is_url(path: str) -> bool:
+    """Does webdataset read this, instead of the file system?"""
+    return "://" in path or path.startswith("pipe:")
+
+
+def opened_url(url: str):
+    """A file at a URL or the output of a pipe, open for reading; closing it raises where the transfer failed."""
+    return webdataset.gopen(url)
+
+
 def is_stream(train: tuple[str, ...]) -> bool:
     """Do these name streams?  Folders and streams cannot be mixed."""
-    streams = [path for path in train if "://" in path or path.startswith("pipe:")]
+    streams = [path for path in train if is_url(path)]
     if streams and len(streams) < len(train):
         raise ValueError(f"data.train: {streams[0]} is a stream and {next(p for p in train if p not in streams)} a folder; give one kind")
     return bool(streams)

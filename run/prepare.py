@@ -29,12 +29,12 @@ from data.glyphs import build  # noqa: E402
 from data.packaged import SETS  # noqa: E402
 from data.packaged import build as build_packaged  # noqa: E402
 from data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert  # noqa: E402
+from data.remote import CACHE  # noqa: E402
 from data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs  # noqa: E402
 from data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates  # noqa: E402
 from run.lib import config  # noqa: E402
 from run.lib.cli import bar, run_script  # noqa: E402
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "glimpse")
 TEXTS = 2_000_000  # captions that a tokenizer is trained on at most: they are held in memory
 
 
