@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.augment import View, center_view
 from data.benchmarks import Benchmark
@@ -160,6 +161,39 @@ def test_a_collapsed_model_finds_nothing(monkeypatch, what):
     with ranks(monkeypatch, 1, 4) as run:
         found, = run(lambda: retrieval.recalls("x", same, torch.arange(12), same, torch.arange(12)))
     assert found == {"x_r1": 0, "x_r5": 0, "x_r10": 0}
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_similarities_come_in_tiles(monkeypatch, world):
+    """Five captions an image, some images and captions twice: as from the whole matrix, of which no more than a tile is ever held."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(90, 16, generator=rng), dim=1)
+    texts = torch.nn.functional.normalize(images.repeat_interleave(5, 0) + 0.5 * torch.randn(450, 16, generator=rng), dim=1)
+    images[7], texts[100:104], texts[440] = images[60], texts[300:304], texts[2]
+    owner, every = torch.arange(90).repeat_interleave(5), torch.arange(90)
+    wanted = {}
+    for name, scores, match in (("i", images @ texts.T, every[:, None] == owner), ("t", texts @ images.T, owner[:, None] == every)):
+        scores = scores.double().round(decimals=6)  # what is alike is alike
+        best = scores.masked_fill(~match, -2).amax(1, keepdim=True)
+        wanted |= {f"{name}_r{k}": float((((scores >= best) & ~match).sum(1) < k).double().mean()) for k in (1, 5, 10)}
+    assert len(set(wanted.values())) > 4
+    monkeypatch.setattr(retrieval, "TILE", 32)
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            largest[0] = max(largest[0], made.numel() if isinstance(made, torch.Tensor) else 0)
+            return made
+
+    def work():
+        with Watch():
+            found = retrieval.recalls("i", images, every, texts, owner)
+            return found | retrieval.recalls("t", texts, owner, images, every)
+    with ranks(monkeypatch, world, 4) as run:
+        found = run(work)
+    assert found == [wanted] * world
+    assert largest[0] <= max(texts.numel(), 7 * 32) < 90 * 450
 
 
 def test_what_a_set_lacks_is_said_at_the_start(data, tmp_path):

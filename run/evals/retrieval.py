@@ -1,19 +1,21 @@
 """Retrieval both ways: recall at 1, 5, 10, with one or several captions to an image.
 
 A query counts as found at K if any of its matches is among its K nearest; a tie is a miss, so that a model whose embeddings are all
-alike (or nan) finds nothing.  Names: N images, M captions.
+alike (or nan) finds nothing.  Similarities are held a tile at a time.  Of a million pairs and 512 numbers an embedding, each rank holds
+images and captions whole: 2 GB each in fp32 (five captions an image: 10 GB), and the captions' text.  Names: N images, M captions.
 """
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.benchmarks import Benchmark
 from run.evals.embed import Embedder
 from run.lib.ranks import rank, total, world
 
 AT = (1, 5, 10)
-CHUNK = 1024  # queries whose similarities are held at once
+CHUNK, TILE = 1024, 8192  # queries and targets whose similarities are held at once
 READS = "captions"
 
 
@@ -40,13 +42,26 @@ def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[st
 
 
 def recalls(name: str, queries: Tensor, query_ids: Tensor, targets: Tensor, target_ids: Tensor) -> dict[str, float]:
-    """R@K over all queries, each rank a share of them; query q matches target t if their ids agree."""
+    """R@K over all queries, each rank blocks of them; query q matches target t if their ids, which ascend, agree."""
     found = torch.zeros(len(AT), dtype=torch.float64, device=queries.device)
-    for chunk in torch.arange(rank(), len(queries), world(), device=queries.device).split(CHUNK):
-        similar = queries[chunk] @ targets.T  # (chunk, targets)
-        match = query_ids[chunk, None] == target_ids[None]
-        best = similar.masked_fill(~match, -torch.inf).amax(1, keepdim=True)
-        nearer = (~(similar < best) & ~match).sum(1)  # how many others are as near as the nearest match, or nearer
+    tiles = list(zip(targets.split(TILE), target_ids.split(TILE)))
+    spans = [(int(ids[0]), int(ids[-1])) for _, ids in tiles]
+    for first in range(rank() * CHUNK, len(queries), world() * CHUNK):
+        block, ids = queries[first:first + CHUNK], query_ids[first:first + CHUNK]
+        lowest, highest = int(ids[0]), int(ids[-1])
+        best = torch.full((len(block), 1), -torch.inf, device=queries.device)
+        for (tile, of), (low, high) in zip(tiles, spans):
+            if low <= highest and lowest <= high:  # else no match is in it
+                best = best.maximum(similar(block, tile).masked_fill(ids[:, None] != of, -torch.inf).amax(1, keepdim=True))
+        nearer = torch.zeros(len(block), dtype=torch.int64, device=queries.device)  # others as near as the nearest match, or nearer
+        for tile, of in tiles:
+            nearer += (~(similar(block, tile) < best) & (ids[:, None] != of)).sum(1)
         found += torch.stack([(nearer < k).sum() for k in AT])
     found = total(found) / len(queries)
     return {f"{name}_r{k}": float(value) for k, value in zip(AT, found)}
+
+
+def similar(block: Tensor, tile: Tensor) -> Tensor:
+    """(queries, targets) of a block and a tile, always multiplied at their full size: then what is alike gives the same bits anywhere."""
+    whole = F.pad(block, (0, 0, 0, CHUNK - len(block))) @ F.pad(tile, (0, 0, 0, TILE - len(tile))).T
+    return whole[:len(block), :len(tile)]
