@@ -11,6 +11,7 @@ import numpy as np
 
 from data.augment import image_size
 from data.benchmarks import IGNORE, Images, decode_map
+from data.prompts import synonyms
 from data.shards import IMAGES
 
 UNKNOWN = 254  # in a table from stored numbers to classes: the layout has no such number
@@ -78,14 +79,14 @@ class LabelMaps(Files):
                 raise ValueError(f"evals: {place} has nothing for {len(missing):,} of {len(stems):,} images, the first is {missing[0]}")
         self.paths, self.maps = [found[stem] for stem in stems], [known[stem] for stem in stems]
 
-    def name(self, names: Sequence[str], stored: Sequence[int], none: Sequence[int] = (IGNORE,)) -> None:
+    def call(self, names: Sequence[str], stored: Sequence[int], none: Sequence[int] = (IGNORE,)) -> None:
         """Class i is called names[i] and stored as stored[i]; `none`: what is stored for no class."""
         self.named, self.table = list(names), np.full(256, UNKNOWN, np.uint8)
         self.table[list(none)] = IGNORE
         self.table[list(stored)] = np.arange(len(stored))
 
     def names(self) -> list[list[str]]:
-        return [[name] for name in self.named]
+        return list(map(synonyms, self.named))
 
     def label_map(self, i: int) -> np.ndarray:
         try:
@@ -127,7 +128,7 @@ class Ade20k(LabelMaps):
         rows = [line.split("\t") for line in self.lines("objectInfo150.txt")[1:]]
         if [row[0].strip() for row in rows] != [str(i + 1) for i in range(150)]:
             raise ValueError(f"evals: {self.folder}/objectInfo150.txt: not the benchmark's table of classes 1 to 150")
-        self.name([row[-1].split(",")[0].strip() for row in rows], range(1, 151), none=(0, IGNORE))
+        self.call([row[-1].split(",")[0].strip() for row in rows], range(1, 151), none=(0, IGNORE))
         self.pair(self.folder / "images" / part, self.folder / "annotations" / part)
 
 
@@ -150,7 +151,7 @@ class PascalContext(LabelMaps):
             names = list(self.listed(self.folder / "59_labels.txt").values())
         if len(names) not in (59, 60):
             raise ValueError(f"evals: {self.folder}: {len(names)} names of classes; Pascal Context has 59, or 60 with the background")
-        self.name(names, range(60 - len(names), 60), none=(0, IGNORE))
+        self.call(names, range(60 - len(names), 60), none=(0, IGNORE))
         lists = [self.folder / "ImageSets" / kind / f"{part}.txt" for kind in ("SegmentationContext", "Main")]
         if not any(path.exists() for path in lists):
             raise ValueError(f"evals: {self.folder}: it needs {lists[0].relative_to(self.folder)}, or VOC's own {part}.txt in Main")
@@ -172,7 +173,7 @@ class CocoStuff(LabelMaps):
         if sorted(listed) != list(range(183)):
             raise ValueError(f"evals: {self.folder}/labels.txt: not COCO-Stuff's list, whose lines go from 0 to 182")
         used = [number for number in range(1, 183) if number not in UNUSED]
-        self.name([listed[number] for number in used], [number - 1 for number in used])
+        self.call([listed[number] for number in used], [number - 1 for number in used])
         images = self.folder / "images" / part
         maps = self.folder / "stuffthingmaps"
         self.pair(images if images.is_dir() else self.folder / part, (maps if maps.is_dir() else self.folder / "annotations") / part)
@@ -189,9 +190,11 @@ class Folders(LabelMaps):
 
     def open(self, part: str) -> None:
         names = self.lines("classnames.txt")
+        if "" in map(str.strip, names):
+            raise ValueError(f"evals: {self.folder}: classnames.txt has an empty line; line i + 1 names class i")
         if len(names) > UNKNOWN:
             raise ValueError(f"evals: {self.folder}: {len(names)} classes; a label map of bytes holds {UNKNOWN}")
-        self.name(names, range(len(names)))
+        self.call(names, range(len(names)))
         images, maps = self.folder / "images", self.folder / "labels"
         split = (images / part).is_dir() or part != "test"
         self.pair(images / part if split else images, maps / part if split else maps)

@@ -119,11 +119,15 @@ class Karpathy(Captioned):
     splits = {"test": "test", "val": "val", "train": "train"}
 
     @classmethod
+    def file(cls, folder: Path) -> Path | None:
+        return found(folder, "dataset_coco.json") or found(folder, "dataset_flickr*.json")
+
+    @classmethod
     def fits(cls, folder: Path) -> bool:
-        return found(folder, "dataset_*.json") is not None
+        return cls.file(folder) is not None
 
     def open(self, part: str) -> None:
-        path = found(self.folder, "dataset_*.json")
+        path = self.file(self.folder)
         with reading(path) as content:
             rows = [row for row in content["images"] if row["split"] in (("train", "restval") if part == "train" else (part,))]
             names = [str(Path(row.get("filepath", ""), row["filename"])) for row in rows]

@@ -71,7 +71,7 @@ def test_coco_stuff(tmp_path, maps, where):
 def test_folders_of_ones_own(tmp_path):
     images = open_set(folders(tmp_path))
     assert type(images) is layout_maps.Folders and images.classes() == ["cat", "dog", "tree"]
-    assert seen(images, 2) == [0, 1, 2, IGNORE, IGNORE]
+    assert seen(images, 2) == [0, 1, 2, IGNORE, IGNORE] and images.names()[0] == ["cat", "pussycat"]
     with pytest.raises(ValueError, match="it needs images/train/"):
         images.other("train")
     for part in ("train", "test"):
@@ -87,6 +87,7 @@ def test_folders_of_ones_own(tmp_path):
     (lambda f: Image.new("L", (4, 6)).save(f / "labels/1.png"), "labels/1.png has 6 x 4 pixels, its image 4 x 6"),
     (lambda f: (f / "labels/1.png").write_bytes(b"PNG?"), "labels/1.png or its image: cannot read the image"),
     (lambda f: (f / "images/1.png").write_bytes(b"PNG?"), "labels/1.png or its image: cannot read the image"),
+    (lambda f: tell(f / "classnames.txt", "cat\n\ndog"), "classnames.txt has an empty line; line i + 1 names class i"),
     (lambda f: (f / "labels/1.png").unlink(), "labels has nothing for 1 of 3 images, the first is 1"),
 ])
 def test_a_bad_map_is_named(tmp_path, spoil, complaint):
@@ -199,6 +200,7 @@ MAKERS = (karpathy, nocaps, coco, vqa, ade20k, context, coco_stuff, folders)
 @pytest.mark.parametrize("layout, make", list(zip(LAYOUTS, MAKERS, strict=True)))
 def test_each_is_recognised_alone(tmp_path, layout, make):
     make(tmp_path)
+    tell(tmp_path / "dataset_infos.json", {})  # Hugging Face's
     assert [other for other in LAYOUTS if other.fits(tmp_path)] == [layout]
 
 
@@ -226,6 +228,7 @@ def test_evaluations_open_what_they_read(tmp_path):
     tell(tmp_path / "zeroshot_classification_templates.txt", "a {c}")
     found = parse([f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"])
     assert [type(e.images).__name__ for e in found] == ["CocoCaptions", "CocoStuff"]
+    assert [e.label for e in found] == [f"{kind}/{tmp_path.name}" for kind in ("retrieval", "segmentation")]
     with pytest.raises(ValueError, match="is no evaluation set; it needs test/.*, or another layout of docs/running.md"):
         parse([f"retrieval:{tmp_path / 'val2017'}"])
     with pytest.raises(ValueError, match="no captions in it, or none in a layout that is known"):

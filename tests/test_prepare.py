@@ -127,6 +127,22 @@ def test_glyphs(command, tmp_path, monkeypatch):
     assert f"next: python run/prepare.py tokenizer {tmp_path}/g/train --out {tmp_path}/g-tokenizer.model" in out
 
 
+def test_composites(command, tmp_path, monkeypatch):
+    """As above: the build is tests/test_composites.py's."""
+    asked = []
+
+    def build(out, **settings):
+        asked.append((out, settings))
+        return dict(settings=dict(concepts=dict(cat="cat", car="automobile"), scenes=[5000, 20, 10]),
+                    drawings=dict(train=dict(cat=4, car=5), test=dict(cat=2, car=2), unseen=dict(cat=1, car=2)))
+
+    monkeypatch.setattr(prepare.composed, "build", build)
+    code, out, err = command("composites", "--out", tmp_path / "c", "--train", "5000", "--test", "20", "--seed", "3")
+    assert asked == [(tmp_path / "c", dict(glyphs=Path("datasets/glyphs"), train=5000, test=20, unseen=1000, seed=3))]
+    assert code == 0 and f"{tmp_path}/c: 2 classes" in out and "train/            5,000 scenes of    9 drawings" in out
+    assert f"next: python run/prepare.py check {tmp_path}/c/train" in out
+
+
 def test_bad_input_is_one_line_and_exit_2(command, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()

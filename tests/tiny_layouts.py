@@ -60,7 +60,7 @@ def folders(folder):
     for i in range(3):
         picture(folder / "images" / f"{i}.png")
         label_map(folder / "labels" / f"{i}.png", (0, 1, 2, 255))
-    tell(folder / "classnames.txt", "cat;pussycat\ndog\ntree\n".replace(";pussycat", ""))
+    tell(folder / "classnames.txt", "cat;pussycat\ndog\ntree\n")
     return folder
 
 
