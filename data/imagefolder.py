@@ -1,0 +1,131 @@
+"""Classified images of your own -> an evaluation set in CLIP_benchmark's layout: a tree with a folder a class, or a table.
+
+    build(Path("photos"), Path("datasets/mine")) -> {"classes": [...], "test": 120}
+
+A tree is CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg.  A table (csv, tsv) has a column of images, paths from its
+own folder, one of classes, and perhaps one called split.  Classes are numbered in order of their names, numbers in order of size.  Folders
+called by WordNet numbers, as ImageNet's and its relatives', get CLIP's class names (data/imagenet.tsv: the names are open_clip's).
+"""
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from data.augment import decode
+from data.packaged import write_split
+from data.pairs import Csv, is_image, kind_of
+from data.prompts import templates
+
+CLASS_COLUMNS = ("class", "label", "category", "target", "class_name", "classname")
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # what a folder or a row is called
+WORDNET = Path(__file__).parent / "imagenet.tsv"
+PROMPT = "a photo of a {c}."  # CLIP section 3.1.4
+Entries = dict[str, list[tuple[str, Path]]]  # split -> (class, image)
+
+
+def build(source: Path, out: Path, *, names: Path | None = None, prompts: str = "", image_column: str | None = None,
+          class_column: str | None = None, progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows) -> dict:
+    """Write the set; the same source gives the same bytes.  ValueError: an image cannot be read, or a class has no name.
+
+    names: a file with a class's name a line, in order, or `FOLDER<tab>name`; prompts: templates as data/prompts.py knows them.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} exists and is not an empty folder; remove it or name another")
+    found = tree(source) if source.is_dir() else table(source, image_column, class_column)
+    classes = {label for rows in found.values() for label, _ in rows}
+    classes = sorted(classes, key=int if all(label.isdecimal() for label in classes) else str)
+    called, lines = named(classes, names), templates(prompts) if prompts else [PROMPT]
+    number = {label: i for i, label in enumerate(classes)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # broken off, it leaves no `out`
+        new = Path(folder, "new")
+        for split, rows in found.items():
+            write_split(new / split, samples(progress(rows, len(rows)), number))
+        (new / "classnames.txt").write_text("".join(f"{name}\n" for name in called))
+        (new / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in lines))
+        os.rename(new, out)
+    return dict(classes=called, **{split: len(rows) for split, rows in found.items()})
+
+
+def tree(root: Path) -> Entries:
+    """The images below each class's folder, in order; with one folder a split above them, or all are test."""
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    splits = {SPLITS[path.name.lower()]: path for path in folders if path.name.lower() in SPLITS}
+    if splits and len(splits) == len(folders):
+        if "test" not in splits:
+            splits["test"] = splits.pop("val", None) or splits.pop("train")
+    else:
+        splits = {"test": root}
+    found = {split: [(folder.name, path) for folder in sorted(path.iterdir()) if folder.is_dir() for path in below(folder)]
+             for split, path in sorted(splits.items())}
+    for split, rows in found.items():
+        if not rows:
+            raise ValueError(f"{splits[split]}: no images in folders in it; it must be CLASS/image.jpg, or train/ and test/ with these")
+    return found
+
+
+def below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path.name))
+
+
+def table(path: Path, image_column: str | None, class_column: str | None) -> Entries:
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        raise ValueError(f"{path}: not a source; it must be a folder with a folder a class, or a .csv or .tsv table")
+    source = Classes(path, image_column, class_column)
+    found: Entries = {}
+    for line, row in enumerate(source.read(csv.DictReader), start=1):
+        image, label = (row[column] for column in source.columns)
+        split = SPLITS.get((row.get("split") or "test").lower())
+        if not image or not label or not split:
+            raise ValueError(f"{path}: row {line}: it needs an image, a class and, where there is a column for it, a split of "
+                             f"{', '.join(SPLITS)}")
+        found.setdefault(split, []).append((label, path.parent / image))
+    if "test" not in found:
+        raise ValueError(f"{path}: no rows of the split test, on which is evaluated")
+    return found
+
+
+class Classes(Csv):
+    second = ("class", CLASS_COLUMNS)
+
+
+def named(classes: list[str], names: Path | None) -> list[str]:
+    """What the classes are called in prompts."""
+    if names:
+        lines = names.read_text().rstrip().splitlines()
+        if all("\t" in line for line in lines):
+            known = dict(line.split("\t", 1) for line in lines)
+        elif len(lines) == len(classes):
+            known = dict(zip(classes, lines))
+        else:
+            raise ValueError(f"--names: {names} has {len(lines)} lines; the classes are {len(classes)}: {', '.join(classes[:5])}, ...")
+    else:
+        wordnet = dict(line.split("\t") for line in WORDNET.read_text().splitlines())
+        known = wordnet if set(classes) <= set(wordnet) else {label: label.replace("_", " ") for label in classes}
+    if unknown := [label for label in classes if not known.get(label, "").strip()]:
+        raise ValueError(f"--names: {names} has no name for {', '.join(unknown[:5])}")
+    return [known[label].strip() for label in classes]
+
+
+def samples(rows: Iterable[tuple[str, Path]], number: dict[str, int]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, parts) of each image: as it is where it is a jpg, png or webp, else as a png."""
+    for i, (label, path) in enumerate(rows):
+        data = path.read_bytes()
+        try:
+            kind = kind_of(data)
+        except ValueError:
+            data, kind = as_png(path, data), "png"
+        yield f"{i:07d}", {kind: data, "cls": str(number[label]).encode()}
+
+
+def as_png(path: Path, data: bytes) -> bytes:
+    out = io.BytesIO()
+    try:
+        Image.fromarray(decode(data)).save(out, "PNG")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return out.getvalue()
