@@ -205,9 +205,9 @@ def tuned(model: Embedder, images: Images, options: Options) -> tuple:
         chosen = torch.randperm(len(train))[:options.samples or None]
     trainer = wrapped(classifier, groups(classifier, recipe), model.cfg.deepspeed, accumulate=options.accumulate)
     trainer.train()
-    passes = steps(len(chosen), recipe.batch, recipe.epochs) * options.accumulate
+    count = steps(len(chosen), recipe.batch, recipe.epochs)
     model.say(f"finetune {images.name}: recipe {options.recipe}, {len(chosen):,} images of {classes} classes, "
-              f"{passes // options.accumulate} steps of {recipe.batch}, a rate a layer:\n{rates(depth, recipe)}")
+              f"{count} steps of {recipe.batch}, a rate a layer:\n{rates(depth, recipe)}")
     vision = model.cfg.model.vision
     data = Labelled(train, classes, size=model.pre.image_size, interpolation=model.pre.interpolation, mean=vision.mean, std=vision.std,
                     crop=recipe.crop, augment=recipe.augment, erase=recipe.erase, noise=(depth, 2), seed=options.seed)
@@ -224,7 +224,11 @@ def tuned(model: Embedder, images: Images, options: Options) -> tuple:
 
     loader = DataLoader(data, batch_size=None, sampler=shares(chosen, recipe, options), **ahead(model.cfg.data))
     rate = cosine(recipe.lr * recipe.batch / 256, recipe.warmup, recipe.min_lr)
-    return trainer, fit(trainer, enumerate(loader), loss_of, rate, passes, model.say)
+    passes = count * options.accumulate
+
+    def of_step(progress: float) -> float:
+        return rate(round(progress * passes) // options.accumulate / count)  # alike in all passes of a step
+    return trainer, fit(trainer, enumerate(loader), loss_of, of_step, passes, model.say)
 
 
 def shares(chosen: Tensor, recipe: Recipe, options: Options) -> Iterator[list[Row]]:
