@@ -9,6 +9,7 @@ Each kind is one file here; to add one, write the file and its row in EVALS:
 
     Options                                what the parentheses may hold: a frozen dataclass
     check(images, options)                 ValueError where the set lacks what the kind reads, or the options do not fit it
+    fits(model, options)                   where it is so: ValueError if this model, or how it is shown images, cannot be asked that
     evaluate(model, images, options)       {metric: value}, the same on every rank; no printing but by model.say
     READS                                  where it matters which of a folder's layouts is meant: label_map, captions or questions
     trains_tower(options)                  only where it may be so: those are refused during training
@@ -88,6 +89,8 @@ def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
 
 def evaluate(model: Embedder, evals: list[Eval]) -> dict[str, float]:
     """Run evaluations (from `parse`) on a model, sharded or not, and name their metrics kind/set/metric."""
+    for e in evals:  # before anything is computed
+        getattr(EVALS[e.kind], "fits", lambda model, options: None)(model, e.options)
     results, was_training = {}, model.towers.training
     model.towers.eval()
     for e in evals:
