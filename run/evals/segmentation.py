@@ -73,7 +73,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
         counts += confusion(truth.to(found.device), found, len(classes))
         if i < options.picture:
             shown.append((i, decode(images.image(i)), truth.numpy(), found.cpu().numpy()))
-    picture(model, images, shown)
+    picture(model, images, f"{'values' if values else 'tokens'}-{sliding.size}", shown)
     return scores(total(counts))
 
 
@@ -127,12 +127,12 @@ def scores(counts: Tensor) -> dict[str, float]:
                 accuracy=float(right.sum() / counts.sum()), chance=1 / len(counts))
 
 
-def picture(model: Embedder, images: Images, shown: list) -> None:
-    """Write the shown images of all ranks to RUN/pictures/TAG-SET.png."""
+def picture(model: Embedder, images: Images, how: str, shown: list) -> None:
+    """Write the shown images of all ranks to RUN/pictures/TAG-SET-HOW.png."""
     shown = sorted(gathered(shown), key=lambda row: row[0])
     if rank() or not shown:
         return
-    path = model.home / "pictures" / f"{model.tag}-{images.name}.png"
+    path = model.home / "pictures" / f"{model.tag}-{images.name}-{how}.png"
     path.parent.mkdir(exist_ok=True)
     segmentations([row[1:] for row in shown], images.classes()).save(path)
     model.say(f"{path}: images, their label maps, what was found")
