@@ -59,7 +59,7 @@ def main() -> None:
             report(results, path, home, how | given)
     left_out = {fault: None for e in evals if e.kind == "suite" for fault in e.options.faults}
     if left_out:
-        raise ValueError("\n  ".join([f"{len(left_out)} sets were left out; all others are evaluated", *left_out]))
+        raise ValueError("\n  ".join([f"{len(left_out)} of the sets could not be evaluated; all others are", *left_out]))
 
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:

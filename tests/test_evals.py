@@ -219,6 +219,17 @@ def test_evaluating_leaves_the_method_as_it_was(data, model, monkeypatch):
     assert embedder((method, several, model[2])).pre == embed.Preprocess(32, 8, "resize_crop", "bilinear")
 
 
+@pytest.mark.parametrize("name, how, interpolation, mean", [
+    ("flip_l16", "square", "bicubic", 0.485), ("glip_b16", "resize_crop", "bicubic", 0.48145466),
+    ("slip_b16", "resize_crop", "bilinear", 0.485), ("aclip_b16", "resize_crop", "bilinear", 0.485),
+    ("maskclip_b16", "resize_crop", "bilinear", 0.485)])
+def test_each_paper_s_preprocessing(model, name, how, interpolation, mean):
+    """docs/methods.md: FLIP's central square, the others' short side first; SLIP's bilinear; OpenAI's statistics or ImageNet's."""
+    cfg = config.load(f"run/configs/{name}.yaml")
+    assert embedder((model[0], cfg, model[2])).pre == embed.Preprocess(224, 16, how, interpolation)
+    assert cfg.model.vision.mean[0] == mean
+
+
 @pytest.mark.slow
 def test_the_same_numbers_on_any_ranks_during_training_and_after(data, tmp_path):
     """Trained and evaluated under ZeRO-3 on 2 ranks, then run/evaluate.py on 1 and 3: student and average."""

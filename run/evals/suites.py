@@ -31,11 +31,12 @@ class Suite:
     sets: dict[str, tuple[Benchmark, zero_shot.Options]] = field(default_factory=dict)  # those that can be evaluated
     missing: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # a line a set that is there and cannot be evaluated
+    doubts: list[str] = field(default_factory=list)  # a line a set that can be, but may not be what its name says
 
     def __str__(self) -> str:
         lines = [f"suite:{self.name}: {len(self.sets)} of {len(members(self.name))} sets in {self.data}: {', '.join(self.sets)}"]
         lines += [f"  missing: {', '.join(self.missing)}"] * bool(self.missing)
-        return "\n".join(lines + [f"  left out: {fault}" for fault in self.faults])
+        return "\n".join(lines + [f"  left out: {fault}" for fault in self.faults] + [f"  in doubt: {doubt}" for doubt in self.doubts])
 
 
 def look(name: str, data: str, options: Options, given: str = "") -> Suite:
@@ -54,11 +55,15 @@ def look(name: str, data: str, options: Options, given: str = "") -> Suite:
             images = Benchmark(folder)
             if (classes := len(images.names())) != row.classes:
                 raise ValueError(f"evals: {folder}: {classes} classes; {row.name} has {row.classes} (classnames.txt, class_subset.txt)")
-            zero_shot.check(images, how)
+            seen = zero_shot.check(images, how)
         except (ValueError, OSError) as error:
             suite.faults.append(f"{row.name}: {' '.join(str(error).removeprefix('evals: ').split())}")
         else:
             suite.sets[row.name] = images, how
+            if len(seen) < classes:
+                first = images.classes()[min(set(range(classes)) - seen)]
+                suite.doubts.append(f"{row.name}: {folder}: {classes - len(seen)} of its {classes} classes have no image, e.g. {first}; "
+                                    "is it whole, and are its classes counted from 0?")
     if not suite.sets:
         first = SETS[members(name)[0]].folders[0]
         raise ValueError("\n  ".join([f"evals: suite:{name}: no set to evaluate in {data}; their folders are called e.g. {first} or "

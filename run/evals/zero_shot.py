@@ -22,8 +22,12 @@ class Options:
         check_choice("evals: zero_shot.metric", self.metric, metrics.METRICS)
 
 
-def check(benchmark: Benchmark, options: Options) -> None:
-    """Every label is read, so that a set whose labels do not fit its names is refused before anything is computed."""
+def check(benchmark: Benchmark, options: Options) -> set[int]:
+    """Every label is read, so that a set whose labels do not fit its names is refused before anything is computed.
+
+    Returns the classes that have images.
+    """
+    seen: set[int] = set()
     classes = len(benchmark.prompts(options.templates))
     try:
         decode(benchmark.image(0))
@@ -39,11 +43,14 @@ def check(benchmark: Benchmark, options: Options) -> None:
         if options.metric == "map":
             if len(row := benchmark.present(i)) != classes:
                 raise ValueError(f"evals: {benchmark.folder}: {benchmark.key(i)} tells of {len(row)} classes; {classes} are named")
+            seen.update(np.nonzero(row)[0].tolist())
             continue
         labels = benchmark.frame(i).labels if options.metric == "pm" else [benchmark.label(i)]
         if max(labels) >= classes:
             raise ValueError(f"evals: {benchmark.folder}: {benchmark.key(i)} is of class {max(labels)}; "
                              f"classnames.txt names {classes}, from 0")
+        seen.update(labels)
+    return seen
 
 
 def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[str, float]:
