@@ -31,24 +31,26 @@ def build(source: Path, out: Path, *, names: Path | None = None, prompts: str = 
           class_column: str | None = None, progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows) -> dict:
     """Write the set; the same source gives the same bytes.  ValueError: an image cannot be read, or a class has no name.
 
-    names: a file with a class's name a line, in order, or `FOLDER<tab>name`; prompts: templates as data/prompts.py knows them.
+    names: a file with a class's name a line, in order, or `FOLDER<tab>name`, which takes these folders alone (ObjectNet: those that
+    ImageNet has, too).  prompts: templates as data/prompts.py knows them.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not an empty folder; remove it or name another")
     found = tree(source) if source.is_dir() else table(source, image_column, class_column)
-    classes = {label for rows in found.values() for label, _ in rows}
-    classes = sorted(classes, key=int if all(label.isdecimal() for label in classes) else str)
-    called, lines = named(classes, names), templates(prompts) if prompts else [PROMPT]
+    every = {label for rows in found.values() for label, _ in rows}
+    called = named(sorted(every, key=int if all(label.isdecimal() for label in every) else str), names)
+    classes, lines = list(called), templates(prompts) if prompts else [PROMPT]
+    found = {split: [(label, path) for label, path in rows if label in called] for split, rows in found.items()}
     number = {label: i for i, label in enumerate(classes)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # broken off, it leaves no `out`
         new = Path(folder, "new")
         for split, rows in found.items():
             write_split(new / split, samples(progress(rows, len(rows)), number))
-        (new / "classnames.txt").write_text("".join(f"{name}\n" for name in called))
+        (new / "classnames.txt").write_text("".join(f"{name}\n" for name in called.values()))
         (new / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in lines))
         os.rename(new, out)
-    return dict(classes=called, **{split: len(rows) for split, rows in found.items()})
+    return dict(classes=list(called.values()), left_out=len(every) - len(called), **{split: len(rows) for split, rows in found.items()})
 
 
 def tree(root: Path) -> Entries:
@@ -93,22 +95,23 @@ class Classes(Csv):
     second = ("class", CLASS_COLUMNS)
 
 
-def named(classes: list[str], names: Path | None) -> list[str]:
-    """What the classes are called in prompts."""
-    if names:
-        lines = names.read_text().rstrip().splitlines()
-        if all("\t" in line for line in lines):
-            known = dict(line.split("\t", 1) for line in lines)
-        elif len(lines) == len(classes):
-            known = dict(zip(classes, lines))
-        else:
-            raise ValueError(f"--names: {names} has {len(lines)} lines; the classes are {len(classes)}: {', '.join(classes[:5])}, ...")
-    else:
+def named(classes: list[str], names: Path | None) -> dict[str, str]:
+    """{class: what it is called in prompts} of those that are taken, in order."""
+    if not names:
         wordnet = dict(line.split("\t") for line in WORDNET.read_text().splitlines())
-        known = wordnet if set(classes) <= set(wordnet) else {label: label.replace("_", " ") for label in classes}
-    if unknown := [label for label in classes if not known.get(label, "").strip()]:
-        raise ValueError(f"--names: {names} has no name for {', '.join(unknown[:5])}")
-    return [known[label].strip() for label in classes]
+        return {label: wordnet[label] if set(classes) <= set(wordnet) else label.replace("_", " ") for label in classes}
+    lines = names.read_text().rstrip("\n").splitlines()
+    if all("\t" in line for line in lines):
+        known = dict(line.split("\t", 1) for line in lines)
+        if unknown := [label for label in known if label not in classes]:
+            raise ValueError(f"--names: {names} names {', '.join(unknown[:5])}; there are no images of it")
+    elif len(lines) == len(classes):
+        known = dict(zip(classes, lines))
+    else:
+        raise ValueError(f"--names: {names} has {len(lines)} lines; the classes are {len(classes)}: {', '.join(classes[:5])}, ...")
+    if unnamed := [label for label, name in known.items() if not name.strip()]:
+        raise ValueError(f"--names: {names} has no name for {', '.join(unnamed[:5])}")
+    return {label: known[label].strip() for label in classes if label in known}
 
 
 def samples(rows: Iterable[tuple[str, Path]], number: dict[str, int]) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -206,13 +206,15 @@ def classified(source: Path, out: Path, names: Path | None, templates: str, imag
 
     A folder is CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg; a table has a column of images (paths, from its folder),
     one of classes and perhaps one called split.  Classes are called by their folders, or by CLIP's names where these are ImageNet's
-    WordNet numbers; --names gives others, several of a class with semicolons between them.  Jpg, png and webp are stored as they are,
-    other images as png.  An image that cannot be read ends it.  OUT appears when all is written.
+    WordNet numbers; --names gives others, several of a class with semicolons between them, and may take some folders alone.  Jpg, png
+    and webp are stored as they are, other images as png.  An image that cannot be read ends it.  OUT appears when all is written.
     """
     done = build_set(source, out, names=names, prompts=templates, image_column=image_column, class_column=class_column,
                      progress=lambda rows, total: bar(rows, "writing", " images", total))
-    classes = done.pop("classes")
+    classes, left_out = done.pop("classes"), done.pop("left_out")
     print(f"{out}: {len(classes):,} classes: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}")
+    if left_out:
+        print(f"  {left_out:,} others are not in {names}")
     print("  " + ", ".join(f"{split}: {count:,} images" for split, count in done.items()))
     print(f"next: python run/evaluate.py --run RUN --evals zero_shot:{out}")
 

@@ -32,7 +32,7 @@ def test_a_tree_without_splits(tmp_path):
             (tmp_path / "in" / name).write_text("not an image")
         else:
             image(tmp_path / "in" / name, shade, "WEBP" if "webp" in name else None)
-    assert build(tmp_path / "in", tmp_path / "out") == {"classes": ["ape", "red panda"], "test": 3}
+    assert build(tmp_path / "in", tmp_path / "out") == {"classes": ["ape", "red panda"], "left_out": 0, "test": 3}
     found = parse([f"zero_shot:{tmp_path}/out"])[0].images
     assert found.prompts() == [["a photo of a ape."], ["a photo of a red panda."]]
     assert shades(found) == [(0, 10), (1, 20), (1, pytest.approx(30, abs=2))]
@@ -45,12 +45,15 @@ def test_a_tree_with_splits_and_numbers(tmp_path):
         image(tmp_path / "in" / split / label / "x.png", shade)
     (tmp_path / "names.txt").write_text("two;deux\nten\n")
     done = build(tmp_path / "in", tmp_path / "out", names=tmp_path / "names.txt", prompts="7")
-    assert done == {"classes": ["two;deux", "ten"], "test": 2, "train": 2}
+    assert done == {"classes": ["two;deux", "ten"], "left_out": 0, "test": 2, "train": 2}
     test = Benchmark(tmp_path / "out")
     assert shades(test) == [(1, 3), (0, 4)] and shades(test.other("train")) == [(1, 1), (0, 2)]
     assert test.names() == [["two", "deux"], ["ten"]] and len(test.templates()) == 7
     (tmp_path / "names.txt").write_text("10\tten\n2\ttwo\n")
     assert build(tmp_path / "in", tmp_path / "again", names=tmp_path / "names.txt")["classes"] == ["two", "ten"]
+    (tmp_path / "names.txt").write_text("10\tten\n")
+    assert build(tmp_path / "in", tmp_path / "one", names=tmp_path / "names.txt") == dict(classes=["ten"], left_out=1, test=1, train=1)
+    assert shades(Benchmark(tmp_path / "one")) == [(0, 3)]
 
 
 def test_wordnet_numbers_in_imagenets_order(tmp_path):
@@ -65,11 +68,11 @@ def test_a_table(tmp_path):
     for i in range(4):
         image(tmp_path / f"{i}.jpg", 40 * i)
     (tmp_path / "in.csv").write_text("file,label,split\n0.jpg,dog,test\n1.jpg,cat,train\n2.jpg,cat,TEST\n3.jpg,dog,train\n")
-    assert build(tmp_path / "in.csv", tmp_path / "out") == {"classes": ["cat", "dog"], "test": 2, "train": 2}
+    assert build(tmp_path / "in.csv", tmp_path / "out") == {"classes": ["cat", "dog"], "left_out": 0, "test": 2, "train": 2}
     assert [label for label, _ in shades(Benchmark(tmp_path / "out"))] == [1, 0]
     (tmp_path / "two.tsv").write_text("where\twhat\n0.jpg\tdog\n")
     done = build(tmp_path / "two.tsv", tmp_path / "two", image_column="where", class_column="what")
-    assert done == {"classes": ["dog"], "test": 1}
+    assert done == {"classes": ["dog"], "left_out": 0, "test": 1}
 
 
 def test_what_cannot_become_a_set(tmp_path):
@@ -79,7 +82,8 @@ def test_what_cannot_become_a_set(tmp_path):
         assert not (tmp_path / "out").exists()
     image(tmp_path / "in" / "ape" / "a.png", 1)
     refused("names.txt has 2 lines; the classes are 1: ape", tmp_path / "in", names=written(tmp_path / "names.txt", "a\nb"))
-    refused("has no name for ape", tmp_path / "in", names=written(tmp_path / "names.txt", "bee\tbee"))
+    refused("names bee; there are no images", tmp_path / "in", names=written(tmp_path / "names.txt", "bee\tbee"))
+    refused("has no name for ape", tmp_path / "in", names=written(tmp_path / "names.txt", "ape\t "))
     refused("templates: '8'", tmp_path / "in", prompts="8")
     written(tmp_path / "in" / "ape" / "b.jpg", "no picture")
     refused("ape/b.jpg: cannot read the image", tmp_path / "in")

@@ -50,6 +50,8 @@ def check(benchmark: Benchmark, options: Options) -> set[int]:
             raise ValueError(f"evals: {benchmark.folder}: {benchmark.key(i)} is of class {max(labels)}; "
                              f"classnames.txt names {classes}, from 0")
         seen.update(labels)
+    if not seen or options.metric == "roc_auc" and len(seen) < 2:
+        raise ValueError(f"evals: {benchmark.folder}: its images are of {len(seen)} classes; {options.metric} needs more")
     return seen
 
 
