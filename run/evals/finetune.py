@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,20 @@ def check(images: Images, options: Options) -> None:
         rand_augment(augment, 224, (0.5, 0.5, 0.5))
 
 
+def fits(model: Embedder, options: Options) -> None:
+    batch = options.resolved(model.cfg.model.shape.depth).batch
+    if batch < 2 * options.accumulate * world():
+        raise ValueError(f"finetune(batch={batch}): less than a pair of images for each of {world()} ranks x accumulate "
+                         f"{options.accumulate}")
+    if options.save and once(kept(model, options).exists):
+        raise ValueError(f"finetune(save={options.save}): {kept(model, options)} exists; give another name")
+
+
+def kept(model: Embedder, options: Options) -> Path:
+    """Where the weights go."""
+    return model.home / "finetuned" / model.tag / options.save
+
+
 class Classifier(nn.Module):
     """A copy of a vision tower, and a linear layer on its pooled tokens: the class token, or the mean.
 
@@ -171,9 +186,8 @@ def rates(depth: int, recipe: Recipe) -> str:
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
     """top1, top5 and mean_per_class on test/ after training on train/, and chance: what guessing would get at top1."""
-    classes, home = len(images.classes()), model.home / "finetuned" / model.tag / options.save
-    if options.save and once(home.exists):
-        raise ValueError(f"finetune(save={options.save}): {home} exists; give another name")
+    fits(model, options)  # again: another of this command may have taken the name
+    classes, home = len(images.classes()), kept(model, options)
     trainer, _ = tuned(model, images, options)
     trainer.eval()
     shown = copy.copy(model)  # with the classifier as one more encoder
@@ -194,11 +208,8 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 def tuned(model: Embedder, images: Images, options: Options) -> tuple:
     """(the classifier, trained, under DeepSpeed; the loss of each backward pass)."""
     train, classes = images.other("train"), len(images.classes())
-    depth = len(model.towers.vision.blocks)
+    depth = model.cfg.model.shape.depth
     recipe = options.resolved(depth)
-    if recipe.batch < 2 * options.accumulate * world():
-        raise ValueError(f"finetune(batch={recipe.batch}): less than a pair of images for each of {world()} ranks x accumulate "
-                         f"{options.accumulate}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(options.seed)
         classifier = Classifier(model.towers.vision, model.cfg.model.shape.width, classes)
