@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.layers import drop_path
 from model.vision import VisionTower, normalise
 
 
@@ -22,13 +23,14 @@ class Backbone(nn.Module):
     12 and 8, 12, 16, 24 of 24.  The last block four times is the pyramid of ViTDet (arXiv 2203.16527, section 3), all of width D.
 
     Trains and freezes like any module; what of the tower has no part in the maps (its norm, blocks after the last tap) is frozen here, so
-    that every trainable parameter gets a gradient.  On several ranks convert the batch norm with nn.SyncBatchNorm, as BEiT does.
+    that every trainable parameter gets a gradient.  `drop_path`: of the last block, in training; of those below it less.
+    On several ranks convert the batch norm with nn.SyncBatchNorm, as BEiT does.
     """
 
-    def __init__(self, tower: VisionTower, taps: Sequence[int] | None = None):
+    def __init__(self, tower: VisionTower, taps: Sequence[int] | None = None, drop_path: float = 0.0):
         super().__init__()
         depth, width = len(tower.blocks), tower.patch.out_features
-        self.tower, self.width, self.patch = tower, width, math.isqrt(tower.patch.in_features // 3)
+        self.tower, self.width, self.patch, self.drop_path = tower, width, math.isqrt(tower.patch.in_features // 3), drop_path
         self.taps = tuple(taps or (max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)))
         if len(self.taps) != 4 or not all(1 <= tap <= depth for tap in self.taps):
             raise ValueError(f"taps {self.taps}: four of the tower's blocks, each a number from 1 to {depth}")
@@ -56,6 +58,9 @@ class Backbone(nn.Module):
         grid = floats.shape[2] // P, floats.shape[3] // P
         patches = F.unfold(floats, P, stride=P).transpose(1, 2)  # (B, L, 3 P P), in the order of a convolution's weight
         places = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
+        paths = None
+        if self.training and self.drop_path:
+            paths = drop_path(torch.rand(len(images), len(self.tower.blocks), 2, device=images.device), self.drop_path)
         found: dict[int, Tensor] = {}
 
         def keep(tap: int):
@@ -63,7 +68,7 @@ class Backbone(nn.Module):
 
         hooks = [self.tower.blocks[tap - 1].register_forward_hook(keep(tap)) for tap in set(self.taps)]
         try:
-            self.tower(patches, places, grid)
+            self.tower(patches, places, grid, paths=paths)
         finally:
             for hook in hooks:
                 hook.remove()

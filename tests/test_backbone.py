@@ -88,6 +88,15 @@ def test_every_trainable_parameter_gets_a_gradient_and_recomputing_changes_none(
         torch.testing.assert_close(gradient, results[1][name], msg=name)
 
 
+def test_drop_path_is_for_training_and_spares_the_first_block():
+    backbone, images = Backbone(small("clip").vision, (1, 2, 3, 4), drop_path=0.9), images_of(32, 32)
+    kept = Backbone(backbone.tower, (1, 2, 3, 4)).tokens(images)
+    torch.manual_seed(0)
+    same = [torch.equal(a, b) for a, b in zip(backbone.tokens(images), kept)]
+    assert same == [True, False, False, False]
+    assert all(torch.equal(a, b) for a, b in zip(backbone.eval().tokens(images), kept))
+
+
 @pytest.mark.parametrize("depth, taps", [(12, (4, 6, 8, 12)), (24, (8, 12, 16, 24))])
 def test_taps_are_those_of_the_papers(depth, taps):
     tower = small("clip").vision

@@ -22,12 +22,13 @@ import torch
 
 from data.tokenizer import Tokenizer
 from data.tokenizer import build as build_tokenizer
+from model.backbone import Backbone
 from model.methods import METHODS
 from model.towers import ModelConfig
 from run.lib.config import Run, plain
 from run.lib.config import load as read_config
 from run.lib.engine import Engine, place, whole_parameter, zero_weights
-from run.lib.ranks import barrier, rank, store, told, world
+from run.lib.ranks import barrier, device, rank, store, told, world
 
 AVERAGE = "average_rank_{:05d}.pt"  # a rank's part of the teacher in fp32; all of it on rank 0 where the stage is below 3
 
@@ -262,3 +263,12 @@ def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
     method = METHODS[cfg.method](cfg.model, tokenizer.vocab_size, cfg.data.context, cfg.options)
     load(method, path)
     return cfg, tokenizer, place(method, manifest(path)["bf16"])
+
+
+def backbone(run: Path | str, weights: str = "student", **how) -> Backbone:
+    """The vision tower of a run or checkpoint as feature maps (docs/transfer.md): whole, in fp32, all of it trainable.
+
+    weights: student, or teacher (the moving average).  how: Backbone's own.  To be called after run.lib.ranks.start(), by all ranks.
+    """
+    method = opened(newest(Path(run)))[2]
+    return Backbone(method.shown(weights).vision.float().requires_grad_(True), **how).to(device())
