@@ -5,16 +5,19 @@
 A tree is CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg.  A table (csv, tsv) has a column of images, paths from its
 own folder, one of classes, and perhaps one called split.  Classes are numbered in order of their names, numbers in order of size.  Folders
 called by WordNet numbers, as ImageNet's and its relatives', get CLIP's class names (data/imagenet.tsv: the names are open_clip's).
+ImageNet-Vid-Robust's folder is known, too (data/videos.py).
 """
 import csv
 import io
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from data import videos
 from data.augment import decode
 from data.packaged import write_split
 from data.pairs import Csv, is_image, kind_of
@@ -36,21 +39,25 @@ def build(source: Path, out: Path, *, names: Path | None = None, prompts: str = 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not an empty folder; remove it or name another")
-    found = tree(source) if source.is_dir() else table(source, image_column, class_column)
-    every = {label for rows in found.values() for label, _ in rows}
-    called = named(sorted(every, key=int if all(label.isdecimal() for label in every) else str), names)
-    classes, lines = list(called), templates(prompts) if prompts else [PROMPT]
-    found = {split: [(label, path) for label, path in rows if label in called] for split, rows in found.items()}
-    number = {label: i for i, label in enumerate(classes)}
+    lines = templates(prompts) if prompts else [PROMPT]
+    if videos.is_video_set(source):
+        called, left_out, found, make = videos.classes(source), 0, {"test": videos.frames(source)}, videos.samples
+    else:
+        found = tree(source) if source.is_dir() else table(source, image_column, class_column)
+        every = {label for rows in found.values() for label, _ in rows}
+        taken = named(sorted(every, key=int if all(label.isdecimal() for label in every) else str), names)
+        called, left_out = list(taken.values()), len(every) - len(taken)
+        found = {split: [(label, path) for label, path in rows if label in taken] for split, rows in found.items()}
+        make = partial(samples, number={label: i for i, label in enumerate(taken)})
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # broken off, it leaves no `out`
         new = Path(folder, "new")
         for split, rows in found.items():
-            write_split(new / split, samples(progress(rows, len(rows)), number))
-        (new / "classnames.txt").write_text("".join(f"{name}\n" for name in called.values()))
+            write_split(new / split, make(progress(rows, len(rows))))
+        (new / "classnames.txt").write_text("".join(f"{name}\n" for name in called))
         (new / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in lines))
         os.rename(new, out)
-    return dict(classes=list(called.values()), left_out=len(every) - len(called), **{split: len(rows) for split, rows in found.items()})
+    return dict(classes=called, left_out=left_out, **{split: len(rows) for split, rows in found.items()})
 
 
 def tree(root: Path) -> Entries:

@@ -208,6 +208,7 @@ def classified(source: Path, out: Path, names: Path | None, templates: str, imag
     one of classes and perhaps one called split.  Classes are called by their folders, or by CLIP's names where these are ImageNet's
     WordNet numbers; --names gives others, several of a class with semicolons between them, and may take some folders alone.  Jpg, png
     and webp are stored as they are, other images as png.  An image that cannot be read ends it.  OUT appears when all is written.
+    ImageNet-Vid-Robust's folder, as it is unpacked, becomes a set for PM-0 and PM-10.
     """
     done = build_set(source, out, names=names, prompts=templates, image_column=image_column, class_column=class_column,
                      progress=lambda rows, total: bar(rows, "writing", " images", total))

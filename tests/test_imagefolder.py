@@ -2,6 +2,7 @@
 
     bash run/test.sh tests/test_imagefolder.py
 """
+import json
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from data import packaged
 from data.augment import decode
-from data.benchmarks import Benchmark
+from data.benchmarks import Benchmark, Frame
 from data.imagefolder import WORDNET, build
 from run import prepare
 from run.evals import parse
@@ -73,6 +74,26 @@ def test_a_table(tmp_path):
     (tmp_path / "two.tsv").write_text("where\twhat\n0.jpg\tdog\n")
     done = build(tmp_path / "two.tsv", tmp_path / "two", image_column="where", class_column="what")
     assert done == {"classes": ["dog"], "left_out": 0, "test": 1}
+
+
+def test_image_net_vid_robust_as_it_is_unpacked(tmp_path):
+    """Two anchors, one with two neighbours; the class of a neighbour of the first is not its own."""
+    root, first = tmp_path / "in", "val/v1/000020.JPEG"
+    for i, name in enumerate((first, "val/v1/000011.JPEG", "val/v1/000025.JPEG", "val/v2/000007.JPEG")):
+        image(root / name, 10 * i)
+    for name, value in (("metadata/pmsets.json", {first: ["val/v1/000011.JPEG", "val/v1/000025.JPEG"], "val/v2/000007.JPEG": []}),
+                        ("metadata/labels.json", {first: [1], "val/v1/000011.JPEG": [0], "val/v1/000025.JPEG": [1, 0],
+                                                  "val/v2/000007.JPEG": [0]}),
+                        ("misc/imagenet_vid_class_index.json", {"1": ["n02", "giant_panda"], "0": ["n01", "airplane"]})):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(json.dumps(value))
+    assert build(root, tmp_path / "out") == {"classes": ["airplane", "giant panda"], "left_out": 0, "test": 4}
+    found = parse([f"zero_shot(metric=pm):{tmp_path}/out"])[0].images
+    assert [found.frame(i) for i in range(4)] == [Frame(first, 0, (1,)), Frame(first, -9, (0,)), Frame(first, 5, (1, 0)),
+                                                  Frame("val/v2/000007.JPEG", 0, (0,))]
+    (root / "metadata/labels.json").write_text(json.dumps({first: [1]}))
+    with pytest.raises(ValueError, match="labels.json: no classes of val/v1/000011.JPEG"):
+        build(root, tmp_path / "again")
 
 
 def test_what_cannot_become_a_set(tmp_path):
