@@ -97,7 +97,8 @@ def test_what_is_there_what_is_missing_what_is_broken(data):
 def test_what_cannot_be_a_suite(data, tmp_path):
     for spec, folder, words in (("suite:aclop", data, "did you mean 'aclip'"), ("suite:flip", "", "--data DIR, or eval_data"),
                                 ("suite:flip", tmp_path, "no set to evaluate.*called e.g. food101 or wds_food101"),
-                                ("suite:aclip(templates=7)", data, "unknown"), ("suite(metric=map):aclip", data, "metric")):
+                                ("suite:aclip(templates=7)", data, "unknown"),
+                                ("suite(templates=8):aclip", data, "^templates: '8'"), ("suite(metric=map):aclip", data, "metric")):
         with pytest.raises(ValueError, match=words):
             parse([spec], data=str(folder))
     with pytest.raises(ValueError, match="mend or remove\n  cifar10: "):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.benchmarks import Benchmark
+from data.prompts import templates
 from data.suites import SETS, SUITES, found, members
 from run.evals import zero_shot
 from run.evals.metrics import MAIN
@@ -44,6 +45,8 @@ def look(name: str, data: str, options: Options, given: str = "") -> Suite:
     check_choice("evals: suite", name, SUITES)
     if not data:
         raise ValueError(f"evals: suite:{name} needs the folder that the sets lie in: run/evaluate.py --data DIR, or eval_data in a config")
+    if options.templates:
+        templates(options.templates)  # a misspelt one is no fault of the sets
     suite = Suite(name, Path(data), f"zero_shot{given}")
     for row in map(SETS.get, members(name)):
         folder = found(suite.data, row)
