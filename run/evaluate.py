@@ -5,7 +5,7 @@
     python run/evaluate.py --run runs/aclip_nano --weights teacher --ensemble 2
     python run/evaluate.py --run runs/flip_l16 --evals suite:flip --data /data --templates 80
 
-Prints a table and appends a line to RUN/results.jsonl.  Any folder in CLIP_benchmark's webdataset layout is an evaluation set.
+Prints a table and appends a line to RUN/results.jsonl.  docs/running.md, Evaluating, has the kinds and what a set may look like.
 """
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from dataclasses import replace  # noqa: E402
 
 from data.augment import CROPS  # noqa: E402
 from data.masking import parse as parse_mask  # noqa: E402
-from run.evals import evaluate, parse  # noqa: E402
+from run.evals import EVALS, evaluate, parse  # noqa: E402
 from run.evals.embed import Embedder  # noqa: E402
 from run.lib import checkpoint, config, ranks  # noqa: E402
 from run.lib.log import table  # noqa: E402
@@ -27,7 +27,8 @@ from run.lib.log import table  # noqa: E402
 def main() -> None:
     args = config.parser(__doc__)
     args.add_argument("--run", required=True, help="a run folder, or one of its checkpoints")
-    args.add_argument("--evals", nargs="+", metavar="KIND:FOLDER", help="zero_shot:FOLDER or retrieval:FOLDER; default: the run's own")
+    args.add_argument("--evals", nargs="+", metavar="KIND:FOLDER",
+                      help=f"kinds: {', '.join(sorted(EVALS))} (suite:NAME); options as KIND(option=value):FOLDER; default: the run's own")
     args.add_argument("--data", metavar="DIR", help="where the sets of suite:NAME lie; default: the run's eval_data")
     args.add_argument("--templates", default="", metavar="7|80|85|FILE", help="for evaluations that name none; default: each set's own")
     args.add_argument("--crop", choices=CROPS, help="how an image becomes square; default: the run's eval_crop")
