@@ -13,6 +13,7 @@ Other layouts are classes of their own in data/layouts.py.  Names: n images on t
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -92,7 +93,10 @@ class Images(ABC):
         path = self.folder / name
         if not path.exists():
             raise ValueError(f"evals: {self.folder}: it needs {name}")
-        return path.read_text().rstrip().splitlines()
+        try:
+            return path.read_text(encoding="utf-8").rstrip().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"evals: {path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
     def names(self) -> list[list[str]]:
         """All names of each class, from classnames.txt; where class_subset.txt names some, of these alone."""
@@ -209,26 +213,45 @@ class Benchmark(Images):
         return self.subset.index(label) if self.subset else label
 
     def present(self, i: int) -> np.ndarray:
-        found = np.load(BytesIO(self.member(i, "npy"))).reshape(-1) > 0  # refuses pickles
+        with self.reading(i, "npy"):
+            found = np.load(BytesIO(self.member(i, "npy"))).reshape(-1) > 0  # refuses pickles
         return found[self.subset] if self.subset else found
 
     def frame(self, i: int) -> Frame:
-        row = json.loads(self.member(i, "json"))
-        if not isinstance(row, dict) or not {"anchor", "offset", "labels"} <= row.keys() or not row["labels"]:
-            raise self.lacks("video frames (json with anchor, offset and labels)")
-        return Frame(str(row["anchor"]), int(row["offset"]), tuple(self.numbered(i, label) for label in row["labels"]))
+        with self.reading(i, "json"):
+            row = json.loads(self.member(i, "json"))
+            if not isinstance(row, dict) or not {"anchor", "offset", "labels"} <= row.keys() or not row["labels"]:
+                raise self.lacks("video frames (json with anchor, offset and labels)")
+            return Frame(str(row["anchor"]), int(row["offset"]), tuple(self.numbered(i, label) for label in row["labels"]))
 
     def captions(self, i: int) -> list[str]:
-        return [line for text in self.shards.read(i, only=CAPTIONS).captions for line in text.splitlines() if line.strip()]
+        with self.reading(i, "captions"):
+            found = [line for text in self.shards.read(i, only=CAPTIONS).captions for line in text.splitlines() if line.strip()]
+            if not found:
+                raise ValueError("none but empty ones")
+            return found
 
     def label_map(self, i: int) -> np.ndarray:
-        return decode_map(self.member(i, "seg.png"))
+        with self.reading(i, "seg.png"):
+            return decode_map(self.member(i, "seg.png"))
 
     def questions(self, i: int) -> list[Question]:
-        rows = json.loads(self.member(i, "json")).get("questions")
-        if rows is None:
-            raise self.lacks("questions")
-        return [Question(row["question"], tuple(row["answers"]), row.get("kind", "")) for row in rows]
+        with self.reading(i, "json"):
+            row = json.loads(self.member(i, "json"))
+            if not isinstance(row, dict) or "questions" not in row:
+                raise self.lacks("questions")
+            return [Question(q["question"], tuple(q["answers"]), q.get("kind", "")) for q in row["questions"]]
+
+    @contextmanager
+    def reading(self, i: int, what: str) -> Iterator[None]:
+        """Whatever is wrong with a part of sample i becomes one ValueError that names it."""
+        try:
+            yield
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            if str(error).startswith("evals: "):
+                raise
+            why = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+            raise ValueError(f"evals: {self.folder}: {self.key(i)}: its {what} cannot be read ({why})") from None
 
     def member(self, i: int, extension: str) -> bytes:
         """One file of sample i."""

@@ -38,7 +38,7 @@ def check(images: Images, options: Options) -> None:
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
     """cider, bleu1 to bleu4, rouge_l, meteor, spice where its files are; the same of the most frequent caption, frequent_..."""
-    train = images.other("train")
+    train, truth = images.other("train"), [images.captions(i) for i in range(len(images))]
     pairs = [(i, caption) for i in range(len(train)) for caption in train.captions(i)]
     context = model.cfg.data.context
     pieces = Pieces(model.tokenizer, (caption for _, caption in pairs), context)
@@ -56,7 +56,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
                                lambda samples: sum(len(rows[s]) for s in samples.tolist()))
     model.say(f"captioning {images.name}: {len(pairs):,} captions of {len(pieces):,} pieces, loss {losses[0]:.2f} to {losses[-1]:.2f}")
     ids = found(len(images), context, lambda samples: captioner.greedy(to_device(asked.rows(samples)), START))
-    said, truth = [pieces.text(row) for row in ids.tolist()], [images.captions(i) for i in range(len(images))]
+    said = [pieces.text(row) for row in ids.tolist()]
     for i in range(min(SHOWN, len(images))):
         model.say(f"  {images.key(i)}: {said[i]!r}; truth: {truth[i][0]!r}")
     frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]

@@ -84,7 +84,10 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 
 def questions(images: Images) -> list[tuple[int, Question]]:
     """(image, question) of a whole split, the answers normalised."""
-    return [(i, Question(q.text, tuple(map(normal, q.answers)), q.kind)) for i in range(len(images)) for q in images.questions(i)]
+    found = [(i, Question(q.text, tuple(map(normal, q.answers)), q.kind)) for i in range(len(images)) for q in images.questions(i)]
+    if not any(q.answers for _, q in found):
+        raise ValueError(f"evals: {images.folder}: no questions with answers in {images.split}")
+    return found
 
 
 def ranked(counts: Counter) -> list[tuple[str, int]]:
