@@ -7,6 +7,7 @@ import ast
 import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 
 @contextmanager
@@ -31,8 +32,9 @@ def ranks(monkeypatch, world: int, batch: int):
                  total=lambda values: sum(exchanged(values.clone())),
                  barrier=lambda: meet.wait(30), once=lambda make: make(), told=lambda make: exchanged(make())[0],
                  least=lambda value: min(exchanged(value)), gathered=lambda items: sum(exchanged(items), []))
+    fakes["dist"] = SimpleNamespace(broadcast=lambda value, source: value.copy_(exchanged(value.clone())[source]))
     for name, module in list(sys.modules.items()):
-        if name.startswith("run.evals"):
+        if name.startswith("run.evals") or name == "run.lib.fit":
             for fake, value in fakes.items():
                 if hasattr(module, fake):
                     monkeypatch.setattr(module, fake, 2 * batch if (name, fake) == ("run.evals.features", "CHUNK") else value)

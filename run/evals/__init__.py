@@ -20,12 +20,12 @@ from dataclasses import dataclass, fields
 
 from data.benchmarks import Images
 from data.layouts import open_set
-from run.evals import captioning, finetune, knn, retrieval, segmentation, suites, vqa, zero_shot
+from run.evals import captioning, finetune, knn, linear_probe, retrieval, segmentation, suites, vqa, zero_shot
 from run.evals.embed import Embedder
 from run.lib.config import build, check_choice
 from run.lib.ranks import say
 
-EVALS = {"zero_shot": zero_shot, "retrieval": retrieval, "segmentation": segmentation, "knn": knn,
+EVALS = {"zero_shot": zero_shot, "retrieval": retrieval, "segmentation": segmentation, "knn": knn, "linear_probe": linear_probe,
          "finetune": finetune, "captioning": captioning, "vqa": vqa, "suite": suites}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.benchmarks import Images, Preprocess
 from data.masking import complementary, parse
@@ -19,6 +20,7 @@ from model.losses import unit
 from run.lib.config import Run
 from run.lib.ranks import rank, say, to_device, total, world
 
+CELLS = 3  # of `grid` features, each way
 BATCH = 64  # images, or texts, a rank embeds at once
 
 
@@ -39,7 +41,7 @@ class Embedder:
         self.home, self.tag = home, "-".join([tag, weights, *[mask] * (mask != "none"), *[f"{ensemble}views"] * (ensemble > 1)])
         self.encoders = {"embedded": self.embed, "pooled": self.towers.image_features, "tokens": self.towers.vision,
                          "values": partial(self.towers.vision, alone=True),
-                         "pixels": lambda patches, positions: patches.flatten(1) / 255}
+                         "grid": self.by_place, "pixels": self.pixels}
 
     @property
     def whole(self) -> bool:
@@ -77,8 +79,8 @@ class Embedder:
     def passed(self, images: Images, what: str, mine: Sequence[int], turns: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`turns` rounds, the same number on every rank, over this rank's images: (indices (m,), what the encoder makes of them (m, ...)).
 
-        what: embedded (E), pooled (D, before the projection), tokens (1 + K, D, the class token first), or values, which are tokens of
-        a last block where each attends to itself alone; pixels (L 3 P P) do without the tower.
+        what: embedded (E), pooled (D, before the projection), grid (9 D, see by_place), tokens (1 + K, D, the class token first), values,
+        which are tokens of a last block where each attends to itself alone, or pixels (L 3 P P), which do without the tower.
         """
         for indices, patches, positions in images.rounds(self.pre, BATCH, mine, turns, min(self.cfg.data.workers, 2)):
             yield indices, self.encode(what, indices, patches, positions)[:len(indices)]
@@ -86,14 +88,25 @@ class Embedder:
     def encode(self, what: str, indices: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
         """Patches (n, L, 3 P P) at (n, L) of the images of these numbers -> (n, ...)."""
         patches, keeps = to_device(patches), self.keeps(indices, positions)
-        if what in ("tokens", "values", "pixels") and len(keeps) > 1:
+        if what in ("tokens", "values") and len(keeps) > 1:
             raise ValueError("--ensemble: what reads patches sees one view; leave it out")
+        if what in ("grid", "pixels") and not self.whole:
+            raise ValueError(f"--mask, --ensemble: features={what} are of whole images; leave them out")
         made = sum(self.encoders[what](patches if keep is positions else take(patches, place), place)
                    for keep, place in zip(keeps, map(to_device, keeps)))
         return unit(made) if what == "embedded" else made / len(keeps)
 
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         return self.towers.encode_image(patches, positions)
+
+    def by_place(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """(n, CELLS^2 D): the mean of the patch tokens in each cell of the image, as Goyal et al. 2019 probe feature maps."""
+        tokens = self.towers.vision(patches, positions)[:, 1:]
+        return F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(2, self.grid), CELLS).flatten(1)
+
+    @staticmethod
+    def pixels(patches: Tensor, positions: Tensor) -> Tensor:
+        return patches.flatten(1) / 255
 
     def keeps(self, indices: Tensor, positions: Tensor) -> list[Tensor]:
         """Which patches of each image are seen in each view, (images, K); drawn for the image's number, whichever rank has it."""

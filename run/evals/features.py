@@ -19,7 +19,8 @@ from run.evals.embed import BATCH, Embedder
 from run.lib.ranks import barrier, once, rank, told, world
 
 CHUNK = 16 * BATCH
-HALF = ("tokens", "pixels")  # kept as float16: many numbers, of few bits
+KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, as Embedder.passed has them
+HALF = ("tokens", "grid", "pixels")  # kept as float16: many numbers, of few bits
 
 
 class Features:

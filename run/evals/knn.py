@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from data.benchmarks import Images
 from run.evals.embed import Embedder
-from run.evals.features import Features, check_splits, splits
+from run.evals.features import KINDS, Features, check_splits, splits
 from run.evals.metrics import accuracies
 from run.lib.config import check_choice
 from run.lib.ranks import rank, to_device, world
@@ -25,16 +25,16 @@ PLACES = 31  # bits of a key for the train image's number, below those for its c
 
 @dataclass(frozen=True)
 class Options:
-    features: str = "pooled"  # pooled (before the projection), embedded, or pixels
+    features: str = "pooled"  # of features.KINDS
     k: int = 20  # neighbours that vote
     temperature: float = 0.07
 
     def __post_init__(self):
-        check_choice("evals: knn.features", self.features, ("pooled", "embedded", "pixels"))
+        check_choice("knn(features=...)", self.features, KINDS)
         if self.k < 1:
-            raise ValueError(f"evals: knn.k: {self.k}; it must be at least 1")
+            raise ValueError(f"knn(k={self.k}): it must be at least 1")
         if not self.temperature > 0:
-            raise ValueError(f"evals: knn.temperature: {self.temperature}; it must be above 0")
+            raise ValueError(f"knn(temperature={self.temperature}): it must be above 0")
 
 
 check = check_splits
