@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from run.evals import linear_probe, parse
+from run.evals import knn, linear_probe, parse
 from run.evals.embed import Embedder
 from run.evals.linear_probe import BatchNorm, Options, regression, swept
 from run.lib.lars import LARS
@@ -172,12 +172,16 @@ def test_grid_features_are_means_by_place():
 
 def test_pixels_are_the_image_as_the_tower_sees_it():
     patches = torch.randint(0, 256, (2, 4, 12), dtype=torch.uint8)
-    model = SimpleNamespace(keeps=lambda indices, positions: [positions], encoders=dict(pixels=Embedder.pixels), whole=True)
+    model = SimpleNamespace(keeps=lambda indices, positions: [positions], encoders=dict(pixels=Embedder.pixels))
     made = Embedder.encode(model, "pixels", torch.arange(2), patches, torch.arange(4).expand(2, 4))
     torch.testing.assert_close(made, patches.view(2, 48).float() / 255)
-    model.whole = False
-    with pytest.raises(ValueError, match="--mask, --ensemble: features=pixels are of whole images"):
-        Embedder.encode(model, "pixels", torch.arange(2), patches, torch.arange(4).expand(2, 4))
+
+
+@pytest.mark.parametrize("kind, options", [(linear_probe, Options(features="grid")), (knn, knn.Options(features="pixels"))])
+def test_what_lies_in_its_place_is_not_asked_of_images_seen_in_part(kind, options):
+    kind.fits(SimpleNamespace(whole=True), options)
+    with pytest.raises(ValueError, match="--mask, --ensemble: features=.* are of whole images"):
+        kind.fits(SimpleNamespace(whole=False), options)
 
 
 @pytest.mark.parametrize("options, words", [

@@ -90,8 +90,6 @@ class Embedder:
         patches, keeps = to_device(patches), self.keeps(indices, positions)
         if what in ("tokens", "values") and len(keeps) > 1:
             raise ValueError("--ensemble: what reads patches sees one view; leave it out")
-        if what in ("grid", "pixels") and not self.whole:
-            raise ValueError(f"--mask, --ensemble: features={what} are of whole images; leave them out")
         made = sum(self.encoders[what](patches if keep is positions else take(patches, place), place)
                    for keep, place in zip(keeps, map(to_device, keeps)))
         return unit(made) if what == "embedded" else made / len(keeps)

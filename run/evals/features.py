@@ -90,6 +90,12 @@ def check_splits(images: Images, options: object) -> None:
     images.classes(), images.label(0), images.other("train").label(0)
 
 
+def check_view(model: Embedder, options: object) -> None:
+    """ValueError where options.features are of all patches in their places, and the model sees some."""
+    if options.features in ("grid", "pixels") and not model.whole:
+        raise ValueError(f"--mask, --ensemble: features={options.features} are of whole images; leave them out")
+
+
 def splits(model: Embedder, images: Images, what: str) -> tuple[Features, Features]:
     """(train, test) features of a set, with labels.  All ranks must call."""
     return features(model, images.other("train"), what, labels=True), features(model, images, what, labels=True)

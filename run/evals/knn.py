@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from data.benchmarks import Images
 from run.evals.embed import Embedder
-from run.evals.features import KINDS, Features, check_splits, splits
+from run.evals.features import KINDS, Features, check_splits, check_view, splits
 from run.evals.metrics import accuracies
 from run.lib.config import check_choice
 from run.lib.ranks import rank, to_device, world
@@ -37,7 +37,7 @@ class Options:
             raise ValueError(f"knn(temperature={self.temperature}): it must be above 0")
 
 
-check = check_splits
+check, fits = check_splits, check_view
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:

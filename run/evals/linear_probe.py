@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from data.benchmarks import Images
 from run.evals.embed import Embedder
-from run.evals.features import KINDS, Features, check_splits, splits
+from run.evals.features import KINDS, Features, check_splits, check_view, splits
 from run.evals.metrics import accuracies
 from run.lib.config import check_choice
 from run.lib.fit import Replicated, cosine, fit, mean_loss, mine, order, steps
@@ -83,7 +83,7 @@ class Options:
         return replace(RECIPES[self.optimizer], **given)
 
 
-check = check_splits
+check, fits = check_splits, check_view
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
