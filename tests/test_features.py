@@ -189,7 +189,7 @@ def test_accuracies_of_a_class_that_does_not_occur(monkeypatch):
 
 
 @pytest.mark.parametrize("options, words", [("k=0", "at least 1"), ("temperature=0", "above 0"), ("temperature=nan", "above 0"),
-                                            ("features=tokens", "known: embedded, pixels"), ("n=3", "known: features, k, temperature")])
+                                            ("features=tokens", "known: embedded, grid"), ("n=3", "known: features, k, temperature")])
 def test_bad_options(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         parse([f"knn({options}):{tmp_path}"])
