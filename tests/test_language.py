@@ -52,6 +52,15 @@ def test_metrics_of_captions():
     assert found["bleu2"] == pytest.approx(0, abs=1e-3)
 
 
+def test_groups_are_scored_alone(monkeypatch):
+    """As nocaps' domains; the metric here is the share of captions that were said word for word."""
+    monkeypatch.setattr(captioning, "score", lambda said, truth: dict(cider=float(np.mean([s in t for s, t in zip(said, truth)]))))
+    truth, said = [["a dog"], ["a bird", "a red bird"], ["a clock"], ["a boat"]], ["a dog", "a red bird", "a clock", "a cat"]
+    found = captioning.scores(said, truth, ["in-domain", "out-domain", "in-domain", "out-domain"])
+    assert found == dict(cider=0.75, cider_in_domain=1, cider_out_domain=0.5)
+    assert captioning.scores(said, truth, [""] * 4) == dict(cider=0.75)
+
+
 def test_soft_accuracy():
     """VQAv2's, by leaving each of ten people out: 3 of 10 is 0.9, not 1."""
     for same, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):

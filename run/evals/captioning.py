@@ -37,7 +37,7 @@ def check(images: Images, options: Options) -> None:
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """cider, bleu1 to bleu4, rouge_l, meteor, spice where its files are; the same of the most frequent caption, frequent_..."""
+    """cider, bleu1 to bleu4, rouge_l, meteor, spice where its files are; of each group of images, too; frequent_...: of a constant."""
     train, truth = images.other("train"), [images.captions(i) for i in range(len(images))]
     pairs = [(i, caption) for i in range(len(train)) for caption in train.captions(i)]
     context = model.cfg.data.context
@@ -62,8 +62,19 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]
 
     keep(model, "captioning", images, (dict(key=images.key(i), said=said[i], truth=truth[i]) for i in range(len(images))))
+    groups = [images.group(i) for i in range(len(images))]
     return json.loads(told(lambda: json.dumps(
-        {**score(said, truth), **{f"frequent_{name}": value for name, value in score([frequent] * len(truth), truth).items()}})))
+        {**scores(said, truth, groups), **{f"frequent_{name}": value for name, value in score([frequent] * len(truth), truth).items()}})))
+
+
+def scores(said: list[str], truth: list[list[str]], groups: list[str]) -> dict[str, float]:
+    """COCO's metrics over all images, and over each group alone (CIDEr's weights of words, too), NAME_GROUP."""
+    values = score(said, truth)
+    for group in sorted(set(groups) - {""}):
+        its = [i for i, other in enumerate(groups) if other == group]
+        found = score([said[i] for i in its], [truth[i] for i in its])
+        values |= {f"{name}_{group.replace('-', '_')}": value for name, value in found.items()}
+    return values
 
 
 def score(said: list[str], truth: list[list[str]]) -> dict[str, float]:
