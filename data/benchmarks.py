@@ -84,6 +84,10 @@ class Images(ABC):
     def key(self, i: int) -> str:
         """What a message calls it."""
 
+    def place(self, i: int) -> str:
+        """Where image i is: keys are alike in many sets."""
+        return f"{self.folder}: {self.key(i)} of {self.split}"
+
     def view(self, i: int, pre: Preprocess) -> np.ndarray:
         """(S, S, 3) uint8: image i as the tower sees it.  ValueError: it cannot be read."""
         return center_view(self.image(i), pre.image_size, pre.how, pre.interpolation)
@@ -290,5 +294,5 @@ class _Rounds(Dataset):
         try:
             image = self.images.view(i, self.pre)
         except ValueError as error:
-            raise ValueError(f"evals: {self.images.key(i)}: {error}") from None
+            raise ValueError(f"evals: {self.images.place(i)}: {error}") from None
         return visible(image, self.pre.patch, self.everything)

@@ -99,7 +99,7 @@ class Labelled(Dataset):
         try:
             pixels, _ = random_view(self.images.image(i), self.size, self.view, rng)
         except ValueError as error:
-            raise ValueError(f"evals: {self.images.key(i)}: {error}") from None
+            raise ValueError(f"evals: {self.images.place(i)}: {error}") from None
         noise = rng.random(self.noise, dtype=np.float32)
         with drawn_from(rng):
             if self.augment:

@@ -45,7 +45,7 @@ class Windows(Images):
             try:
                 self.shapes[i] = image_size(images.image(i))
             except ValueError as error:
-                raise ValueError(f"evals: {images.key(i)}: {error}") from None
+                raise ValueError(f"evals: {images.place(i)}: {error}") from None
         found = [(i, place) for i, shape in self.shapes.items() for place in sliding.places(*shape)]
         self.owner, self.places = [i for i, _ in found], [place for _, place in found]
         self.last: tuple[int, np.ndarray] | None = None  # neighbours ask for the same image, which is resized once

@@ -55,12 +55,16 @@ def main() -> None:
         cfg, given = replace(cfg, eval_crop=found.crop), given | {"crop": found.crop}
     for weights in found.weights or ["student"] + ["teacher"] * bool(method.averaged()):
         how = dict(weights=weights, mask=found.mask, ensemble=found.ensemble)
-        results = evaluate(Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how), evals)
+        results = evaluate(Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how), evals, told)
         if ranks.rank() == 0:
             report(results, path, home, how | given)
     left_out = {fault: None for e in evals if e.kind == "suite" for fault in e.options.faults}
     if left_out:
         raise ValueError("\n  ".join([f"{len(left_out)} of the sets could not be evaluated; all others are", *left_out]))
+
+
+def told(label: str, made: dict[str, float]) -> None:
+    ranks.say(f"{label}: {', '.join(f'{metric} {value:.4f}' for metric, value in made.items())}")
 
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:

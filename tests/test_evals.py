@@ -206,7 +206,7 @@ def test_what_a_set_lacks_is_said_at_the_start(data, tmp_path):
     (tmp_path / "test").mkdir()
     write_shard(tmp_path / "test" / "0.tar", [("a", {"png": b"x", "cls": b"0"})])
     rounds = Benchmark(tmp_path).rounds(embed.Preprocess(32, 8, "square", "bicubic"), 4, [0], 1, 0)
-    with pytest.raises(ValueError, match="evals: 0.tar a: cannot read the image"):
+    with pytest.raises(ValueError, match=f"evals: {tmp_path}: 0.tar a of test: cannot read the image"):
         next(rounds)
 
 

@@ -15,7 +15,7 @@ Each kind is one file here; to add one, write the file and its row in EVALS:
     trains_tower(options)                  only where it may be so: those are refused during training
 """
 import ast
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from data.benchmarks import Images
@@ -87,14 +87,18 @@ def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
     return name, build(Options, known | given, f"evals: {name}."), f"({shown})" * bool(shown)
 
 
-def evaluate(model: Embedder, evals: list[Eval]) -> dict[str, float]:
-    """Run evaluations (from `parse`) on a model, sharded or not, and name their metrics kind/set/metric."""
+def evaluate(model: Embedder, evals: list[Eval], each: Callable[[str, dict], None] = lambda label, made: None) -> dict[str, float]:
+    """Run evaluations (from `parse`) on a model, sharded or not, and name their metrics kind/set/metric.
+
+    each(label, its metrics): is told what is done, so that hours of it are not lost by what fails later.
+    """
     for e in evals:  # before anything is computed
         getattr(EVALS[e.kind], "fits", lambda model, options: None)(model, e.options)
     results, was_training = {}, model.towers.training
     model.towers.eval()
     for e in evals:
         made = suites.averages(e.options, results) if e.kind == "suite" else EVALS[e.kind].evaluate(model, e.images, e.options)
+        each(e.label, made)
         results |= {f"{e.label}/{metric}": value for metric, value in made.items()}
     model.towers.train(was_training)
     return results
