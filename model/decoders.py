@@ -70,3 +70,14 @@ class Answerer(nn.Module):
 
     def forward(self, ids: Tensor, image: Tensor) -> Tensor:
         return self.answer(self.reader(ids, image)[:, 0])
+
+
+class Seeing(nn.Module):
+    """A reader and the tower by which it sees, to be trained together: ids (B, N), patches (B, L, 3 P P) at (B, L) -> logits."""
+
+    def __init__(self, vision: nn.Module, reader: nn.Module):
+        super().__init__()
+        self.vision, self.reader = vision, reader
+
+    def forward(self, ids: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
+        return self.reader(ids, self.vision(patches, positions))

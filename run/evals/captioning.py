@@ -7,7 +7,9 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,11 +18,13 @@ from torch.nn import functional as F
 from data.benchmarks import Images
 from model.decoders import PAD, Captioner
 from run.evals.embed import Embedder
-from run.evals.language import START, Pieces, Reading, fitted, found, keep, padded, tokens
+from run.evals.language import START, Pieces, Reading, fits, fitted, found, keep, padded, tokens, trains_tower
 from run.lib.ranks import to_device, told
 
 SHOWN = 3  # captions that are printed
+SPICE = "spice/lib/stanford-corenlp-3.6.0.jar"
 READS = "captions"
+__all__ = ["READS", "Options", "check", "evaluate", "fits", "trains_tower"]
 
 
 @dataclass(frozen=True)
@@ -43,55 +47,59 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     context = model.cfg.data.context
     pieces = Pieces(model.tokenizer, (caption for _, caption in pairs), context)
     rows = [pieces.ids(caption) for _, caption in pairs]
-    shown, asked = tokens(model, train), tokens(model, images)
+    model.say(f"captioning {images.name}: captions of {len(pieces):,} different pieces")
 
-    def losses_of(captioner, samples):
+    def losses_of(read, samples, image):
         """(tokens of these captions,)"""
         ids = [rows[s] for s in samples.tolist()]
         said = padded(ids)
         wanted = padded([torch.cat([row[1:], torch.tensor([PAD])]) for row in ids])  # the end is learned, the pads after it are not
-        logits = captioner(said, to_device(shown.rows([pairs[s][0] for s in samples.tolist()])))
-        return F.cross_entropy(logits[said != PAD], wanted[said != PAD], reduction="none")
-    captioner, losses = fitted(lambda: Captioner(len(pieces), context, **options.shape(shown)), options, len(pairs), losses_of,
-                               lambda samples: sum(len(rows[s]) for s in samples.tolist()))
-    model.say(f"captioning {images.name}: {len(pairs):,} captions of {len(pieces):,} pieces, loss {losses[0]:.2f} to {losses[-1]:.2f}")
-    ids = found(len(images), context, lambda samples: captioner.greedy(to_device(asked.rows(samples)), START))
+        return F.cross_entropy(read(said, image)[said != PAD], wanted[said != PAD], reduction="none")
+    captioner, shown = fitted(model, train, options, partial(Captioner, len(pieces), context), [i for i, _ in pairs], losses_of,
+                              lambda samples: sum(len(rows[s]) for s in samples.tolist()))
+    seen = tokens(shown, images)
+    ids = found(len(images), context, lambda samples: captioner.greedy(to_device(seen.rows(samples)), START))
     said = [pieces.text(row) for row in ids.tolist()]
     for i in range(min(SHOWN, len(images))):
         model.say(f"  {images.key(i)}: {said[i]!r}; truth: {truth[i][0]!r}")
+    if not spice():
+        model.say("  SPICE is left out: its models are not in pycocoevalcap/spice/lib")
     frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]
 
     keep(model, "captioning", images, (dict(key=images.key(i), said=said[i], truth=truth[i]) for i in range(len(images))))
     groups = [images.group(i) for i in range(len(images))]
-    return json.loads(told(lambda: json.dumps(
-        {**scores(said, truth, groups), **{f"frequent_{name}": value for name, value in score([frequent] * len(truth), truth).items()}})))
+    return json.loads(told(lambda: json.dumps(scores({"": said, "frequent_": [frequent] * len(truth)}, truth, groups))))
 
 
-def scores(said: list[str], truth: list[list[str]], groups: list[str]) -> dict[str, float]:
-    """COCO's metrics over all images, and over each group alone (CIDEr's weights of words, too), NAME_GROUP."""
-    values = score(said, truth)
-    for group in sorted(set(groups) - {""}):
-        its = [i for i, other in enumerate(groups) if other == group]
-        found = score([said[i] for i in its], [truth[i] for i in its])
-        values |= {f"{name}_{group.replace('-', '_')}": value for name, value in found.items()}
-    return values
+def spice() -> bool:
+    """Are SPICE's models there?  pycocoevalcap would download them (400 MB): never unasked."""
+    return Path(*find_spec("pycocoevalcap").submodule_search_locations, SPICE).exists()
 
 
-def score(said: list[str], truth: list[list[str]]) -> dict[str, float]:
-    """A caption for each image, and what people wrote -> COCO's metrics; CIDEr's scale ends at 10, the others' at 1."""
-    from pycocoevalcap import spice
+def scores(said: dict[str, list[str]], truth: list[list[str]], groups: list[str]) -> dict[str, float]:
+    """Captions of the images by name, and what people wrote -> {name + metric: value}; CIDEr's scale ends at 10, the others' at 1.
+
+    groups: of each image, e.g. nocaps' in-domain; each is scored by itself, too (CIDEr's weights of words as well): cider_in_domain.
+    """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    def cut(captions: list[list[str]]) -> dict[int, list[str]]:
-        return PTBTokenizer().tokenize({i: [dict(caption=" ".join(text.split())) for text in texts] for i, texts in enumerate(captions)})
-    texts = cut(truth), cut([[text] for text in said])
-    values = dict(cider=Cider().compute_score(*texts)[0])
-    values |= {f"bleu{n}": value for n, value in enumerate(Bleu(4).compute_score(*texts, verbose=0)[0], 1)}
-    values |= dict(rouge_l=Rouge().compute_score(*texts)[0], meteor=Meteor().compute_score(*texts)[0])
-    if (Path(spice.__file__).parent / "lib" / "stanford-corenlp-3.6.0.jar").exists():  # pycocoevalcap would download it: never unasked
-        values["spice"] = spice.spice.Spice().compute_score(*texts)[0]
-    return {name: float(value) for name, value in values.items()}
+    metrics = dict(cider=Cider(), rouge_l=Rouge(), meteor=Meteor())
+    if spice():
+        from pycocoevalcap.spice.spice import Spice
+        metrics["spice"] = Spice()
+    every = {(None, i): texts for i, texts in enumerate(truth)} | {(name, i): [t] for name, ts in said.items() for i, t in enumerate(ts)}
+    cut = PTBTokenizer().tokenize({key: [dict(caption=" ".join(text.split())) for text in texts] for key, texts in every.items()})
+    parts = {"": list(range(len(truth)))}
+    for i, group in enumerate(groups):
+        if group:
+            parts.setdefault(f"_{group.replace('-', '_')}", []).append(i)
+    values = {}
+    for name, (suffix, its) in product(said, parts.items()):
+        texts = [{i: cut[who, i] for i in its} for who in (None, name)]
+        values |= {f"{name}bleu{n}{suffix}": value for n, value in enumerate(Bleu(4).compute_score(*texts, verbose=0)[0], 1)}
+        values |= {f"{name}{metric}{suffix}": metrics[metric].compute_score(*texts)[0] for metric in metrics}
+    return {key: float(value) for key, value in values.items()}

@@ -2,6 +2,7 @@
 
 A text's ids are the pieces of the run's own tokenizer that occur in the training texts, renumbered: a vocabulary of what can be learned.
 """
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data.benchmarks import Images
-from model.decoders import PAD
+from model.decoders import PAD, Seeing
 from run.evals.embed import Embedder
 from run.evals.features import Features, features
-from run.lib.fit import Exact, cosine, fit, order, steps
+from run.lib.engine import unwrapped, wrapped
+from run.lib.fit import Exact, cosine, fit, mean_loss, mine, order, steps
 from run.lib.ranks import device, rank, to_device, total, world
 
 START, UNKNOWN = 1, 2
@@ -31,6 +33,7 @@ class Reading:
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.01
+    tower: float = 0.0  # 0: it stays as it is; above: it is trained, too, at so many times the rate
     width: int = 0  # 0: as wide as the tower's tokens
     depth: int = 3
     seed: int = 0
@@ -39,12 +42,14 @@ class Reading:
         for name in ("epochs", "batch", "lr", "depth"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"evals: {name}={getattr(self, name)}: it must be above 0")
+        if self.tower < 0:
+            raise ValueError(f"evals: tower={self.tower}: 0, or by what the tower's learning rate is multiplied")
         if self.width < 0 or self.width % 64:
             raise ValueError(f"evals: width={self.width}: a multiple of 64 (64 to an attention head), or 0 for the tower's own")
 
-    def shape(self, tokens: Features) -> dict:
-        """The keywords of a reader over these tokens (K, D)."""
-        image = tuple(tokens.rows([0]).shape[1:])
+    def shape(self, model: Embedder) -> dict:
+        """The keywords of a reader of its tokens."""
+        image = 1 + model.mask.visible(model.grid[0] * model.grid[1]), model.cfg.model.shape.width
         width = self.width or -(-image[1] // 64) * 64
         return dict(image=image, width=width, depth=self.depth, heads=width // 64)
 
@@ -74,30 +79,77 @@ def padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def tokens(model: Embedder, images: Images) -> Features:
-    """The frozen tower's patch tokens of a split, (images, K, D), the class token first.  All ranks must call."""
+    """The tower's patch tokens of a split, (images, K, D), the class token first.  All ranks must call."""
     return features(model, images, "tokens")
 
 
-def fitted(build: Callable[[], nn.Module], how: Reading, count: int, losses_of: Callable, weight: Callable = len
-           ) -> tuple[nn.Module, list[float]]:
-    """A reader trained on samples 0 to count - 1, and its losses; the same to the bit on any number of ranks, all of which must call.
+def fits(model: Embedder, options: Reading) -> None:
+    if model.ensemble > 1:
+        raise ValueError("--ensemble: what reads patch tokens sees one view; leave it out")
+    if options.tower and not model.whole:
+        raise ValueError("--mask: a tower is tuned on all patches; leave it out, or tower=0")
+    if options.tower and options.batch % world():
+        raise ValueError(f"evals: batch={options.batch}: where the tower is trained, too, a multiple of {world()} ranks")
 
-    losses_of(reader, samples (b,)) -> losses (n,); weight(samples (B,)) -> how many such losses a global batch has.
+
+def trains_tower(options: Reading) -> bool:
+    return options.tower > 0
+
+
+def fitted(model: Embedder, train: Images, how: Reading, build: Callable[..., nn.Module], owner: Sequence[int], losses_of: Callable,
+           weight: Callable = len) -> tuple[nn.Module, Embedder]:
+    """A reader, trained on the samples of a split, and the model whose patch tokens it reads.  All ranks must call.
+
+    owner: the image of each sample.  losses_of(read, samples (b,), image) -> losses (n,), where read(ids, image) gives the reader's logits;
+    weight(samples (B,)) -> how many such losses a global batch has.
     """
     with torch.random.fork_rng(devices=[]):  # an evaluation during training draws nothing from the training's generator
-        torch.manual_seed(how.seed)
-        reader = build().to(device())
+        torch.default_generator.manual_seed(how.seed)
+        reader = build(**how.shape(model))
+    reader, model, losses = (tuned if how.tower else frozen)(model, train, how, reader, torch.tensor(owner), losses_of, weight)
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(f"evals: lr={how.lr}: the loss of what is trained on the tokens is not finite; take a lower one")
+    model.say(f"  {len(owner):,} samples, {len(losses):,} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    return reader.eval(), model
+
+
+def frozen(model, train, how, reader, owner, losses_of, weight) -> tuple[nn.Module, Embedder, list[float]]:
+    """The tower stays as it is: its tokens are made once.  To the bit the same on any number of ranks."""
+    seen, reader = tokens(model, train), reader.to(device())
     trainer = Exact(reader, torch.optim.AdamW(reader.parameters(), weight_decay=how.weight_decay), clip=1.0)
 
     def loss_of(trainer: Exact, samples: Tensor) -> Tensor:
-        whole = weight(samples)
-        return sum((trainer.learn(losses_of(reader, part).sum() / whole) for part in samples.split(SLICE)[rank()::world()]),
-                   torch.zeros((), device=device())) * world()
-    losses = fit(trainer, order(count, how.batch, how.epochs, how.seed), loss_of, cosine(how.lr, warmup=0.1),
-                 steps(count, how.batch, how.epochs))
-    if not all(map(math.isfinite, losses)):
-        raise ValueError(f"evals: lr={how.lr}: the loss of what is trained on the tokens is not finite; take a lower one")
-    return reader.eval(), losses
+        whole, loss = weight(samples), torch.zeros((), device=device())
+        for part in samples.split(SLICE)[rank()::world()]:
+            loss += trainer.learn(losses_of(reader, part, to_device(seen.rows(owner[part]))).sum() / whole)
+        return loss * world()
+    count = len(owner), how.batch, how.epochs
+    return reader, model, fit(trainer, order(*count, how.seed), loss_of, cosine(how.lr, warmup=0.1), steps(*count), model.say)
+
+
+def tuned(model, train, how, reader, owner, losses_of, weight) -> tuple[nn.Module, Embedder, list[float]]:
+    """A copy of the tower is trained with the reader, at `tower` times its rate, under the run's DeepSpeed JSON."""
+    together = Seeing(copy.deepcopy(model.towers.vision).requires_grad_(True), reader)
+    plain = copy.deepcopy(together)
+    groups = [dict(params=list(part.parameters()), weight_decay=how.weight_decay, scale=scale)
+              for part, scale in ((together.vision, how.tower), (together.reader, 1.0))]
+    trainer = wrapped(together, groups, model.cfg.deepspeed)
+    trainer.train()
+    every = list(order(len(owner), how.batch, how.epochs, how.seed))
+    images = owner[torch.cat([mine(samples) for samples in every])].tolist()
+    rounds = train.rounds(model.pre, how.batch // world(), images, len(every), min(model.cfg.data.workers, 2))
+
+    def loss_of(trainer, batch: tuple) -> Tensor:
+        samples, (_, patches, positions) = batch
+        losses = losses_of(lambda ids, image: trainer(ids, *image).float(), mine(samples), (to_device(patches), to_device(positions)))
+        return mean_loss(losses, weight(samples))
+    losses = fit(trainer, zip(every, rounds), loss_of, cosine(how.lr, warmup=0.1), len(every), model.say)
+    plain.load_state_dict(unwrapped(trainer))
+    trainer.destroy()
+    shown, plain = copy.copy(model), plain.to(device()).eval()
+    shown.encoders, shown.tag = model.encoders | {"tokens": plain.vision}, f"{model.tag}-tuned"
+    shown.forget()  # tokens of another tuning
+    return plain.reader, shown, losses
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from data.benchmarks import Images, Question
 from model.decoders import Answerer
 from run.evals.embed import Embedder
-from run.evals.language import Pieces, Reading, fitted, found, keep, padded, tokens
+from run.evals.language import Pieces, Reading, fits, fitted, found, keep, padded, tokens, trains_tower
 from run.lib.ranks import to_device
 
 SHOWN = 5  # answers that are printed
@@ -35,6 +36,7 @@ CONTRACTED = """
 """.split()
 CONTRACTIONS = {word[:m.start()] + word[m.end():]: word for word in CONTRACTED for m in re.finditer("'", word)}  # one apostrophe is missing
 READS = "questions"
+__all__ = ["READS", "Options", "check", "evaluate", "fits", "trains_tower"]
 
 
 @dataclass(frozen=True)
@@ -52,40 +54,45 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     """accuracy and, of answers without an image, frequent, frequent_of_kind, frequent_of_question; accuracy_KIND beside frequent_KIND."""
     train = images.other("train")
     learned, asked = questions(train), questions(images)
-    usual = {i: Counter(q.answers).most_common(1)[0][0] for i, (_, q) in enumerate(learned) if q.answers}
-    classes = [answer for answer, _ in ranked(Counter(usual.values()))[:options.answers]]
+    usual = [(q, Counter(q.answers).most_common(1)[0][0]) for _, q in learned]
+    classes = [answer for answer, _ in ranked(Counter(answer for _, answer in usual))[:options.answers]]
     numbers = {answer: n for n, answer in enumerate(classes)}
     context = model.cfg.data.context
     pieces = Pieces(model.tokenizer, (q.text for _, q in learned), context)
-    shown, seen = tokens(model, train), tokens(model, images)
+    model.say(f"vqa {images.name}: {len(classes):,} answers, questions of {len(pieces):,} different pieces")
 
-    def inputs(features, questions):
-        return padded([pieces.ids(q.text) for _, q in questions]), to_device(features.rows([i for i, _ in questions]))
+    def ids_of(some):
+        return padded([pieces.ids(q.text) for _, q in some])
 
-    def losses_of(answerer, samples):
+    def losses_of(read, samples, image):
         """(questions,)"""
         some = [learned[s] for s in samples.tolist()]
         wanted = torch.zeros(len(some), len(classes))
         for row, (_, q) in zip(wanted, some):
             for answer in set(q.answers) & numbers.keys():
                 row[numbers[answer]] = soft_accuracy(answer, q.answers)
-        return F.binary_cross_entropy_with_logits(answerer(*inputs(shown, some)), to_device(wanted), reduction="none").sum(1)
-    answerer, losses = fitted(lambda: Answerer(len(pieces), context, answers=len(classes), **options.shape(shown)), options, len(learned),
-                              losses_of)
-    model.say(f"vqa {images.name}: {len(learned):,} questions, {len(classes):,} answers, loss {losses[0]:.2f} to {losses[-1]:.2f}")
-    best = found(len(asked), 1, lambda samples: answerer(*inputs(seen, [asked[s] for s in samples.tolist()])).argmax(1, keepdim=True))
+        return F.binary_cross_entropy_with_logits(read(ids_of(some), image), to_device(wanted), reduction="none").sum(1)
+    answerer, shown = fitted(model, train, options, partial(Answerer, len(pieces), context, answers=len(classes)),
+                             [i for i, _ in learned], losses_of)
+    seen = tokens(shown, images)
+
+    def answered(samples):
+        some = [asked[s] for s in samples.tolist()]
+        return answerer(ids_of(some), to_device(seen.rows([i for i, _ in some]))).argmax(1, keepdim=True)
+    best = found(len(asked), 1, answered)
     given = [classes[n] for n in best[:, 0].tolist()]
     for (i, q), answer in list(zip(asked, given))[:SHOWN]:
         model.say(f"  {images.key(i)}: {q.text} {answer}; truth: {', '.join(dict.fromkeys(q.answers))}")
     keep(model, "vqa", images, (dict(key=images.key(i), question=q.text, answer=answer, truth=q.answers)
                                 for (i, q), answer in zip(asked, given)))
-    return results(asked, given, [(learned[i][1], answer) for i, answer in usual.items()])
+    return results(asked, given, usual)
 
 
 def questions(images: Images) -> list[tuple[int, Question]]:
     """(image, question) of a whole split, the answers normalised."""
-    found = [(i, Question(q.text, tuple(map(normal, q.answers)), q.kind)) for i in range(len(images)) for q in images.questions(i)]
-    if not any(q.answers for _, q in found):
+    found = [(i, Question(q.text, tuple(map(normal, q.answers)), q.kind)) for i in range(len(images)) for q in images.questions(i)
+             if q.answers]
+    if not found:
         raise ValueError(f"evals: {images.folder}: no questions with answers in {images.split}")
     return found
 

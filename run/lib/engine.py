@@ -78,6 +78,13 @@ def wrapped(module: torch.nn.Module, groups: list[dict], path: str, *, accumulat
     return deepspeed.initialize(model=module, model_parameters=groups, config=tree)[0]
 
 
+def unwrapped(trainer: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The weights of such a module, whole on every rank; all ranks must ask."""
+    held = list(trainer.module.parameters())
+    with deepspeed.zero.GatheredParameters(held) if hasattr(held[0], "ds_id") else contextlib.nullcontext():
+        return {name: value.detach().clone() for name, value in trainer.module.state_dict().items()}
+
+
 class Engine:
     """The method under DeepSpeed: what the training loop and the evaluations call."""
 
