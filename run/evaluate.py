@@ -15,6 +15,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import json  # noqa: E402
 from dataclasses import replace  # noqa: E402
+from functools import partial  # noqa: E402
 
 from data.augment import CROPS  # noqa: E402
 from data.masking import parse as parse_mask  # noqa: E402
@@ -55,15 +56,19 @@ def main() -> None:
         cfg, given = replace(cfg, eval_crop=found.crop), given | {"crop": found.crop}
     for weights in found.weights or ["student"] + ["teacher"] * bool(method.averaged()):
         how = dict(weights=weights, mask=found.mask, ensemble=found.ensemble)
-        results = evaluate(Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how), evals, told)
-        if ranks.rank() == 0:
-            report(results, path, home, how | given)
+        results: dict[str, float] = {}
+        try:
+            evaluate(Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how), evals, partial(told, results))
+        finally:  # what was done before something failed is kept
+            if results and ranks.rank() == 0:
+                report(results, path, home, how | given)
     left_out = {fault: None for e in evals if e.kind == "suite" for fault in e.options.faults}
     if left_out:
         raise ValueError("\n  ".join([f"{len(left_out)} of the sets could not be evaluated; all others are", *left_out]))
 
 
-def told(label: str, made: dict[str, float]) -> None:
+def told(results: dict[str, float], label: str, made: dict[str, float]) -> None:
+    results |= {f"{label}/{metric}": value for metric, value in made.items()}
     ranks.say(f"{label}: {', '.join(f'{metric} {value:.4f}' for metric, value in made.items())}")
 
 

@@ -155,3 +155,9 @@ def test_a_suite_from_the_command_line(data, tmp_path):
     assert "missing: food101" in done.stdout and "5 of the sets could not be evaluated; all others are" in done.stderr
     trained, after = map(json.loads, (run / "results.jsonl").read_text().splitlines())
     assert after == {**trained, "mask": "none", "ensemble": 1} and "suite/aclip/average_of_4" in after
+    broken = [*rows(10, 2), {"png": b"no picture", "cls": b"0"}]
+    evaluation_set(tmp_path / "broken", broken, TEN)
+    done = launch(1, "run/evaluate.py", "--run", str(run), "--evals", f"zero_shot:{data}/wds_mnist", f"zero_shot:{tmp_path}/broken")
+    assert done.returncode == 2 and "cannot read the image" in done.stderr
+    kept = json.loads((run / "results.jsonl").read_text().splitlines()[2])
+    assert "zero_shot/wds_mnist/top1" in kept and not any("broken" in name for name in kept), "what was done before is kept"
