@@ -166,7 +166,7 @@ class Images(ABC):
         return ""
 
     def lacks(self, what: str) -> ValueError:
-        return ValueError(f"evals: {self.folder}: no {what} in it, or none in a layout that is known (docs/running.md)")
+        return ValueError(f"evals: {self.folder}: no {what} in it, or none in a layout that is known (docs/evaluating.md)")
 
     def other(self, split: str) -> "Images":
         """Another split of the same set; ValueError if it has none of that name."""
@@ -189,7 +189,7 @@ class Benchmark(Images):
         self.source, self.folder, self.split = folder, local(folder, split), split
         if not (self.folder / split).is_dir():
             raise ValueError(f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's webdataset "
-                             "layout, or another layout of docs/running.md")
+                             "layout, or another layout of docs/evaluating.md")
         self.shards = Shards([self.folder / split], captions=False)
 
     def __len__(self) -> int:

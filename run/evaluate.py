@@ -5,7 +5,7 @@
     python run/evaluate.py --run runs/aclip_nano --weights teacher --ensemble 2
     python run/evaluate.py --run runs/flip_l16 --evals suite:flip --data /data --templates 80
 
-Prints a table and appends a line to RUN/results.jsonl.  docs/running.md, Evaluating, has the kinds and what a set may look like.
+Prints a table and appends a line to RUN/results.jsonl.  docs/evaluating.md has the kinds and what a set may look like.
 """
 import sys
 from pathlib import Path

