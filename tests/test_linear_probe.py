@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from run.evals import knn, linear_probe, parse
+from run.evals import knn, linear_probe, parse, read_call
 from run.evals.embed import Embedder
 from run.evals.linear_probe import BatchNorm, Options, regression, swept
 from run.lib.lars import LARS
@@ -184,10 +184,15 @@ def test_what_lies_in_its_place_is_not_asked_of_images_seen_in_part(kind, option
         kind.fits(SimpleNamespace(whole=False), options)
 
 
+@pytest.mark.parametrize("word, value", [("true", True), ("True", True), ("false", False)])
+def test_yes_and_no_as_python_or_yaml_has_them(word, value):
+    assert read_call(f"linear_probe(standardize={word})", "")[1] == Options(standardize=value)
+
+
 @pytest.mark.parametrize("options, words", [
     ("optimizer=adam", "did you mean 'adamw'"), ("features=tokens", "known: .*pooled"), ("lr=0.1", "lbfgs has none"),
     ("optimizer=sgd, lr=[0.1, 0]", "above 0"), ("optimizer=sgd, epochs=-1", "above 0"), ("weight_decay=-1", "0 or more"),
-    ("optimizer=lars, batch=0", "above 0"), ("optimizer=sgd, lr=[]", "above 0")])
+    ("optimizer=lars, batch=0", "above 0"), ("standardize=1", "standardize: 1"), ("optimizer=sgd, lr=[]", "above 0")])
 def test_bad_options(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         parse([f"linear_probe({options}):{tmp_path}"])

@@ -27,6 +27,7 @@ from run.lib.ranks import say
 
 EVALS = {"zero_shot": zero_shot, "retrieval": retrieval, "segmentation": segmentation, "knn": knn, "linear_probe": linear_probe,
          "finetune": finetune, "captioning": captioning, "vqa": vqa, "suite": suites}
+WORDS = {"true": True, "false": False}  # as YAML has them; other bare words are strings
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
     try:
         tree = ast.parse(call.strip(), mode="eval").body
         name, keywords = (tree.func.id, tree.keywords) if isinstance(tree, ast.Call) and not tree.args else (tree.id, [])
-        given = {k.arg: k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value) for k in keywords}
+        given = {k.arg: WORDS.get(k.value.id, k.value.id) if isinstance(k.value, ast.Name) else ast.literal_eval(k.value) for k in keywords}
     except (SyntaxError, AttributeError, ValueError, TypeError):
         raise ValueError(f"evals: {spec!r} cannot be read; write KIND:FOLDER or KIND(option=value):FOLDER") from None
     check_choice("evals", name, EVALS)

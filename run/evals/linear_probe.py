@@ -201,12 +201,11 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.mean, self.var
         if self.training:
-            wide = x.double()
-            sums = total(torch.cat([wide.sum(0), wide.square().sum(0), torch.full((1,), float(len(x)), device=x.device).double()]))
+            sums = total(torch.cat([x.sum(0), x.square().sum(0), torch.full((1,), len(x), dtype=x.dtype, device=x.device)]).double())
             mean, square = (sums[:-1] / sums[-1]).chunk(2)
             var = (square - mean ** 2).clamp(min=0)
             self.mean.lerp_(mean.to(x.dtype), self.momentum), self.var.lerp_(var.to(x.dtype), self.momentum)
-        return ((x - mean) * (var + self.eps).rsqrt()).to(x.dtype)
+        return (x - mean.to(x.dtype)) * (var + self.eps).rsqrt().to(x.dtype)
 
 
 def regression(linear: nn.Linear, x: Tensor, labels: Tensor, count: int, weight_decay: float) -> int:
