@@ -186,7 +186,7 @@ def test_what_lies_in_its_place_is_not_asked_of_images_seen_in_part(kind, option
 
 @pytest.mark.parametrize("word, value", [("true", True), ("True", True), ("false", False)])
 def test_yes_and_no_as_python_or_yaml_has_them(word, value):
-    assert read_call(f"linear_probe(standardize={word})", "")[1] == Options(standardize=value)
+    assert read_call(f"linear_probe(standardize={word})", "", {})[1] == Options(standardize=value)
 
 
 @pytest.mark.parametrize("options, words", [
