@@ -105,17 +105,18 @@ def fit(trainer, batches: Iterable, loss_of: Callable, rate: Callable[[float], f
     rate(progress, from 0 to 1) -> learning rate; a group's `scale`, where it has one, multiplies it (layer-wise decay).
     say: is told the loss, at a twentieth of the steps.
     """
-    found = []
+    found = torch.zeros(total_steps, device=device())  # not a list: thousands of small tensors between large ones break memory up
+    step = -1
     for step, batch in enumerate(batches):
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate(step / total_steps) * group.get("scale", 1.0)
         loss = loss_of(trainer, batch)
         trainer.backward(loss)
         trainer.step()
-        found.append(loss.detach())
+        found[step] = loss.detach()
         if say and (step + 1) % max(1, total_steps // 20) == 0:
-            say(f"step {step + 1}/{total_steps}  loss {float(total(found[-1].clone())) / world():.6f}")
-    return (total(torch.stack(found).to(device())) / world()).tolist() if found else []
+            say(f"step {step + 1}/{total_steps}  loss {float(total(found[step].clone())) / world():.6f}")
+    return (total(found[:step + 1]) / world()).tolist()
 
 
 def cosine(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:
