@@ -3,6 +3,8 @@
 Letters: B samples, K tokens of an image, N tokens of the longest text, D width of the image's tokens, V vocabulary.
 Row 0 of a vocabulary is the pad, which stands after a text's end.
 """
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -67,6 +69,7 @@ class Answerer(nn.Module):
     def __init__(self, vocab: int, context: int, image: tuple[int, int], width: int, depth: int, heads: int, answers: int):
         super().__init__()
         self.reader, self.answer = Reader(vocab, context, image, width, depth, heads, causal=False), Linear(width, answers, "xavier")
+        nn.init.constant_(self.answer.bias, -math.log(answers))  # as unlikely as one of so many: else the first steps learn that alone
 
     def forward(self, ids: Tensor, image: Tensor) -> Tensor:
         return self.answer(self.reader(ids, image)[:, 0])
