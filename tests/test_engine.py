@@ -127,6 +127,9 @@ def test_a_torn_checkpoint_is_skipped_and_written_again(kept, tear):
 
 
 def test_no_checkpoint_and_another_model(kept, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        checkpoint.newest(tmp_path / "none")
+    (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="no whole checkpoint"):
         checkpoint.newest(tmp_path / "none")
     path = checkpoint.save(Engine(9), kept, dict(identity=dict(model=dict(size="B/16", text=dict(causal=True)))), keep=3)

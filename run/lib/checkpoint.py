@@ -100,6 +100,8 @@ def newest(run: Path) -> Path:
     if manifest(run):
         return run
     found = whole(run / "checkpoints")
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such folder")
     if not found:
         raise ValueError(f"{run}: no whole checkpoint in it; a run folder has checkpoints/step-*/manifest.json")
     return found[0]
