@@ -4,6 +4,7 @@ A layout is a class: what its label maps store, and which names the classes have
 Names: a map *stores* numbers, 0 to 255; the set's classes go from 0 without gaps, IGNORE is none.
 """
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,13 +39,13 @@ class Files(Images):
         self.open(self.splits.get(split, split))
 
     @classmethod
+    @abstractmethod
     def fits(cls, folder: Path) -> bool:
         """Whether a folder is in this layout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, part: str) -> None:
         """Find what the layout's split `part` holds."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.paths)

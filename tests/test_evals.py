@@ -16,13 +16,11 @@ from data.augment import View, center_view
 from data.benchmarks import Benchmark
 from data.patches import patchify
 from data.shards import Shards, write_shard
-from data.tokenizer import build as build_tokenizer
 from data.tokenizer import train_sentencepiece
-from model.methods import METHODS
 from run.evals import embed, evaluate, parse, retrieval
 from run.lib import config
 from tests.threads import ranks
-from tests.tiny import NAMES, launch, picture, settings
+from tests.tiny import NAMES, launch, picture, settings, untrained
 from tests.tiny import shards as make_shards
 
 PICTURES, CAPTIONED = 150, 131  # no multiple of 64 (a round) or of 3 ranks; the last captions are on one rank alone
@@ -52,14 +50,7 @@ def texts(i):
 
 @pytest.fixture(scope="module")
 def model(data):
-    cfg = config.load("run/configs/quickstart.yaml", [f"data.tokenizer=sentencepiece({data}/tokenizer.model)", "model.size=nano/8",
-                                                      "model.image_size=32", "data.workers=0", "eval_crop=resize_crop"])
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
-    method = METHODS["clip"](cfg.model, tokenizer.vocab_size, cfg.data.context, cfg.options)
-    for parameter in method.towers.parameters():
-        parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
-    return method, cfg, tokenizer
+    return untrained(data / "tokenizer.model", "eval_crop=resize_crop")
 
 
 def embedder(model, **how):

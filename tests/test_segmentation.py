@@ -15,13 +15,11 @@ from data.augment import decode, resize
 from data.benchmarks import IGNORE, Benchmark
 from data.patches import patchify
 from data.shards import write_shard
-from data.tokenizer import build as build_tokenizer
 from data.tokenizer import train_sentencepiece
 from data.windows import Sliding, Windows
-from model.methods import METHODS
 from run.evals import embed, evaluate, parse, segmentation
-from run.lib import config
 from tests.threads import ranks
+from tests.tiny import untrained
 
 CLASSES = ("red", "green", "blue", "black")
 SIZES = ((40, 40), (40, 64), (90, 50), (33, 70), (40, 41), (32, 32), (50, 40))
@@ -52,14 +50,7 @@ def scenes(tmp_path_factory):
 
 
 def model(scenes, pool):
-    cfg = config.load("run/configs/quickstart.yaml", [f"data.tokenizer=sentencepiece({scenes}/tokenizer.model)", "data.workers=0",
-                                                      "model.size=nano/8", "model.image_size=32", f"model.vision.pool={pool}"])
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
-    method = METHODS["clip"](cfg.model, tokenizer.vocab_size, cfg.data.context, cfg.options)
-    for parameter in method.towers.parameters():
-        parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
-    return method, cfg, tokenizer
+    return untrained(scenes / "tokenizer.model", f"model.vision.pool={pool}")
 
 
 def test_scores_by_hand():

@@ -12,10 +12,13 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from data.shards import build_index, write_shard
-from data.tokenizer import train_sentencepiece
+from data.tokenizer import build, train_sentencepiece
+from model.methods import METHODS
+from run.lib import config
 
 ROOT = Path(__file__).parents[1]
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
@@ -81,6 +84,18 @@ def evaluation_set(folder: Path, rows: list[dict[str, bytes]], names: str = "ape
     (folder / "classnames.txt").write_text(names)
     (folder / "zeroshot_classification_templates.txt").write_text(templates)
     return folder
+
+
+def untrained(tokenizer: Path, *more: str) -> tuple:
+    """(method, config, tokenizer) of a nano CLIP that was never trained; the settings `more` go on top."""
+    cfg = config.load("run/configs/quickstart.yaml", [f"data.tokenizer=sentencepiece({tokenizer})", "model.size=nano/8",
+                                                      "model.image_size=32", "data.workers=0", *more])
+    torch.manual_seed(0)
+    found = build(cfg.data.tokenizer, cfg.data.context)
+    method = METHODS["clip"](cfg.model, found.vocab_size, cfg.data.context, cfg.options)
+    for parameter in method.towers.parameters():
+        parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
+    return method, cfg, found
 
 
 def settings(data: Path, run: Path, *more: str) -> list[str]:
