@@ -78,6 +78,6 @@ def test_the_readme_tree_is_true():
     missing = {path for path in named if not (ROOT / path).exists()}
     assert not missing, f"README.md names {missing}, which are not there"
     tops = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in ("runs", "datasets")}
-    folded = ("tests/", "run/lib", "run/evals", "model/methods")
+    folded = ("tests/", "run/lib", "run/evals", "model/methods", "model/convert")
     unnamed = {p for p in [*FILES, *tops] if not p.startswith(folded) and "__init__" not in p} - named
     assert not unnamed, f"README.md's tree lacks {unnamed}"

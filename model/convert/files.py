@@ -1,0 +1,113 @@
+"""Files of tensors: safetensors read lazily and written one tensor at a time, torch pickles read without running what is in them.
+
+    tensors = read("open_clip_model.safetensors")          Tensors; nothing is in memory yet
+    write(Path("model.safetensors"), tensors, torch.bfloat16)
+"""
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model.convert.rules import Tensors
+
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' own
+TYPES = {name: dtype for dtype, name in NAMES.items()}
+UNSAFE = ("it is a pickle that would run code or make objects of its own when it is read, and tensors are all that is needed; "
+          "ask for the weights as safetensors, or load it once where you trust it and save its state_dict() alone")
+
+
+def read(path: Path) -> Tensors:
+    """The tensors of a .safetensors file, of its shards (a *.safetensors.index.json), or of a pickle of tensors."""
+    if path.name.endswith(".index.json"):
+        return sharded(path)
+    return read_safetensors(path) if path.suffix == ".safetensors" else Tensors.held(tensors_of(read_pickle(path), path))
+
+
+def read_safetensors(path: Path) -> Tensors:
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or no safetensors file ({str(error).splitlines()[0]}); fetch it again") from None
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    return Tensors({name: torch.empty(part.get_shape(), dtype=TYPES[part.get_dtype()], device="meta") for name, part in slices.items()},
+                   file.get_tensor)
+
+
+def sharded(index: Path) -> Tensors:
+    """Of a Hugging Face index: {weight_map: {tensor: file beside it}}."""
+    owner = json.loads(index.read_text())["weight_map"]
+    files = {name: read_safetensors(index.parent / name) for name in sorted(set(owner.values()))}
+    for name, file in owner.items():
+        if name not in files[file]:
+            raise ValueError(f"{index}: {file} has no {name}; fetch it again")
+    return Tensors({name: files[file].meta[name] for name, file in owner.items()}, lambda name: files[owner[name]][name])
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def read_pickle(path: Path) -> object:
+    """What torch.save wrote, if it is tensors and plain containers alone; memory-mapped where the file permits."""
+    if torchscript(path):  # as OpenAI released its models
+        raise ValueError(f"{path}: refused: a TorchScript archive, which can run code when it is loaded. If you trust it: python -c \"import torch; "
+                         f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), '{path.stem}-weights.pt')\", and convert that")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = str(error).partition("GLOBAL ")[2].split(" ")[0] if "GLOBAL " in str(error) else ""
+        raise ValueError(f"{path}: refused{f' ({wanted})' if wanted else ''}: {UNSAFE}") from None
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or no file of tensors ({str(error).splitlines()[0][:120]}); fetch it again") from None
+
+
+def torchscript(path: Path) -> bool:
+    """Is it an archive of code and constants?"""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return any(name.endswith("constants.pkl") for name in file.namelist())
+
+
+def tensors_of(tree: object, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what was pickled: the tree itself, or what lies under the name that trainers give it; DDP's prefix taken off."""
+    for key in ("state_dict", "model", "model_state_dict", "module"):
+        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            tree = tree[key]
+    tensors = {name: value for name, value in tree.items() if isinstance(value, torch.Tensor)} if isinstance(tree, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path}: no tensors in it")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def write(path: Path, tensors: Tensors, dtype: torch.dtype | None = None, about: dict[str, str] | None = None) -> None:
+    """A safetensors file, floats as `dtype`.  It holds one tensor at a time; nobody sees a part of the file."""
+    kinds = {name: dtype if dtype and meta.is_floating_point() else meta.dtype for name, meta in tensors.meta.items()}
+    header, end = {"__metadata__": {"format": "pt", **(about or {})}}, 0
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # so that each begins at a multiple of its element
+    for name in order:
+        begin, end = end, end + tensors.meta[name].numel() * kinds[name].itemsize
+        header[name] = dict(dtype=NAMES[kinds[name]], shape=list(tensors.meta[name].shape), data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            value = tensors[name].detach().to(kinds[name]).contiguous().cpu()
+            file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

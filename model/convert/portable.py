@@ -1,0 +1,72 @@
+"""A model as conversions pass it on: its architecture, its vocabulary and its weights under Glimpse's names.
+
+    FOLDER/config.json          what it is: architecture, tokenizer, how images are prepared, where it comes from
+    FOLDER/model.safetensors    the weights, under the names that model.towers.Towers gives them
+    FOLDER/tokenizer.*          the vocabulary, where no package brings it
+
+This is Glimpse's own format: what `run/convert.py glimpse` writes, and what evaluations, `init:` and run/embed.py read.
+"""
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.convert import files
+from model.convert.rules import Tensors, check_shapes
+from model.towers import ModelConfig, Towers
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A pair of towers, or a vision tower alone (vocab 0), whose tensors are read when they are asked for."""
+    cfg: ModelConfig
+    vocab: int  # token ids; 0: there is no text tower
+    context: int  # tokens of a caption at most; 0 likewise
+    tensors: Tensors  # by the names of Towers: vision.patch.weight, ...
+    about: dict = field(default_factory=dict)  # tokenizer, eot (its id, where it has one), pad_text, crop, interpolation; source: where from
+
+    def __post_init__(self):
+        check_shapes(self.tensors, self.shapes(), self.about.get("source", {}).get("path", "the model"))
+
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of every tensor that its architecture has."""
+        return {name: p.shape for name, p in self.skeleton().named_parameters() if self.vocab or vision(name)}
+
+    def skeleton(self) -> nn.Module:
+        """The towers without memory; of a vision tower alone, with one word and one place for a token."""
+        with torch.device("meta"):
+            return Towers(self.cfg, self.vocab or 1, self.context or 1)
+
+    def towers(self) -> Towers:
+        """The towers in fp32, whole and in memory, for looking at."""
+        made = Towers(replace(self.cfg, checkpoint_activations=False), self.vocab or 1, self.context or 1)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if name in self.tensors:
+                    parameter.copy_(self.tensors[name])
+        return made.eval()
+
+
+def vision(name: str) -> bool:
+    """Is it a tensor of the vision tower proper?  The projection belongs to the pair."""
+    return name.startswith("vision.")
+
+
+def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the folder; the vocabulary is the caller's."""
+    folder.mkdir(parents=True)
+    files.write(folder / WEIGHTS, model.tensors, dtype)
+    tree = dict(format="glimpse", model=asdict(model.cfg), vocab=model.vocab, context=model.context, **model.about)
+    (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def is_one(folder: Path) -> bool:
+    try:
+        return json.loads((folder / CONFIG).read_text()).get("format") == "glimpse"
+    except (OSError, ValueError, AttributeError):
+        return False
