@@ -20,7 +20,7 @@ from data.shards import Shards  # noqa: E402
 from data.stream import Stream, is_stream  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
 from run.evals.embed import Embedder  # noqa: E402
-from run.lib import checkpoint, engine, folder, ranks  # noqa: E402
+from run.lib import checkpoint, elastic, engine, folder, ranks  # noqa: E402
 from run.lib.config import Run, reader, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
 from run.lib.pictures import examples, gallery, masked_inputs, sheet  # noqa: E402
@@ -67,9 +67,9 @@ def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tu
     path = Path(found)
     checkpoint.check_identity(path, identity(cfg, batches))
     checkpoint.check_memory(path, engine.merged(cfg, ranks.world()))
-    universal = checkpoint.prepare_elastic(path, ranks.world())
+    universal = elastic.prepare_elastic(path, ranks.world())
     trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
-    return trainer, checkpoint.resume(trainer, path, universal)
+    return trainer, elastic.resume(trainer, path, universal)
 
 
 def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engine, evals: list, log: Log) -> None:

@@ -14,7 +14,7 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
 from model import ema  # noqa: E402
-from run.lib import checkpoint, ranks  # noqa: E402
+from run.lib import checkpoint, elastic, ranks  # noqa: E402
 from tests.curves_worker import METHODS, settings, start, steps  # noqa: E402
 
 LENGTH, SAVED = 50, 40  # steps
@@ -79,7 +79,7 @@ def teacher(data: Path, name: str) -> dict:
                  trainable=sum(p.ds_numel for p in trainer.method.parameters() if p.requires_grad))
     trainer.ds.destroy()
     again, batches = start(cfg)
-    checkpoint.resume(again, path, None)
+    elastic.resume(again, path, None)
     found["resumed"] = list(steps(cfg, again, batches, cfg.samples))
     found["same teacher"] = all(torch.equal(kept[key], again.average.kept[key]) for key in kept)
     again.ds.destroy()
@@ -90,7 +90,7 @@ def elsewhere(data: Path, name: str) -> dict:
     """On 1 rank: the last steps again, from the checkpoint of 2."""
     cfg, path = settings(data, name, 3, LONG), checkpoint.newest(data / name)
     trainer, batches = start(cfg, universal=True)
-    checkpoint.resume(trainer, path, checkpoint.prepare_elastic(path, 1))
+    elastic.resume(trainer, path, elastic.prepare_elastic(path, 1))
     plain = Plain(trainer, name, torch.load(data / name / "plain.pt"))
     found = dict(begun=plain.apart(), losses=followed(cfg, name, trainer, batches, plain, LENGTH), apart=plain.apart())
     trainer.ds.destroy()
@@ -106,7 +106,7 @@ def resumed(data: Path, name: str) -> dict:
     found = dict(straight=list(steps(cfg, trainer, batches, 8 * cfg.batch)))
     trainer.ds.destroy()
     again, batches = start(cfg)
-    checkpoint.resume(again, path, None)
+    elastic.resume(again, path, None)
     found["resumed"] = list(steps(cfg, again, batches, 8 * cfg.batch))
     again.ds.destroy()
     return found
