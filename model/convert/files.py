@@ -58,8 +58,9 @@ def metadata(path: Path) -> dict[str, str]:
 def read_pickle(path: Path) -> object:
     """What torch.save wrote, if it is tensors and plain containers alone; memory-mapped where the file permits."""
     if torchscript(path):  # as OpenAI released its models
-        raise ValueError(f"{path}: refused: a TorchScript archive, which can run code when it is loaded. If you trust it: python -c \"import torch; "
-                         f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), '{path.stem}-weights.pt')\", and convert that")
+        command = f"import torch; torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), '{path.stem}-weights.pt')"
+        raise ValueError(f"{path}: refused: a TorchScript archive, which can run code when it is loaded. "
+                         f"If you trust it, keep its weights alone, and convert those: python -c \"{command}\"")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

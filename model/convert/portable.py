@@ -28,7 +28,7 @@ class Portable:
     vocab: int  # token ids; 0: there is no text tower
     context: int  # tokens of a caption at most; 0 likewise
     tensors: Tensors  # by the names of Towers: vision.patch.weight, ...
-    about: dict = field(default_factory=dict)  # tokenizer, eot (its id, where it has one), pad_text, crop, interpolation; source: where from
+    about: dict = field(default_factory=dict)  # tokenizer, eot (its id, if it has one), pad_text, crop, interpolation, source
 
     def __post_init__(self):
         check_shapes(self.tensors, self.shapes(), self.about.get("source", {}).get("path", "the model"))

@@ -77,7 +77,7 @@ def applied(steps: list[tuple], source: Tensors, whose: str) -> Tensors:
     needed = [name for names, _, _ in steps for name in names]
     assert len(needed) == len(set(needed)), "a table uses a tensor twice"
     if missing := [name for name in needed if name not in source]:
-        raise ValueError(f"{whose}: {missing[0]} is missing{more(missing)}; the file is incomplete, or of another architecture than it says")
+        raise ValueError(f"{whose}: {missing[0]} is missing{more(missing)}; incomplete, or of another architecture than it says")
     if extra := sorted(source.meta.keys() - set(needed)):
         raise ValueError(f"{whose}: nothing takes {extra[0]} {tuple(source.meta[extra[0]].shape)}{more(extra)}; "
                          "it holds more than this format, or another architecture")
