@@ -96,14 +96,19 @@ class Attention(nn.Module):
         return self.out(x if packed is None else packed.unpad(x))
 
 
-class MLP(nn.Module):
-    """(..., D) -> (..., D) through 4 D."""
+def hidden(width: int, ratio: float) -> int:
+    """The width inside an MLP, rounded down as open_clip does."""
+    return int(width * ratio)
 
-    def __init__(self, width: int, activation: str, init: Init):
+
+class MLP(nn.Module):
+    """(..., D) -> (..., D) through `ratio` times D."""
+
+    def __init__(self, width: int, activation: str, init: Init, ratio: float = 4.0):
         super().__init__()
-        self.up = column_linear(width, 4 * width, init.up, init.bias)
+        self.up = column_linear(width, hidden(width, ratio), init.up, init.bias)
         self.act = ACTIVATIONS[activation]
-        self.down = row_linear(4 * width, width, init.down, init.bias)
+        self.down = row_linear(hidden(width, ratio), width, init.down, init.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
@@ -112,12 +117,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; shapes as Attention's.  paths: (2, B), by what its two branches are multiplied (see drop_path)."""
 
-    def __init__(self, width: int, heads: int, activation: str, eps: float, init: Init):
+    def __init__(self, width: int, heads: int, activation: str, eps: float, init: Init, ratio: float = 4.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads, init)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width, activation, init)
+        self.mlp = MLP(width, activation, init, ratio)
 
     def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
                 alone: bool = False, paths: Tensor | None = None) -> Tensor:
@@ -145,8 +150,9 @@ def drop_path(noise: Tensor, rate: float) -> Tensor:
 class Blocks(nn.ModuleList):
     """`depth` blocks.  The one place that trades compute for memory: `recompute` drops a block's activations until its backward."""
 
-    def __init__(self, depth: int, width: int, heads: int, activation: str, eps: float, init: Init, recompute: bool = False):
-        super().__init__(Block(width, heads, activation, eps, init) for _ in range(depth))
+    def __init__(self, depth: int, width: int, heads: int, activation: str, eps: float, init: Init, recompute: bool = False,
+                 ratio: float = 4.0):
+        super().__init__(Block(width, heads, activation, eps, init, ratio) for _ in range(depth))
         self.recompute = recompute
 
     def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,

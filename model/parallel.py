@@ -42,8 +42,8 @@ class Init:
     """How one tower draws its weights.  The defaults are FLIP's, which are MAE's."""
     qkv: Draw = "xavier"  # on the fused (3 D, D) weight; the bias is zero in every recipe, as is `out`'s
     out: Draw = "xavier"  # attention's output layer
-    up: Draw = "xavier"  # MLP, D -> 4 D
-    down: Draw = "xavier"  # MLP, 4 D -> D
+    up: Draw = "xavier"  # MLP, D -> its hidden width
+    down: Draw = "xavier"  # MLP, back to D
     patch: Draw = "xavier"  # patch embedding, its kernel seen as (D, 3 P P)
     projection: Draw = "xavier"  # tower -> common embedding
     bias: str = "zeros"  # biases of the MLP and of the patch embedding

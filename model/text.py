@@ -32,12 +32,13 @@ class TextConfig:
 class TextTower(nn.Module):
     """`vocab` token ids, captions of at most `context` tokens."""
 
-    def __init__(self, cfg: TextConfig, vocab: int, context: int, width: int, depth: int, heads: int, init: Init, recompute: bool = False):
+    def __init__(self, cfg: TextConfig, vocab: int, context: int, width: int, depth: int, heads: int, init: Init, recompute: bool = False,
+                 ratio: float = 4.0):
         super().__init__()
         self.cfg = cfg
         self.token = Embedding(vocab, width, init.token)
         self.positions = drawn(context, width, std=init.positions)
-        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute)
+        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute, ratio)
         self.norm = nn.LayerNorm(width, cfg.eps)
 
     def forward(self, ids: Tensor, lengths: Tensor, longest: int | None = None, positions: Tensor | None = None) -> Tensor:

@@ -1,16 +1,19 @@
 """The pair of towers, what joins them, the table of sizes, and what a model costs.
 
 Letters: B batch, L patches, K visible patches, P patch side, T packed tokens, D width, E common embedding.
-To add a size: one row in SIZES, and its lines in tests/golden/params.txt (tests/test_towers.py says how).
+To add a size: one row in SIZES, and its lines in tests/golden/params.txt (tests/test_towers.py says how); a model that is no row, an
+imported one perhaps, says its numbers itself: `size: custom/14` and `custom:`.
 Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the projections and the temperature are modules
 of their own, and the encode_* methods only call modules.
 """
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from model.layers import hidden
 from model.losses import unit
 from model.parallel import Linear, text_init, vision_init
 from model.text import TextConfig, TextTower
@@ -19,7 +22,7 @@ from model.vision import VisionConfig, VisionTower
 
 @dataclass(frozen=True)
 class Size:
-    """One row of SIZES."""
+    """One row of SIZES, or what a config states under `model.custom`."""
     width: int  # vision tower
     depth: int
     heads: int
@@ -27,6 +30,19 @@ class Size:
     text_depth: int
     text_heads: int
     embed: int  # E
+    mlp: float = 4.0  # hidden width of the vision tower's MLPs, in widths
+    text_mlp: float = 4.0  # of the text tower's
+
+    def __post_init__(self):
+        for key in ("width", "depth", "heads", "text_width", "text_depth", "text_heads", "embed"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.custom.{key} {getattr(self, key)}: it must be at least 1")
+        for key in ("", "text_"):
+            width, heads, ratio = (getattr(self, key + name) for name in ("width", "heads", "mlp"))
+            if width % heads:
+                raise ValueError(f"model.custom.{key}width {width}: it must be a multiple of model.custom.{key}heads {heads}")
+            if not 1 <= width * ratio < math.inf:
+                raise ValueError(f"model.custom.{key}mlp {ratio}: the hidden width in widths of {width}; it must be at least 1 / {width}")
 
 
 SIZES = {
@@ -45,7 +61,8 @@ INITS = ("clip", "flip")
 @dataclass(frozen=True)
 class ModelConfig:
     """The model as a run's config states it, under `model:`."""
-    size: str = "B/16"  # a row of SIZES / patch side in pixels
+    size: str = "B/16"  # a row of SIZES, or custom / patch side in pixels
+    custom: Size | None = None  # the numbers of a size that is no row: for size custom/14 and the like alone
     image_size: int = 224  # side of the square image, pixels
     init: str = "flip"  # flip (MAE's Xavier) | clip (open_clip's)
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, a third more compute
@@ -54,8 +71,15 @@ class ModelConfig:
 
     def __post_init__(self):
         name, _, patch = self.size.partition("/")
-        if name not in SIZES or patch not in map(str, PATCHES):
-            raise ValueError(f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side {PATCHES}, as in 'B/16'")
+        own = name == "custom" and re.fullmatch("[1-9][0-9]*", patch)
+        if not own and (name not in SIZES or patch not in map(str, PATCHES)):
+            raise ValueError(f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side {PATCHES}, as in 'B/16'; "
+                             "or custom, '/', and any patch side")
+        if bool(own) != bool(self.custom):
+            raise ValueError(f"model.custom: {'missing' if own else 'given'} with model.size {self.size!r}; custom/PATCH and the numbers "
+                             "under model.custom belong together")
+        if self.vision.positions == "sincos" and self.shape.width % 4:
+            raise ValueError(f"model.custom.width {self.shape.width}: model.vision.positions sincos needs a multiple of 4; or use learned")
         if self.image_size < self.patch or self.image_size % self.patch:
             raise ValueError(f"model.image_size {self.image_size}: not a multiple of the patch side of model.size {self.size!r}")
         if self.init not in INITS:
@@ -63,7 +87,7 @@ class ModelConfig:
 
     @property
     def shape(self) -> Size:
-        return SIZES[self.size.partition("/")[0]]
+        return self.custom or SIZES[self.size.partition("/")[0]]
 
     @property
     def patch(self) -> int:
@@ -94,7 +118,7 @@ def vision_tower(cfg: ModelConfig) -> VisionTower:
     """The vision tower of a model; of its teacher too."""
     s = cfg.shape
     init = vision_init(cfg.init, s.width)
-    return VisionTower(cfg.vision, cfg.grid, cfg.patch, s.width, s.depth, s.heads, init, cfg.checkpoint_activations)
+    return VisionTower(cfg.vision, cfg.grid, cfg.patch, s.width, s.depth, s.heads, init, cfg.checkpoint_activations, s.mlp)
 
 
 class Towers(nn.Module):
@@ -104,7 +128,8 @@ class Towers(nn.Module):
         super().__init__()
         s, text = cfg.shape, text_init(cfg.init, cfg.shape.text_width, cfg.shape.text_depth)
         self.vision = vision_tower(cfg)
-        self.text = TextTower(cfg.text, vocab, context, s.text_width, s.text_depth, s.text_heads, text, cfg.checkpoint_activations)
+        self.text = TextTower(cfg.text, vocab, context, s.text_width, s.text_depth, s.text_heads, text, cfg.checkpoint_activations,
+                              s.text_mlp)
         self.image_projection = Linear(s.width, s.embed, vision_init(cfg.init, s.width).projection, bias=None)
         self.text_projection = Linear(s.text_width, s.embed, text.projection, bias=None)
         self.temperature = Temperature()
@@ -128,18 +153,19 @@ class Towers(nn.Module):
 
 def vision_flops(cfg: ModelConfig, visible: int, only_cls: bool = False) -> float:
     """FLOPs of a forward pass of the vision tower and its projection over K `visible` patches; only_cls: see VisionTower.forward."""
-    width, tokens = cfg.shape.width, 1 + visible
-    blocks = _blocks(tokens, width, cfg.shape.depth, 1 if only_cls else tokens)
-    return 2.0 * (blocks + visible * 3 * cfg.patch ** 2 * width + width * cfg.shape.embed)
+    s, tokens = cfg.shape, 1 + visible
+    blocks = _blocks(tokens, s.width, s.depth, s.mlp, 1 if only_cls else tokens)
+    return 2.0 * (blocks + visible * 3 * cfg.patch ** 2 * s.width + s.width * s.embed)
 
 
 def text_flops(cfg: ModelConfig, tokens: float) -> float:
     """FLOPs of a forward pass of the text tower and its projection over a caption of `tokens` (a mean will do)."""
     s = cfg.shape
-    return 2.0 * (_blocks(tokens, s.text_width, s.text_depth, 1) + s.text_width * s.embed)
+    return 2.0 * (_blocks(tokens, s.text_width, s.text_depth, s.text_mlp, 1) + s.text_width * s.embed)
 
 
-def _blocks(tokens: float, width: int, depth: int, only: float) -> float:
+def _blocks(tokens: float, width: int, depth: int, ratio: float, only: float) -> float:
     """Multiply-adds of `depth` blocks, the last of which works for `only` so many tokens.  Not counted: norms, softmax, look-ups."""
-    attend, rest = 2 * tokens * width, 9 * width ** 2  # a token's: q k and its use of v; out and the MLP (qkv is for all)
+    attend = 2 * tokens * width  # a token's: q k and its use of v
+    rest = width ** 2 + 2 * width * hidden(width, ratio)  # out and the MLP (qkv is for all)
     return depth * tokens * (3 * width ** 2 + attend + rest) - (tokens - only) * (attend + rest)

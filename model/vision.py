@@ -44,7 +44,7 @@ class VisionTower(nn.Module):
     """`grid` (rows, columns) of P x P patches; L = rows * columns."""
 
     def __init__(self, cfg: VisionConfig, grid: tuple[int, int], patch: int, width: int, depth: int, heads: int, init: Init,
-                 recompute: bool = False):
+                 recompute: bool = False, ratio: float = 4.0):
         super().__init__()
         self.cfg, self.grid = cfg, grid
         self.patch = Linear(3 * patch * patch, width, init.patch, init.bias if cfg.patch_bias else None)
@@ -55,7 +55,7 @@ class VisionTower(nn.Module):
         else:
             self.register_buffer("positions", sincos(grid, width), persistent=False)
         self.pre_norm = nn.LayerNorm(width, cfg.eps) if cfg.pre_norm else nn.Identity()
-        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute)
+        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute, ratio)
         self.norm = nn.LayerNorm(width, cfg.eps)
 
     def forward(self, patches: Tensor, positions: Tensor, grid: tuple[int, int] | None = None, only_cls: bool = False,

@@ -189,8 +189,8 @@ def check_tower(path: Path, cfg: ModelConfig) -> None:
     was, now = manifest(path)["identity"]["model"], plain(asdict(cfg))
     for key in ("pool", "freeze_patch"):
         del was["vision"][key], now["vision"][key]
-    for key in ("size", "image_size", "vision"):
-        for where, theirs, mine in differences(was[key], now[key], f"model.{key}"):
+    for key in ("size", "custom", "image_size", "vision"):
+        for where, theirs, mine in differences(was.get(key), now[key], f"model.{key}"):
             raise ValueError(f"{path} was trained with {where}: {theirs!r}, this config says {mine!r}; a borrowed tower must be the same")
 
 

@@ -182,7 +182,12 @@ def convert(kind, value, where: str):
             raise ValueError(f"{where}: {value!r}; it takes {len(kinds)} values")
         return tuple(convert(k, v, f"{where}.{i}") for i, (k, v) in enumerate(zip(kinds, items)))
     if origin is types.UnionType:  # e.g. float | str: the first that fits
-        for option in args:
+        options = [option for option in args if option is not types.NoneType]
+        if value is None and types.NoneType in args:
+            return None
+        if len(options) == 1:
+            return convert(options[0], value, where)
+        for option in options:
             try:
                 return convert(option, value, where)
             except ValueError:
