@@ -1,8 +1,9 @@
 """Encoded images -> views: decoded, cropped, resized and mirrored in one pass; uint8 (H, W, 3), normalised later, on the device.
 
-A box is (top, left, height, width) in pixels of the source.  JPEGs are decoded by simplejpeg (the same pixels as Pillow's, without its
-copies) and, where a crop is at least twice as large as the view, at a half, a quarter or an eighth of their size: libjpeg-turbo's
-other scales take longer than the whole image.  Everything else, and every JPEG that simplejpeg refuses, is Pillow's.
+A box is (top, left, height, width) in pixels of the source; H x W are the sides of a view, one number where it is square.
+JPEGs are decoded by simplejpeg (the same pixels as Pillow's, without its copies) and, where a crop is at least twice as large as the view,
+at a half, a quarter or an eighth of their size: libjpeg-turbo's other scales take longer than the whole image.  Everything else, and every
+JPEG that simplejpeg refuses, is Pillow's.
 Resizing is torch's antialiased kernel for bytes, Pillow's algorithm in vector instructions (within one level of 255 at 99.9 % of pixels).
 
 Three choices where released code differs.  As in open_clip and torchvision, EXIF orientation is ignored.  Transparency is laid on white,
@@ -28,6 +29,7 @@ except ImportError:  # Pillow alone gives the same pixels, in more time
     simplejpeg = None
 
 Box = tuple[int, int, int, int]
+Size = int | tuple[int, int]  # a square's side, or (height, width); pixels
 CROPS = ("resize_crop", "square")  # of an evaluation image, see center_view
 INTERPOLATIONS = ("bicubic", "bilinear")
 TRIES = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
@@ -38,7 +40,7 @@ class View:
     """How one training view of an image is made."""
 
     crop: tuple[float, float] = (0.5, 1.0)  # smallest and largest share of the image's area that a crop covers, in (0, 1]; uniform between
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # narrowest and widest crop, width : height, before it is made square; log-uniform between
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # narrowest and widest crop, width : height in units of the view's; log-uniform
     flip: bool = False  # mirror one view in two; off where a method needs the view's box, which does not tell
     interpolation: str = "bicubic"  # bicubic or bilinear, both antialiased
     mask: str = "none"  # which patches stay visible: none, random(0.5), gaussian(0.75), ... as data/masking.py reads it
@@ -99,20 +101,27 @@ def expanded(views: dict[str, View]) -> dict[str, View]:
     return dict(sorted(found.items()))
 
 
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def check_interpolation(name: str) -> None:
     if name not in INTERPOLATIONS:
         raise ValueError(f"interpolation: {name!r}; known: {', '.join(INTERPOLATIONS)}")
 
 
-def random_views(data: bytes, size: int, views: dict[str, View],
+def random_views(data: bytes, size: Size, views: dict[str, View],
                  rngs: dict[str, np.random.Generator]) -> dict[str, tuple[np.ndarray, Box]]:
-    """{name: ((size, size, 3) uint8, its box)} of views from `expanded`; the image is decoded once. ValueError: it cannot be read."""
+    """{name: ((H, W, 3) uint8, its box)} of views from `expanded`; the image is decoded once. ValueError: it cannot be read."""
     height, width = image_size(data)
-    boxes = {name: random_box(height, width, view, rngs[name]) for name, view in views.items() if not view.encloses}
+    wanted = {name: sides(view.size or size) for name, view in views.items()}
+    boxes = {name: random_box(height, width, view, rngs[name], wanted[name][1] / wanted[name][0])
+             for name, view in views.items() if not view.encloses}
     flips = {name: view.flip and rngs[name].random() < 0.5 for name, view in views.items()}
     least = boxes | {name: enclosing([boxes[other] for other in view.encloses]) for name, view in views.items() if view.encloses}
-    sizes = {name: view.size or size for name, view in views.items()}
-    shrink = next((s for s in (8, 4, 2) if all(min(least[n][2:]) >= s * sizes[n] for n in views) and is_jpeg(data)), 1)
+    room = min(side / own for name in views for side, own in zip(least[name][2:], wanted[name]))  # how much smaller the tightest view is
+    shrink = next((s for s in (8, 4, 2) if room >= s and is_jpeg(data)), 1)
     cuts = {name: tuple(side // shrink for side in box) for name, box in boxes.items()}  # a shift of less than one pixel of the view
     for name, view in views.items():
         if view.encloses:
@@ -122,13 +131,13 @@ def random_views(data: bytes, size: int, views: dict[str, View],
     image, made = decode(data, shrink), {}
     for name, view in views.items():
         top, left, rows, columns = cuts[name]
-        cut = resize(image[top : top + rows, left : left + columns], sizes[name], sizes[name], view.interpolation, flips[name])
+        cut = resize(image[top : top + rows, left : left + columns], *wanted[name], view.interpolation, flips[name])
         cut = recolour(cut, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
         made[name] = cut, (top * shrink, left * shrink, rows * shrink, columns * shrink)
     return made
 
 
-def random_view(data: bytes, size: int, view: View, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
+def random_view(data: bytes, size: Size, view: View, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
     """One view of an image: see random_views."""
     return random_views(data, size, {"": view}, {"": rng})[""]
 
@@ -146,38 +155,44 @@ def enlarged(box: Box, height: int, width: int, rng: np.random.Generator) -> Box
     return top, left, bottom - top, right - left
 
 
-def random_box(height: int, width: int, view: View, rng: np.random.Generator) -> Box:
+def random_box(height: int, width: int, view: View, rng: np.random.Generator, shape: float = 1.0) -> Box:
     """A box of random area and shape, as torchvision and FLIP draw it; after TRIES that do not fit, the largest central one in shape.
 
-    Only images far wider or taller than view.ratio come to that, where FLIP would take a central square of 7/8 of the short side.
+    shape: width : height of the view that is made of it, which view.ratio multiplies, so that a view that is not square is distorted no
+    more than a square one.  Only images far wider or taller than that come to the central box, where FLIP would take a central square of
+    7/8 of the short side.
     """
+    narrowest, widest = shape * view.ratio[0], shape * view.ratio[1]
     for _ in range(TRIES):
         area = height * width * rng.uniform(*view.crop)
-        ratio = math.exp(rng.uniform(math.log(view.ratio[0]), math.log(view.ratio[1])))
+        ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
         rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < rows <= height and 0 < columns <= width:
             return int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1)), rows, columns
-    rows = min(height, max(1, round(width / view.ratio[0])))
-    columns = min(width, max(1, round(height * view.ratio[1])))
+    rows = min(height, max(1, round(width / narrowest)))
+    columns = min(width, max(1, round(height * widest)))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def center_view(data: bytes, size: int, how: str = "resize_crop", interpolation: str = "bicubic") -> np.ndarray:
-    """The view for evaluation, (size, size, 3), from the image at its full size. ValueError: the image cannot be read.
+def center_view(data: bytes, size: Size, how: str = "resize_crop", interpolation: str = "bicubic") -> np.ndarray:
+    """The view for evaluation, (H, W, 3), from the image at its full size. ValueError: the image cannot be read.
 
     resize_crop: the short side to `size`, then the central square (CLIP, SLIP, open_clip); square: the central square, then resized (FLIP).
+    Of a view that is not square: the image, made just large enough to cover H x W, then its centre; the largest central box in the shape
+    of H x W, then resized.
     """
     if how not in CROPS:
         raise ValueError(f"how: {how!r}; known: {', '.join(CROPS)}")
     image = decode(data)
-    height, width = image.shape[:2]
-    short = min(height, width)
+    (height, width), (H, W) = image.shape[:2], sides(size)
+    tall = height * W >= width * H  # for its width, so that it is the width that must fit
     if how == "square":
-        top, left = (height - short + 1) // 2, (width - short + 1) // 2
-        return resize(image[top : top + short, left : left + short], size, size, interpolation)
-    rows, columns = int(size * height / short), int(size * width / short)
-    top, left = round((rows - size) / 2), round((columns - size) / 2)
-    return np.ascontiguousarray(resize(image, rows, columns, interpolation)[top : top + size, left : left + size])
+        rows, columns = (max(1, round(width * H / W)), width) if tall else (height, max(1, round(height * W / H)))
+        top, left = (height - rows + 1) // 2, (width - columns + 1) // 2
+        return resize(image[top : top + rows, left : left + columns], H, W, interpolation)
+    rows, columns = (int(W * height / width), W) if tall else (H, int(H * width / height))
+    top, left = round((rows - H) / 2), round((columns - W) / 2)
+    return np.ascontiguousarray(resize(image, rows, columns, interpolation)[top : top + H, left : left + W])
 
 
 def resize(image: np.ndarray, height: int, width: int, interpolation: str, flip: bool = False) -> np.ndarray:

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data import patches, text_masking
-from data.augment import Box, View, draws, expanded, random_views
+from data.augment import Box, Size, View, draws, expanded, random_views, sides
 from data.masking import Mask, parse
 from data.shards import Order, Sample, Shards
 from data.tokenizer import build as build_tokenizer
@@ -63,13 +63,15 @@ class DataConfig:
                 raise ValueError(f"data.{name}: {getattr(self, name)}; it must be at least 1")
 
 
-def plan(views: dict[str, View], image_size: int, patch: int) -> list[tuple[str, View, Mask, tuple[int, int]]]:
+def plan(views: dict[str, View], image_size: Size, patch: int) -> list[tuple[str, View, Mask, tuple[int, int]]]:
     """(name, view, mask, grid) of every draw of every view; what cannot be cut into patches, or a mask that hides all, is refused."""
     found = []
     for name, view in expanded(views).items():
-        side, mask = view.size or image_size, parse(view.mask)
+        mask, (height, width) = parse(view.mask), sides(image_size)
         try:
-            grid = patches.grid(side, side, patch)
+            if view.size and height != width:
+                raise ValueError(f"size: {view.size}; the side of a square, and model.image_size {[height, width]} is none; leave it out")
+            grid = patches.grid(*sides(view.size or image_size), patch)
             mask.visible(grid[0] * grid[1])
         except ValueError as error:
             raise ValueError(f"views.{name}: {error}") from None
@@ -84,7 +86,7 @@ class Reader:
     that a text mask leaves.
     """
 
-    def __init__(self, cfg: DataConfig, views: dict[str, View], *, image_size: int, patch: int, seed: int, hidden: tuple[str, ...] = (),
+    def __init__(self, cfg: DataConfig, views: dict[str, View], *, image_size: Size, patch: int, seed: int, hidden: tuple[str, ...] = (),
                  noise: tuple[str, ...] = (), pool: str = "first"):
         self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
         self.views = plan(views, image_size, patch)

@@ -11,6 +11,7 @@
 Other layouts are classes of their own in data/layouts.py.  Names: n images on this rank in this round, L patches, P patch side.
 """
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data import prompts
-from data.augment import center_view, opened
+from data.augment import Size, center_view, opened, sides
 from data.batches import quiet_worker
-from data.patches import visible
+from data.patches import grid, visible
 from data.remote import local
 from data.shards import CAPTIONS, Shards
 
@@ -38,7 +39,7 @@ IGNORE = 255  # in a label map: no class
 class Preprocess:
     """How an evaluation image reaches the tower."""
 
-    image_size: int
+    image_size: Size
     patch: int
     how: str  # resize_crop (CLIP) or square (FLIP)
     interpolation: str
@@ -89,7 +90,7 @@ class Images(ABC):
         return f"{self.folder}: {self.key(i)} of {self.split}"
 
     def view(self, i: int, pre: Preprocess) -> np.ndarray:
-        """(S, S, 3) uint8: image i as the tower sees it.  ValueError: it cannot be read."""
+        """(H, W, 3) uint8: image i as the tower sees it.  ValueError: it cannot be read."""
         return center_view(self.image(i), pre.image_size, pre.how, pre.interpolation)
 
     def lines(self, name: str) -> list[str]:
@@ -277,7 +278,7 @@ def decode_map(data: bytes) -> np.ndarray:
 class _Rounds(Dataset):
     def __init__(self, images: Images, pre: Preprocess, batch: int, mine: Sequence[int], turns: int):
         self.images, self.pre, self.batch, self.mine, self.turns = images, pre, batch, mine, turns
-        self.everything = np.arange((pre.image_size // pre.patch) ** 2)
+        self.everything = np.arange(math.prod(grid(*sides(pre.image_size), pre.patch)))
 
     def __len__(self) -> int:
         return self.turns

@@ -2,7 +2,7 @@
 from (seed, step): neither the number of workers nor of ranks changes a crop, an erased box, or what is mixed with what.
 
 RandAugment, random erasing, mixup and cutmix are timm's, which is not needed otherwise.  Three of its files are loaded by themselves: the
-package would import torchvision.  Names: B global batch, b this rank's share, S side of an image, C classes.
+package would import torchvision.  Names: B global batch, b this rank's share, H x W an image's sides, C classes.
 """
 import importlib.util
 import random
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import View, random_view
+from data.augment import Size, View, random_view, sides
 from data.benchmarks import Images
 
 Row = tuple[int, int]  # epoch, sample
@@ -37,14 +37,14 @@ def timm(name: str) -> ModuleType:
     return module
 
 
-def rand_augment(how: str, size: int, mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """RandAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1, for images of this side.  What is misspelt timm would pass over."""
+def rand_augment(how: str, size: Size, mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
+    """RandAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1, for images of this size.  What is misspelt timm would pass over."""
     if not re.fullmatch(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?)*", how):
         raise ValueError(f"finetune(augment={how!r}): write it as timm does, e.g. 'rand-m9-mstd0.5-inc1', or none")
     module = timm("auto_augment")
     for name in [name for name in module.NAME_TO_OP if name.startswith("Posterize")]:  # Pillow refuses to keep no bits, as timm may ask
         module.NAME_TO_OP[name] = lambda image, bits, **more: module.posterize(image, max(1, bits), **more)
-    fill = dict(translate_const=int(0.45 * size), img_mean=tuple(round(255 * m) for m in mean))  # as timm's create_transform has it
+    fill = dict(translate_const=int(0.45 * min(sides(size))), img_mean=tuple(round(255 * m) for m in mean))  # as timm's create_transform
     return module.rand_augment_transform(how, fill)
 
 
@@ -77,12 +77,12 @@ def label(images: Images, i: int, classes: int) -> int:
 
 
 class Labelled(Dataset):
-    """Item [rows]: images (b, 3, S, S) float32, normalised; their classes (b,); uniform noise (b, *noise), for what a model drops.
+    """Item [rows]: images (b, 3, H, W) float32, normalised; their classes (b,); uniform noise (b, *noise), for what a model drops.
 
     crop: smallest share of the image's area that a crop covers.  augment: RandAugment as timm writes it, or none.  erase: probability.
     """
 
-    def __init__(self, images: Images, classes: int, *, size: int, interpolation: str, mean: Sequence[float], std: Sequence[float],
+    def __init__(self, images: Images, classes: int, *, size: Size, interpolation: str, mean: Sequence[float], std: Sequence[float],
                  crop: float, augment: str, erase: float, noise: tuple[int, ...], seed: int):
         self.images, self.classes, self.size, self.noise, self.seed = images, classes, size, noise, seed
         self.view = View((crop, 1.0), flip=True, interpolation=interpolation)
@@ -115,6 +115,6 @@ class Mix:
         self.mix = timm("mixup").Mixup(mixup, cutmix, prob=float(mixup + cutmix > 0), label_smoothing=smoothing, num_classes=classes)
 
     def __call__(self, images: Tensor, labels: Tensor, *key: int) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, S, S) of `paired`, which are changed, and their classes (b,) -> the images, targets (b, C); drawn for the key."""
+        """Images (b, 3, H, W) of `paired`, which are changed, and their classes (b,) -> the images, targets (b, C); drawn for the key."""
         with drawn_from(np.random.default_rng(key)):
             return self.mix(images, labels)

@@ -63,7 +63,7 @@ class ModelConfig:
     """The model as a run's config states it, under `model:`."""
     size: str = "B/16"  # a row of SIZES, or custom / patch side in pixels
     custom: Size | None = None  # the numbers of a size that is no row: for size custom/14 and the like alone
-    image_size: int = 224  # side of the square image, pixels
+    image_size: int | tuple[int, int] = 224  # side of the square image, or height and width; pixels
     init: str = "flip"  # flip (MAE's Xavier) | clip (open_clip's)
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, a third more compute
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -80,7 +80,7 @@ class ModelConfig:
                              "under model.custom belong together")
         if self.vision.positions == "sincos" and self.shape.width % 4:
             raise ValueError(f"model.custom.width {self.shape.width}: model.vision.positions sincos needs a multiple of 4; or use learned")
-        if self.image_size < self.patch or self.image_size % self.patch:
+        if any(side < self.patch or side % self.patch for side in self.sides):
             raise ValueError(f"model.image_size {self.image_size}: not a multiple of the patch side of model.size {self.size!r}")
         if self.init not in INITS:
             raise ValueError(f"model.init {self.init!r}: unknown; known: {', '.join(INITS)}")
@@ -94,8 +94,14 @@ class ModelConfig:
         return int(self.size.partition("/")[2])
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of an image, pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
     def grid(self) -> tuple[int, int]:
-        return self.image_size // self.patch, self.image_size // self.patch
+        """Rows and columns of patches."""
+        return self.sides[0] // self.patch, self.sides[1] // self.patch
 
 
 class Temperature(nn.Module):

@@ -55,14 +55,17 @@ def check_map(images: Images, i: int, classes: int) -> Tensor:
 def fits(model: Embedder, options: Options) -> None:
     if not model.whole:
         raise ValueError("--mask, --ensemble: segmentation asks every patch of one view; leave them out")
-    if 0 < options.size < (side := model.pre.image_size):
+    side, width = model.cfg.model.sides
+    if side != width:
+        raise ValueError(f"evals: segmentation lays square windows on an image, and model.image_size is {[side, width]}; leave it out")
+    if 0 < options.size < side:
         raise ValueError(f"evals: segmentation(size={options.size}): the tower sees windows of {side} pixels; at least that")
 
 
 @torch.no_grad()
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
     """mean_iou and mean_accuracy over the classes that occur, accuracy over pixels; shares."""
-    side = model.pre.image_size
+    side = model.cfg.model.sides[0]
     sliding = Sliding(side, options.size or 2 * side, min(options.stride or side // 2, side))
     values = options.features == "values" or options.features == "auto" and model.towers.vision.cfg.pool == "cls"
     classes = class_embeddings(model, images, options.templates)  # (C, E)

@@ -1,6 +1,6 @@
 """Pictures: the visible patches of a batch; what each mask keeps of the same images, what a model attends to, what resembles a caption.
 
-Letters: n images, L patches, (rows, columns) their grid, P patch side, S image side.
+Letters: n images, L patches, (rows, columns) their grid, P patch side, H x W image sides.
 """
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def framed(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gallery(method, cfg: Run, tokenizer, images: list[bytes], captions: list[str]) -> dict[str, Tensor]:
-    """{column: (n, 3, S, S) uint8} for encoded images; all ranks must call, with the same images."""
+    """{column: (n, 3, H, W) uint8} for encoded images; all ranks must call, with the same images."""
     view = next(iter(cfg.views.values()))
     pixels = [center_view(image, cfg.model.image_size, cfg.eval_crop, view.interpolation) for image in images]
     whole = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
@@ -103,13 +103,13 @@ def resemblance(method, cfg: Run, tokenizer, tokens: Tensor, captions: list[str]
 
 
 def heat(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
-    """(n, L) -> (n, 3, S, S): each row from its smallest, dark, to its largest, bright, over the greyed image."""
+    """(n, L) -> (n, 3, H, W): each row from its smallest, dark, to its largest, bright, over the greyed image."""
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     level = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid)[:, None]
     level = F.interpolate(level, images.shape[2:], mode="nearest")[:, 0] * (len(HEAT) - 1)
     lower = level.floor().clamp(max=len(HEAT) - 2).long()
     part = (level - lower)[..., None]
-    colour = HEAT[lower] * (1 - part) + HEAT[lower + 1] * part  # (n, S, S, 3)
+    colour = HEAT[lower] * (1 - part) + HEAT[lower + 1] * part  # (n, H, W, 3)
     grey = images.float().mean(1)[..., None]
     return (0.75 * colour + 0.25 * grey).round().to(torch.uint8).permute(0, 3, 1, 2)
 
