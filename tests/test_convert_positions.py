@@ -11,7 +11,7 @@ from model.convert.rules import Rule, Tensors, exported
 from model.towers import ModelConfig, Towers
 from model.vision import VisionConfig
 
-PLAIN = ModelConfig("nano/32", 96, vision=VisionConfig(positions="learned", patch_bias=False))
+PLAIN = ModelConfig("nano/32", image_size=96, vision=VisionConfig(positions="learned", patch_bias=False))
 
 
 def rules(cfg):
