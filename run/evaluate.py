@@ -21,13 +21,13 @@ from data.augment import CROPS  # noqa: E402
 from data.masking import parse as parse_mask  # noqa: E402
 from run.evals import EVALS, evaluate, parse  # noqa: E402
 from run.evals.embed import Embedder  # noqa: E402
-from run.lib import checkpoint, config, ranks  # noqa: E402
+from run.lib import config, models, ranks  # noqa: E402
 from run.lib.log import table  # noqa: E402
 
 
 def main() -> None:
     args = config.parser(__doc__)
-    args.add_argument("--run", required=True, help="a run folder, or one of its checkpoints")
+    args.add_argument("--run", required=True, help="a run folder, one of its checkpoints, or a folder that run/convert.py wrote")
     args.add_argument("--evals", nargs="+", metavar="KIND:FOLDER",
                       help=f"kinds: {', '.join(sorted(EVALS))} (suite:NAME); options as KIND(option=value):FOLDER; default: the run's own")
     args.add_argument("--data", metavar="DIR", help="where the sets of suite:NAME lie; default: the run's eval_data")
@@ -43,15 +43,15 @@ def main() -> None:
     if found.ensemble < 1:
         raise ValueError(f"--ensemble {found.ensemble}: a number of views, 1 or more")
     parse_mask(found.mask)
-    path = checkpoint.newest(Path(found.run).resolve())
-    home = path.parents[1]
+    path = models.find(Path(found.run).resolve())
+    home = models.home(path)
     ranks.start()
-    cfg = config.load(home / "config.yaml")
+    cfg = models.config_of(path)
     given = {"templates": found.templates} if found.templates else {}
     evals = ranks.once(lambda: parse(found.evals or cfg.evals, data=found.data or cfg.eval_data, **given))
     if not evals:
         raise ValueError("--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER")
-    cfg, tokenizer, method = checkpoint.opened(path)
+    cfg, tokenizer, method = models.opened(path)
     if found.crop:
         cfg, given = replace(cfg, eval_crop=found.crop), given | {"crop": found.crop}
     for weights in found.weights or ["student"] + ["teacher"] * bool(method.averaged()):
@@ -73,12 +73,13 @@ def told(results: dict[str, float], label: str, made: dict[str, float]) -> None:
 
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:
-    found = checkpoint.manifest(path)
+    found = models.origin(path)
     with (home / "results.jsonl").open("a") as file:
-        print(json.dumps(dict(step=found["step"], samples=found["samples"], **how, **results)), file=file)
+        print(json.dumps(dict(**found, **how, **results)), file=file)
     print(table(results))
     print(f"{', '.join(f'{key} {value}' for key, value in how.items())}")
-    print(f"{path}: step {found['step']}, {found['samples']:,} samples; appended to {home / 'results.jsonl'}")
+    trained = f": step {found['step']}, {found['samples']:,} samples" if found else ""
+    print(f"{path}{trained}; appended to {home / 'results.jsonl'}")
 
 
 if __name__ == "__main__":

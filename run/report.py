@@ -19,7 +19,7 @@ from torch import Tensor  # noqa: E402
 
 from data.shards import Shards  # noqa: E402
 from data.stream import is_stream  # noqa: E402
-from run.lib import checkpoint, config, pictures, ranks  # noqa: E402
+from run.lib import config, models, pictures, ranks  # noqa: E402
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;width:100%;table-layout:fixed}th{font-weight:600;font-size:.8rem;vertical-align:bottom;padding:.2rem}
@@ -28,20 +28,20 @@ td{padding:.1rem}img{width:100%;display:block;image-rendering:pixelated}.caption
 
 
 def masks(args) -> None:
-    path = checkpoint.newest(Path(args.run).resolve())
+    path = models.find(Path(args.run).resolve())
     if args.count < 1:
         raise ValueError(f"--count {args.count}: a number of images, 1 or more")
-    if not args.images and is_stream(config.load(path.parents[1] / "config.yaml").data.train):
-        raise ValueError("--images: the run read streams; name folders of shards")
-    cfg, tokenizer, method = checkpoint.opened(path)
+    if not args.images and (models.home(path) == path or is_stream(models.config_of(path).data.train)):
+        raise ValueError("--images: the model was trained on no folder of shards that is known here; name one")
+    cfg, tokenizer, method = models.opened(path)
     chosen = pictures.examples(Shards(args.images or cfg.data.train), args.count)
     if not chosen:
         raise ValueError(f"--images: none of {args.count} samples can be read; run: run/prepare.py check DIR")
     found = pictures.gallery(method, cfg, tokenizer, *chosen)
-    folder = path.parents[1] / "report"
+    folder = models.home(path) / "report"
     folder.mkdir(exist_ok=True)
     Image.fromarray(pictures.sheet(found).permute(1, 2, 0).numpy()).save(folder / "masks.png")
-    (folder / "masks.html").write_text(page(found, chosen[1], cfg, checkpoint.manifest(path)))
+    (folder / "masks.html").write_text(page(found, chosen[1], cfg, models.origin(path)))
     print(f"columns: {' | '.join(found)}\nwrote {folder / 'masks.png'} and {folder / 'masks.html'}")
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     args = config.parser(__doc__)
     kinds = args.add_subparsers(required=True, metavar="masks")
     kind = kinds.add_parser("masks", help="what each strategy keeps")
-    kind.add_argument("--run", required=True, help="a run folder, or one of its checkpoints")
+    kind.add_argument("--run", required=True, help="a run folder, one of its checkpoints, or a converted model")
     kind.add_argument("--images", nargs="+", help="folders of shards to take images from; default: the run's own data.train")
     kind.add_argument("--count", type=int, default=8, help="images")
     kind.set_defaults(do=masks)

@@ -1,10 +1,11 @@
 """A model as conversions pass it on: its architecture, its vocabulary and its weights under Glimpse's names.
 
-    FOLDER/config.json          what it is: architecture, tokenizer, how images are prepared, where it comes from
+    FOLDER/config.json          what it is, in the keys of a run's config (so it may be one's `base:`), and where it comes from
     FOLDER/model.safetensors    the weights, under the names that model.towers.Towers gives them
     FOLDER/tokenizer.*          the vocabulary, where no package brings it
 
-This is Glimpse's own format: what `run/convert.py glimpse` writes, and what evaluations, `init:` and run/embed.py read.
+This is Glimpse's own format: what `run/convert.py glimpse` writes, and what evaluations, `init:` and run/embed.py read
+(run/lib/models.py).
 """
 import json
 from collections.abc import Mapping
@@ -22,16 +23,28 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
+class About:
+    """What goes with the weights."""
+    tokenizer: str = ""  # as data.tokenizer names it
+    fingerprint: str = ""  # of its vocabulary
+    eot: int | None = None  # the id that ends a caption, where there is one
+    pad_text: bool = False  # captions are filled to the context, and the padding is attended to
+    crop: str = "resize_crop"  # how an image becomes square
+    interpolation: str = "bicubic"
+    source: dict = field(default_factory=dict)  # where it comes from: path, format, weights, step, samples, ...
+
+
+@dataclass(frozen=True)
 class Portable:
     """A pair of towers, or a vision tower alone (vocab 0), whose tensors are read when they are asked for."""
     cfg: ModelConfig
     vocab: int  # token ids; 0: there is no text tower
     context: int  # tokens of a caption at most; 0 likewise
     tensors: Tensors  # by the names of Towers: vision.patch.weight, ...
-    about: dict = field(default_factory=dict)  # tokenizer, eot (its id, if it has one), pad_text, crop, interpolation, source
+    about: About = field(default_factory=lambda: About())
 
     def __post_init__(self):
-        check_shapes(self.tensors, self.shapes(), self.about.get("source", {}).get("path", "the model"))
+        check_shapes(self.tensors, self.shapes(), self.about.source.get("path", "the model"))
 
     def shapes(self) -> Mapping[str, torch.Size]:
         """Of every tensor that its architecture has."""
@@ -58,15 +71,19 @@ def vision(name: str) -> bool:
 
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the folder; the vocabulary is the caller's."""
+    """Write the folder, without the vocabulary, which is the caller's."""
     folder.mkdir(parents=True)
     files.write(folder / WEIGHTS, model.tensors, dtype)
-    tree = dict(format="glimpse", model=asdict(model.cfg), vocab=model.vocab, context=model.context, **model.about)
+    about = model.about
+    tree = dict(provenance=dict(format="glimpse", vocab=model.vocab, fingerprint=about.fingerprint, eot=about.eot, source=about.source),
+                model=asdict(model.cfg), views={"image": {"interpolation": about.interpolation}}, eval_crop=about.crop)
+    if model.vocab:
+        tree["data"] = dict(context=model.context, tokenizer=about.tokenizer, pad_text=about.pad_text)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
 
 
 def is_one(folder: Path) -> bool:
     try:
-        return json.loads((folder / CONFIG).read_text()).get("format") == "glimpse"
-    except (OSError, ValueError, AttributeError):
+        return json.loads((folder / CONFIG).read_text())["provenance"]["format"] == "glimpse"
+    except (OSError, ValueError, KeyError, TypeError):
         return False

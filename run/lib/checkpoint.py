@@ -4,26 +4,21 @@
     manifest.json                       written last: step, samples, ranks, ZeRO stage, what was trained, and every file's size
 
 A folder counts only with a manifest that fits its files, so a job may die at any moment: DeepSpeed's own `latest` is written before
-the other ranks are done.  How training goes on from one is run/lib/elastic.py's.
+the other ranks are done.  How training goes on from one is run/lib/elastic.py's; what else
+may be done with its weights, run/lib/models.py's.
 """
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from data.tokenizer import Tokenizer
-from data.tokenizer import build as build_tokenizer
-from model.backbone import Backbone
-from model.methods import METHODS
-from model.towers import ModelConfig
 from run.lib.config import Run, plain
-from run.lib.config import load as read_config
-from run.lib.engine import Engine, place, whole_parameter, zero_weights
-from run.lib.ranks import barrier, device, rank, told, world
+from run.lib.engine import Engine
+from run.lib.ranks import barrier, rank, world
 
 AVERAGE = "average_rank_{:05d}.pt"  # a rank's part of the teacher in fp32; all of it on rank 0 where the stage is below 3
 
@@ -125,89 +120,3 @@ def differences(was, now, where: str = "") -> Iterator[tuple]:
             yield from differences(was.get(key), now.get(key), f"{where}.{key}".lstrip("."))
     elif was != now:
         yield where, was, now
-
-
-def weights(path: Path) -> dict:
-    """The fp32 weights of a checkpoint, {name: lazy or plain tensor}; `.contiguous()` makes each whole, one at a time."""
-    stage, file = manifest(path)["stage"], path / "mp_rank_00_model_states.pt"
-    if stage == 3:
-        return zero_weights(path)
-    module = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
-    return {**module, **zero_weights(path)} if stage else module  # stages 1 and 2 keep frozen parameters in the module alone
-
-
-def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = None, under: str | None = None) -> None:
-    """Copy a checkpoint's weights into a method, sharded or not; no rank holds more than one whole tensor beside its shard.
-
-    names: {parameter of the method: its name in the checkpoint}; all, by their own names, where none are given.  Each must be found in its
-    own shape, and the checkpoint may hold nothing else whose name begins with `under`.  All ranks must call, with names in one order.
-    """
-    parameters = dict(method.named_parameters())
-    if names is None:
-        names, under = {name: name for name in parameters}, ""
-    source = weights(path) if rank() == 0 else {}
-    if rank() == 0 and (missing := set(names.values()) - source.keys()):
-        raise ValueError(f"{path}: has no weights for {sorted(missing)[0]} ({len(missing)} missing); it holds another architecture")
-    if rank() == 0 and under is not None and (extra := {name for name in source if name.startswith(under)} - set(names.values())):
-        raise ValueError(f"{path}: this config has no place for {sorted(extra)[0]} ({len(extra)} such); it holds another architecture")
-    for name, stored in names.items():
-        parameter = parameters[name]
-        with whole_parameter(parameter):
-            if rank() == 0:
-                value = source[stored].contiguous()
-                if value.shape != parameter.shape:
-                    raise ValueError(f"{path}: {stored} is {tuple(value.shape)}, this config makes {tuple(parameter.shape)}")
-                parameter.copy_(value)
-
-
-def begin(method: torch.nn.Module, init: str, vocabulary: str) -> None:
-    """The weights that a new run starts from: the towers of the run `init`, and what the method borrows from another run.
-
-    Rank 0 alone looks for checkpoints and checks them: to many ranks a run that still goes on may look unlike.
-    """
-    names = [name for name, _ in method.named_parameters()]
-    if init:
-        path = told(lambda: found_for("init", init, check_identity, dict(tokenizer=vocabulary)))
-        load(method, Path(path), {name: name for name in names if name.startswith("towers.")}, "towers.")
-    for prefix, run in method.borrowed().items():
-        path = told(lambda run=run: found_for("options.teacher", run, check_tower, method.cfg))
-        load(method, Path(path), {name: "towers." + name.removeprefix(prefix) for name in names if name.startswith(prefix)})
-
-
-def found_for(key: str, run: str, check: Callable[..., None], *wanted) -> str:
-    """The newest checkpoint of a run, which passes the check; ValueError naming the key otherwise."""
-    try:
-        path = newest(Path(run))
-        check(path, *wanted)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    return str(path)
-
-
-def check_tower(path: Path, cfg: ModelConfig) -> None:
-    """ValueError naming the first thing in which a checkpoint's vision tower computes its patch tokens otherwise than the config's."""
-    was, now = manifest(path)["identity"]["model"], plain(asdict(cfg))
-    for key in ("pool", "freeze_patch"):
-        del was["vision"][key], now["vision"][key]
-    for key in ("size", "custom", "image_size", "vision"):
-        for where, theirs, mine in differences(was.get(key), now[key], f"model.{key}"):
-            raise ValueError(f"{path} was trained with {where}: {theirs!r}, this config says {mine!r}; a borrowed tower must be the same")
-
-
-def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
-    """(config, tokenizer, method on this rank's device) of a checkpoint, to be looked at."""
-    cfg = read_config(path.parents[1] / "config.yaml")
-    tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
-    check_identity(path, identity(cfg, tokenizer.fingerprint))
-    method = METHODS[cfg.method](cfg.model, tokenizer.vocab_size, cfg.data.context, cfg.options)
-    load(method, path)
-    return cfg, tokenizer, place(method, manifest(path)["bf16"])
-
-
-def backbone(run: Path | str, weights: str = "student", **how) -> Backbone:
-    """The vision tower of a run or checkpoint as feature maps (docs/transfer.md): whole, in fp32, all of it trainable.
-
-    weights: student, or teacher (the moving average).  how: Backbone's own.  To be called after run.lib.ranks.start(), by all ranks.
-    """
-    method = opened(newest(Path(run)))[2]
-    return Backbone(method.shown(weights).vision.float().requires_grad_(True), **how).to(device())

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from run.lib.checkpoint import AVERAGE, load, manifest
+from run.lib.checkpoint import AVERAGE, manifest
 from run.lib.engine import Engine
+from run.lib.models import load
 from run.lib.ranks import barrier, rank, store
 
 

@@ -7,7 +7,6 @@ The config says what is trained; the DeepSpeed JSON says how.  What the config o
 """
 import contextlib
 import copy
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from data.batches import share
 from model import ema
@@ -234,12 +232,6 @@ def whole_parameter(parameter: torch.nn.Parameter):
             sent = parameter.data.to(device())  # NCCL sends nothing from a CPU, where a method that is not placed yet lies
             dist.broadcast(sent, 0)
             parameter.data.copy_(sent)
-
-
-def zero_weights(checkpoint: Path) -> dict:
-    """The fp32 weights in a ZeRO 1-3 checkpoint, {name: tensor made whole by .contiguous()}."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it says much
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
 
 
 def place(method: torch.nn.Module, bf16: bool) -> torch.nn.Module:

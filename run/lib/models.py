@@ -1,0 +1,230 @@
+"""What lies at a path, a run's checkpoint or a converted model, and its weights put into methods.
+
+    path = find(Path("runs/quickstart"))         the newest checkpoint of a run, a checkpoint, or a folder that run/convert.py wrote
+    cfg, tokenizer, method = opened(path)        to be looked at
+    portable(path, "teacher")                    to be converted: its towers, read lazily (model/convert/portable.py)
+    begin(method, init, borrowed)                what a new run starts from
+
+No rank ever holds more than one whole tensor beside its shard.
+"""
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from data.tokenizer import build as build_tokenizer
+from model import ema
+from model.backbone import Backbone
+from model.convert import files
+from model.convert.portable import CONFIG, WEIGHTS, About, Portable, is_one
+from model.convert.rules import Tensors, more
+from model.methods import METHODS
+from model.towers import ModelConfig
+from run.lib import zero_files
+from run.lib.checkpoint import check_identity, differences, identity, manifest, newest
+from run.lib.config import Run, build, merge, plain
+from run.lib.config import load as read_config
+from run.lib.engine import place, whole_parameter
+from run.lib.ranks import device, rank, told
+
+TOWERS = "towers."  # where a method keeps what a converted model holds
+# What a converted model's config.json does not say, since only training reads it.
+UNTRAINED = dict(method="clip", samples=1, batch=1, data={"train": "none"}, optim=dict(lr="0", weight_decay=0.0, warmup=0))
+
+
+def find(path: Path) -> Path:
+    """The newest checkpoint of a run folder, or what is given: a checkpoint, a converted model's folder."""
+    return path if is_one(path) else newest(path)
+
+
+def home(path: Path) -> Path:
+    """Where results of the model at a found path go: the run's folder, or the converted model's own."""
+    return path if is_one(path) else path.parents[1]
+
+
+def config_of(path: Path) -> Run:
+    """The config of what was found; of a converted model what it knows, the rest filled in."""
+    if not is_one(path):
+        return read_config(path.parents[1] / "config.yaml")
+    tree = json.loads((path / CONFIG).read_text())
+    del tree["provenance"]
+    if not (data := tree.get("data")):
+        raise ValueError(f"{path}: a vision tower alone, without text; start a run from it with init: {path}")
+    data["tokenizer"] = beside(data["tokenizer"], path)
+    return build(Run, merge({**UNTRAINED, "run": str(path)}, tree))
+
+
+def beside(tokenizer: str, folder: Path) -> str:
+    """A tokenizer's name with the vocabulary that lies in the folder, where one does: a folder may have been moved."""
+    kind, bracket, file = tokenizer.removesuffix(")").partition("(")
+    own = folder / Path(file).name
+    return f"{kind}({own})" if bracket and own.is_file() else tokenizer
+
+
+def origin(path: Path) -> dict:
+    """What training a found model has behind it: step and samples, where they are known."""
+    known = json.loads((path / CONFIG).read_text())["provenance"]["source"] if is_one(path) else manifest(path)
+    return {key: known[key] for key in ("step", "samples") if key in known}
+
+
+def converted(path: Path) -> Portable:
+    """A converted model's folder."""
+    tree = json.loads((path / CONFIG).read_text())
+    known, data = tree["provenance"], tree.get("data", {})
+    about = About(tokenizer=beside(data.get("tokenizer", ""), path), fingerprint=known["fingerprint"], eot=known["eot"],
+                  pad_text=data.get("pad_text", False), crop=tree["eval_crop"],
+                  interpolation=tree["views"]["image"]["interpolation"], source={**known["source"], "path": str(path)})
+    model = build(ModelConfig, merge({}, tree["model"]), "model.")
+    return Portable(model, known["vocab"], data.get("context", 0), files.read(path / WEIGHTS), about)
+
+
+def portable(path: Path, weights: str = "student") -> Portable:
+    """The towers of what was found: a run's student, or with the moving averages, in fp32, in the place of what they average."""
+    if is_one(path):
+        if weights != "student":
+            raise ValueError(f"--weights {weights}: {path} holds one model; convert the run again with --weights {weights}")
+        return converted(path)
+    cfg, found, tensors = config_of(path), manifest(path), zero_files.weights(path)
+    names = {name.removeprefix(TOWERS): name for name in tensors if name.startswith(TOWERS)}
+    vocab = tensors.meta[f"{TOWERS}text.token.weight"].shape[0]
+    towers = tensors.renamed(names)
+    if weights == "teacher":
+        towers = averaged(path, cfg, vocab, towers)
+    source = dict(path=str(path), format="run", method=cfg.method, weights=weights, step=found["step"], samples=found["samples"])
+    about = About(tokenizer=cfg.data.tokenizer, fingerprint=found["identity"]["tokenizer"], pad_text=cfg.data.pad_text, crop=cfg.eval_crop,
+                  interpolation=next(iter(cfg.views.values())).interpolation, source=source)
+    return Portable(cfg.model, vocab, cfg.data.context, towers, about)
+
+
+def averaged(path: Path, cfg: Run, vocab: int, towers: Tensors) -> Tensors:
+    """The towers' tensors, with the averages instead where there are some."""
+    with torch.device("meta"):
+        method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
+    pairs = {id(teacher): (name, teacher.shape) for name, (teacher, _) in ema.parameters(method.averaged()).items()}
+    kept = {name: pairs[id(p)] for name, p in method.shown("teacher").named_parameters() if id(p) in pairs}
+    averages = zero_files.averages(path, dict(kept.values())).renamed({name: key for name, (key, _) in kept.items()})
+    return Tensors({**towers.meta, **averages.meta}, lambda name: (averages if name in kept else towers)[name])
+
+
+def contents(path: Path) -> Tensors:
+    """The weights of a checkpoint or converted model, under the names that a method gives them."""
+    if not is_one(path):
+        return zero_files.weights(path)
+    tensors = files.read(path / WEIGHTS)
+    return tensors.renamed({TOWERS + name: name for name in tensors})
+
+
+def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = None, under: str | None = None) -> None:
+    """Copy weights into a method, sharded or not; rank 0 alone reads them.
+
+    names: {parameter of the method: its name at the path}; all, by their own names, where none are given.  Each must be found in its
+    own shape, and there may be nothing else whose name begins with `under`.  All ranks must call, with names in one order.
+    """
+    parameters = dict(method.named_parameters())
+    if names is None:
+        names, under = {name: name for name in parameters}, ""
+    if rank() == 0:
+        source = contents(path)
+        if missing := sorted(set(names.values()) - source.meta.keys()):
+            raise ValueError(f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture")
+        if under is not None and (extra := sorted({name for name in source if name.startswith(under)} - set(names.values()))):
+            raise ValueError(f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another architecture")
+    for name, stored in names.items():
+        parameter = parameters[name]
+        with whole_parameter(parameter):
+            if rank() == 0:
+                value = source[stored]
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{path}: {stored} is {tuple(value.shape)}, this config makes {tuple(parameter.shape)}")
+                parameter.copy_(value)
+
+
+def begin(method: torch.nn.Module, init: str, vocabulary: str) -> None:
+    """The weights that a new run starts from: the towers of the model `init`, and what the method borrows from another.
+
+    Rank 0 alone looks for checkpoints and checks them: to many ranks a run that still goes on may look unlike.
+    """
+    names = [name for name, _ in method.named_parameters()]
+    if init:
+        path, under = told(lambda: found_for("init", init, check_start, method.cfg, vocabulary)).split("\n")
+        load(method, Path(path), {name: name for name in names if name.startswith(under)}, under)
+    for prefix, run in method.borrowed().items():
+        path, _ = told(lambda run=run: found_for("options.teacher", run, check_tower, method.cfg)).split("\n")
+        load(method, Path(path), {name: TOWERS + name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+
+
+def found_for(key: str, given: str, check: Callable[..., str], *wanted) -> str:
+    """What lies there, and on a second line what the check answers; ValueError naming the key otherwise."""
+    try:
+        path = find(Path(given))
+        return f"{path}\n{check(path, *wanted)}"
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def check_start(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
+    """Under which names the weights lie that a run can start from: the towers, or the vision tower where there is no other."""
+    if is_one(path):
+        known = json.loads((path / CONFIG).read_text())["provenance"]
+        if not known["vocab"]:
+            return check_tower(path, cfg)
+        fingerprint = known["fingerprint"]
+    else:
+        fingerprint = manifest(path)["identity"]["tokenizer"]
+    if fingerprint != vocabulary:
+        raise ValueError(f"{path} was trained with tokenizer {fingerprint}, this config's data.tokenizer is {vocabulary}; use its own")
+    check_alike(path, cfg, "use the model's own architecture")
+    return TOWERS
+
+
+def check_tower(path: Path, cfg: ModelConfig) -> str:
+    """ValueError naming the first thing in which a vision tower computes its patch tokens otherwise than the config's."""
+    check_alike(path, cfg, "a borrowed tower must be the same", vision_only=True)
+    return f"{TOWERS}vision."
+
+
+def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = False) -> None:
+    """ValueError naming the first thing in which the model there computes its tokens otherwise than the config's."""
+    theirs = json.loads((path / CONFIG).read_text())["model"] if is_one(path) else manifest(path)["identity"]["model"]
+    theirs = build(ModelConfig, merge({}, theirs), "model.")
+
+    def computes(model: ModelConfig) -> dict:
+        shape, vision = asdict(model.shape), asdict(model.vision)
+        del vision["pool"], vision["freeze_patch"]
+        if vision_only:
+            shape = {key: shape[key] for key in ("width", "depth", "heads", "mlp")}
+        return dict(shape=shape, patch=model.patch, grid=model.grid, vision=vision, text=None if vision_only else asdict(model.text))
+
+    for where, was, now in differences(plain(computes(theirs)), plain(computes(cfg)), "model"):
+        if where in ("model.grid", "model.patch"):
+            advice = f"python run/convert.py glimpse {path} OUT --patch {cfg.patch} --image-size {cfg.image_size} makes one that fits"
+        raise ValueError(f"{path} was trained with {where}: {was!r}, this config says {now!r}; {advice}")
+
+
+def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
+    """(config, tokenizer, method on this rank's device) of what was found, to be looked at."""
+    cfg = config_of(path)
+    tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
+    if is_one(path):
+        known = json.loads((path / CONFIG).read_text())["provenance"]
+        if known["fingerprint"] != tokenizer.fingerprint:
+            raise ValueError(f"{path}: trained with tokenizer {known['fingerprint']}; {cfg.data.tokenizer} is {tokenizer.fingerprint}")
+        vocab, bf16 = known["vocab"], files.read(path / WEIGHTS).meta["vision.patch.weight"].dtype == torch.bfloat16
+    else:
+        check_identity(path, identity(cfg, tokenizer.fingerprint))
+        vocab, bf16 = tokenizer.vocab_size, manifest(path)["bf16"]
+    method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
+    load(method, path)
+    return cfg, tokenizer, place(method, bf16)
+
+
+def backbone(run: Path | str, weights: str = "student", **how) -> Backbone:
+    """The vision tower of a run, checkpoint or converted model as feature maps (docs/transfer.md): whole, in fp32, all of it trainable.
+
+    weights: student, or teacher (the moving average).  how: Backbone's own.  To be called after run.lib.ranks.start(), by all ranks.
+    """
+    method = opened(find(Path(run)))[2]
+    return Backbone(method.shown(weights).vision.float().requires_grad_(True), **how).to(device())
