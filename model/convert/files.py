@@ -23,7 +23,7 @@ UNSAFE = ("it is a pickle that would run code or make objects of its own when it
 
 
 def read(path: Path) -> Tensors:
-    """The tensors of a .safetensors file, of its shards (a *.safetensors.index.json), or of a pickle of tensors."""
+    """The tensors of a .safetensors file, of a pickle of tensors, or of the shards that a *.index.json names."""
     if path.name.endswith(".index.json"):
         return sharded(path)
     return read_safetensors(path) if path.suffix == ".safetensors" else Tensors.held(tensors_of(read_pickle(path), path))
@@ -42,7 +42,7 @@ def read_safetensors(path: Path) -> Tensors:
 def sharded(index: Path) -> Tensors:
     """Of a Hugging Face index: {weight_map: {tensor: file beside it}}."""
     owner = json.loads(index.read_text())["weight_map"]
-    files = {name: read_safetensors(index.parent / name) for name in sorted(set(owner.values()))}
+    files = {name: read(index.parent / name) for name in sorted(set(owner.values()))}
     for name, file in owner.items():
         if name not in files[file]:
             raise ValueError(f"{index}: {file} has no {name}; fetch it again")
