@@ -167,6 +167,12 @@ def build(spec: str, context: int) -> Tokenizer:
         raise ValueError(f"data.tokenizer {spec!r}: {why}") from None
 
 
+def vocabulary(spec: str) -> Path | None:
+    """The file that a tokenizer's name names; None where a package brings it."""
+    path = re.fullmatch(r"[^(]*\((.*)\)\s*", spec, re.DOTALL)
+    return Path(path[1]) if path else None
+
+
 def installed(kind: str) -> Path:
     """The vocabulary of a kind inside an installed package, found without importing it (open_clip would import torchvision)."""
     if not KINDS[kind].package:

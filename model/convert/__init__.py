@@ -3,8 +3,21 @@
     load(path, **given) -> Portable            what lies there, read lazily; ValueError where this architecture is not ours
     claims(path) -> bool                       is what lies there of this format?  It looks at names and headers alone
     save(model, folder, dtype, **options)      write it; ValueError naming the field that the format cannot express
-    peer(path) -> a function                   the foreign library's own model (ImportError where it is not installed):
-                                               (images (B, 3, H, W) normalised, ids (B, N) padded) -> (image, text embeddings)
+    peer(path, **given) -> a function          the foreign library's own model (ImportError where it is not installed): images
+                                               (B, 3, H, W) normalised, ids (B, context) padded -> unit embeddings of both
 
 To add one: a file with what of these makes sense, mostly a table of rules (rules.py), and its row in FORMATS.
 """
+from pathlib import Path
+from types import ModuleType
+
+from model.convert import hf, open_clip
+
+FORMATS: dict[str, ModuleType] = {"open_clip": open_clip, "hf": hf}
+
+
+def claimed(path: Path) -> str | None:
+    """The format of what lies there; None if it is of none of these: a run, or a model in Glimpse's own format."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    return next((name for name, module in FORMATS.items() if module.claims(path)), None)

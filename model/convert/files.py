@@ -29,6 +29,14 @@ def read(path: Path) -> Tensors:
     return read_safetensors(path) if path.suffix == ".safetensors" else Tensors.held(tensors_of(read_pickle(path), path))
 
 
+def names(path: Path) -> list[str]:
+    """Of the tensors in a file, as far as it can be read."""
+    try:
+        return list(read(path))
+    except (ValueError, OSError):
+        return []
+
+
 def read_safetensors(path: Path) -> Tensors:
     try:
         file = safe_open(path, "pt")

@@ -1,0 +1,157 @@
+"""Models leave and enter Glimpse: a run, a checkpoint or a foreign model into any of the formats, each conversion proven.
+
+    python run/convert.py glimpse   runs/quickstart models/quickstart        one safetensors file and config.json
+    python run/convert.py open_clip runs/quickstart models/for_open_clip
+    python run/convert.py glimpse   models/CLIP-ViT-B-32 models/b32          in: the format of what lies there is found out
+    python run/convert.py inspect   models/CLIP-ViT-B-32                     what any checkpoint is
+
+docs/converting.md has the formats, what each cannot express, and how training starts from what comes in.
+"""
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+if __package__ is None:  # started as a file: import from the repository root, not from run/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+
+from data.tokenizer import Tokenizer, vocabulary  # noqa: E402
+from data.tokenizer import build as build_tokenizer  # noqa: E402
+from model.convert import FORMATS, claimed, portable  # noqa: E402
+from model.convert.portable import Portable  # noqa: E402
+from model.convert.resize import resized  # noqa: E402
+from run.lib import config, models, peers, prove  # noqa: E402, F401
+from run.lib.cli import run_script  # noqa: E402
+from run.lib.describe import architecture, describe, size_of  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    args = config.parser(__doc__)
+    kinds = args.add_subparsers(required=True, metavar="FORMAT|inspect")
+    for name in ["glimpse", *(name for name, module in FORMATS.items() if hasattr(module, "save"))]:
+        kind = kinds.add_parser(name, help=f"convert into {name}")
+        kind.add_argument("source", type=Path, help="a run folder, a checkpoint, or a model of any format")
+        kind.add_argument("out", type=Path, help="a folder that is not there yet")
+        kind.add_argument("--weights", choices=("student", "teacher"), default="student", help="of a run; teacher: the moving average")
+        kind.add_argument("--dtype", choices=DTYPES, default="fp32", help="what the weights are stored as")
+        kind.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="resize positions: a side, or height and width")
+        kind.add_argument("--patch", type=int, metavar="PIXELS", help="resize the patch embedding to this side, as FLIP's L/16 to L/14")
+        kind.add_argument("--tokenizer", metavar="SPEC", help="as data.tokenizer, where the source does not tell it")
+        kind.add_argument("--given", nargs="+", default=[], metavar="KEY=VALUE", help="what the source does not tell, e.g. config=ViT-B-32")
+        if name == "megatron":
+            kind.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks that the weights are split for")
+        kind.set_defaults(do=convert, format=name)
+    kind = kinds.add_parser("inspect", help="tell what lies at a path")
+    kind.add_argument("path", type=Path)
+    kind.set_defaults(do=lambda found: print(describe(found.path)))
+    found = args.parse_args()
+    found.do(found)
+
+
+def convert(args) -> None:
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists; name a folder that does not, or remove it")
+    given = {key: int(value) if value.isdigit() else value for key, _, value in (pair.partition("=") for pair in args.given)}
+    model, peer = opened(args.source, args.weights, given)
+    if args.image_size or args.patch:
+        model, peer = resized(model, side(args.image_size), args.patch), None
+    tokenizer = build_tokenizer(args.tokenizer or model.about.tokenizer, model.context) if model.vocab else None
+    model = labelled(model, args.tokenizer, tokenizer)
+    part = args.out.with_name(args.out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        write(model, args, tokenizer, part)
+        told = list(proofs(model, args, tokenizer, part, peer))
+        part.rename(args.out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{args.out}: {args.format}, {architecture(model)}, {args.dtype}, {size_of(args.out)}")
+    for line in told:
+        print(f"  {line}")
+
+
+def opened(source: Path, weights: str, given: dict[str, str | int]) -> tuple[Portable, Callable | None]:
+    """The model, and how the library that it comes from runs it, where it comes from one."""
+    if format := claimed(source):
+        if weights != "student":
+            raise ValueError(f"--weights {weights}: {source} is a model of {format}; a run has a student and a teacher")
+        module = FORMATS[format]
+        try:
+            return module.load(source, **given), partial(module.peer, source, **given) if hasattr(module, "peer") else None
+        except TypeError:
+            if given:
+                raise ValueError(f"--given {' '.join(given)}: not what {format} asks for; docs/converting.md tells what it does") from None
+            raise
+    if given:
+        raise ValueError(f"--given {' '.join(given)}: {source} tells everything itself")
+    return models.portable(models.find(source), weights), None
+
+
+def side(given: list[int] | None) -> int | tuple[int, int] | None:
+    if given and len(given) > 2:
+        raise ValueError(f"--image-size {given}: one side, or height and width")
+    return given and (given[0] if len(given) == 1 else tuple(given))
+
+
+def labelled(model: Portable, spec: str | None, tokenizer: Tokenizer | None) -> Portable:
+    """With what the vocabulary tells; ValueError where it is another than the model was trained with."""
+    if tokenizer is None:
+        return model
+    about = model.about
+    if tokenizer.vocab_size != model.vocab or about.fingerprint not in ("", tokenizer.fingerprint):
+        raise ValueError(f"{about.source.get('path')}: trained with a vocabulary of {model.vocab} ({about.fingerprint or 'unnamed'}); "
+                         f"{spec or about.tokenizer} has {tokenizer.vocab_size} ({tokenizer.fingerprint}); --tokenizer names another")
+    end = tokenizer.end[0] if tokenizer.end else None
+    return replace(model, about=replace(about, tokenizer=spec or about.tokenizer, fingerprint=tokenizer.fingerprint, eot=end))
+
+
+def write(model: Portable, args, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """The model in its format, with its vocabulary."""
+    dtype, file = DTYPES[args.dtype], vocabulary(model.about.tokenizer)
+    if args.format != "glimpse":
+        FORMATS[args.format].save(model, folder, dtype, **({"tp": args.tp} if args.format == "megatron" else {}))
+    else:
+        if file:  # it will lie in the folder
+            spec = f"{model.about.tokenizer.partition('(')[0]}({args.out / f'tokenizer{file.suffix}'})"
+            model = replace(model, about=replace(model.about, tokenizer=spec))
+        portable.save(model, folder, dtype)
+    if file:
+        shutil.copy(file, folder / f"tokenizer{file.suffix}")
+
+
+def proofs(model: Portable, args, tokenizer: Tokenizer | None, folder: Path, source: Callable | None) -> Iterator[str]:
+    """What shows that the conversion is right, a line each; ValueError where something shows that it is not."""
+    module = FORMATS.get(args.format)
+    again = module.load(folder) if module else models.converted(folder)
+    if name := prove.same_tensors(model.tensors, again.tensors, DTYPES[args.dtype]):
+        raise ValueError(f"{args.format}: {name} is not what was written, when {folder} is read again")
+    yield f"read again: {len(again.tensors)} tensors, each used once, bit for bit those of the source"
+    if not prove.fits(again):
+        yield "not run beside another library: two such models do not fit into this machine's memory"
+        return
+    made = partial(module.peer, folder) if hasattr(module, "peer") else None
+    for whose, peer, ours in ((args.source, source, model), (args.out, made, again)):
+        if peer:
+            yield compared(whose, peer, ours, tokenizer)
+
+
+def compared(whose: Path, peer: Callable, model: Portable, tokenizer: Tokenizer | None) -> str:
+    """A line on the foreign library's own model beside ours."""
+    try:
+        theirs = peer()
+    except ImportError as error:
+        return f"not run beside another library: {error}"
+    found = prove.differences(model, theirs, tokenizer)
+    if not max(found.values()) <= prove.CLOSE:
+        raise ValueError(f"{whose}: run in its own library it gives other embeddings: {found}, more than {prove.CLOSE}")
+    return f"{whose} run in its own library: largest difference " + ", ".join(f"{far:.1e} ({what})" for what, far in found.items())
+
+
+if __name__ == "__main__":
+    run_script(main)

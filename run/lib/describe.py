@@ -1,0 +1,69 @@
+"""What lies at a path, told to people: `python run/convert.py inspect PATH`."""
+from pathlib import Path
+
+from model.convert import FORMATS, claimed, files
+from model.convert.portable import Portable, is_one
+from run.lib import checkpoint, models
+from run.lib.log import short
+
+
+def describe(path: Path) -> str:
+    """Lines of `name: value`: the format, the architecture, sizes, and of a run its step, samples and ranks."""
+    if format := claimed(path):
+        model = FORMATS[format].load(path)
+    elif is_one(path):
+        format, model = "glimpse", models.converted(path)
+    elif path.is_file():
+        return loose(path)
+    else:
+        path = models.find(path)
+        format, model = "checkpoint of a run", models.portable(path)
+    rows = {"path": path, "format": format, "architecture": architecture(model), "image": sides(model), **counts(model)}
+    vision, text, about = model.cfg.vision, model.cfg.text, model.about
+    rows["vision"] = (f"positions {vision.positions}, pool {vision.pool}, pre_norm {vision.pre_norm}, patch_bias {vision.patch_bias}, "
+                      f"{vision.activation}, eps {vision.eps:g}")
+    if model.vocab:
+        rows["text"] = (f"{model.vocab:,} ids, {model.context} tokens, {'causal' if text.causal else 'not causal'}, pool {text.pool}, "
+                        f"{text.activation}, eps {text.eps:g}; tokenizer {about.tokenizer or 'unknown'}")
+    kinds = sorted({str(meta.dtype).removeprefix("torch.") for meta in model.tensors.meta.values()})
+    rows["stored as"] = f"{' and '.join(kinds)}, {size_of(path)}"
+    if found := checkpoint.manifest(path):
+        rows |= {"method": found["identity"]["method"], "step": f"{found['step']:,}", "samples": f"{found['samples']:,}",
+                 "ranks": f"{found['ranks']}, ZeRO {found['stage']}, {'bf16' if found['bf16'] else 'fp32'}"}
+    elif known := {key: value for key, value in about.source.items() if key not in ("path", "format")}:
+        rows["from"] = ", ".join(f"{key} {value}" for key, value in known.items())
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def loose(path: Path) -> str:
+    """Of a file of tensors that is of no known format: its tensors."""
+    tensors = files.read(path)
+    rows = [f"{name}  {tuple(meta.shape)} {str(meta.dtype).removeprefix('torch.')}" for name, meta in list(tensors.meta.items())[:10]]
+    left = [f"... and {len(tensors) - 10} more"] * (len(tensors) > 10)
+    return "\n".join([f"{path}: {len(tensors)} tensors, {size_of(path)}, of no architecture that is known here", *rows, *left])
+
+
+def architecture(model: Portable) -> str:
+    """In a few words: ViT-B/32 at 224 with text, 151 M parameters."""
+    cfg, shape, total = model.cfg, model.cfg.shape, sum(meta.numel() for meta in model.tensors.meta.values())
+    text = f" + text {shape.text_width} x {shape.text_depth}" if model.vocab else ", no text tower"
+    return f"ViT-{cfg.size} ({shape.width} x {shape.depth}{text}), {short(total)} parameters"
+
+
+def sides(model: Portable) -> str:
+    (height, width), (rows, columns) = model.cfg.sides, model.cfg.grid
+    return f"{height} x {width} pixels, {rows} x {columns} patches of {model.cfg.patch}"
+
+
+def counts(model: Portable) -> dict[str, str]:
+    towers: dict[str, int] = {}
+    for name, meta in model.tensors.meta.items():
+        tower = name.partition(".")[0]
+        towers[tower] = towers.get(tower, 0) + meta.numel()
+    return {"parameters": ", ".join(f"{tower} {short(count)}" for tower, count in towers.items())}
+
+
+def size_of(path: Path) -> str:
+    total = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    return f"{total / 2**20:,.1f} MiB"

@@ -1,0 +1,162 @@
+"""open_clip's models in and out: bit-exact round trips, and embeddings equal to open_clip's own, really run.
+
+    bash run/test.sh tests/test_convert_open_clip.py -s         prints the differences
+"""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from data.tokenizer import build
+from model.convert import open_clip, positions
+from model.convert.portable import About, Portable
+from model.convert.rules import Tensors
+from model.text import TextConfig
+from model.towers import ModelConfig, Size, Towers
+from model.vision import VisionConfig
+from run.lib import prove
+
+SMALL = Size(width=128, depth=2, heads=2, text_width=64, text_depth=2, text_heads=1, embed=48)
+CLIP_VISION = VisionConfig(positions="learned", pool="cls", pre_norm=True, patch_bias=False, activation="gelu", eps=1e-5,
+                           mean=open_clip.MEAN, std=open_clip.STD)
+FLIP_VISION = VisionConfig(pool="mean")
+CLIP_TEXT = TextConfig(causal=True, pool="eot", activation="gelu", eps=1e-5)
+QUICK = dict(activation="quick_gelu")
+FLAVOURS = {  # model config, context, captions padded
+    "CLIP": (ModelConfig("custom/16", SMALL, 64, vision=CLIP_VISION, text=CLIP_TEXT), 77, False),
+    "OpenAI": (ModelConfig("custom/16", SMALL, 64, vision=replace(CLIP_VISION, **QUICK), text=replace(CLIP_TEXT, **QUICK)), 77, False),
+    "not square, 32 tokens": (ModelConfig("custom/16", SMALL, (48, 96), vision=CLIP_VISION, text=CLIP_TEXT), 32, False),
+    "odd MLP": (ModelConfig("custom/14", replace(SMALL, mlp=4.3637, text_mlp=3.0), 56, vision=CLIP_VISION, text=CLIP_TEXT), 77, False),
+    "FLIP, pooled mean": (ModelConfig("custom/16", SMALL, 64, vision=FLIP_VISION, text=TextConfig()), 32, True),
+    "FLIP, not square": (ModelConfig("custom/16", SMALL, (64, 32), vision=FLIP_VISION, text=TextConfig()), 32, True),
+    "FLIP, learned": (ModelConfig("custom/16", SMALL, 64, vision=replace(FLIP_VISION, positions="learned"), text=TextConfig()), 32, True),
+}
+
+
+def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> Portable:
+    """A random model whose every tensor differs from its start, biases and norms too."""
+    torch.manual_seed(seed)
+    towers = Towers(cfg, 49408, context)
+    with torch.no_grad():
+        for parameter in towers.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    tensors = {name: p.detach() for name, p in towers.named_parameters()}
+    return Portable(cfg, 49408, context, Tensors.held(tensors), About(tokenizer="clip_bpe", eot=49407, pad_text=pad_text))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_there_and_back_and_beside_open_clip(flavour, tmp_path):
+    model = made(*FLAVOURS[flavour])
+    open_clip.save(model, tmp_path / "out")
+    again = open_clip.load(tmp_path / "out")
+    assert prove.same_tensors(model.tensors, again.tensors, torch.float32) is None
+    assert replace(again.cfg, init=model.cfg.init) == model.cfg and again.context == model.context
+    far = prove.differences(again, open_clip.peer(tmp_path / "out"), build("clip_bpe", model.context))
+    print(f"{flavour}: {far}")
+    assert max(far.values()) < 1e-5
+
+
+def test_after_tuning_elsewhere_what_was_folded_is_taken_as_it_is(tmp_path):
+    model = made(*FLAVOURS["FLIP, pooled mean"])
+    open_clip.save(model, tmp_path / "out")
+    weights = tmp_path / "out" / open_clip.WEIGHTS[0]
+    tuned = {name: tensor.clone() for name, tensor in open_clip.files.read(weights).items()}
+    tuned["visual.positional_embedding"] += 0.01
+    save_file(tuned, weights)
+    assert (tmp_path / "out" / positions.KEPT).exists()
+    again = open_clip.load(tmp_path / "out")
+    assert again.cfg.vision.positions == "learned" and not again.cfg.vision.patch_bias
+    assert max(prove.differences(again, open_clip.peer(tmp_path / "out"), build("clip_bpe", 32)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name, tower, change, complaint", [
+    ("pool", "vision", dict(pool="mean_with_cls"), "model.vision.pool 'mean_with_cls': open_clip has cls, mean"),
+    ("activation", "vision", dict(activation="quick_gelu"), "quick_gelu in both towers or in none"),
+])
+def test_what_open_clip_cannot_be(name, tower, change, complaint, tmp_path):
+    cfg, context, pad_text = FLAVOURS["CLIP"]
+    model = made(replace(cfg, **{tower: replace(getattr(cfg, tower), **change)}), context, pad_text)
+    with pytest.raises(ValueError, match=complaint):
+        open_clip.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_skips_its_padding_is_not_open_clips(tmp_path):
+    cfg, context, _ = FLAVOURS["FLIP, pooled mean"]
+    with pytest.raises(ValueError, match="data.pad_text false: .* it attends to the padding"):
+        open_clip.save(made(cfg, context, False), tmp_path / "out")
+
+
+@pytest.mark.parametrize("key, value, complaint", [
+    (("vision_cfg", "timm_model_name"), "vit_base_patch16_224", "vision_cfg.timm_model_name 'vit_base_patch16_224'"),
+    (("vision_cfg", "layers"), [3, 4, 6, 3], "a ResNet"),
+    (("vision_cfg", "attentional_pool"), True, "vision_cfg.attentional_pool True"),
+    (("text_cfg", "hf_model_name"), "xlm-roberta-base", "text_cfg.hf_model_name"),
+    (("text_cfg", "pool_type"), "last", "text_cfg.pool_type 'last'"),
+    (("init_logit_bias",), -10, "SigLIP"),
+])
+def test_what_is_not_ours(key, value, complaint, tmp_path):
+    open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "out")
+    file = tmp_path / "out" / open_clip.CONFIG
+    tree = json.loads(file.read_text())
+    node = tree["model_cfg"]
+    for name in key[:-1]:
+        node = node[name]
+    node[key[-1]] = value
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=complaint):
+        open_clip.load(tmp_path / "out")
+
+
+def state(tmp_path, model: Portable) -> dict[str, torch.Tensor]:
+    open_clip.save(model, tmp_path / "state")
+    return {name: tensor.clone() for name, tensor in open_clip.files.read(tmp_path / "state" / open_clip.WEIGHTS[0]).items()}
+
+
+def test_openais_state_dict_tells_its_architecture(tmp_path):
+    model = made(*FLAVOURS["OpenAI"])
+    tensors = {name: tensor.half() for name, tensor in state(tmp_path, model).items()}
+    scalars = dict(input_resolution=torch.tensor(64), context_length=torch.tensor(77), vocab_size=torch.tensor(49408))
+    torch.save({**tensors, **scalars}, tmp_path / "openai.pt")
+    assert open_clip.claims(tmp_path / "openai.pt")
+    again = open_clip.load(tmp_path / "openai.pt")
+    assert replace(again.cfg, init=model.cfg.init) == model.cfg
+    assert prove.same_tensors(model.tensors, again.tensors, torch.float16) is None
+
+
+def test_weights_alone_ask_for_their_architecture(tmp_path):
+    """A checkpoint of open_clip's own training: names under DDP's prefix, the text tower's under `text.`."""
+    model = made(*FLAVOURS["CLIP"])
+    ours = {f"module.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": t for name, t in state(tmp_path, model).items()}
+    torch.save({"epoch": 3, "state_dict": ours, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt")
+    with pytest.raises(ValueError, match="--given config=NAME"):
+        open_clip.load(tmp_path / "epoch_3.pt")
+    with pytest.raises(ValueError, match="config=ViT-B-33: neither"):
+        open_clip.load(tmp_path / "epoch_3.pt", config="ViT-B-33")
+    again = open_clip.load(tmp_path / "epoch_3.pt", config=str(tmp_path / "state" / open_clip.CONFIG))
+    assert prove.same_tensors(model.tensors, again.tensors, torch.float32) is None
+    with pytest.raises(ValueError, match="not the shape|nothing takes|is missing"):
+        open_clip.load(tmp_path / "epoch_3.pt", config="ViT-B-32").towers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu"])
+def test_open_clips_own_b32(name, tmp_path):
+    """As open_clip builds and stores it: in, beside it, out again, bit for bit."""
+    import open_clip as theirs
+
+    torch.manual_seed(0)
+    own = theirs.create_model(name, pretrained=None).eval()
+    weights = {key: value.contiguous() for key, value in own.state_dict().items()}
+    (tmp_path / "own").mkdir()
+    save_file(weights, tmp_path / "own" / open_clip.WEIGHTS[0])
+    (tmp_path / "own" / open_clip.CONFIG).write_text(json.dumps(dict(model_cfg=theirs.get_model_config(name), preprocess_cfg={})))
+    model = open_clip.load(tmp_path / "own")
+    assert model.cfg.size == "B/32"
+    far = prove.differences(model, open_clip.peer(tmp_path / "own"), build("clip_bpe", 77))
+    print(f"{name}: {far}")
+    assert max(far.values()) < 1e-5
+    open_clip.save(model, tmp_path / "out")
+    assert prove.same_tensors(Tensors.held(weights), open_clip.files.read(tmp_path / "out" / open_clip.WEIGHTS[0]), torch.float32) is None
