@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import View, center_view, random_box, random_view
+from data.augment import View, center_view, decode, random_box, random_view, resize
 from data.batches import Batches, plan
 from data.benchmarks import Benchmark
 from data.patches import patchify
@@ -64,6 +64,12 @@ def test_a_random_view_shows_its_box(kind, height, width):
         assert 3 / 4 - 0.03 < box[3] / box[2] / (W / H) < 4 / 3 + 0.03
 
 
+def test_a_jpeg_is_decoded_at_no_less_than_either_side_asks():
+    data, whole = ramp(128, 80, "JPEG"), View(crop=(1.0, 1.0), ratio=(80 / 128 / 1.5,) * 2)  # at a half it would have 40 columns
+    image, box = random_view(data, (H, W), whole, np.random.default_rng(0))
+    assert box == (0, 0, 128, 80) and np.array_equal(image, resize(decode(data), H, W, "bicubic"))
+
+
 def test_boxes_are_distorted_as_little_as_a_square_views():
     """width : height of the box is within `ratio` of the view's own; of equally many pixels, at equal odds."""
     rng, view = np.random.default_rng(0), View(crop=(0.2, 0.3), ratio=(3 / 4, 4 / 3))
@@ -81,7 +87,8 @@ def test_the_central_box_of_extreme_images_is_as_wide_or_tall_as_ratio_allows(sh
 
 @pytest.mark.parametrize("how", ["resize_crop", "square"])
 @pytest.mark.parametrize("height, width, box", [  # the largest in shape 2 : 3, in the middle
-    (200, 300, (0, 0, 200, 300)), (200, 150, (50, 0, 100, 150)), (100, 400, (0, 125, 100, 150)), (120, 120, (20, 0, 80, 120))])
+    (200, 300, (0, 0, 200, 300)), (200, 150, (50, 0, 100, 150)), (100, 400, (0, 125, 100, 150)), (120, 120, (20, 0, 80, 120)),
+    (150, 200, (9, 0, 133, 200))])
 def test_the_central_view_covers_h_by_w(height, width, box, how):
     image = center_view(ramp(height, width), (H, W), how)
     assert image.shape == (H, W, 3) and image.flags.c_contiguous
