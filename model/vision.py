@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from model.layers import ACTIVATIONS, Blocks, Watch, drawn, sincos
 from model.parallel import Init, Linear
 
-POOLS = {  # tokens (B, 1 + K, D), the class token first -> (B, D)
+POOLS = {  # the tower's tokens (B, 1 + K, D) -> (B, D)
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens[:, 1:].mean(1),
     "mean_with_cls": lambda tokens: tokens.mean(1),
+    "mean_then_norm": lambda tokens: tokens[:, 0],  # the tower has put it there: its norm is whole in its own forward alone
 }
 
 
@@ -23,7 +24,7 @@ POOLS = {  # tokens (B, 1 + K, D), the class token first -> (B, D)
 class VisionConfig:
     """The defaults are FLIP's; CLIP's: learned, cls, pre_norm, no patch_bias, gelu or quick_gelu, eps 1e-5, its own mean and std."""
     positions: str = "sincos"  # sincos (fixed; the class token has none) | learned (1 + L rows, the class token's first)
-    pool: str = "mean_with_cls"  # cls | mean | mean_with_cls, after the final norm
+    pool: str = "mean_with_cls"  # cls | mean | mean_with_cls, after the final norm; mean_then_norm: mean of the patches before it (CLIPA)
     pre_norm: bool = False  # a LayerNorm between embedding and blocks
     patch_bias: bool = True  # bias of the patch embedding
     freeze_patch: bool = False  # leave the patch embedding at its random start
@@ -62,6 +63,7 @@ class VisionTower(nn.Module):
                 watch: Watch | None = None, alone: bool = False, paths: Tensor | None = None) -> Tensor:
         """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the class token first.
 
+        Where mean_then_norm is pooled, the normalised mean stands in the class token's place.
         grid: the positions are those of another grid, to which the tower's own are interpolated.  only_cls: (B, 1, D), the class token
         alone, exact for less.  watch: takes up how the class token attends.  alone: in the last block each token attends to itself, so that
         it tells of its own place where the tower is pooled by its class token (Zhou et al. 2022, Extract Free Dense Labels from CLIP, 3.2).
@@ -75,7 +77,10 @@ class VisionTower(nn.Module):
         x = x + F.embedding(positions.long(), table).to(x.dtype)
         cls = self.cls + self.positions[0] if learned else self.cls
         x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return self.norm(self.blocks(self.pre_norm(x), only=1 if only_cls else None, watch=watch, alone=alone, paths=paths))
+        x = self.blocks(self.pre_norm(x), only=1 if only_cls else None, watch=watch, alone=alone, paths=paths)
+        if self.cfg.pool == "mean_then_norm" and not only_cls:
+            x = torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], dim=1)
+        return self.norm(x)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """(B, 1 + K, D) -> (B, D); holds no parameter, so it may be called anywhere."""

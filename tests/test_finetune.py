@@ -55,15 +55,16 @@ def test_recipes_are_the_papers(recipe, depth, peak, decay, drop, epochs, warm):
     assert (found.decay, found.drop_path, found.epochs) == (decay, drop, epochs) and found.warmup * epochs == pytest.approx(warm)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean", "mean_with_cls"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "mean_with_cls", "mean_then_norm"])
 def test_the_classifier_is_a_copy(pool):
-    """The tower stays as it was; the class token is read after the tower's norm, a mean before it and normalised anew."""
+    """The tower stays as it was; the class token is read after the tower's norm, a mean before it and normalised anew, or by that norm."""
     tower = nano(pool=pool).requires_grad_(False)
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     model = Classifier(tower, 128, 10)
     patches, positions = torch.rand(2, 16, 192), torch.arange(16).expand(2, -1)
     tokens = tower(patches, positions)
-    if pool == "cls":
+    if pool in ("cls", "mean_then_norm"):
+        assert model.vision.norm.weight.shape == (128,)
         pooled = tokens[:, 0]
     else:
         tower.norm = torch.nn.Identity()

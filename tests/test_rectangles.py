@@ -28,7 +28,7 @@ from tests.tiny import launch, settings, untrained
 from tests.tiny import shards as make_shards
 
 H, W, GRID, L = 32, 48, (4, 6), 24
-WIDE = "model.image_size=[32, 48]"
+WIDE, CLIPA = "model.image_size=[32, 48]", "model.vision.pool=mean_then_norm"
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +123,11 @@ def test_a_tower_on_a_grid_that_is_not_square_equals_open_clip():
 
 # ---- the whole chain
 
-@pytest.mark.parametrize("name", ["quickstart", "clip_nano", "slip_nano", "mae_nano", "maskclip_nano", "aclip_nano"])
-def test_two_steps_of_every_method(data, name):
+@pytest.mark.parametrize("name, more", [
+    ("quickstart", []), *((f"{name}_nano", more) for name in ("clip", "slip", "mae", "maskclip", "aclip") for more in ([], [CLIPA]))])
+def test_two_steps_of_every_method(data, name, more):
     cfg = config.load(f"run/configs/{name}.yaml", [f"data.train={data}/train", f"data.tokenizer=sentencepiece({data}/tokenizer.model)",
-                                                   "model.size=nano/8", WIDE, "batch=8", "data.workers=0"])
+                                                   "model.size=nano/8", WIDE, "batch=8", "data.workers=0", *more])
     reader = config.reader(cfg)
     loader = Batches(reader, Shards(cfg.data.train), batch=8)
     torch.manual_seed(0)
@@ -140,6 +141,7 @@ def test_two_steps_of_every_method(data, name):
         assert pictures.masked_inputs(part, cfg).shape[1] == sum(H + 2 for _ in part["views"])
         loss, _ = method.loss(method(part))
         loss.backward()
+        assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
         optimizer.step()
         assert method.flops(part) > 0
         losses.append(float(loss.detach()))
@@ -179,9 +181,11 @@ def test_fine_tuning_augments_them(data):
 
 @pytest.mark.slow
 def test_a_run_and_its_evaluation(data, tmp_path):
-    """Two real steps under DeepSpeed on two ranks, and what they made evaluated."""
+    """Two real steps on two ZeRO-3 ranks, of a size that is no row of the table, too, and what they made evaluated."""
     run, shapes = tmp_path / "run", f"{data}/eval/shapes"
-    done = launch(2, "run/pretrain.py", *settings(data, run, WIDE, "samples=32", f"evals=[zero_shot:{shapes}]"))
+    own = ["model.size=custom/8",
+           "model.custom={width: 96, depth: 2, heads: 4, text_width: 64, text_depth: 1, text_heads: 4, embed: 48, mlp: 2.5}"]
+    done = launch(2, "run/pretrain.py", *settings(data, run, WIDE, CLIPA, *own, "samples=32", f"evals=[zero_shot:{shapes}]"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert [json.loads(line)["samples"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line] == [16, 32]
     assert 0 <= json.loads((run / "results.jsonl").read_text())["zero_shot/shapes/top5"] <= 1

@@ -1,4 +1,4 @@
-"""Proves that a config states any ViT CLIP: sizes that are no row of the table, with MLPs of any ratio, against open_clip.
+"""Proves that a config states any ViT CLIP: sizes that are no row of the table, MLPs of any ratio, CLIPA's pooling, against open_clip.
 
 Run: pytest tests/test_shapes.py
 """
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.towers import ModelConfig, Size, Towers, text_flops, vision_flops
 from run.lib import checkpoint, config
-from tests.test_towers import CLIP, captions, count, everywhere, ours, patches_of
+from tests.test_towers import CLIP, Keep, captions, count, everywhere, ours, patches_of
 
 QUICKSTART = config.ROOT / "run/configs/quickstart.yaml"
 ODD = Size(width=48, depth=2, heads=3, text_width=40, text_depth=1, text_heads=2, embed=24, mlp=4.9231, text_mlp=2.5)
@@ -63,6 +63,39 @@ def test_flops_of_a_custom_size_equal_torch_counter():
     expected = vision_flops(cfg, 9, only_cls=True) + text_flops(cfg, length)
     assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.005)
     assert vision_flops(dataclasses.replace(cfg, custom=dataclasses.replace(ODD, mlp=4.0)), 9, True) < 0.95 * vision_flops(cfg, 9, True)
+
+
+@pytest.mark.parametrize("visible", [9, 4])
+def test_a_mean_before_the_norm_equals_open_clip(visible):
+    """CLIPA's pooling, embeddings and gradients; and what its patch tokens are."""
+    pytest.importorskip("open_clip")
+    from open_clip.model import CLIP as Peer
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    torch.manual_seed(0)
+    how = dict(mlp_ratio=4.9231, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
+    vision = CLIPVisionCfg(layers=2, width=48, head_width=16, patch_size=14, image_size=42, **how)
+    reference = Peer(24, vision, CLIPTextCfg(context_length=12, vocab_size=100, width=40, heads=2, layers=1, mlp_ratio=2.5))
+    torch.nn.init.uniform_(reference.visual.ln_post.weight, 0.5, 2)
+    cfg = dataclasses.replace(odd(), vision=dataclasses.replace(CLIP.vision, pool="mean_then_norm", pre_norm=False))
+    towers = Towers(cfg, 100, 12)
+    towers.load_state_dict(ours(reference.state_dict()))
+    images, places = torch.randn(4, 3, 42, 42), torch.rand(4, 9).argsort(1)[:, :visible].sort(1).values
+    reference.visual.patch_dropout = Keep(places)
+    patches = patches_of(images, 14).gather(1, places[:, :, None].expand(-1, -1, 588))
+    mine, theirs = towers.encode_image(patches, places), reference.encode_image(images, normalize=True)
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(4, 24)
+    for made in (mine, theirs):
+        (made * weights).sum().backward()
+    gradients = ours({f"visual.{name}": p.grad for name, p in reference.visual.named_parameters()})
+    for name, parameter in towers.vision.named_parameters():
+        wanted = gradients[f"vision.{name}"]
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    plain = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pool="mean"))
+    other = Towers(plain, 100, 12)
+    other.load_state_dict(towers.state_dict())
+    torch.testing.assert_close(towers.vision(patches, places)[:, 1:], other.vision(patches, places)[:, 1:])
+    assert not torch.allclose(mine, other.encode_image(patches, places), atol=1e-2)
 
 
 def test_the_recipes_draw_any_ratio():

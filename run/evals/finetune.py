@@ -142,13 +142,14 @@ def kept(model: Embedder, options: Options) -> Path:
 class Classifier(nn.Module):
     """A copy of a vision tower, and a linear layer on its pooled tokens: the class token, or the mean.
 
-    A mean is normalised after it is taken, by a new norm in the place of the tower's, as in both codes (fc_norm).
+    A mean is normalised after it is taken, by a new norm in the place of the tower's, as in both codes (fc_norm); by the tower's own, where
+    that already comes after the mean.
     """
 
     def __init__(self, vision: VisionTower, width: int, classes: int):
         super().__init__()
         self.vision, self.norm = copy.deepcopy(vision).requires_grad_(True), nn.Identity()
-        if vision.cfg.pool != "cls":
+        if vision.cfg.pool in ("mean", "mean_with_cls"):
             self.vision.norm, self.norm = nn.Identity(), nn.LayerNorm(width, vision.cfg.eps)
         self.head = Linear(width, classes, 2e-5)
 
