@@ -19,6 +19,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import torch  # noqa: E402
 
+from data import tokenizer_files  # noqa: E402
 from data.tokenizer import Tokenizer, vocabulary  # noqa: E402
 from data.tokenizer import build as build_tokenizer  # noqa: E402
 from model.convert import FORMATS, claimed, portable  # noqa: E402
@@ -46,6 +47,7 @@ def main() -> None:
         kind.add_argument("--given", nargs="+", default=[], metavar="KEY=VALUE", help="what the source does not tell, e.g. config=ViT-B-32")
         if name == "megatron":
             kind.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks that the weights are split for")
+            kind.add_argument("--spec", choices=("local", "te"), default="local", help="the layers' kind: te for Transformer Engine's")
         kind.set_defaults(do=convert, format=name)
     kind = kinds.add_parser("inspect", help="tell what lies at a path")
     kind.add_argument("path", type=Path)
@@ -61,8 +63,7 @@ def convert(args) -> None:
     model, peer = opened(args.source, args.weights, given)
     if args.image_size or args.patch:
         model, peer = resized(model, side(args.image_size), args.patch), None
-    tokenizer = build_tokenizer(args.tokenizer or model.about.tokenizer, model.context) if model.vocab else None
-    model = labelled(model, args.tokenizer, tokenizer)
+    model, tokenizer = with_tokenizer(model, args)
     part = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -99,28 +100,34 @@ def side(given: list[int] | None) -> int | tuple[int, int] | None:
     return given and (given[0] if len(given) == 1 else tuple(given))
 
 
-def labelled(model: Portable, spec: str | None, tokenizer: Tokenizer | None) -> Portable:
-    """With what the vocabulary tells; ValueError where it is another than the model was trained with."""
-    if tokenizer is None:
-        return model
+def with_tokenizer(model: Portable, args) -> tuple[Portable, Tokenizer | None]:
+    """The model with what its vocabulary tells, and the tokenizer; ValueError where it is another than the model was trained with."""
+    if not model.vocab:
+        return model, None
     about = model.about
+    spec = args.tokenizer or about.tokenizer or tokenizer_files.read(args.source)
+    tokenizer = build_tokenizer(spec, model.context)
     if tokenizer.vocab_size != model.vocab or about.fingerprint not in ("", tokenizer.fingerprint):
         raise ValueError(f"{about.source.get('path')}: trained with a vocabulary of {model.vocab} ({about.fingerprint or 'unnamed'}); "
-                         f"{spec or about.tokenizer} has {tokenizer.vocab_size} ({tokenizer.fingerprint}); --tokenizer names another")
+                         f"{spec} has {tokenizer.vocab_size} ({tokenizer.fingerprint}); --tokenizer names another")
     end = tokenizer.end[0] if tokenizer.end else None
-    return replace(model, about=replace(about, tokenizer=spec or about.tokenizer, fingerprint=tokenizer.fingerprint, eot=end))
+    if about.eot not in (None, end):
+        raise ValueError(f"{about.source.get('path')}: a caption ends with id {about.eot}; with {end} in {spec}; --tokenizer names another")
+    return replace(model, about=replace(about, tokenizer=spec, fingerprint=tokenizer.fingerprint, eot=end)), tokenizer
 
 
 def write(model: Portable, args, tokenizer: Tokenizer | None, folder: Path) -> None:
     """The model in its format, with its vocabulary."""
     dtype, file = DTYPES[args.dtype], vocabulary(model.about.tokenizer)
-    if args.format != "glimpse":
-        FORMATS[args.format].save(model, folder, dtype, **({"tp": args.tp} if args.format == "megatron" else {}))
-    else:
-        if file:  # it will lie in the folder
-            spec = f"{model.about.tokenizer.partition('(')[0]}({args.out / f'tokenizer{file.suffix}'})"
-            model = replace(model, about=replace(model.about, tokenizer=spec))
+    if file:  # it will lie in the folder
+        spec = f"{model.about.tokenizer.partition('(')[0]}({args.out / f'tokenizer{file.suffix}'})"
+        model = replace(model, about=replace(model.about, tokenizer=spec))
+    if args.format == "glimpse":
         portable.save(model, folder, dtype)
+    else:
+        FORMATS[args.format].save(model, folder, dtype, **({"tp": args.tp, "spec": args.spec} if args.format == "megatron" else {}))
+    if tokenizer and (args.format == "hf" or args.format == "open_clip" and file):  # CLIP's is open_clip's own
+        tokenizer_files.write(tokenizer, folder)
     if file:
         shutil.copy(file, folder / f"tokenizer{file.suffix}")
 

@@ -11,9 +11,9 @@ To add one: a file with what of these makes sense, mostly a table of rules (rule
 from pathlib import Path
 from types import ModuleType
 
-from model.convert import hf, open_clip
+from model.convert import hf, megatron, open_clip
 
-FORMATS: dict[str, ModuleType] = {"open_clip": open_clip, "hf": hf}
+FORMATS: dict[str, ModuleType] = {"open_clip": open_clip, "hf": hf, "megatron": megatron}
 
 
 def claimed(path: Path) -> str | None:

@@ -198,6 +198,8 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> N
 def peer(path: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """transformers' own model: (images (B, 3, H, W) normalised, ids (B, N) padded) -> unit vectors (B, E) of images and of texts."""
     from transformers import CLIPModel
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # of reading weights
     model = CLIPModel.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
     def embed(images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
