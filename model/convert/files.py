@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -70,7 +71,8 @@ def read_pickle(path: Path) -> object:
         raise ValueError(f"{path}: refused: a TorchScript archive, which can run code when it is loaded. "
                          f"If you trust it, keep its weights alone, and convert those: python -c \"{command}\"")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([Namespace]):  # trainers' arguments, as MAE and DeiT keep them beside the weights
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = str(error).partition("GLOBAL ")[2].split(" ")[0] if "GLOBAL " in str(error) else ""
         raise ValueError(f"{path}: refused{f' ({wanted})' if wanted else ''}: {UNSAFE}") from None
