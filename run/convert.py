@@ -18,12 +18,13 @@ if __package__ is None:  # started as a file: import from the repository root, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 from data import tokenizer_files  # noqa: E402
 from data.tokenizer import Tokenizer, vocabulary  # noqa: E402
 from data.tokenizer import build as build_tokenizer  # noqa: E402
 from model.convert import FORMATS, claimed, portable  # noqa: E402
-from model.convert.portable import Portable  # noqa: E402
+from model.convert.portable import Portable, vision_only  # noqa: E402
 from model.convert.resize import resized  # noqa: E402
 from run.lib import config, models, peers, prove  # noqa: E402, F401
 from run.lib.cli import run_script  # noqa: E402
@@ -59,7 +60,7 @@ def main() -> None:
 def convert(args) -> None:
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name a folder that does not, or remove it")
-    given = {key: int(value) if value.isdigit() else value for key, _, value in (pair.partition("=") for pair in args.given)}
+    given = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.given)}
     model, peer = opened(args.source, args.weights, given)
     if args.image_size or args.patch:
         model, peer = resized(model, side(args.image_size), args.patch), None
@@ -67,8 +68,7 @@ def convert(args) -> None:
     part = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        write(model, args, tokenizer, part)
-        told = list(proofs(model, args, tokenizer, part, peer))
+        told = [*write(model, args, tokenizer, part), *proofs(model, args, tokenizer, part, peer)]
         part.rename(args.out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -77,7 +77,7 @@ def convert(args) -> None:
         print(f"  {line}")
 
 
-def opened(source: Path, weights: str, given: dict[str, str | int]) -> tuple[Portable, Callable | None]:
+def opened(source: Path, weights: str, given: dict) -> tuple[Portable, Callable | None]:
     """The model, and how the library that it comes from runs it, where it comes from one."""
     if format := claimed(source):
         if weights != "student":
@@ -116,27 +116,31 @@ def with_tokenizer(model: Portable, args) -> tuple[Portable, Tokenizer | None]:
     return replace(model, about=replace(about, tokenizer=spec, fingerprint=tokenizer.fingerprint, eot=end)), tokenizer
 
 
-def write(model: Portable, args, tokenizer: Tokenizer | None, folder: Path) -> None:
-    """The model in its format, with its vocabulary."""
+def write(model: Portable, args, tokenizer: Tokenizer | None, folder: Path) -> list[str]:
+    """The model in its format, with its vocabulary; what one should know of it, a line each."""
     dtype, file = DTYPES[args.dtype], vocabulary(model.about.tokenizer)
+    told = [f"{model.about.source['path']}: {model.about.source['notes']}"] if "notes" in model.about.source else []
     if file:  # it will lie in the folder
         spec = f"{model.about.tokenizer.partition('(')[0]}({args.out / f'tokenizer{file.suffix}'})"
         model = replace(model, about=replace(model.about, tokenizer=spec))
     if args.format == "glimpse":
         portable.save(model, folder, dtype)
     else:
-        FORMATS[args.format].save(model, folder, dtype, **({"tp": args.tp, "spec": args.spec} if args.format == "megatron" else {}))
+        options = {"tp": args.tp, "spec": args.spec} if args.format == "megatron" else {}
+        told += FORMATS[args.format].save(model, folder, dtype, **options) or []
     if tokenizer and (args.format == "hf" or args.format == "open_clip" and file):  # CLIP's is open_clip's own
         tokenizer_files.write(tokenizer, folder)
-    if file:
+    if file and args.format != "timm":
         shutil.copy(file, folder / f"tokenizer{file.suffix}")
+    return told
 
 
 def proofs(model: Portable, args, tokenizer: Tokenizer | None, folder: Path, source: Callable | None) -> Iterator[str]:
     """What shows that the conversion is right, a line each; ValueError where something shows that it is not."""
     module = FORMATS.get(args.format)
     again = module.load(folder) if module else models.converted(folder)
-    if name := prove.same_tensors(model.tensors, again.tensors, DTYPES[args.dtype]):
+    kept = model.tensors if again.vocab else vision_only(model.tensors)
+    if name := prove.same_tensors(kept, again.tensors, DTYPES[args.dtype]):
         raise ValueError(f"{args.format}: {name} is not what was written, when {folder} is read again")
     yield f"read again: {len(again.tensors)} tensors, each used once, bit for bit those of the source"
     if not prove.fits(again):
@@ -145,7 +149,7 @@ def proofs(model: Portable, args, tokenizer: Tokenizer | None, folder: Path, sou
     made = partial(module.peer, folder) if hasattr(module, "peer") else None
     for whose, peer, ours in ((args.source, source, model), (args.out, made, again)):
         if peer:
-            yield compared(whose, peer, ours, tokenizer)
+            yield compared(whose, peer, ours, tokenizer if ours.vocab else None)
 
 
 def compared(whose: Path, peer: Callable, model: Portable, tokenizer: Tokenizer | None) -> str:

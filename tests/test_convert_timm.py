@@ -3,18 +3,22 @@
 Run: pytest tests/test_convert_timm.py
 """
 import json
+import re
 from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
 
+from model.convert import open_clip
 from model.convert import timm as format
-from model.convert.portable import Portable
+from model.convert.portable import About, Portable
 from model.convert.positions import KEPT, fixed
 from model.convert.rules import Tensors
+from model.text import TextConfig
 from model.towers import ModelConfig, Size, Towers
 from model.vision import VisionConfig
+from run import convert
 from tests.test_towers import patches_of
 
 timm = pytest.importorskip("timm")
@@ -67,6 +71,19 @@ def test_out_and_back(tmp_path, flavour):
     assert back.tensors.keys() == {name for name in ours.tensors if name.startswith("vision.")}
     assert all(torch.equal(tensor, ours.tensors[name]) for name, tensor in back.tensors.items())
     assert "text tower" not in format.save(back, tmp_path / "alone")
+
+
+def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
+    """run/convert.py tells what timm does not take, and runs both libraries' models."""
+    cfg = replace(FLAVOURS["clip"], size="custom/8", custom=Size(96, 2, 3, 64, 1, 2, 32),
+                  text=TextConfig(causal=True, pool="eot", activation="quick_gelu", eps=1e-5))
+    tensors = Tensors.held({name: p.detach() for name, p in Towers(cfg, 49408, 77).named_parameters()})
+    open_clip.save(Portable(cfg, 49408, 77, tensors, About(tokenizer="clip_bpe", eot=49407)), tmp_path / "pair")
+    monkeypatch.setattr("sys.argv", ["convert.py", "timm", str(tmp_path / "pair"), str(tmp_path / "out")])
+    convert.main()
+    told = capsys.readouterr().out
+    assert "the text tower" in told and re.search("pair run in its own library: .*images.*captions", told)
+    assert re.search("out run in its own library: .*images", told) and not (tmp_path / "out" / "tokenizer.txt").exists()
 
 
 def test_tuned_elsewhere_a_bias_of_zeros_is_one(tmp_path):

@@ -2,7 +2,8 @@
 
     load(path, **given) -> Portable            what lies there, read lazily; ValueError where this architecture is not ours
     claims(path) -> bool                       is what lies there of this format?  It looks at names and headers alone
-    save(model, folder, dtype, **options)      write it; ValueError naming the field that the format cannot express
+    save(model, folder, dtype, **options)      write it, and return what one should know of it, a line each, or nothing; ValueError
+                                               naming the field that the format cannot express
     peer(path, **given) -> a function          the foreign library's own model (ImportError where it is not installed): images
                                                (B, 3, H, W) normalised, ids (B, context) padded -> unit embeddings of both
 
@@ -11,9 +12,9 @@ To add one: a file with what of these makes sense, mostly a table of rules (rule
 from pathlib import Path
 from types import ModuleType
 
-from model.convert import hf, megatron, open_clip
+from model.convert import flip_jax, hf, megatron, open_clip, timm
 
-FORMATS: dict[str, ModuleType] = {"open_clip": open_clip, "hf": hf, "megatron": megatron}
+FORMATS: dict[str, ModuleType] = {"open_clip": open_clip, "hf": hf, "timm": timm, "megatron": megatron, "flip_jax": flip_jax}
 
 
 def claimed(path: Path) -> str | None:

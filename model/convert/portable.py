@@ -70,6 +70,10 @@ def vision(name: str) -> bool:
     return name.startswith("vision.")
 
 
+def vision_only(tensors: Tensors) -> Tensors:
+    return tensors.renamed({name: name for name in tensors if vision(name)})
+
+
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the folder, without the vocabulary, which is the caller's."""
     folder.mkdir(parents=True)

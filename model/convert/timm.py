@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import files
-from model.convert.portable import About, Portable, vision
+from model.convert.portable import About, Portable, vision_only
 from model.convert.positions import is_fixed, keep, position_rule, taken
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple, exported
 from model.convert.sizes import ratio, sized
@@ -66,7 +66,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     cfg, v = model.cfg, model.cfg.vision
     name, args = described(cfg)
     folder.mkdir(parents=True)
-    files.write(folder / WEIGHTS[0], exported(rules(cfg), model.tensors.renamed({n: n for n in model.tensors if vision(n)})), dtype)
+    files.write(folder / WEIGHTS[0], exported(rules(cfg), vision_only(model.tensors)), dtype)
     keep(folder, model, rules(cfg))
     prepared = dict(input_size=[3, *cfg.sides], fixed_input_size=True, interpolation=model.about.interpolation, crop_pct=1.0,
                     crop_mode="center", mean=v.mean, std=v.std, num_classes=0, pool_size=None, first_conv="patch_embed.proj",

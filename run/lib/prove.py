@@ -9,6 +9,7 @@ from data.patches import patchify
 from data.tokenizer import Tokenizer, pack
 from model.convert.portable import Portable
 from model.convert.rules import Tensors
+from model.losses import unit
 
 CLOSE = 1e-5  # of unit embeddings in fp32: what orders of summation leave
 CAPTIONS = ("a red circle", "A photo of two cats, asleep on a sofa.", "x", "Schnee über Zürich at 5 pm " * 20)
@@ -29,14 +30,14 @@ def fits(model: Portable) -> bool:
 
 @torch.no_grad()
 def differences(model: Portable, peer: Callable, tokenizer: Tokenizer | None) -> dict[str, float]:
-    """{what: the largest difference} between our embeddings of a few images and captions and those of a foreign model."""
+    """{what: the largest difference} between our embeddings of a few images and captions and those of a foreign model, as unit vectors."""
     torch.manual_seed(0)
     images, rows = torch.randn(4, 3, *model.cfg.sides), [tokenizer(caption) for caption in CAPTIONS] if tokenizer else []
     pads = tokenizer.pad_id if tokenizer else 0
     full = [row + [pads] * (model.context - len(row)) for row in rows]
     theirs = peer(images, torch.tensor(full) if rows else None)
     mine = embeddings(model, images, full if model.about.pad_text else rows)
-    return {what: float((a - b.float()).abs().max()) for what, a, b in zip(("images", "captions"), mine, theirs) if a is not None}
+    return {what: float((unit(a) - unit(b)).abs().max()) for what, a, b in zip(("images", "captions"), mine, theirs) if a is not None}
 
 
 def embeddings(model: Portable, images: Tensor, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
