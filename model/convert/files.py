@@ -6,6 +6,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from argparse import Namespace
@@ -42,7 +43,7 @@ def read_safetensors(path: Path) -> Tensors:
     try:
         file = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or no safetensors file ({str(error).splitlines()[0]}); fetch it again") from None
+        raise ValueError(f"{path}: truncated or no safetensors file ({first_line(error)}); fetch it again") from None
     slices = {name: file.get_slice(name) for name in file.keys()}
     return Tensors({name: torch.empty(part.get_shape(), dtype=TYPES[part.get_dtype()], device="meta") for name, part in slices.items()},
                    file.get_tensor)
@@ -73,13 +74,17 @@ def read_pickle(path: Path) -> object:
     try:
         with torch.serialization.safe_globals([Namespace]):  # trainers' arguments, as MAE and DeiT keep them beside the weights
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wanted = str(error).partition("GLOBAL ")[2].split(" ")[0] if "GLOBAL " in str(error) else ""
-        raise ValueError(f"{path}: refused{f' ({wanted})' if wanted else ''}: {UNSAFE}") from None
     except FileNotFoundError:
         raise
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or no file of tensors ({str(error).splitlines()[0][:120]}); fetch it again") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path}: refused ({wanted[1]}): {UNSAFE}") from None
+        raise ValueError(f"{path}: truncated or no file of tensors ({first_line(error)}); fetch it again") from None
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def torchscript(path: Path) -> bool:

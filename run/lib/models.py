@@ -200,7 +200,8 @@ def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = F
 
     for where, was, now in differences(plain(computes(theirs)), plain(computes(cfg)), "model"):
         if where in ("model.grid", "model.patch"):
-            advice = f"python run/convert.py glimpse {path} OUT --patch {cfg.patch} --image-size {cfg.image_size} makes one that fits"
+            sides = " ".join(map(str, dict.fromkeys(cfg.sides)))
+            advice = f"python run/convert.py glimpse {path} OUT --patch {cfg.patch} --image-size {sides} makes one that fits"
         raise ValueError(f"{path} was trained with {where}: {was!r}, this config says {now!r}; {advice}")
 
 

@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.convert.files import UNSAFE
+from model.convert.files import UNSAFE, first_line
 from model.convert.rules import Tensors
 
 TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -45,10 +45,10 @@ def structure(file: Path) -> dict:
     try:
         with FakeTensorMode(), torch.serialization.safe_globals(TYPES):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file}: refused: {UNSAFE}") from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: truncated or no checkpoint ({str(error).splitlines()[0][:120]})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{file}: refused ({wanted[1]}): {UNSAFE}") from None
+        raise ValueError(f"{file}: truncated or no checkpoint ({first_line(error)})") from None
 
 
 def run_of(tensor: torch.Tensor, file: Path) -> Run:
