@@ -7,6 +7,7 @@
 
 docs/converting.md has the formats, what each cannot express, and how training starts from what comes in.
 """
+import inspect
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -68,11 +69,13 @@ def convert(args) -> None:
     part = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        told = [*write(model, args, tokenizer, part), *proofs(model, args, tokenizer, part, peer)]
+        told = write(model, args, tokenizer, part)
+        again = FORMATS[args.format].load(part) if args.format in FORMATS else models.converted(part)
+        told += proofs(model, again, args, tokenizer, part, peer)
         part.rename(args.out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"{args.out}: {args.format}, {architecture(model)}, {args.dtype}, {size_of(args.out)}")
+    print(f"{args.out}: {args.format}, {architecture(again)}, {args.dtype}, {size_of(args.out)}")
     for line in told:
         print(f"  {line}")
 
@@ -83,12 +86,9 @@ def opened(source: Path, weights: str, given: dict) -> tuple[Portable, Callable 
         if weights != "student":
             raise ValueError(f"--weights {weights}: {source} is a model of {format}; a run has a student and a teacher")
         module = FORMATS[format]
-        try:
-            return module.load(source, **given), partial(module.peer, source, **given) if hasattr(module, "peer") else None
-        except TypeError:
-            if given:
-                raise ValueError(f"--given {' '.join(given)}: not what {format} asks for; docs/converting.md tells what it does") from None
-            raise
+        for key in given:
+            config.check_choice(f"--given for {format}", key, list(inspect.signature(module.load).parameters)[1:])
+        return module.load(source, **given), partial(module.peer, source, **given) if hasattr(module, "peer") else None
     if given:
         raise ValueError(f"--given {' '.join(given)}: {source} tells everything itself")
     return models.portable(models.find(source), weights), None
@@ -135,10 +135,9 @@ def write(model: Portable, args, tokenizer: Tokenizer | None, folder: Path) -> l
     return told
 
 
-def proofs(model: Portable, args, tokenizer: Tokenizer | None, folder: Path, source: Callable | None) -> Iterator[str]:
-    """What shows that the conversion is right, a line each; ValueError where something shows that it is not."""
+def proofs(model: Portable, again: Portable, args, tokenizer: Tokenizer | None, folder: Path, source: Callable | None) -> Iterator[str]:
+    """What shows that the conversion is right, a line each; ValueError where something shows that it is not.  again: what was written."""
     module = FORMATS.get(args.format)
-    again = module.load(folder) if module else models.converted(folder)
     kept = model.tensors if again.vocab else vision_only(model.tensors)
     if name := prove.same_tensors(kept, again.tensors, DTYPES[args.dtype]):
         raise ValueError(f"{args.format}: {name} is not what was written, when {folder} is read again")

@@ -101,6 +101,7 @@ def test_shards_by_their_index(tmp_path):
         files.read(index)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     torch.save({"state_dict": {"w": torch.ones(2)}, "args": Hostile(tmp_path / "harm")}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x.pt: refused .*run code"):
@@ -223,7 +224,7 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
 @pytest.mark.parametrize("line, complaint", [
     (["hf", "nowhere", "OUT"], "nowhere: no such file or folder"),
     (["glimpse", "FOLDER", "FOLDER"], "exists; name a folder that does not"),
-    (["glimpse", "FOLDER", "OUT", "--given", "heads=3"], "--given heads: not what open_clip asks for"),
+    (["glimpse", "FOLDER", "OUT", "--given", "heads=3"], "--given for open_clip: unknown 'heads'; known: config"),
     (["glimpse", "FOLDER", "OUT", "--weights", "teacher"], "--weights teacher: .* is a model of open_clip"),
     (["glimpse", "FOLDER", "OUT", "--patch", "10"], "model.image_size 64: not a multiple of the patch side"),
     (["glimpse", "FOLDER", "OUT", "--tokenizer", "wordpiece(LICENSE)"], "data.tokenizer 'wordpiece.LICENSE.'"),

@@ -75,7 +75,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
                 pretrained_cfg=prepared)
     tree["glimpse"] = dict(init=cfg.init, patch_bias=v.patch_bias, freeze_patch=v.freeze_patch)  # timm passes over it
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
-    return ["the text tower, the projections and the temperature: timm's models see images alone"] if model.vocab else []
+    return ["left out: the text tower, the projections and the temperature; timm's models see images alone"] if model.vocab else []
 
 
 def described(cfg: ModelConfig) -> tuple[str, dict]:
