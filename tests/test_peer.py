@@ -1,8 +1,11 @@
-"""Zero-shot classification agrees with open_clip's own: the same random ViT-B-32 in both, on a set in CLIP_benchmark's layout.
+"""Zero-shot classification agrees with open_clip's own: the same random ViT-B-32, which run/convert.py brought in, on a set in
+CLIP_benchmark's layout.
 
     bash run/test.sh tests/test_peer.py -s        prints the differences
 """
 import io
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,32 +16,25 @@ from PIL import Image
 
 from data.benchmarks import Benchmark
 from data.shards import write_shard
-from model.methods import METHODS
 from run.evals import embed, evaluate, parse
-from run.lib import config, ranks
-from tests.test_towers import ours
+from run.lib import models, ranks
 from tests.tiny import NAMES, picture
 
 TEMPLATES = ("a photo of a {c}.", "a drawing of the {c}.", "itap of a {c}.")
-CLIP = ["model.size=B/32", "model.init=clip", "model.vision.positions=learned", "model.vision.pool=cls", "model.vision.pre_norm=true",
-        "model.vision.patch_bias=false", "model.vision.activation=gelu", "model.vision.eps=1e-5", "model.text.causal=true",
-        "model.text.pool=eot", "model.text.activation=gelu", "model.text.eps=1e-5", "data.tokenizer=clip_bpe", "data.context=77",
-        "model.vision.mean=[0.48145466, 0.4578275, 0.40821073]", "model.vision.std=[0.26862954, 0.26130258, 0.27577711]",
-        "model.image_size=224", "data.workers=0", "views.image.mask=none"]
 
 
 @pytest.fixture(scope="module")
-def both():
-    """(open_clip's model, our embedder with its weights)."""
+def both(tmp_path_factory):
+    """(open_clip's model, our embedder of the same, converted)."""
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
-    peer = open_clip.create_model("ViT-B-32", pretrained=None).eval()
-    cfg = config.load("run/configs/quickstart.yaml", CLIP)
-    method = METHODS["clip"](cfg.model, 49408, 77, cfg.options)
-    method.towers.load_state_dict(ours({k: v for k, v in peer.state_dict().items() if k != "attn_mask"}))
-    tokenizer = config.reader(cfg).tokenizer
+    peer, folder = open_clip.create_model("ViT-B-32", pretrained=None).eval(), tmp_path_factory.mktemp("models")
+    torch.save(peer.state_dict(), folder / "b32.pt")
+    line = [sys.executable, "run/convert.py", "glimpse", folder / "b32.pt", folder / "ours", "--given", "config=ViT-B-32"]
+    subprocess.run(line, check=True)
     ranks.start()
-    return peer, embed.Embedder(method, cfg, tokenizer, home=Path("nowhere"), tag="peer")
+    cfg, tokenizer, method = models.opened(models.find(folder / "ours"))
+    return peer, embed.Embedder(method, cfg, tokenizer, home=folder / "ours", tag="peer")
 
 
 def benchmark(folder: Path, size: tuple[int, int]) -> Path:
