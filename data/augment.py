@@ -18,7 +18,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data.colour import recolour
 from data.masking import parse
@@ -248,6 +248,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(BytesIO(data)) as image:
             yield image
+    except UnidentifiedImageError:  # Pillow's own words tell an address in memory
+        raise ValueError("cannot read the image: of no format that Pillow knows") from None
     except Exception as error:
         raise ValueError(f"cannot read the image: {type(error).__name__}: {error}") from error
 

@@ -135,9 +135,14 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGES + OTHER_IMAGES
 
 
-def read_file(path: Path) -> tuple[bytes, str]:
+def captions_beside(path: Path) -> dict[str, bytes]:
+    """The txt and json files of an image's own name."""
     beside = {kind: path.with_suffix(f".{kind}") for kind in CAPTIONS}
-    parts = {kind: file.read_bytes().removeprefix(b"\xef\xbb\xbf") for kind, file in beside.items() if file.exists()}
+    return {kind: file.read_bytes().removeprefix(b"\xef\xbb\xbf") for kind, file in beside.items() if file.exists()}
+
+
+def read_file(path: Path) -> tuple[bytes, str]:
+    parts = captions_beside(path)
     if not parts:
         raise ValueError("no caption file beside it (same name, .txt or .json)")
     return path.read_bytes(), Sample("", "", parts).caption

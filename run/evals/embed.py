@@ -61,12 +61,15 @@ class Embedder:
         for turn in range(0, len(texts), BATCH * world()):
             first = turn + rank() * BATCH
             mine = range(first, min(first + BATCH, len(texts)))
-            rows = [self.cfg.data.fill(self.tokenizer(texts[i]), self.tokenizer.pad_id) for i in mine or [0]]
-            ids, lengths = pack(rows)
-            made = self.towers.encode_text(**to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max()))))
+            made = self.read([texts[i] for i in mine or [0]])
             if mine:
                 out[mine.start:mine.stop] = made.cpu()
         return total(out)
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """(n, E) of a batch of texts, which is this rank's own."""
+        ids, lengths = pack([self.cfg.data.fill(self.tokenizer(text), self.tokenizer.pad_id) for text in texts])
+        return self.towers.encode_text(**to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max()))))
 
     def images(self, images: Images, what: str = "embedded") -> tuple[Tensor, Tensor]:
         """This rank's images of a set: (indices (n,), embeddings (n, E)); over the ranks, every image once.  what: as in `passed`."""

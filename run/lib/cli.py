@@ -23,6 +23,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def bar(items: Iterable, text: str, unit: str = "", total: int | None = None) -> Iterable:
-    """The items, with a progress bar on a terminal and silently elsewhere."""
-    return tqdm(items, desc=text, unit=unit, total=total, file=sys.stderr, disable=None, smoothing=0.05)
+def bar(items: Iterable, text: str, unit: str = "", total: int | None = None, scale: int = 1) -> Iterable:
+    """The items, with a progress bar on a terminal and silently elsewhere; scale: units to an item."""
+    return tqdm(items, desc=text, unit=unit, total=total, unit_scale=scale if scale > 1 else False, file=sys.stderr, disable=None,
+                smoothing=0.05)
