@@ -19,6 +19,7 @@ from data.shards import build_index, write_shard
 from data.tokenizer import build, train_sentencepiece
 from model.methods import METHODS
 from run.lib import config
+from run.lib.log import Log
 
 ROOT = Path(__file__).parents[1]
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
@@ -123,3 +124,18 @@ def command(ranks: int, script: str, *args: str) -> list[str]:
 def launch(ranks: int, script: str, *args: str, timeout: int = 240) -> subprocess.CompletedProcess:
     """Run a script on real ranks under the deepspeed launcher."""
     return subprocess.run(command(ranks, script, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def recorded(run: Path, speeds: tuple[float | None, ...], results: dict[int, dict[str, float]], *settings: str) -> Path:
+    """A run folder as training leaves it, without having trained: a record a step at each speed, results by samples seen."""
+    cfg = config.load(ROOT / "run/configs/quickstart.yaml", [f"run={run}", "batch=100", f"samples={100 * len(speeds)}", *settings])
+    run.mkdir(parents=True)
+    config.save(cfg, run / "config.yaml", dict(commit="0123456789ab", started="2026-01-01 00:00:00", ranks=2))
+    (run / "command.txt").write_text(f"2026-01-01 00:00:00 run/pretrain.py --config quickstart.yaml --set run={run} # 2 ranks\n")
+    log = Log(run, 0, len(speeds), cfg.batch)
+    for step, speed in enumerate(speeds, 1):
+        told = {} if speed is None else dict(samples_per_s=speed, mfu=0.25)
+        log.write(step, 100 * step, dict(loss=5 / step, memory_gib=1 + step / 100, **told))
+        log.evaluation(step, 100 * step, results.get(100 * step, {}), "student")
+    log.close()
+    return run
