@@ -14,6 +14,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json  # noqa: E402
+import os  # noqa: E402
 import time  # noqa: E402
 
 from data.gallery import Texts, open_gallery  # noqa: E402
@@ -34,7 +35,7 @@ def main() -> None:
     args.add_argument("--dtype", choices=DTYPES, default="fp32", help="what embeddings are stored as")
     args.add_argument("--batch", type=int, default=BATCH, metavar="N", help="images that a rank embeds at once")
     args.add_argument("--part", type=int, default=PART, metavar="N", help=f"images to a part file, {PART}")
-    args.add_argument("--workers", type=int, metavar="N", help="processes a rank that decode images; default: the run's data.workers")
+    args.add_argument("--workers", type=int, metavar="N", help="loader processes a rank; default: data.workers, at most one a core")
     args.add_argument("--local_rank", type=int, help="from the launcher")
     found = args.parse_intermixed_args()  # the images may stand behind options
     if (found.images is None) == (found.texts is None):
@@ -52,7 +53,8 @@ def main() -> None:
     out = Output(found.out, about)
     todo = json.loads(ranks.told(lambda: json.dumps(out.begin(found.resume))))
     begun = time.perf_counter()
-    embeddings(model, gallery, out, todo, found.batch, cfg.data.workers if found.workers is None else found.workers)
+    workers = min(cfg.data.workers, len(os.sched_getaffinity(0))) if found.workers is None else found.workers
+    embeddings(model, gallery, out, todo, found.batch, workers)
     ranks.barrier()
     if not ranks.rank():
         report(out, cfg.model.shape.embed, todo, time.perf_counter() - begun, not found.texts)
