@@ -7,13 +7,13 @@
 
 docs/converting.md has the formats, what each cannot express, and how training starts from what comes in.
 """
-import inspect
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,7 +24,8 @@ import yaml  # noqa: E402
 from data import tokenizer_files  # noqa: E402
 from data.tokenizer import Tokenizer, vocabulary  # noqa: E402
 from data.tokenizer import build as build_tokenizer  # noqa: E402
-from model.convert import FORMATS, claimed, portable  # noqa: E402
+from model.convert import FORMATS, portable  # noqa: E402
+from model.convert.files import first_line  # noqa: E402
 from model.convert.portable import Portable, vision_only  # noqa: E402
 from model.convert.resize import resized  # noqa: E402
 from run.lib import config, models, peers, prove  # noqa: E402, F401
@@ -46,14 +47,15 @@ def main() -> None:
         kind.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="resize positions: a side, or height and width")
         kind.add_argument("--patch", type=int, metavar="PIXELS", help="resize the patch embedding to this side, as FLIP's L/16 to L/14")
         kind.add_argument("--tokenizer", metavar="SPEC", help="as data.tokenizer, where the source does not tell it")
-        kind.add_argument("--given", nargs="+", default=[], metavar="KEY=VALUE", help="what the source does not tell, e.g. config=ViT-B-32")
         if name == "megatron":
             kind.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks that the weights are split for")
             kind.add_argument("--spec", choices=("local", "te"), default="local", help="the layers' kind: te for Transformer Engine's")
         kind.set_defaults(do=convert, format=name)
     kind = kinds.add_parser("inspect", help="tell what lies at a path")
     kind.add_argument("path", type=Path)
-    kind.set_defaults(do=lambda found: print(describe(found.path)))
+    kind.set_defaults(do=lambda found: print(describe(found.path, stated(found.given))))
+    for kind in kinds.choices.values():
+        kind.add_argument("--given", nargs="+", default=[], metavar="KEY=VALUE", help="what the files do not tell, e.g. config=ViT-B-32")
     found = args.parse_args()
     found.do(found)
 
@@ -61,37 +63,36 @@ def main() -> None:
 def convert(args) -> None:
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name a folder that does not, or remove it")
-    given = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.given)}
-    model, peer = opened(args.source, args.weights, given)
-    if args.image_size or args.patch:
+    given = stated(args.given)
+    format, model = models.anything(args.source, args.weights, given)
+    peer = partial(FORMATS[format].peer, args.source, **given) if hasattr(FORMATS.get(format), "peer") else None
+    if args.image_size is not None or args.patch is not None:
         model, peer = resized(model, side(args.image_size), args.patch), None
     model, tokenizer = with_tokenizer(model, args)
-    part = args.out.with_name(args.out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{args.out.name}.", suffix=".part", dir=args.out.parent, ignore_cleanup_errors=True) as scratch:
+        part = Path(scratch, args.out.name)
         told = write(model, args, tokenizer, part)
         again = FORMATS[args.format].load(part) if args.format in FORMATS else models.converted(part)
         told += proofs(model, again, args, tokenizer, part, peer)
         part.rename(args.out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     print(f"{args.out}: {args.format}, {architecture(again)}, {args.dtype}, {size_of(args.out)}")
     for line in told:
         print(f"  {line}")
 
 
-def opened(source: Path, weights: str, given: dict) -> tuple[Portable, Callable | None]:
-    """The model, and how the library that it comes from runs it, where it comes from one."""
-    if format := claimed(source):
-        if weights != "student":
-            raise ValueError(f"--weights {weights}: {source} is a model of {format}; a run has a student and a teacher")
-        module = FORMATS[format]
-        for key in given:
-            config.check_choice(f"--given for {format}", key, list(inspect.signature(module.load).parameters)[1:])
-        return module.load(source, **given), partial(module.peer, source, **given) if hasattr(module, "peer") else None
-    if given:
-        raise ValueError(f"--given {' '.join(given)}: {source} tells everything itself")
-    return models.portable(models.find(source), weights), None
+def stated(given: list[str]) -> dict:
+    """{KEY: VALUE} of what --given says."""
+    found = {}
+    for pair in given:
+        key, _, value = pair.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key] = None
+        if found[key] is None:
+            raise ValueError(f"--given {pair}: no value; it should be as in KEY=3, KEY=word or KEY=[224,448]")
+    return found
 
 
 def side(given: list[int] | None) -> int | tuple[int, int] | None:
@@ -140,7 +141,8 @@ def proofs(model: Portable, again: Portable, args, tokenizer: Tokenizer | None, 
     module = FORMATS.get(args.format)
     kept = model.tensors if again.vocab else vision_only(model.tensors)
     if name := prove.same_tensors(kept, again.tensors, DTYPES[args.dtype]):
-        raise ValueError(f"{args.format}: {name} is not what was written, when {folder} is read again")
+        odd = "holds values that are no numbers" if model.tensors[name].isnan().any() else f"is another when {args.format} is read again"
+        raise ValueError(f"{args.source}: {name} {odd}")
     yield f"read again: {len(again.tensors)} tensors, each used once, bit for bit those of the source"
     if not prove.fits(again):
         yield "not run beside another library: two such models do not fit into this machine's memory"
@@ -157,6 +159,8 @@ def compared(whose: Path, peer: Callable, model: Portable, tokenizer: Tokenizer 
         theirs = peer()
     except ImportError as error:
         return f"not run beside another library: {error}"
+    except Exception as error:  # another library's may be of any kind
+        raise ValueError(f"{whose}: its own library cannot open it ({type(error).__name__}: {first_line(error)})") from error
     found = prove.differences(model, theirs, tokenizer)
     if not max(found.values()) <= prove.CLOSE:
         raise ValueError(f"{whose}: run in its own library it gives other embeddings: {found}, more than {prove.CLOSE}")

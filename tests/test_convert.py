@@ -19,24 +19,11 @@ from model.convert import files, open_clip, portable
 from model.convert.resize import kernel, resized
 from model.convert.rules import Rule, Tensors, exported, imported
 from model.vision import resized as resized_grid
-from run.convert import main
 from run.lib import models, zero_files
-from run.lib.cli import run_script
 from tests.test_convert_open_clip import FLAVOURS, made
 from tests.tiny import ROOT, environment, launch, shards
 
 HELD = Tensors.held({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1)})
-
-
-@pytest.fixture
-def convert(monkeypatch, capsys):
-    """The script as from the command line, in this process: (exit code, what it printed, its complaint)."""
-    def call(*line) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["run/convert.py", *map(str, line)])
-        with pytest.raises(SystemExit) as left:
-            run_script(main)
-        return left.value.code or 0, *capsys.readouterr()
-    return call
 
 
 class Hostile:

@@ -5,11 +5,11 @@
 """
 import json
 import os
-import pickle
 import re
 import struct
 import zipfile
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from model.convert.rules import Tensors
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' own
+         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+         torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # safetensors' own
 TYPES = {name: dtype for dtype, name in NAMES.items()}
 UNSAFE = ("it is a pickle that would run code or make objects of its own when it is read, and tensors are all that is needed; "
           "ask for the weights as safetensors, or load it once where you trust it and save its state_dict() alone")
@@ -31,12 +32,23 @@ def read(path: Path) -> Tensors:
     return read_safetensors(path) if path.suffix == ".safetensors" else Tensors.held(tensors_of(read_pickle(path), path))
 
 
-def names(path: Path) -> list[str]:
-    """Of the tensors in a file, as far as it can be read."""
+def read_json(path: Path) -> dict:
+    """What a json file holds; ValueError where that is no mapping."""
     try:
-        return list(read(path))
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: no json ({error})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds a {type(tree).__name__}, and should hold keys")
+    return tree
+
+
+def metas(path: Path) -> dict[str, torch.Tensor]:
+    """{name: shape and type} of the tensors in a file; none, where it cannot be read."""
+    try:
+        return read(path).meta
     except (ValueError, OSError):
-        return []
+        return {}
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -45,13 +57,17 @@ def read_safetensors(path: Path) -> Tensors:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: truncated or no safetensors file ({first_line(error)}); fetch it again") from None
     slices = {name: file.get_slice(name) for name in file.keys()}
+    if odd := next((name for name, part in slices.items() if part.get_dtype() not in TYPES), None):
+        raise ValueError(f"{path}: {odd} is stored as {slices[odd].get_dtype()}; save it as float32, float16 or bfloat16")
     return Tensors({name: torch.empty(part.get_shape(), dtype=TYPES[part.get_dtype()], device="meta") for name, part in slices.items()},
                    file.get_tensor)
 
 
 def sharded(index: Path) -> Tensors:
     """Of a Hugging Face index: {weight_map: {tensor: file beside it}}."""
-    owner = json.loads(index.read_text())["weight_map"]
+    owner = read_json(index).get("weight_map")
+    if not isinstance(owner, dict) or any(name != Path(str(name)).name for name in owner.values()):
+        raise ValueError(f"{index}: no index: it should hold weight_map, {{tensor: name of a file beside it}}")
     files = {name: read(index.parent / name) for name in sorted(set(owner.values()))}
     for name, file in owner.items():
         if name not in files[file]:
@@ -76,7 +92,7 @@ def read_pickle(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # a file that is no pickle may raise anything
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path}: refused ({wanted[1]}): {UNSAFE}") from None
         raise ValueError(f"{path}: truncated or no file of tensors ({first_line(error)}); fetch it again") from None
@@ -91,8 +107,11 @@ def torchscript(path: Path) -> bool:
     """Is it an archive of code and constants?"""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as file:
-        return any(name.endswith("constants.pkl") for name in file.namelist())
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("constants.pkl") for name in file.namelist())
+    except zipfile.BadZipFile:  # read_pickle says so
+        return False
 
 
 def tensors_of(tree: object, path: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +119,8 @@ def tensors_of(tree: object, path: Path) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model", "model_state_dict", "module"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]
-    tensors = {name: value for name, value in tree.items() if isinstance(value, torch.Tensor)} if isinstance(tree, dict) else {}
+    items = tree.items() if isinstance(tree, dict) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{path}: no tensors in it")
     if all(name.startswith("module.") for name in tensors):
@@ -108,9 +128,10 @@ def tensors_of(tree: object, path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(path: Path, tensors: Tensors, dtype: torch.dtype | None = None, about: dict[str, str] | None = None) -> None:
-    """A safetensors file, floats as `dtype`.  It holds one tensor at a time; nobody sees a part of the file."""
-    kinds = {name: dtype if dtype and meta.is_floating_point() else meta.dtype for name, meta in tensors.meta.items()}
+def write(path: Path, tensors: Tensors, dtype: torch.dtype | None = None, about: dict[str, str] | None = None,
+          exact: Collection[str] = ()) -> None:
+    """A safetensors file, floats as `dtype`, but those in `exact` as they are.  It holds one tensor at a time; nobody sees a part of it."""
+    kinds = {name: dtype if dtype and name not in exact and meta.is_floating_point() else meta.dtype for name, meta in tensors.meta.items()}
     header, end = {"__metadata__": {"format": "pt", **(about or {})}}, 0
     order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # so that each begins at a multiple of its element
     for name in order:

@@ -40,6 +40,7 @@ BLOCK, LAST = "Transformer/encoderblock_{:02}", "Transformer/encoder_norm"
 QKV = [f"MultiHeadDotProductAttention_0/{name}" for name in ("query", "key", "value")]
 DENSE = {"attn.out": "MultiHeadDotProductAttention_0/out", "mlp.up": "MlpBlock_0/Dense_0", "mlp.down": "MlpBlock_0/Dense_1"}
 NORMS = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
+GIVEN = ("heads", "text_heads")
 VOCAB = 30523  # of BERT's uncased vocabulary, as data.tokenizer's wordpiece has it
 
 

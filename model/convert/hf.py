@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.convert import files
 from model.convert.portable import About, Portable
-from model.convert.positions import keep, position_rule, taken
-from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, exported, fused, one, scalar, thirds
+from model.convert.positions import position_rule, taken, write
+from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, fused, one, scalar, thirds
 from model.convert.sizes import ratio, sized
 from model.layers import hidden
 from model.text import TextConfig
@@ -83,7 +83,7 @@ def claims(path: Path) -> bool:
 def load(path: Path) -> Portable:
     """The folder's model.  ValueError: see the package's docstring."""
     try:
-        return understood(path, json.loads((path / CONFIG).read_text()))
+        return understood(path, files.read_json(path / CONFIG))
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path / CONFIG}: {error}") from None
 
@@ -189,8 +189,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> N
                     resample=RESAMPLE[model.about.interpolation], image_mean=list(cfg.vision.mean), image_std=list(cfg.vision.std))
     folder.mkdir(parents=True)
     table = rules(cfg)
-    files.write(folder / WEIGHTS[0], exported(table, model.tensors), dtype)
-    keep(folder, model, table)
+    write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     for name, content in ((CONFIG, tree), (IMAGES, pictures)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 

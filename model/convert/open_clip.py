@@ -15,7 +15,7 @@ import torch
 
 from model.convert import files, positions
 from model.convert.portable import About, Portable
-from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, exported, one, scalar, transposed
+from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, one, scalar, transposed
 from model.convert.sizes import sized
 from model.text import TextConfig
 from model.towers import ModelConfig
@@ -23,6 +23,7 @@ from model.vision import VisionConfig
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+GIVEN = ("config",)
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's state dicts that are no weights
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what open_clip uses where nothing is said
 POOLS = {"cls": ("tok", False), "mean": ("avg", False), "mean_then_norm": ("avg", True)}
@@ -36,7 +37,7 @@ ONLY = {"ls_init_value": None, "attentional_pool": False, "timm_model_name": Non
 
 
 def claims(path: Path) -> bool:
-    return (path / CONFIG).is_file() or path.is_file() and "visual.conv1.weight" in files.names(path)
+    return (path / CONFIG).is_file() or path.is_file() and "visual.conv1.weight" in files.metas(path)
 
 
 # --- in
@@ -44,18 +45,17 @@ def claims(path: Path) -> bool:
 def load(path: Path, config: str = "") -> Portable:
     """A folder as above, or a file of weights; config: see the head of this file."""
     if path.is_dir():
-        tree, weights = json.loads((path / CONFIG).read_text()), next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        tree, weights = files.read_json(path / CONFIG), next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights is None:
             raise ValueError(f"{path}: has {CONFIG}, but none of {', '.join(WEIGHTS)}")
     else:
         tree, weights = {}, path
-    theirs = plain_names(files.read(weights))
+    theirs = files.read(weights)
     if path.is_file():
         tree = named(config) if config else openai(theirs, path)
     model, preprocess = tree.get("model_cfg", tree), tree.get("preprocess_cfg", {})
-    theirs = theirs.renamed({name: name for name in theirs if name not in (*OPENAI, "attn_mask")})
     cfg = config_in(model, preprocess, path)
-    cfg, tensors = positions.taken(weights.parent, cfg, rules, "visual.positional_embedding", theirs, str(weights))
+    cfg, tensors = positions.taken(weights.parent, cfg, rules, "visual.positional_embedding", plain_names(theirs), str(weights))
     text = model["text_cfg"]
     if (mode := preprocess.get("resize_mode") or "shortest") != "shortest":
         raise ValueError(f"{path}: preprocess_cfg.resize_mode {mode!r}: images are prepared with the shortest side resized, then cropped")
@@ -66,20 +66,20 @@ def load(path: Path, config: str = "") -> Portable:
 
 
 def plain_names(theirs: Tensors) -> Tensors:
-    """The names of open_clip's CLIP; CustomTextCLIP has `text.` before those of the text tower."""
-    return theirs.renamed({name.removeprefix("text."): name for name in theirs})
+    """The weights by the names of open_clip's CLIP; CustomTextCLIP has `text.` before those of the text tower."""
+    return theirs.renamed({name.removeprefix("text."): name for name in theirs if name not in (*OPENAI, "attn_mask")})
 
 
 def named(config: str) -> dict:
     """A config by its file, or by its name in the installed package."""
     if Path(config).is_file():
-        return json.loads(Path(config).read_text())
+        return files.read_json(Path(config))
     found = find_spec("open_clip")
     folder = Path(found.submodule_search_locations[0]) / "model_configs" if found else None
     if not folder or not (folder / f"{config}.json").is_file():
         known = f"; its names: ls {folder}" if folder else ", which is not installed (pip install open-clip-torch)"
         raise ValueError(f"--given config={config}: neither a json file nor a model of open_clip's{known}")
-    return json.loads((folder / f"{config}.json").read_text())
+    return files.read_json(folder / f"{config}.json")
 
 
 def openai(theirs: Tensors, path: Path) -> dict:
@@ -148,8 +148,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> N
                                                                  interpolation=model.about.interpolation, resize_mode="shortest"))
     table = rules(model.cfg)
     folder.mkdir(parents=True)
-    files.write(folder / WEIGHTS[0], exported(table, model.tensors), dtype)
-    positions.keep(folder, model, table)
+    positions.write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
 
 
@@ -224,6 +223,9 @@ def peer(path: Path, config: str = "") -> Callable:
     if path.is_dir():
         model = open_clip.create_model(f"local-dir:{path}")
     else:
-        model = open_clip.create_model(config or f"local-dir:{path.parent}", pretrained=str(path))
+        theirs = files.read(path)
+        tree = named(config) if config else openai(theirs, path)
+        model = open_clip.CLIP(**{key: value for key, value in tree.get("model_cfg", tree).items() if key != "custom_text"})
+        model.load_state_dict(dict(plain_names(theirs)))
     model.eval()
     return lambda images, ids: (model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True))

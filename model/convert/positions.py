@@ -3,7 +3,7 @@
 Fixed sin-cos positions become such a table, with zeros for the class token; a bias of the patch embedding is added to every patch's row.
 That is the same model, but a sum cannot be taken apart.  So what was added up is kept in glimpse.safetensors beside what is written:
 
-    keep(folder, model, rules)                                 after writing; no file where nothing was lost
+    write(file, tensors, model, rules, dtype)                  theirs, such a table in fp32 whatever `dtype` is; and what was lost
     cfg, tensors = taken(folder, cfg, rules, name, theirs)     instead of `imported`
 
 On the way in it counts only where adding up again gives the foreign table bit for bit; after a fine-tuning elsewhere it does not, and the
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.convert import files
 from model.convert.portable import Portable
-from model.convert.rules import Rule, Tensors, as_tuple, imported
+from model.convert.rules import Rule, Tensors, as_tuple, exported, imported
 from model.layers import sincos
 from model.towers import ModelConfig
 
@@ -44,7 +44,7 @@ def fixed(cfg: ModelConfig) -> Tensor:
 
 def is_fixed(table: Tensor, cfg: ModelConfig) -> bool:
     """Are these (1 + L, D) the sin-cos ones, as near as rounding leaves them?  FLIP computes them in fp32, 2e-6 off; MAE's are equal."""
-    eps = torch.finfo(table.dtype).eps
+    eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0
     return cfg.shape.width % 4 == 0 and torch.allclose(table.float(), fixed(cfg), rtol=eps, atol=4e-6)
 
 
@@ -52,8 +52,18 @@ def folded(table: Tensor, bias: Tensor | None = None) -> Tensor:
     """(1 + L, D) with the bias (D,), if there is one, added to the patches' rows."""
     if bias is None:
         return table
-    table = table.to(bias.device)
+    table = table.float().to(bias.device)
     return torch.cat([table[:1], table[1:] + bias])
+
+
+def write(file: Path, tensors: Tensors, model: Portable, rules: list[Rule], dtype: torch.dtype) -> None:
+    """A format's file of weights, `tensors` as its rules make them, and beside it what is lost in folding.
+
+    What is computed stays in fp32: rounded, a library that has but the table would give other embeddings than we do.
+    """
+    computed = [name for rule in rules if rule.folded or not rule.ours for name in rule.theirs]
+    files.write(file, exported(rules, tensors), dtype, exact=computed)
+    keep(file.parent, model, rules)
 
 
 def keep(folder: Path, model: Portable, rules: list[Rule]) -> None:
@@ -79,8 +89,12 @@ def taken(folder: Path, cfg: ModelConfig, rules: Rules, name: str, theirs: Tenso
 
 def unfolded(path: Path, cfg: ModelConfig, rules: Rules, theirs: Tensors, whose: str) -> tuple[ModelConfig, Tensors] | None:
     """With the tensors of the file at `path`; None where they do not add up to theirs."""
-    kept, was = files.read(path), json.loads(files.metadata(path)["model"])
-    lost = {key: was["vision"][key] for key in ("positions", "patch_bias", "freeze_patch")}
+    kept = files.read(path)
+    try:
+        was = json.loads(files.metadata(path)["model"])
+        lost = {key: was["vision"][key] for key in ("positions", "patch_bias", "freeze_patch")}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not what a conversion wrote; remove it, and the positions are taken as they are") from None
     cfg = replace(cfg, init=was["init"], vision=replace(cfg.vision, **lost))
     table, rest = rules(cfg), dict(theirs.meta)
     for rule in table:

@@ -18,8 +18,9 @@ from model.vision import resized as resized_grid
 
 def resized(model: Portable, image_size: int | tuple[int, int] | None = None, patch: int | None = None) -> Portable:
     """The same towers for other images or patches, in pixels; what is None stays."""
-    old, side = model.cfg, patch or model.cfg.patch
-    cfg = replace(old, size=f"{old.size.partition('/')[0]}/{side}", image_size=image_size or old.image_size)
+    old = model.cfg
+    cfg = replace(old, size=f"{old.size.partition('/')[0]}/{old.patch if patch is None else patch}",
+                  image_size=old.image_size if image_size is None else image_size)
     changed = {}
     if cfg.patch != old.patch:
         changed["vision.patch.weight"] = lambda weight: kernel(weight, old.patch, cfg.patch)

@@ -120,6 +120,8 @@ def check_shapes(tensors: Tensors, wanted: Mapping[str, torch.Size], whose: str)
     if extra := [name for name in tensors if name not in wanted]:
         raise ValueError(f"{whose}: no place for {extra[0]}{more(extra)}")
     for name, shape in wanted.items():
+        if not tensors.meta[name].is_floating_point():
+            raise ValueError(f"{whose}: {name} is {tensors.meta[name].dtype}; weights are floats: give them as they were before quantizing")
         if tensors.meta[name].shape != shape:
             raise ValueError(f"{whose}: {name} is {tuple(tensors.meta[name].shape)}; its architecture makes it {tuple(shape)}")
 

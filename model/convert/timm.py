@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from model.convert import files
 from model.convert.portable import About, Portable, vision_only
-from model.convert.positions import is_fixed, keep, position_rule, taken
-from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple, exported
+from model.convert.positions import is_fixed, position_rule, taken, write
+from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple
 from model.convert.sizes import ratio, sized
 from model.towers import ModelConfig
 from model.vision import VisionConfig
 
+GIVEN = ("heads", "pool", "activation", "eps", "image_size", "mean", "std")
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 BLOCK = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.out": "attn.proj", "norm2": "norm2", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
 POOLS = {"cls": {"global_pool": "token"}, "mean": {"global_pool": "avg", "fc_norm": False},
@@ -66,8 +67,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     cfg, v = model.cfg, model.cfg.vision
     name, args = described(cfg)
     folder.mkdir(parents=True)
-    files.write(folder / WEIGHTS[0], exported(rules(cfg), vision_only(model.tensors)), dtype)
-    keep(folder, model, rules(cfg))
+    write(folder / WEIGHTS[0], vision_only(model.tensors), model, rules(cfg), dtype)
     prepared = dict(input_size=[3, *cfg.sides], fixed_input_size=True, interpolation=model.about.interpolation, crop_pct=1.0,
                     crop_mode="center", mean=v.mean, std=v.std, num_classes=0, pool_size=None, first_conv="patch_embed.proj",
                     classifier="head")
@@ -96,7 +96,7 @@ def claims(path: Path) -> bool:
     try:
         if path.is_dir():
             return {"architecture", "pretrained_cfg"} <= json.loads((path / CONFIG).read_text()).keys()
-        return MARKS <= set(files.names(path))
+        return MARKS <= files.metas(path).keys()
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -80,7 +80,7 @@ def manifest(path: Path) -> dict | None:
     try:
         found = json.loads((path / "manifest.json").read_text())
         fits = all((path / name).stat().st_size == size for name, size in found["files"].items())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, torn, or something else's
         return None
     return found if fits else None
 

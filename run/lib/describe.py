@@ -1,23 +1,19 @@
 """What lies at a path, told to people: `python run/convert.py inspect PATH`."""
 from pathlib import Path
 
-from model.convert import FORMATS, claimed, files
+from model.convert import claimed, files
 from model.convert.portable import Portable, is_one
 from run.lib import checkpoint, models
 from run.lib.log import short
 
 
-def describe(path: Path) -> str:
+def describe(path: Path, given: dict | None = None) -> str:
     """Lines of `name: value`: the format, the architecture, sizes, and of a run its step, samples and ranks."""
-    if format := claimed(path):
-        model = FORMATS[format].load(path)
-    elif is_one(path):
-        format, model = "glimpse", models.converted(path)
-    elif path.is_file():
-        return loose(path)
-    else:
-        path = models.find(path)
-        format, model = "checkpoint of a run", models.portable(path)
+    try:
+        format, model = models.anything(path, given=given)
+    except ValueError as error:
+        return loose(path, error)
+    path = Path(model.about.source.get("path", path))
     rows = {"path": path, "format": format, "architecture": architecture(model), "image": sides(model), **counts(model)}
     vision, text, about = model.cfg.vision, model.cfg.text, model.about
     rows["vision"] = (f"positions {vision.positions}, pool {vision.pool}, pre_norm {vision.pre_norm}, patch_bias {vision.patch_bias}, "
@@ -36,12 +32,17 @@ def describe(path: Path) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
-def loose(path: Path) -> str:
-    """Of a file of tensors that is of no known format: its tensors."""
-    tensors = files.read(path)
-    rows = [f"{name}  {tuple(meta.shape)} {str(meta.dtype).removeprefix('torch.')}" for name, meta in list(tensors.meta.items())[:10]]
-    left = [f"... and {len(tensors) - 10} more"] * (len(tensors) > 10)
-    return "\n".join([f"{path}: {len(tensors)} tensors, {size_of(path)}, of no architecture that is known here", *rows, *left])
+def loose(path: Path, why: ValueError) -> str:
+    """Of what is of no known format: the tensors in the file, or in the folder's files; where there are none, ValueError that says why."""
+    rows = []
+    for file in () if claimed(path) or is_one(path) else [path] if path.is_file() else sorted(path.glob("*")):
+        if meta := files.metas(file):
+            rows += [f"{file}: {len(meta)} tensors, {size_of(file)}"]
+            rows += [f"  {name}  {tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}" for name, one in list(meta.items())[:10]]
+            rows += [f"  ... and {len(meta) - 10} more"] * (len(meta) > 10)
+    if not rows:
+        raise why
+    return "\n".join([*rows, str(why)])
 
 
 def architecture(model: Portable) -> str:

@@ -2,14 +2,14 @@
 
     path = find(Path("runs/quickstart"))         the newest checkpoint of a run, a checkpoint, or a folder that run/convert.py wrote
     cfg, tokenizer, method = opened(path)        to be looked at
-    portable(path, "teacher")                    to be converted: its towers, read lazily (model/convert/portable.py)
+    anything(path)                               to be converted: whatever it is, read lazily (model/convert/portable.py)
     begin(method, init, borrowed)                what a new run starts from
 
 No rank ever holds more than one whole tensor beside its shard.
 """
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +18,14 @@ from data.tokenizer import Tokenizer
 from data.tokenizer import build as build_tokenizer
 from model import ema
 from model.backbone import Backbone
-from model.convert import files
+from model.convert import FORMATS, claimed, files
 from model.convert.portable import CONFIG, WEIGHTS, About, Portable, is_one
 from model.convert.rules import Tensors, more
 from model.methods import METHODS
 from model.towers import ModelConfig
 from run.lib import zero_files
 from run.lib.checkpoint import check_identity, differences, identity, manifest, newest
-from run.lib.config import Run, build, merge, plain
+from run.lib.config import Run, build, check_choice, merge, plain
 from run.lib.config import load as read_config
 from run.lib.engine import place, whole_parameter
 from run.lib.ranks import device, rank, told
@@ -68,6 +68,37 @@ def origin(path: Path) -> dict:
     """What training a found model has behind it: step and samples, where they are known."""
     known = json.loads((path / CONFIG).read_text())["provenance"]["source"] if is_one(path) else manifest(path)
     return {key: known[key] for key in ("step", "samples") if key in known}
+
+
+def anything(path: Path, weights: str = "student", given: dict | None = None) -> tuple[str, Portable]:
+    """(format, model) of whatever lies at a path; ValueError, a line that names the path, where it is nothing of ours, or damaged.
+
+    given: what a format is told beside its files, by the names in its GIVEN.
+    """
+    try:
+        if format := claimed(path):
+            if weights != "student":
+                raise ValueError(f"--weights {weights}: {path} is a model of {format}; a run has a student and a teacher")
+            for key in given or {}:
+                check_choice(f"--given for {format}", key, getattr(FORMATS[format], "GIVEN", ()))
+            model = FORMATS[format].load(path, **given or {})
+            return format, replace(model, about=replace(model.about, tokenizer=beside(model.about.tokenizer, path)))
+        if given:
+            raise ValueError(f"--given {' '.join(given)}: {path} tells everything itself, or is of no format that is known here")
+        if path.is_file():
+            files.read(path)  # tells why it cannot be read
+            raise ValueError(f"{path}: tensors of no architecture that is known here; `run/convert.py inspect {path}` lists them")
+        if (path / CONFIG).is_file() and not is_one(path):
+            tree = files.read_json(path / CONFIG)
+            says = tree.get("model_type") or tree.get("architecture") or "neither model_type nor architecture"
+            raise ValueError(f"{path / CONFIG}: of no architecture that is known here: it says {says}")
+        found = find(path)
+        return "glimpse" if is_one(found) else "checkpoint of a run", portable(found, weights)
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:  # files hold no such key, type or size
+        what = f"{type(error).__name__}: {files.first_line(error)}"
+        raise ValueError(f"{path}: damaged, or not what its format{' or --given' if given else ''} says ({what})") from error
 
 
 def converted(path: Path) -> Portable:

@@ -1,0 +1,141 @@
+"""What is no model, damaged, oddly stored or half told: run/convert.py ends in one line that says why, and leaves what a user has alone.
+
+    bash run/test.sh tests/test_convert_odd.py
+"""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.convert import open_clip, portable, timm
+from tests.test_convert_open_clip import FLAVOURS, made
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder each: of open_clip's, of Glimpse's own, of a tower of timm's with a bias and fixed positions."""
+    root = tmp_path_factory.mktemp("good")
+    open_clip.save(made(*FLAVOURS["CLIP"]), root / "open_clip")
+    portable.save(made(*FLAVOURS["FLIP, pooled mean"]), root / "glimpse")
+    timm.save(made(*FLAVOURS["FLIP, pooled mean"]), root / "timm")
+    return root
+
+
+def stored(change):
+    def damage(folder):
+        tensors = load_file(folder / "open_clip_model.safetensors")
+        save_file({name: change(tensor) for name, tensor in tensors.items()}, folder / "open_clip_model.safetensors")
+    return damage
+
+
+def said(name, change):
+    """The json at that name changed."""
+    def damage(folder):
+        tree = json.loads((folder / name).read_text())
+        change(tree)
+        (folder / name).write_text(json.dumps(tree))
+    return damage
+
+
+def file(name, content):
+    def damage(folder):
+        (folder / name).write_text(content)
+    return damage
+
+
+HF, INDEX = file("config.json", '{"model_type": "clip"}'), "model.safetensors.index.json"
+ODD = {  # what of `good`, what happens to it, the complaint
+    "no json": ("open_clip", file(open_clip.CONFIG, "{x"), "open_clip_config.json: no json"),
+    "a list": ("open_clip", file(open_clip.CONFIG, "[]"), "open_clip_config.json: holds a list"),
+    "no keys": ("open_clip", file(open_clip.CONFIG, "{}"), "damaged, or not what its format says (KeyError: 'vision_cfg')"),
+    "no heads": ("open_clip", said(open_clip.CONFIG, lambda t: t["model_cfg"]["vision_cfg"].update(head_width=0)), "ZeroDivisionError"),
+    "int8": ("open_clip", stored(lambda x: x.to(torch.int8)), "is torch.int8; weights are floats"),
+    "complex": ("open_clip", stored(lambda x: x.to(torch.complex64)), "is stored as C64; save it as float32"),
+    "another's glimpse.safetensors": ("open_clip", lambda folder: save_file({"a": torch.ones(2)}, folder / "glimpse.safetensors"),
+                                      "glimpse.safetensors: not what a conversion wrote; remove it"),
+    "no model": ("glimpse", said("config.json", lambda t: t.pop("model")), "damaged, or not what its format says (KeyError: 'model')"),
+    "no architecture": ("timm", said("config.json", lambda t: t.update(pretrained_cfg=3)), "damaged, or not what its format says"),
+    "an index of nothing": (None, lambda folder: (HF(folder), file(INDEX, "{}")(folder)), "no index: it should hold weight_map"),
+    "an index that leaves": (None, lambda folder: (HF(folder), file(INDEX, '{"weight_map": {"a": "../a.safetensors"}}')(folder)),
+                             "no index: it should hold weight_map, {tensor: name of a file beside it}"),
+    "a width in words": (None, file("config.json", '{"model_type": "clip", "vision_config": {"hidden_size": "x"}}'), "TypeError"),
+    "another's manifest": (None, file("manifest.json", "[]"), "no whole checkpoint in it"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_damaged_folder(what, good, tmp_path, convert):
+    kind, damage, complaint = ODD[what]
+    folder = tmp_path / "odd"
+    shutil.copytree(good / kind, folder) if kind else folder.mkdir()
+    damage(folder)
+    for line in (["inspect", folder], ["glimpse", folder, tmp_path / "out"]):
+        code, _, told = convert(*line)
+        assert code == 2 and len(told.splitlines()) == 1 and complaint in told and str(folder) in told, told
+    assert sorted(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("content, complaint", [([torch.ones(2)], "no tensors in it"), ({1: torch.ones(2)}, "no tensors in it"),
+                                                ("root:x:0:0:root:/root", "truncated or no file of tensors"),
+                                                ({"w": torch.ones(2)}, "tensors of no architecture that is known here")])
+def test_a_file_that_is_no_model(content, complaint, tmp_path, convert):
+    path = tmp_path / "x.pt"
+    path.write_text(content) if isinstance(content, str) else torch.save(content, path)
+    code, _, told = convert("glimpse", path, tmp_path / "out")
+    assert code == 2 and told.startswith(f"error: {path}: {complaint}") and len(told.splitlines()) == 1
+
+
+def test_other_models_are_told_by_name(tmp_path, convert):
+    file("config.json", '{"model_type": "bert"}')(tmp_path)
+    assert "of no architecture that is known here: it says bert" in convert("glimpse", tmp_path, tmp_path / "out")[2]
+    save_file({"embeddings": torch.ones(3, 2)}, tmp_path / "model.safetensors")
+    code, told, _ = convert("inspect", tmp_path)
+    assert code == 0 and "embeddings  (3, 2) float32" in told and "it says bert" in told
+
+
+def test_values_that_are_no_numbers(good, tmp_path, convert):
+    shutil.copytree(good / "open_clip", tmp_path / "odd")
+    stored(lambda x: x * float("nan"))(tmp_path / "odd")
+    assert "holds values that are no numbers" in convert("glimpse", tmp_path / "odd", tmp_path / "out")[2]
+
+
+def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
+    """Each is run beside its own library, too."""
+    weights = load_file(good / "open_clip" / open_clip.WEIGHTS[0])
+    torch.save({"state_dict": weights}, tmp_path / "epoch_1.pt")
+    given = f"config={good / 'open_clip' / open_clip.CONFIG}"
+    code, told, complaint = convert("glimpse", tmp_path / "epoch_1.pt", tmp_path / "a", "--given", given)
+    assert code == 0 and "epoch_1.pt run in its own library" in told, complaint
+    assert "format        open_clip" in convert("inspect", tmp_path / "epoch_1.pt", "--given", given)[1]
+    code, told, complaint = convert("glimpse", good / "timm" / "model.safetensors", tmp_path / "b", "--given", "heads=2", "pool=mean")
+    assert code == 0 and "model.safetensors run in its own library" in told, complaint
+    for pair, why in (("heads", "no value"), ("heads=[", "no value"), ("heads=x", "--given says"), ("depth=2", "unknown 'depth'; known")):
+        code, _, told = convert("glimpse", good / "timm" / "model.safetensors", tmp_path / "c", "--given", pair)
+        assert code == 2 and why in told and len(told.splitlines()) == 1, told
+
+
+def test_openais_state_dict(tmp_path, convert):
+    open_clip.save(made(*FLAVOURS["OpenAI"]), tmp_path / "state")
+    numbers = dict(input_resolution=torch.tensor(64), context_length=torch.tensor(77), vocab_size=torch.tensor(49408))
+    torch.save({**load_file(tmp_path / "state" / open_clip.WEIGHTS[0]), **numbers}, tmp_path / "openai.pt")
+    code, told, complaint = convert("glimpse", tmp_path / "openai.pt", tmp_path / "out")
+    assert code == 0 and "openai.pt run in its own library" in told, complaint
+
+
+@pytest.mark.parametrize("format", ["open_clip", "timm", "megatron"])
+@pytest.mark.parametrize("flavour", ["FLIP, pooled mean", "FLIP, learned"])
+def test_bf16_in_and_out(format, flavour, tmp_path, convert):
+    """Positions and biases are added up in fp32 and stay so, or the other library would not give our embeddings."""
+    portable.save(made(*FLAVOURS[flavour]), tmp_path / "source", torch.bfloat16)
+    code, told, complaint = convert(format, tmp_path / "source", tmp_path / "out", "--dtype", "bf16")
+    assert code == 0 and ("run in its own library" in told or format == "megatron"), complaint
+
+
+def test_nothing_that_a_user_has_is_touched(good, tmp_path, convert):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").write_text("x")
+    assert convert("glimpse", good / "open_clip", tmp_path / "out", "--image-size", "0")[0] == 2
+    assert convert("glimpse", good / "open_clip", f"{tmp_path}/out/")[0] == 0
+    assert (tmp_path / "out.part" / "mine").exists() and len(list(tmp_path.iterdir())) == 2
