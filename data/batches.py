@@ -35,7 +35,7 @@ SUBSTITUTES = 20  # tries to replace a broken sample before the data are called 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: tuple[str, ...]  # folders of tar shards
+    train: tuple[str, ...]  # folders of tar shards, or FOLDER/NAME-{00000..00008}.tar
     tokenizer: str  # clip_bpe, wordpiece(PATH) or sentencepiece(PATH)
     context: int  # tokens of a caption at most: FLIP 32, CLIP 77
     pad_text: bool = False  # fill every caption to the context and attend to the padding, as FLIP's released weights do

@@ -1,6 +1,6 @@
 """Glyphs: the default data set, 15 thousand captioned images (25 thousand with skin tones) made from npm packages in about a minute.
 
-What is written (`build`), from the drawings in data/glyphs_sources.py and, as extras, data/glyphs_extras.py:
+What is written (`build`), from the drawings in data/glyphs_sources.py and, on demand, data/glyphs_icons.py and data/glyphs_extras.py:
 
     OUT/train/glyphs-00000.tar ...   what may be trained on: seen styles x train concepts, styles mixed
     OUT/heldout/STYLE-00000.tar ...  the rest: a tenth of the concepts, and three styles of one maker (`UNSEEN_STYLES`)
@@ -21,18 +21,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from multiprocessing import Pool
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from data import glyphs_extras
+from data import glyphs_extras, glyphs_icons
 from data.glyphs_sources import FLUENT3D, PACKAGES, Glyph, first_of, icons, install, installed, licence
 from data.shards import build_index, write_shard
 
 FORMAT = 1  # raise it when a build of the same packages would come out otherwise
-SHARD = 1000  # samples in a shard
+SHARD = 1000  # samples in a shard at most
 SEEN_STYLE, UNSEEN_STYLE = "noto", "fluent3d"  # whose drawings the classification sets show
 STAMPS = "tuxstamps"
 ENCODING = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "quality": 90, "method": 0}}
@@ -45,17 +46,19 @@ def bar(items: Iterable, text: str) -> Iterable:
     return tqdm(items, desc=text, file=sys.stderr, disable=None)  # None: shown on a terminal only
 
 
-def build(out: Path, *, cache: Path, tones: bool = False, extras: bool = False, progress: Progress = bar) -> dict:
+def build(out: Path, *, cache: Path, tones: bool = False, extras: bool = False, icons: bool = False,
+          progress: Progress = bar) -> dict:
     """Make the data set in `out`, or find it finished there; returns what glyphs.json holds.
 
     cache: where packages are kept between builds; tones: keep skin-tone variants; extras: Debian's clip art, stamps and photographs too;
+    icons: the colour sets of @iconify/json too, and training shards of equal size, a multiple of five of them;
     progress(items, text): wraps what is iterated over, to show how far it is.
     """
-    settings = dict(format=FORMAT, tones=tones, extras=extras, packages=PACKAGES)
+    settings = dict(format=FORMAT, tones=tones, extras=extras, packages=PACKAGES | (glyphs_icons.PACKAGES if icons else {}))
     if out.exists() and (done := finished(out, settings)):
         say(f"{out}: already built with these settings")
         return done
-    glyphs, credits = collect(cache, tones, extras)
+    glyphs, credits = collect(cache, tones, extras, icons)
     glyphs = one_per_image(draw(glyphs, progress, "drawing"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # broken off, a build leaves no `out`
@@ -82,8 +85,8 @@ def finished(out: Path, settings: dict, kind: str = "glyphs") -> dict | None:
     return None
 
 
-def collect(cache: Path, tones: bool, extras: bool) -> tuple[list[Glyph], dict[str, dict]]:
-    """All drawings, not yet drawn, and style -> {package, version, licence, author, url}."""
+def collect(cache: Path, tones: bool, extras: bool, with_icons: bool) -> tuple[list[Glyph], dict[str, dict]]:
+    """All drawings, not yet drawn, and style or set of icons -> {package, version, licence, author, url}."""
     if installed(cache / "node_modules") != PACKAGES:
         say(f"fetching {len(PACKAGES)} npm packages (about 250 MB unpacked) into {cache}")
     modules = install(cache)
@@ -95,6 +98,11 @@ def collect(cache: Path, tones: bool, extras: bool) -> tuple[list[Glyph], dict[s
     if extras:
         say(f"unpacking {len(glyphs_extras.PACKAGES)} Debian packages (230 MB to fetch the first time) in {cache}")
         more, more_credits = glyphs_extras.collect(cache / "debian", words)
+        glyphs, credits = glyphs + more, credits | more_credits
+    if with_icons:
+        if not (cache / "iconify/node_modules").exists():
+            say(f"fetching {' '.join(glyphs_icons.PACKAGES)} (465 MB unpacked) into {cache / 'iconify'}")
+        more, more_credits = glyphs_icons.collect(cache / "iconify", words)
         glyphs, credits = glyphs + more, credits | more_credits
     return glyphs, credits
 
@@ -130,7 +138,7 @@ def write(out: Path, glyphs: list[Glyph], progress: Progress) -> dict:
     for style in sorted({g.style for g in glyphs}):
         files[out / "heldout" / style] = [g for g in glyphs if g.style == style and not trainable(g)]
     for stem, members in progress(list(files.items()), "writing"):
-        write_shards(stem, members)
+        write_shards(stem, members, fifths(len(members)) if any(g.style == glyphs_icons.STYLE for g in members) else SHARD)
     for folder in ("train", "heldout"):
         build_index(out / folder)
     pairs: dict[str, Counter] = defaultdict(Counter)
@@ -141,13 +149,18 @@ def write(out: Path, glyphs: list[Glyph], progress: Progress) -> dict:
     return dict(pairs=dict(totals), styles=styles, eval=write_evals(out / "eval", glyphs, progress))
 
 
-def write_shards(stem: Path, glyphs: list[Glyph]) -> None:
-    """STEM-00000.tar ...: shuffled once, always the same way."""
+def fifths(samples: int) -> int:
+    """The samples in a shard, such that a fifth of the shards holds a fifth of the samples."""
+    return ceil(samples / (5 * ceil(samples / (5 * SHARD))))
+
+
+def write_shards(stem: Path, glyphs: list[Glyph], size: int) -> None:
+    """STEM-00000.tar ...: shuffled once, always the same way, so that any of the shards are a random draw of the samples."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     glyphs = sorted(glyphs, key=lambda g: g.key)
     random.Random(0).shuffle(glyphs)
-    for shard, start in enumerate(range(0, len(glyphs), SHARD)):
-        write_shard(stem.with_name(f"{stem.name}-{shard:05d}.tar"), map(sample, glyphs[start : start + SHARD]))
+    for shard, start in enumerate(range(0, len(glyphs), size)):
+        write_shard(stem.with_name(f"{stem.name}-{shard:05d}.tar"), map(sample, glyphs[start : start + size]))
 
 
 def sample(glyph: Glyph) -> tuple[str, dict[str, bytes]]:

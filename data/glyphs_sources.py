@@ -59,12 +59,12 @@ class Glyph:
 # ---------------------------------------------------------------------------------------------------------------- packages
 
 
-def install(cache: Path) -> Path:
+def install(cache: Path, packages: dict[str, str] = PACKAGES) -> Path:
     """Have npm put the packages under `cache`, once; returns the folder that holds them."""
     modules = cache / "node_modules"
-    if installed(modules) != PACKAGES:
+    if installed(modules, packages) != packages:
         cache.mkdir(parents=True, exist_ok=True)
-        wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
+        wanted = [f"{name}@{version}" for name, version in packages.items()]
         done = npm(["install", *NPM_OPTIONS, "--prefix", str(cache), *wanted])
         if done.returncode:
             said = re.findall("^npm (?:error|ERR!) (.+)$", done.stderr, re.MULTILINE)
@@ -73,11 +73,11 @@ def install(cache: Path) -> Path:
     return modules
 
 
-def installed(modules: Path) -> dict[str, str]:
-    """The versions of our packages as npm recorded them when it finished (so a broken-off install does not count)."""
+def installed(modules: Path, packages: dict[str, str] = PACKAGES) -> dict[str, str]:
+    """The versions of these packages as npm recorded them when it finished (so a broken-off install does not count)."""
     record = modules / ".package-lock.json"
     found = json.loads(record.read_text())["packages"] if record.exists() else {}
-    return {name: found[f"node_modules/{name}"]["version"] for name in PACKAGES if f"node_modules/{name}" in found}
+    return {name: found[f"node_modules/{name}"]["version"] for name in packages if f"node_modules/{name}" in found}
 
 
 def npm(arguments: list[str]) -> subprocess.CompletedProcess:

@@ -22,6 +22,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
+from braceexpand import braceexpand
 
 VERSION = 1
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -161,19 +162,35 @@ def require_pairs(folder: Path, row: dict) -> None:
             raise ValueError(f"{folder / row['name']}: no {what} (has {have}; {what} are one of {', '.join(known)}); see data.train")
 
 
+def named(given: str | Path) -> tuple[Path, list[str]]:
+    """A folder and which of its tars are meant, none for all: 'DIR/{00000..00008}.tar', in braces as shells and webdataset have them."""
+    path = Path(given)
+    if path.suffix != ".tar" or path.is_dir():
+        return path, []
+    try:
+        return path.parent, sorted(set(braceexpand(path.name)))  # as the index lists them: the order in which they are named is nothing
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; see data.train") from None
+
+
 class Shards:
     """The samples of indexed shard folders as one list: `len(shards)`, `shards[i] -> Sample`.
 
-    folders: each holds tars; captions: every shard must hold images and captions, else ValueError.
+    folders: each holds tars, or names some of a folder's, FOLDER/NAME-{00000..00008}.tar; captions: every shard must hold images and
+    captions, else ValueError.
     """
 
     def __init__(self, folders: Iterable[str | Path], captions: bool = True):
         self.paths: list[Path] = []
         self.counts: list[int] = []
-        for folder in map(Path, folders):
+        for folder, chosen in map(named, folders):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: no such folder of shards; see data.train")
-            for row in read_index(folder)["shards"]:
+            rows = {row["name"]: row for row in read_index(folder)["shards"]}
+            for name in chosen or rows:
+                if name not in rows:
+                    raise ValueError(f"{folder / name}: no such shard of {len(rows)}, {min(rows)} to {max(rows)}; see data.train")
+                row = rows[name]
                 if captions:
                     require_pairs(folder, row)
                 self.paths.append(folder / row["name"])

@@ -101,6 +101,15 @@ def test_workers_change_nothing(data):
     assert len(alone) == 10 and same(alone, two)
 
 
+def test_a_share_of_the_shards_is_a_set_of_its_own(data):
+    """A run on some of the shards sees those alone, each sample once an epoch; it is no continuation of a run on all of them."""
+    named = data / "train/{00000,00002}.tar"
+    whole, some = batches(data), batches(data, train=named)
+    seen = [key for start in range(0, 80, 16) for part in some[start] for key in some.keys(part)]
+    assert sorted(seen) == [(0, f"{shard:05d}.tar", f"{40 * shard + i:06d}") for shard in (0, 2) for i in range(40)]
+    assert whole.fingerprint() != some.fingerprint() == batches(data, train=named).fingerprint()
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_ranks_and_parts_share_the_same_batch(data, world, accumulate):

@@ -12,9 +12,10 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from data import glyphs, glyphs_sources
+from data import glyphs, glyphs_icons, glyphs_sources
 from data.glyphs import build, one_per_image, write_classification, write_retrieval
 from data.glyphs_sources import PACKAGES, UNSEEN_STYLES, Glyph
+from tests.test_glyphs_icons import imitation
 
 ANIMALS = [chr(code) for code in range(0x1F400, 0x1F43D)]  # rat .. pig nose: one emoji, one name each
 UNSEEN = ["🐒", "🐟", "🐡", "🐨", "🐸"]  # those that the split holds out
@@ -178,6 +179,18 @@ def test_skin_tones_are_kept_on_demand(built, cache, tmp_path):
     toned = [k for k, s in (read(tmp_path / "toned/train") | read(tmp_path / "toned/heldout")).items() if json.loads(s["json"])["toned"]]
     assert sorted(toned) == sorted(f"{p.split('/')[1]}__waving-hand-medium-skin-tone" for p in PACKAGES if "@iconify-json/" in p)
     assert summary["eval"] == built[1]["eval"]  # they are in no class list
+
+
+def test_icons_are_taken_on_demand(built, cache, tmp_path):
+    imitation(cache / "iconify")
+    out, summary = tmp_path / "icons", build(tmp_path / "icons", cache=cache, icons=True, progress=quiet)
+    train, before = read(out / "train"), read(built[0] / "train")
+    assert {key: train[key] for key in before} == before and {key.split("__")[0] for key in set(train) - set(before)} == {"iconify"}
+    assert summary["styles"]["iconify"]["train"] == len(train) - len(before)
+    assert len(list((out / "train").glob("*.tar"))) == 5 and summary["eval"] == built[1]["eval"]
+    assert f"\nplain: @iconify/json {glyphs_icons.PACKAGES['@iconify/json']}, MIT Some One about:one" in (out / "LICENSES.txt").read_text()
+    with pytest.raises(ValueError, match="built with other packages"):
+        build(out, cache=cache)
 
 
 def test_a_finished_build_is_found_and_anything_else_refused(built, cache, tmp_path):

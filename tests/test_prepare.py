@@ -121,8 +121,8 @@ def test_glyphs(command, tmp_path, monkeypatch):
                     eval=dict(seen=dict(images=7, classes=7), retrieval=dict(images=10)))
 
     monkeypatch.setattr(prepare, "build", build)
-    code, out, err = command("glyphs", "--out", tmp_path / "g", "--tones", "--cache", tmp_path / "c")
-    assert asked == [(tmp_path / "g", dict(cache=tmp_path / "c", tones=True, extras=False))]
+    code, out, err = command("glyphs", "--out", tmp_path / "g", "--tones", "--icons", "--cache", tmp_path / "c")
+    assert asked == [(tmp_path / "g", dict(cache=tmp_path / "c", tones=True, extras=False, icons=True))]
     assert "12,000 pairs in 1 styles: noto" in out and "7 images, 7 classes" in out
     assert f"next: python run/prepare.py tokenizer {tmp_path}/g/train --out {tmp_path}/g-tokenizer.model" in out
 

@@ -43,6 +43,19 @@ def test_what_is_written_is_read(folder):
     assert pickle.loads(pickle.dumps(shards))[13] == shards[13], "worker processes that do not fork"
 
 
+def test_some_shards_of_a_folder(folder):
+    """As many as braces name, each once, in the index's order; the rest of the folder stays what it is."""
+    some = Shards([str(folder / "{00002,00000,00002}.tar")])
+    assert [path.name for path in some.paths] == ["00000.tar", "00002.tar"] and len(some) == 16
+    assert [some[i].key for i in (0, 6, 7, 15)] == [rows(21)[i][0] for i in (0, 6, 12, 20)]
+    assert Shards([f"{folder}/{{00000..00002}}.tar"]).paths == Shards([folder]).paths
+    assert len(Shards([folder / "00001.tar"])) == 5
+    with pytest.raises(ValueError, match=r"00003\.tar: no such shard of 3, 00000\.tar to 00002\.tar; see data\.train"):
+        Shards([f"{folder}/{{00001..00003}}.tar"])
+    with pytest.raises(ValueError, match=r"Unbalanced braces.*see data\.train"):
+        Shards([f"{folder}/{{00001.tar"])
+
+
 def test_only_some_members_are_read(folder, monkeypatch):
     """A label or a caption costs its own bytes, not the image's."""
     shards, (key, parts) = Shards([folder]), rows(21)[20]
