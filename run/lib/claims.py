@@ -1,0 +1,74 @@
+"""The papers' directional claims, held against runs: run/claims.yaml says each, `judged` tells what of it holds.
+
+A claim says that one cell of a grid is better than another.  It is tested by the difference of their means over seeds, with a bootstrap
+interval: reproduced where the interval lies on the claimed side of 0, opposite where it lies on the other, not distinguishable where it
+holds 0, absent where runs are missing.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from run.lib import config, grid
+from run.lib.config import ROOT
+from run.lib.jobs import state, why
+from run.lib.results import difference
+
+FILE = ROOT / "run" / "claims.yaml"
+LEAST = 3  # seeds
+
+
+@dataclass(frozen=True)
+class Claim:
+    says: str
+    source: str  # paper, table, row
+    grid: str
+    better: str  # a cell
+    worse: str  # another
+    paper: tuple[float, float]  # their figures there, in the paper's metric
+    better_as: str = ""  # how the first is evaluated, as in the grid's `evaluate`; as in training where nothing is said
+    worse_as: str = ""
+    learned: str = ""  # what is known of why it holds or does not, at glyphs scale
+
+
+@dataclass(frozen=True)
+class Judged:
+    claim: Claim
+    verdict: str  # reproduced | not distinguishable | opposite | absent
+    found: tuple[float, float, float] | None = None  # difference, low, high
+    seeds: tuple[int, int] = (0, 0)
+    reason: str = ""  # why absent
+
+
+def read(path: Path = FILE) -> list[Claim]:
+    return [config.build(Claim, tree, f"{path.name}: ") for tree in yaml.safe_load(path.read_text())]
+
+
+def judged(scale: str, seeds: int, out: Path) -> list[Judged]:
+    return [judge(claim, scale, seeds, out) for claim in read()]
+
+
+def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
+    one = grid.read(claim.grid)
+    metric, runs = one.scale(scale).metric, one.runs(scale, [claim.better, claim.worse], seeds, out)
+    sides, missing = [], []
+    for cell, how in ((claim.better, claim.better_as), (claim.worse, claim.worse_as)):
+        name, results = metric + f" ({how})" * bool(how), [state(run.folder) for run in runs[cell]]
+        found = [result.final[name] for result in results if result.state == "complete" and name in result.final]
+        sides.append(found)
+        if len(found) < LEAST:
+            missing.append(f"{cell}: {len(found)} of {LEAST} seeds ({why(results, name) or f'{seeds} asked for'})")
+    if missing:
+        return Judged(claim, "absent", seeds=tuple(map(len, sides)), reason="; ".join(missing))
+    far, low, high = difference(*sides)
+    verdict = "reproduced" if low > 0 else "opposite" if high < 0 else "not distinguishable"
+    return Judged(claim, verdict, (far, low, high), tuple(map(len, sides)))
+
+
+def markdown(rows: list[Judged]) -> str:
+    lines = ["| claim | source | there | here | verdict |", "|---|---|---|---|---|"]
+    for row in rows:
+        claim, there = row.claim, f"{row.claim.paper[0] - row.claim.paper[1]:+.1f}"
+        here = "{:+.2f} [{:+.2f}, {:+.2f}], n={}+{}".format(*(100 * x for x in row.found), *row.seeds) if row.found else row.reason
+        lines.append(f"| {claim.says} | {claim.source} | {there} | {here} | {row.verdict} |")
+    return "\n".join(lines)

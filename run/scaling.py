@@ -1,0 +1,141 @@
+"""The papers' experiments as grids of runs: planned, trained, told in tables and plots.
+
+    python run/scaling.py list                                             the grids and their cells
+    python run/scaling.py plan   --grid flip_table8 --scale paper          what each cell costs
+    python run/scaling.py launch --grid flip_table8 --scale glyphs         train what is not trained yet; the same command goes on
+    python run/scaling.py status --grid flip_table8 --scale glyphs
+    python run/scaling.py table  --grid flip_table8 --scale glyphs         means over seeds beside the paper's figures
+    python run/scaling.py claims --scale glyphs                            what of the papers' claims holds at this scale
+
+A run is named by what it trains, under OUT/SCALE, so grids share what they have in common.  docs/scaling.md has the rest.
+"""
+import sys
+from pathlib import Path
+
+if __package__ is None:  # started as a file: import from the repository root, not from run/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from run.lib import config, grid  # noqa: E402
+from run.lib.claims import judged, markdown  # noqa: E402
+from run.lib.cli import run_script  # noqa: E402
+from run.lib.jobs import Jobs, command, state, why  # noqa: E402
+from run.lib.log import clock, short  # noqa: E402
+from run.lib.results import Result, difference, interval  # noqa: E402
+
+
+def main() -> int | None:
+    args = config.parser(__doc__)
+    kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|claims")
+    kinds.add_parser("list", help="the grids and their cells").set_defaults(do=show)
+    for name, do, text in (("launch", launch, "train what is not trained yet"), ("status", status, "how far each run is"),
+                           ("table", table, "means over seeds")):
+        kind = kinds.add_parser(name, help=text)
+        kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
+        kind.add_argument("--grid", required=True, help=f"{', '.join(grid.names())}, or a file")
+        common(kind)
+        kind.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of every cell, on top of the scale's own")
+        kind.set_defaults(do=do)
+        if name == "launch":
+            kind.add_argument("--ranks", type=int, default=2, help="processes, or GPUs, of each run")
+            kind.add_argument("--jobs", type=int, default=1, help="runs at a time, each on so many ranks")
+            kind.add_argument("--write", type=Path, metavar="DIR", help="instead of training, write a SLURM script for each run")
+            kind.add_argument("--nodes", type=int, default=1, help="of a SLURM script; each with --ranks processes")
+    kind = kinds.add_parser("claims", help="what of the papers' claims holds")
+    common(kind)
+    kind.set_defaults(do=claims)
+    found = args.parse_args()
+    return found.do(found)
+
+
+def common(kind) -> None:
+    kind.add_argument("--scale", default="glyphs", help="as the grid has them: paper, glyphs")
+    kind.add_argument("--seeds", type=int, default=3)
+    kind.add_argument("--out", type=Path, default=Path("runs/scaling"), help="where the run folders go")
+
+
+def planned(args) -> dict[str, list[grid.Planned]]:
+    return grid.read(args.grid).runs(args.scale, args.cells, args.seeds, args.out, args.set)
+
+
+def show(args) -> None:
+    for name in grid.names():
+        one = grid.read(name)
+        print(f"{name}: {one.title}\n  {one.source}\n  cells: {' | '.join(one.cells)}\n  scales: {' | '.join(one.scales)}")
+
+
+def launch(args) -> int:
+    runs = [run for cell in planned(args).values() for run in cell]
+    if args.write:
+        return write_scripts(runs, args)
+    runs.sort(key=lambda run: run.cfg.seed)  # one seed of every cell before the next
+    return 0 if Jobs(runs, args.ranks, args.jobs).go() else 1
+
+
+def write_scripts(runs: list[grid.Planned], args) -> int:
+    """One sbatch script a run, for a cluster: the launcher's processes by srun (docs/running.md)."""
+    args.write.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        line = " ".join(f"'{word}'" if set(word) & set(" {}()[]") else word for word in command(run, ["python"]))
+        script = args.write / f"{run.folder.name}.sbatch"
+        after = "".join(f"\n# after {need.name}" for need in run.needs)
+        script.write_text(f"""#!/bin/bash
+#SBATCH --job-name={run.folder.name}
+#SBATCH --nodes={args.nodes}
+#SBATCH --ntasks-per-node={args.ranks}
+#SBATCH --gpus-per-node={args.ranks}{after}
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1) MASTER_PORT=29500
+resume=$([ -e {run.folder}/config.yaml ] && echo --resume)
+srun bash -c "RANK=\\$SLURM_PROCID LOCAL_RANK=\\$SLURM_LOCALID WORLD_SIZE=\\$SLURM_NTASKS exec {line} $resume"
+""")
+    print(f"{args.write}: {len(runs)} scripts; sbatch each, those that others need first")
+    return 0
+
+
+def status(args) -> None:
+    for cell, runs in planned(args).items():
+        for run in runs:
+            found = state(run.folder)
+            took = f"{clock(found.seconds)}, {short(found.samples_per_s)}/s" if found.seconds else ""
+            print(f"{cell:24} seed {run.cfg.seed}  {found.state:9} {took or found.reason}  {run.folder}")
+
+
+def table(args) -> None:
+    """A Markdown table: the metric with its interval, its difference to the first cell, the paper's, and the cost."""
+    one = grid.read(args.grid)
+    metric, runs = one.scale(args.scale).metric, planned(args)
+    done = {cell: [state(run.folder) for run in found] for cell, found in runs.items()}
+    first = next(iter(one.cells))
+    base = values(done.get(first, []), metric)
+    print(f"{one.title}: {metric}, {args.scale}; {one.source}\n")
+    print(f"| cell | % | to {first} | paper | to {first} | samples/s | seconds | GiB |\n" + "|---" * 8 + "|")
+    for cell, results in done.items():
+        mine, paper = values(results, metric), one.paper.get(cell)
+        there = f"| {paper} | {paper - one.paper[first]:+.1f} |" if paper and first in one.paper else "| | |"
+        if not mine:
+            print(f"| {cell} | absent: {why(results, metric)} | {there} | | |")
+            continue
+        to = percent(difference(mine, base), "+") if base and cell != first else ""
+        cost = " | ".join(f"{mean(results, name):.3g}" for name in ("samples_per_s", "seconds", "memory_gib"))
+        print(f"| {cell} | {percent(interval(mine))} n={len(mine)} | {to} {there} {cost} |")
+
+
+def values(results: list[Result], metric: str) -> list[float]:
+    return [result.final[metric] for result in results if result.state == "complete" and metric in result.final]
+
+
+def mean(results: list[Result], name: str) -> float:
+    known = [getattr(result, name) for result in results if result.state == "complete" and getattr(result, name)]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def percent(found: tuple[float, float, float], sign: str = "") -> str:
+    middle, low, high = (100 * value for value in found)
+    return f"{middle:{sign}.2f}" if low != low else f"{middle:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def claims(args) -> None:
+    print(markdown(judged(args.scale, args.seeds, args.out)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,151 @@
+"""Grids of runs: every shipped one resolves, what two have in common is trained once, kills lose and repeat nothing, claims are judged.
+
+    bash run/test.sh tests/test_scaling.py -m slow -s
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from run.lib import claims, config, grid, jobs
+from tests.tiny import ROOT, environment, shards
+
+STEPS = 30
+GRIDS = {name: grid.read(name) for name in grid.names()}
+
+
+@pytest.mark.parametrize("name, scale", [(name, scale) for name, one in GRIDS.items() for scale in one.scales])
+def test_every_cell_is_a_config(name, scale):
+    runs = GRIDS[name].runs(scale, [], 2, Path("out"))
+    assert list(runs) == list(GRIDS[name].cells) or set(runs) == set(GRIDS[name].cells)
+    folders = [run.folder for cell in runs.values() for run in cell]
+    assert len(folders) == len(set(folders)), "two cells of a grid train the same"
+    for run in (run for cell in runs.values() for run in cell):
+        assert config.load(run.source, run.changes) == run.cfg, "the command line trains what was planned"
+
+
+def test_the_cells_of_flips_table_8():
+    runs = {cell: runs[0].cfg for cell, runs in GRIDS["flip_table8"].runs("paper", [], 1, Path("out")).items()}
+    assert {cell: (cfg.model.size, cfg.data.train, cfg.samples) for cell, cfg in runs.items()} == {
+        "baseline": ("L/16", ("/data/laion400m",), 12_800_000_000), "model": ("H/14", ("/data/laion400m",), 12_800_000_000),
+        "data": ("L/16", ("/data/laion2b",), 12_800_000_000), "schedule": ("L/16", ("/data/laion400m",), 25_600_000_000),
+        "model+data": ("H/14", ("/data/laion2b",), 12_800_000_000), "joint": ("H/14", ("/data/laion2b",), 25_600_000_000)}
+
+
+def test_what_grids_have_in_common_is_one_run():
+    both = [{run.folder for cell in GRIDS[name].runs("glyphs", [], 1, Path("out")).values() for run in cell}
+            for name in ("glip_table2", "glip_table7")]
+    assert len(both[0] & both[1]) == 4, "random and gaussian masks of half, and these tuned"
+
+
+def test_a_folder_is_named_by_what_its_results_depend_on():
+    one = config.load("run/configs/quickstart.yaml")
+    for same in ("seed=3", "run=elsewhere", "log_every=3", "data.workers=0", "deepspeed=ds_configs/zero1.json"):
+        assert grid.digest(config.load("run/configs/quickstart.yaml", [same])) == grid.digest(one)
+    for other in ("samples=129k", "views.image.mask=random(0.6)", "model.vision.eps=1e-5", "data.text_mask=random(0.5)"):
+        assert grid.digest(config.load("run/configs/quickstart.yaml", [other])) != grid.digest(one)
+
+
+@pytest.mark.parametrize("claim", claims.read(), ids=lambda claim: claim.says)
+def test_claims_are_of_cells_and_say_what_their_papers_do(claim):
+    one = GRIDS[claim.grid]
+    for cell, how, paper in ((claim.better, claim.better_as, claim.paper[0]), (claim.worse, claim.worse_as, claim.paper[1])):
+        assert cell in one.cells
+        assert how in one.evaluate[cell] if how else one.paper[cell] == paper
+    assert claim.paper[0] > claim.paper[1]
+
+
+def test_there_are_claims_of_all_four_papers():
+    rows = claims.read()
+    assert len(rows) >= 12 and {row.source.split()[0] for row in rows} == {"FLIP", "GLIP", "A-CLIP", "MaskCLIP"}
+
+
+def finished(run: Path, planned: grid.Planned, value: float) -> None:
+    """A run folder as after training, whose metric is `value`."""
+    run.mkdir(parents=True)
+    config.save(planned.cfg, run / "config.yaml", {})
+    samples = planned.cfg.steps * planned.cfg.batch
+    (run / "metrics.jsonl").write_text(json.dumps(dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)) + "\n")
+    row = {"step": 1, "samples": samples, "weights": "student", "zero_shot/seen_concepts_seen_style/top1": value}
+    (run / "results.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize("gains, verdict", [((0.02, 0.03, 0.04), "reproduced"), ((-0.02, 0.01, 0.00), "not distinguishable"),
+                                            ((-0.02, -0.03, -0.02), "opposite"), ((0.02, 0.03), "absent")])
+def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
+    claim = next(claim for claim in claims.read() if claim.better == "gaussian 50")
+    runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
+    for planned in runs[claim.worse]:
+        finished(planned.folder, planned, 0.1)
+    for planned, gain in zip(runs[claim.better], gains):
+        finished(planned.folder, planned, 0.1 + gain)
+    found = claims.judge(claim, "glyphs", 3, tmp_path)
+    assert found.verdict == verdict
+    line = claims.markdown([found])
+    assert verdict in line and (("1 not trained" in line) == (verdict == "absent"))
+
+
+# --- training
+
+def tiny_grid(folder: Path) -> Path:
+    data = shards(folder / "data")
+    settings = [f"data.train={data / 'train'}", f"data.tokenizer=sentencepiece({data / 'tokenizer.model'})", "data.workers=0",
+                "model.size=nano/8", "model.image_size=32", "batch=16", f"samples={16 * STEPS}", "log_every=1", "save_every=64",
+                "optim.warmup=64", f"evals=[zero_shot:{data / 'eval' / 'shapes'}]"]
+    scale = dict(config="quickstart", metric="zero_shot/shapes/top1", changes=dict(more=["views.image.mask=none"]), set=settings)
+    cells = dict(base=[], tuned=["init={base}", "more"], broken=["data.train=nowhere"], after=["init={broken}"])
+    tree = dict(title="tiny", source="none", cells=cells, evaluate={"base": ["mask random(0.5)"]}, scales=dict(glyphs=scale))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return folder / "tiny.yaml"
+
+
+@pytest.mark.slow
+def test_kills_lose_and_repeat_nothing(tmp_path):
+    """The launcher is killed alone, its run going on without it; then both are killed; the same command then finishes what is left."""
+    path, out = tiny_grid(tmp_path), tmp_path / "runs"
+    line = [sys.executable, "run/scaling.py", "launch", "--grid", path, "--seeds", "1", "--out", out, "--ranks", "1"]
+    runs = {cell: runs[0].folder for cell, runs in grid.read(str(path)).runs("glyphs", [], 1, out).items()}
+
+    def begun(run: Path, step: int) -> subprocess.Popen:
+        process = subprocess.Popen(list(map(str, line)), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        limit = time.time() + 120
+        while len(steps(run)) < step:
+            assert process.poll() is None and time.time() < limit, (runs, list(out.rglob("*.log")))
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        return process
+
+    begun(runs["base"], 5)  # its training goes on, alone
+    begun(runs["tuned"], 5)
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            if str(runs["tuned"]) in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+        except OSError:
+            continue
+    done = subprocess.run(list(map(str, line)), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 1, "one cell cannot be trained"
+    for cell in ("base", "tuned"):
+        assert jobs.state(runs[cell]).state == "complete" and steps(runs[cell]) == list(range(1, STEPS + 1)), cell
+    assert len((runs["base"] / "command.txt").read_text().splitlines()) == 1, "trained once"
+    assert any(name.endswith("(mask random(0.5))") for name in jobs.state(runs["base"]).final)
+    assert "no such folder of shards" in jobs.state(runs["broken"]).reason
+    told = subprocess.run(list(map(str, [*line[:2], "table", *line[3:-2]])), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    print(told.stdout)
+    assert "| broken | absent: 1 exit code 2: error: nowhere: no such folder of shards; see data.train" in told.stdout
+    assert f"| after | absent: 1 it needs {runs['broken']}, which failed" in told.stdout
+
+
+def steps(run: Path) -> list[int]:
+    if not (run / "metrics.jsonl").exists():
+        return []
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [row["step"] for row in rows if "loss" in row]
