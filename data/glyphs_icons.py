@@ -1,4 +1,4 @@
-"""Icons for glyphs: the colour sets of the npm package @iconify/json, 32 sets of interface icons, logos, file types, flags and weather.
+"""Icons for glyphs: the colour sets of the npm package @iconify/json, 31 sets of interface icons, logos, file types, flags and weather.
 
 All are of one style, `iconify`; a sample's json names its `set`.  Taken are the sets with more than one colour, without emoji (the default
 styles are drawings of the same ones) and without Microsoft's (its family of styles is held out).  A name becomes a caption without what
@@ -19,6 +19,8 @@ from data.glyphs_sources import Glyph, Vocabulary, draw_svg, install, split, svg
 PACKAGES = {"@iconify/json": "2.2.535"}  # npm package -> version
 STYLE = "iconify"
 HELD_OUT_MAKER = "Microsoft"  # glyphs_sources.UNSEEN_STYLES
+NOTOS = "unjs"  # a set of logos that are Noto's emoji
+COPIES = ("thesvg-color_nano-banana-google", "material-icon-theme_taze", "vscode-icons_file-type-snort")  # emoji of default styles
 VARIANT = {  # set -> what ends a name there, beside numbers and the suffixes that the set itself declares
     "icon-park": "one|two|three|four|five|six|seven|eight|nine|ten",
     "streamline-stickies-color": "duo",
@@ -37,7 +39,6 @@ SAYS = {  # set or category -> how a caption says what kind of picture it is: (p
     "cryptocurrency-color": ((r"$", "-token"),),
     "devicon": ((r"$", "-logo"),),
     "skill-icons": ((r"$", "-logo"),),
-    "unjs": ((r"$", "-logo"),),
     "gcp": ((r"^", "google-cloud-"),),
     "k8s": ((r"^", "kubernetes-"),),
     "vscode-icons": FILES,
@@ -62,7 +63,7 @@ def collect(cache: Path, words: Vocabulary) -> tuple[list[Glyph], dict[str, dict
 
 
 def wanted(name: str, info: dict) -> bool:
-    emoji = "emoji" in name or info.get("category") == "Emoji"
+    emoji = "emoji" in name or info.get("category") == "Emoji" or name == NOTOS
     return bool(info.get("palette")) and not emoji and HELD_OUT_MAKER not in info["author"]["name"]
 
 
@@ -77,7 +78,8 @@ def icons(data: dict, info: dict, words: Vocabulary, secret: re.Pattern) -> Iter
     name, category, size = data["prefix"], info.get("category", ""), (data.get("width", 16), data.get("height", 16))
     groups = {icon: group for group, members in data.get("categories", {}).items() for icon in members}
     for icon, drawing in sorted(data["icons"].items()):
-        if drawing.get("hidden") or len(f"{STYLE}__{name}_{icon}.json") > TAR_NAME:
+        key = f"{name}_{icon}"
+        if drawing.get("hidden") or key in COPIES or len(f"{STYLE}__{key}.json") > TAR_NAME:
             continue
         text = bare(icon, [*data.get("suffixes", {}), VARIANT.get(name, "")])
         emoji = flag(text) if category == FLAGS else ""
@@ -87,7 +89,7 @@ def icons(data: dict, info: dict, words: Vocabulary, secret: re.Pattern) -> Iter
             about |= dict(group=groups.get(icon, category), set=name)
             if secret.search(caption):
                 about["concept_split"] = "test"
-            yield Glyph(STYLE, f"{name}_{icon}", "png", caption, about, partial(draw, svg(drawing, size)))
+            yield Glyph(STYLE, key, "png", caption, about, partial(draw, svg(drawing, size)))
 
 
 def bare(icon: str, variants: list[str]) -> str:

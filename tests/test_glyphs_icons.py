@@ -28,10 +28,10 @@ def info(palette=True, category="UI Multicolor", author="Some One", **more):
 
 
 def imitation(cache):
-    """Sets with colours; one in black, one of emoji, one of Microsoft's, which are all left out."""
+    """Sets with colours; one in black, of emoji, of Noto's drawings as logos, of Microsoft's, which are all left out."""
     folder = cache / "node_modules/@iconify/json"
     (folder / "json").mkdir(parents=True)
-    square = '<path d="M0 0h{}v19H0z" fill="#c00"/>'
+    square = '<path d="M0 0h{}v{}H0z" fill="#c00"/>'
     sets = {
         "plain": (info(), "credit-card-5-flat goat goat-2 goat-2-flat monkey two-monkey-trees q-1 blind-light".split(),
                   {"suffixes": {"flat": "Flat"}}),
@@ -39,14 +39,16 @@ def imitation(cache):
         "cif": (info(category="Flags / Maps"), ["fr", "br", "zz", "lang-fr"], {}),
         "black": (info(palette=False), ["goat"], {}),
         "noto": (info(category="Emoji"), ["goat"], {}),
+        "unjs": (info(category="Logos"), ["goat"], {}),
+        "thesvg-color": (info(category="Logos"), ["nano-banana-google"], {}),
         "fluent-color": (info(author="Microsoft Corporation"), ["goat"], {}),
     }
     for number, (name, (_, icons, more)) in enumerate(sets.items()):
-        drawings = {icon: {"body": square.format(13 + n + 8 * number)} for n, icon in enumerate(icons)}
+        drawings = {icon: {"body": square.format(20 + n, 20 + number)} for n, icon in enumerate(icons)}
         drawings |= {"gone": {"body": "", "hidden": True}}
         if name == "plain":
             drawings["goat-2-flat"] = drawings["goat-2"]
-            drawings["blind-light"] = {"body": square.format(40).replace("#c00", "#fff")}
+            drawings["blind-light"] = {"body": square.format(40, 40).replace("#c00", "#fff")}
             more = more | {"categories": {"Animals": ["goat"]}}
         data = dict(prefix=name, icons=drawings, width=64, height=64, **more)
         (folder / f"json/{name}.json").write_text(json.dumps(data))
@@ -75,7 +77,7 @@ def test_icons_are_named_and_held_out(cache):
     assert about["logos_goat-icon"]["emoji"] == "", "a brand of that name is no goat"
     assert [about[name]["group"] for name in ("plain_goat", "plain_goat-2")] == ["Animals", "UI Multicolor"]
     assert about["cif_fr"] == about["cif_fr"] | {"style": "iconify", "set": "cif", "license": "MIT", "concept": "🇫🇷"}
-    assert set(credits) == {"plain", "logos", "cif"}
+    assert set(credits) == {"plain", "logos", "cif", "thesvg-color"}
     assert credits["cif"] == dict(package="@iconify/json", version="2.2.535", licence="MIT", author="Some One", url="about:one")
 
 
