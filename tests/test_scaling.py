@@ -72,7 +72,7 @@ def finished(run: Path, planned: grid.Planned, value: float) -> None:
     config.save(planned.cfg, run / "config.yaml", {})
     samples = planned.cfg.steps * planned.cfg.batch
     (run / "metrics.jsonl").write_text(json.dumps(dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)) + "\n")
-    row = {"step": 1, "samples": samples, "weights": "student", "zero_shot/seen_concepts_seen_style/top1": value}
+    row = {"step": 1, "samples": samples, "weights": "student", "zero_shot/seen_concepts_unseen_style/top1": value}
     (run / "results.jsonl").write_text(json.dumps(row) + "\n")
 
 

@@ -21,7 +21,7 @@ from run.lib import config
 from run.lib.config import ROOT, Run
 
 FOLDER = ROOT / "run" / "grids"
-HOLE = re.compile(r"\{([^{}:]+)\}")
+HOLE = re.compile(r"\{((?:(?!\.\.)[^{}:])+)\}")  # neither {a: b} nor a range of shards, {00000..00007}
 IDLE = ("run", "seed", "deepspeed", "log_every", "save_every", "keep")  # what a run's results do not depend on
 
 
