@@ -4,6 +4,8 @@
 """
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model.convert import open_clip, portable, timm
 from tests.test_convert_open_clip import FLAVOURS, made
+from tests.tiny import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +142,20 @@ def test_nothing_that_a_user_has_is_touched(good, tmp_path, convert):
     assert convert("glimpse", good / "open_clip", tmp_path / "out", "--image-size", "0")[0] == 2
     assert convert("glimpse", good / "open_clip", f"{tmp_path}/out/")[0] == 0
     assert (tmp_path / "out.part" / "mine").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_flips_file_is_written_a_tensor_at_a_time():
+    """Four of 32 MiB by a process that grows by less than two of them."""
+    program = """
+import resource, tempfile
+from pathlib import Path
+import torch
+from model.convert import flip_jax
+from model.convert.rules import Tensors
+meta = {f"w{i}": torch.empty(2**23, device="meta") for i in range(4)}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with tempfile.TemporaryDirectory() as folder:
+    flip_jax.write(Path(folder, "checkpoint"), Tensors(meta, lambda name: torch.ones(2**23)), torch.float32)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) < 64, done.stdout + done.stderr

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -250,8 +251,11 @@ def write(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
                 yield from put(below)
         elif isinstance(node, str):
             data = tensors[node].detach().to(dtype).contiguous().cpu()
-            body = data.reshape(-1).view(torch.uint8).numpy().tobytes()
-            yield pack.pack(msgpack.ExtType(1, msgpack.packb((list(data.shape), str(dtype).removeprefix("torch."), body))))
+            body = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+            head = pack.pack_array_header(3) + pack.pack(list(data.shape)) + pack.pack(str(dtype).removeprefix("torch."))
+            head += b"\xc6" + struct.pack(">I", len(body))  # bytes, as many; msgpack itself would hold them several times over
+            yield b"\xc9" + struct.pack(">IB", len(head) + len(body), 1) + head
+            yield body
         else:
             yield pack.pack(node)
 

@@ -57,8 +57,11 @@ def write(folder: Path, tensors: Tensors, places: Mapping[str, Place], objects: 
     writer.set_up_storage_writer(True)
     plans, index = create_default_global_save_plan([SavePlan(pieces.items(rank)) for rank in range(ranks)])
     plans = writer.prepare_global_plan(plans)
-    torch.save(common, folder / COMMON)
-    writer.finish(index, [writer.write_data(plan, pieces).value() for plan in plans])
+    try:
+        torch.save(common, folder / COMMON)
+        writer.finish(index, [writer.write_data(plan, pieces).value() for plan in plans])
+    except RuntimeError as error:  # of torch's archives, which know no OSError
+        raise OSError(f"{folder}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
     sign = dict(sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1)
     (folder / SIGN).write_text(json.dumps(sign))
 

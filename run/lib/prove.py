@@ -1,7 +1,7 @@
 """A conversion proves itself: what was written is read again bit for bit, and the foreign library's own model, run beside ours, agrees."""
-import os
 from collections.abc import Callable
 
+import psutil  # deepspeed needs it, too
 import torch
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def same_tensors(one: Tensors, other: Tensors, dtype: torch.dtype) -> str | None
 
 def fits(model: Portable) -> bool:
     """Is there memory for two of it in fp32, and a third in between?"""
-    return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < psutil.virtual_memory().available
 
 
 @torch.no_grad()
