@@ -1,8 +1,12 @@
-"""Make pages to look at from a run.
+"""Make pages to look at from runs: one file each, no network.
 
+    python run/report.py runs/study/* --out report.html         curves, results and cost of runs, of several seeds with intervals; what
+                                                                masks keep; configs and commands.  Plots (PNG) and tables (CSV) beside it
     python run/report.py masks --run runs/aclip_nano            what each strategy keeps of the same images, the model's attention,
                                                                 and where an image resembles its caption
-Writes RUN/report/masks.png and masks.html (one file, no network).  The run's last checkpoint is read; nothing of the run is changed.
+Runs that differ in their seed alone are one group, and the first group is what the others are compared with.  A run that is missing,
+cut off or not evaluated is told as absent, with the reason.  `masks` writes RUN/report/masks.png and masks.html.  For pictures a run's
+last checkpoint is read; nothing of a run is changed.
 """
 import sys
 from pathlib import Path
@@ -10,74 +14,71 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import base64  # noqa: E402
-import html  # noqa: E402
-import io  # noqa: E402
-
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
-
 from data.shards import Shards  # noqa: E402
 from data.stream import is_stream  # noqa: E402
-from run.lib import config, models, pictures, ranks  # noqa: E402
-
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222;background:#fff}
-table{border-collapse:collapse;width:100%;table-layout:fixed}th{font-weight:600;font-size:.8rem;vertical-align:bottom;padding:.2rem}
-td{padding:.1rem}img{width:100%;display:block;image-rendering:pixelated}.caption{font-size:.8rem;overflow-wrap:anywhere}.wide{overflow-x:auto}
-@media(max-width:50rem){table{width:60rem}}"""
+from run.lib import config, markup, models, pages, pictures, ranks  # noqa: E402
+from run.lib.jobs import state  # noqa: E402
+from run.lib.results import by_seed  # noqa: E402
 
 
-def masks(args) -> None:
-    path = models.find(Path(args.run).resolve())
-    if args.count < 1:
-        raise ValueError(f"--count {args.count}: a number of images, 1 or more")
-    if not args.images and (models.home(path) == path or is_stream(models.config_of(path).data.train)):
-        raise ValueError("--images: the model was trained on no folder of shards that is known here; name one")
-    cfg, tokenizer, method = models.opened(path)
-    chosen = pictures.examples(Shards(args.images or cfg.data.train), args.count)
-    if not chosen:
-        raise ValueError(f"--images: none of {args.count} samples can be read; run: run/prepare.py check DIR")
-    found = pictures.gallery(method, cfg, tokenizer, *chosen)
+def compare() -> None:
+    args = config.parser(__doc__)
+    args.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is what the others are compared with")
+    args.add_argument("--out", default="report.html", help="the page; default: report.html")
+    args.add_argument("--images", nargs="+", help="folders of shards for the pictures; default: each run's own data.train")
+    args.add_argument("--count", type=int, default=4, help="images of each group; 0: no pictures, and no checkpoint is read")
+    found = args.parse_args()
+    runs = [state(Path(run)) for run in found.runs]
+    if all(run.config is None for run in runs):
+        raise ValueError(f"RUN: {runs[0].run}: {runs[0].reason}" + f", and {len(runs) - 1} more like it" * (len(runs) > 1))
+    groups, galleries = by_seed(runs), {}
+    for label, group in groups.items() if found.count > 0 else ():
+        for run in group:  # the first that has a checkpoint
+            try:
+                galleries[label] = gallery(models.find(run.run.resolve()), found.images, found.count)[:2]
+                break
+            except (ValueError, OSError) as fault:
+                galleries[label] = run.reason or str(fault)
+    for label, group in groups.items():
+        print(f"{label}: {', '.join(f'{run.run.name} {run.state}' + f' ({run.reason})' * bool(run.reason) for run in group)}")
+    page, *others = pages.write(Path(found.out), groups, galleries)
+    print(f"wrote {page}, and beside it {', '.join(path.name for path in others)}")
+
+
+def masks() -> None:
+    args = config.parser(__doc__)
+    args.add_argument("masks")
+    args.add_argument("--run", required=True, help="a run folder, one of its checkpoints, or a converted model")
+    args.add_argument("--images", nargs="+", help="folders of shards to take images from; default: the run's own data.train")
+    args.add_argument("--count", type=int, default=8, help="images")
+    given = args.parse_args()
+    path = models.find(Path(given.run).resolve())
+    if given.count < 1:
+        raise ValueError(f"--count {given.count}: a number of images, 1 or more")
+    found, captions, cfg = gallery(path, given.images, given.count)
     folder = models.home(path) / "report"
     folder.mkdir(exist_ok=True)
-    Image.fromarray(pictures.sheet(found).permute(1, 2, 0).numpy()).save(folder / "masks.png")
-    (folder / "masks.html").write_text(page(found, chosen[1], cfg, models.origin(path)))
+    (folder / "masks.png").write_bytes(markup.encoded(pictures.sheet(found), "png"))
+    what = f"{cfg.run}: {cfg.method}, {cfg.model.size}, after {models.origin(path)['samples']:,} samples. {pages.KEY}"
+    (folder / "masks.html").write_text(markup.document(f"Masks: {cfg.run}", f"<h1>What each mask keeps</h1><p>{markup.escape(what)}</p>"
+                                                       + markup.gallery_table(found, captions)))
     print(f"columns: {' | '.join(found)}\nwrote {folder / 'masks.png'} and {folder / 'masks.html'}")
 
 
-def page(found: dict[str, Tensor], captions: list[str], cfg: config.Run, state: dict) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("caption", *found))
-    rows = ""
-    for i, caption in enumerate(captions):
-        cells = "".join(f"<td>{inline(column[i], name)}</td>" for name, column in found.items())
-        rows += f'<tr><td class="caption">{html.escape(caption)}</td>{cells}</tr>'
-    title, what = html.escape(cfg.run), f"{cfg.method}, {cfg.model.size}, after {state['samples']:,} samples."
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Masks: {title}</title><style>{STYLE}</style><h1>What each mask keeps</h1>
-<p>{title}: {what} Grey patches are hidden. Attention: of the class token, bright where it looks.
-Resemblance: of each patch's embedding to the caption's.</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></html>
-"""
-
-
-def inline(image: Tensor, name: str) -> str:
-    """(3, H, W) uint8 as an <img> that carries its pixels."""
-    out = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "PNG")
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
+def gallery(path: Path, images: list[str] | None, count: int) -> tuple[dict, list[str], config.Run]:
+    """(columns of pictures, captions, config) of what models.find found, on its own images where no others are named."""
+    if not images and (models.home(path) == path or is_stream(models.config_of(path).data.train)):
+        raise ValueError("--images: the model was trained on no folder of shards that is known here; name one")
+    cfg, tokenizer, method = models.opened(path)
+    chosen = pictures.examples(Shards(images or cfg.data.train), count)
+    if not chosen:
+        raise ValueError(f"--images: none of {count} samples can be read; run: run/prepare.py check DIR")
+    return pictures.gallery(method, cfg, tokenizer, *chosen), chosen[1], cfg
 
 
 def main() -> None:
-    args = config.parser(__doc__)
-    kinds = args.add_subparsers(required=True, metavar="masks")
-    kind = kinds.add_parser("masks", help="what each strategy keeps")
-    kind.add_argument("--run", required=True, help="a run folder, one of its checkpoints, or a converted model")
-    kind.add_argument("--images", nargs="+", help="folders of shards to take images from; default: the run's own data.train")
-    kind.add_argument("--count", type=int, default=8, help="images")
-    kind.set_defaults(do=masks)
-    found = args.parse_args()
     ranks.start()
-    found.do(found)
+    (masks if sys.argv[1:2] == ["masks"] else compare)()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python run/scaling.py launch --grid flip_table8 --scale glyphs         train what is not trained yet; the same command goes on
     python run/scaling.py status --grid flip_table8 --scale glyphs
     python run/scaling.py table  --grid flip_table8 --scale glyphs         means over seeds beside the paper's figures
+    python run/scaling.py report --grid flip_table8 --scale glyphs         a page of the same, with curves, costs, commands and configs
     python run/scaling.py claims --scale glyphs                            what of the papers' claims holds at this scale
 
 A run is named by what it trains, under OUT/SCALE, so grids share what they have in common.  docs/scaling.md has the rest.
@@ -15,7 +16,7 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from run.lib import config, grid  # noqa: E402
+from run.lib import config, grid, pages  # noqa: E402
 from run.lib.claims import judged, markdown  # noqa: E402
 from run.lib.cli import run_script  # noqa: E402
 from run.lib.jobs import Jobs, command, state, why  # noqa: E402
@@ -25,10 +26,10 @@ from run.lib.results import Result, difference, interval  # noqa: E402
 
 def main() -> int | None:
     args = config.parser(__doc__)
-    kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|claims")
+    kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|report|claims")
     kinds.add_parser("list", help="the grids and their cells").set_defaults(do=show)
     for name, do, text in (("launch", launch, "train what is not trained yet"), ("status", status, "how far each run is"),
-                           ("table", table, "means over seeds")):
+                           ("table", table, "means over seeds"), ("report", report, "a page of results, curves and cost")):
         kind = kinds.add_parser(name, help=text)
         kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
         kind.add_argument("--grid", required=True, help=f"{', '.join(grid.names())}, or a file")
@@ -117,6 +118,13 @@ def table(args) -> None:
         to = percent(difference(mine, base), "+") if base and cell != first else ""
         cost = " | ".join(f"{mean(results, name):.3g}" for name in ("samples_per_s", "seconds", "memory_gib"))
         print(f"| {cell} | {percent(interval(mine))} n={len(mine)} | {to} {there} {cost} |")
+
+
+def report(args) -> None:
+    """The grid's page beside its runs, without pictures of masks, which run/report.py has."""
+    groups = {cell: [state(run.folder) for run in runs] for cell, runs in planned(args).items()}
+    found, *others = pages.write(args.out / args.scale / f"{Path(args.grid).stem}.html", groups, title=grid.read(args.grid).title)
+    print(f"wrote {found}, and beside it {', '.join(path.name for path in others)}")
 
 
 def values(results: list[Result], metric: str) -> list[float]:

@@ -18,7 +18,8 @@ ONLY_IN = {"deepspeed": ("run/lib/engine.py", "run/lib/ranks.py", "run/lib/zero_
            "torch.distributed": ("model/collectives.py", "model/convert/torch_dist.py", "run/lib/", "tests/"),
            "webdataset": ("data/stream.py", "tests/"), "sentencepiece": ("data/tokenizer.py", "data/tokenizer_files.py"),
            "tokenizers": ("data/tokenizer.py", "data/tokenizer_files.py"), "megatron": ("model/parallel.py", "tests/"),
-           "torch.utils.tensorboard": ("run/lib/log.py",), "argparse": ("run/lib/config.py", "model/convert/files.py", "tests/")}
+           "torch.utils.tensorboard": ("run/lib/log.py",),
+           "matplotlib": ("run/lib/plots.py",), "argparse": ("run/lib/config.py", "model/convert/files.py", "tests/")}
 LONGEST = 300
 
 
