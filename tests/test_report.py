@@ -96,10 +96,14 @@ def test_page_needs_nothing_else(made):
     assert text.count("--config quickstart.yaml") == 6 and "Unlike the first: samples: 800." in text and "whole config" in text
 
 
-def vertices(text, of):
-    """How many points the line of that id has in the page, or None."""
+def across(text, of):
+    """Where the points of the line of that id lie from left to right in the page; None where there is no such line."""
     found = re.search(rf'<g id="{re.escape(of)}">\s*<path d="([^"]*)"', text)
-    return found and len(re.findall("[ML]", found[1]))
+    return found and [float(x) for x in re.findall(r"[ML] ([\d.]+)", found[1])]
+
+
+def vertices(text, of):
+    return (found := across(text, of)) and len(found)
 
 
 def test_plots(made):
@@ -107,6 +111,7 @@ def test_plots(made):
     text, curve, time = made[1][0].read_text(), "zero_shot_shapes_top1_by_samples", "zero_shot_shapes_top1_by_time"
     assert [vertices(text, f"{curve}-line-{label}") for label in ("base", "long", "cut", "wide")] == [2, 2, 1, None]
     assert f'id="{curve}-scaled-long"' in text and text.count("-scaled-") == 1 and f'id="{curve}-chance"' in text
+    assert across(text, f"{curve}-scaled-long") == across(text, f"{curve}-line-base"), "400 and 800 at the half"
     assert "long, x scaled by 0.5" in text and "samples seen" in text and "zero-shot top-1 (%)" in text
     assert [f'id="{time}-line-{label}"' in text for label in ("base", "long", "cut", "wide")] == [True, True, False, False]
     assert "training time (minutes)" in text
