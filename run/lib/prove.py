@@ -1,7 +1,7 @@
 """A conversion proves itself: what was written is read again bit for bit, and the foreign library's own model, run beside ours, agrees."""
 from collections.abc import Callable
 
-import psutil  # deepspeed needs it, too
+import psutil
 import torch
 from torch import Tensor
 

@@ -20,7 +20,6 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.convert.files import UNSAFE, first_line
 from model.convert.rules import Tensors
@@ -43,8 +42,8 @@ class Run:
 def structure(file: Path) -> dict:
     """What a file holds, its tensors without their values."""
     try:
-        with FakeTensorMode(), torch.serialization.safe_globals(TYPES):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(TYPES):
+            return torch.load(file, map_location="meta", weights_only=True)  # which notes where in the file each storage lies
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{file}: refused ({wanted[1]}): {UNSAFE}") from None
