@@ -26,15 +26,13 @@ from collections.abc import Callable  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from data.augment import View, random_view  # noqa: E402
-from data.batches import plan  # noqa: E402
 from data.masking import parse  # noqa: E402
 from data.patches import visible  # noqa: E402
 from model import losses  # noqa: E402
 from model.methods import METHODS  # noqa: E402
-from run.lib import cli, config  # noqa: E402
+from run.lib import cli, config, made, trace  # noqa: E402
 from run.lib.log import peak_gib  # noqa: E402
 from run.lib.ranks import to_device  # noqa: E402
 
@@ -73,7 +71,7 @@ def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]
     torch.manual_seed(0)
     method = METHODS[cfg.method](cfg.model, 49408, cfg.data.context, cfg.options).to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-5)
-    part = to_device(made_up(cfg, tokens, batch))
+    part = to_device(made.part(cfg, tokens, batch))
     pairs = [pair for teacher, student in method.averaged() for pair in zip(teacher.parameters(), student.parameters())]
 
     def step():
@@ -85,23 +83,6 @@ def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]
         for teacher, student in pairs:
             teacher.data.lerp_(student.data, 0.004)
     return step
-
-
-def made_up(cfg: config.Run, tokens: float, batch: int) -> dict:
-    """A part of a batch as the config's loader makes it, of random pixels and captions of half to one and a half `tokens`."""
-    views, side = {}, 256.0
-    for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
-        L = grid[0] * grid[1]
-        keep = mask(torch.rand(batch, L), grid)
-        hide = torch.ones(batch, L, dtype=torch.bool).scatter_(1, keep, False).nonzero()[:, 1].view(batch, -1)
-        pixels = lambda count: torch.randint(0, 256, (batch, count, 3 * cfg.model.patch ** 2), dtype=torch.uint8)  # noqa: E731
-        box = torch.cat([torch.rand(batch, 2) * side / 8, torch.full((batch, 2), 0.75 * side)], 1)
-        views[name] = dict(patches=pixels(keep.shape[1]), positions=keep.to(torch.int16), noise=torch.rand(batch, L), box=box,
-                           hidden=pixels(hide.shape[1]), hidden_positions=hide.to(torch.int16))
-    low, high = (77, 77) if tokens >= 77 else (round(tokens * 0.5), round(tokens * 1.5))
-    lengths = torch.linspace(low, high, batch).round().int()
-    text = dict(ids=torch.randint(1, 49000, (int(lengths.sum()),), dtype=torch.int32), lengths=lengths, longest=int(lengths.max()))
-    return dict(views=views, text=text)
 
 
 def peer_step(ratio: float, batch: int) -> Callable[[], object]:
@@ -162,9 +143,9 @@ def make_method(name: str, args, overrides: list[str]) -> Callable[[], object]:
 
 def counted(step: Callable[[], object]) -> int:
     """FLOPs of a step, by torch's counter."""
-    with FlopCounterMode(display=False) as counter:
+    with trace.counter() as found:
         step()
-    return counter.get_total_flops()
+    return found.get_total_flops()
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -3,6 +3,8 @@
     deepspeed --num_accelerators 2 run/pretrain.py --config run/configs/quickstart.yaml
     deepspeed --hostfile hostfile  run/pretrain.py --config run/configs/flip_l16.yaml --set run=runs/mine batch=16384
 
+    python run/pretrain.py --plan --ranks 256 --device H100 --config run/configs/flip_h14.yaml       what it would cost; trains nothing
+
 The run folder is refused if it exists, unless --resume goes on with it: from its newest whole checkpoint, on any number of ranks.
 """
 import sys
@@ -20,14 +22,18 @@ from data.shards import Shards  # noqa: E402
 from data.stream import Stream, is_stream  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
 from run.evals.embed import Embedder  # noqa: E402
-from run.lib import checkpoint, elastic, engine, folder, models, ranks  # noqa: E402
+from run.lib import checkpoint, elastic, engine, folder, models, plan, ranks  # noqa: E402
 from run.lib.config import Run, reader, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
 from run.lib.pictures import examples, gallery, masked_inputs, sheet  # noqa: E402
 
 
 def main() -> None:
-    cfg, resume = training_arguments(__doc__)
+    cfg, args = training_arguments(__doc__)
+    if args.plan:
+        print(planned(cfg, args))
+        return
+    resume = args.resume
     engine.merged(cfg, ranks.world())  # say what is wrong with the JSON or the batch before anything starts
     home = folder.check(Path(cfg.run), resume)
     ranks.start()
@@ -42,6 +48,15 @@ def main() -> None:
         train(cfg, home, batches, trainer, evals, log)
     finally:
         log.close()
+
+
+def planned(cfg: Run, args) -> str:
+    """What --plan prints: the config's own plan, and the cheapest way that fits."""
+    given = dict(tflops=args.peak_tflops, memory=args.gpu_memory, mfu=args.mfu, price=args.price)
+    given = {key: value for key, value in given.items() if value is not None}
+    custom = dict(name="device") if args.peak_tflops and args.gpu_memory else {}
+    cluster = plan.Cluster.of(args.device, ranks=args.ranks, **custom, **given)
+    return f"{plan.described(plan.plan(cfg, cluster, args.caption))}\n\n{plan.advice(cfg, plan.propose(cfg, cluster, args.caption))}"
 
 
 def loader(cfg: Run) -> Batches | Stream:

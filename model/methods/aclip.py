@@ -16,7 +16,7 @@ from model.collectives import batch_mean
 from model.ema import check_momentum, cosine
 from model.heads import byol_predictor, byol_projector, simclr_head, simsiam_predictor, simsiam_projector
 from model.layers import Watch
-from model.losses import byol, contrastive, simclr, simsiam
+from model.losses import byol, contrastive, simclr, simclr_flops, simsiam
 from model.methods.base import Averaging, above, at_least
 from model.towers import ModelConfig, Towers, vision_flops, vision_tower
 
@@ -165,7 +165,16 @@ class Aclip(Averaging):
         views = len(visible) - 1
         share = self.options.keep or 1 / views
         student = 3 * views * self.pooled_flops(self.attentive.kept(share) * self.attentive.side ** 2)
-        return student + self.looks(share) * vision_flops(self.cfg, visible["teacher"], self.cfg.vision.pool == "cls")
+        return student + self.teacher_flops(visible)
+
+    def teacher_flops(self, visible: dict[str, int]) -> float:
+        share = self.options.keep or 1 / (len(visible) - 1)
+        return self.looks(share) * vision_flops(self.cfg, visible["teacher"], self.cfg.vision.pool == "cls")
+
+    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
+        views, options = len(visible) - 1, self.options
+        pairs = (1 if options.as_released else views * (views - 1) // 2) * bool(options.simclr)
+        return views * super().loss_flops(batch, visible) + pairs * simclr_flops(batch, options.out)
 
 
 def attentive(options: Options, cfg: ModelConfig) -> Attentive:

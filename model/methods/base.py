@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.towers import ModelConfig, Towers, text_flops, vision_flops
+from model.losses import contrastive_flops
+from model.towers import ModelConfig, Towers, recomputed, text_flops, vision_flops
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,19 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def image_flops(self, visible: dict[str, int]) -> float:
         """The images' part of it, for K `visible` patches in each view."""
+
+    def teacher_flops(self, visible: dict[str, int]) -> float:
+        """What of image_flops a teacher spends, once, without a backward pass."""
+        return 0.0
+
+    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
+        """The losses over B pairs, a pair: what `flops` leaves out because it grows with the batch."""
+        return contrastive_flops(batch, self.cfg.shape.embed)
+
+    def recomputed_flops(self, visible: dict[str, int], tokens: float, last: bool) -> float:
+        """What checkpoint_activations adds (recomputed in model/towers.py); a decoder counts as a tower does."""
+        vision, text = recomputed(self.cfg, max(visible.values()), tokens, last)
+        return ((self.image_flops(visible) - self.teacher_flops(visible)) * vision + self.text_flops(tokens) * text) / 3
 
     def text_flops(self, tokens: float) -> float:
         """The captions' part of it, for so many tokens in each."""

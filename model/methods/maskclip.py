@@ -92,7 +92,13 @@ class MaskClip(Averaging):
         seen, everything, student = visible["image"], self.cfg.grid[0] * self.cfg.grid[1], self.options.teacher == "student"
         full = vision_flops(self.cfg, everything) if student else self.options.contrast * self.pooled_flops(everything)
         trained = full + vision_flops(self.cfg, seen) + self.decoder.flops(seen, everything)
-        return 3 * trained + (not student) * vision_flops(self.cfg, everything)
+        return 3 * trained + self.teacher_flops(visible)
+
+    def teacher_flops(self, visible: dict[str, int]) -> float:
+        return (self.options.teacher != "student") * vision_flops(self.cfg, self.cfg.grid[0] * self.cfg.grid[1])
+
+    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
+        return self.options.contrast * super().loss_flops(batch, visible)
 
     def text_flops(self, tokens: float) -> float:
         return self.options.contrast * super().text_flops(tokens)

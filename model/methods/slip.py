@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from model.heads import simclr_head
-from model.losses import contrastive, simclr
+from model.losses import contrastive, contrastive_flops, simclr, simclr_flops
 from model.methods.base import Method, above, at_least
 
 
@@ -49,3 +49,7 @@ class Slip(Method):
 
     def image_flops(self, visible: dict[str, int]) -> float:
         return 3 * sum(map(self.pooled_flops, visible.values()))
+
+    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
+        options = self.options
+        return contrastive_flops(batch, self.cfg.shape.embed, not options.as_released) + simclr_flops(batch, options.out)

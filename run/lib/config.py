@@ -247,8 +247,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def training_arguments(doc: str) -> tuple[Run, bool]:
-    """(config, resume) of a training script.  The command line is --config, --set, --resume and what DeepSpeed's launcher passes."""
+def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
+    """(config, the rest) of a training script.  The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's."""
     args = parser(doc)
     args.add_argument("--config", required=True, help="a YAML file, e.g. run/configs/flip_b16.yaml, or a run's own config.yaml")
     args.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys, e.g. seed=1 batch=8192")
@@ -256,8 +256,17 @@ def training_arguments(doc: str) -> tuple[Run, bool]:
     args.add_argument("--deepspeed_config", help="a DeepSpeed JSON instead of the config's")
     args.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's habit; always on")
     args.add_argument("--local_rank", type=int, help="from the launcher")
+    args.add_argument("--plan", action="store_true", help="print what the run would cost on a cluster; train nothing")
+    cluster = args.add_argument_group("of the cluster, with --plan")
+    cluster.add_argument("--ranks", type=int, default=8, help="devices")
+    cluster.add_argument("--device", default="H100", help="their kind; known: A100-40, A100-80, H100, H200, B200, TPU-v3-core")
+    cluster.add_argument("--peak-tflops", type=float, help="... of another kind, in bf16")
+    cluster.add_argument("--gpu-memory", type=float, metavar="GIB", help="... and its memory")
+    cluster.add_argument("--mfu", type=float, help="the model's FLOPs to the peak, as metrics.jsonl has it; default 0.35")
+    cluster.add_argument("--price", type=float, help="of a device-hour")
+    cluster.add_argument("--caption", type=float, metavar="TOKENS", help="tokens of a caption that the tower sees, on average; default 16")
     found = args.parse_args()
     cfg = load(found.config, found.set)
     if found.deepspeed_config:
         cfg = replace(cfg, deepspeed=str(Path(found.deepspeed_config).resolve()))
-    return cfg, found.resume
+    return cfg, found
