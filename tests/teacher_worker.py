@@ -12,9 +12,10 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 
 from model import ema  # noqa: E402
-from run.lib import checkpoint, elastic, ranks  # noqa: E402
+from run.lib import checkpoint, elastic, ranks, zero_files  # noqa: E402
 from tests.curves_worker import METHODS, settings, start, steps  # noqa: E402
 
 LENGTH, SAVED = 50, 40  # steps
@@ -88,11 +89,37 @@ def teacher(data: Path, name: str) -> dict:
 
 def elsewhere(data: Path, name: str) -> dict:
     """On 1 rank: the last steps again, from the checkpoint of 2."""
-    cfg, path = settings(data, name, 3, LONG), checkpoint.newest(data / name)
+    cfg = settings(data, name, 3, LONG)
+    trainer, batches, found = moved(data, name, cfg)
+    plain = Plain(trainer, name, torch.load(data / name / "plain.pt"))
+    found |= dict(begun=plain.apart(), losses=followed(cfg, name, trainer, batches, plain, LENGTH), apart=plain.apart())
+    trainer.ds.destroy()
+    return found
+
+
+def moved(data: Path, name: str, cfg) -> tuple:
+    """An engine on 1 rank that goes on from 2; how much of the averages is bit for bit as it was saved."""
+    path = checkpoint.newest(data / name)
     trainer, batches = start(cfg, universal=True)
     elastic.resume(trainer, path, elastic.prepare_elastic(path, 1))
-    plain = Plain(trainer, name, torch.load(data / name / "plain.pt"))
-    found = dict(begun=plain.apart(), losses=followed(cfg, name, trainer, batches, plain, LENGTH), apart=plain.apart())
+    kept = {key: value.view(ema.shape(trainer.average.pairs[key][0])) for key, value in trainer.average.kept.items()}
+    saved = zero_files.averages(path, {key: value.shape for key, value in kept.items()})
+    return trainer, batches, {"same teacher": all(torch.equal(kept[key], saved[key]) for key in kept)}
+
+
+def rounded(data: Path) -> dict:
+    """MaskCLIP at stage 1 in bf16, where rank 0 alone keeps the averages: its fp32 weights and what goes on from them, on either number."""
+    cfg, name = settings(data, "maskclip", 1, LONG, bf16=True), "rounded"
+    if ranks.world() == 1:
+        trainer, batches, found = moved(data, name, cfg)
+        saved = zero_files.weights(checkpoint.newest(data / name))
+        found["same weights"] = all(torch.equal(safe_get_full_fp32_param(p), saved[key]) for key, p in trainer.trainable.items())
+    else:
+        trainer, batches = start(cfg)
+        list(steps(cfg, trainer, batches, 4 * cfg.batch))
+        checkpoint.save(trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1)
+        found = {}
+    found["losses"] = list(steps(cfg, trainer, batches, 10 * cfg.batch))
     trainer.ds.destroy()
     return found
 
@@ -117,9 +144,11 @@ def main() -> None:
     ranks.start()
     if ranks.world() == 1:
         found = {name: elsewhere(Path(data), name) for name in MOMENTA}
+        found["rounded"] = rounded(Path(data))
     else:
         found = {name: teacher(Path(data), name) for name in MOMENTA}
         found |= {name: resumed(Path(data), name) for name in METHODS if name not in MOMENTA}
+        found["rounded"] = rounded(Path(data))
     if ranks.rank() == 0:
         Path(out).write_text(json.dumps(found))
 

@@ -14,7 +14,7 @@ MAY_IMPORT = {"data/": {"data"}, "model/": {"model"},
               "run/": {"data", "model", "run.lib", "run.evals"}, "run/lib/": {"data", "model", "run.lib"},
               "run/evals/": {"data", "model", "run.lib", "run.evals"}, "tests/": {"data", "model", "run", "tests"}}
 # What only these files may touch.
-ONLY_IN = {"deepspeed": ("run/lib/engine.py", "run/lib/ranks.py", "run/lib/zero_files.py", "tests/"),
+ONLY_IN = {"deepspeed": ("run/lib/elastic.py", "run/lib/engine.py", "run/lib/ranks.py", "run/lib/zero_files.py", "tests/"),
            "torch.distributed": ("model/collectives.py", "model/convert/torch_dist.py", "run/lib/", "tests/"),
            "webdataset": ("data/stream.py", "tests/"), "sentencepiece": ("data/tokenizer.py", "data/tokenizer_files.py"),
            "tokenizers": ("data/tokenizer.py", "data/tokenizer_files.py"), "megatron": ("model/parallel.py", "tests/"),

@@ -4,63 +4,118 @@
     engine = Engine(cfg, vocab, universal=universal is not None)
     manifest = resume(engine, path, universal)                  weights, optimizer, averages; the converted copy is gone again
 
-What the format drops (frozen parameters, the teacher's fp32 averages) is carried over here, from the checkpoint itself.
+What the format drops (frozen parameters, the teacher's fp32 averages) is carried over here, from the checkpoint itself.  DeepSpeed opens
+whole files of which it then takes parts, so it does all of this with files mapped: a process holds its own state and a tensor or two.
 """
-import os
+import contextlib
+import io
 import shutil
-import subprocess
-import sys
-from datetime import timedelta
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
+from torch.utils.serialization import config as serialization
 
 from run.lib.checkpoint import AVERAGE, manifest
 from run.lib.engine import Engine
 from run.lib.models import load
-from run.lib.ranks import barrier, rank, store
+from run.lib.ranks import barrier, once, rank, say
+
+GB = 1e9
 
 
 def prepare_elastic(path: Path, ranks: int) -> Path | None:
     """Where the rank count changed: the checkpoint in DeepSpeed's universal format, converted by rank 0; else None.
 
-    The other ranks wait at the store, where hours of conversion time no collective out.
+    Whatever an earlier job left half converted is removed.  The other ranks wait as long as it takes.
     """
-    found = manifest(path)
-    if found["ranks"] == ranks or found["stage"] == 0:
-        return None
-    target = path.with_name(f"universal-{path.name}")
-    if rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", path, "--output_folder", target,
-                   "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=alone)
-        if result.returncode:
-            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"{path}: conversion to the universal format failed: {last}")
-        (path.parent / "latest_universal").unlink(missing_ok=True)
-        store().set("converted", "1")
-    store().wait(["converted"], timedelta(hours=12))
-    return target
+    found, target = manifest(path), path.with_name(f"universal-{path.name}")
+    changed = found["ranks"] != ranks and found["stage"] > 0
+
+    def prepare() -> None:
+        remove(path.parent)
+        if changed:
+            say(f"{path}: written by {found['ranks']} ranks, made to fit {ranks}")
+            convert(path, target)
+
+    once(lambda: rank() or prepare())
+    return target if changed else None
+
+
+def remove(folder: Path) -> None:
+    """No converted copy under RUN/checkpoints."""
+    for left in folder.glob("universal-*"):
+        shutil.rmtree(left)
+    (folder / "latest_universal").unlink(missing_ok=True)
+
+
+def room(path: Path) -> int:
+    """The bytes that a conversion takes at most: the optimizer's state in pieces and in whole tensors, one rank's share of it, the rest."""
+    sizes = {file.name: file.stat().st_size for file in path.glob("*_states.pt")}
+    optimizer = [size for name, size in sizes.items() if name.endswith("_optim_states.pt")]
+    return sum(sizes.values()) + sum(optimizer) + max(optimizer)
+
+
+def convert(path: Path, target: Path) -> None:
+    """Write the universal copy.  In this process, so that nothing goes on writing once the job was killed."""
+    needed, free = room(path), shutil.disk_usage(path).free
+    if free < needed:
+        raise OSError(f"{path}: another number of ranks needs a copy of {needed / GB:.1f} GB beside it for a while, the disk has "
+                      f"{free / GB:.1f} GB; make room, or go on on {manifest(path)['ranks']} ranks")
+    how = SimpleNamespace(input_folder=str(path), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+                          keep_temp_folder=False, strict=True, inject_missing_state=True)  # as its command line would say
+    try:
+        with mapped(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it says much
+            ds_to_universal.main(how)
+    except Exception as error:
+        remove(path.parent)
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{path}: conversion to the universal format failed: {first}") from error
+
+
+def mapped() -> contextlib.AbstractContextManager:
+    """torch.load maps files into memory, of which only what is used is read; torch.save sums nothing up, which takes half of the time."""
+    return serialization.patch({"load.mmap": True, "save.compute_crc32": False})
 
 
 def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
     """Load a checkpoint (its universal form where the rank count changed) into the engine and return its manifest."""
     found = manifest(path)
-    engine.restore(universal or path, found)
     if universal:
-        frozen = {name: name for name, p in engine.method.named_parameters() if not p.requires_grad}
+        with mapped(), paddings(engine):
+            engine.restore(universal, found)
+        averaged = {id(teacher) for teacher, _ in engine.average.pairs.values()}
+        frozen = {name: name for name, p in engine.method.named_parameters() if not p.requires_grad and id(p) not in averaged}
         if frozen:
             load(engine.method, path, frozen)
         barrier()
         if rank() == 0:
-            shutil.rmtree(universal)
+            remove(path.parent)
+    else:
+        engine.restore(path, found)
     if engine.average.pairs:
         read_average(engine, path, found)
     engine.exact_temperature()
     return found
+
+
+@contextlib.contextmanager
+def paddings(engine: Engine) -> Iterator[None]:
+    """Let the universal format be loaded in stages 1 and 2 where a rank's share of a parameter group is padding alone.
+
+    DeepSpeed asks the first of the group's parameters that this rank has a part of; one then stands in that has nothing to load.
+    """
+    groups = getattr(engine.ds.optimizer, "bit16_groups", [])
+    absent = [group[0] for group in groups if all(parameter._hp_mapping is None for parameter in group)]
+    for parameter in absent:
+        parameter._hp_mapping = SimpleNamespace(get_optim_state_keys=list)
+        parameter.load_hp_checkpoint_state = lambda *_, **__: None
+    yield
+    for parameter in absent:
+        parameter._hp_mapping = None
 
 
 def read_average(engine: Engine, path: Path, found: dict) -> None:
