@@ -52,10 +52,7 @@ def main() -> None:
 
 def planned(cfg: Run, args) -> str:
     """What --plan prints: the config's own plan, and the cheapest way that fits."""
-    given = dict(tflops=args.peak_tflops, memory=args.gpu_memory, mfu=args.mfu, price=args.price)
-    given = {key: value for key, value in given.items() if value is not None}
-    custom = dict(name="device") if args.peak_tflops and args.gpu_memory else {}
-    cluster = plan.Cluster.of(args.device, ranks=args.ranks, **custom, **given)
+    cluster = plan.Cluster.asked(args)
     return f"{plan.described(plan.plan(cfg, cluster, args.caption))}\n\n{plan.advice(cfg, plan.propose(cfg, cluster, args.caption))}"
 
 

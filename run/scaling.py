@@ -16,7 +16,7 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from run.lib import config, grid, pages  # noqa: E402
+from run.lib import config, grid, pages, plan  # noqa: E402
 from run.lib.claims import judged, markdown  # noqa: E402
 from run.lib.cli import run_script  # noqa: E402
 from run.lib.jobs import Jobs, command, state, why  # noqa: E402
@@ -28,7 +28,7 @@ def main() -> int | None:
     args = config.parser(__doc__)
     kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|report|claims")
     kinds.add_parser("list", help="the grids and their cells").set_defaults(do=show)
-    for name, do, text in (("launch", launch, "train what is not trained yet"), ("status", status, "how far each run is"),
+    for name, do, text in (("plan", costs, "what each cell would cost on a cluster"), ("launch", launch, "train what is not trained yet"), ("status", status, "how far each run is"),
                            ("table", table, "means over seeds"), ("report", report, "a page of results, curves and cost")):
         kind = kinds.add_parser(name, help=text)
         kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
@@ -36,6 +36,8 @@ def main() -> int | None:
         common(kind)
         kind.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of every cell, on top of the scale's own")
         kind.set_defaults(do=do)
+        if name == "plan":
+            config.cluster_arguments(kind)
         if name == "launch":
             kind.add_argument("--ranks", type=int, default=2, help="processes, or GPUs, of each run")
             kind.add_argument("--jobs", type=int, default=1, help="runs at a time, each on so many ranks")
@@ -62,6 +64,23 @@ def show(args) -> None:
     for name in grid.names():
         one = grid.read(name)
         print(f"{name}: {one.title}\n  {one.source}\n  cells: {' | '.join(one.cells)}\n  scales: {' | '.join(one.scales)}")
+
+
+def costs(args) -> None:
+    """A line a cell: the cheapest way in which one of its runs fits into the cluster, and what all of them take."""
+    cluster, total = plan.Cluster.asked(args), 0.0
+    print(f"{args.ranks} x {cluster.name}, MFU {cluster.mfu:.0%}; run/pretrain.py --plan tells a run's in full\n")
+    print("| cell | parameters | GFLOP a sample | JSON | parts | recompute | GiB a rank | hours a run | device-hours, all seeds |")
+    print("|---" * 9 + "|")
+    for cell, runs in planned(args).items():
+        if not (found := plan.propose(runs[0].cfg, cluster, args.caption)):
+            print(f"| {cell} | does not fit: more ranks, or devices of more memory |" + " |" * 7)
+            continue
+        total += found.device_hours * len(runs)
+        print(f"| {cell} | {short(found.weights.all)} | {found.model_flops / 1e9:.3g} | {found.cfg.deepspeed} | {found.cfg.accumulate} | "
+              f"{'yes' if found.cfg.model.checkpoint_activations else 'no'} | {found.peak[1] / plan.GIB:.1f} | {found.hours:.3g} | "
+              f"{found.device_hours * len(runs):,.0f} |")
+    print(f"\nin all {total:,.0f} device-hours" + (f", {total * cluster.price:,.0f} in money" if cluster.price else ""))
 
 
 def launch(args) -> int:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from run.lib import claims, config, grid, jobs
+from run.scaling import main
 from tests.tiny import ROOT, environment, shards
 
 STEPS = 30
@@ -36,6 +37,13 @@ def test_the_cells_of_flips_table_8():
         "baseline": ("L/16", ("/data/laion400m",), 12_800_000_000), "model": ("H/14", ("/data/laion400m",), 12_800_000_000),
         "data": ("L/16", ("/data/laion2b",), 12_800_000_000), "schedule": ("L/16", ("/data/laion400m",), 25_600_000_000),
         "model+data": ("H/14", ("/data/laion2b",), 12_800_000_000), "joint": ("H/14", ("/data/laion2b",), 25_600_000_000)}
+
+
+def test_what_a_grid_costs_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run/scaling.py", "plan", "--grid", "maskclip_table7", "--scale", "paper", "--ranks", "64", "--price", "2"])
+    main()
+    told = capsys.readouterr().out
+    assert "| with average |" in told and "| without |" in told and "in money" in told
 
 
 def test_what_grids_have_in_common_is_one_run():

@@ -257,7 +257,16 @@ def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
     args.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's habit; always on")
     args.add_argument("--local_rank", type=int, help="from the launcher")
     args.add_argument("--plan", action="store_true", help="print what the run would cost on a cluster; train nothing")
-    cluster = args.add_argument_group("of the cluster, with --plan")
+    cluster_arguments(args.add_argument_group("of the cluster, with --plan"))
+    found = args.parse_args()
+    cfg = load(found.config, found.set)
+    if found.deepspeed_config:
+        cfg = replace(cfg, deepspeed=str(Path(found.deepspeed_config).resolve()))
+    return cfg, found
+
+
+def cluster_arguments(cluster) -> None:
+    """What a plan asks of the devices."""
     cluster.add_argument("--ranks", type=int, default=8, help="devices")
     cluster.add_argument("--device", default="H100", help="their kind; known: A100-40, A100-80, H100, H200, B200, TPU-v3-core")
     cluster.add_argument("--peak-tflops", type=float, help="... of another kind, in bf16")
@@ -265,8 +274,3 @@ def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
     cluster.add_argument("--mfu", type=float, help="the model's FLOPs to the peak, as metrics.jsonl has it; default 0.35")
     cluster.add_argument("--price", type=float, help="of a device-hour")
     cluster.add_argument("--caption", type=float, metavar="TOKENS", help="tokens of a caption that the tower sees, on average; default 16")
-    found = args.parse_args()
-    cfg = load(found.config, found.set)
-    if found.deepspeed_config:
-        cfg = replace(cfg, deepspeed=str(Path(found.deepspeed_config).resolve()))
-    return cfg, found

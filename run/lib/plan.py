@@ -59,6 +59,15 @@ class Cluster:
         return cls(**dict(dict(name=device, tflops=tflops, memory=memory), **rest))
 
 
+    @classmethod
+    def asked(cls, args) -> "Cluster":
+        """As the command line has it (run/lib/config.py)."""
+        given = dict(tflops=args.peak_tflops, memory=args.gpu_memory, mfu=args.mfu, price=args.price)
+        given = {key: value for key, value in given.items() if value is not None}
+        custom = dict(name="device") if args.peak_tflops and args.gpu_memory else {}
+        return cls.of(args.device, ranks=args.ranks, **custom, **given)
+
+
 @dataclass(frozen=True)
 class Plan:
     cfg: Run
