@@ -28,7 +28,8 @@ def main() -> int | None:
     args = config.parser(__doc__)
     kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|report|claims")
     kinds.add_parser("list", help="the grids and their cells").set_defaults(do=show)
-    for name, do, text in (("plan", costs, "what each cell would cost on a cluster"), ("launch", launch, "train what is not trained yet"), ("status", status, "how far each run is"),
+    for name, do, text in (("plan", costs, "what each cell would cost on a cluster"), ("launch", launch, "train what is not trained yet"),
+                           ("status", status, "how far each run is"),
                            ("table", table, "means over seeds"), ("report", report, "a page of results, curves and cost")):
         kind = kinds.add_parser(name, help=text)
         kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")

@@ -40,7 +40,8 @@ def test_the_cells_of_flips_table_8():
 
 
 def test_what_a_grid_costs_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run/scaling.py", "plan", "--grid", "maskclip_table7", "--scale", "paper", "--ranks", "64", "--price", "2"])
+    line = "run/scaling.py plan --grid maskclip_table7 --scale paper --ranks 64 --price 2"
+    monkeypatch.setattr(sys, "argv", line.split())
     main()
     told = capsys.readouterr().out
     assert "| with average |" in told and "| without |" in told and "in money" in told
