@@ -234,7 +234,7 @@ def described(found: Plan) -> str:
         "                  " + ", ".join(f"{name} {sum(held.values()) / GIB:.2f}" for name, held in found.moments.items()),
         f"sent by a rank    {sum(found.sent.values()) / 1e9:.2f} GB a step: {parts(found.sent, 1e9)}; "
         f"{sum(found.sent.values()) / 1e9 / found.step_seconds:.2f} GB/s hide it behind compute",
-        f"time              {found.step_seconds:.3f} s a step, {cfg.batch / found.step_seconds:,.0f} samples/s, {found.hours:,.1f} h "
+        f"time              {found.step_seconds:.3g} s a step, {cfg.batch / found.step_seconds:,.0f} samples/s, {found.hours:,.1f} h "
         f"({found.hours / 24:.1f} days), {found.device_hours:,.0f} device-hours"
         + ("" if found.cost is None else f", {found.cost:,.0f} at {cluster.price:g} a device-hour"), "",
         "Assumed:", *(f"- {line}" for line in assumptions(found))]

@@ -87,7 +87,8 @@ class Zero:
         if w.averaged:
             found["average"] = (FLOAT if self.bf16 else 0) * w.averaged * share
         if self.stage == 3:
-            found |= {"gradients": self.bytes * own, "buckets": self.bytes * self.buckets, "small weights": self.bytes * w.small}
+            small = 0 if ranks == 1 else self.bytes * w.small  # one rank's shards are whole, and gathering them copies nothing
+            found |= {"gradients": self.bytes * own, "buckets": self.bytes * self.buckets, "small weights": small}
         return found
 
     def kept(self, w: Weights, accumulate: int, checkpointing: bool) -> float:
@@ -101,8 +102,10 @@ class Zero:
     def in_backward(self, w: Weights, ranks: int, accumulate: int, checkpointing: bool) -> dict[str, float]:
         """What stands beside activations, and the gradient that is just being computed."""
         if self.stage == 3:
-            gathered = min(w.all - w.small, self.kept(w, accumulate, checkpointing) + self.prefetch)
-            return {"gathered weights": self.bytes * gathered, "gradients on their way": self.bytes * min(self.buckets, w.trained)}
+            gathered = min(w.all - w.small, self.kept(w, accumulate, checkpointing) + self.prefetch) * (ranks > 1)
+            # A full bucket is copied to be sent.  By then activations that are not computed again have made room for it.
+            sent = min(self.buckets, w.trained) * checkpointing
+            return {"gathered weights": self.bytes * gathered, "gradients sent": self.bytes * sent}
         own = {"gradients": 0 if self.offload else self.bytes * w.trained / ranks} if self.stage == 2 else {}
         return {**own, "buckets": self.bytes * self.buckets} if self.stage else {}
 
@@ -120,7 +123,7 @@ class Zero:
             return {"gradients": self.bytes * w.trained + own, "buckets": self.bytes * self.buckets}
         if self.stage == 3:  # of the last ones, with the largest
             gathered = self.in_backward(w, ranks, accumulate, checkpointing)
-            return {**gathered, "gradients sent": self.bytes * (w.largest + min(self.buckets, w.trained) / ranks)}
+            return {**gathered, "gradients sent": self.bytes * (w.largest + min(self.buckets, w.trained) * (1 + 1 / ranks))}
         return {}
 
     def in_step(self, w: Weights, ranks: int, temporaries: int) -> dict[str, float]:
