@@ -5,7 +5,7 @@
 
 Each case is a real engine that takes three steps on made-up batches; the last is measured.  Bytes are of rank 0's tensors that live (Alive
 in run/lib/trace.py), from before the engine is built: between steps, at most until the backward pass is over, and at most in a whole step.
-What a kernel allocates inside itself is not seen.
+What a kernel allocates inside itself is not seen.  Bytes sent are those of each collective's tensors, as a ring sends them.
 """
 import sys
 from pathlib import Path
@@ -18,13 +18,31 @@ import json  # noqa: E402
 import tempfile  # noqa: E402
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_iter  # noqa: E402
 
 from run.lib import config, engine, made, plan, ranks, trace  # noqa: E402
 
 SMALL = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 5_000_000, "stage3_param_persistence_threshold": 100_000}
 TOKENS, VOCAB = 12.0, 30523
 HEAD = ("size | ranks | ZeRO | type | mask | recompute | held, MiB | measured | off | passes, MiB | measured | off | step, MiB | measured "
-        "| off | GFLOP a sample | measured | off").split(" | ")
+        "| off | GFLOP a sample | measured | off | sent, MB | measured | off").split(" | ")
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this rank sends in collectives: `bytes`."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name.startswith("c10d."):
+            sizes = [leaf.nbytes for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)]
+            whole = 2 * sum(sizes) if "allreduce" in name else max(sizes, default=0)  # what a gather makes, what a scatter is given
+            self.bytes += whole * (ranks.world() - 1) / ranks.world()
+        return func(*args, **(kwargs or {}))
 
 
 def case(folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, micro: int) -> list:
@@ -37,16 +55,17 @@ def case(folder: Path, size: str, stage: int, kind: str, mask: float, recompute:
         f"model.size={size}", f"batch={micro * ranks.world()}", f"deepspeed={file}", f"views.image.mask={spec}",
         f"model.checkpoint_activations={str(recompute).lower()}"])
     found = plan.plan(cfg, plan.Cluster.of("A100-40", ranks=ranks.world()), TOKENS, adam=plan.ADAM["cpu"], vocab=VOCAB)
-    held, passes, peak, flops = measured(cfg, micro)
+    held, passes, peak, flops, sent = measured(cfg, micro)
     until = max(sum(parts.values()) for moment, parts in found.moments.items() if moment != "optimizer step")
     columns = [(sum(found.zero.held(found.weights, ranks.world()).values()) / 2**20, held / 2**20), (until / 2**20, passes / 2**20),
-               (found.peak[1] / 2**20, peak / 2**20), (found.hardware_flops / 1e9, flops / 1e9)]
-    numbers = [text for mine, real in columns for text in (f"{mine:.4g}", f"{real:.4g}", f"{mine / real - 1:+.1%}")]
+               (found.peak[1] / 2**20, peak / 2**20), (found.hardware_flops / 1e9, flops / 1e9),
+               (sum(found.sent.values()) / 1e6, sent / 1e6)]
+    numbers = [text for mine, real in columns for text in (f"{mine:.4g}", f"{real:.4g}", f"{mine / real - 1:+.1%}" if real else "")]
     return [size, ranks.world(), stage, kind, f"{mask:.0%}", "yes" if recompute else "no", *numbers]
 
 
-def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float]:
-    """(bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a sample)."""
+def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float, float]:
+    """(bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a sample, bytes sent)."""
     part, linear = made.part(cfg, TOKENS, micro), torch.nn.functional.linear
     gc.collect()
     with trace.Alive() as alive:
@@ -58,11 +77,12 @@ def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float]:
         trainer.step([part], 1e-4)  # ZeRO-3 watches which module follows which
         gc.collect()
         alive.peak = held = alive.now
-        trainer.step([part], 1e-4)
+        with Sent() as sent:
+            trainer.step([part], 1e-4)
         peak = alive.peak
     trainer.ds.destroy()
     torch.nn.functional.linear = linear  # ZeRO-3 leaves its own there, for the next case too
-    return held, passes[2], peak, counter.get_total_flops() / micro
+    return held, passes[2], peak, counter.get_total_flops() / micro, sent.bytes
 
 
 def main() -> None:

@@ -186,5 +186,5 @@ def test_two_ranks_measure_what_is_planned():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| nano")]
     assert len(rows) == 4
     for row in rows:
-        held, passes, whole, flops = (float(cell.rstrip("%")) for cell in row[8::3])
-        assert abs(held) < 5 and abs(passes) < 15 and abs(whole) < 15 and abs(flops) < 2, row
+        held, passes, whole, flops, sent = (float(cell.rstrip("%")) for cell in row[8::3])
+        assert abs(held) < 5 and abs(passes) < 15 and abs(whole) < 15 and abs(flops) < 2 and abs(sent) < 2, row

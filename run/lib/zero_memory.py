@@ -94,15 +94,16 @@ class Zero:
     def kept(self, w: Weights, accumulate: int, checkpointing: bool) -> float:
         """How many sharded weights ZeRO-3 keeps whole between two uses: those whose next use is nearer than `reuse`.
 
-        The way there is counted in parameters: to a weight's backward pass there and back, with recomputation once more.
+        The way there is counted in parameters: to a weight's backward pass there and back, with recomputation once more.  With parts the
+        record of which module follows which is never complete, and nothing is kept or prefetched.
         """
-        way = 1 if accumulate > 1 else 3 if checkpointing else 2
-        return min(w.all - w.small, self.reuse / way)
+        return 0.0 if accumulate > 1 else min(w.all - w.small, self.reuse / (3 if checkpointing else 2))
 
     def in_backward(self, w: Weights, ranks: int, accumulate: int, checkpointing: bool) -> dict[str, float]:
         """What stands beside activations, and the gradient that is just being computed."""
         if self.stage == 3:
-            gathered = min(w.all - w.small, self.kept(w, accumulate, checkpointing) + self.prefetch) * (ranks > 1)
+            ahead = self.kept(w, accumulate, checkpointing) + self.prefetch if accumulate == 1 else 2 * w.largest
+            gathered = min(w.all - w.small, ahead) * (ranks > 1)
             # A full bucket is copied to be sent.  By then activations that are not computed again have made room for it.
             sent = min(self.buckets, w.trained) * checkpointing
             return {"gathered weights": self.bytes * gathered, "gradients sent": self.bytes * sent}
