@@ -71,19 +71,19 @@ def once(make: Callable):
     if rank():
         try:
             store().wait([_once[-1]], datetime.timedelta(hours=12))
-        except dist.DistError:  # rank 0, which keeps the store, failed in its turn and says why
+            return make()
+        except dist.DistError:  # rank 0, which keeps the store, failed in its turn or soon after and says why
             finish(1)
     made = make()
-    if not rank():
-        store().set(_once[-1], "1")
+    store().set(_once[-1], "1")
     return made
 
 
 def told(make: Callable[[], str]) -> str:
     """make(), by rank 0 alone, told to all: what ranks might see differently on a network file system."""
     key = f"told {len(_once)}"
-    once(lambda: None if rank() else store().set(key, make()))
-    return store().get(key).decode()
+    once(lambda: rank() or store().set(key, make()))
+    return once(lambda: store().get(key).decode())
 
 
 def store() -> dist.Store:
