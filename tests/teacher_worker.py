@@ -108,19 +108,27 @@ def moved(data: Path, name: str, cfg) -> tuple:
 
 
 def rounded(data: Path) -> dict:
-    """MaskCLIP at stage 1 in bf16, where rank 0 alone keeps the averages: its fp32 weights and what goes on from them, on either number."""
-    cfg, name = settings(data, "maskclip", 1, LONG, bf16=True), "rounded"
+    """MaskCLIP at stage 1 in bf16, where rank 0 alone keeps the averages: how it goes on from a converted checkpoint, on either number.
+
+    Of the group without weight decay, one number, the second of two ranks has nothing but padding.
+    """
+    cfg, name = settings(data, "maskclip", 1, LONG, "optim.no_decay=[logit_scale]", bf16=True), "rounded"
     if ranks.world() == 1:
         trainer, batches, found = moved(data, name, cfg)
         saved = zero_files.weights(checkpoint.newest(data / name))
         found["same weights"] = all(torch.equal(safe_get_full_fp32_param(p), saved[key]) for key, p in trainer.trainable.items())
-    else:
-        trainer, batches = start(cfg)
-        list(steps(cfg, trainer, batches, 4 * cfg.batch))
-        checkpoint.save(trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1)
-        found = {}
-    found["losses"] = list(steps(cfg, trainer, batches, 10 * cfg.batch))
+        found["losses"] = list(steps(cfg, trainer, batches, 10 * cfg.batch))
+        trainer.ds.destroy()
+        return found
+    trainer, batches = start(cfg)
+    list(steps(cfg, trainer, batches, 4 * cfg.batch))
+    path = checkpoint.save(trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1)
+    found = dict(straight=list(steps(cfg, trainer, batches, 10 * cfg.batch)))
     trainer.ds.destroy()
+    again, batches = start(cfg, universal=True)
+    elastic.resume(again, path, elastic.prepare_elastic(path, 3))  # as for another number of ranks, though there are as many
+    found["resumed"] = list(steps(cfg, again, batches, 10 * cfg.batch))
+    again.ds.destroy()
     return found
 
 
