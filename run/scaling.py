@@ -5,7 +5,7 @@
     python run/scaling.py launch --grid flip_table8 --scale glyphs         train what is not trained yet; the same command goes on
     python run/scaling.py status --grid flip_table8 --scale glyphs
     python run/scaling.py table  --grid flip_table8 --scale glyphs         means over seeds beside the paper's figures
-    python run/scaling.py report --grid flip_table8 --scale glyphs         a page of the same, with curves, costs, commands and configs
+    python run/scaling.py plot   --grid flip_table8 --scale glyphs         curves and costs as PNG and CSV, and a page of all with each run's config
     python run/scaling.py claims --scale glyphs                            what of the papers' claims holds at this scale
 
 A run is named by what it trains, under OUT/SCALE, so grids share what they have in common.  docs/scaling.md has the rest.
@@ -17,7 +17,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from run.lib import config, grid, pages, plan  # noqa: E402
-from run.lib.claims import judged, markdown  # noqa: E402
+from run.lib.claims import judged, markdown, tested  # noqa: E402
 from run.lib.cli import run_script  # noqa: E402
 from run.lib.jobs import Jobs, command, state, why  # noqa: E402
 from run.lib.log import clock, short  # noqa: E402
@@ -26,14 +26,15 @@ from run.lib.results import Result, difference, interval  # noqa: E402
 
 def main() -> int | None:
     args = config.parser(__doc__)
-    kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|report|claims")
+    kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|plot|claims")
     kinds.add_parser("list", help="the grids and their cells").set_defaults(do=show)
     for name, do, text in (("plan", costs, "what each cell would cost on a cluster"), ("launch", launch, "train what is not trained yet"),
                            ("status", status, "how far each run is"),
-                           ("table", table, "means over seeds"), ("report", report, "a page of results, curves and cost")):
+                           ("table", table, "means over seeds"), ("plot", plot, "curves, results and cost: plots, tables, a page")):
         kind = kinds.add_parser(name, help=text)
         kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
-        kind.add_argument("--grid", required=True, help=f"{', '.join(grid.names())}, or a file")
+        every = "claims: all that the claims are of; " if name in ("plan", "launch", "status") else ""
+        kind.add_argument("--grid", required=True, help=f"{every}{', '.join(grid.names())}, or a file")
         common(kind)
         kind.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of every cell, on top of the scale's own")
         kind.set_defaults(do=do)
@@ -58,6 +59,10 @@ def common(kind) -> None:
 
 
 def planned(args) -> dict[str, list[grid.Planned]]:
+    if args.grid == "claims" and args.do in (costs, launch, status):
+        if args.cells:
+            raise ValueError(f"CELL: {args.cells[0]!r}: --grid claims is of all cells that are claimed of; name cells with their own grid")
+        return tested(args.scale, args.seeds, args.out, args.set)
     return grid.read(args.grid).runs(args.scale, args.cells, args.seeds, args.out, args.set)
 
 
@@ -140,10 +145,12 @@ def table(args) -> None:
         print(f"| {cell} | {percent(interval(mine))} n={len(mine)} | {to} {there} {cost} |")
 
 
-def report(args) -> None:
-    """The grid's page beside its runs, without pictures of masks, which run/report.py has."""
+def plot(args) -> None:
+    """The grid's plots, tables and page beside its runs, without pictures of masks, which run/report.py has."""
     groups = {cell: [state(run.folder) for run in runs] for cell, runs in planned(args).items()}
-    found, *others = pages.write(args.out / args.scale / f"{Path(args.grid).stem}.html", groups, title=grid.read(args.grid).title)
+    one = grid.read(args.grid)
+    found, *others = pages.write(args.out / args.scale / f"{Path(args.grid).stem}.html", groups, title=one.title,
+                                 metric=one.scale(args.scale).metric)
     print(f"wrote {found}, and beside it {', '.join(path.name for path in others)}")
 
 

@@ -141,7 +141,15 @@ def test_files_beside_it(made):
 
 def test_the_same_plot_again(made):
     groups, (page, *_) = made
-    assert plots.svg(pages.drawn(groups)["loss"], "loss") in page.read_text()
+    assert plots.svg(pages.drawn(groups, pages.metrics(groups))["loss"], "loss") in page.read_text()
+
+
+def test_a_grids_own_metric_stands_first(tmp_path):
+    """Also one that the page has no room for otherwise."""
+    run = read(recorded(tmp_path / "run", (None, 50), {200: {TOP1: 0.1, "zero_shot/shapes/top5": 0.3}}, *EVALUATIONS))
+    assert pages.metrics({"a": [run]}) == [TOP1] and pages.metrics({"a": [run]}, "zero_shot/shapes/top5") == ["zero_shot/shapes/top5", TOP1]
+    text = pages.write(tmp_path / "page.html", {"a": [run]}, metric="zero_shot/shapes/top5")[0].read_text()
+    assert text.index("zero-shot top-5 (%)") < text.index("zero-shot top-1 (%)")
 
 
 def test_runs_without_results(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def finished(run: Path, planned: grid.Planned, value: float) -> None:
     config.save(planned.cfg, run / "config.yaml", {})
     samples = planned.cfg.steps * planned.cfg.batch
     (run / "metrics.jsonl").write_text(json.dumps(dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)) + "\n")
-    row = {"step": 1, "samples": samples, "weights": "student", "zero_shot/seen_concepts_unseen_style/top1": value}
+    row = {"step": 1, "samples": samples, "weights": "student", "zero_shot/seen_concepts_unseen_style/top5": value}
     (run / "results.jsonl").write_text(json.dumps(row) + "\n")
 
 
@@ -98,6 +99,19 @@ def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     assert found.verdict == verdict
     line = claims.markdown([found])
     assert verdict in line and (("1 not trained" in line) == (verdict == "absent"))
+    line = claims.markdown([replace(found, claim=replace(claim, learned="why so"))])
+    assert line.endswith(f"- {claim.says}: {verdict}. why so") == (verdict != "absent"), "nothing was learned of what was not run"
+
+
+def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
+    runs = claims.tested("glyphs", 3, tmp_path)
+    folders = [run.folder for cell in runs.values() for run in cell]
+    assert len(folders) == len(set(folders)) == 3 * len(runs)
+    for claim in claims.read():
+        for cell in (claim.better, claim.worse):
+            assert GRIDS[claim.grid].runs("glyphs", [cell], 3, tmp_path)[cell][2].folder in folders
+    needed = {path for cell in runs.values() for run in cell for path in run.needs}
+    assert needed and needed <= set(folders), "what a cell begins from is among them"
 
 
 # --- training

@@ -4,6 +4,7 @@ A claim says that one cell of a grid is better than another.  It is tested by th
 interval: reproduced where the interval lies on the claimed side of 0, opposite where it lies on the other, not distinguishable where it
 holds 0, absent where runs are missing.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def read(path: Path = FILE) -> list[Claim]:
     return [config.build(Claim, tree, f"{path.name}: ") for tree in yaml.safe_load(path.read_text())]
 
 
+def tested(scale: str, seeds: int, out: Path, more: Sequence[str] = ()) -> dict[str, list[grid.Planned]]:
+    """{grid, cell: its runs} of all that the claims are of, each run once; as Grid.runs."""
+    found: dict[Path, tuple[str, list[grid.Planned]]] = {}
+    for claim in read():
+        for cell, runs in grid.read(claim.grid).runs(scale, [claim.better, claim.worse], seeds, out, more).items():
+            found.setdefault(runs[0].folder, (f"{claim.grid}, {cell}", runs))
+    return dict(found.values())
+
+
 def judged(scale: str, seeds: int, out: Path) -> list[Judged]:
     return [judge(claim, scale, seeds, out) for claim in read()]
 
@@ -66,9 +76,11 @@ def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
 
 
 def markdown(rows: list[Judged]) -> str:
+    """A table of the claims, and below it what was learned of those that were tested."""
     lines = ["| claim | source | there | here | verdict |", "|---|---|---|---|---|"]
     for row in rows:
         claim, there = row.claim, f"{row.claim.paper[0] - row.claim.paper[1]:+.1f}"
         here = "{:+.2f} [{:+.2f}, {:+.2f}], n={}+{}".format(*(100 * x for x in row.found), *row.seeds) if row.found else row.reason
         lines.append(f"| {claim.says} | {claim.source} | {there} | {here} | {row.verdict} |")
+    lines += [f"- {row.claim.says}: {row.verdict}. {row.claim.learned}" for row in rows if row.found and row.claim.learned]
     return "\n".join(lines)

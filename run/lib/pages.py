@@ -28,20 +28,22 @@ Gallery = tuple[dict[str, Tensor], list[str]]  # what run/lib/pictures.py `galle
 # The metrics of a set that a table has room for; of a suite all.
 MAIN = {"zero_shot": ("top1", "map", "pm_10", "roc_auc"), "retrieval": ("image_to_text_r1", "text_to_image_r1"), "knn": ("top1",),
         "linear_probe": ("top1",), "finetune": ("top1",), "segmentation": ("mean_iou",), "captioning": ("cider",), "vqa": ("accuracy",)}
-WORDS = {"zero_shot": "zero-shot", "top1": "top-1", "map": "mAP", "roc_auc": "ROC AUC", "image_to_text_r1": "image-to-text R@1",
+WORDS = {"zero_shot": "zero-shot", "top1": "top-1", "top5": "top-5", "map": "mAP", "roc_auc": "ROC AUC", "image_to_text_r1": "image-to-text R@1",
          "text_to_image_r1": "text-to-image R@1", "mean_iou": "mean IoU", "retrieval": "",
          "cider": "CIDEr", "vqa": "VQA"}
 KEY = ("Grey patches are hidden. Attention: of the class token, bright where it looks. "
        "Resemblance: of each patch's embedding to the caption's.")
 
 
-def write(out: Path, groups: Groups, galleries: dict[str, Gallery | str] | None = None, title: str = "Runs compared") -> list[Path]:
+def write(out: Path, groups: Groups, galleries: dict[str, Gallery | str] | None = None, title: str = "Runs compared",
+          metric: str = "") -> list[Path]:
     """Write the page, and beside it OUT-PLOT.png, OUT-curves.csv and OUT-runs.csv; returns all paths, the page first.
 
-    galleries: {label: what masks keep and towers look at, or why there is no picture}.
+    galleries: {label: what masks keep and towers look at, or why there is no picture}; metric: what stands first, whatever its kind.
     """
-    figures = drawn(groups)
-    files = {out: page(groups, figures, galleries or {}, title).encode(), beside(out, "curves.csv"): curves_csv(groups),
+    names = metrics(groups, metric)
+    figures = drawn(groups, names)
+    files = {out: page(groups, names, figures, galleries or {}, title).encode(), beside(out, "curves.csv"): curves_csv(groups),
              beside(out, "runs.csv"): runs_csv(groups)}
     files |= {beside(out, f"{slug(name)}.png"): plots.png(figure) for name, figure in figures.items()}
     files |= {beside(out, f"masks_{slug(label)}.png"): encoded(sheet(found[0]), "png") for label, found in (galleries or {}).items()
@@ -52,8 +54,7 @@ def write(out: Path, groups: Groups, galleries: dict[str, Gallery | str] | None 
     return list(files)
 
 
-def page(groups: Groups, figures: dict[str, plots.Figure], galleries: dict[str, Gallery | str], title: str) -> str:
-    names = metrics(groups)
+def page(groups: Groups, names: list[str], figures: dict[str, plots.Figure], galleries: dict[str, Gallery | str], title: str) -> str:
     body = [f"<h1>{escape(title)}</h1><p>{escape(headline(groups))}</p><h2>Results</h2>", results_table(groups, names)]
     for name in names:
         body.append(shown(figures, {
@@ -77,16 +78,16 @@ def headline(groups: Groups) -> str:
             f"and bands: 95 % bootstrap intervals of the mean over n seeds; of two or three seeds that is their range.{compared}")
 
 
-def metrics(groups: Groups) -> list[str]:
-    """The metrics for tables and plots that some run has, zero-shot first."""
+def metrics(groups: Groups, before: str = "") -> list[str]:
+    """The metrics for tables and plots that some run has, `before` and zero-shot first."""
     found = dict.fromkeys(name for group in groups.values() for one in group for name in one.curve)
     kinds = list(MAIN)
     chosen = {}
     for name in found:
         bare = name.removeprefix("teacher/").partition(" (")[0]
         kind, metric = re.split(r"[(/]", bare)[0], bare.rpartition("/")[2]
-        if kind == "suite" and metric != "chance" or metric in MAIN.get(kind, ()):
-            chosen[name] = kinds.index(kind) if kind in MAIN else -1
+        if name == before or kind == "suite" and metric != "chance" or metric in MAIN.get(kind, ()):
+            chosen[name] = -2 if name == before else kinds.index(kind) if kind in MAIN else -1
     return sorted(chosen, key=chosen.get)
 
 
@@ -158,12 +159,12 @@ def told(found: tuple[float, float, float], by: float, form: str = ".1f") -> str
     return f"{mean:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
-def drawn(groups: Groups) -> dict[str, plots.Figure]:
-    """{name: plot} of what there is to draw."""
+def drawn(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
+    """{name: plot} of what there is to draw of these metrics, and of cost."""
     labels, found = list(groups), {}
     longest = max((one.seconds for group in groups.values() for one in group if one.seconds), default=0)
     unit, per = ("hours", 3600) if longest >= 3600 else ("minutes", 60)
-    for name in metrics(groups):
+    for name in names:
         what, where = spoken(name)
         if lines := {label: points for label, group in groups.items() if (points := line(group, name))}:
             key = f"{name.rpartition('/')[0]}/chance"
