@@ -37,6 +37,8 @@ def main() -> None:
     engine.merged(cfg, ranks.world())  # say what is wrong with the JSON or the batch before anything starts
     home = folder.check(Path(cfg.run), resume)
     ranks.start()
+    if resume:
+        ranks.once(lambda: ranks.rank() or folder.hold(home))
     evals = ranks.once(lambda: parse(cfg.evals, training=True, data=cfg.eval_data))
     batches = loader(cfg)
     trainer, found = restore(cfg, home, resume, batches)

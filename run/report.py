@@ -28,7 +28,10 @@ def compare() -> None:
     args.add_argument("--images", nargs="+", help="folders of shards for the pictures; default: each run's own data.train")
     args.add_argument("--count", type=int, default=4, help="images of each group; 0: no pictures, and no checkpoint is read")
     found = args.parse_args()
-    runs = [state(Path(run)) for run in found.runs]
+    beside = (".lock", ".log", ".failed")  # of run/scaling.py, which RUNS/* names too
+    runs = [state(Path(run)) for run in found.runs if not (Path(run).is_file() and run.endswith(beside))]
+    if not runs:
+        raise ValueError(f"RUN: {found.runs[0]}: no run folder")
     if all(run.config is None for run in runs):
         raise ValueError(f"RUN: {runs[0].run}: {runs[0].reason}" + f", and {len(runs) - 1} more like it" * (len(runs) > 1))
     groups, galleries = by_seed(runs), {}

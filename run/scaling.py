@@ -5,11 +5,12 @@
     python run/scaling.py launch --grid flip_table8 --scale glyphs         train what is not trained yet; the same command goes on
     python run/scaling.py status --grid flip_table8 --scale glyphs
     python run/scaling.py table  --grid flip_table8 --scale glyphs         means over seeds beside the paper's figures
-    python run/scaling.py plot   --grid flip_table8 --scale glyphs         curves and costs as PNG and CSV, and a page of all with each run's config
+    python run/scaling.py plot   --grid flip_table8 --scale glyphs         curves, cost: PNG, CSV and a page with each run's config
     python run/scaling.py claims --scale glyphs                            what of the papers' claims holds at this scale
 
 A run is named by what it trains, under OUT/SCALE, so grids share what they have in common.  docs/scaling.md has the rest.
 """
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ if __package__ is None:  # started as a file: import from the repository root, n
 from run.lib import config, grid, pages, plan  # noqa: E402
 from run.lib.claims import judged, markdown, tested  # noqa: E402
 from run.lib.cli import run_script  # noqa: E402
-from run.lib.jobs import Jobs, command, state, why  # noqa: E402
+from run.lib.config import ROOT  # noqa: E402
+from run.lib.jobs import Jobs, command, line_of, state, why  # noqa: E402
 from run.lib.log import clock, short  # noqa: E402
 from run.lib.results import Result, difference, interval  # noqa: E402
 
@@ -36,15 +38,15 @@ def main() -> int | None:
         every = "claims: all that the claims are of; " if name in ("plan", "launch", "status") else ""
         kind.add_argument("--grid", required=True, help=f"{every}{', '.join(grid.names())}, or a file")
         common(kind)
-        kind.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of every cell, on top of the scale's own")
+        kind.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of every cell, on top of the scale's")
         kind.set_defaults(do=do)
         if name == "plan":
             config.cluster_arguments(kind)
         if name == "launch":
-            kind.add_argument("--ranks", type=int, default=2, help="processes, or GPUs, of each run")
-            kind.add_argument("--jobs", type=int, default=1, help="runs at a time, each on so many ranks")
+            kind.add_argument("--ranks", type=config.count, default=2, help="processes, or GPUs, of each run")
+            kind.add_argument("--jobs", type=config.count, default=1, help="runs at a time, each on so many ranks")
             kind.add_argument("--write", type=Path, metavar="DIR", help="instead of training, write a SLURM script for each run")
-            kind.add_argument("--nodes", type=int, default=1, help="of a SLURM script; each with --ranks processes")
+            kind.add_argument("--nodes", type=config.count, default=1, help="of a SLURM script; each with --ranks processes")
     kind = kinds.add_parser("claims", help="what of the papers' claims holds")
     common(kind)
     kind.set_defaults(do=claims)
@@ -54,7 +56,7 @@ def main() -> int | None:
 
 def common(kind) -> None:
     kind.add_argument("--scale", default="glyphs", help="as the grid has them: paper, glyphs")
-    kind.add_argument("--seeds", type=int, default=3)
+    kind.add_argument("--seeds", type=config.count, default=3)
     kind.add_argument("--out", type=Path, default=Path("runs/scaling"), help="where the run folders go")
 
 
@@ -98,22 +100,30 @@ def launch(args) -> int:
 
 
 def write_scripts(runs: list[grid.Planned], args) -> int:
-    """One sbatch script a run, for a cluster: the launcher's processes by srun (docs/running.md)."""
+    """One sbatch script a run, for a cluster, with the launcher's processes by srun (docs/running.md); and submit.sh, which submits all."""
     args.write.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        line = " ".join(f"'{word}'" if set(word) & set(" {}()[]") else word for word in command(run, ["python"]))
-        script = args.write / f"{run.folder.name}.sbatch"
-        after = "".join(f"\n# after {need.name}" for need in run.needs)
-        script.write_text(f"""#!/bin/bash
+    once = {run.folder: run for run in runs}
+    submit = ["#!/bin/bash", "# What needs another's weights waits for it.", "set -e", 'cd "$(dirname "$0")"', "declare -A job"]
+    for run in once.values():
+        lines = [command(run, ["python"]), *(line_of(run, item, 1) for item in run.evaluate)]
+        train, *evaluate = (shlex.join(["python", *line[1:]]) for line in lines)
+        (args.write / f"{run.folder.name}.sbatch").write_text(f"""#!/bin/bash
 #SBATCH --job-name={run.folder.name}
+#SBATCH --chdir={ROOT}
 #SBATCH --nodes={args.nodes}
 #SBATCH --ntasks-per-node={args.ranks}
-#SBATCH --gpus-per-node={args.ranks}{after}
+#SBATCH --gpus-per-node={args.ranks}
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1) MASTER_PORT=29500
-resume=$([ -e {run.folder}/config.yaml ] && echo --resume)
-srun bash -c "RANK=\\$SLURM_PROCID LOCAL_RANK=\\$SLURM_LOCALID WORLD_SIZE=\\$SLURM_NTASKS exec {line} $resume"
-""")
-    print(f"{args.write}: {len(runs)} scripts; sbatch each, those that others need first")
+export resume=$([ -e {shlex.quote(f"{run.folder}/config.yaml")} ] && echo --resume)
+on_all() {{ srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' bash "$@"; }}
+set -e
+on_all {train} $resume
+""" + "".join(f"on_all {line}\n" for line in evaluate))
+        after = "".join(f":${{job[{need.name}]}}" for need in run.needs)
+        waits = f"--dependency=afterok{after} " * bool(run.needs)
+        submit.append(f"job[{run.folder.name}]=$(sbatch --parsable {waits}{run.folder.name}.sbatch)")
+    (args.write / "submit.sh").write_text("\n".join([*submit, f'echo "submitted {len(once)} jobs"', ""]))
+    print(f"{args.write}: {len(once)} scripts; bash {args.write / 'submit.sh'} submits them, each after those that it needs")
     return 0
 
 
@@ -131,18 +141,21 @@ def table(args) -> None:
     metric, runs = one.scale(args.scale).metric, planned(args)
     done = {cell: [state(run.folder) for run in found] for cell, found in runs.items()}
     first = next(iter(one.cells))
-    base = values(done.get(first, []), metric)
-    print(f"{one.title}: {metric}, {args.scale}; {one.source}\n")
-    print(f"| cell | % | to {first} | paper | to {first} | samples/s | seconds | GiB |\n" + "|---" * 8 + "|")
+    base, theirs = values(done.get(first, []), metric), one.paper.get(first)
+    print(f"{one.title}\n\n{args.scale}: {metric}, per cent. The paper: {one.source}.\n")
+    print(f"| cell | here | to {first} | paper | to {first} | samples/s | seconds | GiB |\n" + "|---" * 8 + "|")
     for cell, results in done.items():
-        mine, paper = values(results, metric), one.paper.get(cell)
-        there = f"| {paper} | {paper - one.paper[first]:+.1f} |" if paper and first in one.paper else "| | |"
-        if not mine:
-            print(f"| {cell} | absent: {why(results, metric)} | {there} | | |")
-            continue
-        to = percent(difference(mine, base), "+") if base and cell != first else ""
-        cost = " | ".join(f"{mean(results, name):.3g}" for name in ("samples_per_s", "seconds", "memory_gib"))
-        print(f"| {cell} | {percent(interval(mine))} n={len(mine)} | {to} {there} {cost} |")
+        for item in ("", *one.evaluate.get(cell, ())):
+            name, asked = (f"{cell}, {item}", f"{metric} ({item})") if item else (cell, metric)
+            mine, paper = values(results, asked), one.paper.get(name)
+            to = f"{paper - theirs:+.1f}" if paper and theirs and name != first else ""
+            there = f"| {paper or ''} | {to} |"
+            if not mine:
+                print(f"| {name} | absent: {why(results, asked)} | {there} | | |")
+                continue
+            to = percent(difference(mine, base), "+") if base and name != first else ""
+            cost = ["", "", ""] if item else [f"{mean(results, key):.3g}" for key in ("samples_per_s", "seconds", "memory_gib")]
+            print(f"| {name} | {percent(interval(mine))} n={len(mine)} | {to} {there} {' | '.join(cost)} |")
 
 
 def plot(args) -> None:
@@ -169,7 +182,9 @@ def percent(found: tuple[float, float, float], sign: str = "") -> str:
 
 
 def claims(args) -> None:
-    print(markdown(judged(args.scale, args.seeds, args.out)))
+    found = judged(args.scale, args.seeds, args.out)
+    metrics = {grid.read(row.claim.grid).scale(args.scale).metric for row in found}
+    print(markdown(found, " | ".join(metrics)))
 
 
 if __name__ == "__main__":

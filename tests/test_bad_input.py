@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from data.shards import build_index, write_shard
+from run.lib.folder import trained_elsewhere
 from tests.tiny import ROOT, command, environment, launch, picture, settings, shards
 
 
@@ -93,6 +95,27 @@ def test_existing_run_and_other_architecture(data, tmp_path):
     fails(pretrain(*settings(data, run, "samples=64")), "exists", "--resume")
     fails(pretrain(*settings(data, run, "samples=64", "model.vision.pool=cls"), "--resume"), "model.vision.pool", "mean_with_cls", "cls")
     fails(pretrain(*settings(data, tmp_path / "other", "samples=64"), "--resume"), "no run folder")
+
+
+def test_a_run_that_is_being_trained(data, tmp_path):
+    """A second job is refused as long as the first lives, and goes on when that was killed."""
+    run = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "run/pretrain.py", *settings(data, run, "samples=1M", "save_every=16")], cwd=ROOT,
+                             env=environment(), stdout=subprocess.DEVNULL)
+    try:
+        until = time.time() + 60
+        while not list(run.glob("checkpoints/*/manifest.json")):
+            assert first.poll() is None and time.time() < until
+            time.sleep(0.1)
+        assert trained_elsewhere(run)
+        fails(pretrain(*settings(data, run, "samples=1M"), "--resume"), "is being trained by another job")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert not trained_elsewhere(run)
+    step = len((run / "metrics.jsonl").read_text().splitlines())
+    assert pretrain(*settings(data, run, f"samples={16 * (step + 2)}"), "--resume").returncode == 0
 
 
 def test_broken_images_beyond_the_budget(data, tmp_path):

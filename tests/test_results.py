@@ -46,6 +46,20 @@ def test_runs_that_are_not_whole(tmp_path):
     assert "empty/config.yaml: run: missing" in read(tmp_path / "empty").reason
 
 
+def test_the_time_of_a_run_is_with_that_of_the_run_it_began_from(tmp_path):
+    for seed in (0, 1):
+        recorded(tmp_path / f"base-seed{seed}", (100, 100), {200: {TOP1: 0.25}}, f"seed={seed}")
+        recorded(tmp_path / f"tuned-seed{seed}", (50,), {100: {TOP1: 0.5}}, f"seed={seed}", f"init={tmp_path}/base-seed{seed}")
+    tuned = read(tmp_path / "tuned-seed0")
+    assert tuned.seconds == 2 + 2 and tuned.samples == 100 and tuned.samples_per_s == 50
+    runs = [read(tmp_path / f"{name}-seed{seed}") for name in ("base", "tuned") for seed in (0, 1)]
+    assert {label: len(group) for label, group in by_seed(runs).items()} == {"base": 2, "tuned": 2}
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("base-seed0", "tuned-seed0"):  # moved together
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    assert read(tmp_path / "elsewhere/tuned-seed0").seconds == 4
+
+
 def test_a_last_part_of_a_batch_is_not_trained_on(tmp_path):
     assert read(recorded(tmp_path / "run", (50, 50), {200: {TOP1: 0.25}}, "samples=299")).state == "complete"
 

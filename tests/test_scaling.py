@@ -4,6 +4,8 @@
 """
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -67,7 +69,8 @@ def test_claims_are_of_cells_and_say_what_their_papers_do(claim):
     one = GRIDS[claim.grid]
     for cell, how, paper in ((claim.better, claim.better_as, claim.paper[0]), (claim.worse, claim.worse_as, claim.paper[1])):
         assert cell in one.cells
-        assert how in one.evaluate[cell] if how else one.paper[cell] == paper
+        assert not how or how in one.evaluate[cell]
+        assert one.paper[f"{cell}, {how}" if how else cell] == paper
     assert claim.paper[0] > claim.paper[1]
 
 
@@ -76,13 +79,83 @@ def test_there_are_claims_of_all_four_papers():
     assert len(rows) >= 12 and {row.source.split()[0] for row in rows} == {"FLIP", "GLIP", "A-CLIP", "MaskCLIP"}
 
 
-def finished(run: Path, planned: grid.Planned, value: float) -> None:
-    """A run folder as after training, whose metric is `value`."""
+@pytest.mark.parametrize("change, said", [
+    (dict(cells=dict(a=["init={b}"], b=["init={a}"])), "cells: a needs b needs a; none of them can be trained first"),
+    (dict(evaluate=dict(a=["weights teacher"])), "evaluate: a: 'weights teacher'; it must be `mask STRATEGY` or `ensemble N`"),
+    (dict(paper={"a, ensemble 2": 1.0}), "paper: unknown 'a, ensemble 2'; known: a, b")])
+def test_grids_that_cannot_be(change, said, tmp_path):
+    tree = dict(title="t", source="s", cells=dict(a=[], b=[]), scales=dict(glyphs=dict(config="quickstart", metric="m"))) | change
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        grid.read(str(tmp_path / "mine.yaml")).runs("glyphs", [], 1, tmp_path)
+
+
+def test_a_grid_that_is_no_yaml(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: [")
+    with pytest.raises(ValueError, match="mine.yaml is no YAML"):
+        grid.read(str(tmp_path / "mine.yaml"))
+
+
+def test_a_tuned_run_is_the_same_wherever_it_lies(tmp_path):
+    one, other = (GRIDS["flip_table1"].runs("glyphs", ["mask 75 + tuning"], 2, out)["mask 75 + tuning"] for out in (Path("runs"), tmp_path))
+    assert [run.folder.name for run in one] == [run.folder.name for run in other]
+    assert grid.unseeded(str(one[0].folder)) == grid.unseeded(str(other[1].folder)), "and of every seed but for the seed"
+
+
+def test_a_grid_sets_seeds_itself(tmp_path):
+    with pytest.raises(ValueError, match="--set seed=5: a grid sets it"):
+        GRIDS["flip_table1"].runs("glyphs", [], 1, tmp_path, ["seed=5"])
+
+
+def test_scripts_for_slurm(tmp_path, monkeypatch):
+    """Each is shell, begins at the repository, trains, then evaluates; submit.sh has tuning wait for what it tunes.
+
+    sbatch is a stand-in that answers a number and notes what it was asked."""
+    line = f"run/scaling.py launch --grid flip_table1 --seeds 1 --out {tmp_path}/a;b --write {tmp_path}/jobs --ranks 8 --nodes 4"
+    monkeypatch.setattr(sys, "argv", line.split())
+    assert main() == 0
+    runs = GRIDS["flip_table1"].runs("glyphs", [], 1, tmp_path / "a;b")
+    names = {cell: found[0].folder.name for cell, found in runs.items()}
+    scripts = sorted((tmp_path / "jobs").glob("*.sbatch"))
+    assert [script.stem for script in scripts] == sorted(names.values())
+    for script in [*scripts, tmp_path / "jobs/submit.sh"]:
+        subprocess.run(["bash", "-n", script], check=True)
+    text = (tmp_path / "jobs" / f"{names['mask 75']}.sbatch").read_text()
+    assert f"--chdir={ROOT}" in text and "--nodes=4" in text and "--ntasks-per-node=8" in text
+    tasks = [task for task in text.splitlines() if task.startswith("on_all ")]
+    assert "run/pretrain.py" in tasks[0] and tasks[0].endswith(" $resume") and "--set" in shlex.split(tasks[0])
+    assert [shlex.split(task)[-2:] for task in tasks[1:]] == [["--mask", "random(0.75)"], ["--ensemble", "4"]]
+    stand_in = tmp_path / "bin/sbatch"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\nwc -l < {tmp_path}/asked\n')
+    stand_in.chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "jobs/submit.sh"], env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"},
+                          capture_output=True, text=True, check=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == len(scripts) and f"submitted {len(scripts)} jobs" in done.stdout
+    number = {one.split()[-1].removesuffix(".sbatch"): i for i, one in enumerate(asked, 1)}
+    base, tuned = number[names["mask 75"]], number[names["mask 75 + tuning"]]
+    assert f"--dependency=afterok:{base} " in asked[tuned - 1] and "afterok" not in asked[base - 1]
+
+
+def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, monkeypatch, capsys):
+    runs = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"]
+    finished(runs[0].folder, runs[0], 0.25, {"ensemble": 2})
+    monkeypatch.setattr(sys, "argv", f"run/scaling.py table --grid flip_table1 --seeds 1 --out {tmp_path}".split())
+    main()
+    told = capsys.readouterr().out
+    assert "zero_shot/seen_concepts_unseen_style/top5, per cent" in told
+    assert "| mask 50, ensemble 2 | 25.00 n=1 |" in told and "| 68.1 | -0.5 |" in told
+    assert "| mask 50 | absent: 1 " in told and "| mask 75 | absent: 1 not trained | | 68.2 | -0.4 | | | |" in told
+
+
+def finished(run: Path, planned: grid.Planned, value: float, how: dict | None = None) -> None:
+    """A run folder as after training, whose metric is `value`, evaluated as `how` says."""
     run.mkdir(parents=True)
     config.save(planned.cfg, run / "config.yaml", {})
     samples = planned.cfg.steps * planned.cfg.batch
     (run / "metrics.jsonl").write_text(json.dumps(dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)) + "\n")
-    row = {"step": 1, "samples": samples, "weights": "student", "zero_shot/seen_concepts_unseen_style/top5": value}
+    row = {"step": 1, "samples": samples, "weights": "student", **(how or {}), "zero_shot/seen_concepts_unseen_style/top5": value}
     (run / "results.jsonl").write_text(json.dumps(row) + "\n")
 
 
@@ -97,10 +170,23 @@ def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
         finished(planned.folder, planned, 0.1 + gain)
     found = claims.judge(claim, "glyphs", 3, tmp_path)
     assert found.verdict == verdict
-    line = claims.markdown([found])
+    line = claims.markdown([found], "top5")
     assert verdict in line and (("1 not trained" in line) == (verdict == "absent"))
-    line = claims.markdown([replace(found, claim=replace(claim, learned="why so"))])
+    line = claims.markdown([replace(found, claim=replace(claim, learned="why so"))], "top5")
     assert line.endswith(f"- {claim.says}: {verdict}. why so") == (verdict != "absent"), "nothing was learned of what was not run"
+
+
+@pytest.mark.parametrize("no_gain, seeds, verdict", [
+    (False, ((0.30, 0.20, 0.25), (0.28, 0.18, 0.23)), "reproduced"),
+    (False, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "not distinguishable"),
+    (True, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "reproduced"), (True, ((0.28, 0.18, 0.23), (0.30, 0.20, 0.25)), "opposite")])
+def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verdict, tmp_path):
+    claim = replace(next(claim for claim in claims.read() if claim.better == "mask 75 + tuning"), no_gain=no_gain)
+    runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
+    for cell, values in zip((claim.better, claim.worse), seeds):
+        for planned, value in zip(runs[cell], values):
+            finished(planned.folder, planned, value)
+    assert claims.judge(claim, "glyphs", 3, tmp_path).verdict == verdict
 
 
 def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
@@ -130,7 +216,7 @@ def tiny_grid(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_kills_lose_and_repeat_nothing(tmp_path):
-    """The launcher is killed alone, its run going on without it; then both are killed; the same command then finishes what is left."""
+    """All but the rank that trains is killed, and that goes on; then all of the next run; the same command then finishes what is left."""
     path, out = tiny_grid(tmp_path), tmp_path / "runs"
     line = [sys.executable, "run/scaling.py", "launch", "--grid", path, "--seeds", "1", "--out", out, "--ranks", "1"]
     runs = {cell: runs[0].folder for cell, runs in grid.read(str(path)).runs("glyphs", [], 1, out).items()}
@@ -145,14 +231,19 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
         process.wait()
         return process
 
-    begun(runs["base"], 5)  # its training goes on, alone
+    def kill(run: Path, ranks: bool) -> None:
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            try:
+                told = Path(f"/proc/{pid}/cmdline").read_text()
+                if str(run) in told and (ranks or "--local_rank" not in told):
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+
+    begun(runs["base"], 5)
+    kill(runs["base"], ranks=False)  # its rank goes on, alone
     begun(runs["tuned"], 5)
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            if str(runs["tuned"]) in Path(f"/proc/{pid}/cmdline").read_text():
-                os.kill(pid, signal.SIGKILL)
-        except OSError:
-            continue
+    kill(runs["tuned"], ranks=True)
     done = subprocess.run(list(map(str, line)), cwd=ROOT, env=environment(), capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 1, "one cell cannot be trained"

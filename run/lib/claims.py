@@ -1,8 +1,9 @@
 """The papers' directional claims, held against runs: run/claims.yaml says each, `judged` tells what of it holds.
 
-A claim says that one cell of a grid is better than another.  It is tested by the difference of their means over seeds, with a bootstrap
-interval: reproduced where the interval lies on the claimed side of 0, opposite where it lies on the other, not distinguishable where it
-holds 0, absent where runs are missing.
+A claim says that one cell of a grid is better than another, or that it is no worse (`no_gain`: what the other adds does not help).  It is
+tested by the difference of their means over seeds, with a bootstrap interval: reproduced where the interval lies on the claimed side of 0,
+opposite where it lies on the other, not distinguishable where it holds 0 (which is what a `no_gain` says, and so reproduces it), absent
+where runs are missing.  Where both sides are of the same run, or one began from the other, the differences are taken seed by seed.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import yaml
 from run.lib import config, grid
 from run.lib.config import ROOT
 from run.lib.jobs import state, why
-from run.lib.results import difference
+from run.lib.results import difference, interval
 
 FILE = ROOT / "run" / "claims.yaml"
 LEAST = 3  # seeds
+VERDICTS = ("reproduced", "not distinguishable", "opposite", "absent")
+CHANCE = "Of cells that do not differ, three seeds make about one pair in ten look better and one in ten worse."
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Claim:
     better: str  # a cell
     worse: str  # another
     paper: tuple[float, float]  # their figures there, in the paper's metric
+    no_gain: bool = False  # the paper finds the worse one no better, not worse
     better_as: str = ""  # how the first is evaluated, as in the grid's `evaluate`; as in training where nothing is said
     worse_as: str = ""
     learned: str = ""  # what is known of why it holds or does not, at glyphs scale
@@ -35,7 +39,7 @@ class Claim:
 @dataclass(frozen=True)
 class Judged:
     claim: Claim
-    verdict: str  # reproduced | not distinguishable | opposite | absent
+    verdict: str  # of VERDICTS
     found: tuple[float, float, float] | None = None  # difference, low, high
     seeds: tuple[int, int] = (0, 0)
     reason: str = ""  # why absent
@@ -64,23 +68,39 @@ def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
     sides, missing = [], []
     for cell, how in ((claim.better, claim.better_as), (claim.worse, claim.worse_as)):
         name, results = metric + f" ({how})" * bool(how), [state(run.folder) for run in runs[cell]]
-        found = [result.final[name] for result in results if result.state == "complete" and name in result.final]
+        found = {run.cfg.seed: result.final[name] for run, result in zip(runs[cell], results)
+                 if result.state == "complete" and name in result.final}
         sides.append(found)
         if len(found) < LEAST:
             missing.append(f"{cell}: {len(found)} of {LEAST} seeds ({why(results, name) or f'{seeds} asked for'})")
+    better, worse = sides
     if missing:
-        return Judged(claim, "absent", seeds=tuple(map(len, sides)), reason="; ".join(missing))
-    far, low, high = difference(*sides)
+        return Judged(claim, "absent", seeds=(len(better), len(worse)), reason="; ".join(missing))
+    if akin(runs[claim.better][0], runs[claim.worse][0]):
+        far, low, high = interval([better[seed] - worse[seed] for seed in better.keys() & worse.keys()])
+    else:
+        far, low, high = difference(list(better.values()), list(worse.values()))
     verdict = "reproduced" if low > 0 else "opposite" if high < 0 else "not distinguishable"
-    return Judged(claim, verdict, (far, low, high), tuple(map(len, sides)))
+    if claim.no_gain and verdict == "not distinguishable":
+        verdict = "reproduced"
+    return Judged(claim, verdict, (far, low, high), (len(better), len(worse)))
 
 
-def markdown(rows: list[Judged]) -> str:
+def akin(one: grid.Planned, other: grid.Planned) -> bool:
+    """Are they the same run, or did one begin from the other?"""
+    return one.folder == other.folder or one.folder in other.needs or other.folder in one.needs
+
+
+def markdown(rows: list[Judged], metric: str) -> str:
     """A table of the claims, and below it what was learned of those that were tested."""
-    lines = ["| claim | source | there | here | verdict |", "|---|---|---|---|---|"]
+    lines = [f"| claim | paper | there | here: {metric} | grid: cells | verdict |", "|---|---|---|---|---|---|"]
     for row in rows:
         claim, there = row.claim, f"{row.claim.paper[0] - row.claim.paper[1]:+.1f}"
         here = "{:+.2f} [{:+.2f}, {:+.2f}], n={}+{}".format(*(100 * x for x in row.found), *row.seeds) if row.found else row.reason
-        lines.append(f"| {claim.says} | {claim.source} | {there} | {here} | {row.verdict} |")
+        cells = " against ".join(f"{cell}, {how}" if how else cell for cell, how in (
+            (claim.better, claim.better_as), (claim.worse, claim.worse_as)))
+        lines.append(f"| {claim.says} | {claim.source} | {there} | {here} | {claim.grid}: {cells} | {row.verdict} |")
+    count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in VERDICTS}
+    lines += ["", ", ".join(f"{count} {verdict}" for verdict, count in count.items()) + f". {CHANCE}", ""]
     lines += [f"- {row.claim.says}: {row.verdict}. {row.claim.learned}" for row in rows if row.found and row.claim.learned]
     return "\n".join(lines)

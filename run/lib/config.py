@@ -247,6 +247,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def count(text: str) -> int:
+    """The type of an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
     """(config, the rest) of a training script.  The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's."""
     args = parser(doc)

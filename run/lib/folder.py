@@ -4,7 +4,9 @@
     RUN/command.txt      every command that worked on it
     RUN/metrics.jsonl    one record a line (run/lib/log.py); RUN/results.jsonl one evaluation a line
     RUN/log.txt, RUN/tensorboard/, RUN/checkpoints/, RUN/trace/ (data.trace)
+    RUN/lock             held by the rank 0 that trains it, while that lives
 """
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -27,6 +29,41 @@ from run.lib.ranks import rank, world
 PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
 
 
+LOCKS: list[int] = []  # file handles, open as long as this process lives
+
+
+def trained_elsewhere(home: Path) -> bool:
+    """Does a process hold the lock of this run's folder?"""
+    try:
+        handle = os.open(home / "lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def hold(home: Path) -> None:
+    """Take the lock, or ValueError: two jobs that train one run would overwrite each other's records and checkpoints."""
+    LOCKS.append(os.open(home / "lock", os.O_RDWR | os.O_CREAT))
+    for last in (False,) * 10 + (True,):  # loaders of a killed job live on for a moment
+        try:
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if last:
+                raise ValueError(f"run: {home} is being trained by another job; wait until it has ended, or stop it") from None
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return
+
+
 def check(home: Path, resume: bool) -> Path:
     """The run's folder, or ValueError: a run is never written over."""
     if home.exists() and not resume:
@@ -44,6 +81,8 @@ def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
     if rank():
         return
     home.mkdir(parents=True, exist_ok=resume)  # made meanwhile by another job with the same `run:`, it is refused
+    if not resume:
+        hold(home)
     with (home / "command.txt").open("a") as file:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv), f"# {world()} ranks", file=file)
     saved = home / "config.yaml"

@@ -11,7 +11,7 @@ named by a digest of what it trains, so what two grids have in common is trained
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -54,12 +54,18 @@ class Grid:
     source: str  # paper, table
     scales: dict[str, Scale]
     cells: dict[str, tuple[str, ...]]  # the first is what the others are compared with
-    paper: dict[str, float] = field(default_factory=dict)  # a cell's figure there, per cent
+    paper: dict[str, float] = field(default_factory=dict)  # a cell's figure there, per cent; `CELL, mask random(0.5)`: evaluated so
     evaluate: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of a cell also so, as run/evaluate.py: [mask random(0.5)]
 
     def __post_init__(self):
-        for cell in (*self.paper, *self.evaluate):
+        for cell in self.evaluate:
             config.check_choice("cells", cell, self.cells)
+        for cell, items in self.evaluate.items():
+            for item in items:  # results are told apart by what was asked
+                if item.partition(" ")[0] not in ("mask", "ensemble") or item in ("mask none", "ensemble 1"):
+                    raise ValueError(f"evaluate: {cell}: {item!r}; it must be `mask STRATEGY` or `ensemble N`, unlike training's own")
+        for cell in self.paper:
+            config.check_choice("paper", cell, {*self.cells, *(f"{one}, {item}" for one, items in self.evaluate.items() for item in items)})
         for cell, changes in self.cells.items():
             for scale in self.scales.values():
                 for change in changes:
@@ -74,22 +80,28 @@ class Grid:
         """{cell: a run for each seed}, and of the cells that those need.  more: key=value, on top of the scale's own for every cell."""
         for cell in cells:
             config.check_choice("CELL", cell, self.cells)
+        for change in more:
+            if change.startswith(("seed=", "run=")):
+                raise ValueError(f"--set {change}: a grid sets it; --seeds N takes 0 to N - 1, --out says where runs go")
         found: dict[str, list[Planned]] = {}
         found_at = self.scale(scale)
         for cell in cells or self.cells:
             self.add(cell, replace(found_at, set=(*found_at.set, *more)), seeds, out / scale, found)
         return found
 
-    def add(self, cell: str, scale: Scale, seeds: int, out: Path, found: dict[str, list[Planned]]) -> None:
+    def add(self, cell: str, scale: Scale, seeds: int, out: Path, found: dict[str, list[Planned]], above: tuple[str, ...] = ()) -> None:
+        """above: the cells that need this one."""
         if cell in found:
             return
+        if cell in above:
+            raise ValueError(f"cells: {' needs '.join((*above, cell))}; none of them can be trained first")
         changes = list(scale.set)
         for change in self.cells[cell]:
             changes += [change] if "=" in change else scale.changes[change]
         needed = list(dict.fromkeys(name for change in changes for name in HOLE.findall(change)))
         for name in needed:
             config.check_choice(f"cells: {cell}", name, self.cells)
-            self.add(name, scale, seeds, out, found)
+            self.add(name, scale, seeds, out, found, (*above, cell))
         name = next((change.removeprefix("config=") for change in changes if change.startswith("config=")), scale.config)
         path, changes = ROOT / "run" / "configs" / f"{name}.yaml", [change for change in changes if not change.startswith("config=")]
         found[cell] = []
@@ -97,17 +109,28 @@ class Grid:
             folders = {name: str(found[name][seed].folder) for name in needed}
             own = [HOLE.sub(lambda match, folders=folders: folders[match[1]], change) for change in changes]
             cfg = config.load(path, [*own, f"seed={seed}"])
-            run = out / f"{cfg.method}-{digest(cfg)}-seed{seed}"
+            run = out / f"{cfg.method}-{digest(cfg, folders.values())}-seed{seed}"
             changed = (*own, f"seed={seed}", f"run={run}")
             found[cell].append(Planned(replace(cfg, run=str(run)), path, changed, tuple(map(Path, folders.values())),
                                        self.evaluate.get(cell, ())))
 
 
-def digest(cfg: Run) -> str:
-    """Of all that a run's results depend on, but its seed; keys that are as they are by default do not count, so new ones may come."""
+def digest(cfg: Run, needs: Iterable[str] = ()) -> str:
+    """Of all that a run's results depend on, but its seed; keys that are as they are by default do not count, so new ones may come.
+
+    needs: folders of other runs in it, of which their own digest counts, not where they lie or their seed.
+    """
     tree = {key: value for key, value in stated(cfg).items() if key not in IDLE}
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("workers", "prefetch", "trace")}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    text = json.dumps(tree, sort_keys=True)
+    for folder in needs:
+        text = text.replace(json.dumps(folder), json.dumps(unseeded(folder)))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def unseeded(folder: str) -> str:
+    """The name of a run's folder, as far as those of other seeds share it."""
+    return re.sub(r"-seed\d+$", "", Path(folder).name)
 
 
 def stated(value):
@@ -129,4 +152,8 @@ def read(name: str) -> Grid:
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         config.check_choice("--grid", name, names())
-    return config.build(Grid, yaml.safe_load(path.read_text()), f"{path.name}: ")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--grid: {path} is no YAML: {' '.join(str(error).split())}") from None
+    return config.build(Grid, tree, f"{path.name}: ")

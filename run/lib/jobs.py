@@ -2,9 +2,9 @@
 
     Jobs(planned, ranks=1, at_once=2).go()          True if all are complete
 
-A run that is complete is left alone, one that was broken off goes on.  A run's lock is held by its launcher and ranks themselves, so
-that after a kill of this process alone no second job starts beside them: it is waited for.  What a run printed is beside its folder,
-RUN.log; why it failed, RUN.failed, which the next launch removes.
+A run that is complete is left alone, one that was broken off goes on.  A run's lock is held here and by the deepspeed launcher until its
+rank 0 has one of its own (run/lib/folder.py), so that after a kill of some of these processes no second job starts beside the others:
+they are waited for.  What a run printed is beside its folder, RUN.log; why it failed, RUN.failed, which the next launch removes.
 """
 import fcntl
 import os
@@ -18,8 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from run.lib import folder
 from run.lib.config import ROOT
 from run.lib.grid import Planned
+from run.lib.log import clock
 from run.lib.results import Result, read
 
 
@@ -41,16 +43,20 @@ def why(results: list[Result], metric: str) -> str:
     return "; ".join(f"{told.count(reason)} {reason}" for reason in dict.fromkeys(told))
 
 
-def left_to_do(planned: Planned, ranks: int) -> list[str] | None:
-    """The command line of what comes next: training, then each evaluation that is not in its results; None when all is done."""
+def left_to_do(planned: Planned) -> str | None:
+    """What comes next: "" is training, then each evaluation that is not in its results; None when all is done."""
     found = state(planned.folder)
     if found.state != "complete":
+        return ""
+    return next((item for item in planned.evaluate if not any(name.endswith(f"({item})") for name in found.final)), None)
+
+
+def line_of(planned: Planned, what: str, ranks: int) -> list[str]:
+    """The command line of what left_to_do told."""
+    if not what:
         return command(planned, local(ranks))
-    for item in planned.evaluate:
-        if not any(name.endswith(f"({item})") for name in found.final):
-            option, _, value = item.partition(" ")
-            return [sys.executable, str(ROOT / "run" / "evaluate.py"), "--run", str(planned.folder), f"--{option}", value]
-    return None
+    option, _, value = what.partition(" ")
+    return [sys.executable, str(ROOT / "run" / "evaluate.py"), "--run", str(planned.folder), f"--{option}", value]
 
 
 def command(planned: Planned, launcher: list[str]) -> list[str]:
@@ -73,10 +79,11 @@ class Job:
     planned: Planned
     process: subprocess.Popen | None = None
     lock: int = -1  # a file handle; -1: not held
-    last: str = ""  # what was started last
+    before: int = 0  # bytes that earlier attempts wrote into its log
+    made: tuple[str, ...] = ()  # evaluations that were started
 
     def claim(self) -> bool:
-        """Take the run's lock; False while another job has it."""
+        """Take the run's lock; False while another job has it, or its ranks train on."""
         path = beside(self.planned.folder, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -85,26 +92,34 @@ class Job:
         except BlockingIOError:
             os.close(handle)
             return False
+        if folder.trained_elsewhere(self.planned.folder):
+            os.close(handle)
+            return False
         self.lock = handle
         return True
 
+    def free(self) -> None:
+        os.close(self.lock)
+        self.lock = -1
+
     def start(self, line: list[str]) -> None:
-        run, self.last = self.planned.folder, " ".join(line[-2:])
+        run = self.planned.folder
         beside(run, "failed").unlink(missing_ok=True)
         if run.is_dir() and not (run / "config.yaml").exists():  # killed in its first moment
             shutil.rmtree(run)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with beside(run, "log").open("a") as log:
+            self.before = os.fstat(log.fileno()).st_size
             self.process = subprocess.Popen(line, stdout=log, stderr=log, pass_fds=[self.lock],
                                             env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}, start_new_session=True)
 
-    def ended(self) -> None:
-        """Note why it failed, if it did; free the lock."""
-        if self.process.returncode:
-            log = beside(self.planned.folder, "log").read_text().splitlines()
+    def ended(self, asked: bool) -> None:
+        """Note why it failed, if it did and was not asked to stop; free the lock."""
+        if self.process.returncode and not asked:
+            log = beside(self.planned.folder, "log").read_bytes()[self.before:].decode(errors="replace").splitlines()
             why = [line for line in log if "rror" in line] or log or ["it printed nothing"]
             beside(self.planned.folder, "failed").write_text(f"exit code {self.process.returncode}: {why[-1].strip()[:300]}\n")
-        os.close(self.lock)
+        self.free()
 
     def stop(self) -> None:
         """Ask it to save and leave."""
@@ -123,19 +138,17 @@ class Jobs:
         self.ranks, self.at_once, self.say = ranks, at_once, say
         self.running: list[Job] = []
         self.failed: dict[Path, str] = {}
+        self.stopping = False
 
     def go(self) -> bool:
         """Train all; False where some failed, or when asked to stop."""
-        stopping = False
-
         def stop(*_) -> None:
-            nonlocal stopping
-            stopping = True
+            self.stopping = True
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.running or self.waiting and not stopping:
-                if stopping:
+            while self.running or self.waiting and not self.stopping:
+                if self.stopping:
                     for job in self.running:
                         job.stop()
                     self.waiting = []
@@ -146,38 +159,52 @@ class Jobs:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if stopping:
+        if self.stopping:
             self.say("asked to stop; the same command goes on")
-        return not (stopping or self.failed)
+        return not (self.stopping or self.failed)
 
     def fill(self) -> None:
         """Start what can be started."""
         for job in list(self.waiting):
             if len(self.running) >= self.at_once:
                 return
-            folder = job.planned.folder
+            run = job.planned.folder
             if broken := [str(need) for need in job.planned.needs if need in self.failed]:
-                beside(folder, "failed").write_text(f"it needs {broken[0]}, which failed\n")
-                self.end(job, state(folder).reason)
-            elif not (line := left_to_do(job.planned, self.ranks)):
+                beside(run, "failed").write_text(f"it needs {broken[0]}, which failed\n")
+                self.end(job, state(run).reason)
+            elif left_to_do(job.planned) is None:
                 self.waiting.remove(job)
             elif all(state(need).state == "complete" for need in job.planned.needs) and job.claim():
-                self.waiting.remove(job)
-                self.running.append(job)
-                doing = "goes on" if folder.exists() else "begins"
-                self.say(f"{folder}: {f'is evaluated, {line[-2]} {line[-1]}' if line[0] == sys.executable else doing}")
-                job.start(line)
+                self.begin(job)
+
+    def begin(self, job: Job) -> None:
+        """Start what is left to do of a job whose lock is held; another may just have done it."""
+        run, what = job.planned.folder, left_to_do(job.planned)
+        if what in job.made:
+            job.free()
+            self.end(job, f"was evaluated, --{what}, and has no result of that")
+        elif what is None:
+            job.free()
+            self.waiting.remove(job)
+        else:
+            self.waiting.remove(job)
+            self.running.append(job)
+            job.made += (what,) if what else ()
+            self.say(f"{run}: {f'is evaluated, --{what}' if what else 'goes on' if run.exists() else 'begins'}")
+            job.start(line_of(job.planned, what, self.ranks))
 
     def reap(self) -> None:
         for job in [job for job in self.running if job.process.poll() is not None]:
             self.running.remove(job)
-            job.ended()
+            job.ended(self.stopping)
             found = state(job.planned.folder)
-            if job.process.returncode or found.state != "complete":
-                self.end(job, found.reason or beside(job.planned.folder, "failed").read_text().strip())
-            else:
+            if found.state == "complete" and not job.process.returncode:
                 self.waiting.insert(0, job)  # there may be an evaluation to make
-                self.say(f"{job.planned.folder}: complete, {found.seconds:.0f} s")
+                self.say(f"{job.planned.folder}: complete" + (f", {clock(found.seconds)} of training" if found.seconds else ""))
+            elif self.stopping:
+                self.say(f"{job.planned.folder}: {found.reason or 'stopped in an evaluation'}")
+            else:
+                self.end(job, found.reason or beside(job.planned.folder, "failed").read_text().strip())
 
     def end(self, job: Job, why: str) -> None:
         if job in self.waiting:

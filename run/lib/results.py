@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 import yaml
 
-from run.lib import config
+from run.lib import config, grid
 from run.lib.config import Run
 
 AS_USUAL = {"weights": "student", "mask": "none", "ensemble": 1}  # how training itself evaluates
@@ -36,7 +36,7 @@ class Result:
     final: dict[str, float] = field(default_factory=dict)  # {metric: value} after the last sample; empty where that was not reached
     losses: list[tuple[int, float]] = field(default_factory=list)  # (samples seen, loss)
     samples: int = 0  # seen, as far as records go
-    seconds: float | None = None  # of training, over all its jobs; None where no speed is known
+    seconds: float | None = None  # of training, over all its jobs, with that of the run that it began from; None where no speed is known
     samples_per_s: float | None = None  # over all ranks
     mfu: float | None = None
     memory_gib: float | None = None  # rank 0's peak
@@ -63,9 +63,18 @@ def read(run: Path, error: str = "") -> Result:
     else:
         reason = "trained, but not evaluated" if cfg.evals and not final else ""
     state, reason = ("failed", f"{error} ({reason})") if reason and error else ("partial" if reason else "complete", reason)
-    command = run / "command.txt"
+    command, spent = run / "command.txt", cost(steps)
+    if (before := began_from(run, cfg)) and spent.get("seconds"):
+        earlier = read(before).seconds
+        spent["seconds"] = earlier and spent["seconds"] + earlier
     return Result(run, state, reason, cfg, provenance, tuple(command.read_text().splitlines()) if command.exists() else (), curve, final,
-                  [(row["samples"], row["loss"]) for row in steps if row["loss"] is not None], samples, **cost(steps))
+                  [(row["samples"], row["loss"]) for row in steps if row["loss"] is not None], samples, **spent)
+
+
+def began_from(run: Path, cfg: Run) -> Path | None:
+    """The run whose weights it began with, at its path or beside it; None where there is none, or it is a converted model."""
+    places = [Path(cfg.init), run.parent / Path(cfg.init).name] if cfg.init else []
+    return next((place for place in places if (place / "metrics.jsonl").exists() and place.resolve() != run.resolve()), None)
 
 
 def records(path: Path) -> list[dict]:
@@ -132,7 +141,10 @@ def common(paths: list[str]) -> str:
 
 
 def unseeded(cfg: Run) -> Run:
-    return replace(cfg, run="", seed=0)
+    """What runs of other seeds have in common; those that they began from or learn from differ in seed, too."""
+    same = replace(cfg, run="", seed=0, init=grid.unseeded(cfg.init))
+    teacher = getattr(cfg.options, "teacher", "")
+    return replace(same, options=replace(cfg.options, teacher=grid.unseeded(teacher))) if teacher else same
 
 
 def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
