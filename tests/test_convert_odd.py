@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from model.convert import open_clip, portable, timm
+from model.convert.rules import Tensors
 from tests.test_convert_open_clip import FLAVOURS, made
 from tests.tiny import ROOT, environment
 
@@ -102,6 +104,18 @@ def test_values_that_are_no_numbers(good, tmp_path, convert):
     shutil.copytree(good / "open_clip", tmp_path / "odd")
     stored(lambda x: x * float("nan"))(tmp_path / "odd")
     assert "holds values that are no numbers" in convert("glimpse", tmp_path / "odd", tmp_path / "out")[2]
+    model = made(*FLAVOURS["CLIP"])
+    endless = {name: model.tensors[name].clone() for name in model.tensors}
+    endless["text.norm.weight"][0] = float("inf")  # equal to itself, and the largest of differences of which one is nan may be small
+    portable.save(replace(model, tensors=Tensors.held(endless)), tmp_path / "endless")
+    for format in ("open_clip", "hf"):
+        code, _, told = convert(format, tmp_path / "endless", tmp_path / format, "--tokenizer", "clip_bpe")
+        assert code == 2 and "text.norm.weight holds values that are no numbers" in told and not (tmp_path / format).exists(), told
+
+
+def test_nan_is_no_small_difference(good, tmp_path, convert, monkeypatch):
+    monkeypatch.setattr("run.lib.prove.differences", lambda *_: {"images": 1e-7, "captions": float("nan")})
+    assert "it gives other embeddings" in convert("open_clip", good / "open_clip", tmp_path / "out")[2]
 
 
 def test_what_files_do_not_tell_is_given(good, tmp_path, convert):

@@ -51,7 +51,7 @@ def test_there_and_back_and_beside_open_clip(flavour, tmp_path):
     model = made(*FLAVOURS[flavour])
     open_clip.save(model, tmp_path / "out")
     again = open_clip.load(tmp_path / "out")
-    assert prove.same_tensors(model.tensors, again.tensors, torch.float32) is None
+    assert prove.flaw(model.tensors, again.tensors, torch.float32) is None
     assert replace(again.cfg, init=model.cfg.init) == model.cfg and again.context == model.context
     far = prove.differences(again, open_clip.peer(tmp_path / "out"), build("clip_bpe", model.context))
     print(f"{flavour}: {far}")
@@ -123,7 +123,7 @@ def test_openais_state_dict_tells_its_architecture(tmp_path):
     assert open_clip.claims(tmp_path / "openai.pt")
     again = open_clip.load(tmp_path / "openai.pt")
     assert replace(again.cfg, init=model.cfg.init) == model.cfg
-    assert prove.same_tensors(model.tensors, again.tensors, torch.float16) is None
+    assert prove.flaw(model.tensors, again.tensors, torch.float16) is None
 
 
 def test_weights_alone_ask_for_their_architecture(tmp_path):
@@ -136,7 +136,7 @@ def test_weights_alone_ask_for_their_architecture(tmp_path):
     with pytest.raises(ValueError, match="config=ViT-B-33: neither"):
         open_clip.load(tmp_path / "epoch_3.pt", config="ViT-B-33")
     again = open_clip.load(tmp_path / "epoch_3.pt", config=str(tmp_path / "state" / open_clip.CONFIG))
-    assert prove.same_tensors(model.tensors, again.tensors, torch.float32) is None
+    assert prove.flaw(model.tensors, again.tensors, torch.float32) is None
     with pytest.raises(ValueError, match="not the shape|nothing takes|is missing"):
         open_clip.load(tmp_path / "epoch_3.pt", config="ViT-B-32").towers()
 
@@ -159,4 +159,4 @@ def test_open_clips_own_b32(name, tmp_path):
     print(f"{name}: {far}")
     assert max(far.values()) < 1e-5
     open_clip.save(model, tmp_path / "out")
-    assert prove.same_tensors(Tensors.held(weights), open_clip.files.read(tmp_path / "out" / open_clip.WEIGHTS[0]), torch.float32) is None
+    assert prove.flaw(Tensors.held(weights), open_clip.files.read(tmp_path / "out" / open_clip.WEIGHTS[0]), torch.float32) is None

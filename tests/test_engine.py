@@ -117,11 +117,19 @@ def test_the_newest_are_kept(kept):
     assert found["step"] == 4 and found["samples"] == 160 and found["files"] == {SHARD: 1000, "sub/b.pt": 1000}
 
 
-@pytest.mark.parametrize("tear", [lambda path: (path / "sub" / "b.pt").write_bytes(bytes(999)), lambda path: (path / SHARD).unlink(),
-                                  lambda path: (path / "manifest.json").unlink(), lambda path: (path / "manifest.json").write_text('{"st')])
-def test_a_torn_checkpoint_is_skipped_and_written_again(kept, tear):
+@pytest.mark.parametrize("tear, flaw", [
+    (lambda path: (path / "sub" / "b.pt").write_bytes(bytes(999)), r"step-00000004: sub/b.pt has 999 bytes, [\d,]+ were saved: damaged"),
+    (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing, .*; .*step-00000003 is whole and may be named instead"),
+    (lambda path: (path / "manifest.json").unlink(), ""), (lambda path: (path / "manifest.json").write_text('{"st'), "")])
+def test_a_torn_checkpoint_is_skipped_and_written_again(kept, tear, flaw):
+    """Training goes on from an older one; what was whole once and is asked for its weights is not silently an older one."""
     tear(kept / "step-00000004")
-    assert steps(kept) == [3, 2] and checkpoint.newest(kept.parent).name == "step-00000003"
+    assert steps(kept) == [3, 2]
+    if flaw:
+        with pytest.raises(ValueError, match=flaw):
+            checkpoint.newest(kept.parent)
+    else:
+        assert checkpoint.newest(kept.parent).name == "step-00000003"
     checkpoint.save(Engine(4), kept, dict(identity={}, shards=0), keep=2)
     assert steps(kept) == [4, 3] and sorted(p.name for p in kept.iterdir()) == ["step-00000003", "step-00000004"]
 

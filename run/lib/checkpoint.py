@@ -85,16 +85,34 @@ def manifest(path: Path) -> dict | None:
     return found if fits else None
 
 
+def damage(path: Path) -> str:
+    """Which file of a checkpoint that was once whole is not as it was saved; "" where none is, or it never was one of ours."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"].items()
+        for name, size in files:
+            there = (path / name).stat().st_size if (path / name).is_file() else None
+            if there != size:
+                return f"{name} {'is missing' if there is None else f'has {there:,} bytes'}, {size:,} were saved"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    return ""
+
+
 def newest(run: Path) -> Path:
-    """The newest whole checkpoint of a run folder, or a checkpoint itself."""
-    if manifest(run):
-        return run
-    found = whole(run / "checkpoints")
+    """The newest checkpoint of a run folder, or a checkpoint itself; ValueError where that is damaged, not silently an older one."""
+    if run.resolve().name == "checkpoints" and (run / "../config.yaml").exists():
+        run = run.resolve().parent
+    steps = [run] if (run / "manifest.json").exists() else sorted(run.glob("checkpoints/step-*"), reverse=True)
+    for path in steps:
+        if manifest(path):
+            return path.resolve()
+        if flaw := damage(path):
+            older = whole(path.parent)
+            advice = f"; {older[0]} is whole and may be named instead" if older and path != run else ""
+            raise ValueError(f"{path}: {flaw}: damaged, or still being copied{advice}")
     if not run.is_dir():
         raise ValueError(f"{run}: no such folder")
-    if not found:
-        raise ValueError(f"{run}: no whole checkpoint in it; a run folder has checkpoints/step-*/manifest.json")
-    return found[0]
+    raise ValueError(f"{run}: no whole checkpoint in it; a run folder has checkpoints/step-*/manifest.json")
 
 
 def check_identity(path: Path, mine: dict) -> None:

@@ -3,6 +3,7 @@
     if __name__ == "__main__":
         run_script(main)
 """
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run main and exit with its code; what a user can mend is told in one line and exits with 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is removed, as on Ctrl-C
     try:
         code = main()
     except (ValueError, OSError) as error:

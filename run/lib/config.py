@@ -138,9 +138,18 @@ def read_tree(path: Path) -> dict:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: not a config; a config is a mapping of keys")
-    tree.pop("provenance", None)  # what a saved config.yaml says of its making
+    made = tree.pop("provenance", None)  # what a saved config.yaml or a converted model's config.json says of its making
+    if isinstance(made, dict) and made.get("format") == "glimpse" and tree.get("data"):
+        tree["data"] = {**tree["data"], "tokenizer": beside(tree["data"]["tokenizer"], path.parent)}
     base = tree.pop("base", None)
     return merge(read_tree(path.parent / base), tree) if base else tree
+
+
+def beside(tokenizer: str, folder: Path) -> str:
+    """A tokenizer's name with the vocabulary that lies in a converted model's folder, where one does: the folder may have been moved."""
+    kind, bracket, file = tokenizer.removesuffix(")").partition("(")
+    own = folder / Path(file).name
+    return f"{kind}({own})" if bracket and own.is_file() else tokenizer
 
 
 def merge(base: dict, over: dict) -> dict:

@@ -35,6 +35,9 @@ def describe(path: Path, given: dict | None = None) -> str:
 def loose(path: Path, why: ValueError) -> str:
     """Of what is of no known format: the tensors in the file, or in the folder's files; where there are none, ValueError that says why."""
     rows = []
+    parts = len(list(path.glob("*_model_states.pt"))) if not (path / "manifest.json").exists() else 0
+    if parts:
+        raise ValueError(f"{path}: {parts} ranks' files of a DeepSpeed checkpoint, but no manifest.json: torn, or not of a run of Glimpse")
     for file in () if claimed(path) or is_one(path) else [path] if path.is_file() else sorted(path.glob("*")):
         if meta := files.metas(file):
             rows += [f"{file}: {len(meta)} tensors, {size_of(file)}"]

@@ -25,7 +25,7 @@ from model.methods import METHODS
 from model.towers import ModelConfig
 from run.lib import zero_files
 from run.lib.checkpoint import check_identity, differences, identity, manifest, newest
-from run.lib.config import Run, build, check_choice, merge, plain
+from run.lib.config import Run, beside, build, check_choice, merge, plain
 from run.lib.config import load as read_config
 from run.lib.engine import place, whole_parameter
 from run.lib.ranks import device, rank, told
@@ -36,8 +36,14 @@ UNTRAINED = dict(method="clip", samples=1, batch=1, data={"train": "none"}, opti
 
 
 def find(path: Path) -> Path:
-    """The newest checkpoint of a run folder, or what is given: a checkpoint, a converted model's folder."""
-    return path if is_one(path) else newest(path)
+    """The newest checkpoint of a run folder, or what is given: a checkpoint, a converted model's folder, or the weights in it."""
+    if path.name == WEIGHTS and is_one(path.parent):
+        path = path.parent
+    if is_one(path):
+        return path
+    if path.exists() and (format := claimed(path)):
+        raise ValueError(f"{path}: a model of {format}; `python run/convert.py glimpse {path} OUT` makes one that can be used here")
+    return newest(path)
 
 
 def home(path: Path) -> Path:
@@ -49,24 +55,24 @@ def config_of(path: Path) -> Run:
     """The config of what was found; of a converted model what it knows, the rest filled in."""
     if not is_one(path):
         return read_config(path.parents[1] / "config.yaml")
-    tree = json.loads((path / CONFIG).read_text())
-    del tree["provenance"]
+    tree = {key: value for key, value in json.loads((path / CONFIG).read_text()).items() if key != "provenance"}
     if not (data := tree.get("data")):
         raise ValueError(f"{path}: a vision tower alone, without text; start a run from it with init: {path}")
     data["tokenizer"] = beside(data["tokenizer"], path)
     return build(Run, merge({**UNTRAINED, "run": str(path)}, tree))
 
 
-def beside(tokenizer: str, folder: Path) -> str:
-    """A tokenizer's name with the vocabulary that lies in the folder, where one does: a folder may have been moved."""
-    kind, bracket, file = tokenizer.removesuffix(")").partition("(")
-    own = folder / Path(file).name
-    return f"{kind}({own})" if bracket and own.is_file() else tokenizer
+def provenance(path: Path) -> dict:
+    """What a converted model's config.json says of its making."""
+    known = json.loads((path / CONFIG).read_text())["provenance"]
+    if lacking := [key for key in ("vocab", "fingerprint", "eot", "source") if key not in known]:
+        raise ValueError(f"{path / CONFIG}: provenance lacks {', '.join(lacking)}; convert the model again")
+    return known
 
 
 def origin(path: Path) -> dict:
     """What training a found model has behind it: step and samples, where they are known."""
-    known = json.loads((path / CONFIG).read_text())["provenance"]["source"] if is_one(path) else manifest(path)
+    known = provenance(path)["source"] if is_one(path) else manifest(path)
     return {key: known[key] for key in ("step", "samples") if key in known}
 
 
@@ -104,7 +110,7 @@ def anything(path: Path, weights: str = "student", given: dict | None = None) ->
 def converted(path: Path) -> Portable:
     """A converted model's folder."""
     tree = json.loads((path / CONFIG).read_text())
-    known, data = tree["provenance"], tree.get("data", {})
+    known, data = provenance(path), tree.get("data", {})
     about = About(tokenizer=beside(data.get("tokenizer", ""), path), fingerprint=known["fingerprint"], eot=known["eot"],
                   pad_text=data.get("pad_text", False), crop=tree["eval_crop"],
                   interpolation=tree["views"]["image"]["interpolation"], source={**known["source"], "path": str(path)})
@@ -157,20 +163,25 @@ def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = Non
     parameters = dict(method.named_parameters())
     if names is None:
         names, under = {name: name for name in parameters}, ""
-    if rank() == 0:
-        source = contents(path)
-        if missing := sorted(set(names.values()) - source.meta.keys()):
-            raise ValueError(f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture")
-        if under is not None and (extra := sorted({name for name in source if name.startswith(under)} - set(names.values()))):
-            raise ValueError(f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another architecture")
+    source = contents(path) if rank() == 0 else None
+    shapes = {stored: getattr(parameters[name], "ds_shape", parameters[name].shape) for name, stored in names.items()}
+    told(lambda: check_places(path, source, shapes, under))  # before any rank waits for weights
     for name, stored in names.items():
-        parameter = parameters[name]
-        with whole_parameter(parameter):
+        with whole_parameter(parameters[name]):
             if rank() == 0:
-                value = source[stored]
-                if value.shape != parameter.shape:
-                    raise ValueError(f"{path}: {stored} is {tuple(value.shape)}, this config makes {tuple(parameter.shape)}")
-                parameter.copy_(value)
+                parameters[name].copy_(source[stored])
+
+
+def check_places(path: Path, source: Tensors, shapes: dict[str, torch.Size], under: str | None) -> str:
+    """ValueError where what lies at a path is not what `load` is to find there."""
+    if missing := sorted(shapes.keys() - source.meta.keys()):
+        raise ValueError(f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture")
+    if under is not None and (extra := sorted({name for name in source if name.startswith(under)} - shapes.keys())):
+        raise ValueError(f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another architecture")
+    for name, shape in shapes.items():
+        if source.meta[name].shape != shape:
+            raise ValueError(f"{path}: {name} is {tuple(source.meta[name].shape)}, this config makes {tuple(shape)}")
+    return ""
 
 
 def begin(method: torch.nn.Module, init: str, vocabulary: str) -> None:
@@ -199,7 +210,7 @@ def found_for(key: str, given: str, check: Callable[..., str], *wanted) -> str:
 def check_start(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
     """Under which names the weights lie that a run can start from: the towers, or the vision tower where there is no other."""
     if is_one(path):
-        known = json.loads((path / CONFIG).read_text())["provenance"]
+        known = provenance(path)
         if not known["vocab"]:
             return check_tower(path, cfg)
         fingerprint = known["fingerprint"]
@@ -241,7 +252,7 @@ def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
     cfg = config_of(path)
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
     if is_one(path):
-        known = json.loads((path / CONFIG).read_text())["provenance"]
+        known = provenance(path)
         if known["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(f"{path}: trained with tokenizer {known['fingerprint']}; {cfg.data.tokenizer} is {tokenizer.fingerprint}")
         vocab, bf16 = known["vocab"], files.read(path / WEIGHTS).meta["vision.patch.weight"].dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """A conversion proves itself: what was written is read again bit for bit, and the foreign library's own model, run beside ours, agrees."""
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,17 +16,41 @@ CLOSE = 1e-5  # of unit embeddings in fp32: what orders of summation leave
 CAPTIONS = ("a red circle", "A photo of two cats, asleep on a sofa.", "x", "Schnee über Zürich at 5 pm " * 20)
 
 
-def same_tensors(one: Tensors, other: Tensors, dtype: torch.dtype) -> str | None:
-    """The first name under which two models differ, the first being stored as `dtype`; None if they are the same, bit for bit."""
+def flaw(one: Tensors, other: Tensors, dtype: torch.dtype) -> str | None:
+    """What is wrong with the second model, which was written of the first with `dtype`; None if it is the same, bit for bit."""
     for name in sorted(one.meta.keys() | other.meta.keys()):
-        if name not in one or name not in other or not torch.equal(one[name].to(dtype), other[name].to(dtype)):
-            return name
+        if name not in one or name not in other:
+            return f"{name} is not in {'what was written' if name in one else 'the source'}"
+        value = one[name].to(dtype)
+        if not value.isfinite().all():
+            return f"{name} holds values that are no numbers, or too large for {str(dtype).removeprefix('torch.')}"
+        if not torch.equal(value, other[name].to(dtype)):
+            return f"{name} is another when it is read again"
     return None
+
+
+def rounded(tensors: Tensors, dtype: torch.dtype) -> bool:
+    """Does `dtype` hold less than these are stored in?"""
+    return any(torch.promote_types(meta.dtype, dtype) != dtype for meta in tensors.meta.values())
 
 
 def fits(model: Portable) -> bool:
     """Is there memory for two of it in fp32, and a third in between?"""
-    return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < psutil.virtual_memory().available
+    return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < room()
+
+
+def room(groups: Path = Path("/proc/self/cgroup"), under: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process may still take: the machine's, or less where a job or container has a limit (cgroup v2)."""
+    free = psutil.virtual_memory().available
+    try:
+        own = next(line.partition("::/")[2] for line in groups.read_text().splitlines() if line.startswith("0::/"))
+        for group in (under / own, *(parent for parent in (under / own).parents if under in (parent, *parent.parents))):
+            if (limit := group / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
+                used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]  # caches make room
+                free = min(free, int(most) - int(used))
+    except (OSError, StopIteration, ValueError, KeyError):  # no such groups here
+        pass
+    return free
 
 
 @torch.no_grad()

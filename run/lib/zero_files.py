@@ -72,12 +72,14 @@ def made(where: dict[str, tuple[torch.Size, list[Run]]]) -> Tensors:
         shape, runs = where[name]
         out, at = torch.empty(shape.numel()), 0
         for run in runs:
-            piece = torch.empty(run.count, dtype=run.dtype)
+            place = out[at:at + run.count]
+            piece = place if run.dtype == place.dtype else torch.empty(run.count, dtype=run.dtype)
             with run.file.open("rb") as file:
                 file.seek(run.begin)
                 if file.readinto(memoryview(piece.view(torch.uint8).numpy())) != run.count * run.dtype.itemsize:
                     raise ValueError(f"{run.file}: truncated")
-            out[at:at + run.count] = piece
+            if piece is not place:
+                place.copy_(piece)
             at += run.count
         return out.view(shape)
 

@@ -1,0 +1,131 @@
+"""What lies at a path: runs, their checkpoints and converted models by any of their names, and what is said where it is something else.
+
+    bash run/test.sh tests/test_models.py
+"""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.convert import open_clip, portable
+from model.convert.rules import Tensors
+from run.lib import config, models, prove
+from tests.test_convert_open_clip import FLAVOURS, made
+from tests.tiny import ROOT, environment, settings, shards
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps with two checkpoints."""
+    root = tmp_path_factory.mktemp("trained")
+    line = settings(shards(root / "data"), root / "run", "samples=64", "save_every=32")
+    done = subprocess.run([sys.executable, "run/pretrain.py", *line], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+def test_a_checkpoint_by_any_of_its_names(trained, monkeypatch, tmp_path, convert):
+    wanted = trained.resolve() / "checkpoints/step-00000004"
+    inside = trained / "checkpoints"
+    for where, name in ((trained, "."), (trained, "checkpoints"), (inside, "."), (inside, "step-00000004"), (wanted, "."),
+                        (trained.parent, "run")):
+        monkeypatch.chdir(where)
+        code, told, complaint = convert("inspect", name)
+        assert code == 0 and str(wanted) in told and "samples" in told, (where, name, complaint)
+    monkeypatch.chdir(trained / "checkpoints")
+    code, told, complaint = convert("glimpse", "step-00000002", tmp_path / "out")
+    assert code == 0 and "step-00000002, after step 2, 32 samples" in told, complaint
+
+
+def test_a_damaged_checkpoint_is_not_silently_an_older_one(trained, tmp_path, convert):
+    shutil.copytree(trained, tmp_path / "run")
+    shard = next((tmp_path / "run/checkpoints/step-00000004").glob("*_optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    for source in ("run", "run/checkpoints/step-00000004"):
+        code, _, told = convert("glimpse", tmp_path / source, tmp_path / "out")
+        assert code == 2 and f"step-00000004: {shard.name} has" in told and "damaged, or still being copied" in told
+    code, told, _ = convert("glimpse", tmp_path / "run/checkpoints/step-00000002", tmp_path / "out")
+    assert code == 0 and "after step 2, 32 samples" in told
+
+
+def test_deepspeeds_files_alone(trained, tmp_path, convert):
+    shutil.copytree(trained / "checkpoints/step-00000004", tmp_path / "copied")
+    (tmp_path / "copied/manifest.json").unlink()
+    code, _, told = convert("inspect", tmp_path / "copied")
+    assert code == 2 and "1 ranks' files of a DeepSpeed checkpoint, but no manifest.json" in told
+
+
+def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch):
+    """Its vocabulary lies in it, and is found from wherever training starts."""
+    monkeypatch.chdir(tmp_path)
+    assert convert("glimpse", trained, "out")[0] == 0
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "train.yaml").write_text(json.dumps(dict(
+        base="moved/config.json", init=str(tmp_path / "moved"), run="x", method="clip", samples=16, batch=16, data=dict(train="y"),
+        optim=dict(lr="0", weight_decay=0.1, warmup=16))))
+    monkeypatch.chdir(ROOT)
+    cfg = config.load(tmp_path / "train.yaml")
+    assert cfg.data.tokenizer == f"sentencepiece({tmp_path}/moved/tokenizer.model)"
+    for name in ("moved", "moved/model.safetensors"):
+        assert models.config_of(models.find(tmp_path / name)).data.tokenizer == cfg.data.tokenizer
+
+
+def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
+    open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "theirs")
+    with pytest.raises(ValueError, match="theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one"):
+        models.find(tmp_path / "theirs")
+
+
+def test_what_a_converted_model_does_not_say(tmp_path):
+    portable.save(made(*FLAVOURS["CLIP"]), tmp_path / "ours")
+    tree = json.loads((tmp_path / "ours/config.json").read_text())
+    del tree["provenance"]["fingerprint"]
+    (tmp_path / "ours/config.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="config.json: provenance lacks fingerprint"):
+        models.opened(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("shapes, under, complaint", [
+    ({"a": (2,), "b": (1,)}, None, "has no weights for b"), ({"a": (3,)}, None, r"a is \(2,\), this config makes \(3,\)"),
+    ({"a": (2,)}, "", "no place for c")])
+def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_path):
+    source = Tensors.held({"a": torch.ones(2), "c": torch.ones(1)})
+    with pytest.raises(ValueError, match=complaint):
+        models.check_places(tmp_path, source, {name: torch.Size(shape) for name, shape in shapes.items()}, under)
+    assert models.check_places(tmp_path, source, {"a": torch.Size([2])}, None) == ""
+
+
+def test_memory_is_that_of_the_group(tmp_path):
+    """A job on a large machine that may use a little of it; what files are cached there does not count."""
+    (tmp_path / "cgroup").write_text("0::/slurm/job_1\n")
+    group = tmp_path / "fs/slurm/job_1"
+    group.mkdir(parents=True)
+    free = prove.room(tmp_path / "cgroup", tmp_path / "fs")
+    (group / "memory.max").write_text("max\n")
+    assert prove.room(tmp_path / "cgroup", tmp_path / "fs") == pytest.approx(free, rel=0.2)
+    (group.parent / "memory.max").write_text("3000000\n")
+    (group.parent / "memory.stat").write_text("anon 1000000\nfile 1900000\n")
+    assert prove.room(tmp_path / "cgroup", tmp_path / "fs") == 2_000_000
+    assert prove.room(tmp_path / "nothing", tmp_path / "fs") == pytest.approx(free, rel=0.2)
+
+
+def test_a_large_tensor_is_in_memory_once(tmp_path):
+    """Read out of a shard without a second copy beside it."""
+    code = f"""
+import torch
+from pathlib import Path
+from run.lib import zero_files
+file = Path({str(tmp_path / "x.pt")!r})
+run = zero_files.run_of(zero_files.structure(file)["w"], file)
+made = zero_files.made({{"w": (torch.Size([16 << 20]), [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)])}})
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+assert float(made["w"].sum()) == 16 << 20
+print((peak() - before) / 1024)
+"""
+    torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and 60 < float(done.stdout) < 80, f"MiB for one of 64: {done.stdout}{done.stderr}"
