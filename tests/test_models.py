@@ -14,7 +14,7 @@ from model.convert import open_clip, portable
 from model.convert.rules import Tensors
 from run.lib import config, models, prove
 from tests.test_convert_open_clip import FLAVOURS, made
-from tests.tiny import ROOT, environment, settings, shards
+from tests.tiny import ROOT, environment, growth, settings, shards
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +114,13 @@ def test_memory_is_that_of_the_group(tmp_path):
 
 def test_a_large_tensor_is_in_memory_once(tmp_path):
     """Read out of a shard without a second copy beside it."""
-    code = f"""
+    torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
+    grown = growth(f"""
 import torch
 from pathlib import Path
 from run.lib import zero_files
 file = Path({str(tmp_path / "x.pt")!r})
 run = zero_files.run_of(zero_files.structure(file)["w"], file)
-made = zero_files.made({{"w": (torch.Size([16 << 20]), [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)])}})
-peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = peak()
-assert float(made["w"].sum()) == 16 << 20
-print((peak() - before) / 1024)
-"""
-    torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and 60 < float(done.stdout) < 80, f"MiB for one of 64: {done.stdout}{done.stderr}"
+made = zero_files.made({{"w": (torch.Size([16 << 20]), [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)])}})""", """
+assert float(made["w"].sum()) == 16 << 20""")
+    assert 60 < grown < 80, "of 64 MiB"

@@ -126,6 +126,23 @@ def launch(ranks: int, script: str, *args: str, timeout: int = 240) -> subproces
     return subprocess.run(command(ranks, script, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
+def growth(before: str, work: str) -> float:
+    """By how many MiB a process's peak memory grows while it runs the lines of `work`, after those of `before`.
+
+    (getrusage's figure begins at that of the process that started it, and would tell nothing.)"""
+    program = f"""
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+{before}
+begun = peak()
+{work}
+print(peak() - begun)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(f"grew by {float(done.stdout):.0f} MiB")
+    return float(done.stdout)
+
+
 def recorded(run: Path, speeds: tuple[float | None, ...], results: dict[int, dict[str, float]], *settings: str) -> Path:
     """A run folder as training leaves it, without having trained: a record a step at each speed, results by samples seen."""
     cfg = config.load(ROOT / "run/configs/quickstart.yaml", [f"run={run}", "batch=100", f"samples={100 * len(speeds)}", *settings])
