@@ -199,6 +199,9 @@ def propose(cfg: Run, cluster: Cluster, tokens: float | None = None) -> Plan | N
     config's own plan.
     """
     own = plan(cfg, cluster, tokens)
+    if own.utilisation > 1:
+        raise ValueError(f"--mfu {cluster.mfu:g}: with what is computed twice the devices would reach {own.utilisation:.0%} of their peak; "
+                         f"at most {cluster.mfu / own.utilisation:.2f} is possible for this config")
     rows, found = cfg.batch // cluster.ranks, []
     for path in SHIPPED:
         for again in (False, True):
