@@ -141,21 +141,21 @@ def table(args) -> None:
     metric, runs = one.scale(args.scale).metric, planned(args)
     done = {cell: [state(run.folder) for run in found] for cell, found in runs.items()}
     first = next(iter(one.cells))
-    base, theirs = values(done.get(first, []), metric), one.paper.get(first)
+    base, theirs = pages.values(done.get(first, []), metric), one.paper.get(first)
     print(f"{one.title}\n\n{args.scale}: {metric}, per cent. The paper: {one.source}.\n")
     print(f"| cell | here | to {first} | paper | to {first} | samples/s | seconds | GiB |\n" + "|---" * 8 + "|")
     for cell, results in done.items():
         for item in ("", *one.evaluate.get(cell, ())):
             name, asked = (f"{cell}, {item}", f"{metric} ({item})") if item else (cell, metric)
-            mine, paper = values(results, asked), one.paper.get(name)
+            mine, paper = pages.values(results, asked), one.paper.get(name)
             to = f"{paper - theirs:+.1f}" if paper and theirs and name != first else ""
             there = f"| {paper or ''} | {to} |"
             if not mine:
                 print(f"| {name} | absent: {why(results, asked)} | {there} | | |")
                 continue
-            to = percent(difference(mine, base), "+") if base and name != first else ""
+            to = pages.told(difference(mine, base), 100, "+.2f") if base and name != first else ""
             cost = ["", "", ""] if item else [f"{mean(results, key):.3g}" for key in ("samples_per_s", "seconds", "memory_gib")]
-            print(f"| {name} | {percent(interval(mine))} n={len(mine)} | {to} {there} {' | '.join(cost)} |")
+            print(f"| {name} | {pages.told(interval(mine), 100, '.2f')} n={len(mine)} | {to} {there} {' | '.join(cost)} |")
 
 
 def plot(args) -> None:
@@ -167,18 +167,9 @@ def plot(args) -> None:
     print(f"wrote {found}, and beside it {', '.join(path.name for path in others)}")
 
 
-def values(results: list[Result], metric: str) -> list[float]:
-    return [result.final[metric] for result in results if result.state == "complete" and metric in result.final]
-
-
 def mean(results: list[Result], name: str) -> float:
     known = [getattr(result, name) for result in results if result.state == "complete" and getattr(result, name)]
     return sum(known) / len(known) if known else float("nan")
-
-
-def percent(found: tuple[float, float, float], sign: str = "") -> str:
-    middle, low, high = (100 * value for value in found)
-    return f"{middle:{sign}.2f}" if low != low else f"{middle:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def claims(args) -> None:
