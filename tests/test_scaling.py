@@ -146,7 +146,7 @@ def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, monkeypatch, cap
     told = capsys.readouterr().out
     assert "zero_shot/seen_concepts_unseen_style/top5, per cent" in told
     assert "| mask 50, ensemble 2 | 25.00 n=1 |" in told and "| 68.1 | -0.5 |" in told
-    assert "| mask 50 | absent: 1 " in told and "| mask 75 | absent: 1 not trained | | 68.2 | -0.4 | | | |" in told
+    assert "| mask 50 | absent: 1 run: " in told and "| mask 75 | absent: 1 run: not trained | | 68.2 | -0.4 | | | |" in told
 
 
 def finished(run: Path, planned: grid.Planned, value: float, how: dict | None = None) -> None:
@@ -171,7 +171,7 @@ def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     found = claims.judge(claim, "glyphs", 3, tmp_path)
     assert found.verdict == verdict
     line = claims.markdown([found], "top5")
-    assert verdict in line and (("1 not trained" in line) == (verdict == "absent"))
+    assert verdict in line and (("1 run: not trained" in line) == (verdict == "absent"))
     line = claims.markdown([replace(found, claim=replace(claim, learned="why so"))], "top5")
     assert line.endswith(f"- {claim.says}: {verdict}. why so") == (verdict != "absent"), "nothing was learned of what was not run"
 
@@ -254,8 +254,8 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
     assert "no such folder of shards" in jobs.state(runs["broken"]).reason
     told = subprocess.run(list(map(str, [*line[:2], "table", *line[3:-2]])), cwd=ROOT, env=environment(), capture_output=True, text=True)
     print(told.stdout)
-    assert "| broken | absent: 1 exit code 2: error: nowhere: no such folder of shards; see data.train" in told.stdout
-    assert f"| after | absent: 1 it needs {runs['broken']}, which failed" in told.stdout
+    assert "| broken | absent: 1 run: exit code 2: error: nowhere: no such folder of shards; see data.train" in told.stdout
+    assert f"| after | absent: 1 run: it needs {runs['broken']}, which failed" in told.stdout
 
 
 def steps(run: Path) -> list[int]:

@@ -40,7 +40,7 @@ def why(results: list[Result], metric: str) -> str:
     """Why some of a cell's runs have no such value, for people."""
     lacking = [result for result in results if result.state != "complete" or metric not in result.final]
     told = ["not trained" if result.state == "absent" else result.reason or f"has no {metric}" for result in lacking]
-    return "; ".join(f"{told.count(reason)} {reason}" for reason in dict.fromkeys(told))
+    return "; ".join(f"{(n := told.count(reason))} run{'s' * (n > 1)}: {reason}" for reason in dict.fromkeys(told))
 
 
 def left_to_do(planned: Planned) -> str | None:
