@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.convert import open_clip, portable, timm
+from model.convert import flip_jax, open_clip, portable, timm
+from model.convert.rules import Tensors
 from tests.test_convert_open_clip import FLAVOURS, made
 from tests.tiny import ROOT, environment
 
@@ -142,6 +143,13 @@ def test_nothing_that_a_user_has_is_touched(good, tmp_path, convert):
     assert convert("glimpse", good / "open_clip", tmp_path / "out", "--image-size", "0")[0] == 2
     assert convert("glimpse", good / "open_clip", f"{tmp_path}/out/")[0] == 0
     assert (tmp_path / "out.part" / "mine").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_tensor_that_is_too_large_for_flips_file(tmp_path):
+    meta = {"small": torch.empty(1, device="meta"), "a/large": torch.empty(2**20, 2**10, device="meta")}
+    with pytest.raises(ValueError, match=r"a/large \(1048576, 1024\) takes 4,294,967,296 bytes as float32: .*--dtype bf16"):
+        flip_jax.write(tmp_path / "checkpoint", Tensors(meta, lambda name: torch.zeros(1)), torch.float32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_flips_file_is_written_a_tensor_at_a_time():
