@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_a_table_goes_both_ways():
     assert out.meta["rest"].shape == (1, 3) and out["top"].tolist() == [[0, 1, 2]] and set(out) == {"top", "rest", "c"}
     back = imported(rules, out, "x")
     assert torch.equal(back["a"], HELD["a"]) and torch.equal(back["b"], HELD["b"])
+
+
+def test_a_table_keeps_nothing_that_was_taken():
+    source = Tensors(HELD.meta, lambda name: HELD[name].clone())
+    out = exported([Rule(("a",), ("top", "rest"), lambda x: (x[:1], x[1:])), Rule(("b",), ("c",))], source)
+    for names in (["top", "rest"], ["c"]):
+        for storage in [weakref.ref(out[name].untyped_storage()) for name in names]:
+            assert storage() is None
 
 
 @pytest.mark.parametrize("names, complaint", [

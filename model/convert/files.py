@@ -130,7 +130,10 @@ def tensors_of(tree: object, path: Path) -> dict[str, torch.Tensor]:
 
 def write(path: Path, tensors: Tensors, dtype: torch.dtype | None = None, about: dict[str, str] | None = None,
           exact: Collection[str] = ()) -> None:
-    """A safetensors file, floats as `dtype`, but those in `exact` as they are.  It holds one tensor at a time; nobody sees a part of it."""
+    """A safetensors file, floats as `dtype`, but those in `exact` as they are.  Nobody sees a part of it.
+
+    It holds one tensor at a time; for a moment two, where its type or its order changes.
+    """
     kinds = {name: dtype if dtype and name not in exact and meta.is_floating_point() else meta.dtype for name, meta in tensors.meta.items()}
     header, end = {"__metadata__": {"format": "pt", **(about or {})}}, 0
     order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # so that each begins at a multiple of its element
@@ -145,6 +148,7 @@ def write(path: Path, tensors: Tensors, dtype: torch.dtype | None = None, about:
         for name in order:
             value = tensors[name].detach().to(kinds[name]).contiguous().cpu()
             file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            del value  # before the next is read
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

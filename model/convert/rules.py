@@ -4,8 +4,8 @@
     Rule(("patch.weight",), ("conv1.weight",), out=as_kernel, back=as_matrix)
 
 A format is a function that yields such rules for an architecture; `exported` and `imported` apply them lazily, so that a conversion
-never holds more than the tensors of one rule.  Both refuse a tensor that no rule uses, and a rule whose tensor is missing: every
-tensor is used exactly once.
+never holds more than the tensors of one rule, as they were and as they become.  Both refuse a tensor that no rule uses, and a rule whose
+tensor is missing: every tensor is used exactly once.
 """
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,14 +93,14 @@ def applied(steps: list[tuple], source: Tensors, whose: str) -> Tensors:
         for name, tensor in zip(made, tensors):
             assert name not in meta, f"a table makes {name} twice"
             meta[name], owner[name] = tensor.to("meta"), step
-    latest: dict = {}  # the tensors of the step that was last applied: q, k and v are asked for one after another
+    latest: dict[str, Tensor] = {}  # of the step that was last applied, what nobody took yet: q, k and v are asked for one after another
 
     def get(name: str) -> Tensor:
-        names, made, function = owner[name]
-        if latest.get("names") != names or not names:
+        if name not in latest:
+            names, made, function = owner[name]
             latest.clear()
-            latest.update(names=names, tensors=as_tuple(function(*(source[n] for n in names))))
-        return latest["tensors"][made.index(name)]
+            latest.update(zip(made, as_tuple(function(*(source[n] for n in names)))))
+        return latest.pop(name)
 
     return Tensors(meta, get)
 
