@@ -97,6 +97,25 @@ def test_shards_by_their_index(tmp_path):
         files.read(index)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_trainers_are_taken_off(prefix, tmp_path):
+    torch.save({"state_dict": {f"{prefix}{name}": tensor for name, tensor in HELD.items()}}, tmp_path / "x.pt")
+    assert sorted(files.read(tmp_path / "x.pt")) == ["a", "b"]
+
+
+def test_what_else_holds_tensors_is_named(tmp_path):
+    kept, moments = {**HELD, "extra": {"x": HELD["a"]}, 7: HELD["b"]}, {"state": {0: {"exp_avg": torch.ones(1)}}}
+    torch.save({"epoch": 3, "ema": dict(HELD), "optimizer": moments, "scaler": {"scale": 1.0}, "state_dict": kept}, tmp_path / "x.pt")
+    tensors = files.read(tmp_path / "x.pt")
+    assert sorted(tensors) == ["a", "b"] and tensors.left_out == ("ema", "optimizer", "extra", "7")
+    assert tensors.renamed({"c": "a"}).left_out == tensors.left_out
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.pt"}}))
+    assert files.read(index).left_out[0] == "ema of x.pt"
+    notes = portable.origin(Path("x"), "hf", ["odd"], [f"t{i}" for i in range(22)])["notes"]
+    assert notes.startswith("odd; left out: t0, t1, ") and notes.endswith(", t19 (and 2 more)")
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     torch.save({"state_dict": {"w": torch.ones(2)}, "args": Hostile(tmp_path / "harm")}, tmp_path / "x.pt")

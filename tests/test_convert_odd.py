@@ -108,10 +108,10 @@ def test_values_that_are_no_numbers(good, tmp_path, convert):
 def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
     """Each is run beside its own library, too."""
     weights = load_file(good / "open_clip" / open_clip.WEIGHTS[0])
-    torch.save({"state_dict": weights}, tmp_path / "epoch_1.pt")
+    torch.save({"state_dict": weights, "ema": {"visual.proj": torch.ones(1)}}, tmp_path / "epoch_1.pt")
     given = f"config={good / 'open_clip' / open_clip.CONFIG}"
     code, told, complaint = convert("glimpse", tmp_path / "epoch_1.pt", tmp_path / "a", "--given", given)
-    assert code == 0 and "epoch_1.pt run in its own library" in told, complaint
+    assert code == 0 and "epoch_1.pt run in its own library" in told and "epoch_1.pt: left out: ema" in told, complaint
     assert "format        open_clip" in convert("inspect", tmp_path / "epoch_1.pt", "--given", given)[1]
     code, told, complaint = convert("glimpse", good / "timm" / "model.safetensors", tmp_path / "b", "--given", "heads=2", "pool=mean")
     assert code == 0 and "model.safetensors run in its own library" in told, complaint

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.convert import files
-from model.convert.portable import About, Portable
+from model.convert.portable import About, Portable, origin
 from model.convert.positions import position_rule, taken, write
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, fused, one, scalar, thirds
 from model.convert.sizes import ratio, sized
@@ -109,9 +109,10 @@ def understood(path: Path, tree: dict) -> Portable:
         vision=VisionConfig(positions="learned", pool="cls", pre_norm=True, patch_bias=False,
                             activation=activation(vision, "vision_config"), eps=vision["layer_norm_eps"], mean=mean, std=std),
         text=TextConfig(causal=True, pool="eot", activation=activation(text, "text_config"), eps=text["layer_norm_eps"]))
+    theirs = weights(path)
     about = About(eot=text["vocab_size"] - 1 if eos == ARGMAX else eos, crop="resize_crop", interpolation=interpolation,
-                  source=dict(path=str(path), format="hf"))
-    cfg, tensors = taken(path, cfg, rules, POSITIONS, weights(path), str(path))
+                  source=origin(path, "hf", left_out=theirs.left_out))
+    cfg, tensors = taken(path, cfg, rules, POSITIONS, theirs, str(path))
     return Portable(cfg, text["vocab_size"], text["max_position_embeddings"], tensors, about)
 
 

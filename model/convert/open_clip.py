@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model.convert import files, positions
-from model.convert.portable import About, Portable
+from model.convert.portable import About, Portable, origin
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, one, scalar, transposed
 from model.convert.sizes import sized
 from model.text import TextConfig
@@ -71,7 +71,7 @@ def load(path: Path, config: str = "") -> Portable:
     other = any(text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"))  # than CLIP's tokenizer
     about = About(tokenizer="" if other else "clip_bpe",
                   eot=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None, pad_text=not cfg.text.causal,
-                  interpolation=preprocess.get("interpolation") or "bicubic", source=dict(path=str(path), format="open_clip"))
+                  interpolation=preprocess.get("interpolation") or "bicubic", source=origin(path, "open_clip", left_out=theirs.left_out))
     return Portable(cfg, text.get("vocab_size", 49408), text.get("context_length", 77), tensors, about)
 
 

@@ -8,7 +8,7 @@ This is Glimpse's own format: what `run/convert.py glimpse` writes, and what eva
 (run/lib/models.py).
 """
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from model.convert import files
-from model.convert.rules import Tensors, check_shapes
+from model.convert.rules import Tensors, check_shapes, more
 from model.towers import ModelConfig, Towers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MOST = 20  # names of what was left out that are told
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class About:
     crop: str = "resize_crop"  # how an image becomes square
     interpolation: str = "bicubic"
     source: dict = field(default_factory=dict)  # where it comes from: path, format, weights, step, samples, ...
+
+
+def origin(path: Path, format: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()) -> dict[str, str]:
+    """The `source` of a model of another format.  notes: what one should know of it.  left_out: what of its files was not used."""
+    if left_out:
+        notes = *notes, f"left out: {', '.join(left_out[:MOST])}{more(left_out[MOST - 1:])}"
+    return dict(path=str(path), format=format, **({"notes": "; ".join(notes)} if notes else {}))
 
 
 @dataclass(frozen=True)

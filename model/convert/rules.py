@@ -15,15 +15,18 @@ from torch import Tensor
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Named tensors that are read or made when they are asked for.  `meta[name]`: their shape and type, on the meta device, at no cost."""
+    """Named tensors that are read or made when they are asked for.  `meta[name]`: their shape and type, on the meta device, at no cost.
 
-    def __init__(self, meta: dict[str, Tensor], get: Callable[[str], Tensor]):
-        self.meta, self.get = meta, get
+    left_out: what else their file holds tensors under.
+    """
+
+    def __init__(self, meta: dict[str, Tensor], get: Callable[[str], Tensor], left_out: Iterable[str] = ()):
+        self.meta, self.get, self.left_out = meta, get, tuple(left_out)
 
     @classmethod
-    def held(cls, tensors: Mapping[str, Tensor]) -> "Tensors":
+    def held(cls, tensors: Mapping[str, Tensor], left_out: Iterable[str] = ()) -> "Tensors":
         """Of tensors that are in memory, or memory-mapped."""
-        return cls({name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__)
+        return cls({name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__, left_out)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.meta:
@@ -41,7 +44,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
         """{new name: name here}: those tensors alone, under new names."""
-        return Tensors({new: self.meta[old] for new, old in names.items()}, lambda new: self[names[new]])
+        return Tensors({new: self.meta[old] for new, old in names.items()}, lambda new: self[names[new]], self.left_out)
 
 
 def same(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import files
-from model.convert.portable import About, Portable, vision_only
+from model.convert.portable import About, Portable, origin, vision_only
 from model.convert.positions import is_fixed, position_rule, taken, write
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple
 from model.convert.sizes import ratio, sized
@@ -148,8 +148,7 @@ def portable(theirs: Tensors, path: Path, says: dict, notes: Iterable[str] = (),
         v = replace(v, patch_bias=bias, freeze_patch=kept["freeze_patch"])
         cfg = replace(cfg, init=kept["init"])
     cfg, tensors = taken(path if path.is_dir() else path.parent, replace(cfg, vision=v), rules, "pos_embed", theirs, str(path))
-    notes = [*notes, *([f"left out: {', '.join(left)}"] if left else [])]
-    return Portable(cfg, 0, 0, tensors, About(source=dict(path=str(path), format="timm", **({"notes": "; ".join(notes)} if notes else {}))))
+    return Portable(cfg, 0, 0, tensors, About(source=origin(path, "timm", notes, [*left, *theirs.left_out])))
 
 
 def encoder(theirs: Tensors, whose: Path) -> tuple[Tensors, list[str]]:
