@@ -215,6 +215,19 @@ def test_images_prepared_otherwise_and_no_weights(tmp_path, change, complaint):
         hf.load(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("content, complaint", [
+    ("{x", "preprocessor_config.json: no json"), ("[]", "preprocessor_config.json: holds a list, and should hold keys"),
+    ('{"image_processor": []}', "preprocessor_config.json: image_processor holds a list"),
+    ('{"image_mean": 0.5}', "preprocessor_config.json: image_mean 0.5: it should be three numbers"),
+    ('{"image_std": [1, 2]}', r"preprocessor_config.json: image_std \[1, 2\]: it should be three numbers"),
+])
+def test_a_broken_image_processor_is_named(tmp_path, content, complaint):
+    hf.save(made(CLIP), tmp_path / "hf")
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/hf/{complaint}"):
+        hf.load(tmp_path / "hf")
+
+
 def test_image_processors_of_other_ages(tmp_path):
     """One number a size, all within processor_config.json, or none: then it is OpenAI's."""
     hf.save(made(CLIP), tmp_path / "hf")

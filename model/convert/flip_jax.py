@@ -249,7 +249,10 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     sincos = fixed(cfg) if cfg.vision.positions == "sincos" else None
     folder.mkdir(parents=True)
     write(folder / "checkpoint", exported(rules(cfg.shape.depth, cfg.shape.text_depth, sincos), model.tensors), dtype)
-    return [] if model.about.pad_text else ["attention between real tokens alone: FLIP's code fills captions up and attends the padding"]
+    told = [] if model.about.pad_text else ["attention between real tokens alone: FLIP's code fills captions up and attends the padding"]
+    if model.about.crop != "square":
+        told.append(f"eval_crop {model.about.crop}: FLIP's code crops images before it resizes them; read again here, it is square")
+    return told
 
 
 def write(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model.convert import files, positions
-from model.convert.portable import About, Portable, origin
+from model.convert.portable import About, Portable, crop_in, kept_crop, origin, told_crop
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, one, scalar, transposed
 from model.convert.sizes import sized
 from model.text import TextConfig
@@ -71,6 +71,7 @@ def load(path: Path, config: str = "") -> Portable:
     other = any(text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"))  # than CLIP's tokenizer
     about = About(tokenizer="" if other else "clip_bpe",
                   eot=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None, pad_text=not cfg.text.causal,
+                  crop=crop_in(tree, path / CONFIG if path.is_dir() else Path(config)),
                   interpolation=preprocess.get("interpolation") or "bicubic", source=origin(path, "open_clip", left_out=theirs.left_out))
     return Portable(cfg, text.get("vocab_size", 49408), text.get("context_length", 77), tensors, about)
 
@@ -164,14 +165,15 @@ def activation(model: dict, tower: dict, where: str) -> str:
 
 # --- out
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A folder as above; ValueError naming what open_clip's CLIP cannot be."""
-    tree = dict(model_cfg=config_out(model), preprocess_cfg=dict(mean=model.cfg.vision.mean, std=model.cfg.vision.std,
-                                                                 interpolation=model.about.interpolation, resize_mode="shortest"))
+def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+    """A folder as above; returns what differs when open_clip runs it.  ValueError naming what open_clip's CLIP cannot be."""
+    prepared = dict(mean=model.cfg.vision.mean, std=model.cfg.vision.std, interpolation=model.about.interpolation, resize_mode="shortest")
+    tree = dict(model_cfg=config_out(model), preprocess_cfg=prepared, **kept_crop(model.about.crop))
     table = rules(model.cfg)
     folder.mkdir(parents=True)
     positions.write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
+    return told_crop(model.about.crop, "open_clip")
 
 
 def config_out(model: Portable) -> dict:
