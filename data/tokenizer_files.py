@@ -122,7 +122,8 @@ def read(folder: Path) -> str:
     if not found and state.exists() and json.loads(state.read_text())["model"].get("end_of_word_suffix") == "</w>":
         found = "clip_bpe"  # its merges are in there alone
     if not found:
-        raise ValueError(f"{folder}: no tokenizer that we have; needed is one of {', '.join(known)}, or CLIP's tokenizer.json")
+        raise ValueError(f"{folder}: no tokenizer that we have; needed is one of {', '.join(known)}, or CLIP's tokenizer.json; "
+                         "--tokenizer SPEC names one, e.g. --tokenizer clip_bpe")
     tokenizer = build(found, 77)
     if isinstance(tokenizer, ClipBpe):
         check_numbers(tokenizer, folder)

@@ -5,6 +5,7 @@
 import json
 import pickle
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def test_a_table_goes_both_ways():
     assert out.meta["rest"].shape == (1, 3) and out["top"].tolist() == [[0, 1, 2]] and set(out) == {"top", "rest", "c"}
     back = imported(rules, out, "x")
     assert torch.equal(back["a"], HELD["a"]) and torch.equal(back["b"], HELD["b"])
+
+
+def test_a_table_keeps_nothing_that_was_taken():
+    source = Tensors(HELD.meta, lambda name: HELD[name].clone())
+    out = exported([Rule(("a",), ("top", "rest"), lambda x: (x[:1], x[1:])), Rule(("b",), ("c",))], source)
+    for names in (["top", "rest"], ["c"]):
+        for storage in [weakref.ref(out[name].untyped_storage()) for name in names]:
+            assert storage() is None
 
 
 @pytest.mark.parametrize("names, complaint", [
@@ -84,6 +93,25 @@ def test_shards_by_their_index(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "c": "2.safetensors"}}))
     with pytest.raises(ValueError, match="2.safetensors has no c"):
         files.read(index)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_trainers_are_taken_off(prefix, tmp_path):
+    torch.save({"state_dict": {f"{prefix}{name}": tensor for name, tensor in HELD.items()}}, tmp_path / "x.pt")
+    assert sorted(files.read(tmp_path / "x.pt")) == ["a", "b"]
+
+
+def test_what_else_holds_tensors_is_named(tmp_path):
+    kept, moments = {**HELD, "extra": {"x": HELD["a"]}, 7: HELD["b"]}, {"state": {0: {"exp_avg": torch.ones(1)}}}
+    torch.save({"epoch": 3, "ema": dict(HELD), "optimizer": moments, "scaler": {"scale": 1.0}, "state_dict": kept}, tmp_path / "x.pt")
+    tensors = files.read(tmp_path / "x.pt")
+    assert sorted(tensors) == ["a", "b"] and tensors.left_out == ("ema", "optimizer", "extra", "7")
+    assert tensors.renamed({"c": "a"}).left_out == tensors.left_out
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.pt"}}))
+    assert files.read(index).left_out[0] == "ema of x.pt"
+    notes = portable.origin(Path("x"), "hf", ["odd"], [f"t{i}" for i in range(22)])["notes"]
+    assert notes.startswith("odd; left out: t0, t1, ") and notes.endswith(", t19 (and 2 more)")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -133,7 +161,7 @@ from pathlib import Path
 from model.convert import files
 from run.lib import zero_files
 tensors = zero_files.weights(Path({str(tmp_path)!r}))""", f"""
-files.write(Path({str(tmp_path)!r}) / "out.safetensors", tensors)""") < 2.2 * 32
+files.write(Path({str(tmp_path)!r}) / "out.safetensors", tensors)""") < 1.3 * 32
     last = files.read(tmp_path / "out.safetensors")[f"w{count - 1}"].flatten()
     assert last[0] == (count - 1) * half and last[half] == (count - 1) * half + 1 and len(last) == numel
 

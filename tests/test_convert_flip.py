@@ -256,12 +256,22 @@ def test_broken_files(tmp_path, monkeypatch):
         flip_jax.load(tmp_path)
     folder = by_tensorstore(tmp_path / "checkpoint_1", tree())
     whole = (folder / "checkpoint").read_bytes()
+    short = msgpack.ExtType(1, msgpack.packb(([3], "float32", b"\0" * 8)))
     for content, complaint in ((whole[:500], "checkpoint: truncated or no msgpack file"), (b"\x01", "it should hold optimizer.target"),
+                               (msgpack.packb({"optimizer": {"target": {"x": short}}}), r"x \(3,\) float32 takes 12 bytes, and has 8"),
                                (msgpack.packb({"optimizer": {"target": {"logit_scale": 2.5}}}), "logit_scale is no tensor")):
         (folder / "checkpoint").write_bytes(content)
         with pytest.raises(ValueError, match=complaint):
             flip_jax.load(folder)
     (folder / "checkpoint").write_bytes(whole)
+    says = folder / "target.img_mlp1.kernel" / ".zarray"
+    for content, complaint in ((says.read_text().replace("96", "95"), r"img_mlp1/kernel is \(96, 48\), but .*zarray says \[95, 48\]"),
+                               ("{}", "img_mlp1/kernel: .*kernel is incomplete or broken .*zarray, KeyError")):
+        before = says.read_text()
+        says.write_text(content)
+        with pytest.raises(ValueError, match=complaint):
+            flip_jax.load(folder)
+        says.write_text(before)
     chunk = folder / "target.img_mlp1.kernel" / "1.1"
     chunk.rename(chunk.with_name("moved"))  # an incomplete download: no zeros in its place
     model = flip_jax.load(folder, *HEADS)

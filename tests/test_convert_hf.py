@@ -133,14 +133,16 @@ def test_older_folders(tmp_path):
     state = model.state_dict() | {name: torch.arange(9)[None] for name in hf.COUNTS}
     names = sorted(state)
     for n, part in enumerate((names[:30], names[30:])):
-        torch.save({name: state[name] for name in part}, tmp_path / "hf" / f"{n}.bin")
+        torch.save({"state_dict": {name: state[name] for name in part}, "ema": state[part[0]]}, tmp_path / "hf" / f"{n}.bin")
     (tmp_path / "hf" / "model.safetensors").unlink()
     owner = {name: f"{int(name in names[30:])}.bin" for name in names}
     (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": owner}))
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
     tree["text_config_dict"], tree["text_config"] = tree["text_config"], {"hidden_size": 9}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
-    assert_same(hf.load(tmp_path / "hf"), wanted)
+    model = hf.load(tmp_path / "hf")
+    assert_same(model, wanted)
+    assert model.about.source["notes"] == "left out: ema of 0.bin, ema of 1.bin"
 
 
 def test_a_config_that_says_little_is_openais(tmp_path):
@@ -210,6 +212,19 @@ def test_images_prepared_otherwise_and_no_weights(tmp_path, change, complaint):
         (tmp_path / "hf" / "model.safetensors").unlink()
     file.write_text(json.dumps(tree | (change or {})))
     with pytest.raises(ValueError, match=complaint):
+        hf.load(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ("{x", "preprocessor_config.json: no json"), ("[]", "preprocessor_config.json: holds a list, and should hold keys"),
+    ('{"image_processor": []}', "preprocessor_config.json: image_processor holds a list"),
+    ('{"image_mean": 0.5}', "preprocessor_config.json: image_mean 0.5: it should be three numbers"),
+    ('{"image_std": [1, 2]}', r"preprocessor_config.json: image_std \[1, 2\]: it should be three numbers"),
+])
+def test_a_broken_image_processor_is_named(tmp_path, content, complaint):
+    hf.save(made(CLIP), tmp_path / "hf")
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/hf/{complaint}"):
         hf.load(tmp_path / "hf")
 
 

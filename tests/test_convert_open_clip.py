@@ -4,6 +4,8 @@
 """
 import json
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,7 +97,12 @@ def test_text_that_skips_its_padding_is_not_open_clips(tmp_path):
     (("vision_cfg", "attentional_pool"), True, "vision_cfg.attentional_pool True"),
     (("text_cfg", "hf_model_name"), "xlm-roberta-base", "text_cfg.hf_model_name"),
     (("text_cfg", "pool_type"), "last", "text_cfg.pool_type 'last'"),
-    (("init_logit_bias",), -10, "SigLIP"),
+    (("init_logit_bias",), -10, "model_cfg.init_logit_bias -10: .*SigLIP"),
+    (("vision_cfg", "global_average_pool"), True, "vision_cfg.global_average_pool True: it averaged the class token too"),
+    (("vision_cfg", "block_type"), "custom", "vision_cfg.block_type 'custom': .*only None or 'default'"),
+    (("vision_cfg", "rope"), True, "model_cfg.vision_cfg.rope True: unknown here"),
+    (("text_cfg", "norm_kwargs"), {"elementwise_affine": False}, "text_cfg.norm_kwargs.elementwise_affine False: unknown here"),
+    (("fusion",), "late", "model_cfg.fusion 'late': unknown here, .*; remove the key"),
 ])
 def test_what_is_not_ours(key, value, complaint, tmp_path):
     open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "out")
@@ -108,6 +115,36 @@ def test_what_is_not_ours(key, value, complaint, tmp_path):
     file.write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=complaint):
         open_clip.load(tmp_path / "out")
+
+
+def test_keys_that_change_nothing(tmp_path):
+    """As older and newer versions write them."""
+    model = made(*FLAVOURS["CLIP"])
+    open_clip.save(model, tmp_path / "out")
+    file = tmp_path / "out" / open_clip.CONFIG
+    tree = json.loads(file.read_text())
+    tree["model_cfg"] |= dict(custom_text=True, init_logit_bias=None)
+    tree["model_cfg"]["vision_cfg"] |= dict(global_average_pool=False, ls_init_value=None, patch_dropout=0.5, timm_pool="avg",
+                                            pos_embed_type="learnable", act_kwargs=None)
+    file.write_text(json.dumps(tree))
+    assert open_clip.load(tmp_path / "out").cfg == replace(model.cfg, init="clip")
+    with pytest.raises(ValueError, match=f"config=ViT-B-32: {file} tells the architecture; leave it out"):
+        open_clip.load(tmp_path / "out", config="ViT-B-32")
+
+
+def test_every_config_of_open_clips_is_taken_or_refused_for_what_it_is():
+    found = find_spec("open_clip")
+    if not found:
+        pytest.skip("open-clip-torch is not installed")
+    taken = set()
+    for file in Path(found.submodule_search_locations[0], "model_configs").glob("*.json"):
+        try:
+            open_clip.config_in(json.loads(file.read_text()), {}, file)
+            taken.add(file.stem)
+        except ValueError as error:
+            assert "unknown here" not in str(error)
+    assert taken >= {"ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-plus-240", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14",
+                     "ViT-bigG-14", "ViT-H-14-worldwide"}
 
 
 def state(tmp_path, model: Portable) -> dict[str, torch.Tensor]:

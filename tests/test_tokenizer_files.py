@@ -134,7 +134,8 @@ def copied(folder, to):
 
 
 def test_what_is_none_of_ours(folders, tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer that we have; needed is one of merges.txt, vocab.txt, tokenizer.model, or CLIP's"):
+    with pytest.raises(ValueError, match="no tokenizer that we have; needed is one of merges.txt, vocab.txt, tokenizer.model, or CLIP's "
+                                         "tokenizer.json; --tokenizer SPEC names one, e.g. --tokenizer clip_bpe$"):
         read(tmp_path)
     bert = copied(folders["wordpiece"][1], tmp_path / "bert")
     tree = json.loads((bert / "tokenizer.json").read_text())

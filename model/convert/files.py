@@ -21,6 +21,7 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # safetensors' own
 TYPES = {name: dtype for dtype, name in NAMES.items()}
+PREFIXES = ("module.", "_orig_mod.")  # of DDP, of torch.compile
 UNSAFE = ("it is a pickle that would run code or make objects of its own when it is read, and tensors are all that is needed; "
           "ask for the weights as safetensors, or load it once where you trust it and save its state_dict() alone")
 
@@ -29,7 +30,7 @@ def read(path: Path) -> Tensors:
     """The tensors of a .safetensors file, of a pickle of tensors, or of the shards that a *.index.json names."""
     if path.name.endswith(".index.json"):
         return sharded(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else Tensors.held(tensors_of(read_pickle(path), path))
+    return read_safetensors(path) if path.suffix == ".safetensors" else tensors_of(read_pickle(path), path)
 
 
 def read_json(path: Path) -> dict:
@@ -72,7 +73,8 @@ def sharded(index: Path) -> Tensors:
     for name, file in owner.items():
         if name not in files[file]:
             raise ValueError(f"{index}: {file} has no {name}; fetch it again")
-    return Tensors({name: files[file].meta[name] for name, file in owner.items()}, lambda name: files[owner[name]][name])
+    return Tensors({name: files[file].meta[name] for name, file in owner.items()}, lambda name: files[owner[name]][name],
+                   [f"{name} of {file}" for file, tensors in files.items() for name in tensors.left_out])
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -114,23 +116,35 @@ def torchscript(path: Path) -> bool:
         return False
 
 
-def tensors_of(tree: object, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in what was pickled: the tree itself, or what lies under the name that trainers give it; DDP's prefix taken off."""
+def tensors_of(tree: object, path: Path) -> Tensors:
+    """The state dict in what was pickled: the tree itself, or what lies under the name that trainers give it; their prefixes taken off."""
+    left = []
     for key in ("state_dict", "model", "model_state_dict", "module"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            left += [str(name) for name, value in tree.items() if name != key and holds_tensors(value)]
             tree = tree[key]
     items = tree.items() if isinstance(tree, dict) else ()
     tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{path}: no tensors in it")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+    left += [str(name) for name, value in items if name not in tensors and holds_tensors(value)]
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return Tensors.held(tensors, left)
+
+
+def holds_tensors(tree: object) -> bool:
+    if isinstance(tree, (dict, list, tuple)):
+        return any(map(holds_tensors, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, torch.Tensor)
 
 
 def write(path: Path, tensors: Tensors, dtype: torch.dtype | None = None, about: dict[str, str] | None = None,
           exact: Collection[str] = ()) -> None:
-    """A safetensors file, floats as `dtype`, but those in `exact` as they are.  It holds one tensor at a time; nobody sees a part of it."""
+    """A safetensors file, floats as `dtype`, but those in `exact` as they are.  Nobody sees a part of it.
+
+    It holds one tensor at a time; for a moment two, where its type or its order changes.
+    """
     kinds = {name: dtype if dtype and name not in exact and meta.is_floating_point() else meta.dtype for name, meta in tensors.meta.items()}
     header, end = {"__metadata__": {"format": "pt", **(about or {})}}, 0
     order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # so that each begins at a multiple of its element
@@ -145,6 +159,7 @@ def write(path: Path, tensors: Tensors, dtype: torch.dtype | None = None, about:
         for name in order:
             value = tensors[name].detach().to(kinds[name]).contiguous().cpu()
             file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            del value  # before the next is read
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

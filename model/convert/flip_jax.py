@@ -7,6 +7,7 @@ FOLDER is a checkpoint_STEP, or holds such.  A tensor in the tree is flax's exte
 kernels are (in, out), a convolution's (P, P, 3, D).  The architecture is FLIP's, our default; sizes are read from shapes, but heads are
 in none.  Facts of the layout are that release's at 9bf6bf81.  Letters: L patches, D width, P patch side.
 """
+import json
 import math
 import mmap
 import os
@@ -42,6 +43,7 @@ QKV = [f"MultiHeadDotProductAttention_0/{name}" for name in ("query", "key", "va
 DENSE = {"attn.out": "MultiHeadDotProductAttention_0/out", "mlp.up": "MlpBlock_0/Dense_0", "mlp.down": "MlpBlock_0/Dense_1"}
 NORMS = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
 GIVEN = ("heads", "text_heads")
+LARGEST = 2**32 - 2**10  # bytes of a tensor, for msgpack counts in 32 bits, and its shape and type are counted too
 VOCAB = 30523  # of BERT's uncased vocabulary, as data.tokenizer's wordpiece has it
 
 
@@ -171,8 +173,26 @@ def read(file: Path) -> Tensors:
         dtype = getattr(torch, leaf.dtype.decode(), None) if leaf else None
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{file}: {name} is {leaf.dtype.decode() if leaf else 'no tensor'}; parameters are floats")
+        check(leaf, dtype, f"{file}: {name}")
         meta[name] = torch.empty(leaf.shape, dtype=dtype, device="meta")
     return Tensors(meta, lambda name: value(found[name], meta[name].dtype, f"{file}: {name}"))
+
+
+def check(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> None:
+    """ValueError where a tensor is not of the shape that the tree says."""
+    if not isinstance(leaf.shape, list) or not all(type(n) is int and n >= 0 for n in leaf.shape):
+        raise ValueError(f"{what} has the shape {leaf.shape}, which is none; fetch it again")
+    if isinstance(leaf, Packed):
+        size, has = math.prod(leaf.shape) * dtype.itemsize, len(leaf.data)
+        if size != has:
+            raise ValueError(f"{what} {tuple(leaf.shape)} {leaf.dtype.decode()} takes {size:,} bytes, and has {has:,}; fetch it again")
+        return
+    try:
+        shape = json.loads((leaf.folder / ".zarray").read_text())["shape"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{what}: {leaf.folder} is incomplete or broken (.zarray, {type(error).__name__}); fetch it again") from None
+    if shape != leaf.shape:
+        raise ValueError(f"{what} is {tuple(leaf.shape)}, but {leaf.folder / '.zarray'} says {shape}; fetch both again")
 
 
 def extension(code: int, data: bytes) -> object:
@@ -229,11 +249,19 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     sincos = fixed(cfg) if cfg.vision.positions == "sincos" else None
     folder.mkdir(parents=True)
     write(folder / "checkpoint", exported(rules(cfg.shape.depth, cfg.shape.text_depth, sincos), model.tensors), dtype)
-    return [] if model.about.pad_text else ["attention between real tokens alone: FLIP's code fills captions up and attends the padding"]
+    told = [] if model.about.pad_text else ["attention between real tokens alone: FLIP's code fills captions up and attends the padding"]
+    if model.about.crop != "square":
+        told.append(f"eval_crop {model.about.crop}: FLIP's code crops images before it resizes them; read again here, it is square")
+    return told
 
 
 def write(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
     """The tree of parameters as t5x's version 3, with no optimizer's state, one tensor in memory at a time."""
+    for name, meta in tensors.meta.items():
+        if (size := meta.numel() * dtype.itemsize) > LARGEST:
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} {tuple(meta.shape)} takes {size:,} bytes as {kind}: FLIP's file has room for {LARGEST:,}; "
+                             "--dtype bf16 takes half of what fp32 does, and other formats have no such limit")
     tree: dict = {}
     for name in tensors:
         *parents, last = name.split("/")

@@ -3,7 +3,7 @@
 What it has is fixed: class-token pooling, a norm before the blocks, a causal text tower that is pooled at the first end-of-text token,
 square images.  Its projections and temperature are the pair's.  Positions and patch bias: positions.py.  The defaults of configs that leave
 keys out are those of transformers 5.24's configuration_clip.py.  Tokenizer files are data/tokenizer_files.py's.
-Its image processor resizes, then crops: eval_crop square is written as that too, and comes back as resize_crop.
+Its image processor resizes, then crops: eval_crop square is written as that too, with a word for the way back that HF passes over.
 HF multiplies by exp(logit_scale) where we stop at 100: logits of a model beyond that differ by as much, embeddings do not.
 """
 import json
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.convert import files
-from model.convert.portable import About, Portable
+from model.convert.portable import About, Portable, crop_in, kept_crop, origin, told_crop
 from model.convert.positions import position_rule, taken, write
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, fused, one, scalar, thirds
 from model.convert.sizes import ratio, sized
@@ -103,15 +103,16 @@ def understood(path: Path, tree: dict) -> Portable:
         mlp=ratio(vision["hidden_size"], vision["intermediate_size"]), text_width=text["hidden_size"], text_depth=text["num_hidden_layers"],
         text_heads=text["num_attention_heads"], text_mlp=ratio(text["hidden_size"], text["intermediate_size"]),
         embed=tree.get("projection_dim", 512))
-    mean, std, interpolation = images(path, vision["image_size"])
+    mean, std, interpolation, crop = images(path, vision["image_size"])
     cfg = ModelConfig(
         **size, image_size=vision["image_size"], init="clip",
         vision=VisionConfig(positions="learned", pool="cls", pre_norm=True, patch_bias=False,
                             activation=activation(vision, "vision_config"), eps=vision["layer_norm_eps"], mean=mean, std=std),
         text=TextConfig(causal=True, pool="eot", activation=activation(text, "text_config"), eps=text["layer_norm_eps"]))
-    about = About(eot=text["vocab_size"] - 1 if eos == ARGMAX else eos, crop="resize_crop", interpolation=interpolation,
-                  source=dict(path=str(path), format="hf"))
-    cfg, tensors = taken(path, cfg, rules, POSITIONS, weights(path), str(path))
+    theirs = weights(path)
+    about = About(eot=text["vocab_size"] - 1 if eos == ARGMAX else eos, crop=crop, interpolation=interpolation,
+                  source=origin(path, "hf", left_out=theirs.left_out))
+    cfg, tensors = taken(path, cfg, rules, POSITIONS, theirs, str(path))
     return Portable(cfg, text["vocab_size"], text["max_position_embeddings"], tensors, about)
 
 
@@ -127,11 +128,17 @@ def activation(part: dict, where: str) -> str:
     raise ValueError(f"{where}.hidden_act {part['hidden_act']!r}: our towers have {', '.join(sorted(ACTIVATIONS.values()))}")
 
 
-def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """(mean, std, interpolation) of the folder's image processor; ValueError where it does not resize and crop as our evaluations do."""
+def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...], str, str]:
+    """(mean, std, interpolation, crop) of the folder's image processor; ValueError where it resizes and crops otherwise than we do."""
     found = next((file for name in (IMAGES, "processor_config.json") if (file := path / name).exists()), path / IMAGES)
-    tree = json.loads(found.read_text()) if found.exists() else {}
-    tree = IMAGE | dict(size=side, crop_size=side, resample=3, image_mean=MEAN, image_std=STD) | tree.get("image_processor", tree)
+    tree = files.read_json(found) if found.exists() else {}
+    says = tree.get("image_processor", tree)
+    if not isinstance(says, dict):
+        raise ValueError(f"{found}: image_processor holds a {type(says).__name__}, and should hold keys")
+    tree = IMAGE | dict(size=side, crop_size=side, resample=3, image_mean=MEAN, image_std=STD) | says
+    for key in ("image_mean", "image_std"):
+        if not isinstance(tree[key], (list, tuple)) or [type(x) in (int, float) for x in tree[key]] != [True] * 3:
+            raise ValueError(f"{found}: {key} {tree[key]}: it should be three numbers, of red, green and blue")
     sides = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     for key, wanted in (IMAGE | sides).items():
         if tree[key] != wanted and not (key in sides and tree[key] == side):
@@ -139,7 +146,7 @@ def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...],
                              f"middle and normalise; write {json.dumps(wanted)} to have it evaluated so")
     for name, number in RESAMPLE.items():
         if tree["resample"] == number:
-            return tuple(tree["image_mean"]), tuple(tree["image_std"]), name
+            return tuple(tree["image_mean"]), tuple(tree["image_std"]), name, crop_in(tree, found)
     raise ValueError(f"{found}: resample {tree['resample']}: we have {', '.join(f'{n} ({name})' for name, n in RESAMPLE.items())}")
 
 
@@ -169,8 +176,8 @@ def check(model: Portable) -> None:
         raise ValueError(f"data.tokenizer {model.about.tokenizer!r}: HF's CLIPModel pools a caption at its end-of-text token; {why}")
 
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the folder, without tokenizer files.  ValueError: see `check`."""
+def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Write the folder, without tokenizer files; returns what differs when HF's libraries run it.  ValueError: see `check`."""
     check(model)
     cfg, s = model.cfg, model.cfg.shape
     vision = dict(model_type="clip_vision_model", hidden_size=s.width, intermediate_size=hidden(s.width, s.mlp),
@@ -186,12 +193,14 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> N
     side = vision["image_size"]
     pictures = dict(image_processor_type="CLIPImageProcessor", processor_class="CLIPProcessor", **IMAGE, do_convert_rgb=True,
                     size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-                    resample=RESAMPLE[model.about.interpolation], image_mean=list(cfg.vision.mean), image_std=list(cfg.vision.std))
+                    resample=RESAMPLE[model.about.interpolation], image_mean=list(cfg.vision.mean), image_std=list(cfg.vision.std),
+                    **kept_crop(model.about.crop))
     folder.mkdir(parents=True)
     table = rules(cfg)
     write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     for name, content in ((CONFIG, tree), (IMAGES, pictures)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    return told_crop(model.about.crop, "HF's image processor")
 
 
 def peer(path: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model.convert import files, positions
-from model.convert.portable import About, Portable
+from model.convert.portable import About, Portable, crop_in, kept_crop, origin, told_crop
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, one, scalar, transposed
 from model.convert.sizes import sized
 from model.text import TextConfig
@@ -27,13 +27,20 @@ GIVEN = ("config",)
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's state dicts that are no weights
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what open_clip uses where nothing is said
 POOLS = {"cls": ("tok", False), "mean": ("avg", False), "mean_then_norm": ("avg", True)}
-# What a tower's config may say without the model being another, and what it must not say for it to be ours.
-HARMLESS = {"patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads", "tokenizer_mode", "tokenizer_kwargs", "pad_id",
-            "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path", "hf_tokenizer_name",
-            "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "eos_id"}
-ONLY = {"ls_init_value": None, "attentional_pool": False, "timm_model_name": None, "hf_model_name": None, "embed_cls": False,
-        "proj_bias": False, "proj_type": "linear", "block_type": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
-        "scale_attn_inner": False, "scale_attn": False, "scale_fc": False}
+# The keys of a model_cfg and of its towers: those that are read here, those that change nothing, and what others must say to be ours.
+READ = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "layers", "width", "head_width", "heads", "mlp_ratio", "patch_size",
+        "image_size", "context_length", "vocab_size", "no_ln_pre", "pool_type", "final_ln_after_pool", "no_causal_mask", "eos_id",
+        "act_kwargs", "norm_kwargs", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
+HARMLESS = {"custom_text", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype", "output_dict", "patch_dropout", "output_tokens",
+            "attn_pooler_queries", "attn_pooler_heads", "pad_id", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias",
+            "timm_drop", "timm_drop_path", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
+ONLY = {"ls_init_value": (None,), "attentional_pool": (False,), "timm_model_name": (None,), "hf_model_name": (None,), "embed_cls": (False,),
+        "proj_bias": (False,), "proj_type": ("linear",), "block_type": (None, "default"), "qk_norm": (False,),
+        "scaled_cosine_attn": (False,), "scale_heads": (False,), "scale_attn_inner": (False,), "scale_attn": (False,), "scale_fc": (False,),
+        "init_logit_bias": (None,), "multimodal_cfg": (None,), "pos_embed_type": ("learnable", "sin_cos_2d"),  # both are tables
+        "input_patchnorm": (False,), "global_average_pool": (False,)}  # of older versions
+WHY = {"init_logit_bias": "a sigmoid loss's model (SigLIP); Glimpse's have no bias of the logits",
+       "global_average_pool": "it averaged the class token too, before the last norm, which is none of Glimpse's pools"}
 
 
 def claims(path: Path) -> bool:
@@ -45,6 +52,8 @@ def claims(path: Path) -> bool:
 def load(path: Path, config: str = "") -> Portable:
     """A folder as above, or a file of weights; config: see the head of this file."""
     if path.is_dir():
+        if config:
+            raise ValueError(f"--given config={config}: {path / CONFIG} tells the architecture; leave it out, or name the file of weights")
         tree, weights = files.read_json(path / CONFIG), next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights is None:
             raise ValueError(f"{path}: has {CONFIG}, but none of {', '.join(WEIGHTS)}")
@@ -59,9 +68,11 @@ def load(path: Path, config: str = "") -> Portable:
     text = model["text_cfg"]
     if (mode := preprocess.get("resize_mode") or "shortest") != "shortest":
         raise ValueError(f"{path}: preprocess_cfg.resize_mode {mode!r}: images are prepared with the shortest side resized, then cropped")
-    about = About(tokenizer="" if text.get("hf_tokenizer_name") else "clip_bpe",
+    other = any(text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"))  # than CLIP's tokenizer
+    about = About(tokenizer="" if other else "clip_bpe",
                   eot=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None, pad_text=not cfg.text.causal,
-                  interpolation=preprocess.get("interpolation") or "bicubic", source=dict(path=str(path), format="open_clip"))
+                  crop=crop_in(tree, path / CONFIG if path.is_dir() else Path(config)),
+                  interpolation=preprocess.get("interpolation") or "bicubic", source=origin(path, "open_clip", left_out=theirs.left_out))
     return Portable(cfg, text.get("vocab_size", 49408), text.get("context_length", 77), tensors, about)
 
 
@@ -101,14 +112,9 @@ def openai(theirs: Tensors, path: Path) -> dict:
 def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
     """Our architecture for a model_cfg; positions learned, no patch bias, which is what a config can tell."""
     vision, text = model["vision_cfg"], model["text_cfg"]
-    for where, tree in (("vision_cfg", vision), ("text_cfg", text)):
-        for key, value in tree.items():
-            if key in ONLY and value != ONLY[key]:
-                raise ValueError(f"{path}: model_cfg.{where}.{key} {value!r}: Glimpse's towers have no such thing (only {ONLY[key]!r})")
+    check_keys(model, path)
     if isinstance(vision.get("layers"), list):
         raise ValueError(f"{path}: model_cfg.vision_cfg.layers {vision['layers']}: a ResNet; Glimpse's towers are vision transformers")
-    if "init_logit_bias" in model:
-        raise ValueError(f"{path}: model_cfg.init_logit_bias: a sigmoid loss's model (SigLIP); Glimpse's have no bias of the logits")
     pool = {theirs: ours for ours, theirs in POOLS.items()} | {("tok", True): "cls"}
     kind = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool"))
     text_pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask")
@@ -130,6 +136,23 @@ def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
                        text=TextConfig(causal=causal, pool="first" if text_pool == "first" else "eot", activation=act[1], eps=eps[1]))
 
 
+def check_keys(model: dict, path: Path) -> None:
+    """ValueError naming the first key of a model_cfg that says what is not ours; else the first that nothing here knows."""
+    places = {f"{path}: model_cfg": model, **{f"{path}: model_cfg.{tower}": model[tower] for tower in ("vision_cfg", "text_cfg")}}
+    for where, tree in places.items():
+        for key, value in tree.items():
+            if key in ONLY and value not in ONLY[key]:
+                why = WHY.get(key, "Glimpse's towers have no such thing")
+                raise ValueError(f"{where}.{key} {value!r}: {why} (only {' or '.join(map(repr, ONLY[key]))})")
+    parts = {f"{where}.{key}": (tree.get(key) or {}, known) for where, tree in places.items()
+             for key, known in (("norm_kwargs", {"eps"}), ("act_kwargs", {"approximate"}))}
+    for where, (tree, known) in ({where: (tree, READ | HARMLESS | ONLY.keys()) for where, tree in places.items()} | parts).items():
+        for key, value in tree.items():
+            if key not in known:
+                raise ValueError(f"{where}.{key} {value!r}: unknown here, so the model may be another than Glimpse would make of it; "
+                                 "remove the key if it changes nothing")
+
+
 def activation(model: dict, tower: dict, where: str) -> str:
     if model.get("quick_gelu"):
         return "quick_gelu"
@@ -142,14 +165,15 @@ def activation(model: dict, tower: dict, where: str) -> str:
 
 # --- out
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A folder as above; ValueError naming what open_clip's CLIP cannot be."""
-    tree = dict(model_cfg=config_out(model), preprocess_cfg=dict(mean=model.cfg.vision.mean, std=model.cfg.vision.std,
-                                                                 interpolation=model.about.interpolation, resize_mode="shortest"))
+def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+    """A folder as above; returns what differs when open_clip runs it.  ValueError naming what open_clip's CLIP cannot be."""
+    prepared = dict(mean=model.cfg.vision.mean, std=model.cfg.vision.std, interpolation=model.about.interpolation, resize_mode="shortest")
+    tree = dict(model_cfg=config_out(model), preprocess_cfg=prepared, **kept_crop(model.about.crop))
     table = rules(model.cfg)
     folder.mkdir(parents=True)
     positions.write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
+    return told_crop(model.about.crop, "open_clip")
 
 
 def config_out(model: Portable) -> dict:

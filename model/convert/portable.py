@@ -8,7 +8,7 @@ This is Glimpse's own format: what `run/convert.py glimpse` writes, and what eva
 (run/lib/models.py).
 """
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from model.convert import files
-from model.convert.rules import Tensors, check_shapes
+from model.convert.rules import Tensors, check_shapes, more
 from model.towers import ModelConfig, Towers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CROPS = ("resize_crop", "square")  # of evaluation images, as eval_crop names them: resized, then cropped; the other way round
+MOST = 20  # names of what was left out that are told
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,35 @@ class About:
     fingerprint: str = ""  # of its vocabulary
     eot: int | None = None  # the id that ends a caption, where there is one
     pad_text: bool = False  # captions are filled to the context, and the padding is attended to
-    crop: str = "resize_crop"  # how an image becomes square
+    crop: str = CROPS[0]  # how an image becomes square
     interpolation: str = "bicubic"
     source: dict = field(default_factory=dict)  # where it comes from: path, format, weights, step, samples, ...
+
+
+def origin(path: Path, format: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()) -> dict[str, str]:
+    """The `source` of a model of another format.  notes: what one should know of it.  left_out: what of its files was not used."""
+    if left_out:
+        notes = *notes, f"left out: {', '.join(left_out[:MOST])}{more(left_out[MOST - 1:])}"
+    return dict(path=str(path), format=format, **({"notes": "; ".join(notes)} if notes else {}))
+
+
+def kept_crop(crop: str) -> dict[str, dict]:
+    """What to write into a file of a format that knows but the first of CROPS, so that `crop_in` finds it; libraries pass over it."""
+    return {} if crop == CROPS[0] else {"glimpse": {"eval_crop": crop}}
+
+
+def crop_in(tree: dict, file: Path) -> str:
+    """What kept_crop wrote into the file's tree, if it did."""
+    crop = (tree.get("glimpse") or {}).get("eval_crop", CROPS[0])
+    if crop not in CROPS:
+        raise ValueError(f"{file}: glimpse.eval_crop {crop!r}: unknown; known: {', '.join(CROPS)}")
+    return crop
+
+
+def told_crop(crop: str, whose: str) -> list[str]:
+    """What `save` says where a library prepares images otherwise."""
+    return [] if crop == CROPS[0] else [
+        f"eval_crop {crop}: {whose} resizes images before it crops them, so pixels differ by a little; read again here, it is {crop}"]
 
 
 @dataclass(frozen=True)

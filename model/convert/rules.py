@@ -4,8 +4,8 @@
     Rule(("patch.weight",), ("conv1.weight",), out=as_kernel, back=as_matrix)
 
 A format is a function that yields such rules for an architecture; `exported` and `imported` apply them lazily, so that a conversion
-never holds more than the tensors of one rule.  Both refuse a tensor that no rule uses, and a rule whose tensor is missing: every
-tensor is used exactly once.
+never holds more than the tensors of one rule, as they were and as they become.  Both refuse a tensor that no rule uses, and a rule whose
+tensor is missing: every tensor is used exactly once.
 """
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,15 +15,18 @@ from torch import Tensor
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Named tensors that are read or made when they are asked for.  `meta[name]`: their shape and type, on the meta device, at no cost."""
+    """Named tensors that are read or made when they are asked for.  `meta[name]`: their shape and type, on the meta device, at no cost.
 
-    def __init__(self, meta: dict[str, Tensor], get: Callable[[str], Tensor]):
-        self.meta, self.get = meta, get
+    left_out: what else their file holds tensors under.
+    """
+
+    def __init__(self, meta: dict[str, Tensor], get: Callable[[str], Tensor], left_out: Iterable[str] = ()):
+        self.meta, self.get, self.left_out = meta, get, tuple(left_out)
 
     @classmethod
-    def held(cls, tensors: Mapping[str, Tensor]) -> "Tensors":
+    def held(cls, tensors: Mapping[str, Tensor], left_out: Iterable[str] = ()) -> "Tensors":
         """Of tensors that are in memory, or memory-mapped."""
-        return cls({name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__)
+        return cls({name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__, left_out)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.meta:
@@ -41,7 +44,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
         """{new name: name here}: those tensors alone, under new names."""
-        return Tensors({new: self.meta[old] for new, old in names.items()}, lambda new: self[names[new]])
+        return Tensors({new: self.meta[old] for new, old in names.items()}, lambda new: self[names[new]], self.left_out)
 
 
 def same(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -93,14 +96,14 @@ def applied(steps: list[tuple], source: Tensors, whose: str) -> Tensors:
         for name, tensor in zip(made, tensors):
             assert name not in meta, f"a table makes {name} twice"
             meta[name], owner[name] = tensor.to("meta"), step
-    latest: dict = {}  # the tensors of the step that was last applied: q, k and v are asked for one after another
+    latest: dict[str, Tensor] = {}  # of the step that was last applied, what nobody took yet: q, k and v are asked for one after another
 
     def get(name: str) -> Tensor:
-        names, made, function = owner[name]
-        if latest.get("names") != names or not names:
+        if name not in latest:
+            names, made, function = owner[name]
             latest.clear()
-            latest.update(names=names, tensors=as_tuple(function(*(source[n] for n in names))))
-        return latest["tensors"][made.index(name)]
+            latest.update(zip(made, as_tuple(function(*(source[n] for n in names)))))
+        return latest.pop(name)
 
     return Tensors(meta, get)
 

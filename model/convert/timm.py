@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import files
-from model.convert.portable import About, Portable, vision_only
+from model.convert.portable import About, Portable, crop_in, kept_crop, origin, told_crop, vision_only
 from model.convert.positions import is_fixed, position_rule, taken, write
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple
 from model.convert.sizes import ratio, sized
@@ -73,9 +73,11 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
                     classifier="head")
     tree = dict(architecture=name, num_classes=0, num_features=cfg.shape.width, global_pool=args["global_pool"], model_args=args,
                 pretrained_cfg=prepared)
-    tree["glimpse"] = dict(init=cfg.init, patch_bias=v.patch_bias, freeze_patch=v.freeze_patch)  # timm passes over it
+    kept = dict(init=cfg.init, patch_bias=v.patch_bias, freeze_patch=v.freeze_patch)  # timm passes over it
+    tree["glimpse"] = kept | kept_crop(model.about.crop).get("glimpse", {})
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
-    return ["left out: the text tower, the projections and the temperature; timm's models see images alone"] if model.vocab else []
+    told = ["left out: the text tower, the projections and the temperature; timm's models see images alone"] if model.vocab else []
+    return told + told_crop(model.about.crop, "timm")
 
 
 def described(cfg: ModelConfig) -> tuple[str, dict]:
@@ -116,11 +118,14 @@ def load(path: Path, **given) -> Portable:
                 image_size=args.get("img_size", prepared.get("input_size", [None])[1:] or None))
     cut = prepared.get("crop_pct", 1.0)
     notes = [f"crop_pct {cut}: its images are cut from larger ones, ours resized to the very size"] if cut != 1.0 else []
+    if (mode := prepared.get("crop_mode") or "center") != "center":
+        notes.append(f"crop_mode {mode}: its images are made square otherwise; ours by resizing the short side, then cropping the middle")
     try:
         model = portable(weights, path, says | given, notes, tree.get("glimpse"))
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path / CONFIG}: {error}") from None
-    return replace(model, about=replace(model.about, interpolation=prepared.get("interpolation", "bicubic")))
+    interpolation = prepared.get("interpolation", "bicubic")
+    return replace(model, about=replace(model.about, crop=crop_in(tree, path / CONFIG), interpolation=interpolation))
 
 
 def opened(folder: Path) -> tuple[dict, Tensors]:
@@ -148,8 +153,7 @@ def portable(theirs: Tensors, path: Path, says: dict, notes: Iterable[str] = (),
         v = replace(v, patch_bias=bias, freeze_patch=kept["freeze_patch"])
         cfg = replace(cfg, init=kept["init"])
     cfg, tensors = taken(path if path.is_dir() else path.parent, replace(cfg, vision=v), rules, "pos_embed", theirs, str(path))
-    notes = [*notes, *([f"left out: {', '.join(left)}"] if left else [])]
-    return Portable(cfg, 0, 0, tensors, About(source=dict(path=str(path), format="timm", **({"notes": "; ".join(notes)} if notes else {}))))
+    return Portable(cfg, 0, 0, tensors, About(source=origin(path, "timm", notes, [*left, *theirs.left_out])))
 
 
 def encoder(theirs: Tensors, whose: Path) -> tuple[Tensors, list[str]]:

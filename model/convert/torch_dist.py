@@ -48,7 +48,9 @@ class Place:
 
 def write(folder: Path, tensors: Tensors, places: Mapping[str, Place], objects: Mapping[str, object], common: object, ranks: int,
           dtype: torch.dtype) -> None:
-    """A folder as `ranks` ranks would have written it, each into a file of its own.  It holds one tensor at a time.
+    """A folder as `ranks` ranks would have written it, each into a file of its own.
+
+    It makes one tensor at a time; torch's writer keeps the last one meanwhile, so up to four of the largest are held.
 
     places: of each tensor.  objects: {key: what is kept under it, for torch.save}.  Split axes must divide by `ranks`.
     """

@@ -1,0 +1,74 @@
+"""How evaluation images become square goes along with a model, or a line tells that it does not.
+
+    bash run/test.sh tests/test_convert_crops.py
+"""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.convert import FORMATS, flip_jax, hf, open_clip, portable, timm
+from model.convert.portable import CROPS, About, Portable, crop_in
+from model.convert.rules import Tensors
+from model.towers import ModelConfig, Towers
+from tests.test_convert_hf import CLIP, made
+from tests.test_convert_open_clip import FLAVOURS
+from tests.test_convert_open_clip import made as pair
+
+WHOSE = {"open_clip": "open_clip", "hf": "HF's image processor", "timm": "timm", "megatron": ""}
+CONFIGS = {"open_clip": "open_clip_config.json", "hf": hf.IMAGES, "timm": timm.CONFIG}
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("format", WHOSE)
+def test_out_and_back(format, crop, tmp_path):
+    model = made(CLIP, crop=crop)
+    told = [line for line in FORMATS[format].save(model, tmp_path / "out") or [] if "eval_crop" in line]
+    assert FORMATS[format].load(tmp_path / "out").about.crop == crop
+    other = format in CONFIGS and crop == "square"
+    assert len(told) == other and all(line.startswith(f"eval_crop square: {WHOSE[format]} resizes images before it crops") for line in told)
+    if other:
+        file = tmp_path / "out" / CONFIGS[format]
+        FORMATS[format].peer(tmp_path / "out")  # its library passes over what is for us
+        tree = json.loads(file.read_text())
+        tree["glimpse"]["eval_crop"] = "round"
+        file.write_text(json.dumps(tree))
+        with pytest.raises(ValueError, match=f"{file}: glimpse.eval_crop 'round': unknown; known: resize_crop, square"):
+            FORMATS[format].load(tmp_path / "out")
+
+
+def test_transformers_keeps_it(tmp_path):
+    """When it saves its image processor anew."""
+    transformers = pytest.importorskip("transformers")
+    hf.save(made(CLIP, crop="square"), tmp_path / "out")
+    transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert crop_in(json.loads((tmp_path / "again" / hf.IMAGES).read_text()), tmp_path) == "square"
+
+
+def test_flips_release_knows_the_square_alone(tmp_path):
+    cfg = ModelConfig("nano/8", image_size=16)
+    tensors = Tensors.held({name: parameter.detach() for name, parameter in Towers(cfg, 9, 4).named_parameters()})
+    model = Portable(cfg, 9, 4, tensors, About(pad_text=True, crop="square"))
+    assert flip_jax.save(model, tmp_path / "same") == []
+    told, = flip_jax.save(replace(model, about=About(pad_text=True)), tmp_path / "other")
+    assert told.startswith("eval_crop resize_crop: FLIP's code crops images before it resizes them")
+    assert flip_jax.load(tmp_path / "other").about.crop == "square"
+
+
+def test_timms_other_modes_are_told(tmp_path):
+    timm.save(made(CLIP), tmp_path / "out")
+    file = tmp_path / "out" / timm.CONFIG
+    tree = json.loads(file.read_text())
+    tree["pretrained_cfg"]["crop_mode"] = "squash"
+    file.write_text(json.dumps(tree))
+    assert timm.load(tmp_path / "out").about.source["notes"].startswith("crop_mode squash: its images are made square otherwise")
+
+
+def test_the_command_tells_it(tmp_path, convert):
+    """Of a model of Glimpse's own that is evaluated on central squares."""
+    model = pair(*FLAVOURS["CLIP"])
+    portable.save(replace(model, about=replace(model.about, crop="square")), tmp_path / "in", torch.bfloat16)
+    code, told, complaint = convert("open_clip", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and "  eval_crop square: open_clip resizes" in told, complaint
+    assert open_clip.load(tmp_path / "out").about.crop == "square"
