@@ -31,6 +31,7 @@ MAIN = {"zero_shot": ("top1", "map", "pm_10", "roc_auc"), "retrieval": ("image_t
 WORDS = {"zero_shot": "zero-shot", "top1": "top-1", "top5": "top-5", "map": "mAP", "roc_auc": "ROC AUC", 
          "image_to_text_r1": "image-to-text R@1", "text_to_image_r1": "text-to-image R@1", "mean_iou": "mean IoU", "retrieval": "",
          "cider": "CIDEr", "vqa": "VQA"}
+ABREAST = 4  # metrics in a table
 KEY = ("Grey patches are hidden. Attention: of the class token, bright where it looks. "
        "Resemblance: of each patch's embedding to the caption's.")
 
@@ -115,6 +116,14 @@ def results_table(groups: Groups, names: list[str]) -> str:
     """A row a group: of each metric mean, interval and number of seeds, and the difference to the first group."""
     if not names:
         return '<p class="absent">absent: no run was evaluated</p>'
+    lost = [f"<li>{escape(label)}: {escape(why(group))}</li>" for label, group in groups.items()
+            if any(one.reason for one in group) and any(one.final for one in group)]
+    tables = [some_results(groups, names[at:at + ABREAST]) for at in range(0, len(names), ABREAST)]
+    return "".join(tables) + f"<p>Left out:</p><ul>{''.join(lost)}</ul>" * bool(lost)
+
+
+def some_results(groups: Groups, names: list[str]) -> str:
+    """Of as many metrics as a page has room for."""
     rows, (base, *_) = [], groups.values()
     for label, group in groups.items():
         if not any(values(group, name) for name in names):
@@ -132,9 +141,7 @@ def results_table(groups: Groups, names: list[str]) -> str:
                 cell += f'<small class="to">{change}</small>'
             cells.append(f"<td>{cell}</td>")
         rows.append((label, cells))
-    lost = [f"<li>{escape(label)}: {escape(why(group))}</li>" for label, group in groups.items()
-            if any(one.reason for one in group) and any(one.final for one in group)]
-    return table(["{1}: {0}".format(*spoken(name)) for name in names], rows) + f"<p>Left out:</p><ul>{''.join(lost)}</ul>" * bool(lost)
+    return table(["{1}: {0}".format(*spoken(name)) for name in names], rows)
 
 
 def cost_table(groups: Groups) -> str:
