@@ -80,6 +80,7 @@ class Job:
     process: subprocess.Popen | None = None
     lock: int = -1  # a file handle; -1: not held
     before: int = 0  # bytes that earlier attempts wrote into its log
+    doing: str = ""  # what was started last, as left_to_do tells it
     made: tuple[str, ...] = ()  # evaluations that were started
 
     def claim(self) -> bool:
@@ -180,7 +181,7 @@ class Jobs:
     def begin(self, job: Job) -> None:
         """Start what is left to do of a job whose lock is held; another may just have done it."""
         run, what = job.planned.folder, left_to_do(job.planned)
-        if what in job.made:
+        if what and what in job.made:
             job.free()
             self.end(job, f"was evaluated, --{what}, and has no result of that")
         elif what is None:
@@ -189,7 +190,7 @@ class Jobs:
         else:
             self.waiting.remove(job)
             self.running.append(job)
-            job.made += (what,) if what else ()
+            job.doing, job.made = what, (*job.made, what)
             self.say(f"{run}: {f'is evaluated, --{what}' if what else 'goes on' if run.exists() else 'begins'}")
             job.start(line_of(job.planned, what, self.where))
 
@@ -200,7 +201,8 @@ class Jobs:
             found = state(job.planned.folder)
             if found.state == "complete" and not job.process.returncode:
                 self.waiting.insert(0, job)  # there may be an evaluation to make
-                self.say(f"{job.planned.folder}: complete" + (f", {clock(found.seconds)} of training" if found.seconds else ""))
+                if not job.doing:
+                    self.say(f"{job.planned.folder}: complete" + (f", {clock(found.seconds)} of training" if found.seconds else ""))
             elif self.stopping:
                 self.say(f"{job.planned.folder}: {found.reason or 'stopped in an evaluation'}")
             else:

@@ -14,8 +14,9 @@ body{font:16px/1.5 system-ui,sans-serif;margin:1.5rem auto;max-width:75rem;paddi
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.25rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #ddd}
 h3{font-size:1rem;margin:1.2rem 0 .2rem}
 p,li{max-width:48rem}p,li,h1,h2,h3,summary{overflow-wrap:anywhere}.wide{overflow-x:auto}small,.absent,figcaption{color:#666}.absent{font-style:italic}
-.values{border-collapse:collapse;font-size:.9rem}.values th,.values td{padding:.3rem .7rem .3rem 0;text-align:left;vertical-align:top;
-border-bottom:1px solid #eee}.values td{white-space:nowrap;font-variant-numeric:tabular-nums}.values td.absent{white-space:normal}
+.values{border-collapse:collapse;font-size:.9rem;margin-bottom:1.2rem}
+.values th,.values td{padding:.3rem .7rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eee}
+.values td{white-space:nowrap;font-variant-numeric:tabular-nums}.values td.absent{white-space:normal}
 .values thead th{overflow-wrap:anywhere;min-width:6.5rem;font-weight:600;vertical-align:bottom}
 .values tbody th{position:sticky;left:0;background:#fff;font-weight:600;min-width:5.5rem}.values div{max-width:min(40rem,60vw)}
 .values .to{display:block}
