@@ -6,7 +6,7 @@
 Each case is a real engine that takes three steps on made-up batches; the last is measured.  Bytes are of rank 0's tensors that live (Alive
 in run/lib/trace.py), from before the engine is built: between steps, at most until the backward pass is over, and at most in a whole step.
 What a kernel allocates inside itself is not seen.  Bytes sent are those of each collective's tensors, as a ring sends them.
-glibc keeps what earlier cases freed: for B/16 on a small machine set MALLOC_MMAP_THRESHOLD_=1000000, and name a stage at a time.
+DeepSpeed's `destroy` leaves much of an engine behind: on a small machine measure B/16 a stage at a time.
 """
 import sys
 from pathlib import Path
