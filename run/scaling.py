@@ -44,7 +44,6 @@ def main() -> int | None:
             config.cluster_arguments(kind)
         if name == "launch":
             kind.add_argument("--ranks", type=config.count, default=2, help="processes, or GPUs, of each run")
-            kind.add_argument("--hostfile", type=Path, help="instead of --ranks: DeepSpeed's, a line a machine; each run has all")
             kind.add_argument("--jobs", type=config.count, default=1, help="runs at a time, each on so many ranks")
             kind.add_argument("--write", type=Path, metavar="DIR", help="instead of training, write a SLURM script for each run")
             kind.add_argument("--nodes", type=config.count, default=1, help="of a SLURM script; each with --ranks processes")
@@ -97,10 +96,7 @@ def launch(args) -> int:
     if args.write:
         return write_scripts(runs, args)
     runs.sort(key=lambda run: run.cfg.seed)  # one seed of every cell before the next
-    if args.hostfile and args.jobs > 1:
-        raise ValueError(f"--jobs {args.jobs}: with --hostfile a run has all of the machines; leave --jobs out")
-    where = ["--hostfile", str(args.hostfile)] if args.hostfile else ["--num_accelerators", str(args.ranks)]
-    return 0 if Jobs(runs, where, args.jobs).go() else 1
+    return 0 if Jobs(runs, args.ranks, args.jobs).go() else 1
 
 
 def write_scripts(runs: list[grid.Planned], args) -> int:
@@ -109,7 +105,7 @@ def write_scripts(runs: list[grid.Planned], args) -> int:
     once = {run.folder: run for run in runs}
     submit = ["#!/bin/bash", "# What needs another's weights waits for it.", "set -e", 'cd "$(dirname "$0")"', "declare -A job"]
     for run in once.values():
-        lines = [command(run, ["python"]), *(line_of(run, item, ()) for item in run.evaluate)]
+        lines = [command(run, ["python"]), *(line_of(run, item, 1) for item in run.evaluate)]
         train, *evaluate = (shlex.join(["python", *line[1:]]) for line in lines)
         (args.write / f"{run.folder.name}.sbatch").write_text(f"""#!/bin/bash
 #SBATCH --job-name={run.folder.name}

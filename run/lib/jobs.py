@@ -1,6 +1,6 @@
 """Training runs of a grid, one after another or several at a time: each by the deepspeed launcher, from where it was left.
 
-    Jobs(planned, ["--num_accelerators", "1"], at_once=2).go()          True if all are complete
+    Jobs(planned, ranks=1, at_once=2).go()          True if all are complete
 
 A run that is complete is left alone, one that was broken off goes on.  A run's lock is held here and by the deepspeed launcher until its
 rank 0 has one of its own (run/lib/folder.py), so that after a kill of some of these processes no second job starts beside the others:
@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,10 +51,10 @@ def left_to_do(planned: Planned) -> str | None:
     return next((item for item in planned.evaluate if not any(name.endswith(f"({item})") for name in found.final)), None)
 
 
-def line_of(planned: Planned, what: str, where: Sequence[str]) -> list[str]:
+def line_of(planned: Planned, what: str, ranks: int) -> list[str]:
     """The command line of what left_to_do told."""
     if not what:
-        return command(planned, launcher(where))
+        return command(planned, local(ranks))
     option, _, value = what.partition(" ")
     return [sys.executable, str(ROOT / "run" / "evaluate.py"), "--run", str(planned.folder), f"--{option}", value]
 
@@ -66,12 +66,12 @@ def command(planned: Planned, launcher: list[str]) -> list[str]:
     return [*launcher, str(ROOT / "run" / "pretrain.py"), *settings, *resume]
 
 
-def launcher(where: Sequence[str]) -> list[str]:
-    """DeepSpeed's, on a port that is free now; where: --num_accelerators N, or --hostfile FILE."""
+def local(ranks: int) -> list[str]:
+    """The launcher on this machine, on a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [str(Path(sys.executable).with_name("deepspeed")), "--quiet", *where, "--master_port", port]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(ranks), "--master_port", port]
 
 
 @dataclass
@@ -130,13 +130,13 @@ class Job:
 class Jobs:
     """Runs in an order in which what one needs comes before it."""
 
-    def __init__(self, planned: list[Planned], where: Sequence[str], at_once: int, say: Callable[[str], None] = print):
+    def __init__(self, planned: list[Planned], ranks: int, at_once: int, say: Callable[[str], None] = print):
         once: dict[Path, Planned] = {}
         for p in planned:  # two grids may ask for other evaluations of one run
             known = once.get(p.folder)
             once[p.folder] = replace(p, evaluate=tuple(dict.fromkeys((*known.evaluate, *p.evaluate)))) if known else p
         self.waiting = [Job(p) for p in once.values()]
-        self.where, self.at_once, self.say = where, at_once, say
+        self.ranks, self.at_once, self.say = ranks, at_once, say
         self.running: list[Job] = []
         self.failed: dict[Path, str] = {}
         self.stopping = False
@@ -192,7 +192,7 @@ class Jobs:
             self.running.append(job)
             job.doing, job.made = what, (*job.made, what)
             self.say(f"{run}: {f'is evaluated, --{what}' if what else 'goes on' if run.exists() else 'begins'}")
-            job.start(line_of(job.planned, what, self.where))
+            job.start(line_of(job.planned, what, self.ranks))
 
     def reap(self) -> None:
         for job in [job for job in self.running if job.process.poll() is not None]:
