@@ -25,7 +25,8 @@ for ((n = 2; ; n++)); do
   run=runs/quickstart-$n
 done
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-ranks=$((gpus > 0 ? gpus : $(nproc) > 1 ? 2 : 1))
+cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')  # nproc would say what OMP_NUM_THREADS does
+ranks=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
 while ((256 % ranks)); do ranks=$((ranks - 1)); done  # the config's batch divides evenly
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 
