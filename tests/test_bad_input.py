@@ -97,6 +97,7 @@ def test_existing_run_and_other_architecture(data, tmp_path):
     fails(pretrain(*settings(data, tmp_path / "other", "samples=64"), "--resume"), "no run folder")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_being_trained(data, tmp_path):
     """A second job is refused as long as the first lives, and goes on when that was killed."""
     run = tmp_path / "run"
