@@ -12,6 +12,7 @@ reads, which is what makes a resumed run see every sample of an epoch exactly on
 import io
 import json
 import os
+import secrets
 import tarfile
 from bisect import bisect_right
 from collections import Counter
@@ -136,7 +137,8 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
 
 
 def replace_json(path: Path, value) -> None:
-    part = path.with_name(path.name + ".part")
+    """Whole or not at all, also where several jobs index one folder at the same time."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     part.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
     os.replace(part, path)
 

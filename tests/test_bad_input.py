@@ -1,6 +1,6 @@
 """What a user can get wrong ends in one line that says what, what is allowed and what to change, with a non-zero exit, before training.
 
-Fast cases start run/pretrain.py as one process; the slow one goes through the launcher.  `-s` prints the lines.
+Most start run/pretrain.py as one process, the last go through the launcher.  `-s` prints the lines.
 """
 import json
 import os
@@ -16,6 +16,8 @@ import torch
 from data.shards import build_index, write_shard
 from run.lib.folder import trained_elsewhere
 from tests.tiny import ROOT, command, environment, launch, picture, settings, shards
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,6 @@ def test_existing_run_and_other_architecture(data, tmp_path):
     fails(pretrain(*settings(data, tmp_path / "other", "samples=64"), "--resume"), "no run folder")
 
 
-@pytest.mark.slow
 def test_a_run_that_is_being_trained(data, tmp_path):
     """A second job is refused as long as the first lives, and goes on when that was killed."""
     run = tmp_path / "run"
@@ -132,7 +133,6 @@ def test_broken_images_beyond_the_budget(data, tmp_path):
     assert kept.returncode == 0 and "skipped" in kept.stdout
 
 
-@pytest.mark.slow
 def test_more_ranks_than_devices(data, tmp_path):
     """One more than there are GPUs; without GPUs, one more than the cores that the launcher may use."""
     devices = torch.cuda.device_count() or 1
@@ -144,7 +144,6 @@ def test_more_ranks_than_devices(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_through_the_launcher(data, tmp_path):
     fails(launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", "batch=15")), "batch: 15 does not divide by 2 ranks")
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -8,13 +8,14 @@ import os
 import pickle
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import webdataset
 from webdataset.tariterators import base_plus_ext
 
-from data.shards import Order, Sample, Shards, build_index, headers, read_index, split_name, write_shard
+from data.shards import Order, Sample, Shards, build_index, headers, read_index, replace_json, split_name, write_shard
 
 
 def rows(count, start=0):
@@ -29,6 +30,12 @@ def folder(tmp_path):
     for n, (start, count) in enumerate(((0, 7), (7, 5), (12, 9))):
         assert write_shard(tmp_path / f"{n:05d}.tar", rows(count, start)) == count
     return tmp_path
+
+
+def test_several_jobs_may_index_a_folder_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: replace_json(tmp_path / "index.json", [n] * 1000), range(400)))
+    assert len(json.loads((tmp_path / "index.json").read_text())) == 1000 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_is_written_is_read(folder):
