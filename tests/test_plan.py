@@ -188,3 +188,9 @@ def test_two_ranks_measure_what_is_planned():
     for row in rows:
         held, passes, whole, flops, sent = (float(cell.rstrip("%")) for cell in row[8::3])
         assert abs(held) < 5 and abs(passes) < 15 and abs(whole) < 15 and abs(flops) < 2 and abs(sent) < 2, row
+
+
+def test_more_than_the_peak_is_refused():
+    cfg = config.load(config.ROOT / "run/configs/flip_h14.yaml")
+    with pytest.raises(ValueError, match=r"--mfu 0.8: .* would reach 1\d\d% of their peak; at most 0.7\d is possible"):
+        plan.propose(cfg, plan.Cluster.of("H100", ranks=256, mfu=0.8))

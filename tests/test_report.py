@@ -15,6 +15,7 @@ from PIL import Image
 
 from run.lib import pages, plots
 from run.lib.results import by_seed, read
+from run.report import compare
 from tests.browser import opened
 from tests.tiny import ROOT, environment, recorded, settings, shards
 
@@ -150,6 +151,18 @@ def test_a_grids_own_metric_stands_first(tmp_path):
     assert pages.metrics({"a": [run]}) == [TOP1] and pages.metrics({"a": [run]}, "zero_shot/shapes/top5") == ["zero_shot/shapes/top5", TOP1]
     text = pages.write(tmp_path / "page.html", {"a": [run]}, metric="zero_shot/shapes/top5")[0].read_text()
     assert text.index("zero-shot top-5 (%)") < text.index("zero-shot top-1 (%)")
+
+
+def test_what_scaling_leaves_beside_runs_is_no_run(tmp_path, monkeypatch, capsys):
+    run = recorded(tmp_path / "run", (None, 50), {200: {TOP1: 0.1}}, *EVALUATIONS)
+    (tmp_path / "run.lock").touch()
+    line = ["run/report.py", run, tmp_path / "run.lock", "--count", "0", "--out", tmp_path / "a.html"]
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    compare()
+    assert "run.lock" not in capsys.readouterr().out and "absent: not run" not in (tmp_path / "a.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["run/report.py", str(tmp_path / "run.lock")])
+    with pytest.raises(ValueError, match="run.lock: no run folder"):
+        compare()
 
 
 def test_runs_without_results(tmp_path):

@@ -200,6 +200,33 @@ def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
     assert needed and needed <= set(folders), "what a cell begins from is among them"
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_failure_is_told_by_its_own_attempt(asked, tmp_path):
+    """Not by what an earlier one left in the log, and not at all where it was asked to stop."""
+    planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
+    job, log = jobs.Job(planned), jobs.beside(planned.folder, "log")
+    log.parent.mkdir(parents=True)
+    log.write_text("error: of yesterday\n")
+    assert job.claim() and not jobs.Job(planned).claim()
+    job.start([sys.executable, "-c", "import sys; sys.exit('error: of today')"])
+    job.process.wait()
+    job.ended(asked)
+    failed = jobs.beside(planned.folder, "failed")
+    assert not failed.exists() if asked else failed.read_text() == "exit code 1: error: of today\n"
+    assert jobs.Job(planned).claim(), "its lock is free"
+
+
+def test_an_evaluation_that_leaves_no_result_is_made_once(tmp_path):
+    planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
+    finished(planned.folder, planned, 0.25)
+    told = []
+    launcher = jobs.Jobs([planned], 1, 1, told.append)
+    job = launcher.waiting[0]
+    job.made = (jobs.left_to_do(planned),)
+    launcher.fill()
+    assert not launcher.running and not launcher.waiting and "has no result of that" in told[-1] and planned.folder in launcher.failed
+
+
 # --- training
 
 def tiny_grid(folder: Path) -> Path:

@@ -28,7 +28,7 @@ Gallery = tuple[dict[str, Tensor], list[str]]  # what run/lib/pictures.py `galle
 # The metrics of a set that a table has room for; of a suite all.
 MAIN = {"zero_shot": ("top1", "map", "pm_10", "roc_auc"), "retrieval": ("image_to_text_r1", "text_to_image_r1"), "knn": ("top1",),
         "linear_probe": ("top1",), "finetune": ("top1",), "segmentation": ("mean_iou",), "captioning": ("cider",), "vqa": ("accuracy",)}
-WORDS = {"zero_shot": "zero-shot", "top1": "top-1", "top5": "top-5", "map": "mAP", "roc_auc": "ROC AUC", 
+WORDS = {"zero_shot": "zero-shot", "top1": "top-1", "top5": "top-5", "map": "mAP", "roc_auc": "ROC AUC",
          "image_to_text_r1": "image-to-text R@1", "text_to_image_r1": "text-to-image R@1", "mean_iou": "mean IoU", "retrieval": "",
          "cider": "CIDEr", "vqa": "VQA"}
 ABREAST = 4  # metrics in a table
