@@ -10,16 +10,15 @@ To add a finding: a field of Found (a Counter or a list, so that it adds up), fi
 """
 import json
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from multiprocessing import Pool
 from pathlib import Path
 
 from data.augment import decode
 from data.pairs import kind_of
 from data.shards import Sample, grouped, headers, read_index, require_pairs
+from data.workers import workers
 
 NAMED = 10  # samples of a kind that are named
 PIECES = 4  # for each process, so that all end at about the same time
@@ -82,7 +81,7 @@ def check(folder: Path, sample: int | None = None, progress: Callable[[Iterable,
     indexed = (folder / "shards.index.json").exists()
     tasks = [(path, piece, pieces, most, indexed) for path in looked for piece in range(pieces)]
     found = Found(stale=stale_index(folder) if indexed else set())
-    with Pool(cores, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with workers() as pool:
         for part in progress(pool.imap(scan, tasks), len(tasks)):
             found.add(part)
     return Report(folder, [path.stat().st_size for path in paths], len(looked), indexed, found)

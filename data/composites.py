@@ -18,7 +18,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from data.benchmarks import IGNORE
 from data.composite_texts import CONCEPTS, TEMPLATES, Thing, captions, questions
 from data.glyphs import Progress, bar, finished
 from data.shards import Shards, build_index, write_shard
+from data.workers import workers
 
 FORMAT = 1  # raise it when the same seed would give other scenes
 CANVAS = 96
@@ -203,7 +203,7 @@ def write_scenes(out: Path, part: str, drawings: Drawings, seed: tuple[int, int]
     """OUT/train/*.tar or OUT/test/*.tar with that many scenes, drawn on all cores, and its index."""
     folder = out / ("train" if part == "train" else "test")
     folder.mkdir(parents=True)
-    with Pool(len(os.sched_getaffinity(0)), initializer=_hold, initargs=(part, drawings, seed)) as pool:
+    with workers(_hold, part, drawings, seed) as pool:
         samples = iter(progress(pool.imap(_sample, range(count), chunksize=16), f"{part} scenes"))  # in the order given
         shards = -(-count // SHARD)
         for shard in range(shards):

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from multiprocessing import Pool
 from pathlib import Path
 
 from PIL import Image
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from data import glyphs_extras, glyphs_icons
 from data.glyphs_sources import FLUENT3D, PACKAGES, Glyph, first_of, icons, install, installed, licence
 from data.shards import build_index, write_shard
+from data.workers import workers
 
 FORMAT = 1  # raise it when a build of the same packages would come out otherwise
 SHARD = 1000  # samples in a shard at most
@@ -109,7 +109,7 @@ def collect(cache: Path, tones: bool, extras: bool, with_icons: bool) -> tuple[l
 
 def draw(glyphs: list[Glyph], progress: Progress, text: str) -> list[Glyph]:
     """Get the images, on all cores; leaves out what cannot be drawn."""
-    with Pool(len(os.sched_getaffinity(0))) as pool:
+    with workers() as pool:
         images = pool.imap(image_of, glyphs, chunksize=16)  # in the order given
         drawn = [replace(glyph, image=next(images)) for glyph in progress(glyphs, text)]
     return [glyph for glyph in drawn if glyph.image]
