@@ -102,9 +102,9 @@ def launch(args) -> int:
 def write_scripts(runs: list[grid.Planned], args) -> int:
     """One sbatch script a run, for a cluster, with the launcher's processes by srun (docs/running.md); and submit.sh, which submits all."""
     args.write.mkdir(parents=True, exist_ok=True)
-    once = {run.folder: run for run in runs}
+    runs = grid.once(runs)
     submit = ["#!/bin/bash", "# What needs another's weights waits for it.", "set -e", 'cd "$(dirname "$0")"', "declare -A job"]
-    for run in once.values():
+    for run in runs:
         lines = [command(run, ["python"]), *(line_of(run, item, 1) for item in run.evaluate)]
         train, *evaluate = (shlex.join(["python", *line[1:]]) for line in lines)
         (args.write / f"{run.folder.name}.sbatch").write_text(f"""#!/bin/bash
@@ -122,8 +122,8 @@ on_all {train} $resume
         after = "".join(f":${{job[{need.name}]}}" for need in run.needs)
         waits = f"--dependency=afterok{after} " * bool(run.needs)
         submit.append(f"job[{run.folder.name}]=$(sbatch --parsable {waits}{run.folder.name}.sbatch)")
-    (args.write / "submit.sh").write_text("\n".join([*submit, f'echo "submitted {len(once)} jobs"', ""]))
-    print(f"{args.write}: {len(once)} scripts; bash {args.write / 'submit.sh'} submits them, each after those that it needs")
+    (args.write / "submit.sh").write_text("\n".join([*submit, f'echo "submitted {len(runs)} jobs"', ""]))
+    print(f"{args.write}: {len(runs)} scripts; bash {args.write / 'submit.sh'} submits them, each after those that it needs")
     return 0
 
 

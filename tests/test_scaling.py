@@ -191,13 +191,17 @@ def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verd
 
 def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
     runs = claims.tested("glyphs", 3, tmp_path)
-    folders = [run.folder for cell in runs.values() for run in cell]
-    assert len(folders) == len(set(folders)) == 3 * len(runs)
+    folders = {run.folder: run for cell in runs.values() for run in cell}
+    assert len(folders) == sum(map(len, runs.values())) == 3 * len(runs)
     for claim in claims.read():
-        for cell in (claim.better, claim.worse):
-            assert GRIDS[claim.grid].runs("glyphs", [cell], 3, tmp_path)[cell][2].folder in folders
+        for cell, how in ((claim.better, claim.better_as), (claim.worse, claim.worse_as)):
+            run = folders[GRIDS[claim.grid].runs("glyphs", [cell], 3, tmp_path)[cell][2].folder]
+            assert not how or how in run.evaluate
     needed = {path for cell in runs.values() for run in cell for path in run.needs}
     assert needed and needed <= set(folders), "what a cell begins from is among them"
+    one, *others = folders.values()
+    again = grid.once([replace(one, evaluate=("ensemble 2",)), *others, replace(one, evaluate=("mask random(0.5)", "ensemble 2"))])
+    assert again == [replace(one, evaluate=("ensemble 2", "mask random(0.5)")), *others]
 
 
 @pytest.mark.parametrize("asked", [False, True])

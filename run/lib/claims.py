@@ -51,11 +51,10 @@ def read(path: Path = FILE) -> list[Claim]:
 
 def tested(scale: str, seeds: int, out: Path, more: Sequence[str] = ()) -> dict[str, list[grid.Planned]]:
     """{grid, cell: its runs} of all that the claims are of, each run once; as Grid.runs."""
-    found: dict[Path, tuple[str, list[grid.Planned]]] = {}
-    for claim in read():
-        for cell, runs in grid.read(claim.grid).runs(scale, [claim.better, claim.worse], seeds, out, more).items():
-            found.setdefault(runs[0].folder, (f"{claim.grid}, {cell}", runs))
-    return dict(found.values())
+    cells = {f"{claim.grid}, {cell}": runs for claim in read()
+             for cell, runs in grid.read(claim.grid).runs(scale, [claim.better, claim.worse], seeds, out, more).items()}
+    left = {run.folder: run for run in grid.once(run for runs in cells.values() for run in runs)}
+    return {cell: [left.pop(run.folder) for run in runs] for cell, runs in cells.items() if runs[0].folder in left}
 
 
 def judged(scale: str, seeds: int, out: Path) -> list[Judged]:

@@ -48,6 +48,15 @@ class Planned:
         return Path(self.cfg.run)
 
 
+def once(runs: Iterable[Planned]) -> list[Planned]:
+    """Each run folder once, evaluated in every way that is asked of it."""
+    found: dict[Path, Planned] = {}
+    for run in runs:
+        known = found.setdefault(run.folder, run)
+        found[run.folder] = replace(known, evaluate=tuple(dict.fromkeys((*known.evaluate, *run.evaluate))))
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Grid:
     title: str

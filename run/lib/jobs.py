@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from run.lib import folder
 from run.lib.config import ROOT
-from run.lib.grid import Planned
+from run.lib.grid import Planned, once
 from run.lib.log import clock
 from run.lib.results import Result, read
 
@@ -131,11 +131,7 @@ class Jobs:
     """Runs in an order in which what one needs comes before it."""
 
     def __init__(self, planned: list[Planned], ranks: int, at_once: int, say: Callable[[str], None] = print):
-        once: dict[Path, Planned] = {}
-        for p in planned:  # two grids may ask for other evaluations of one run
-            known = once.get(p.folder)
-            once[p.folder] = replace(p, evaluate=tuple(dict.fromkeys((*known.evaluate, *p.evaluate)))) if known else p
-        self.waiting = [Job(p) for p in once.values()]
+        self.waiting = [Job(one) for one in once(planned)]
         self.ranks, self.at_once, self.say = ranks, at_once, say
         self.running: list[Job] = []
         self.failed: dict[Path, str] = {}
