@@ -28,8 +28,7 @@ def compare() -> None:
     args.add_argument("--images", nargs="+", help="folders of shards for the pictures; default: each run's own data.train")
     args.add_argument("--count", type=int, default=4, help="images of each group; 0: no pictures, and no checkpoint is read")
     found = args.parse_args()
-    beside = (".lock", ".log", ".failed")  # of run/scaling.py, which RUNS/* names too
-    runs = [state(Path(run)) for run in found.runs if not (Path(run).is_file() and run.endswith(beside))]
+    runs = [state(Path(run)) for run in found.runs if not Path(run).is_file()]  # RUNS/* names what run/scaling.py puts beside them, too
     if not runs:
         raise ValueError(f"RUN: {found.runs[0]}: no run folder")
     if all(run.config is None for run in runs):

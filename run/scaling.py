@@ -12,6 +12,7 @@ A run is named by what it trains, under OUT/SCALE, so grids share what they have
 """
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from run/
@@ -76,19 +77,22 @@ def show(args) -> None:
 
 def costs(args) -> None:
     """A line a cell: the cheapest way in which one of its runs fits into the cluster, and what all of them take."""
-    cluster, total = plan.Cluster.asked(args), 0.0
-    print(f"{args.ranks} x {cluster.name}, MFU {cluster.mfu:.0%}; run/pretrain.py --plan tells a run's in full\n")
-    print("| cell | parameters | GFLOP a sample | JSON | parts | recompute | GiB a rank | hours a run | device-hours, all seeds |")
-    print("|---" * 9 + "|")
+    cluster, total, without = plan.Cluster.asked(args), 0.0, 0
+    print(f"{args.ranks} x {cluster.name}, MFU {cluster.mfu:.0%} as the configs are, more where less is computed twice; "
+          "run/pretrain.py --plan tells a run's in full\n")
+    print("| cell | parameters | GFLOP a sample | JSON | parts | recompute | MFU | GiB a rank | hours a run | device-hours, all seeds |")
+    print("|---" * 10 + "|")
     for cell, runs in planned(args).items():
         if not (found := plan.propose(runs[0].cfg, cluster, args.caption)):
-            print(f"| {cell} | does not fit: more ranks, or devices of more memory |" + " |" * 7)
+            without += 1
+            print(f"| {cell} | does not fit: more ranks, or devices of more memory |" + " |" * 8)
             continue
         total += found.device_hours * len(runs)
         print(f"| {cell} | {short(found.weights.all)} | {found.model_flops / 1e9:.3g} | {found.cfg.deepspeed} | {found.cfg.accumulate} | "
-              f"{'yes' if found.cfg.model.checkpoint_activations else 'no'} | {found.peak[1] / plan.GIB:.1f} | {found.hours:.3g} | "
-              f"{found.device_hours * len(runs):,.0f} |")
-    print(f"\nin all {total:,.0f} device-hours" + (f", {total * cluster.price:,.0f} in money" if cluster.price else ""))
+              f"{'yes' if found.cfg.model.checkpoint_activations else 'no'} | {found.mfu:.0%} | {found.peak[1] / plan.GIB:.1f} | "
+              f"{found.hours:.3g} | {found.device_hours * len(runs):,.0f} |")
+    left_out = f", without the {without} that do not fit" * bool(without)
+    print(f"\nin all {total:,.0f} device-hours{left_out}" + (f", {total * cluster.price:,.0f} in money" if cluster.price else ""))
 
 
 def launch(args) -> int:
@@ -101,6 +105,8 @@ def launch(args) -> int:
 
 def write_scripts(runs: list[grid.Planned], args) -> int:
     """One sbatch script a run, for a cluster, with the launcher's processes by srun (docs/running.md); and submit.sh, which submits all."""
+    if (args.write / "submit.sh").exists():
+        raise ValueError(f"--write {args.write}: it has a submit.sh, which may have been edited; name another folder, or remove it")
     args.write.mkdir(parents=True, exist_ok=True)
     runs = grid.once(runs)
     submit = ["#!/bin/bash", "# What needs another's weights waits for it.", "set -e", 'cd "$(dirname "$0")"', "declare -A job"]
@@ -113,7 +119,7 @@ def write_scripts(runs: list[grid.Planned], args) -> int:
 #SBATCH --nodes={args.nodes}
 #SBATCH --ntasks-per-node={args.ranks}
 #SBATCH --gpus-per-node={args.ranks}
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1) MASTER_PORT=29500
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1) MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export resume=$([ -e {shlex.quote(f"{run.folder}/config.yaml")} ] && echo --resume)
 on_all() {{ srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' bash "$@"; }}
 set -e
@@ -174,6 +180,8 @@ def mean(results: list[Result], name: str) -> float:
 
 def claims(args) -> None:
     found = judged(args.scale, args.seeds, args.out)
+    if args.scale != "glyphs":  # what was learned is of that scale
+        found = [replace(row, claim=replace(row.claim, learned="")) for row in found]
     metrics = {grid.read(row.claim.grid).scale(args.scale).metric for row in found}
     print(markdown(found, " | ".join(metrics)))
 

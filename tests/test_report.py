@@ -116,6 +116,7 @@ def test_plots(made):
     assert "long, x scaled by 0.5" in text and "samples seen" in text and "zero-shot top-1 (%)" in text
     assert [f'id="{time}-line-{label}"' in text for label in ("base", "long", "cut", "wide")] == [True, True, False, False]
     assert "training time (minutes)" in text
+    assert [pages.of_first(name) for name in (TOP1, f"{TOP1} (mask random(0.5))", "zero_shot/shapes/top5")] == [True, True, False]
     assert [f'id="speed-line-{label}"' in text for label in ("base", "cut", "wide")] == [True, True, False] and ">absent</text>" in text
     assert [vertices(text, f"loss-line-{label}") for label in ("base", "long", "cut")] == [4, 8, 2]
 

@@ -46,6 +46,14 @@ def test_runs_that_are_not_whole(tmp_path):
     assert "empty/config.yaml: run: missing" in read(tmp_path / "empty").reason
 
 
+def test_a_last_record_that_was_cut_off(tmp_path):
+    """The evaluation after it tells that the run came to its end."""
+    run = recorded(tmp_path / "run", (50, 50, 50), {300: {TOP1: 0.3}})
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line[:20] if '"samples": 300' in line and "loss" in line else line for line in lines))
+    assert read(run).losses[-1][0] == 200 and (read(run).state, read(run).samples, read(run).final) == ("complete", 300, {TOP1: 0.3})
+
+
 def test_the_time_of_a_run_is_with_that_of_the_run_it_began_from(tmp_path):
     for seed in (0, 1):
         recorded(tmp_path / f"base-seed{seed}", (100, 100), {200: {TOP1: 0.25}}, f"seed={seed}")

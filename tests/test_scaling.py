@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from deepspeed.launcher import runner
 
 from run.lib import claims, config, grid, jobs
 from run.scaling import main
@@ -136,6 +137,18 @@ def test_scripts_for_slurm(tmp_path, monkeypatch):
     number = {one.split()[-1].removesuffix(".sbatch"): i for i, one in enumerate(asked, 1)}
     base, tuned = number[names["mask 75"]], number[names["mask 75 + tuning"]]
     assert f"--dependency=afterok:{base} " in asked[tuned - 1] and "afterok" not in asked[base - 1]
+    with pytest.raises(ValueError, match="jobs: it has a submit.sh, which may have been edited"):
+        main()
+
+
+@pytest.mark.parametrize("cells, wrong", [("{50: []}", "mine.yaml: cells: 50: YAML reads this name as no text; put it in quotes"),
+                                          ("{on: []}", "cells: True: YAML reads this name as no text"),
+                                          ("{one: [modle.size=H/14]}", "cells: one: modle: unknown 'modle'")])
+def test_what_is_wrong_in_a_grid_names_its_cell(cells, wrong, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"title: mine\nsource: none\ncells: {cells}\nscales: {{glyphs: {{config: quickstart, metric: zero_shot/a/top1}}}}\n")
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        grid.read(str(path)).runs("glyphs", [], 1, tmp_path)
 
 
 def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, monkeypatch, capsys):
@@ -189,6 +202,20 @@ def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verd
     assert claims.judge(claim, "glyphs", 3, tmp_path).verdict == verdict
 
 
+def test_seeds_that_only_one_side_has_are_not_compared(tmp_path):
+    claim = next(claim for claim in claims.read() if claim.better == "mask 75 + tuning")
+    runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 5, tmp_path)
+    for seeds, cell in (((0, 1, 2), claim.better), ((2, 3, 4), claim.worse)):
+        for seed in seeds:
+            finished(runs[cell][seed].folder, runs[cell][seed], 0.2 + 0.01 * seed + 0.1 * (cell == claim.better))
+    found = claims.judge(claim, "glyphs", 5, tmp_path)
+    assert (found.verdict, found.reason) == ("absent", "1 of 3 seeds have both")
+    for seed in (3, 4):
+        finished(runs[claim.better][seed].folder, runs[claim.better][seed], 0.3 + 0.01 * seed)
+    found = claims.judge(claim, "glyphs", 5, tmp_path)
+    assert found.verdict == "reproduced" and found.seeds == (3, 3) and found.found == pytest.approx((0.1, 0.1, 0.1))
+
+
 def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
     runs = claims.tested("glyphs", 3, tmp_path)
     folders = {run.folder: run for cell in runs.values() for run in cell}
@@ -229,6 +256,45 @@ def test_an_evaluation_that_leaves_no_result_is_made_once(tmp_path):
     job.made = (jobs.left_to_do(planned),)
     launcher.fill()
     assert not launcher.running and not launcher.waiting and "has no result of that" in told[-1] and planned.folder in launcher.failed
+
+
+HOLDER = """
+import fcntl, pathlib, sys, time
+home = pathlib.Path(sys.argv[1])
+file = open(home / "lock", "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(2)
+(home / "saved").touch()
+"""
+
+
+def test_who_asks_to_stop_waits_for_the_rank_that_saves(tmp_path):
+    """DeepSpeed's launcher is gone before its rank has saved."""
+    planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
+    planned.folder.mkdir(parents=True)
+    rank = subprocess.Popen([sys.executable, "-c", HOLDER, str(planned.folder)], stdout=subprocess.PIPE)
+    rank.stdout.readline()
+    launcher = jobs.Jobs([planned], 1, 1, lambda told: None)
+    job = launcher.waiting.pop()
+    job.lock, job.process = os.open(tmp_path / "any", os.O_CREAT), subprocess.Popen(["true"])
+    launcher.running, launcher.stopping = [job], True
+    job.process.wait()
+    assert not launcher.go() and (planned.folder / "saved").exists()
+    rank.wait()
+
+
+def test_jobs_on_gpus_have_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"]
+    jobs.Jobs(planned, 4, 2)
+    with pytest.raises(ValueError, match="--jobs 3: with --ranks 4 each they take 12 GPUs; this machine has 8"):
+        jobs.Jobs(planned, 4, 3)
+    for slot, own in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7])):
+        args = runner.parse_args(jobs.line_of(planned[0], "", 4, slot)[1:])
+        assert args.num_gpus == args.num_nodes == -1
+        assert runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude) == {"localhost": own}
 
 
 # --- training

@@ -19,7 +19,8 @@ from run.lib.results import difference, interval
 FILE = ROOT / "run" / "claims.yaml"
 LEAST = 3  # seeds
 VERDICTS = ("reproduced", "not distinguishable", "opposite", "absent")
-CHANCE = "Of cells that do not differ, three seeds make about one pair in ten look better and one in ten worse."
+CHANCE = ("Of cells that do not differ, three seeds make about one pair in ten look better and one in ten worse; "
+          "one in eight where they are compared seed by seed.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def judged(scale: str, seeds: int, out: Path) -> list[Judged]:
 def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
     one = grid.read(claim.grid)
     metric, runs = one.scale(scale).metric, one.runs(scale, [claim.better, claim.worse], seeds, out)
-    sides, missing = [], []
+    together, sides, missing = akin(runs[claim.better][0], runs[claim.worse][0]), [], []
     for cell, how in ((claim.better, claim.better_as), (claim.worse, claim.worse_as)):
         name, results = metric + f" ({how})" * bool(how), [state(run.folder) for run in runs[cell]]
         found = {run.cfg.seed: result.final[name] for run, result in zip(runs[cell], results)
@@ -73,10 +74,14 @@ def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
         if len(found) < LEAST:
             missing.append(f"{cell}: {len(found)} of {LEAST} seeds ({why(results, name) or f'{seeds} asked for'})")
     better, worse = sides
+    both = better.keys() & worse.keys()
+    if not missing and together and len(both) < LEAST:
+        missing = [f"{len(both)} of {LEAST} seeds have both"]
     if missing:
         return Judged(claim, "absent", seeds=(len(better), len(worse)), reason="; ".join(missing))
-    if akin(runs[claim.better][0], runs[claim.worse][0]):
-        far, low, high = interval([better[seed] - worse[seed] for seed in better.keys() & worse.keys()])
+    if together:
+        better, worse = ({seed: side[seed] for seed in sorted(both)} for side in sides)
+        far, low, high = interval([better[seed] - worse[seed] for seed in better])
     else:
         far, low, high = difference(list(better.values()), list(worse.values()))
     verdict = "reproduced" if low > 0 else "opposite" if high < 0 else "not distinguishable"

@@ -67,6 +67,9 @@ class Grid:
     evaluate: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of a cell also so, as run/evaluate.py: [mask random(0.5)]
 
     def __post_init__(self):
+        for cell in self.cells:
+            if not isinstance(cell, str):
+                raise ValueError(f"cells: {cell!r}: YAML reads this name as no text; put it in quotes")
         for cell in self.evaluate:
             config.check_choice("cells", cell, self.cells)
         for cell, items in self.evaluate.items():
@@ -117,7 +120,10 @@ class Grid:
         for seed in range(seeds):
             folders = {name: str(found[name][seed].folder) for name in needed}
             own = [HOLE.sub(lambda match, folders=folders: folders[match[1]], change) for change in changes]
-            cfg = config.load(path, [*own, f"seed={seed}"])
+            try:
+                cfg = config.load(path, [*own, f"seed={seed}"])
+            except ValueError as error:
+                raise ValueError(f"cells: {cell}: {error}") from None
             run = out / f"{cfg.method}-{digest(cfg, folders.values())}-seed{seed}"
             changed = (*own, f"seed={seed}", f"run={run}")
             found[cell].append(Planned(replace(cfg, run=str(run)), path, changed, tuple(map(Path, folders.values())),
@@ -165,4 +171,7 @@ def read(name: str) -> Grid:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"--grid: {path} is no YAML: {' '.join(str(error).split())}") from None
-    return config.build(Grid, tree, f"{path.name}: ")
+    try:
+        return config.build(Grid, tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from run.lib import folder
 from run.lib.config import ROOT
 from run.lib.grid import Planned, once
@@ -39,7 +41,8 @@ def state(run: Path) -> Result:
 def why(results: list[Result], metric: str) -> str:
     """Why some of a cell's runs have no such value, for people."""
     lacking = [result for result in results if result.state != "complete" or metric not in result.final]
-    told = ["not trained" if result.state == "absent" else result.reason or f"has no {metric}" for result in lacking]
+    told = [result.reason or f"has no {metric}" if result.state != "absent" or (result.run / "config.yaml").exists() else "not trained"
+            for result in lacking]
     return "; ".join(f"{(n := told.count(reason))} run{'s' * (n > 1)}: {reason}" for reason in dict.fromkeys(told))
 
 
@@ -51,10 +54,10 @@ def left_to_do(planned: Planned) -> str | None:
     return next((item for item in planned.evaluate if not any(name.endswith(f"({item})") for name in found.final)), None)
 
 
-def line_of(planned: Planned, what: str, ranks: int) -> list[str]:
+def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]:
     """The command line of what left_to_do told."""
     if not what:
-        return command(planned, local(ranks))
+        return command(planned, local(ranks, slot))
     option, _, value = what.partition(" ")
     return [sys.executable, str(ROOT / "run" / "evaluate.py"), "--run", str(planned.folder), f"--{option}", value]
 
@@ -66,12 +69,14 @@ def command(planned: Planned, launcher: list[str]) -> list[str]:
     return [*launcher, str(ROOT / "run" / "pretrain.py"), *settings, *resume]
 
 
-def local(ranks: int) -> list[str]:
-    """The launcher on this machine, on a port that is free now."""
+def local(ranks: int, slot: int = 0) -> list[str]:
+    """The launcher on this machine, on a port that is free now; on GPUs each slot has `ranks` of its own."""
+    gpus = range(slot * ranks, (slot + 1) * ranks) if torch.cuda.is_available() else ()
+    devices = ["--include", f"localhost:{','.join(map(str, gpus))}"] if gpus else ["--num_accelerators", str(ranks)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(ranks), "--master_port", port]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--quiet", *devices, "--master_port", port]
 
 
 @dataclass
@@ -80,6 +85,7 @@ class Job:
     process: subprocess.Popen | None = None
     lock: int = -1  # a file handle; -1: not held
     before: int = 0  # bytes that earlier attempts wrote into its log
+    slot: int = 0  # of those that run at a time; GPUs are its own
     doing: str = ""  # what was started last, as left_to_do tells it
     made: tuple[str, ...] = ()  # evaluations that were started
 
@@ -93,6 +99,8 @@ class Job:
         except BlockingIOError:
             os.close(handle)
             return False
+        except OSError:  # a file system without locks
+            pass
         if folder.trained_elsewhere(self.planned.folder):
             os.close(handle)
             return False
@@ -124,13 +132,20 @@ class Job:
 
     def stop(self) -> None:
         """Ask it to save and leave."""
-        os.killpg(self.process.pid, signal.SIGTERM)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+
+    def alive(self) -> bool:
+        """Does it, or a rank that still saves after its launcher has gone?"""
+        return self.process.poll() is None or folder.trained_elsewhere(self.planned.folder)
 
 
 class Jobs:
     """Runs in an order in which what one needs comes before it."""
 
     def __init__(self, planned: list[Planned], ranks: int, at_once: int, say: Callable[[str], None] = print):
+        if torch.cuda.is_available() and ranks * at_once > (gpus := torch.cuda.device_count()):
+            raise ValueError(f"--jobs {at_once}: with --ranks {ranks} each they take {ranks * at_once} GPUs; this machine has {gpus}")
         self.waiting = [Job(one) for one in once(planned)]
         self.ranks, self.at_once, self.say = ranks, at_once, say
         self.running: list[Job] = []
@@ -166,11 +181,11 @@ class Jobs:
             if len(self.running) >= self.at_once:
                 return
             run = job.planned.folder
-            if broken := [str(need) for need in job.planned.needs if need in self.failed]:
+            if left_to_do(job.planned) is None:
+                self.waiting.remove(job)
+            elif broken := [str(need) for need in job.planned.needs if need in self.failed and state(need).state != "complete"]:
                 beside(run, "failed").write_text(f"it needs {broken[0]}, which failed\n")
                 self.end(job, state(run).reason)
-            elif left_to_do(job.planned) is None:
-                self.waiting.remove(job)
             elif all(state(need).state == "complete" for need in job.planned.needs) and job.claim():
                 self.begin(job)
 
@@ -185,13 +200,14 @@ class Jobs:
             self.waiting.remove(job)
         else:
             self.waiting.remove(job)
-            self.running.append(job)
             job.doing, job.made = what, (*job.made, what)
             self.say(f"{run}: {f'is evaluated, --{what}' if what else 'goes on' if run.exists() else 'begins'}")
-            job.start(line_of(job.planned, what, self.ranks))
+            job.slot = min(set(range(self.at_once)) - {other.slot for other in self.running})
+            self.running.append(job)
+            job.start(line_of(job.planned, what, self.ranks, job.slot))
 
     def reap(self) -> None:
-        for job in [job for job in self.running if job.process.poll() is not None]:
+        for job in [job for job in self.running if not job.alive()]:
             self.running.remove(job)
             job.ended(self.stopping)
             found = state(job.planned.folder)

@@ -166,6 +166,11 @@ def told(found: tuple[float, float, float], by: float, form: str = ".1f") -> str
     return f"{mean:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
+def of_first(name: str) -> bool:
+    """Is this metric the one that `chance` is of?"""
+    return name.rpartition("/")[2].split(" ")[0] == "top1"
+
+
 def drawn(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
     """{name: plot} of what there is to draw of these metrics, and of cost."""
     labels, found = list(groups), {}
@@ -175,7 +180,7 @@ def drawn(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
         what, where = spoken(name)
         if lines := {label: points for label, group in groups.items() if (points := line(group, name))}:
             key = f"{name.rpartition('/')[0]}/chance"
-            chance = [points[0][1] for group in groups.values() for one in group if (points := one.curve.get(key))]
+            chance = [points[0][1] for group in groups.values() for one in group if (points := one.curve.get(key)) and of_first(name)]
             scaled = {label: factor for label, factor in longer(groups).items() if label in lines}
             found[f"{name} by samples"] = plots.curves(where, lines, "samples seen", what, labels, scaled, level=next(iter(chance), None))
         ended = {label: [one for one in group if name in one.final and one.seconds] for label, group in groups.items()}

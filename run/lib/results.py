@@ -54,8 +54,9 @@ def read(run: Path, error: str = "") -> Result:
         return Result(run, "failed" if error else "absent", error or why)
     rows = records(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
-    curve = curves(records(run / "results.jsonl"))
-    samples = max((row["samples"] for row in steps), default=0)
+    measured = records(run / "results.jsonl")
+    curve = curves(measured)
+    samples = max((row["samples"] for row in rows + measured), default=0)  # of a record that was cut off, its evaluation still tells
     ended = samples + cfg.batch > cfg.samples  # what is left is no whole batch
     final = {name: points[-1][1] for name, points in curve.items() if ended and points[-1][0] >= samples}
     if not ended:
