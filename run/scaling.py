@@ -100,7 +100,10 @@ def launch(args) -> int:
     if args.write:
         return write_scripts(runs, args)
     runs.sort(key=lambda run: run.cfg.seed)  # one seed of every cell before the next
-    return 0 if Jobs(runs, args.ranks, args.jobs).go() else 1
+    if not Jobs(runs, args.ranks, args.jobs).go():
+        return 1
+    print(f"{args.grid}: all {len(grid.once(runs))} runs are complete")
+    return 0
 
 
 def write_scripts(runs: list[grid.Planned], args) -> int:
