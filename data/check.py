@@ -81,8 +81,8 @@ def check(folder: Path, sample: int | None = None, progress: Callable[[Iterable,
     indexed = (folder / "shards.index.json").exists()
     tasks = [(path, piece, pieces, most, indexed) for path in looked for piece in range(pieces)]
     found = Found(stale=stale_index(folder) if indexed else set())
-    with workers() as pool:
-        for part in progress(pool.imap(scan, tasks), len(tasks)):
+    with workers() as results:
+        for part in progress(results(scan, tasks), len(tasks)):
             found.add(part)
     return Report(folder, [path.stat().st_size for path in paths], len(looked), indexed, found)
 

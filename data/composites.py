@@ -203,8 +203,8 @@ def write_scenes(out: Path, part: str, drawings: Drawings, seed: tuple[int, int]
     """OUT/train/*.tar or OUT/test/*.tar with that many scenes, drawn on all cores, and its index."""
     folder = out / ("train" if part == "train" else "test")
     folder.mkdir(parents=True)
-    with workers(_hold, part, drawings, seed) as pool:
-        samples = iter(progress(pool.imap(_sample, range(count), chunksize=16), f"{part} scenes"))  # in the order given
+    with workers(_hold, part, drawings, seed) as results:
+        samples = iter(progress(results(_sample, range(count)), f"{part} scenes"))  # in the order given
         shards = -(-count // SHARD)
         for shard in range(shards):
             write_shard(folder / f"{shard}.tar", (next(samples) for _ in range(min(SHARD, count - shard * SHARD))))

@@ -109,8 +109,8 @@ def collect(cache: Path, tones: bool, extras: bool, with_icons: bool) -> tuple[l
 
 def draw(glyphs: list[Glyph], progress: Progress, text: str) -> list[Glyph]:
     """Get the images, on all cores; leaves out what cannot be drawn."""
-    with workers() as pool:
-        images = pool.imap(image_of, glyphs, chunksize=16)  # in the order given
+    with workers() as results:
+        images = results(image_of, glyphs)  # in the order given
         drawn = [replace(glyph, image=next(images)) for glyph in progress(glyphs, text)]
     return [glyph for glyph in drawn if glyph.image]
 
