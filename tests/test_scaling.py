@@ -291,8 +291,10 @@ def test_jobs_on_gpus_have_their_own(tmp_path, monkeypatch):
     jobs.Jobs(planned, 4, 2)
     with pytest.raises(ValueError, match="--jobs 3: with --ranks 4 each they take 12 GPUs; this machine has 8"):
         jobs.Jobs(planned, 4, 3)
-    for slot, own in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7])):
-        args = runner.parse_args(jobs.line_of(planned[0], "", 4, slot)[1:])
+    for slot, own in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (1, [3])):
+        if own == [3]:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+        args = runner.parse_args(jobs.line_of(planned[0], "", len(own), slot)[1:])
         assert args.num_gpus == args.num_nodes == -1
         assert runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude) == {"localhost": own}
 

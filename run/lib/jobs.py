@@ -71,8 +71,11 @@ def command(planned: Planned, launcher: list[str]) -> list[str]:
 
 def local(ranks: int, slot: int = 0) -> list[str]:
     """The launcher on this machine, on a port that is free now; on GPUs each slot has `ranks` of its own."""
-    gpus = range(slot * ranks, (slot + 1) * ranks) if torch.cuda.is_available() else ()
-    devices = ["--include", f"localhost:{','.join(map(str, gpus))}"] if gpus else ["--num_accelerators", str(ranks)]
+    gpus = list(map(str, range(torch.cuda.device_count()))) if torch.cuda.is_available() else []
+    if gpus and (allowed := os.environ.get("CUDA_VISIBLE_DEVICES")):  # which DeepSpeed passes over where it is told what to take
+        gpus = allowed.split(",")
+    own = ",".join(gpus[slot * ranks:(slot + 1) * ranks])
+    devices = ["--include", f"localhost:{own}"] if own else ["--num_accelerators", str(ranks)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
