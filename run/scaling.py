@@ -102,7 +102,7 @@ def launch(args) -> int:
     runs.sort(key=lambda run: run.cfg.seed)  # one seed of every cell before the next
     if not Jobs(runs, args.ranks, args.jobs).go():
         return 1
-    print(f"{args.grid}: all {len(grid.once(runs))} runs are complete")
+    print("{}: {n} of {n} runs are complete".format(args.grid, n=len(grid.once(runs))))
     return 0
 
 

@@ -116,9 +116,16 @@ def test_plots(made):
     assert "long, x scaled by 0.5" in text and "samples seen" in text and "zero-shot top-1 (%)" in text
     assert [f'id="{time}-line-{label}"' in text for label in ("base", "long", "cut", "wide")] == [True, True, False, False]
     assert "training time (minutes)" in text
-    assert [pages.of_first(name) for name in (TOP1, f"{TOP1} (mask random(0.5))", "zero_shot/shapes/top5")] == [True, True, False]
     assert [f'id="speed-line-{label}"' in text for label in ("base", "cut", "wide")] == [True, True, False] and ">absent</text>" in text
     assert [vertices(text, f"loss-line-{label}") for label in ("base", "long", "cut")] == [4, 8, 2]
+
+
+def test_chance_is_that_of_top1(tmp_path):
+    top5 = TOP1.replace("top1", "top5")
+    run = recorded(tmp_path / "run", (50, 50), {200: {TOP1: 0.1, top5: 0.3, "zero_shot/shapes/chance": 0.04}}, *EVALUATIONS)
+    figures = pages.drawn({"run": [read(run)]}, [TOP1, top5])
+    levels = [[line.get_gid() for line in figures[f"{name} by samples"].axes[0].lines].count("chance") for name in (TOP1, top5)]
+    assert levels == [1, 0]
 
 
 def test_files_beside_it(made):

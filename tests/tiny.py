@@ -4,6 +4,7 @@
     run = launch(2, "run/pretrain.py", "--config", ...)   a CompletedProcess
 """
 import io
+import json
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from data.shards import build_index, write_shard
 from data.tokenizer import build, train_sentencepiece
 from model.methods import METHODS
 from run.lib import config
+from run.lib.grid import Planned
 from run.lib.log import Log
 
 ROOT = Path(__file__).parents[1]
@@ -156,3 +158,14 @@ def recorded(run: Path, speeds: tuple[float | None, ...], results: dict[int, dic
         log.evaluation(step, 100 * step, results.get(100 * step, {}), "student")
     log.close()
     return run
+
+
+def finished(run: Path, planned: Planned, value: float, how: dict | None = None,
+             metric: str = "zero_shot/seen_concepts_unseen_style/top5") -> None:
+    """A run folder as after training, where `metric` is `value`, evaluated as `how` says."""
+    run.mkdir(parents=True)
+    config.save(planned.cfg, run / "config.yaml", {})
+    samples = planned.cfg.steps * planned.cfg.batch
+    (run / "metrics.jsonl").write_text(json.dumps(dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)) + "\n")
+    row = {"step": 1, "samples": samples, "weights": "student", **(how or {}), metric: value}
+    (run / "results.jsonl").write_text(json.dumps(row) + "\n")

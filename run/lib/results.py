@@ -56,7 +56,7 @@ def read(run: Path, error: str = "") -> Result:
     steps = [row for row in rows if "loss" in row]
     measured = records(run / "results.jsonl")
     curve = curves(measured)
-    samples = max((row["samples"] for row in rows + measured), default=0)  # of a record that was cut off, its evaluation still tells
+    samples = max((row.get("samples", 0) for row in rows + measured), default=0)  # of a record that was cut off, its evaluation still tells
     ended = samples + cfg.batch > cfg.samples  # what is left is no whole batch
     final = {name: points[-1][1] for name, points in curve.items() if ended and points[-1][0] >= samples}
     if not ended:
