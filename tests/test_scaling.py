@@ -47,11 +47,11 @@ def test_what_a_grid_costs_is_told(monkeypatch, capsys):
     main()
     told = capsys.readouterr().out
     assert "| with average |" in told and "| without |" in told and "in money" in told
-    line = "run/scaling.py plan --grid flip_table8 --scale paper --ranks 1 --peak-tflops 100 --gpu-memory 2"
+    line = "run/scaling.py plan --grid maskclip_table7 --ranks 1 --peak-tflops 100 --gpu-memory 0.01"
     monkeypatch.setattr(sys, "argv", line.split())
     main()
     told = capsys.readouterr().out
-    assert "| baseline | does not fit" in told and "in all 0 device-hours, without the 6 that do not fit" in told
+    assert "| without | does not fit" in told and "in all 0 device-hours, without the 2 that do not fit" in told
 
 
 def test_what_grids_have_in_common_is_one_run():
