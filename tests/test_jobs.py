@@ -73,7 +73,7 @@ home = pathlib.Path(sys.argv[1])
 file = open(home / "lock", "w")
 fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
-time.sleep(2)
+time.sleep(1)
 (home / "saved").touch()
 """
 

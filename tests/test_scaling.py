@@ -47,7 +47,7 @@ def test_what_a_grid_costs_is_told(monkeypatch, capsys):
     main()
     told = capsys.readouterr().out
     assert "| with average |" in told and "| without |" in told and "in money" in told
-    line = "run/scaling.py plan --grid maskclip_table7 --ranks 1 --peak-tflops 100 --gpu-memory 0.01"
+    line = "run/scaling.py plan --grid maskclip_table7 --ranks 1 --peak-tflops 100 --gpu-memory 0.01 --set batch=2"
     monkeypatch.setattr(sys, "argv", line.split())
     main()
     told = capsys.readouterr().out
