@@ -1,10 +1,12 @@
-"""How scripts without ranks end: a SIGTERM is a Ctrl-C, so that what is half made is removed.
+"""How scripts without ranks end: a SIGTERM is a Ctrl-C, so that what is half made is removed; a closed pipe is no error.
 
     bash run/test.sh tests/test_cli.py
 """
 import signal
 import subprocess
 import sys
+
+import pytest
 
 from tests.tiny import ROOT, environment
 
@@ -25,3 +27,12 @@ def test_what_is_half_made_goes_with_a_sigterm(tmp_path):
     assert process.stdout.readline() == "begun\n" and len(list(tmp_path.iterdir())) == 1
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[1] == "interrupted\n" and process.returncode == 130 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lines", (1, 100_000))  # flushed at the end, and on the way
+def test_a_reader_that_has_enough_is_no_error(lines):
+    script = f"from run.lib.cli import run_script; run_script(lambda: [print('line') for _ in range({lines})] and 0)"
+    process = subprocess.Popen([sys.executable, "-c", f"input(); {script}"], cwd=ROOT, env=environment(), text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate("begin\n", timeout=60)[1] == "" and process.returncode == 128 + signal.SIGPIPE

@@ -3,6 +3,7 @@
     if __name__ == "__main__":
         run_script(main)
 """
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +16,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is removed, as on Ctrl-C
     try:
         code = main()
+        sys.stdout.flush()  # here, where it may still fail
+    except BrokenPipeError:  # who reads what is printed has enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
+        code = 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)

@@ -8,14 +8,15 @@ The config says what is trained; the DeepSpeed JSON says how.  What the config o
 import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from torch.nn import functional as F
 
 from data.batches import share
 from model import ema
@@ -23,7 +24,7 @@ from model.methods import METHODS
 from model.towers import Temperature
 from run.lib import optim
 from run.lib.config import ROOT, Run
-from run.lib.ranks import device, to_device, world
+from run.lib.ranks import device, rank, to_device, world
 
 OWNED = {"train_batch_size": "batch", "train_micro_batch_size_per_gpu": "batch", "gradient_accumulation_steps": "accumulate",
          "gradient_clipping": "optim.clip", "optimizer": "optim", "scheduler": "optim.warmup"}
@@ -87,7 +88,7 @@ class Engine:
     """The method under DeepSpeed: what the training loop and the evaluations call."""
 
     def __init__(self, cfg: Run, vocab: int, *, universal: bool = False, load: Callable[[torch.nn.Module], None] | None = None):
-        """load: puts weights into the new method before DeepSpeed copies them; universal: load_checkpoint will read that format."""
+        """load: puts weights into the new method, by whole_parameter; universal: load_checkpoint will read that format."""
         tree = merged(cfg, world())
         if universal:
             tree["checkpoint"] = {"load_universal": True}
@@ -101,6 +102,8 @@ class Engine:
         self.method, self.samples, self.batch, self.length = method, 0, cfg.batch, cfg.samples
         self.settings = [{k: v for k, v in group.items() if k != "params"} for group in self.ds.optimizer.param_groups]
         self.bf16 = bool(tree.get("bf16", {}).get("enabled"))
+        if load and self.bf16:
+            load(method)  # again: DeepSpeed has made its fp32 copies of the rounded weights
         self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
         self.got: set[str] = set()  # trainable parameters that got a gradient in this backward pass
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
@@ -221,14 +224,26 @@ def written(parameter: torch.nn.Parameter) -> None:
 
 
 @contextlib.contextmanager
-def whole_parameter(parameter: torch.nn.Parameter):
-    """The parameter whole, to be written by rank 0; what rank 0 wrote is on every rank, or in every shard, afterwards."""
+def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+    """What is to be written of a parameter, whole, by rank 0; it is on every rank, or in every shard, afterwards.
+
+    That is the parameter itself, or the fp32 copy that DeepSpeed trains, once it has made one.
+    """
+    sharded = hasattr(parameter, "ds_id")
     with torch.no_grad():
-        if hasattr(parameter, "ds_id"):
+        if parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):
+            yield (whole := torch.empty(parameter.ds_shape if sharded else parameter.shape, device=device()))
+            dist.broadcast(whole, 0)
+            if not sharded:
+                safe_set_full_fp32_param(parameter, whole)
+                return
+            size = parameter.ds_tensor.numel()  # of a shard; DeepSpeed's own setter knows no padding of the last
+            safe_set_local_fp32_param(parameter, F.pad(whole.flatten(), (0, size * world() - whole.numel()))[rank() * size:][:size])
+        elif sharded:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                yield
+                yield parameter
         else:
-            yield
+            yield parameter
             sent = parameter.data.to(device())  # NCCL sends nothing from a CPU, where a method that is not placed yet lies
             dist.broadcast(sent, 0)
             parameter.data.copy_(sent)

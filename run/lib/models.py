@@ -167,9 +167,9 @@ def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = Non
     shapes = {stored: getattr(parameters[name], "ds_shape", parameters[name].shape) for name, stored in names.items()}
     told(lambda: check_places(path, source, shapes, under))  # before any rank waits for weights
     for name, stored in names.items():
-        with whole_parameter(parameters[name]):
+        with whole_parameter(parameters[name]) as whole:
             if rank() == 0:
-                parameters[name].copy_(source[stored])
+                whole.copy_(source[stored])
 
 
 def check_places(path: Path, source: Tensors, shapes: dict[str, torch.Size], under: str | None) -> str:
