@@ -30,7 +30,7 @@ except ImportError:  # Pillow alone gives the same pixels, in more time
 
 Box = tuple[int, int, int, int]
 Size = int | tuple[int, int]  # a square's side, or (height, width); pixels
-CROPS = ("resize_crop", "square")  # of an evaluation image, see center_view
+CROPS = ("resize_crop", "square", "squash")  # of an evaluation image, see center_view
 INTERPOLATIONS = ("bicubic", "bilinear")
 TRIES = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
 
@@ -177,14 +177,17 @@ def random_box(height: int, width: int, view: View, rng: np.random.Generator, sh
 def center_view(data: bytes, size: Size, how: str = "resize_crop", interpolation: str = "bicubic") -> np.ndarray:
     """The view for evaluation, (H, W, 3), from the image at its full size. ValueError: the image cannot be read.
 
-    resize_crop: the short side to `size`, then the central square (CLIP, SLIP, open_clip); square: the central square, then resized (FLIP).
+    resize_crop: the short side to `size`, then the central square (CLIP, SLIP, open_clip); square: the central square, then resized (FLIP);
+    squash: all of the image, distorted (DFN's models in open_clip).
     Of a view that is not square: the image, made just large enough to cover H x W, then its centre; the largest central box in the shape
-    of H x W, then resized.
+    of H x W, then resized; all of the image.
     """
     if how not in CROPS:
         raise ValueError(f"how: {how!r}; known: {', '.join(CROPS)}")
     image = decode(data)
     (height, width), (H, W) = image.shape[:2], sides(size)
+    if how == "squash":
+        return resize(image, H, W, interpolation)
     tall = height * W >= width * H  # for its width, so that it is the width that must fit
     if how == "square":
         rows, columns = (max(1, round(width * H / W)), width) if tall else (height, max(1, round(height * W / H)))

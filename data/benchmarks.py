@@ -41,7 +41,7 @@ class Preprocess:
 
     image_size: Size
     patch: int
-    how: str  # resize_crop (CLIP) or square (FLIP)
+    how: str  # one of data/augment.py's CROPS
     interpolation: str
 
 

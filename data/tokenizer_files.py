@@ -115,7 +115,24 @@ def sentencepiece(tokenizer: SentencePiece) -> tuple[tokenizers.Tokenizer, dict,
 
 
 def read(folder: Path) -> str:
-    """The spec of the tokenizer in the folder, whose vocabulary lies there unless it is the one of an installed package."""
+    """The spec of the tokenizer in the folder, whose vocabulary lies there unless it is the one of an installed package.
+
+    ValueError: it is none of ours, or its files are damaged.
+    """
+    try:
+        return found_in(folder)
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError):
+            raise
+        why = error
+    except Exception as error:  # of tokenizers, whose errors are of no kind of their own; of files that hold something else
+        why = error
+    raise ValueError(f"{folder}: its tokenizer files are damaged, or newer than tokenizers {tokenizers.__version__} "
+                     f"({type(why).__name__}: {str(why)[:120]}); --tokenizer SPEC names one") from why
+
+
+def found_in(folder: Path) -> str:
+    """The same, with errors of any kind."""
     known = {"merges.txt": "clip_bpe", "vocab.txt": "wordpiece", "tokenizer.model": "sentencepiece"}
     found = next((f"{kind}({folder / name})" for name, kind in known.items() if (folder / name).exists()), None)
     state = folder / "tokenizer.json"

@@ -37,6 +37,8 @@ class VisionConfig:
         for key, known in (("positions", ("learned", "sincos")), ("pool", POOLS), ("activation", ACTIVATIONS)):
             if getattr(self, key) not in known:
                 raise ValueError(f"model.vision.{key} {getattr(self, key)!r}: unknown; known: {', '.join(sorted(known))}")
+        if not self.eps > 0:
+            raise ValueError(f"model.vision.eps {self.eps}: it must be above 0")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"model.vision.mean {self.mean}, std {self.std}: three numbers each, std above 0")
 

@@ -107,7 +107,10 @@ def with_tokenizer(model: Portable, args) -> tuple[Portable, Tokenizer | None]:
         return model, None
     about = model.about
     spec = args.tokenizer or about.tokenizer or tokenizer_files.read(args.source)
-    tokenizer = build_tokenizer(spec, model.context)
+    try:
+        tokenizer = build_tokenizer(spec, model.context)
+    except ValueError as error:
+        raise ValueError(f"{error}; --tokenizer SPEC names another") from None
     if tokenizer.vocab_size != model.vocab or about.fingerprint not in ("", tokenizer.fingerprint):
         raise ValueError(f"{about.source.get('path')}: trained with a vocabulary of {model.vocab} ({about.fingerprint or 'unnamed'}); "
                          f"{spec} has {tokenizer.vocab_size} ({tokenizer.fingerprint}); --tokenizer names another")

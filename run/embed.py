@@ -46,9 +46,9 @@ def main() -> None:
     path = models.find(Path(found.model).resolve())
     ranks.start()
     gallery = ranks.once(lambda: Texts(found.texts) if found.texts else open_gallery(found.images))
-    about = agree(About(str(path), found.weights, str(found.texts or found.images), len(gallery), gallery.name(len(gallery) - 1),
-                        found.format, found.dtype, found.part))
     cfg, tokenizer, method = models.opened(path)
+    about = agree(About(str(path), found.weights, models.checksum(method.shown(found.weights)), str(found.texts or found.images),
+                        len(gallery), gallery.name(len(gallery) - 1), found.format, found.dtype, found.part))
     model = Embedder(method, cfg, tokenizer, home=models.home(path), tag=path.name, weights=found.weights)
     out = Output(found.out, about)
     todo = json.loads(ranks.told(lambda: json.dumps(out.begin(found.resume))))

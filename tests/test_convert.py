@@ -230,10 +230,10 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
 @pytest.mark.parametrize("line, complaint", [
     (["hf", "nowhere", "OUT"], "nowhere: no such file or folder"),
     (["glimpse", "FOLDER", "FOLDER"], "exists; name a folder that does not"),
-    (["glimpse", "FOLDER", "OUT", "--given", "heads=3"], "--given for open_clip: unknown 'heads'; known: config"),
+    (["glimpse", "FOLDER", "OUT", "--given", "heads=3"], "--given for open_clip: heads: unknown 'heads'; known: config, mean, std"),
     (["glimpse", "FOLDER", "OUT", "--weights", "teacher"], "--weights teacher: .* is a model of open_clip"),
     (["glimpse", "FOLDER", "OUT", "--patch", "10"], "model.image_size 64: not a multiple of the patch side"),
-    (["glimpse", "FOLDER", "OUT", "--tokenizer", "wordpiece(LICENSE)"], "data.tokenizer 'wordpiece.LICENSE.'"),
+    (["glimpse", "FOLDER", "OUT", "--tokenizer", "wordpiece(LICENSE)"], "data.tokenizer 'wordpiece.LICENSE.'.*; --tokenizer SPEC names"),
     (["megatron", "FOLDER", "OUT", "--tp", "3"], "tp"),
     (["glimpse", "EMPTY", "OUT"], "no whole checkpoint in it"),
 ])

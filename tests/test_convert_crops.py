@@ -4,10 +4,14 @@
 """
 import json
 from dataclasses import replace
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data.augment import center_view
 from model.convert import FORMATS, flip_jax, hf, open_clip, portable, timm
 from model.convert.portable import CROPS, About, Portable, crop_in
 from model.convert.rules import Tensors
@@ -34,8 +38,36 @@ def test_out_and_back(format, crop, tmp_path):
         tree = json.loads(file.read_text())
         tree["glimpse"]["eval_crop"] = "round"
         file.write_text(json.dumps(tree))
-        with pytest.raises(ValueError, match=f"{file}: glimpse.eval_crop 'round': unknown; known: resize_crop, square"):
+        with pytest.raises(ValueError, match=f"{file}: glimpse.eval_crop 'round': unknown; known: resize_crop, square, squash"):
             FORMATS[format].load(tmp_path / "out")
+
+
+def prepared(format, folder) -> callable:
+    """What the library makes of pictures that it prepares as the folder says: (3, H, W), as levels."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP.vision.mean, CLIP.vision.std))
+    if format == "hf":
+        processor = pytest.importorskip("transformers").AutoImageProcessor.from_pretrained(folder)
+        transform = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]  # noqa: E731
+    elif format == "timm":
+        data = pytest.importorskip("timm").data
+        told = json.loads((folder / timm.CONFIG).read_text())["pretrained_cfg"]
+        transform = data.create_transform(**data.resolve_data_config({}, pretrained_cfg=told))
+    else:
+        transform = pytest.importorskip("open_clip").create_model_and_transforms(f"local-dir:{folder}")[2]
+    return lambda image: (transform(image) * std + mean) * 255
+
+
+@pytest.mark.parametrize("crop", ["resize_crop", "squash"])
+@pytest.mark.parametrize("format", CONFIGS)
+def test_the_library_prepares_pictures_so(format, crop, tmp_path):
+    """As we do, but for another kernel's rounding."""
+    y, x = np.mgrid[:150, :240] / 30
+    levels = 128 + 60 * np.sin(x * 3)[..., None] * [1, .5, -1] + 40 * np.cos(y * 5)[..., None]
+    (out := BytesIO()), Image.fromarray(levels.astype(np.uint8)).save(out, "PNG")
+    FORMATS[format].save(made(CLIP, crop=crop), tmp_path / "out")
+    theirs = prepared(format, tmp_path / "out")(Image.open(out))
+    ours = torch.from_numpy(center_view(out.getvalue(), CLIP.image_size, crop)).permute(2, 0, 1)
+    assert theirs.shape == ours.shape and (theirs - ours).abs().max() < 2.01 and (theirs - ours).abs().mean() < 0.3
 
 
 def test_transformers_keeps_it(tmp_path):
@@ -60,9 +92,9 @@ def test_timms_other_modes_are_told(tmp_path):
     timm.save(made(CLIP), tmp_path / "out")
     file = tmp_path / "out" / timm.CONFIG
     tree = json.loads(file.read_text())
-    tree["pretrained_cfg"]["crop_mode"] = "squash"
+    tree["pretrained_cfg"]["crop_mode"] = "border"
     file.write_text(json.dumps(tree))
-    assert timm.load(tmp_path / "out").about.source["notes"].startswith("crop_mode squash: its images are made square otherwise")
+    assert timm.load(tmp_path / "out").about.source["notes"].startswith("crop_mode border: its images are made square otherwise")
 
 
 def test_the_command_tells_it(tmp_path, convert):

@@ -60,7 +60,12 @@ ODD = {  # what of `good`, what happens to it, the complaint
     "complex": ("open_clip", stored(lambda x: x.to(torch.complex64)), "is stored as C64; save it as float32"),
     "another's glimpse.safetensors": ("open_clip", lambda folder: save_file({"a": torch.ones(2)}, folder / "glimpse.safetensors"),
                                       "glimpse.safetensors: not what a conversion wrote; remove it"),
-    "no model": ("glimpse", said("config.json", lambda t: t.pop("model")), "damaged, or not what its format says (KeyError: 'model')"),
+    "no model": ("glimpse", said("config.json", lambda t: t.pop("model")), "config.json: model missing; convert the model again"),
+    "another kernel": ("open_clip", said(open_clip.CONFIG, lambda t: t["preprocess_cfg"].update(interpolation="lanczos")),
+                       "interpolation 'lanczos': images are resized by bicubic or bilinear here"),
+    "another way to a square": ("open_clip", said(open_clip.CONFIG, lambda t: t["preprocess_cfg"].update(resize_mode="longest")),
+                                "preprocess_cfg.resize_mode 'longest': ours are shortest or squash; write one of them"),
+    "two numbers": ("open_clip", said(open_clip.CONFIG, lambda t: t["preprocess_cfg"].update(mean=[0.5, 0.5])), "three numbers each"),
     "no architecture": ("timm", said("config.json", lambda t: t.update(pretrained_cfg=3)), "damaged, or not what its format says"),
     "an index of nothing": (None, lambda folder: (HF(folder), file(INDEX, "{}")(folder)), "no index: it should hold weight_map"),
     "an index that leaves": (None, lambda folder: (HF(folder), file(INDEX, '{"weight_map": {"a": "../a.safetensors"}}')(folder)),
@@ -122,15 +127,55 @@ def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
     """Each is run beside its own library, too."""
     weights = load_file(good / "open_clip" / open_clip.WEIGHTS[0])
     torch.save({"state_dict": weights, "ema": {"visual.proj": torch.ones(1)}}, tmp_path / "epoch_1.pt")
+    (tmp_path / "sizes.json").write_text(json.dumps(json.loads((good / "open_clip" / open_clip.CONFIG).read_text())["model_cfg"]))
+    line = "glimpse", tmp_path / "epoch_1.pt", tmp_path / "half", "--given", f"config={tmp_path / 'sizes.json'}", "std=[0.5,0.5,0.5]"
+    code, told, complaint = convert(*line)
+    assert code == 0 and "does not say it: mean [0.48145466, 0.4578275, 0.40821073]; --given" in told, complaint
+    assert json.loads((tmp_path / "half/config.json").read_text())["model"]["vision"]["std"] == [0.5] * 3
     given = f"config={good / 'open_clip' / open_clip.CONFIG}"
     code, told, complaint = convert("glimpse", tmp_path / "epoch_1.pt", tmp_path / "a", "--given", given)
     assert code == 0 and "epoch_1.pt run in its own library" in told and "epoch_1.pt: left out: ema" in told, complaint
     assert "format        open_clip" in convert("inspect", tmp_path / "epoch_1.pt", "--given", given)[1]
     code, told, complaint = convert("glimpse", good / "timm" / "model.safetensors", tmp_path / "b", "--given", "heads=2", "pool=mean")
     assert code == 0 and "model.safetensors run in its own library" in told, complaint
-    for pair, why in (("heads", "no value"), ("heads=[", "no value"), ("heads=x", "--given says"), ("depth=2", "unknown 'depth'; known")):
+    for pair, why in (("heads", "no value"), ("heads=[", "no value"), ("heads=x", "heads: 'x'; it must be of type int"),
+                      ("depth=2", "unknown 'depth'; known"), ("eps=0", "model.vision.eps 0.0: it must be above 0"),
+                      ("image_size=0", "of an image of 0 x 0; say its height"), ("mean=0.5", "model.vision.mean (0.5,), std"),
+                      ("image_size=[64]", "image_size: [64]; it must be")):
         code, _, told = convert("glimpse", good / "timm" / "model.safetensors", tmp_path / "c", "--given", pair)
         assert code == 2 and why in told and len(told.splitlines()) == 1, told
+
+
+def test_why_a_file_cannot_be_read_is_told_whatever_is_given(good, tmp_path, convert):
+    whole = (good / "open_clip" / open_clip.WEIGHTS[0]).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    torch.save({"w": torch.ones(2), "path": tmp_path}, tmp_path / "more.pt")
+    for name, why in (("cut.safetensors", "truncated"), ("more.pt", "refused (pathlib")):
+        code, _, told = convert("glimpse", tmp_path / name, tmp_path / "out", "--given", "config=ViT-B-32")
+        assert code == 2 and told.startswith(f"error: {tmp_path / name}: {why}"), told
+
+
+def test_a_file_is_known_by_its_beginning_too(good, tmp_path, convert):
+    """Caches of hubs name files by their hash."""
+    shutil.copy(good / "open_clip" / open_clip.WEIGHTS[0], tmp_path / "3f2a")
+    code, told, complaint = convert("inspect", tmp_path / "3f2a", "--given", f"config={good / 'open_clip' / open_clip.CONFIG}")
+    assert code == 0 and "format        open_clip" in told, complaint
+
+
+def test_what_torch_says_of_every_file_is_left_out(tmp_path, convert):
+    torch.save({"a": torch.ones(1000), "b": "x" * 500}, tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    for begin, why in ((160, "truncated or no file of tensors (Unsupported operand 0)"), (100, "refused (torch._utils._rebuild)")):
+        cut = content[:begin] + bytes(40) + content[begin + 40:]
+        (tmp_path / "x.pt").write_bytes(cut)
+        code, _, told = convert("glimpse", tmp_path / "x.pt", tmp_path / "out")
+        assert code == 2 and told.startswith(f"error: {tmp_path / 'x.pt'}: {why}") and len(told.splitlines()) == 1, told
+
+
+def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):
+    monkeypatch.setattr("model.convert.portable.metadata.version", lambda package: "2.30.0")
+    code, told, complaint = convert("open_clip", good / "open_clip", tmp_path / "out")
+    assert code == 0 and "not run beside another library: open-clip-torch 2.30.0 is installed, 3.0 or newer is needed" in told, complaint
 
 
 def test_openais_state_dict(tmp_path, convert):
@@ -139,6 +184,10 @@ def test_openais_state_dict(tmp_path, convert):
     torch.save({**load_file(tmp_path / "state" / open_clip.WEIGHTS[0]), **numbers}, tmp_path / "openai.pt")
     code, told, complaint = convert("glimpse", tmp_path / "openai.pt", tmp_path / "out")
     assert code == 0 and "openai.pt run in its own library" in told, complaint
+    code, _, told = convert("glimpse", tmp_path / "openai.pt", tmp_path / "gelu", "--given", "config=ViT-B-32")
+    assert code == 2 and "--given config=ViT-B-32: " in told and "is OpenAI's, which tells everything itself; leave it out" in told
+    torch.save({"visual.conv1.weight": torch.ones(4, 3, 3, 3), "visual.bn1.weight": torch.ones(4), **numbers}, tmp_path / "RN50.pt")
+    assert "RN50.pt: a ResNet; Glimpse's towers are vision" in convert("glimpse", tmp_path / "RN50.pt", tmp_path / "resnet")[2]
 
 
 @pytest.mark.parametrize("format", ["open_clip", "timm", "megatron"])

@@ -128,7 +128,7 @@ def test_keys_that_change_nothing(tmp_path):
                                             pos_embed_type="learnable", act_kwargs=None)
     file.write_text(json.dumps(tree))
     assert open_clip.load(tmp_path / "out").cfg == replace(model.cfg, init="clip")
-    with pytest.raises(ValueError, match=f"config=ViT-B-32: {file} tells the architecture; leave it out"):
+    with pytest.raises(ValueError, match=f"--given: {file} tells everything; leave it out"):
         open_clip.load(tmp_path / "out", config="ViT-B-32")
 
 

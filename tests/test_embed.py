@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
 from data.benchmarks import Benchmark
 from data.gallery import Photos, Tars, Texts, open_gallery
@@ -70,7 +71,7 @@ def embedder(method, cfg, tokenizer):
 
 
 def output(folder, gallery, **how):
-    given = dict(model="m", weights="student", source="s", format="npy", dtype="fp32", part=20) | how
+    given = dict(model="m", weights="student", checksum="0", source="s", format="npy", dtype="fp32", part=20) | how
     return Output(folder, About(count=len(gallery), last=gallery.name(len(gallery) - 1), **given))
 
 
@@ -248,6 +249,14 @@ def test_the_script_with_a_converted_model(data, photos, tmp_path, monkeypatch):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
         "error: --out: out exists; go on with it by --resume, remove it, or name another"]
+    weights = load_file(tmp_path / "model/model.safetensors")
+    save_file(weights | {"text.norm.weight": -weights["text.norm.weight"]}, tmp_path / "model/model.safetensors")
+    done = script(*args, "--resume", cwd=tmp_path)
+    assert done.returncode == 2 and "error: --resume: out was begun with checksum '" in done.stderr, "another model at the same path"
+    del weights["vision.patch.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors")
+    done = script(*args, "--resume", cwd=tmp_path)
+    assert done.returncode == 2 and "model: has no weights for towers.vision.patch.weight; it holds another" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("args, words", [("--batch 0 photos", "--batch 0: it must be at least 1"), ("", "a folder of images, or --texts"),

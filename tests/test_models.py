@@ -58,6 +58,15 @@ def test_deepspeeds_files_alone(trained, tmp_path, convert):
     assert code == 2 and "1 ranks' files of a DeepSpeed checkpoint, but no manifest.json" in told
 
 
+def test_a_run_may_be_moved(trained, tmp_path, convert):
+    """Its vocabulary lies in it."""
+    shutil.copytree(trained, tmp_path / "moved")
+    saved = tmp_path / "moved/config.yaml"
+    saved.write_text(saved.read_text().replace(str(trained.parent), str(tmp_path / "gone")))
+    code, told, complaint = convert("glimpse", tmp_path / "moved", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out/tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes(), complaint
+
+
 def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch):
     """Its vocabulary lies in it, and is found from wherever training starts."""
     monkeypatch.chdir(tmp_path)
@@ -84,8 +93,27 @@ def test_what_a_converted_model_does_not_say(tmp_path):
     tree = json.loads((tmp_path / "ours/config.json").read_text())
     del tree["provenance"]["fingerprint"]
     (tmp_path / "ours/config.json").write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match="config.json: provenance lacks fingerprint"):
+    with pytest.raises(ValueError, match="config.json: provenance.fingerprint missing; convert the model again"):
         models.opened(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda tree: tree.pop("model"), "config.json: model missing; convert"),
+    (lambda tree: tree["data"].pop("tokenizer"), "config.json: data.tokenizer missing; convert"),
+    (lambda tree: tree.update(data=3), "config.json: data.context, data.tokenizer, data.pad_text missing; convert"),
+    (None, "config.json: no json")])
+def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_path):
+    """By what looks at a model, and by what starts from it."""
+    portable.save(made(*FLAVOURS["CLIP"]), tmp_path / "ours")
+    cfg, file = models.config_of(tmp_path / "ours").model, tmp_path / "ours/config.json"
+    tree = json.loads(file.read_text())
+    if damage:
+        damage(tree)
+    file.write_text(json.dumps(tree) if damage else "{x")
+    with pytest.raises(ValueError, match=complaint):
+        models.opened(models.find(tmp_path / "ours"))
+    with pytest.raises(ValueError, match=f"init: .*{complaint}"):
+        models.found_for("init", str(tmp_path / "ours"), models.check_start, cfg, "")
 
 
 @pytest.mark.parametrize("shapes, under, complaint", [

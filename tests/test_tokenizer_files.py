@@ -152,6 +152,17 @@ def test_what_is_none_of_ours(folders, tmp_path):
             read(small)
 
 
+@pytest.mark.parametrize("kind, name, content", [
+    ("clip_bpe", "tokenizer.json", '{"version": "1.0", "trunc'), ("clip_bpe", "tokenizer.json", '{"model": {"type": "New", "vocab": {}}}'),
+    ("clip_bpe", "tokenizer.json", "{}"), ("clip_bpe", "vocab.json", "[]"),
+    (None, "tokenizer.json", '{"a": 1}'), (None, "tokenizer.json", "[]")])
+def test_damaged_files_are_told_in_a_line(folders, tmp_path, kind, name, content):
+    folder = copied(folders[kind][1], tmp_path / "odd") if kind else tmp_path
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"^{folder}: its tokenizer files are damaged, or newer than tokenizers .*; --tokenizer SPEC "):
+        read(folder)
+
+
 @pytest.mark.parametrize("how", [dict(model_type="bpe"), dict(user_defined_symbols=["green"])])
 def test_sentencepiece_models_that_cannot_be_told(tmp_path, how):
     data.tokenizer.sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "m"), vocab_size=100,

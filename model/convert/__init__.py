@@ -1,7 +1,7 @@
 """Formats that models come from and go to, a file each; portable.py is what passes between them.
 
     load(path, **given) -> Portable            what lies there, read lazily; ValueError where this architecture is not ours
-    GIVEN                                      names of what `given` may hold; none, where it is left out
+    Given                                      a dataclass of what `given` may hold; nothing, where it is left out
     claims(path) -> bool                       is what lies there of this format?  It looks at names and headers alone
     save(model, folder, dtype, **options)      write it, and return what one should know of it, a line each, or nothing; ValueError
                                                naming the field that the format cannot express

@@ -30,7 +30,15 @@ def read(path: Path) -> Tensors:
     """The tensors of a .safetensors file, of a pickle of tensors, or of the shards that a *.index.json names."""
     if path.name.endswith(".index.json"):
         return sharded(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else tensors_of(read_pickle(path), path)
+    return read_safetensors(path) if is_safetensors(path) else tensors_of(read_pickle(path), path)
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its name or, as caches of hubs name files by their hash, by its beginning: the size of the header, then json."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def read_json(path: Path) -> dict:
@@ -95,14 +103,17 @@ def read_pickle(path: Path) -> object:
     except FileNotFoundError:
         raise
     except Exception as error:  # a file that is no pickle may raise anything
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{path}: refused ({wanted[1]}): {UNSAFE}") from None
         raise ValueError(f"{path}: truncated or no file of tensors ({first_line(error)}); fetch it again") from None
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    """The first sentence of what an error says, after what torch.load says first of every file."""
+    said = str(error).strip()
+    if said.startswith("Weights only load failed"):
+        said = said.rpartition("WeightsUnpickler error:")[2].strip()
+    return (said.splitlines() or [type(error).__name__])[0].partition(". ")[0][:120]
 
 
 def torchscript(path: Path) -> bool:

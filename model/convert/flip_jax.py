@@ -14,7 +14,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +42,15 @@ BLOCK, LAST = "Transformer/encoderblock_{:02}", "Transformer/encoder_norm"
 QKV = [f"MultiHeadDotProductAttention_0/{name}" for name in ("query", "key", "value")]
 DENSE = {"attn.out": "MultiHeadDotProductAttention_0/out", "mlp.up": "MlpBlock_0/Dense_0", "mlp.down": "MlpBlock_0/Dense_1"}
 NORMS = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
-GIVEN = ("heads", "text_heads")
 LARGEST = 2**32 - 2**10  # bytes of a tensor, for msgpack counts in 32 bits, and its shape and type are counted too
 VOCAB = 30523  # of BERT's uncased vocabulary, as data.tokenizer's wordpiece has it
+
+
+@dataclass(frozen=True)
+class Given:
+    """Of a size that is no row of SIZES; else heads are 64 wide."""
+    heads: int | None = None
+    text_heads: int | None = None
 
 
 def rules(depth: int, text_depth: int, sincos: Tensor | None) -> Iterator[Rule]:
@@ -96,7 +102,7 @@ def newest(path: Path) -> Path | None:
 
 
 def load(path: Path, heads: int | None = None, text_heads: int | None = None) -> Portable:
-    """heads, text_heads: those of a size that is no row of SIZES; else 64 wide."""
+    """heads, text_heads: as in Given."""
     file = newest(path)
     if file is None:
         raise ValueError(f"{path}: no checkpoint of FLIP's: no file called checkpoint in it, nor in a checkpoint_STEP below it")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.convert import files
-from model.convert.portable import About, Portable, crop_in, kept_crop, origin, told_crop
+from model.convert.portable import MEAN, STD, About, Portable, crop_in, kept_crop, newer, origin, told_crop
 from model.convert.positions import position_rule, taken, write
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, fused, one, scalar, thirds
 from model.convert.sizes import ratio, sized
@@ -35,7 +35,6 @@ TEXT = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidde
 ARGMAX = 2  # an eos_token_id that stands for "pool at the largest id", which OpenAI's end-of-text is: what older configs say
 IMAGE = dict(do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
 RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, HF's default
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}  # ours: theirs
 
@@ -139,14 +138,16 @@ def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...],
     for key in ("image_mean", "image_std"):
         if not isinstance(tree[key], (list, tuple)) or [type(x) in (int, float) for x in tree[key]] != [True] * 3:
             raise ValueError(f"{found}: {key} {tree[key]}: it should be three numbers, of red, green and blue")
-    sides = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    for key, wanted in (IMAGE | sides).items():
+    square = {"height": side, "width": side}
+    squash = tree["size"] == square
+    sides = {"size": square if squash else {"shortest_edge": side}, "crop_size": square}
+    for key, wanted in (IMAGE | sides | {"do_center_crop": tree["do_center_crop"] if squash else True}).items():
         if tree[key] != wanted and not (key in sides and tree[key] == side):
             raise ValueError(f"{found}: {key} {tree[key]}: our evaluations resize the short side to the model's {side} pixels, crop the "
                              f"middle and normalise; write {json.dumps(wanted)} to have it evaluated so")
     for name, number in RESAMPLE.items():
         if tree["resample"] == number:
-            return tuple(tree["image_mean"]), tuple(tree["image_std"]), name, crop_in(tree, found)
+            return tuple(tree["image_mean"]), tuple(tree["image_std"]), name, crop_in(tree, found, "squash" if squash else "resize_crop")
     raise ValueError(f"{found}: resample {tree['resample']}: we have {', '.join(f'{n} ({name})' for name, n in RESAMPLE.items())}")
 
 
@@ -190,9 +191,9 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
                 eos_token_id=model.about.eot, pad_token_id=model.about.eot, bos_token_id=None)
     tree = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=s.embed, torch_dtype=str(dtype).removeprefix("torch."),
                 vision_config=vision, text_config=text)
-    side = vision["image_size"]
+    square = dict.fromkeys(("height", "width"), vision["image_size"])
     pictures = dict(image_processor_type="CLIPImageProcessor", processor_class="CLIPProcessor", **IMAGE, do_convert_rgb=True,
-                    size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+                    size=square if model.about.crop == "squash" else {"shortest_edge": vision["image_size"]}, crop_size=square,
                     resample=RESAMPLE[model.about.interpolation], image_mean=list(cfg.vision.mean), image_std=list(cfg.vision.std),
                     **kept_crop(model.about.crop))
     folder.mkdir(parents=True)
@@ -205,6 +206,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
 
 def peer(path: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """transformers' own model: (images (B, 3, H, W) normalised, ids (B, N) padded) -> unit vectors (B, E) of images and of texts."""
+    newer("transformers", "4.56")
     from transformers import CLIPModel
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # of reading weights

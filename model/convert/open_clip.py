@@ -8,13 +8,14 @@ name of open_clip's (ViT-B-32), looked up in the installed package.
 """
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from model.convert import files, positions
-from model.convert.portable import About, Portable, crop_in, kept_crop, origin, told_crop
+from model.convert.portable import MEAN, STD, About, Portable, crop_in, kept_crop, newer, origin, told_crop
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, one, scalar, transposed
 from model.convert.sizes import sized
 from model.text import TextConfig
@@ -23,9 +24,8 @@ from model.vision import VisionConfig
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-GIVEN = ("config",)
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's state dicts that are no weights
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what open_clip uses where nothing is said
+RESNET = "a ResNet; Glimpse's towers are vision transformers"
 POOLS = {"cls": ("tok", False), "mean": ("avg", False), "mean_then_norm": ("avg", True)}
 # The keys of a model_cfg and of its towers: those that are read here, those that change nothing, and what others must say to be ours.
 READ = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "layers", "width", "head_width", "heads", "mlp_ratio", "patch_size",
@@ -39,8 +39,18 @@ ONLY = {"ls_init_value": (None,), "attentional_pool": (False,), "timm_model_name
         "scaled_cosine_attn": (False,), "scale_heads": (False,), "scale_attn_inner": (False,), "scale_attn": (False,), "scale_fc": (False,),
         "init_logit_bias": (None,), "multimodal_cfg": (None,), "pos_embed_type": ("learnable", "sin_cos_2d"),  # both are tables
         "input_patchnorm": (False,), "global_average_pool": (False,)}  # of older versions
+RESAMPLE = {"random": "bicubic"}  # drawn in training alone
+RESIZE = {"shortest": "resize_crop", "squash": "squash"}  # a resize_mode as we call it
 WHY = {"init_logit_bias": "a sigmoid loss's model (SigLIP); Glimpse's have no bias of the logits",
        "global_average_pool": "it averaged the class token too, before the last norm, which is none of Glimpse's pools"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a file of weights may be told; a folder tells it itself."""
+    config: str = ""  # see the head of this file
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def claims(path: Path) -> bool:
@@ -49,11 +59,11 @@ def claims(path: Path) -> bool:
 
 # --- in
 
-def load(path: Path, config: str = "") -> Portable:
-    """A folder as above, or a file of weights; config: see the head of this file."""
+def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Portable:
+    """A folder as above, or a file of weights; the rest as in Given."""
     if path.is_dir():
-        if config:
-            raise ValueError(f"--given config={config}: {path / CONFIG} tells the architecture; leave it out, or name the file of weights")
+        if config or statistics:
+            raise ValueError(f"--given: {path / CONFIG} tells everything; leave it out, or name the file of weights")
         tree, weights = files.read_json(path / CONFIG), next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights is None:
             raise ValueError(f"{path}: has {CONFIG}, but none of {', '.join(WEIGHTS)}")
@@ -61,24 +71,39 @@ def load(path: Path, config: str = "") -> Portable:
         tree, weights = {}, path
     theirs = files.read(weights)
     if path.is_file():
-        tree = named(config) if config else openai(theirs, path)
-    model, preprocess = tree.get("model_cfg", tree), tree.get("preprocess_cfg", {})
+        tree = config_of(theirs, path, config)
+    model, preprocess = tree.get("model_cfg", tree), tree.get("preprocess_cfg", {}) | statistics
     cfg = config_in(model, preprocess, path)
     cfg, tensors = positions.taken(weights.parent, cfg, rules, "visual.positional_embedding", plain_names(theirs), str(weights))
     text = model["text_cfg"]
-    if (mode := preprocess.get("resize_mode") or "shortest") != "shortest":
-        raise ValueError(f"{path}: preprocess_cfg.resize_mode {mode!r}: images are prepared with the shortest side resized, then cropped")
+    if (mode := preprocess.get("resize_mode") or "shortest") not in RESIZE:
+        raise ValueError(f"{path}: preprocess_cfg.resize_mode {mode!r}: ours are {' or '.join(RESIZE)}; write one of them")
     other = any(text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"))  # than CLIP's tokenizer
     about = About(tokenizer="" if other else "clip_bpe",
                   eot=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None, pad_text=not cfg.text.causal,
-                  crop=crop_in(tree, path / CONFIG if path.is_dir() else Path(config)),
-                  interpolation=preprocess.get("interpolation") or "bicubic", source=origin(path, "open_clip", left_out=theirs.left_out))
+                  crop=crop_in(tree, path / CONFIG if path.is_dir() else Path(config), RESIZE[mode]),
+                  interpolation=RESAMPLE.get(resample := preprocess.get("interpolation") or "bicubic", resample),
+                  source=origin(path, "open_clip", assumed(config, preprocess), theirs.left_out))
     return Portable(cfg, text.get("vocab_size", 49408), text.get("context_length", 77), tensors, about)
 
 
 def plain_names(theirs: Tensors) -> Tensors:
     """The weights by the names of open_clip's CLIP; CustomTextCLIP has `text.` before those of the text tower."""
     return theirs.renamed({name.removeprefix("text."): name for name in theirs if name not in (*OPENAI, "attn_mask")})
+
+
+def assumed(config: str, preprocess: dict) -> list[str]:
+    """What nobody says of a file of weights whose config is named: OpenAI's have their own numbers, LAION's not always."""
+    lacking = [f"{key} {list(usual)}" for key, usual in (("mean", MEAN), ("std", STD)) if not preprocess.get(key)]
+    return [f"assumed, as config={config} does not say it: {', '.join(lacking)}; --given mean=... std=..."] if config and lacking else []
+
+
+def config_of(theirs: Tensors, path: Path, config: str) -> dict:
+    """The config of a file of weights."""
+    own = set(OPENAI) <= theirs.meta.keys()
+    if own and config:
+        raise ValueError(f"--given config={config}: {path} is OpenAI's, which tells everything itself; leave it out")
+    return openai(theirs, path) if own or not config else named(config)
 
 
 def named(config: str) -> dict:
@@ -98,6 +123,9 @@ def openai(theirs: Tensors, path: Path) -> dict:
     if not set(OPENAI) <= theirs.meta.keys():
         raise ValueError(f"{path}: weights alone, which do not tell the activation; add --given config=NAME, e.g. ViT-B-32, or a json file")
 
+    if not any(name.startswith("visual.transformer.") for name in theirs):
+        raise ValueError(f"{path}: {RESNET}")
+
     def depth(prefix: str) -> int:
         return 1 + max(int(name.split(".")[prefix.count(".")]) for name in theirs if name.startswith(prefix))
 
@@ -114,7 +142,7 @@ def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
     vision, text = model["vision_cfg"], model["text_cfg"]
     check_keys(model, path)
     if isinstance(vision.get("layers"), list):
-        raise ValueError(f"{path}: model_cfg.vision_cfg.layers {vision['layers']}: a ResNet; Glimpse's towers are vision transformers")
+        raise ValueError(f"{path}: model_cfg.vision_cfg.layers {vision['layers']}: {RESNET}")
     pool = {theirs: ours for ours, theirs in POOLS.items()} | {("tok", True): "cls"}
     kind = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool"))
     text_pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask")
@@ -167,7 +195,8 @@ def activation(model: dict, tower: dict, where: str) -> str:
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """A folder as above; returns what differs when open_clip runs it.  ValueError naming what open_clip's CLIP cannot be."""
-    prepared = dict(mean=model.cfg.vision.mean, std=model.cfg.vision.std, interpolation=model.about.interpolation, resize_mode="shortest")
+    prepared = dict(mean=model.cfg.vision.mean, std=model.cfg.vision.std, interpolation=model.about.interpolation,
+                    resize_mode="squash" if model.about.crop == "squash" else "shortest")
     tree = dict(model_cfg=config_out(model), preprocess_cfg=prepared, **kept_crop(model.about.crop))
     table = rules(model.cfg)
     folder.mkdir(parents=True)
@@ -241,14 +270,15 @@ def blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
             for i in range(depth) for a, b in pairs.items() for kind in ("weight", "bias"))
 
 
-def peer(path: Path, config: str = "") -> Callable:
+def peer(path: Path, config: str = "", **_) -> Callable:
     """open_clip's own model: (images (B, 3, H, W) normalised, ids (B, context)) -> unit embeddings of both."""
+    newer("open-clip-torch", "3.0")
     import open_clip
     if path.is_dir():
         model = open_clip.create_model(f"local-dir:{path}")
     else:
         theirs = files.read(path)
-        tree = named(config) if config else openai(theirs, path)
+        tree = config_of(theirs, path, config)
         model = open_clip.CLIP(**{key: value for key, value in tree.get("model_cfg", tree).items() if key != "custom_text"})
         model.load_state_dict(dict(plain_names(theirs)))
     model.eval()

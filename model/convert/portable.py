@@ -10,9 +10,11 @@ This is Glimpse's own format: what `run/convert.py glimpse` writes, and what eva
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from model.convert import files
@@ -20,7 +22,10 @@ from model.convert.rules import Tensors, check_shapes, more
 from model.towers import ModelConfig, Towers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-CROPS = ("resize_crop", "square")  # of evaluation images, as eval_crop names them: resized, then cropped; the other way round
+# Of evaluation images, as eval_crop names them: resized, then cropped; the other way round; resized alone, distorted.
+CROPS = ("resize_crop", "square", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, the default of open_clip and HF
 MOST = 20  # names of what was left out that are told
 
 
@@ -35,6 +40,10 @@ class About:
     interpolation: str = "bicubic"
     source: dict = field(default_factory=dict)  # where it comes from: path, format, weights, step, samples, ...
 
+    def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {self.interpolation!r}: images are resized by {' or '.join(INTERPOLATIONS)} here")
+
 
 def origin(path: Path, format: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()) -> dict[str, str]:
     """The `source` of a model of another format.  notes: what one should know of it.  left_out: what of its files was not used."""
@@ -43,14 +52,21 @@ def origin(path: Path, format: str, notes: Iterable[str] = (), left_out: Sequenc
     return dict(path=str(path), format=format, **({"notes": "; ".join(notes)} if notes else {}))
 
 
+def newer(package: str, least: str) -> None:
+    """ImportError where another library is not installed, or is older than what a `peer` has been run with."""
+    found = metadata.version(package)  # PackageNotFoundError is one
+    if Version(found) < Version(least):
+        raise ImportError(f"{package} {found} is installed, {least} or newer is needed")
+
+
 def kept_crop(crop: str) -> dict[str, dict]:
-    """What to write into a file of a format that knows but the first of CROPS, so that `crop_in` finds it; libraries pass over it."""
-    return {} if crop == CROPS[0] else {"glimpse": {"eval_crop": crop}}
+    """What to write into a file of a format that has no field for `square`, so that `crop_in` finds it; libraries pass over it."""
+    return {"glimpse": {"eval_crop": crop}} if crop == "square" else {}
 
 
-def crop_in(tree: dict, file: Path) -> str:
-    """What kept_crop wrote into the file's tree, if it did."""
-    crop = (tree.get("glimpse") or {}).get("eval_crop", CROPS[0])
+def crop_in(tree: dict, file: Path, says: str = CROPS[0]) -> str:
+    """What kept_crop wrote into the file's tree, if it did, else what the format's own fields say."""
+    crop = (tree.get("glimpse") or {}).get("eval_crop", says)
     if crop not in CROPS:
         raise ValueError(f"{file}: glimpse.eval_crop {crop!r}: unknown; known: {', '.join(CROPS)}")
     return crop
@@ -58,7 +74,7 @@ def crop_in(tree: dict, file: Path) -> str:
 
 def told_crop(crop: str, whose: str) -> list[str]:
     """What `save` says where a library prepares images otherwise."""
-    return [] if crop == CROPS[0] else [
+    return [] if crop != "square" else [
         f"eval_crop {crop}: {whose} resizes images before it crops them, so pixels differ by a little; read again here, it is {crop}"]
 
 

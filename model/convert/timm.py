@@ -2,33 +2,33 @@
 
 Only the tower has a place there: features are its pooled tokens, before the projection, which belongs to the pair.  In: such a folder,
 timm's own from the hub among them, or a file of tensors under timm's names, as DeiT's and MAE's are.  A file tells its architecture by
-shapes as far as they go; the rest is `given`, or as most have it: heads of 64, pooled by the class token, gelu, eps 1e-6 (1e-5 after a
-norm before the blocks), ImageNet's mean and std.  MAE's is then complete: its fixed positions equal ours bit for bit; its decoder is left
-out.  Fine-tuned on pooled patches it has a norm after the pooling, which is our pool mean_then_norm.
+shapes as far as they go; the rest is `given`, or as most have it, and told: heads of 64, pooled by the class token, gelu, eps 1e-6 and
+ImageNet's mean and std (after a norm before the blocks 1e-5 and OpenAI's).  MAE's is then complete: its fixed positions equal ours bit
+for bit; its decoder is left out.  Fine-tuned on pooled patches it has a norm after the pooling, which is our pool mean_then_norm.
 """
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from model.convert import files
-from model.convert.portable import About, Portable, crop_in, kept_crop, origin, told_crop, vision_only
+from model.convert.portable import INTERPOLATIONS, MEAN, STD, About, Portable, crop_in, kept_crop, newer, origin, told_crop, vision_only
 from model.convert.positions import is_fixed, position_rule, taken, write
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple
 from model.convert.sizes import ratio, sized
 from model.towers import ModelConfig
 from model.vision import VisionConfig
 
-GIVEN = ("heads", "pool", "activation", "eps", "image_size", "mean", "std")
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 BLOCK = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.out": "attn.proj", "norm2": "norm2", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
 POOLS = {"cls": {"global_pool": "token"}, "mean": {"global_pool": "avg", "fc_norm": False},
          "mean_with_cls": {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True},
          "mean_then_norm": {"global_pool": "avg", "fc_norm": True}}
+MODES = {"center": "resize_crop", "squash": "squash"}  # a crop_mode as we call it
 EPS = {1e-6: "", 1e-5: "_clip"}  # a config cannot say it: architectures with clip in their name have the latter
 NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}  # by width
 KNOWN = {"tiny_patch16", "small_patch8", "small_patch16", "small_patch32", "base_patch8", "base_patch16", "base_patch32",
@@ -40,6 +40,18 @@ LEFT_OUT = ("head.", "decoder_", "mask_token")  # a classifier; what MAE reconst
 REFUSED = {"dist_token": "a distillation token", "reg_token": "register tokens", ".ls1.": "layer scale", ".gamma_1": "layer scale",
            ".q_norm": "norms of queries and keys", "attn_pool": "attention pooling", ".fc1_g": "gated MLPs", ".w12": "gated MLPs",
            "rope": "rotary positions", "rel_pos": "relative positions"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a bare file does not say; it counts for more than what a folder says."""
+    heads: int | None = None
+    pool: str | None = None
+    activation: str | None = None
+    eps: float | None = None
+    image_size: int | tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def rules(cfg: ModelConfig) -> list[Rule]:
@@ -68,8 +80,9 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     name, args = described(cfg)
     folder.mkdir(parents=True)
     write(folder / WEIGHTS[0], vision_only(model.tensors), model, rules(cfg), dtype)
+    mode = "squash" if model.about.crop == "squash" else "center"
     prepared = dict(input_size=[3, *cfg.sides], fixed_input_size=True, interpolation=model.about.interpolation, crop_pct=1.0,
-                    crop_mode="center", mean=v.mean, std=v.std, num_classes=0, pool_size=None, first_conv="patch_embed.proj",
+                    crop_mode=mode, mean=v.mean, std=v.std, num_classes=0, pool_size=None, first_conv="patch_embed.proj",
                     classifier="head")
     tree = dict(architecture=name, num_classes=0, num_features=cfg.shape.width, global_pool=args["global_pool"], model_args=args,
                 pretrained_cfg=prepared)
@@ -104,11 +117,11 @@ def claims(path: Path) -> bool:
 
 
 def load(path: Path, **given) -> Portable:
-    """given: of `architecture`, for what a bare file does not say; it counts for more than what a folder says."""
+    """given: as in Given."""
     if not path.is_dir():
         return portable(files.read(path), path, given)
     tree, weights = opened(path)
-    name, args, prepared = tree["architecture"], tree.get("model_args", {}), tree["pretrained_cfg"]
+    name, args, prepared = tree["architecture"], tree.get("model_args") or {}, tree["pretrained_cfg"]
     kind = args.get("global_pool", tree.get("global_pool", "token")), args.get("pool_include_prefix", False), "norm.weight" in weights
     pools = {("token", False, True): "cls", ("avg", False, True): "mean", ("avg", True, True): "mean_with_cls",
              ("avg", False, False): "mean_then_norm"}
@@ -116,16 +129,19 @@ def load(path: Path, **given) -> Portable:
                 activation=args.get("act_layer", "quick_gelu" if "quickgelu" in name else "gelu"),
                 eps=1e-5 if "_clip" in name and "norm_layer" not in args else 1e-6, mean=prepared.get("mean"), std=prepared.get("std"),
                 image_size=args.get("img_size", prepared.get("input_size", [None])[1:] or None))
-    cut = prepared.get("crop_pct", 1.0)
+    cut = prepared.get("crop_pct") or 1.0
     notes = [f"crop_pct {cut}: its images are cut from larger ones, ours resized to the very size"] if cut != 1.0 else []
-    if (mode := prepared.get("crop_mode") or "center") != "center":
+    if (mode := prepared.get("crop_mode") or "center") not in MODES:
         notes.append(f"crop_mode {mode}: its images are made square otherwise; ours by resizing the short side, then cropping the middle")
+    if (interpolation := prepared.get("interpolation") or "bicubic") not in INTERPOLATIONS:
+        notes.append(f"interpolation {interpolation}: ours is bicubic")
+        interpolation = "bicubic"
     try:
         model = portable(weights, path, says | given, notes, tree.get("glimpse"))
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path / CONFIG}: {error}") from None
-    interpolation = prepared.get("interpolation", "bicubic")
-    return replace(model, about=replace(model.about, crop=crop_in(tree, path / CONFIG), interpolation=interpolation))
+    crop = crop_in(tree, path / CONFIG, MODES.get(mode, "resize_crop"))
+    return replace(model, about=replace(model.about, crop=crop, interpolation=interpolation))
 
 
 def opened(folder: Path) -> tuple[dict, Tensors]:
@@ -153,7 +169,17 @@ def portable(theirs: Tensors, path: Path, says: dict, notes: Iterable[str] = (),
         v = replace(v, patch_bias=bias, freeze_patch=kept["freeze_patch"])
         cfg = replace(cfg, init=kept["init"])
     cfg, tensors = taken(path if path.is_dir() else path.parent, replace(cfg, vision=v), rules, "pos_embed", theirs, str(path))
-    return Portable(cfg, 0, 0, tensors, About(source=origin(path, "timm", notes, [*left, *theirs.left_out])))
+    return Portable(cfg, 0, 0, tensors, About(source=origin(path, "timm", [*notes, *assumed(cfg, says)], [*left, *theirs.left_out])))
+
+
+def assumed(cfg: ModelConfig, says: dict) -> list[str]:
+    """What of an architecture neither shapes nor anybody says: timm's own model, run beside ours, is built of the same."""
+    v = cfg.vision
+    usual = dict(heads=cfg.shape.heads, pool=v.pool, activation=v.activation, eps=v.eps, mean=list(v.mean), std=list(v.std))
+    if v.pool == "mean_then_norm":  # its norm's name says so
+        del usual["pool"]
+    unsaid = [f"{key} {value}" for key, value in usual.items() if says.get(key) is None]
+    return [f"assumed, as nothing says it: {', '.join(unsaid)}; --given KEY=VALUE says otherwise"] if unsaid else []
 
 
 def encoder(theirs: Tensors, whose: Path) -> tuple[Tensors, list[str]]:
@@ -166,8 +192,8 @@ def encoder(theirs: Tensors, whose: Path) -> tuple[Tensors, list[str]]:
 
 
 def architecture(theirs: Tensors, whose: Path, heads: int | None = None, pool: str | None = None, activation: str = "gelu",
-                 eps: float | None = None, image_size: int | Sequence[int] | None = None, mean: Sequence[float] = VisionConfig.mean,
-                 std: Sequence[float] = VisionConfig.std) -> ModelConfig:
+                 eps: float | None = None, image_size: int | Sequence[int] | None = None, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None) -> ModelConfig:
     """What the shapes say, and the rest as given.  ValueError naming the tensor that is missing or not of a tower of ours."""
     shapes = {name: tuple(meta.shape) for name, meta in theirs.meta.items()}
     for name in ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"):
@@ -179,23 +205,26 @@ def architecture(theirs: Tensors, whose: Path, heads: int | None = None, pool: s
         raise ValueError(f"{whose}: patch_embed.proj.weight {shapes['patch_embed.proj.weight']}: ours is (width, 3, side, side)")
     if inside != shapes["blocks.0.mlp.fc2.weight"][1]:
         raise ValueError(f"{whose}: blocks.0.mlp.fc2.weight: gated MLPs, which our vision tower has not")
-    sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size or math.isqrt(places) * side,) * 2
+    image_size = math.isqrt(places) * side if image_size is None else image_size
+    sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size,) * 2
     if (sides[0] // side) * (sides[1] // side) != places:
         raise ValueError(f"{whose}: pos_embed {shapes['pos_embed']}: not the places of a class token and of the patches of an image of "
                          f"{sides[0]} x {sides[1]}; say its height and width as image_size")
-    normed = "norm_pre.weight" in shapes
+    normed = "norm_pre.weight" in shapes  # as CLIP's towers have it
+    usual = (MEAN, STD) if normed else (VisionConfig.mean, VisionConfig.std)
     size = sized(side, width=width, depth=len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
                  heads=heads or HEADS.get(width), mlp=ratio(width, inside))
     return ModelConfig(**size, image_size=sides[0] if sides[0] == sides[1] else sides, vision=VisionConfig(
         positions="learned", pool=pool or ("mean_then_norm" if "fc_norm.weight" in shapes else "cls"), pre_norm=normed,
         patch_bias="patch_embed.proj.bias" in shapes and not normed, activation=activation,
-        eps=float(eps or (1e-5 if normed else 1e-6)), mean=tuple(mean), std=tuple(std)))
+        eps=float((1e-5 if normed else 1e-6) if eps is None else eps), mean=tuple(mean or usual[0]), std=tuple(std or usual[1])))
 
 
 # ---- timm itself
 
 def peer(path: Path, **given) -> Callable[[Tensor, None], tuple[Tensor, None]]:
     """timm's own model of what `load` takes: (images (B, 3, H, W), normalised, None) -> (features (B, D), None)."""
+    newer("timm", "1.0")
     import timm
     return run(timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0) if path.is_dir() else
                built(files.read(path), path, given))

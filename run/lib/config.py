@@ -47,7 +47,7 @@ class Run:
     keep: int = 2  # checkpoints kept; older ones are deleted
     evals: tuple[str, ...] = ()  # e.g. zero_shot:FOLDER, retrieval:FOLDER, suite:aclip
     eval_data: str = ""  # where the sets of suite:NAME lie
-    eval_crop: str = "resize_crop"  # evaluation images: resize_crop (short side, then centre: CLIP) or square (centre, then resize: FLIP)
+    eval_crop: str = "resize_crop"  # evaluation images: resize_crop (short side, then centre), square (centre, then resize), squash
 
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
@@ -146,7 +146,7 @@ def read_tree(path: Path) -> dict:
 
 
 def beside(tokenizer: str, folder: Path) -> str:
-    """A tokenizer's name with the vocabulary that lies in a converted model's folder, where one does: the folder may have been moved."""
+    """A tokenizer's name with the vocabulary that lies in a run's or converted model's folder, where one does: it may have been moved."""
     kind, bracket, file = tokenizer.removesuffix(")").partition("(")
     own = folder / Path(file).name
     return f"{kind}({own})" if bracket and own.is_file() else tokenizer

@@ -2,6 +2,7 @@
 
     RUN/config.yaml      the resolved config, with git commit, package versions and ranks
     RUN/command.txt      every command that worked on it
+    RUN/tokenizer.model  the vocabulary under its own name, so that the folder can be moved; none where a package brings it
     RUN/metrics.jsonl    one record a line (run/lib/log.py); RUN/results.jsonl one evaluation a line
     RUN/log.txt, RUN/tensorboard/, RUN/checkpoints/, RUN/trace/ (data.trace)
     RUN/lock             held by the rank 0 that trains it, while that lives
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from data.batches import Batches, DataConfig
 from data.stream import Stream
+from data.tokenizer import vocabulary
 from run.lib import config
 from run.lib.config import ROOT, Run
 from run.lib.engine import Engine
@@ -90,6 +92,8 @@ def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
         shutil.copy(saved, home / f"config.until-{samples}.yaml")
     config.save(cfg, home / "config.yaml.part", provenance())
     os.replace(home / "config.yaml.part", saved)  # at no moment without it
+    if (vocab := vocabulary(cfg.data.tokenizer)) and vocab.resolve().parent != home.resolve():
+        shutil.copy(vocab, home)
     if cfg.data.trace:
         (home / "trace").mkdir(exist_ok=True)
     for records in [home / "metrics.jsonl", home / "results.jsonl", *(home / "trace").glob("*.jsonl")]:

@@ -7,9 +7,8 @@
 
 No rank ever holds more than one whole tensor beside its shard.
 """
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from model.methods import METHODS
 from model.towers import ModelConfig
 from run.lib import zero_files
 from run.lib.checkpoint import check_identity, differences, identity, manifest, newest
-from run.lib.config import Run, beside, build, check_choice, merge, plain
+from run.lib.config import Run, beside, build, merge, plain
 from run.lib.config import load as read_config
 from run.lib.engine import place, whole_parameter
 from run.lib.ranks import device, rank, told
@@ -33,6 +32,11 @@ from run.lib.ranks import device, rank, told
 TOWERS = "towers."  # where a method keeps what a converted model holds
 # What a converted model's config.json does not say, since only training reads it.
 UNTRAINED = dict(method="clip", samples=1, batch=1, data={"train": "none"}, optim=dict(lr="0", weight_decay=0.0, warmup=0))
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """What formats can be given that tell everything themselves."""
 
 
 def find(path: Path) -> Path:
@@ -43,6 +47,8 @@ def find(path: Path) -> Path:
         return path
     if path.exists() and (format := claimed(path)):
         raise ValueError(f"{path}: a model of {format}; `python run/convert.py glimpse {path} OUT` makes one that can be used here")
+    if (path / CONFIG).is_file():
+        files.read_json(path / CONFIG)  # tells how it is damaged
     return newest(path)
 
 
@@ -54,20 +60,32 @@ def home(path: Path) -> Path:
 def config_of(path: Path) -> Run:
     """The config of what was found; of a converted model what it knows, the rest filled in."""
     if not is_one(path):
-        return read_config(path.parents[1] / "config.yaml")
-    tree = {key: value for key, value in json.loads((path / CONFIG).read_text()).items() if key != "provenance"}
-    if not (data := tree.get("data")):
+        cfg = read_config(path.parents[1] / "config.yaml")
+        return replace(cfg, data=replace(cfg.data, tokenizer=beside(cfg.data.tokenizer, path.parents[1])))
+    tree = {key: value for key, value in said(path).items() if key != "provenance"}
+    if "data" not in tree:
         raise ValueError(f"{path}: a vision tower alone, without text; start a run from it with init: {path}")
-    data["tokenizer"] = beside(data["tokenizer"], path)
     return build(Run, merge({**UNTRAINED, "run": str(path)}, tree))
+
+
+def said(path: Path) -> dict:
+    """What a converted model's config.json says, its vocabulary where it lies now; ValueError where it lacks something."""
+    tree = files.read_json(path / CONFIG)
+    needed = {"": ("model", "views", "eval_crop"), "provenance": ("vocab", "fingerprint", "eot", "source")}
+    if tree["provenance"].get("vocab"):
+        needed["data"] = ("context", "tokenizer", "pad_text")
+    for key, names in needed.items():
+        part = tree.get(key, {}) if key else tree
+        if lacking := [f"{key}.{name}".lstrip(".") for name in names if not isinstance(part, dict) or name not in part]:
+            raise ValueError(f"{path / CONFIG}: {', '.join(lacking)} missing; convert the model again")
+    if "data" in tree:
+        tree["data"]["tokenizer"] = beside(tree["data"]["tokenizer"], path)
+    return tree
 
 
 def provenance(path: Path) -> dict:
     """What a converted model's config.json says of its making."""
-    known = json.loads((path / CONFIG).read_text())["provenance"]
-    if lacking := [key for key in ("vocab", "fingerprint", "eot", "source") if key not in known]:
-        raise ValueError(f"{path / CONFIG}: provenance lacks {', '.join(lacking)}; convert the model again")
-    return known
+    return said(path)["provenance"]
 
 
 def origin(path: Path) -> dict:
@@ -79,18 +97,15 @@ def origin(path: Path) -> dict:
 def anything(path: Path, weights: str = "student", given: dict | None = None) -> tuple[str, Portable]:
     """(format, model) of whatever lies at a path; ValueError, a line that names the path, where it is nothing of ours, or damaged.
 
-    given: what a format is told beside its files, by the names in its GIVEN.
+    given: what a format is told beside its files, as its Given has it.
     """
     try:
         if format := claimed(path):
             if weights != "student":
                 raise ValueError(f"--weights {weights}: {path} is a model of {format}; a run has a student and a teacher")
-            for key in given or {}:
-                check_choice(f"--given for {format}", key, getattr(FORMATS[format], "GIVEN", ()))
-            model = FORMATS[format].load(path, **given or {})
+            known = build(getattr(FORMATS[format], "Given", Nothing), given or {}, f"--given for {format}: ")
+            model = FORMATS[format].load(path, **{key: getattr(known, key) for key in given or {}})
             return format, replace(model, about=replace(model.about, tokenizer=beside(model.about.tokenizer, path)))
-        if given:
-            raise ValueError(f"--given {' '.join(given)}: {path} tells everything itself, or is of no format that is known here")
         if path.is_file():
             files.read(path)  # tells why it cannot be read
             raise ValueError(f"{path}: tensors of no architecture that is known here; `run/convert.py inspect {path}` lists them")
@@ -99,6 +114,8 @@ def anything(path: Path, weights: str = "student", given: dict | None = None) ->
             says = tree.get("model_type") or tree.get("architecture") or "neither model_type nor architecture"
             raise ValueError(f"{path / CONFIG}: of no architecture that is known here: it says {says}")
         found = find(path)
+        if given:
+            raise ValueError(f"--given {' '.join(given)}: {path} tells everything itself; leave it out")
         return "glimpse" if is_one(found) else "checkpoint of a run", portable(found, weights)
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
@@ -109,9 +126,9 @@ def anything(path: Path, weights: str = "student", given: dict | None = None) ->
 
 def converted(path: Path) -> Portable:
     """A converted model's folder."""
-    tree = json.loads((path / CONFIG).read_text())
-    known, data = provenance(path), tree.get("data", {})
-    about = About(tokenizer=beside(data.get("tokenizer", ""), path), fingerprint=known["fingerprint"], eot=known["eot"],
+    tree = said(path)
+    known, data = tree["provenance"], tree.get("data", {})
+    about = About(tokenizer=data.get("tokenizer", ""), fingerprint=known["fingerprint"], eot=known["eot"],
                   pad_text=data.get("pad_text", False), crop=tree["eval_crop"],
                   interpolation=tree["views"]["image"]["interpolation"], source={**known["source"], "path": str(path)})
     model = build(ModelConfig, merge({}, tree["model"]), "model.")
@@ -230,7 +247,7 @@ def check_tower(path: Path, cfg: ModelConfig) -> str:
 
 def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = False) -> None:
     """ValueError naming the first thing in which the model there computes its tokens otherwise than the config's."""
-    theirs = json.loads((path / CONFIG).read_text())["model"] if is_one(path) else manifest(path)["identity"]["model"]
+    theirs = said(path)["model"] if is_one(path) else manifest(path)["identity"]["model"]
     theirs = build(ModelConfig, merge({}, theirs), "model.")
 
     def computes(model: ModelConfig) -> dict:
@@ -255,13 +272,20 @@ def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
         known = provenance(path)
         if known["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(f"{path}: trained with tokenizer {known['fingerprint']}; {cfg.data.tokenizer} is {tokenizer.fingerprint}")
-        vocab, bf16 = known["vocab"], files.read(path / WEIGHTS).meta["vision.patch.weight"].dtype == torch.bfloat16
+        vocab, bf16 = known["vocab"], torch.bfloat16 in {meta.dtype for meta in files.read(path / WEIGHTS).meta.values()}
     else:
         check_identity(path, identity(cfg, tokenizer.fingerprint))
         vocab, bf16 = tokenizer.vocab_size, manifest(path)["bf16"]
     method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
     load(method, path)
     return cfg, tokenizer, place(method, bf16)
+
+
+def checksum(module: torch.nn.Module) -> str:
+    """Of the weights: the sum of their bits, which is the same on every device."""
+    bits = {2: torch.int16, 4: torch.int32}
+    total = sum(int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64)) for p in module.parameters())
+    return f"{total & (1 << 64) - 1:016x}"
 
 
 def backbone(run: Path | str, weights: str = "student", **how) -> Backbone:

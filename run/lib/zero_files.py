@@ -45,7 +45,7 @@ def structure(file: Path) -> dict:
         with torch.serialization.safe_globals(TYPES):
             return torch.load(file, map_location="meta", weights_only=True)  # which notes where in the file each storage lies
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{file}: refused ({wanted[1]}): {UNSAFE}") from None
         raise ValueError(f"{file}: truncated or no checkpoint ({first_line(error)})") from None
 
