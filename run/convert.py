@@ -1,7 +1,7 @@
 """Models leave and enter Glimpse: a run, a checkpoint or a foreign model into any of the formats, each conversion proven.
 
     python run/convert.py glimpse   runs/quickstart models/quickstart        one safetensors file and config.json
-    python run/convert.py open_clip runs/quickstart models/for_open_clip
+    python run/convert.py open_clip runs/aclip_b16  models/for_open_clip
     python run/convert.py glimpse   models/CLIP-ViT-B-32 models/b32          in: the format of what lies there is found out
     python run/convert.py inspect   models/CLIP-ViT-B-32                     what any checkpoint is
 

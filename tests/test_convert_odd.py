@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.convert import flip_jax, open_clip, portable, timm
+from model.convert import open_clip, portable, t5x, timm
 from model.convert.rules import Tensors
 from tests.test_convert_open_clip import FLAVOURS, made
 from tests.tiny import ROOT, environment
@@ -210,7 +210,7 @@ def test_nothing_that_a_user_has_is_touched(good, tmp_path, convert):
 def test_a_tensor_that_is_too_large_for_flips_file(tmp_path):
     meta = {"small": torch.empty(1, device="meta"), "a/large": torch.empty(2**20, 2**10, device="meta")}
     with pytest.raises(ValueError, match=r"a/large \(1048576, 1024\) takes 4,294,967,296 bytes as float32: .*--dtype bf16"):
-        flip_jax.write(tmp_path / "checkpoint", Tensors(meta, lambda name: torch.zeros(1)), torch.float32)
+        t5x.write(tmp_path / "checkpoint", Tensors(meta, lambda name: torch.zeros(1)), torch.float32)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,7 +218,7 @@ LARGE = 66  # MiB of a tensor in the test below: beside it all else is little, a
 WRITERS = {  # what is written of three such tensors: as many times one of them may be held
     "files.write(out, source)": 1.2,
     "files.write(out, exported([Rule((n,), (n + 'q', n + 'k', n + 'v'), thirds, fused) for n in source], source))": 1.2,
-    "flip_jax.write(out, source, torch.float32)": 1.2,
+    "t5x.write(out, source, torch.float32)": 1.2,
     "files.write(out, source, torch.bfloat16)": 1.7,
     "files.write(out, exported([Rule((n,), (n,), transposed, transposed) for n in source], source))": 2.2,
 }
@@ -231,7 +231,7 @@ import re
 from pathlib import Path
 import psutil
 import torch
-from model.convert import files, flip_jax
+from model.convert import files, t5x
 from model.convert.rules import Rule, Tensors, exported, fused, thirds, transposed
 shape, out = (3 * 2**10, {LARGE} * 2**18 // (3 * 2**10)), Path({str(tmp_path / "x")!r})
 source = Tensors({{f"w{{i}}": torch.empty(shape, device="meta") for i in range(3)}}, lambda name: torch.ones(shape))

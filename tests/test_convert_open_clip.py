@@ -26,6 +26,8 @@ CLIP_VISION = VisionConfig(positions="learned", pool="cls", pre_norm=True, patch
 FLIP_VISION = VisionConfig(pool="mean")
 CLIP_TEXT = TextConfig(causal=True, pool="eot", activation="gelu", eps=1e-5)
 QUICK = dict(activation="quick_gelu")
+TINY = replace(SMALL, width=192, depth=12, heads=3)  # a row of timm's
+SLIP = ModelConfig("custom/16", TINY, vision=VisionConfig("learned", "cls", activation="gelu"), text=replace(CLIP_TEXT, **QUICK))
 FLAVOURS = {  # model config, context, captions padded
     "CLIP": (ModelConfig("custom/16", SMALL, 64, vision=CLIP_VISION, text=CLIP_TEXT), 77, False),
     "OpenAI": (ModelConfig("custom/16", SMALL, 64, vision=replace(CLIP_VISION, **QUICK), text=replace(CLIP_TEXT, **QUICK)), 77, False),
@@ -34,6 +36,9 @@ FLAVOURS = {  # model config, context, captions padded
     "FLIP, pooled mean": (ModelConfig("custom/16", SMALL, 64, vision=FLIP_VISION, text=TextConfig()), 32, True),
     "FLIP, not square": (ModelConfig("custom/16", SMALL, (64, 32), vision=FLIP_VISION, text=TextConfig()), 32, True),
     "FLIP, learned": (ModelConfig("custom/16", SMALL, 64, vision=replace(FLIP_VISION, positions="learned"), text=TextConfig()), 32, True),
+    "SLIP, A-CLIP": (SLIP, 77, False),
+    "MaskCLIP": (replace(SLIP, vision=replace(SLIP.vision, pool="mean")), 77, False),
+    "MaskCLIP, fixed positions": (replace(SLIP, vision=replace(SLIP.vision, pool="mean", positions="sincos")), 77, False),
 }
 
 
@@ -73,9 +78,41 @@ def test_after_tuning_elsewhere_what_was_folded_is_taken_as_it_is(tmp_path):
     assert max(prove.differences(again, open_clip.peer(tmp_path / "out"), build("clip_bpe", 32)).values()) < 1e-5
 
 
+def test_a_tower_of_timms_in_another_model(tmp_path):
+    """Of open_clip's own making, text with gelu; it may leave as one of open_clip's own towers."""
+    theirs = pytest.importorskip("open_clip")
+    open_clip.save(made(*FLAVOURS["SLIP, A-CLIP"]), tmp_path / "out")
+    tree = json.loads((tmp_path / "out" / open_clip.CONFIG).read_text())["model_cfg"] | {"quick_gelu": False}
+    torch.manual_seed(0)
+    torch.save(theirs.CLIP(**tree).state_dict(), tmp_path / "epoch_1.pt")
+    (tmp_path / "sizes.json").write_text(json.dumps(tree))
+    given = str(tmp_path / "sizes.json")
+    model = open_clip.load(tmp_path / "epoch_1.pt", config=given)
+    assert model.cfg.text.activation == model.cfg.vision.activation == "gelu" and model.cfg.vision.patch_bias
+    assert max(prove.differences(model, open_clip.peer(tmp_path / "epoch_1.pt", given), build("clip_bpe", 77)).values()) < 1e-5
+    open_clip.save(model, tmp_path / "own")
+    assert prove.flaw(model.tensors, open_clip.load(tmp_path / "own").tensors, torch.float32) is None
+    assert "timm" not in (tmp_path / "own" / open_clip.CONFIG).read_text()
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(timm_model_name="vit_base_patch16_siglip_224"), "timm_model_name 'vit_base_patch16_siglip_224': of timm's"),
+    (dict(timm_proj="mlp"), "vision_cfg.timm_proj 'mlp': ours are linear"),
+    (dict(timm_pool="map"), "timm_pool 'map': ours are token or avg"), (dict(image_size=256), "vision_cfg.image_size 256: ours are 224")])
+def test_what_towers_of_timms_are_not_ours(change, complaint, tmp_path):
+    open_clip.save(made(*FLAVOURS["MaskCLIP"]), tmp_path / "out")
+    file = tmp_path / "out" / open_clip.CONFIG
+    tree = json.loads(file.read_text())
+    tree["model_cfg"]["vision_cfg"] |= change
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=complaint):
+        open_clip.load(tmp_path / "out")
+
+
 @pytest.mark.parametrize("name, tower, change, complaint", [
     ("pool", "vision", dict(pool="mean_with_cls"), "model.vision.pool 'mean_with_cls': open_clip has cls, mean"),
-    ("activation", "vision", dict(activation="quick_gelu"), "quick_gelu in both towers or in none"),
+    ("activation", "vision", dict(activation="quick_gelu"), "quick_gelu in both or neither, or a tower of timm's, and"),
+    ("norm", "text", dict(activation="quick_gelu"), "a tower of timm's, and none there has model.vision.eps 1e-05, only 1e-06"),
 ])
 def test_what_open_clip_cannot_be(name, tower, change, complaint, tmp_path):
     cfg, context, pad_text = FLAVOURS["CLIP"]
@@ -92,7 +129,6 @@ def test_text_that_skips_its_padding_is_not_open_clips(tmp_path):
 
 
 @pytest.mark.parametrize("key, value, complaint", [
-    (("vision_cfg", "timm_model_name"), "vit_base_patch16_224", "vision_cfg.timm_model_name 'vit_base_patch16_224'"),
     (("vision_cfg", "layers"), [3, 4, 6, 3], "a ResNet"),
     (("vision_cfg", "attentional_pool"), True, "vision_cfg.attentional_pool True"),
     (("text_cfg", "hf_model_name"), "xlm-roberta-base", "text_cfg.hf_model_name"),

@@ -8,41 +8,27 @@ name of open_clip's (ViT-B-32), looked up in the installed package.
 """
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from model.convert import files, positions
+from model.convert import open_clip_trunk as trunk
+from model.convert.open_clip_config import RESNET, config_in, config_out, is_timms
 from model.convert.portable import MEAN, STD, About, Portable, crop_in, kept_crop, newer, origin, told_crop
 from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, one, scalar, transposed
-from model.convert.sizes import sized
-from model.text import TextConfig
 from model.towers import ModelConfig
-from model.vision import VisionConfig
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+MARKS = {"visual.conv1.weight", f"{trunk.TRUNK}patch_embed.proj.weight"}
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's state dicts that are no weights
-RESNET = "a ResNet; Glimpse's towers are vision transformers"
-POOLS = {"cls": ("tok", False), "mean": ("avg", False), "mean_then_norm": ("avg", True)}
-# The keys of a model_cfg and of its towers: those that are read here, those that change nothing, and what others must say to be ours.
-READ = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "layers", "width", "head_width", "heads", "mlp_ratio", "patch_size",
-        "image_size", "context_length", "vocab_size", "no_ln_pre", "pool_type", "final_ln_after_pool", "no_causal_mask", "eos_id",
-        "act_kwargs", "norm_kwargs", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
-HARMLESS = {"custom_text", "init_logit_scale", "nonscalar_logit_scale", "cast_dtype", "output_dict", "patch_dropout", "output_tokens",
-            "attn_pooler_queries", "attn_pooler_heads", "pad_id", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias",
-            "timm_drop", "timm_drop_path", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}
-ONLY = {"ls_init_value": (None,), "attentional_pool": (False,), "timm_model_name": (None,), "hf_model_name": (None,), "embed_cls": (False,),
-        "proj_bias": (False,), "proj_type": ("linear",), "block_type": (None, "default"), "qk_norm": (False,),
-        "scaled_cosine_attn": (False,), "scale_heads": (False,), "scale_attn_inner": (False,), "scale_attn": (False,), "scale_fc": (False,),
-        "init_logit_bias": (None,), "multimodal_cfg": (None,), "pos_embed_type": ("learnable", "sin_cos_2d"),  # both are tables
-        "input_patchnorm": (False,), "global_average_pool": (False,)}  # of older versions
+PLACES = "visual.positional_embedding"
 RESAMPLE = {"random": "bicubic"}  # drawn in training alone
 RESIZE = {"shortest": "resize_crop", "squash": "squash"}  # a resize_mode as we call it
-WHY = {"init_logit_bias": "a sigmoid loss's model (SigLIP); Glimpse's have no bias of the logits",
-       "global_average_pool": "it averaged the class token too, before the last norm, which is none of Glimpse's pools"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,7 @@ class Given:
 
 
 def claims(path: Path) -> bool:
-    return (path / CONFIG).is_file() or path.is_file() and "visual.conv1.weight" in files.metas(path)
+    return (path / CONFIG).is_file() or path.is_file() and not MARKS.isdisjoint(files.metas(path))
 
 
 # --- in
@@ -74,7 +60,11 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
         tree = config_of(theirs, path, config)
     model, preprocess = tree.get("model_cfg", tree), tree.get("preprocess_cfg", {}) | statistics
     cfg = config_in(model, preprocess, path)
-    cfg, tensors = positions.taken(weights.parent, cfg, rules, "visual.positional_embedding", plain_names(theirs), str(weights))
+    theirs = plain_names(theirs)
+    timms = bool(model["vision_cfg"].get("timm_model_name"))
+    if timms and trunk.is_fixed(theirs, cfg):
+        cfg = replace(cfg, vision=replace(cfg.vision, positions="sincos"))
+    cfg, tensors = positions.taken(weights.parent, cfg, partial(rules, timms=timms), PLACES, theirs, str(weights))
     text = model["text_cfg"]
     if (mode := preprocess.get("resize_mode") or "shortest") not in RESIZE:
         raise ValueError(f"{path}: preprocess_cfg.resize_mode {mode!r}: ours are {' or '.join(RESIZE)}; write one of them")
@@ -137,60 +127,6 @@ def openai(theirs: Tensors, path: Path) -> dict:
                               layers=depth("transformer.resblocks.")))
 
 
-def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
-    """Our architecture for a model_cfg; positions learned, no patch bias, which is what a config can tell."""
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    check_keys(model, path)
-    if isinstance(vision.get("layers"), list):
-        raise ValueError(f"{path}: model_cfg.vision_cfg.layers {vision['layers']}: {RESNET}")
-    pool = {theirs: ours for ours, theirs in POOLS.items()} | {("tok", True): "cls"}
-    kind = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool"))
-    text_pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask")
-    if kind not in pool or text_pool not in ("argmax", "eos", "first") or text.get("final_ln_after_pool"):
-        raise ValueError(f"{path}: model_cfg: vision_cfg.pool_type {kind[0]!r}, text_cfg.pool_type {text_pool!r}: "
-                         "Glimpse has tok and avg; argmax, eos and first")
-    patch, sides = vision.get("patch_size", 16), vision.get("image_size", 224)
-    width, text_width = vision.get("width", 768), text.get("width", 512)
-    shape = sized(patch, width=width, depth=vision.get("layers", 12), heads=width // vision.get("head_width", 64),
-                  mlp=vision.get("mlp_ratio", 4.0), text_width=text_width, text_depth=text.get("layers", 12),
-                  text_heads=text.get("heads", 8), text_mlp=text.get("mlp_ratio", 4.0),
-                  embed=model["embed_dim"])
-    act = [activation(model, tree, f"{path}: model_cfg.{where}") for where, tree in (("vision_cfg", vision), ("text_cfg", text))]
-    eps = [(tree.get("norm_kwargs") or {}).get("eps", 1e-5) for tree in (vision, text)]
-    return ModelConfig(**shape, image_size=tuple(sides) if isinstance(sides, list) else sides, init="clip",
-                       vision=VisionConfig(positions="learned", pool=pool[kind], pre_norm=not vision.get("no_ln_pre"), patch_bias=False,
-                                           activation=act[0], eps=eps[0], mean=tuple(preprocess.get("mean") or MEAN),
-                                           std=tuple(preprocess.get("std") or STD)),
-                       text=TextConfig(causal=causal, pool="first" if text_pool == "first" else "eot", activation=act[1], eps=eps[1]))
-
-
-def check_keys(model: dict, path: Path) -> None:
-    """ValueError naming the first key of a model_cfg that says what is not ours; else the first that nothing here knows."""
-    places = {f"{path}: model_cfg": model, **{f"{path}: model_cfg.{tower}": model[tower] for tower in ("vision_cfg", "text_cfg")}}
-    for where, tree in places.items():
-        for key, value in tree.items():
-            if key in ONLY and value not in ONLY[key]:
-                why = WHY.get(key, "Glimpse's towers have no such thing")
-                raise ValueError(f"{where}.{key} {value!r}: {why} (only {' or '.join(map(repr, ONLY[key]))})")
-    parts = {f"{where}.{key}": (tree.get(key) or {}, known) for where, tree in places.items()
-             for key, known in (("norm_kwargs", {"eps"}), ("act_kwargs", {"approximate"}))}
-    for where, (tree, known) in ({where: (tree, READ | HARMLESS | ONLY.keys()) for where, tree in places.items()} | parts).items():
-        for key, value in tree.items():
-            if key not in known:
-                raise ValueError(f"{where}.{key} {value!r}: unknown here, so the model may be another than Glimpse would make of it; "
-                                 "remove the key if it changes nothing")
-
-
-def activation(model: dict, tower: dict, where: str) -> str:
-    if model.get("quick_gelu"):
-        return "quick_gelu"
-    known = {"none": "gelu", "tanh": "gelu_tanh"}
-    approximate = (tower.get("act_kwargs") or {}).get("approximate", "none")
-    if approximate not in known:
-        raise ValueError(f"{where}.act_kwargs {tower['act_kwargs']}: unknown; known: approximate none, tanh")
-    return known[approximate]
-
-
 # --- out
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -198,65 +134,32 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     prepared = dict(mean=model.cfg.vision.mean, std=model.cfg.vision.std, interpolation=model.about.interpolation,
                     resize_mode="squash" if model.about.crop == "squash" else "shortest")
     tree = dict(model_cfg=config_out(model), preprocess_cfg=prepared, **kept_crop(model.about.crop))
-    table = rules(model.cfg)
+    table = rules(model.cfg, is_timms(model.cfg))
     folder.mkdir(parents=True)
     positions.write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
     return told_crop(model.about.crop, "open_clip")
 
 
-def config_out(model: Portable) -> dict:
-    cfg, shape, vision, text = model.cfg, model.cfg.shape, model.cfg.vision, model.cfg.text
-    if not model.vocab:
-        raise ValueError("open_clip: a vision tower alone; open_clip's models have a text tower. timm takes a vision tower")
-    if vision.pool not in POOLS:
-        raise ValueError(f"open_clip: model.vision.pool {vision.pool!r}: open_clip has {', '.join(POOLS)}")
-    if (vision.activation == "quick_gelu") != (text.activation == "quick_gelu"):
-        raise ValueError(f"open_clip: model.vision.activation {vision.activation!r}, model.text.activation {text.activation!r}: "
-                         "open_clip has quick_gelu in both towers or in none")
-    if not text.causal and not model.about.pad_text:
-        raise ValueError("open_clip: model.text.causal false with data.pad_text false: where open_clip's text tower is not causal, "
-                         "it attends to the padding")
-    if shape.width % shape.heads:
-        raise ValueError(f"open_clip: {shape.heads} heads do not divide a width of {shape.width}")
-    pool, last = POOLS[vision.pool]
-    towers = dict(
-        vision_cfg=dict(image_size=cfg.image_size, patch_size=cfg.patch, width=shape.width, layers=shape.depth,
-                        head_width=shape.width // shape.heads, mlp_ratio=shape.mlp, no_ln_pre=not vision.pre_norm, pool_type=pool,
-                        final_ln_after_pool=last),
-        text_cfg=dict(context_length=model.context, vocab_size=model.vocab, width=shape.text_width, heads=shape.text_heads,
-                      layers=shape.text_depth, mlp_ratio=shape.text_mlp, no_causal_mask=not text.causal, **pooled(model)))
-    for tree, tower in ((towers["vision_cfg"], vision), (towers["text_cfg"], text)):
-        tree["norm_kwargs"] = dict(eps=tower.eps)
-        if tower.activation == "gelu_tanh":
-            tree["act_kwargs"] = dict(approximate="tanh")
-    return dict(embed_dim=shape.embed, quick_gelu=vision.activation == "quick_gelu", **towers)
-
-
-def pooled(model: Portable) -> dict:
-    """How the text is pooled, and the tokenizer: CLIP's is open_clip's own, another lies in the folder as Hugging Face's files."""
-    tokenizer = {} if model.about.tokenizer.startswith("clip_bpe") else dict(hf_tokenizer_name="tokenizer")
-    if model.cfg.text.pool == "first":
-        return dict(pool_type="first", **tokenizer)
-    if model.about.eot in (None, model.vocab - 1):  # CLIP's is the largest id
-        return dict(pool_type="argmax", **tokenizer)
-    return dict(pool_type="eos", eos_id=model.about.eot, **tokenizer)
-
-
 # --- both
 
-def rules(cfg: ModelConfig) -> list[Rule]:
-    """What of our tensors is what of open_clip's."""
-    return [Rule(("vision.patch.weight",), ("visual.conv1.weight",), as_kernel, as_matrix),
-            Rule(("vision.cls",), ("visual.class_embedding",)),
-            positions.position_rule(cfg, "visual.positional_embedding"),
-            *(norm("vision.pre_norm", "visual.ln_pre") if cfg.vision.pre_norm else ()),
-            *blocks("vision.", "visual.", cfg.shape.depth), *norm("vision.norm", "visual.ln_post"),
-            Rule(("image_projection.weight",), ("visual.proj",), transposed, transposed),
+def rules(cfg: ModelConfig, timms: bool) -> list[Rule]:
+    """What of our tensors is what of open_clip's; timms: the vision tower is one of timm's."""
+    return [*(trunk.rules(cfg) if timms else tower(cfg)),
             Rule(("text.token.weight",), ("token_embedding.weight",)), Rule(("text.positions",), ("positional_embedding",)),
             *blocks("text.", "", cfg.shape.text_depth), *norm("text.norm", "ln_final"),
             Rule(("text_projection.weight",), ("text_projection",), transposed, transposed),
             Rule(("temperature.logit_scale",), ("logit_scale",), scalar, one)]
+
+
+def tower(cfg: ModelConfig) -> list[Rule]:
+    """Of its own vision tower, and the image projection."""
+    return [Rule(("vision.patch.weight",), ("visual.conv1.weight",), as_kernel, as_matrix),
+            Rule(("vision.cls",), ("visual.class_embedding",)),
+            positions.position_rule(cfg, PLACES),
+            *(norm("vision.pre_norm", "visual.ln_pre") if cfg.vision.pre_norm else ()),
+            *blocks("vision.", "visual.", cfg.shape.depth), *norm("vision.norm", "visual.ln_post"),
+            Rule(("image_projection.weight",), ("visual.proj",), transposed, transposed)]
 
 
 def norm(ours: str, theirs: str) -> Iterator[Rule]:
