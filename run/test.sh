@@ -19,5 +19,6 @@ fi
 
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
 ruff check .
-python -m pytest -q -m "not slow" --durations=5
-python -m pytest -q -m slow --durations=10
+for round in "not slow" slow; do  # two at a time: much of a launch is one process's work, or waiting
+  python -m pytest -q -n 2 --dist loadfile -m "$round" --durations=10
+done

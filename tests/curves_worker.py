@@ -71,16 +71,17 @@ def curve(*case, only: int = 20, **how) -> list[float]:
 def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     ranks.start()
-    short = 20 if ranks.world() == 1 or "STEPS" in os.environ else 6  # ranks that share two cores take their time
-    found = {f"{name} stage {stage}": curve(data, name, stage, only=20 if ranks.world() < 4 or name == "flip" else short)
+    one = ranks.world() == 1
+    short = 20 if "STEPS" in os.environ else 6  # ranks that share two cores take their time
+    found = {f"{name} stage {stage}": curve(data, name, stage, only=20 if name == "flip" or one and stage == 0 else short)
              for name in MASKS for stage in range(4)}
     if ranks.world() < 4:
         found["flip stage 3 accumulate 4"] = curve(data, "flip", 3, "accumulate=4", only=short)
         found["clip stage 1 accumulate 2"] = curve(data, "clip", 1, "accumulate=2", only=short)
         found["flip stage 3 checkpointed"] = curve(data, "flip", 3, "model.checkpoint_activations=true", only=short)
-        found["flip stage 3 bf16"] = curve(data, "flip", 3, bf16=True, only=short)
+        found["flip stage 3 bf16"] = curve(data, "flip", 3, bf16=True, only=20 if one else short)
         for stage in (0, 3)[ranks.world() - 1:]:
-            found |= {f"{name} stage {stage}": curve(data, name, stage) for name in METHODS}
+            found |= {f"{name} stage {stage}": curve(data, name, stage, only=short if one and stage else 20) for name in METHODS}
     if ranks.world() == 2:
         released = ["options.as_released=true", "options.average_text=true"]
         for name in METHODS:

@@ -4,6 +4,7 @@
 """
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from model import ema  # noqa: E402
 from run.lib import checkpoint, elastic, ranks, zero_files  # noqa: E402
 from tests.curves_worker import METHODS, settings, start, steps  # noqa: E402
 
-LENGTH, SAVED = 50, 40  # steps
+LENGTH, SAVED = int(os.environ.get("STEPS", 30)), 20  # steps
 MOMENTA = {"aclip": lambda t: 1 - 0.1 * (1 + math.cos(math.pi * t)) / 2, "maskclip": lambda t: 0.9 + 0.09 * t}  # as METHODS sets them
 LONG = f"samples={LENGTH * 16}"
 
@@ -63,7 +64,7 @@ def followed(cfg, name: str, trainer, batches, plain: Plain, until: int) -> list
 
 
 def teacher(data: Path, name: str) -> dict:
-    """On 2 ranks: fifty steps beside the plain average, with a checkpoint on the way, from which one more engine goes on."""
+    """On 2 ranks: LENGTH steps beside the plain average, with a checkpoint on the way, from which one more engine goes on."""
     cfg = settings(data, name, 3, LONG)
     trainer, batches = start(cfg)
     plain = Plain(trainer, name)

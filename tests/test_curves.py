@@ -1,7 +1,7 @@
 """The number of ranks, the ZeRO stage, accumulation and recomputation change nothing: the same twenty losses on the same global batches.
 
     bash run/test.sh tests/test_curves.py -s                prints the largest relative differences
-    STEPS=20 bash run/test.sh tests/test_curves.py -s       all curves whole; else some of those on several ranks stop after six steps
+    STEPS=20 bash run/test.sh tests/test_curves.py -s       all curves whole; else some of them stop after six steps
 """
 import json
 
@@ -26,8 +26,8 @@ def curves(tmp_path_factory):
 
 
 def apart(a: list[float], b: list[float]) -> float:
-    """The largest relative difference of two curves; the first may be cut short."""
-    assert 6 <= len(a) <= len(b) == 20
+    """The largest relative difference of two curves, either of which may be cut short."""
+    assert {len(a), len(b)} <= {6, 20}
     return max(abs(x - y) / abs(y) for x, y in zip(a, b))
 
 

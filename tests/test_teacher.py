@@ -1,7 +1,7 @@
 """Teachers under ZeRO-3: a rank's share of the moving average is that of a plain fp32 average of whole weights; every method that stops
 goes on as if it had not, and a teacher also on another number of ranks.
 
-    bash run/test.sh tests/test_teacher.py -s       prints the differences
+    STEPS=50 bash run/test.sh tests/test_teacher.py -s       prints the differences; CI takes 30 steps
 """
 import json
 
@@ -28,7 +28,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_the_teacher_is_the_plain_average(found, name):
     got = found[2][name]
-    print(f"{name}: {got['apart']:.1e} from the plain average after 50 steps on 2 ranks; a rank holds {got['share']:.3f} of it")
+    print(f"{name}: {got['apart']:.1e} from the plain average after the last step on 2 ranks; a rank holds {got['share']:.3f} of it")
     assert got["begun"] == 0 and got["apart"] < 1e-6
     assert got["moved"] > 1e-3, "the student has gone on, or equal averages say little"
 
@@ -47,7 +47,7 @@ def test_a_teacher_costs_its_shard(found, name):
 def test_a_teacher_goes_on_on_one_rank(found, name):
     got, straight = found[1][name], found[2][name]["straight"]
     far = max(abs(a - b) / b for a, b in zip(got["losses"], straight, strict=True))
-    print(f"{name}: resumed on 1 rank {got['begun']:.1e}, 10 steps later {got['apart']:.1e} from the plain average; losses {far:.1e}")
+    print(f"{name}: resumed on 1 rank {got['begun']:.1e}, at the end {got['apart']:.1e} from the plain average; losses {far:.1e}")
     assert got["same teacher"], "bit for bit"
     assert got["begun"] < 1e-6 and got["apart"] < 1e-6 and far < 1e-4
 
