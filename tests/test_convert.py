@@ -249,19 +249,20 @@ def test_what_is_wrong_is_told_in_a_line(line, complaint, folder, tmp_path, conv
 
 @pytest.mark.slow
 def test_runs_of_any_rank_count_come_out_as_the_file_that_went_in(folder, tmp_path, convert):
-    """open_clip's model starts ZeRO-3 runs on 1, 2 and 4 ranks, whose rate is 0, and each run becomes open_clip's again."""
+    """open_clip's model starts ZeRO-3 runs on 1, 2 and 4 ranks, whose rate is 0, and each run becomes open_clip's again; bf16 ones too."""
     data = shards(tmp_path / "data")
     assert convert("glimpse", folder, tmp_path / "start")[0] == 0
     (tmp_path / "train.yaml").write_text(json.dumps(dict(
         base="start/config.json", init=str(tmp_path / "start"), run="", method="clip", samples=16, batch=16,
-        deepspeed="ds_configs/cpu.json", data=dict(train=str(data / "train"), workers=0), optim=dict(lr="0", weight_decay=0.1, warmup=16))))
+        data=dict(train=str(data / "train"), workers=0), optim=dict(lr="0", weight_decay=0.1, warmup=16))))
     wanted = (folder / open_clip.WEIGHTS[0]).read_bytes()
-    for ranks in (1, 2, 4):
-        done = launch(ranks, "run/pretrain.py", "--config", str(tmp_path / "train.yaml"), "--set", f"run={tmp_path / f'run{ranks}'}")
+    for ranks, how in ((1, "cpu"), (2, "cpu_bf16"), (4, "cpu")):
+        done = launch(ranks, "run/pretrain.py", "--config", str(tmp_path / "train.yaml"), "--set", f"run={tmp_path / f'run{ranks}'}",
+                      f"deepspeed=ds_configs/{how}.json")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         code, _, complaint = convert("open_clip", tmp_path / f"run{ranks}", tmp_path / f"out{ranks}")
         assert code == 0, complaint
-        assert (tmp_path / f"out{ranks}" / open_clip.WEIGHTS[0]).read_bytes() == wanted, f"{ranks} ranks"
+        assert (tmp_path / f"out{ranks}" / open_clip.WEIGHTS[0]).read_bytes() == wanted, f"{ranks} ranks, {how}"
 
 
 @pytest.mark.parametrize("change, complaint", [

@@ -53,7 +53,7 @@ def trained_elsewhere(home: Path) -> bool:
 
 def hold(home: Path) -> None:
     """Take the lock, or ValueError: two jobs that train one run would overwrite each other's records and checkpoints."""
-    LOCKS.append(os.open(home / "lock", os.O_RDWR | os.O_CREAT))
+    LOCKS.append(os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644))
     for last in (False,) * 10 + (True,):  # loaders of a killed job live on for a moment
         try:
             fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
