@@ -47,8 +47,9 @@ def main() -> None:
     ranks.start()
     gallery = ranks.once(lambda: Texts(found.texts) if found.texts else open_gallery(found.images))
     cfg, tokenizer, method = models.opened(path)
-    about = agree(About(str(path), found.weights, models.checksum(method.shown(found.weights)), str(found.texts or found.images),
-                        len(gallery), gallery.name(len(gallery) - 1), found.format, found.dtype, found.part))
+    checksum = models.checksum(method.shown(found.weights), cfg, tokenizer)
+    about = agree(About(str(path), found.weights, checksum, str(found.texts or found.images), len(gallery), gallery.name(len(gallery) - 1),
+                        found.format, found.dtype, found.part))
     model = Embedder(method, cfg, tokenizer, home=models.home(path), tag=path.name, weights=found.weights)
     out = Output(found.out, about)
     todo = json.loads(ranks.told(lambda: json.dumps(out.begin(found.resume))))

@@ -9,7 +9,6 @@ The run folder is refused if it exists, unless --resume goes on with it: from it
 """
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from run/
@@ -22,7 +21,7 @@ from data.shards import Shards  # noqa: E402
 from data.stream import Stream, is_stream  # noqa: E402
 from run.evals import evaluate, parse  # noqa: E402
 from run.evals.embed import Embedder  # noqa: E402
-from run.lib import checkpoint, elastic, engine, folder, models, plan, ranks  # noqa: E402
+from run.lib import checkpoint, elastic, engine, folder, plan, ranks, starts  # noqa: E402
 from run.lib.config import Run, reader, training_arguments  # noqa: E402
 from run.lib.log import Log, peak_flops  # noqa: E402
 from run.lib.pictures import examples, gallery, masked_inputs, sheet  # noqa: E402
@@ -77,7 +76,7 @@ def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tu
     tokenizer = batches.reader.tokenizer
     found = ranks.told(lambda: str((checkpoint.whole(home / "checkpoints") or [""])[0]) if resume else "")
     if not found:
-        return engine.Engine(cfg, tokenizer.vocab_size, load=partial(models.begin, init=cfg.init, vocabulary=tokenizer.fingerprint)), {}
+        return engine.Engine(cfg, tokenizer.vocab_size, load=starts.beginning(cfg.init, tokenizer.fingerprint)), {}
     path = Path(found)
     checkpoint.check_identity(path, identity(cfg, batches))
     checkpoint.check_memory(path, engine.merged(cfg, ranks.world()))

@@ -3,7 +3,6 @@
     deepspeed --num_accelerators 2 tests/curves_worker.py DATA OUT.json
 """
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
 from data.batches import Batches  # noqa: E402
 from data.shards import Shards  # noqa: E402
 from run.lib import config, engine, ranks  # noqa: E402
-from tests.tiny import TINY  # noqa: E402
+from tests.tiny import TINY, WHOLE  # noqa: E402
 
 MASKS = {"clip": "none", "flip": "random(0.5)", "glip": "gaussian(0.5)"}
 CLIP_FLAVOUR = ["model.init=clip", "model.vision.positions=learned", "model.vision.pool=cls", "model.vision.pre_norm=true",
@@ -72,7 +71,7 @@ def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     ranks.start()
     one = ranks.world() == 1
-    short = 20 if "STEPS" in os.environ else 6  # ranks that share two cores take their time
+    short = 20 if WHOLE else 6  # ranks that share two cores take their time
     found = {f"{name} stage {stage}": curve(data, name, stage, only=20 if name == "flip" or one and stage == 0 else short)
              for name in MASKS for stage in range(4)}
     if ranks.world() < 4:

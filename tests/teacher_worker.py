@@ -4,7 +4,6 @@
 """
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from model import ema  # noqa: E402
 from run.lib import checkpoint, elastic, ranks, zero_files  # noqa: E402
 from tests.curves_worker import METHODS, settings, start, steps  # noqa: E402
+from tests.tiny import WHOLE  # noqa: E402
 
-LENGTH, SAVED = int(os.environ.get("STEPS", 30)), 20  # steps
+LENGTH, SAVED = (50, 40) if WHOLE else (30, 20)  # steps
 MOMENTA = {"aclip": lambda t: 1 - 0.1 * (1 + math.cos(math.pi * t)) / 2, "maskclip": lambda t: 0.9 + 0.09 * t}  # as METHODS sets them
 LONG = f"samples={LENGTH * 16}"
 

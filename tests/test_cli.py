@@ -36,3 +36,13 @@ def test_a_reader_that_has_enough_is_no_error(lines):
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.communicate("begin\n", timeout=60)[1] == "" and process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("line, code, told", [
+    ("pass", 0, ""), ("raise BrokenPipeError(32, 'no reader')", 2, "error: [Errno 32] no reader\n")])
+def test_another_pipe_or_none(line, code, told):
+    """Standard output is closed from the start, as daemons have it; what breaks elsewhere is told."""
+    script = f"from run.lib.cli import run_script\ndef main():\n    {line}\nrun_script(main)"
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" >&-', sys.executable, script], cwd=ROOT, env=environment(), text=True,
+                          stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (code, told)

@@ -18,7 +18,7 @@ from model.convert import files, open_clip, portable
 from model.convert.resize import kernel, resized
 from model.convert.rules import Rule, Tensors, exported, imported
 from model.vision import resized as resized_grid
-from run.lib import models, zero_files
+from run.lib import models, starts, zero_files
 from tests.test_convert_open_clip import FLAVOURS, made
 from tests.tiny import growth, launch, shards
 
@@ -276,4 +276,4 @@ def test_a_start_that_does_not_fit_is_refused(change, complaint, folder, tmp_pat
         *inner, last = key.split(".")[1:]
         cfg = replace(cfg, **{inner[0]: replace(getattr(cfg, inner[0]), **{last: value})} if inner else {last: value})
     with pytest.raises(ValueError, match=complaint):
-        models.found_for("init", str(tmp_path / "start"), models.check_start, cfg, "")
+        starts.found_for("init", str(tmp_path / "start"), starts.check_start, cfg, "")

@@ -1,7 +1,7 @@
 """The number of ranks, the ZeRO stage, accumulation and recomputation change nothing: the same twenty losses on the same global batches.
 
     bash run/test.sh tests/test_curves.py -s                prints the largest relative differences
-    STEPS=20 bash run/test.sh tests/test_curves.py -s       all curves whole; else some of them stop after six steps
+    WHOLE=1 bash run/test.sh tests/test_curves.py -s       all curves whole; else some of them stop after six steps
 """
 import json
 

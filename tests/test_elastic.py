@@ -1,6 +1,6 @@
 """Another number of ranks: what is known of it without any; then 2 -> 4 -> 1 of them with every kind of state, ZeRO stage and precision.
 
-    bash run/test.sh tests/test_elastic.py -s       prints the differences; -m "not slow" is the first part
+    WHOLE=1 bash run/test.sh tests/test_elastic.py -s       prints the differences; else two cases fewer; -m "not slow" is the first part
 The slow cases are values that tests/elastic_worker.py found, launched once on each number.  Whole runs, killed: tests/test_resume.py.
 """
 import json

@@ -13,6 +13,7 @@ import torch
 from model.methods import METHODS
 from model.methods.base import Averaging, Method
 from run.lib import checkpoint, config
+from run.lib.engine import read_json
 from run.lib.optim import groups
 from tests.test_optim import FLAVOURS
 from tests.tiny import launch, shards
@@ -77,6 +78,15 @@ def test_an_incomplete_method_cannot_be_made(base, lacks):
         pass
     with pytest.raises(TypeError, match=lacks):
         Half(None, 320, 12, None)
+
+
+@pytest.mark.parametrize("tree, complaint", [
+    ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "sets zero_optimization.round_robin_gradients, .*; remove it"),
+    ({"fp16": {"enabled": True}}, "enables fp16; .* use bf16"), ({"bf16": {"enabled": True}}, "bf16 without ZeRO .*; use stage 1")])
+def test_what_a_deepspeed_json_may_not_say(tree, complaint, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=f"deepspeed: {tmp_path}/mine.json:? {complaint}"):
+        read_json(str(tmp_path / "mine.json"))
 
 
 SHARD = "0_optim_states.pt"

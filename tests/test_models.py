@@ -2,17 +2,19 @@
 
     bash run/test.sh tests/test_models.py
 """
+import copy
 import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model.convert import open_clip, portable
 from model.convert.rules import Tensors
-from run.lib import config, models, prove
+from run.lib import config, folder, models, prove, starts
 from tests.test_convert_open_clip import FLAVOURS, made
 from tests.tiny import ROOT, environment, growth, settings, shards
 
@@ -113,7 +115,7 @@ def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_pat
     with pytest.raises(ValueError, match=complaint):
         models.opened(models.find(tmp_path / "ours"))
     with pytest.raises(ValueError, match=f"init: .*{complaint}"):
-        models.found_for("init", str(tmp_path / "ours"), models.check_start, cfg, "")
+        starts.found_for("init", str(tmp_path / "ours"), starts.check_start, cfg, "")
 
 
 @pytest.mark.parametrize("shapes, under, complaint", [
@@ -124,6 +126,48 @@ def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_
     with pytest.raises(ValueError, match=complaint):
         models.check_places(tmp_path, source, {name: torch.Size(shape) for name, shape in shapes.items()}, under)
     assert models.check_places(tmp_path, source, {"a": torch.Size([2])}, None) == ""
+
+
+def test_where_a_run_starts_is_looked_up_once(monkeypatch):
+    """A run that still goes on may have a newer checkpoint when what DeepSpeed copied is written."""
+    looked, loaded, method = [], [], torch.nn.Linear(2, 2)
+    monkeypatch.setattr(starts, "found_places", lambda *_: looked.append(1) or [("step-1", {"weight": "a", "bias": "b"}, "under")])
+    monkeypatch.setattr(starts, "load", lambda method, *where: loaded.append(where))
+    put = starts.beginning("run", "vocabulary")
+    put(method)
+    method.weight._hp_mapping = None  # as DeepSpeed marks what it has an fp32 copy of
+    put(method)
+    assert len(looked) == 1
+    assert loaded == [("step-1", {"weight": "a", "bias": "b"}, "under"), ("step-1", {"weight": "a"}, None)]
+
+
+def test_a_checksum_tells_models_apart():
+    cfg, method = config.load("run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)"]), torch.nn.Linear(3, 2)
+    tokenizer = SimpleNamespace(fingerprint="f")
+    again, other = copy.deepcopy(method), copy.deepcopy(method)
+    other.bias.data[0] *= -1
+    first = models.checksum(method, cfg, tokenizer)
+    assert first == models.checksum(again, cfg, tokenizer) and len(first) == 16
+    changed = [models.checksum(other, cfg, tokenizer), models.checksum(method, cfg, SimpleNamespace(fingerprint="g")),
+               *(models.checksum(method, config.load("run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)", more]), tokenizer)
+                 for more in ("eval_crop=squash", "model.vision.mean=[0.5,0.5,0.5]", "model.vision.pool=cls", "data.pad_text=true"))]
+    assert len({first, *changed}) == 7
+
+
+def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
+    """Copied from one that is read-only; a newer one takes its place."""
+    vocab, kept = tmp_path / "tokenizer.model", tmp_path / "run/tokenizer.model"
+    kept.parent.mkdir()
+    vocab.write_bytes(b"first")
+    vocab.chmod(0o444)
+    folder.keep(vocab, kept)
+    assert kept.stat().st_mode & 0o200, "it is the run's own"
+    kept.chmod(0o444)
+    folder.keep(kept, kept)
+    vocab.chmod(0o644)
+    vocab.write_bytes(b"other")
+    folder.keep(vocab, kept)
+    assert kept.read_bytes() == b"other" and len(list(kept.parent.iterdir())) == 1
 
 
 def test_memory_is_that_of_the_group(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.towers import ModelConfig, Size, Towers, text_flops, vision_flops
-from run.lib import checkpoint, config, models
+from run.lib import checkpoint, config, starts
 from tests.test_towers import CLIP, Keep, captions, count, everywhere, ours, patches_of
 
 QUICKSTART = config.ROOT / "run/configs/quickstart.yaml"
@@ -125,9 +125,9 @@ def test_checkpoints_from_before_the_key_are_still_the_same_model(tmp_path):
 def test_a_borrowed_tower_of_another_custom_size_is_refused(tmp_path):
     identity = {"model": config.plain(dataclasses.asdict(odd()))}
     (tmp_path / "manifest.json").write_text(json.dumps({"identity": identity, "files": {}}))
-    models.check_tower(tmp_path, odd())
+    starts.check_tower(tmp_path, odd())
     with pytest.raises(ValueError, match="model.shape.depth: 2, this config says 3"):
-        models.check_tower(tmp_path, dataclasses.replace(odd(), custom=dataclasses.replace(ODD, depth=3)))
+        starts.check_tower(tmp_path, dataclasses.replace(odd(), custom=dataclasses.replace(ODD, depth=3)))
 
 
 @pytest.mark.parametrize("overrides, message", [

@@ -1,7 +1,7 @@
 """Teachers under ZeRO-3: a rank's share of the moving average is that of a plain fp32 average of whole weights; every method that stops
 goes on as if it had not, and a teacher also on another number of ranks.
 
-    STEPS=50 bash run/test.sh tests/test_teacher.py -s       prints the differences; CI takes 30 steps
+    WHOLE=1 bash run/test.sh tests/test_teacher.py -s       prints the differences; else 30 steps instead of 50
 """
 import json
 

@@ -141,7 +141,10 @@ def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...],
     square = {"height": side, "width": side}
     squash = tree["size"] == square
     sides = {"size": square if squash else {"shortest_edge": side}, "crop_size": square}
-    for key, wanted in (IMAGE | sides | {"do_center_crop": tree["do_center_crop"] if squash else True}).items():
+    unused = ("do_center_crop", "crop_size") if squash and not tree["do_center_crop"] else ()
+    for key, wanted in (IMAGE | sides).items():
+        if key in unused:
+            continue
         if tree[key] != wanted and not (key in sides and tree[key] == side):
             raise ValueError(f"{found}: {key} {tree[key]}: our evaluations resize the short side to the model's {side} pixels, crop the "
                              f"middle and normalise; write {json.dumps(wanted)} to have it evaluated so")

@@ -45,7 +45,9 @@ def fixed(cfg: ModelConfig) -> Tensor:
 def is_fixed(table: Tensor, cfg: ModelConfig) -> bool:
     """Are these (1 + L, D) the sin-cos ones, as near as rounding leaves them?  FLIP computes them in fp32, 2e-6 off; MAE's are equal."""
     eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0
-    return cfg.shape.width % 4 == 0 and torch.allclose(table.float(), fixed(cfg), rtol=eps, atol=4e-6)
+    if cfg.shape.width % 4 or table.shape != (wanted := fixed(cfg)).shape:
+        return False
+    return torch.allclose(table.float(), wanted, rtol=eps, atol=4e-6)
 
 
 def folded(table: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -213,7 +213,7 @@ def architecture(theirs: Tensors, whose: Path, heads: int | None = None, pool: s
     normed = "norm_pre.weight" in shapes  # as CLIP's towers have it
     usual = (MEAN, STD) if normed else (VisionConfig.mean, VisionConfig.std)
     size = sized(side, width=width, depth=len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
-                 heads=heads or HEADS.get(width), mlp=ratio(width, inside))
+                 heads=HEADS.get(width) if heads is None else heads, mlp=ratio(width, inside))
     return ModelConfig(**size, image_size=sides[0] if sides[0] == sides[1] else sides, vision=VisionConfig(
         positions="learned", pool=pool or ("mean_then_norm" if "fc_norm.weight" in shapes else "cls"), pre_norm=normed,
         patch_bias="patch_embed.proj.bias" in shapes and not normed, activation=activation,

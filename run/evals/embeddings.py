@@ -50,7 +50,7 @@ class About:
 
     model: str  # its path
     weights: str
-    checksum: str  # of them: another model may since lie at that path
+    checksum: str  # of them and of what else matters: another model may since lie at that path
     source: str
     count: int  # images, or texts, of the source
     last: str  # its last one's name

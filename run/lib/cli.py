@@ -4,6 +4,7 @@
         run_script(main)
 """
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -16,11 +17,12 @@ def run_script(main: Callable[[], int | None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is removed, as on Ctrl-C
     try:
         code = main()
-        sys.stdout.flush()  # here, where it may still fail
-    except BrokenPipeError:  # who reads what is printed has enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
-        code = 128 + signal.SIGPIPE
+        if sys.stdout:
+            sys.stdout.flush()  # here, where it may still fail
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and unheard():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
+            sys.exit(128 + signal.SIGPIPE)
         named = isinstance(error, OSError) and error.filename
         print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)
         code = 2
@@ -28,6 +30,13 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def unheard() -> bool:
+    """Has who reads what is printed had enough, as `| head`?"""
+    printed = select.poll()
+    printed.register(1, 0)
+    return any(event & select.POLLERR for _, event in printed.poll(0))
 
 
 def bar(items: Iterable, text: str, unit: str = "", total: int | None = None, scale: int = 1) -> Iterable:

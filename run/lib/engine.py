@@ -43,6 +43,9 @@ def read_json(path: str) -> dict:
     for key, owner in OWNED.items():
         if key in tree:
             raise ValueError(f"deepspeed: {path} sets {key!r}, which the config owns; remove it there and set `{owner}` in the config")
+    if tree.get("zero_optimization", {}).get("round_robin_gradients"):
+        raise ValueError(f"deepspeed: {path} sets zero_optimization.round_robin_gradients, under which DeepSpeed tells of a weight's fp32 "
+                         "copy where another's lies; remove it")
     if tree.get("fp16", {}).get("enabled"):
         raise ValueError(f"deepspeed: {path} enables fp16; contrastive losses overflow in it (docs/running.md), use bf16")
     if tree.get("bf16", {}).get("enabled") and not tree.get("zero_optimization", {}).get("stage"):
@@ -223,6 +226,11 @@ def written(parameter: torch.nn.Parameter) -> None:
             parameter.partition(has_been_updated=False)
 
 
+def has_copy(parameter: torch.nn.Parameter) -> bool:
+    """Has DeepSpeed made an fp32 copy of it, which it trains?"""
+    return parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
+
+
 @contextlib.contextmanager
 def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
     """What is to be written of a parameter, whole, by rank 0; it is on every rank, or in every shard, afterwards.
@@ -231,14 +239,15 @@ def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
     """
     sharded = hasattr(parameter, "ds_id")
     with torch.no_grad():
-        if parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):
+        if has_copy(parameter):
             yield (whole := torch.empty(parameter.ds_shape if sharded else parameter.shape, device=device()))
             dist.broadcast(whole, 0)
             if not sharded:
                 safe_set_full_fp32_param(parameter, whole)
                 return
-            size = parameter.ds_tensor.numel()  # of a shard; DeepSpeed's own setter knows no padding of the last
-            safe_set_local_fp32_param(parameter, F.pad(whole.flatten(), (0, size * world() - whole.numel()))[rank() * size:][:size])
+            size = parameter.ds_tensor.numel()  # of a shard; DeepSpeed's setter of the whole knows no padding of the last
+            mine = whole.flatten()[rank() * size:][:size]
+            safe_set_local_fp32_param(parameter, F.pad(mine, (0, size - len(mine))))
         elif sharded:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 yield parameter

@@ -8,6 +8,7 @@
     RUN/lock             held by the rank 0 that trains it, while that lives
 """
 import fcntl
+import filecmp
 import importlib.metadata
 import json
 import os
@@ -92,12 +93,20 @@ def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
         shutil.copy(saved, home / f"config.until-{samples}.yaml")
     config.save(cfg, home / "config.yaml.part", provenance())
     os.replace(home / "config.yaml.part", saved)  # at no moment without it
-    if (vocab := vocabulary(cfg.data.tokenizer)) and vocab.resolve().parent != home.resolve():
-        shutil.copy(vocab, home)
+    if vocab := vocabulary(cfg.data.tokenizer):
+        keep(vocab, home / vocab.name)
     if cfg.data.trace:
         (home / "trace").mkdir(exist_ok=True)
     for records in [home / "metrics.jsonl", home / "results.jsonl", *(home / "trace").glob("*.jsonl")]:
         trim(records, samples)
+
+
+def keep(file: Path, copy: Path) -> None:
+    """A copy of a file, where it is not there yet."""
+    if not copy.exists() or not filecmp.cmp(file, copy, shallow=False):
+        part = copy.with_name(f".{copy.name}.part")
+        shutil.copyfile(file, part)
+        os.replace(part, copy)
 
 
 def trim(records: Path, samples: int) -> None:

@@ -3,11 +3,11 @@
     path = find(Path("runs/quickstart"))         the newest checkpoint of a run, a checkpoint, or a folder that run/convert.py wrote
     cfg, tokenizer, method = opened(path)        to be looked at
     anything(path)                               to be converted: whatever it is, read lazily (model/convert/portable.py)
-    begin(method, init, borrowed)                what a new run starts from
 
 No rank ever holds more than one whole tensor beside its shard.
 """
-from collections.abc import Callable
+import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from model.convert.rules import Tensors, more
 from model.methods import METHODS
 from model.towers import ModelConfig
 from run.lib import zero_files
-from run.lib.checkpoint import check_identity, differences, identity, manifest, newest
+from run.lib.checkpoint import check_identity, identity, manifest, newest
 from run.lib.config import Run, beside, build, merge, plain
 from run.lib.config import load as read_config
 from run.lib.engine import place, whole_parameter
@@ -63,7 +63,7 @@ def config_of(path: Path) -> Run:
         cfg = read_config(path.parents[1] / "config.yaml")
         return replace(cfg, data=replace(cfg.data, tokenizer=beside(cfg.data.tokenizer, path.parents[1])))
     tree = {key: value for key, value in said(path).items() if key != "provenance"}
-    if "data" not in tree:
+    if not tree.get("data"):
         raise ValueError(f"{path}: a vision tower alone, without text; start a run from it with init: {path}")
     return build(Run, merge({**UNTRAINED, "run": str(path)}, tree))
 
@@ -72,14 +72,14 @@ def said(path: Path) -> dict:
     """What a converted model's config.json says, its vocabulary where it lies now; ValueError where it lacks something."""
     tree = files.read_json(path / CONFIG)
     needed = {"": ("model", "views", "eval_crop"), "provenance": ("vocab", "fingerprint", "eot", "source")}
-    if tree["provenance"].get("vocab"):
+    if tree["provenance"].get("vocab") or tree.get("data"):
         needed["data"] = ("context", "tokenizer", "pad_text")
     for key, names in needed.items():
         part = tree.get(key, {}) if key else tree
         if lacking := [f"{key}.{name}".lstrip(".") for name in names if not isinstance(part, dict) or name not in part]:
             raise ValueError(f"{path / CONFIG}: {', '.join(lacking)} missing; convert the model again")
-    if "data" in tree:
-        tree["data"]["tokenizer"] = beside(tree["data"]["tokenizer"], path)
+    if "data" in needed:
+        tree["data"]["tokenizer"] = beside(str(tree["data"]["tokenizer"]), path)
     return tree
 
 
@@ -201,69 +201,6 @@ def check_places(path: Path, source: Tensors, shapes: dict[str, torch.Size], und
     return ""
 
 
-def begin(method: torch.nn.Module, init: str, vocabulary: str) -> None:
-    """The weights that a new run starts from: the towers of the model `init`, and what the method borrows from another.
-
-    Rank 0 alone looks for checkpoints and checks them: to many ranks a run that still goes on may look unlike.
-    """
-    names = [name for name, _ in method.named_parameters()]
-    if init:
-        path, under = told(lambda: found_for("init", init, check_start, method.cfg, vocabulary)).split("\n")
-        load(method, Path(path), {name: name for name in names if name.startswith(under)}, under)
-    for prefix, run in method.borrowed().items():
-        path, _ = told(lambda run=run: found_for("options.teacher", run, check_tower, method.cfg)).split("\n")
-        load(method, Path(path), {name: TOWERS + name.removeprefix(prefix) for name in names if name.startswith(prefix)})
-
-
-def found_for(key: str, given: str, check: Callable[..., str], *wanted) -> str:
-    """What lies there, and on a second line what the check answers; ValueError naming the key otherwise."""
-    try:
-        path = find(Path(given))
-        return f"{path}\n{check(path, *wanted)}"
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-
-
-def check_start(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
-    """Under which names the weights lie that a run can start from: the towers, or the vision tower where there is no other."""
-    if is_one(path):
-        known = provenance(path)
-        if not known["vocab"]:
-            return check_tower(path, cfg)
-        fingerprint = known["fingerprint"]
-    else:
-        fingerprint = manifest(path)["identity"]["tokenizer"]
-    if fingerprint != vocabulary:
-        raise ValueError(f"{path} was trained with tokenizer {fingerprint}, this config's data.tokenizer is {vocabulary}; use its own")
-    check_alike(path, cfg, "use the model's own architecture")
-    return TOWERS
-
-
-def check_tower(path: Path, cfg: ModelConfig) -> str:
-    """ValueError naming the first thing in which a vision tower computes its patch tokens otherwise than the config's."""
-    check_alike(path, cfg, "a borrowed tower must be the same", vision_only=True)
-    return f"{TOWERS}vision."
-
-
-def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = False) -> None:
-    """ValueError naming the first thing in which the model there computes its tokens otherwise than the config's."""
-    theirs = said(path)["model"] if is_one(path) else manifest(path)["identity"]["model"]
-    theirs = build(ModelConfig, merge({}, theirs), "model.")
-
-    def computes(model: ModelConfig) -> dict:
-        shape, vision = asdict(model.shape), asdict(model.vision)
-        del vision["pool"], vision["freeze_patch"]
-        if vision_only:
-            shape = {key: shape[key] for key in ("width", "depth", "heads", "mlp")}
-        return dict(shape=shape, patch=model.patch, grid=model.grid, vision=vision, text=None if vision_only else asdict(model.text))
-
-    for where, was, now in differences(plain(computes(theirs)), plain(computes(cfg)), "model"):
-        if where in ("model.grid", "model.patch"):
-            sides = " ".join(map(str, dict.fromkeys(cfg.sides)))
-            advice = f"python run/convert.py glimpse {path} OUT --patch {cfg.patch} --image-size {sides} makes one that fits"
-        raise ValueError(f"{path} was trained with {where}: {was!r}, this config says {now!r}; {advice}")
-
-
 def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
     """(config, tokenizer, method on this rank's device) of what was found, to be looked at."""
     cfg = config_of(path)
@@ -281,11 +218,14 @@ def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
     return cfg, tokenizer, place(method, bf16)
 
 
-def checksum(module: torch.nn.Module) -> str:
-    """Of the weights: the sum of their bits, which is the same on every device."""
+def checksum(module: torch.nn.Module, cfg: Run, tokenizer: Tokenizer) -> str:
+    """Of all that embeddings depend on: what prepares images and texts, the architecture, and the sum of the weights' bits, which is the
+    same on every device."""
     bits = {2: torch.int16, 4: torch.int32}
     total = sum(int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64)) for p in module.parameters())
-    return f"{total & (1 << 64) - 1:016x}"
+    interpolation = next(iter(cfg.views.values())).interpolation
+    about = plain(asdict(cfg.model)), cfg.eval_crop, interpolation, cfg.data.context, cfg.data.pad_text, tokenizer.fingerprint
+    return hashlib.sha256(json.dumps([total, *about]).encode()).hexdigest()[:16]
 
 
 def backbone(run: Path | str, weights: str = "student", **how) -> Backbone:
