@@ -140,7 +140,7 @@ def found_in(folder: Path) -> str:
         found = "clip_bpe"  # its merges are in there alone
     if not found:
         raise ValueError(f"{folder}: no tokenizer that we have; needed is one of {', '.join(known)}, or CLIP's tokenizer.json; "
-                         "--tokenizer SPEC names one, e.g. --tokenizer clip_bpe")
+                         "--tokenizer SPEC names one, as data.tokenizer: clip_bpe, or sentencepiece(PATH)")
     tokenizer = build(found, 77)
     if isinstance(tokenizer, ClipBpe):
         check_numbers(tokenizer, folder)

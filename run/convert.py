@@ -72,7 +72,7 @@ def convert(args) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{args.out.name}.", suffix=".part", dir=args.out.parent, ignore_cleanup_errors=True) as scratch:
         part = Path(scratch, args.out.name)
-        told = write(model, args, tokenizer, part)
+        told = write(model, args, tokenizer, part, news=format != "glimpse")
         again = FORMATS[args.format].load(part) if args.format in FORMATS else models.converted(part)
         told += proofs(model, again, args, tokenizer, part, peer)
         part.rename(args.out)
@@ -120,11 +120,11 @@ def with_tokenizer(model: Portable, args) -> tuple[Portable, Tokenizer | None]:
     return replace(model, about=replace(about, tokenizer=spec, fingerprint=tokenizer.fingerprint, eot=end)), tokenizer
 
 
-def write(model: Portable, args, tokenizer: Tokenizer | None, folder: Path) -> list[str]:
-    """The model in its format, with its vocabulary; what one should know of it, a line each."""
+def write(model: Portable, args, tokenizer: Tokenizer | None, folder: Path, news: bool) -> list[str]:
+    """The model in its format, with its vocabulary; what one should know of it, a line each.  news: its notes were not told before."""
     dtype, file, source = DTYPES[args.dtype], vocabulary(model.about.tokenizer), model.about.source
     told = [f"of {source['path']}, after step {source['step']:,}, {source['samples']:,} samples"] if "step" in source else []
-    told += [f"{source['path']}: {source['notes']}"] if "notes" in source else []
+    told += [f"{source['path']}: {source['notes']}"] if "notes" in source and news else []
     if file:  # it will lie in the folder
         spec = f"{model.about.tokenizer.partition('(')[0]}(tokenizer{file.suffix})"
         model = replace(model, about=replace(model.about, tokenizer=spec))
@@ -155,6 +155,8 @@ def proofs(model: Portable, again: Portable, args, tokenizer: Tokenizer | None, 
     for whose, peer, ours in ((args.source, source, model), (args.out, made, again)):
         if peer:
             yield compared(whose, peer, ours, tokenizer if ours.vocab else None)
+    if module and not made:
+        yield f"not run in {args.format}'s own code, which is no part of a conversion; the tests do"
 
 
 def compared(whose: Path, peer: Callable, model: Portable, tokenizer: Tokenizer | None) -> str:
@@ -167,7 +169,8 @@ def compared(whose: Path, peer: Callable, model: Portable, tokenizer: Tokenizer 
         raise ValueError(f"{whose}: its own library cannot open it ({type(error).__name__}: {first_line(error)})") from error
     found = prove.differences(model, theirs, tokenizer)
     if not all(far <= prove.CLOSE for far in found.values()):  # nan is not
-        raise ValueError(f"{whose}: run in its own library it gives other embeddings: {found}, more than {prove.CLOSE}")
+        notes = f" ({model.about.source['notes']})" if "notes" in model.about.source else ""
+        raise ValueError(f"{whose}: run in its own library it gives other embeddings: {found}, more than {prove.CLOSE}{notes}")
     return f"{whose} run in its own library: largest difference " + ", ".join(f"{far:.1e} ({what})" for what, far in found.items())
 
 

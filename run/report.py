@@ -61,7 +61,8 @@ def masks() -> None:
     folder = models.home(path) / "report"
     folder.mkdir(exist_ok=True)
     (folder / "masks.png").write_bytes(markup.encoded(pictures.sheet(found), "png"))
-    what = f"{cfg.run}: {cfg.method}, {cfg.model.size}, after {models.origin(path)['samples']:,} samples. {pages.KEY}"
+    seen = models.origin(path).get("samples")
+    what = f"{cfg.run}: {cfg.method}, {cfg.model.size}{f', after {seen:,} samples' if seen is not None else ''}. {pages.KEY}"
     (folder / "masks.html").write_text(markup.document(f"Masks: {cfg.run}", f"<h1>What each mask keeps</h1><p>{markup.escape(what)}</p>"
                                                        + markup.gallery_table(found, captions)))
     print(f"columns: {' | '.join(found)}\nwrote {folder / 'masks.png'} and {folder / 'masks.html'}")

@@ -147,4 +147,6 @@ def test_more_ranks_than_devices(data, tmp_path):
 def test_through_the_launcher(data, tmp_path):
     fails(launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", "batch=15")), "batch: 15 does not divide by 2 ranks")
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    fails(launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", f"data.train={tmp_path}/nowhere")), "no such folder")
+    done = launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", f"data.train={tmp_path}/nowhere"))
+    fails(done, "no such folder")
+    assert "c10d" not in done.stderr, "the other rank hears of it, and does not lose its store with a trace"

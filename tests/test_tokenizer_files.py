@@ -135,7 +135,7 @@ def copied(folder, to):
 
 def test_what_is_none_of_ours(folders, tmp_path):
     with pytest.raises(ValueError, match="no tokenizer that we have; needed is one of merges.txt, vocab.txt, tokenizer.model, or CLIP's "
-                                         "tokenizer.json; --tokenizer SPEC names one, e.g. --tokenizer clip_bpe$"):
+                                         "tokenizer.json; --tokenizer SPEC names one, as data.tokenizer: clip_bpe, or sent"):
         read(tmp_path)
     bert = copied(folders["wordpiece"][1], tmp_path / "bert")
     tree = json.loads((bert / "tokenizer.json").read_text())

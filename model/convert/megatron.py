@@ -48,7 +48,7 @@ SPLIT = {"self_attention.linear_qkv": (0, 0), "self_attention.linear_proj": (1, 
 MULTIPLE = 128  # Megatron-LM pads a vocabulary to a multiple of this, times the ranks (--make-vocab-size-divisible-by)
 
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32, tp: int = 1, spec: str = "local") -> None:
+def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32, tp: int = 1, spec: str = "local") -> list[str]:
     """Write the checkpoint as `tp` tensor-parallel ranks would; a job of another number of ranks may load it, too.
 
     spec: the vision tower's layers are built by get_vit_layer_with_local_spec (local) or ..._transformer_engine_spec (te).  The
@@ -70,6 +70,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32, tp: 
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
     keep(folder, model, table)
     torch_dist.write(folder, tensors, places, states, content, tp, dtype)
+    return [f"in {tp} pieces, a tensor-parallel rank each; a job of any number loads them"] if tp > 1 else []
 
 
 def claims(path: Path) -> bool:

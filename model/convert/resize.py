@@ -13,13 +13,17 @@ from torch.nn import functional as F
 
 from model.convert.portable import Portable
 from model.convert.rules import Tensors
+from model.towers import PATCHES
 from model.vision import resized as resized_grid
 
 
 def resized(model: Portable, image_size: int | tuple[int, int] | None = None, patch: int | None = None) -> Portable:
     """The same towers for other images or patches, in pixels; what is None stays."""
     old = model.cfg
-    cfg = replace(old, size=f"{old.size.partition('/')[0]}/{old.patch if patch is None else patch}",
+    name, custom = old.size.partition("/")[0], old.custom
+    if patch not in (None, *PATCHES) and not custom:
+        name, custom = "custom", old.shape
+    cfg = replace(old, size=f"{name}/{old.patch if patch is None else patch}", custom=custom,
                   image_size=old.image_size if image_size is None else image_size)
     changed = {}
     if cfg.patch != old.patch:

@@ -8,6 +8,7 @@ for bit; its decoder is left out.  Fine-tuned on pooled patches it has a norm af
 """
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,6 +131,8 @@ def load(path: Path, **given) -> Portable:
                 eps=1e-5 if "_clip" in name and "norm_layer" not in args else 1e-6, mean=prepared.get("mean"), std=prepared.get("std"),
                 image_size=args.get("img_size", prepared.get("input_size", [None])[1:] or None))
     cut = prepared.get("crop_pct") or 1.0
+    if match := re.match(rf"vit_({'|'.join(NAMES.values())})_", name):  # the name says them
+        says["heads"] = says["heads"] or HEADS.get(width := next(w for w, known in NAMES.items() if known == match[1]), width // 64)
     notes = [f"crop_pct {cut}: its images are cut from larger ones, ours resized to the very size"] if cut != 1.0 else []
     if (mode := prepared.get("crop_mode") or "center") not in MODES:
         notes.append(f"crop_mode {mode}: its images are made square otherwise; ours by resizing the short side, then cropping the middle")

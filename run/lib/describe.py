@@ -1,6 +1,7 @@
 """What lies at a path, told to people: `python run/convert.py inspect PATH`."""
 from pathlib import Path
 
+from data import tokenizer_files
 from model.convert import claimed, files
 from model.convert.portable import Portable, is_one
 from run.lib import checkpoint, models
@@ -20,16 +21,26 @@ def describe(path: Path, given: dict | None = None) -> str:
                       f"{vision.activation}, eps {vision.eps:g}")
     if model.vocab:
         rows["text"] = (f"{model.vocab:,} ids, {model.context} tokens, {'causal' if text.causal else 'not causal'}, pool {text.pool}, "
-                        f"{text.activation}, eps {text.eps:g}; tokenizer {about.tokenizer or 'unknown'}")
+                        f"{text.activation}, eps {text.eps:g}; tokenizer {about.tokenizer or vocabulary(path)}")
     kinds = sorted({str(meta.dtype).removeprefix("torch.") for meta in model.tensors.meta.values()})
     rows["stored as"] = f"{' and '.join(kinds)}, {size_of(path)}"
     if found := checkpoint.manifest(path):
         rows |= {"method": found["identity"]["method"], "step": f"{found['step']:,}", "samples": f"{found['samples']:,}",
                  "ranks": f"{found['ranks']}, ZeRO {found['stage']}, {'bf16' if found['bf16'] else 'fp32'}"}
-    elif known := {key: value for key, value in about.source.items() if key not in ("path", "format")}:
+    elif known := {key: value for key, value in about.source.items() if key not in ("path", "format", "notes")}:
         rows["from"] = ", ".join(f"{key} {value}" for key, value in known.items())
+    if "notes" in about.source:
+        rows["notes"] = about.source["notes"]
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def vocabulary(path: Path) -> str:
+    """Of the tokenizer files that lie in a folder of another format."""
+    try:
+        return tokenizer_files.read(path)
+    except ValueError:
+        return "unknown"
 
 
 def loose(path: Path, why: ValueError) -> str:
@@ -38,7 +49,7 @@ def loose(path: Path, why: ValueError) -> str:
     parts = len(list(path.glob("*_model_states.pt"))) if not (path / "manifest.json").exists() else 0
     if parts:
         raise ValueError(f"{path}: {parts} ranks' files of a DeepSpeed checkpoint, but no manifest.json: torn, or not of a run of Glimpse")
-    for file in () if claimed(path) or is_one(path) else [path] if path.is_file() else sorted(path.glob("*")):
+    for file in [path] if path.is_file() else () if claimed(path) or is_one(path) else sorted(path.glob("*")):
         if meta := files.metas(file):
             rows += [f"{file}: {len(meta)} tensors, {size_of(file)}"]
             rows += [f"  {name}  {tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}" for name, one in list(meta.items())[:10]]

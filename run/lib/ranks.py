@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that hangs; a rank that dies ends its launcher's job at once
+FAILED = b"failed"
 _once: list[str] = []  # the keys at the store that `once` has used
 
 
@@ -71,10 +72,19 @@ def once(make: Callable):
     if rank():
         try:
             store().wait([_once[-1]], datetime.timedelta(hours=12))
-            return make()
-        except dist.DistError:  # rank 0, which keeps the store, failed in its turn or soon after and says why
+            failed = store().get(_once[-1]) == FAILED
+        except dist.DistError:  # rank 0, which keeps the store, is gone
+            failed = True
+        if failed:  # it says why, and the launcher ends this one meanwhile
+            time.sleep(10)
             finish(1)
-    made = make()
+        return make()
+    try:
+        made = make()
+    except BaseException:
+        store().set(_once[-1], FAILED)
+        time.sleep(0.5 * (world() > 1))  # to be heard: the store goes when this process does
+        raise
     store().set(_once[-1], "1")
     return made
 
