@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from model.convert import files, open_clip, portable
 from model.convert.resize import kernel, resized
 from model.convert.rules import Rule, Tensors, exported, imported
+from model.towers import SIZES, ModelConfig
 from model.vision import resized as resized_grid
 from run.lib import models, starts, zero_files
-from tests.test_convert_open_clip import FLAVOURS, made
+from tests.test_convert_open_clip import CLIP_TEXT, CLIP_VISION, FLAVOURS, made
 from tests.tiny import growth, launch, shards
 
 HELD = Tensors.held({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1)})
@@ -183,6 +184,13 @@ def test_larger_patches_see_what_the_smaller_ones_saw():
     weight, patches = torch.randn(7, 3 * 14 * 14), torch.randn(4, 3, 14, 14)
     grown = F.interpolate(patches, (16, 16), mode="bicubic", antialias=True)
     assert torch.allclose(grown.flatten(1) @ kernel(weight, 14, 16).t(), patches.flatten(1) @ weight.t(), atol=1e-3)
+
+
+def test_patches_of_a_side_that_no_row_has():
+    """A named size becomes one of its own."""
+    made_finer = resized(made(ModelConfig("nano/8", image_size=32, vision=CLIP_VISION, text=CLIP_TEXT), 9, False), patch=4)
+    assert made_finer.cfg.size == "custom/4" and made_finer.cfg.shape == SIZES["nano"] and made_finer.cfg.grid == (8, 8)
+    made_finer.towers()
 
 
 def test_positions_follow_the_grid():

@@ -201,6 +201,7 @@ def test_in_a_browser(tmp_path):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "trained/report/masks.html").read_text().count("data:image/png") == 2 * 8
+    assert ", after 64 samples. " in (tmp_path / "trained/report/masks.html").read_text()
     assert Image.open(tmp_path / "trained/report/masks.png").width == 8 * 34
     assert "no absent (not run: there is no" in done.stdout and "trained complete" in done.stdout
     with opened() as browser:
