@@ -2,7 +2,9 @@
 
     bash run/test.sh tests/test_convert_odd.py
 """
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import metadata
 
-from model.convert import open_clip, portable, t5x, timm
+from model.convert import open_clip, portable, t5x, timm, torch_dist
 from model.convert.rules import Tensors
+from run.lib import zero_files
 from tests.test_convert_open_clip import FLAVOURS, made
 from tests.tiny import ROOT, environment
 
@@ -170,6 +175,30 @@ def test_what_torch_says_of_every_file_is_left_out(tmp_path, convert):
         (tmp_path / "x.pt").write_bytes(cut)
         code, _, told = convert("glimpse", tmp_path / "x.pt", tmp_path / "out")
         assert code == 2 and told.startswith(f"error: {tmp_path / 'x.pt'}: {why}") and len(told.splitlines()) == 1, told
+
+
+class Odd:
+    """Pickled as getattr(kind, name)."""
+
+    def __init__(self, kind, name):
+        self.what = kind, name
+
+    def __reduce__(self):
+        return getattr, self.what
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_members_of_enums_as_older_pythons_pickle_them(protocol, tmp_path):
+    """By getattr, which is let in for that and for nothing else, in checkpoints of runs and in megatron-core's."""
+    kind = metadata._MEM_FORMAT_ENCODING
+    assert torch_dist.Plain(io.BytesIO(pickle.dumps(Odd(kind, "TORCH_PRESERVE_FORMAT"), protocol))).load() is kind.TORCH_PRESERVE_FORMAT
+    with pytest.raises(pickle.UnpicklingError, match="getattr of"):
+        torch_dist.Plain(io.BytesIO(pickle.dumps(Odd(kind, "mro"), protocol))).load()
+    torch.save({"stage": Odd(ZeroStageEnum, "weights")}, tmp_path / "shard.pt")
+    assert zero_files.structure(tmp_path / "shard.pt") == {"stage": ZeroStageEnum.weights}
+    torch.save({"stage": Odd(ZeroStageEnum, "mro")}, tmp_path / "shard.pt")
+    with pytest.raises(ValueError, match="shard.pt: truncated or no checkpoint .getattr of"):
+        zero_files.structure(tmp_path / "shard.pt")
 
 
 def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):

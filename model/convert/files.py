@@ -5,11 +5,13 @@
 """
 import json
 import os
+import pickle
 import re
 import struct
 import zipfile
 from argparse import Namespace
 from collections.abc import Collection
+from enum import EnumMeta
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # safetensors' own
 TYPES = {name: dtype for dtype, name in NAMES.items()}
 PREFIXES = ("module.", "_orig_mod.")  # of DDP, of torch.compile
+GETATTR = "builtins", "getattr"  # what Python 3.11.0 to 3.11.3, Debian 12's among them, makes of a member of an enum
 UNSAFE = ("it is a pickle that would run code or make objects of its own when it is read, and tensors are all that is needed; "
           "ask for the weights as safetensors, or load it once where you trust it and save its state_dict() alone")
 
@@ -106,6 +109,13 @@ def read_pickle(path: Path) -> object:
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{path}: refused ({wanted[1]}): {UNSAFE}") from None
         raise ValueError(f"{path}: truncated or no file of tensors ({first_line(error)}); fetch it again") from None
+
+
+def member(kind: object, name: str) -> object:
+    """Of an enum, by its name: the only getattr that pickles may do."""
+    if isinstance(kind, EnumMeta) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"getattr of {kind!r}")
 
 
 def first_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from model.convert.files import GETATTR, member
 from model.convert.rules import Tensors
 
 INDEX, SIGN, COMMON = ".metadata", "metadata.json", "common.pt"
@@ -170,6 +171,8 @@ class Plain(pickle.Unpickler):
             return torch.serialization._get_layout
         elif module.partition(".")[0] == "pathlib" and name.endswith("Path"):
             return PurePath
+        elif (module.replace("__builtin__", "builtins"), name) == GETATTR:
+            return member
         elif module == "megatron.core.dist_checkpointing.strategies.torch" and name in OLDER:
             return OLDER[name]
         for known in (metadata, planner, filesystem):

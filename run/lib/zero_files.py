@@ -21,10 +21,10 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from model.convert.files import UNSAFE, first_line
+from model.convert.files import GETATTR, UNSAFE, first_line, member
 from model.convert.rules import Tensors
 
-TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (member, ".".join(GETATTR))]
 
 
 @dataclass(frozen=True)
