@@ -24,7 +24,7 @@ NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # safetensors' own
 TYPES = {name: dtype for dtype, name in NAMES.items()}
 PREFIXES = ("module.", "_orig_mod.")  # of DDP, of torch.compile
-GETATTR = "builtins", "getattr"  # what Python 3.11.0 to 3.11.3, Debian 12's among them, makes of a member of an enum
+GETATTR = "builtins", "getattr"  # what Python 3.11.2, Debian 12's, makes of a member of an enum
 UNSAFE = ("it is a pickle that would run code or make objects of its own when it is read, and tensors are all that is needed; "
           "ask for the weights as safetensors, or load it once where you trust it and save its state_dict() alone")
 
