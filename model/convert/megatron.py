@@ -20,7 +20,7 @@ ask for states of theirs that hold no weight; it loads with strict="log_all".
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -77,9 +77,15 @@ def claims(path: Path) -> bool:
     return torch_dist.is_one(path)
 
 
-def load(path: Path) -> Portable:
-    """A checkpoint beside which lies the config.json that `save` wrote: of any number of ranks, perhaps after training elsewhere."""
-    cfg, vocab, context, about = described(path / CONFIG)
+@dataclass(frozen=True)
+class Given:
+    """What a checkpoint may be told that lies alone."""
+    config: str = ""  # the config.json that `save` wrote, where it does not lie beside the checkpoint
+
+
+def load(path: Path, config: str = "") -> Portable:
+    """A checkpoint of any number of ranks, perhaps after training elsewhere; config: as in Given."""
+    cfg, vocab, context, about = described(Path(config or path / CONFIG))
     theirs = named(Folder(path))
     bias = f"{KERNEL}bias"
     patch_bias = bias in theirs and (cfg.vision.patch_bias or bool(theirs[bias].any()))  # zeros stand for none, until they are trained
@@ -206,8 +212,8 @@ def described(path: Path) -> tuple[ModelConfig, int, int, About]:
                      text=TextConfig(**given["text"]))
         return ModelConfig(**{**given, **parts}), tree["vocab"], tree["context"], About(**tree["about"])
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; megatron-core keeps no architecture, so put the config.json of the checkpoint that training "
-                         "began from beside it") from None
+        raise ValueError(f"{path}: missing; megatron-core keeps no architecture, so add --given config=PATH of the config.json that "
+                         "lies beside the checkpoint that training began from") from None
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not what a conversion to megatron wrote ({error!r}); put that file back") from None
 
