@@ -156,7 +156,7 @@ def proofs(model: Portable, again: Portable, args, tokenizer: Tokenizer | None, 
         if peer:
             yield compared(whose, peer, ours, tokenizer if ours.vocab else None)
     if module and not made:
-        yield f"not run in {args.format}'s own code, which is no part of a conversion; the tests do"
+        yield f"not run in {args.format}'s own code; the tests do that"
 
 
 def compared(whose: Path, peer: Callable, model: Portable, tokenizer: Tokenizer | None) -> str:
