@@ -205,6 +205,9 @@ def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):
     monkeypatch.setattr("model.convert.portable.metadata.version", lambda package: "2.30.0")
     code, told, complaint = convert("open_clip", good / "open_clip", tmp_path / "out")
     assert code == 0 and "not run beside another library: open-clip-torch 2.30.0 is installed, 3.0 or newer is needed" in told, complaint
+    monkeypatch.undo()
+    with pytest.raises(ImportError, match="^no-such-package is not installed$"):
+        portable.newer("no-such-package", "1.0")
 
 
 def test_openais_state_dict(tmp_path, convert):

@@ -54,7 +54,10 @@ def origin(path: Path, format: str, notes: Iterable[str] = (), left_out: Sequenc
 
 def newer(package: str, least: str) -> None:
     """ImportError where another library is not installed, or is older than what a `peer` has been run with."""
-    found = metadata.version(package)  # PackageNotFoundError is one
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{package} is not installed") from None
     if Version(found) < Version(least):
         raise ImportError(f"{package} {found} is installed, {least} or newer is needed")
 
