@@ -69,8 +69,10 @@ def assert_same(a: Portable, b: Portable) -> None:
 
 def assert_theirs_agrees(model: Portable, folder: Path) -> None:
     images, ids, _ = inputs(model)
-    for ours, theirs in zip(embeddings(model), hf.peer(folder)(images, ids)):
-        assert (ours - theirs).abs().max() < 1e-5
+    for what, ours, theirs in zip(("images", "captions"), embeddings(model), hf.peer(folder)(images, ids)):
+        far = float((ours - theirs).abs().max())
+        print(f"{model.cfg.size}: {far:.1e} ({what})")
+        assert far < 1e-5
         assert ours.std(0).max() > 1e-2  # they are not all the same vector
 
 

@@ -59,7 +59,9 @@ def test_out_and_back(tmp_path, flavour):
     assert (tmp_path / "out" / KEPT).exists() == (flavour == "a norm and a bias")
     images = torch.randn(3, 3, *ours.cfg.sides)
     theirs, none = format.peer(tmp_path / "out")(images, None)
-    assert none is None and (features(ours, images) - theirs).abs().max() < 1e-5
+    far = float((features(ours, images) - theirs).abs().max())
+    print(f"{flavour}: {far:.1e} (features, of {float(theirs.abs().max()):.1f} at most)")
+    assert none is None and far < 1e-5
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"))
     told = (ours.cfg.vision.mean, ours.cfg.vision.std, (3, *ours.cfg.sides))
     assert (tuple(data["mean"]), tuple(data["std"]), tuple(data["input_size"])) == told
