@@ -2,9 +2,11 @@
 
     bash run/test.sh tests/test_jobs.py
 """
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from deepspeed.launcher import runner
@@ -57,6 +59,21 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
     finished(tuned.folder, tuned, 0.25)
     launcher.fill()
     assert not launcher.waiting, "complete itself"
+
+
+def test_an_evaluation_that_failed_half_way_is_made_again(tmp_path):
+    """run/evaluate.py keeps what it had; the student's results alone are not the teacher's, nor one set's another's."""
+    planned = replace(GRIDS["flip_table8"].runs("glyphs", ["baseline"], 1, tmp_path)["baseline"][0], evaluate=("ensemble 2",))
+    finished(planned.folder, planned, 0.25)
+    records = planned.folder / "results.jsonl"
+    row = json.loads(records.read_text())
+    metric = next(name for name in row if "/" in name)
+    for more, wanted in (({"weights": "teacher"}, "ensemble 2"), ({"ensemble": 2}, "ensemble 2"),
+                         ({"ensemble": 2, "weights": "teacher", metric: None, "other/set/top1": 0.5}, "ensemble 2"),
+                         ({"ensemble": 2, "weights": "teacher"}, None)):
+        with records.open("a") as file:
+            file.write(json.dumps(row | more) + "\n")
+        assert jobs.left_to_do(planned) == wanted, more
 
 
 def test_a_run_of_another_version_says_so(tmp_path):

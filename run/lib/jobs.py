@@ -47,11 +47,15 @@ def why(results: list[Result], metric: str) -> str:
 
 
 def left_to_do(planned: Planned) -> str | None:
-    """What comes next: "" is training, then each evaluation that is not in its results; None when all is done."""
+    """What comes next: "" is training, then each evaluation that is not in its results; None when all is done.
+
+    One that failed half-way has not every metric that training's own last evaluation has.
+    """
     found = state(planned.folder)
     if found.state != "complete":
         return ""
-    return next((item for item in planned.evaluate if not any(name.endswith(f"({item})") for name in found.final)), None)
+    own = [name for name in found.final if not name.endswith(")")]
+    return next((item for item in planned.evaluate if not own or any(f"{name} ({item})" not in found.final for name in own)), None)
 
 
 def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]:
