@@ -227,7 +227,7 @@ def architecture(theirs: Tensors, whose: Path, heads: int | None = None, pool: s
 
 def peer(path: Path, **given) -> Callable[[Tensor, None], tuple[Tensor, None]]:
     """timm's own model of what `load` takes: (images (B, 3, H, W), normalised, None) -> (features (B, D), None)."""
-    newer("timm", "1.0")
+    newer("timm", "1.0.16")
     import timm
     return run(timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0) if path.is_dir() else
                built(files.read(path), path, given))
