@@ -158,7 +158,8 @@ def main() -> None:
     found = {f"guard {stage}": cases.guard(stage) for stage in range(4)}
     found |= {f"temperature {stage}": cases.temperature(stage) for stage in (1, 2, 3)}
     found |= {"groups flip": cases.groups(), "groups clip": cases.groups(*CLIP_FLAVOUR)}
-    for stage, bf16, then in ((0, False, 3), (1, False, 3), (3, False, 1), (3, False, 3), (1, True, 3), (3, True, 1), (3, True, 3)):
+    for stage, bf16, then in ((0, False, 3), (1, False, 3), (3, False, 1), (3, False, 3), (1, True, 3), (3, True, 1), (3, True, 2),
+                              (3, True, 3)):
         found[f"saved {stage} {bf16} {then}"] = cases.saved(stage, bf16, then)
     found["stop"] = cases.stop()
     if ranks.rank() == 0:

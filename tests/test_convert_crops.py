@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import augment
 from data.augment import center_view
 from model.convert import FORMATS, flip_jax, hf, open_clip, portable, timm
 from model.convert.portable import CROPS, About, Portable, crop_in
@@ -22,6 +23,11 @@ from tests.test_convert_open_clip import made as pair
 
 WHOSE = {"open_clip": "open_clip", "hf": "HF's image processor", "timm": "timm", "megatron": ""}
 CONFIGS = {"open_clip": "open_clip_config.json", "hf": hf.IMAGES, "timm": timm.CONFIG}
+
+
+def test_models_and_images_are_prepared_in_the_same_words():
+    """model/ may not import data/."""
+    assert (CROPS, portable.INTERPOLATIONS) == (augment.CROPS, augment.INTERPOLATIONS)
 
 
 @pytest.mark.parametrize("crop", CROPS)

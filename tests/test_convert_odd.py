@@ -5,6 +5,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,22 @@ def test_values_that_are_no_numbers(good, tmp_path, convert):
         assert code == 2 and "text.norm.weight holds values that are no numbers" in told and not (tmp_path / format).exists(), told
 
 
+def test_what_was_assumed_is_told_where_embeddings_differ(good, tmp_path, convert):
+    """A folder of timm's that leaves its heads unsaid, under a name that does not tell them either."""
+    shutil.copytree(good / "timm", tmp_path / "odd")
+    said("config.json", lambda tree: tree["model_args"].pop("num_heads") and tree.update(architecture="test_vit"))(tmp_path / "odd")
+    assert "assumed, as nothing says it: heads 2;" in timm.load(tmp_path / "odd").about.source["notes"]
+    timm.save(made(*FLAVOURS["SLIP, A-CLIP"]), tmp_path / "named")
+    said("config.json", lambda tree: tree["model_args"].pop("num_heads"))(tmp_path / "named")
+    named = timm.load(tmp_path / "named")
+    assert named.cfg.shape.heads == 3 and "notes" not in named.about.source, "vit_tiny_patch16_224 says it"
+    code, _, told = convert("glimpse", good / "timm", tmp_path / "out", "--given", "heads=4")
+    assert code == 2 and "it gives other embeddings" in told, told
+    said("config.json", lambda tree: tree["pretrained_cfg"].update(mean=None))(tmp_path / "named")
+    code, _, told = convert("glimpse", tmp_path / "named", tmp_path / "out", "--given", "heads=4")
+    assert code == 2 and re.search(r"it gives other embeddings.*assumed, as nothing says it: mean \[0.485,", told), told
+
+
 def test_nan_is_no_small_difference(good, tmp_path, convert, monkeypatch):
     monkeypatch.setattr("run.lib.prove.differences", lambda *_: {"images": 1e-7, "captions": float("nan")})
     assert "it gives other embeddings" in convert("open_clip", good / "open_clip", tmp_path / "out")[2]
@@ -140,7 +157,12 @@ def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
     given = f"config={good / 'open_clip' / open_clip.CONFIG}"
     code, told, complaint = convert("glimpse", tmp_path / "epoch_1.pt", tmp_path / "a", "--given", given)
     assert code == 0 and "epoch_1.pt run in its own library" in told and "epoch_1.pt: left out: ema" in told, complaint
-    assert "format        open_clip" in convert("inspect", tmp_path / "epoch_1.pt", "--given", given)[1]
+    told = convert("inspect", tmp_path / "epoch_1.pt", "--given", given)[1]
+    assert "format        open_clip" in told and "\nnotes         left out: ema" in told
+    code, told, _ = convert("inspect", tmp_path / "epoch_1.pt")
+    assert code == 0 and "epoch_1.pt: 62 tensors" in told and "add --given config=NAME" in told
+    code, told, complaint = convert("glimpse", tmp_path / "half", tmp_path / "again")
+    assert code == 0 and "assumed" not in told, "it was told, and cannot be given there"
     code, told, complaint = convert("glimpse", good / "timm" / "model.safetensors", tmp_path / "b", "--given", "heads=2", "pool=mean")
     assert code == 0 and "model.safetensors run in its own library" in told, complaint
     for pair, why in (("heads", "no value"), ("heads=[", "no value"), ("heads=x", "heads: 'x'; it must be of type int"),

@@ -67,6 +67,10 @@ def test_a_run_may_be_moved(trained, tmp_path, convert):
     saved.write_text(saved.read_text().replace(str(trained.parent), str(tmp_path / "gone")))
     code, told, complaint = convert("glimpse", tmp_path / "moved", tmp_path / "out")
     assert code == 0 and (tmp_path / "out/tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes(), complaint
+    code, told, complaint = convert("megatron", tmp_path / "moved", tmp_path / "mg", "--tp", "2")
+    assert code == 0 and "in 2 pieces, a tensor-parallel rank each" in told and "not run in megatron's own code" in told, complaint
+    assert convert("flip_jax", tmp_path / "moved", tmp_path / "flip")[0] == 0
+    assert f"tokenizer sentencepiece({tmp_path}/flip/tokenizer.model)" in convert("inspect", tmp_path / "flip")[1]
 
 
 def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch):

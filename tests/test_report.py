@@ -7,13 +7,15 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from PIL import Image
 
-from run.lib import pages, plots
+from model.convert import portable
+from run.lib import models, pages, plots
 from run.lib.results import by_seed, read
 from run.report import compare
 from tests.browser import opened
@@ -203,6 +205,11 @@ def test_in_a_browser(tmp_path):
     assert (tmp_path / "trained/report/masks.html").read_text().count("data:image/png") == 2 * 8
     assert ", after 64 samples. " in (tmp_path / "trained/report/masks.html").read_text()
     assert Image.open(tmp_path / "trained/report/masks.png").width == 8 * 34
+    pair = models.portable(models.find(tmp_path / "trained"))
+    portable.save(replace(pair, about=replace(pair.about, source={"path": "elsewhere"})), tmp_path / "pair")  # which saw nobody knows what
+    masks = [sys.executable, "run/report.py", "masks", "--run", str(tmp_path / "pair"), "--images", str(data / "train"), "--count", "2"]
+    came_in = subprocess.run(masks, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert came_in.returncode == 0 and " samples. " not in (tmp_path / "pair/report/masks.html").read_text(), came_in.stderr
     assert "no absent (not run: there is no" in done.stdout and "trained complete" in done.stdout
     with opened() as browser:
         for width in (390, 1200):

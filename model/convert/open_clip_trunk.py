@@ -16,8 +16,6 @@ from model.convert.rules import Rule, Tensors
 from model.towers import ModelConfig
 
 TRUNK, SIDE, EPS = "visual.trunk.", 224, 1e-6
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),  # width, blocks, heads
-         "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 POOLS = {"cls": "token", "mean": "avg"}  # as timm_pool names them
 PROJECTION = dict(timm_proj="linear", timm_proj_bias=False)
 
@@ -31,7 +29,7 @@ def named(cfg: ModelConfig) -> str:
             raise ValueError(f"none there has model.vision.{key} {value!r}, only {' or '.join(map(str, has))}")
     if set(cfg.sides) != {SIDE}:
         raise ValueError(f"none there has model.image_size {cfg.image_size}, only {SIDE}")
-    for name, numbers in SIZES.items():
+    for name, numbers in timm.SIZES.items():
         if numbers == (s.width, s.depth, s.heads) and s.mlp == 4 and f"{name}_patch{cfg.patch}" in timm.KNOWN:
             return f"vit_{name}_patch{cfg.patch}_{SIDE}"
     raise ValueError(f"none there has the width, depth, heads and patches of model.size {cfg.size!r}")
@@ -45,14 +43,14 @@ def tower_out(cfg: ModelConfig) -> dict:
 def tower_in(vision: dict, where: str) -> tuple[dict[str, float], dict]:
     """(columns of Size with the patch side, fields of VisionConfig) of a vision_cfg."""
     name, pools = vision["timm_model_name"], {theirs: ours for ours, theirs in POOLS.items()}
-    match = re.fullmatch(rf"vit_({'|'.join(SIZES)})_patch(\d+)_{SIDE}", name)
+    match = re.fullmatch(rf"vit_({'|'.join(timm.SIZES)})_patch(\d+)_{SIDE}", name)
     if not match:
-        raise ValueError(f"{where}.timm_model_name {name!r}: of timm's towers ours are vit_{{{','.join(SIZES)}}}_patchN_{SIDE}")
+        raise ValueError(f"{where}.timm_model_name {name!r}: of timm's towers ours are vit_{{{','.join(timm.SIZES)}}}_patchN_{SIDE}")
     for key, value, has in (("timm_pool", vision.get("timm_pool", "avg"), pools), ("image_size", vision.get("image_size", SIDE), (SIDE,)),
                             *((key, vision.get(key, value), (value,)) for key, value in PROJECTION.items())):
         if value not in has:
             raise ValueError(f"{where}.{key} {value!r}: ours are {' or '.join(map(str, has))}")
-    width, depth, heads = SIZES[match[1]]
+    width, depth, heads = timm.SIZES[match[1]]
     return (dict(patch=int(match[2]), width=width, depth=depth, heads=heads, mlp=4.0),
             dict(pool=pools[vision.get("timm_pool", "avg")], pre_norm=False, patch_bias=True, activation="gelu", eps=EPS))
 

@@ -31,7 +31,9 @@ POOLS = {"cls": {"global_pool": "token"}, "mean": {"global_pool": "avg", "fc_nor
          "mean_then_norm": {"global_pool": "avg", "fc_norm": True}}
 MODES = {"center": "resize_crop", "squash": "squash"}  # a crop_mode as we call it
 EPS = {1e-6: "", 1e-5: "_clip"}  # a config cannot say it: architectures with clip in their name have the latter
-NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}  # by width
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),  # as its names say them: width, blocks, heads
+         "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+NAMES = {width: name for name, (width, _, _) in SIZES.items()}
 KNOWN = {"tiny_patch16", "small_patch8", "small_patch16", "small_patch32", "base_patch8", "base_patch16", "base_patch32",
          "large_patch14", "large_patch16", "large_patch32", "huge_patch14",
          "base_patch16_clip", "base_patch32_clip", "large_patch14_clip", "huge_patch14_clip"}
@@ -131,8 +133,8 @@ def load(path: Path, **given) -> Portable:
                 eps=1e-5 if "_clip" in name and "norm_layer" not in args else 1e-6, mean=prepared.get("mean"), std=prepared.get("std"),
                 image_size=args.get("img_size", prepared.get("input_size", [None])[1:] or None))
     cut = prepared.get("crop_pct") or 1.0
-    if match := re.match(rf"vit_({'|'.join(NAMES.values())})_", name):  # the name says them
-        says["heads"] = says["heads"] or HEADS.get(width := next(w for w, known in NAMES.items() if known == match[1]), width // 64)
+    if match := re.match(rf"vit_({'|'.join(SIZES)})_", name):
+        says["heads"] = says["heads"] or SIZES[match[1]][2]
     notes = [f"crop_pct {cut}: its images are cut from larger ones, ours resized to the very size"] if cut != 1.0 else []
     if (mode := prepared.get("crop_mode") or "center") not in MODES:
         notes.append(f"crop_mode {mode}: its images are made square otherwise; ours by resizing the short side, then cropping the middle")
