@@ -162,8 +162,10 @@ def test_keys_that_change_nothing(tmp_path):
     tree["model_cfg"] |= dict(custom_text=True, init_logit_bias=None)
     tree["model_cfg"]["vision_cfg"] |= dict(global_average_pool=False, ls_init_value=None, patch_dropout=0.5, timm_pool="avg",
                                             pos_embed_type="learnable", act_kwargs=None)
+    tree["preprocess_cfg"]["interpolation"] = "random"  # of training; open_clip evaluates with bicubic then
     file.write_text(json.dumps(tree))
     assert open_clip.load(tmp_path / "out").cfg == replace(model.cfg, init="clip")
+    assert open_clip.load(tmp_path / "out").about.interpolation == "bicubic"
     with pytest.raises(ValueError, match=f"--given: {file} tells everything; leave it out"):
         open_clip.load(tmp_path / "out", config="ViT-B-32")
 
