@@ -1,7 +1,10 @@
-"""Changes of colour and sharpness for self-supervised views, as SLIP and A-CLIP make them: jitter, grey, blur, solarize, in this order.
+"""Changes of colour and sharpness for self-supervised views, as SLIP and A-CLIP make them: jitter,
+grey, blur, solarize, in this order.
 
-Pillow does the work, in torchvision's terms: a jitter of x draws a factor from 1 - x to 1 + x; one of hue, a shift from -x to x.
+Pillow does the work, in torchvision's terms: a jitter of x draws a factor from 1 - x to 1 + x; one
+of hue, a shift from -x to x.
 """
+
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -9,9 +12,19 @@ JITTERED = 0.8  # of the images; the other probabilities are the view's
 SIGMA = (0.1, 2.0)  # of the blur, pixels
 
 
-def recolour(image: np.ndarray, rng: np.random.Generator, jitter: tuple[float, ...], grey: float, blur: float,
-             solarize: float) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same.  jitter: of brightness, contrast, saturation, hue; the others are probabilities.  All 0: unchanged."""
+def recolour(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    jitter: tuple[float, ...],
+    grey: float,
+    blur: float,
+    solarize: float,
+) -> np.ndarray:
+    """(H, W, 3) uint8 -> the same.
+
+    jitter: of brightness, contrast, saturation, hue; the others are probabilities. All 0:
+    unchanged.
+    """
     if not (any(jitter) or grey or blur or solarize):
         return image
     picture = Image.fromarray(image)
@@ -26,7 +39,9 @@ def recolour(image: np.ndarray, rng: np.random.Generator, jitter: tuple[float, .
     return np.asarray(picture)
 
 
-def jittered(picture: Image.Image, jitter: tuple[float, ...], rng: np.random.Generator) -> Image.Image:
+def jittered(
+    picture: Image.Image, jitter: tuple[float, ...], rng: np.random.Generator
+) -> Image.Image:
     """Brightness, contrast, saturation and hue, in random order."""
     for i in rng.permutation(4):
         if not jitter[i]:

@@ -1,12 +1,15 @@
-"""Images as they lie, with or without captions, to be embedded: a folder of any depth, or one of tar shards; or lines of text alone.
+"""Images as they lie, with or without captions, to be embedded: a folder of any depth, or one of
+tar shards; or lines of text alone.
 
     gallery = open_gallery(Path("photos"))
     len(gallery), gallery.name(i), gallery.read(i)      the image's bytes, and its caption or None
     for block in blocks(gallery, pre, starts, ...): ...
 
-Images come in one order, whoever reads: a folder's by name (data/pairs.py `Folder`), those of shards as they lie in them.
+Images come in one order, whoever reads: a folder's by name (data/pairs.py `Folder`), those of
+shards as they lie in them.
 Names: m images of a block that can be read, L patches, P patch side.
 """
+
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -35,7 +38,9 @@ class Photos:
             self.paths = Folder(root).paths
         except ValueError as error:
             tars = next((os.path.dirname(path) for path in sorted(root.rglob("*.tar"))), "")
-            raise ValueError(f"{error}; there are shards in {tars}" if tars else str(error)) from None
+            raise ValueError(
+                f"{error}; there are shards in {tars}" if tars else str(error)
+            ) from None
         self.captioned = any(captions_among(names) for _, _, names in os.walk(root))
 
     def __len__(self) -> int:
@@ -55,7 +60,11 @@ class Tars:
     def __init__(self, folder: Path):
         self.shards = Shards([folder], captions=False)
         kinds = {kind for row in read_index(folder)["shards"] for kind in row["extensions"]}
-        self.captioned = "txt" in kinds or "json" in kinds and caption(self.shards.read(0, only=CAPTIONS)) is not None
+        self.captioned = (
+            "txt" in kinds
+            or "json" in kinds
+            and caption(self.shards.read(0, only=CAPTIONS)) is not None
+        )
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -75,11 +84,18 @@ class Texts:
 
     def __init__(self, path: Path):
         try:
-            self.lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+            self.lines = [
+                line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+            ]
         except UnicodeDecodeError as error:
-            raise ValueError(f"--texts: {path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+            raise ValueError(
+                f"--texts: {path}: not UTF-8 ({error.reason} at byte {error.start}); convert it"
+            ) from None
         if "" in self.lines:
-            raise ValueError(f"--texts: {path}: line {self.lines.index('') + 1} is empty; a text a line, so that line i is row i")
+            raise ValueError(
+                f"--texts: {path}: line {self.lines.index('') + 1} is empty; a text a line, so that"
+                " line i is row i"
+            )
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -118,10 +134,17 @@ class Block(NamedTuple):
     left_out: list[tuple[str, str]]  # (name, why) of those that cannot
 
 
-def blocks(gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int], workers: int) -> Iterator[Block]:
+def blocks(
+    gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int], workers: int
+) -> Iterator[Block]:
     """The images starts[n] to ends[n], exclusive, for each n in turn."""
-    yield from DataLoader(_Blocks(gallery, pre, starts, ends), batch_size=None, num_workers=workers, collate_fn=same,
-                          worker_init_fn=quiet_worker if workers else None)
+    yield from DataLoader(
+        _Blocks(gallery, pre, starts, ends),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=same,
+        worker_init_fn=quiet_worker if workers else None,
+    )
 
 
 def same(block: Block) -> Block:
@@ -129,7 +152,9 @@ def same(block: Block) -> Block:
 
 
 class _Blocks(Dataset):
-    def __init__(self, gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int]):
+    def __init__(
+        self, gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int]
+    ):
         self.gallery, self.pre, self.starts, self.ends = gallery, pre, starts, ends
         self.everything = np.arange(math.prod(grid(*sides(pre.image_size), pre.patch)))
 
@@ -145,10 +170,17 @@ class _Blocks(Dataset):
             name = self.gallery.name(i)
             try:
                 image, text = self.gallery.read(i)
-                shown = center_view(image, self.pre.image_size, self.pre.how, self.pre.interpolation)
+                shown = center_view(
+                    image, self.pre.image_size, self.pre.how, self.pre.interpolation
+                )
             except (ValueError, OSError) as error:
                 left_out.append((name, " ".join(str(error).split())))
             else:
                 found.append((name, text, visible(shown, self.pre.patch, self.everything)))
         names, captions, patches = zip(*found) if found else ((), (), ())
-        return Block(list(names), list(captions), torch.from_numpy(np.stack(patches)) if found else None, left_out)
+        return Block(
+            list(names),
+            list(captions),
+            torch.from_numpy(np.stack(patches)) if found else None,
+            left_out,
+        )

@@ -1,7 +1,10 @@
-"""Which layout a folder is in: `open_set(folder)` -> its images, with what the layout knows of them (data/benchmarks.py `Images`).
+"""Which layout a folder is in: `open_set(folder)` -> its images, with what the layout knows of them
+(data/benchmarks.py `Images`).
 
-To add one: a class with `fits` and `open` in data/layout_maps.py or data/layout_texts.py, and its place in LAYOUTS.
+To add one: a class with `fits` and `open` in data/layout_maps.py or data/layout_texts.py, and its
+place in LAYOUTS.
 """
+
 from pathlib import Path
 
 from data.benchmarks import Benchmark, Images
@@ -9,17 +12,31 @@ from data.layout_maps import Ade20k, CocoStuff, Files, Folders, PascalContext
 from data.layout_texts import CocoCaptions, Karpathy, Nocaps, Vqa
 from data.stream import is_url
 
-LAYOUTS: tuple[type[Files], ...] = (Karpathy, Nocaps, CocoCaptions, Vqa, Ade20k, PascalContext, CocoStuff, Folders)
+LAYOUTS: tuple[type[Files], ...] = (
+    Karpathy,
+    Nocaps,
+    CocoCaptions,
+    Vqa,
+    Ade20k,
+    PascalContext,
+    CocoStuff,
+    Folders,
+)
 
 
 def open_set(folder: str | Path, split: str = "test", reads: str = "") -> Images:
-    """The set in a folder, or at a URL: shards where it has SPLIT/*.tar, else the first of LAYOUTS that fits, for `reads` if it says so.
+    """The set in a folder, or at a URL: shards where it has SPLIT/*.tar, else the first of LAYOUTS
+    that fits, for `reads` if it says so.
 
     reads: label_map, captions or questions, since COCO's folder may hold all three.
     """
     if is_url(str(folder)):
         return Benchmark(folder, split)
     folder = Path(folder)
-    fitting = [] if any((folder / split).glob("*.tar")) else [layout for layout in LAYOUTS if layout.fits(folder)]
+    fitting = (
+        []
+        if any((folder / split).glob("*.tar"))
+        else [layout for layout in LAYOUTS if layout.fits(folder)]
+    )
     wanted = [layout for layout in fitting if layout.holds == reads] or fitting
     return wanted[0](folder, split) if wanted else Benchmark(folder, split)

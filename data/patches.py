@@ -1,9 +1,12 @@
 """Pictures as patches, and back.
 
-A patch is laid out (channel, row, column), as the weight of a stride-P convolution flattens, so that a linear layer over
+A patch is laid out (channel, row, column), as the weight of a stride-P convolution flattens, so
+that a linear layer over
 patches equals that convolution and its weights convert by reshaping.
-Letters: B images, H x W pixels, P pixels to a patch side, L = (H / P) * (W / P) patches in reading order, K visible patches.
+Letters: B images, H x W pixels, P pixels to a patch side, L = (H / P) * (W / P) patches in reading
+order, K visible patches.
 """
+
 import numpy as np
 from torch import Tensor
 
@@ -11,7 +14,10 @@ from torch import Tensor
 def grid(height: int, width: int, P: int) -> tuple[int, int]:
     """(rows, columns) of patches in an image."""
     if height % P or width % P:
-        raise ValueError(f"an image of {height} x {width} pixels does not divide into patches of {P}; change the image or the patch size")
+        raise ValueError(
+            f"an image of {height} x {width} pixels does not divide into patches of {P}; change the"
+            " image or the patch size"
+        )
     return height // P, width // P
 
 
@@ -19,17 +25,26 @@ def patchify(images: Tensor, P: int) -> Tensor:
     """(B, C, H, W) -> (B, L, C*P*P)."""
     B, C, H, W = images.shape
     rows, columns = grid(H, W, P)
-    return images.reshape(B, C, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * P * P)
+    return (
+        images.reshape(B, C, rows, P, columns, P)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(B, rows * columns, C * P * P)
+    )
 
 
 def unpatchify(patches: Tensor, P: int, grid: tuple[int, int]) -> Tensor:
     """(B, L, C*P*P) -> (B, C, H, W); grid is (rows, columns)."""
     B, (rows, columns) = patches.shape[0], grid
-    return patches.reshape(B, rows, columns, -1, P, P).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, rows * P, columns * P)
+    return (
+        patches.reshape(B, rows, columns, -1, P, P)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(B, -1, rows * P, columns * P)
+    )
 
 
 def visible(image: np.ndarray, P: int, keep: np.ndarray) -> np.ndarray:
     """One image (H, W, C) at keep (K,) -> (K, C*P*P); reads and copies the visible patches only."""
     rows, columns = grid(*image.shape[:2], P)
-    view = image.reshape(rows, P, columns, P, -1).transpose(0, 2, 4, 1, 3)  # (rows, columns, C, P, P), no copy yet
+    # (rows, columns, C, P, P), no copy yet
+    view = image.reshape(rows, P, columns, P, -1).transpose(0, 2, 4, 1, 3)
     return view[keep // columns, keep % columns].reshape(len(keep), -1)

@@ -1,14 +1,19 @@
 """Tar shards of captioned images: written, indexed, read at random, and put in one global order.
 
-A shard is a tar in webdataset's convention: the members of a sample follow each other and share a key, `000017.jpg`, `000017.txt`.
+A shard is a tar in webdataset's convention: the members of a sample follow each other and share a
+key, `000017.jpg`, `000017.txt`.
 A folder of shards carries an index, made once (`run/prepare.py index DIR`, or on first use):
 
-    DIR/shards.index.json           which tars there are, how many samples and bytes each has, which extensions
-    DIR/shards.index/NAME.tar.json  where each member of that tar lies, so that one sample is one read
+    DIR/shards.index.json           which tars there are, how many samples and bytes each has, which
+                                    extensions
+    DIR/shards.index/NAME.tar.json  where each member of that tar lies, so that one sample is one
+        read
 
-With it, sample i is a place in a file and `Order` is a pure function: position p of a run -> (epoch, sample).  Nothing depends on who
-reads, which is what makes a resumed run see every sample of an epoch exactly once, on any number of ranks and workers.
+With it, sample i is a place in a file and `Order` is a pure function: position p of a run ->
+(epoch, sample). Nothing depends on who reads, which is what makes a resumed run see every sample of
+an epoch exactly once, on any number of ranks and workers.
 """
+
 import io
 import json
 import os
@@ -43,11 +48,15 @@ class Sample:
         for extension in IMAGES:
             if extension in self.parts:
                 return self.parts[extension]
-        raise ValueError(f"no image: has {', '.join(self.parts)}; an image is one of {', '.join(IMAGES)}")
+        raise ValueError(
+            f"no image: has {', '.join(self.parts)}; an image is one of {', '.join(IMAGES)}"
+        )
 
     @property
     def captions(self) -> list[str]:
-        """The texts that belong to the image: the txt member, or the json member's caption field, which may list several."""
+        """The texts that belong to the image: the txt member, or the json member's caption field,
+        which may list several.
+        """
         if "txt" in self.parts:
             return [self.parts["txt"].decode("utf-8", errors="replace").strip()]
         fields = json.loads(self.parts.get("json", b"{}"))
@@ -56,7 +65,10 @@ class Sample:
             texts = [texts] if isinstance(texts, str) else texts
             if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
                 return [text.strip() for text in texts if text.strip()] or [""]
-        raise ValueError(f"no caption: has {', '.join(self.parts)}; a caption is a txt, or one of {', '.join(CAPTION_FIELDS)} in a json")
+        raise ValueError(
+            f"no caption: has {', '.join(self.parts)}; a caption is a txt, or one of"
+            f" {', '.join(CAPTION_FIELDS)} in a json"
+        )
 
     @property
     def caption(self) -> str:
@@ -65,12 +77,17 @@ class Sample:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    """Write (key, {extension: content}) as one tar and return how many; the same samples give the same bytes."""
+    """Write (key, {extension: content}) as one tar and return how many; the same samples give the
+    same bytes.
+    """
     part, count = path.with_name(path.name + ".part"), 0
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, parts in samples:
             if "." in key.rpartition("/")[2]:
-                raise ValueError(f"{path}: key {key!r} has a dot, where its extension would begin; replace the dots")
+                raise ValueError(
+                    f"{path}: key {key!r} has a dot, where its extension would begin; replace the"
+                    " dots"
+                )
             count += 1
             for extension, content in parts.items():
                 member = tarfile.TarInfo(f"{key}.{extension}")  # no time, no owner: TarInfo's zeros
@@ -81,15 +98,21 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
 
 def headers(path: Path) -> list[tuple[str, str, int, int]]:
-    """The files in a tar, in order: [(key, extension, offset, bytes)]. ValueError: it is cut off, damaged or empty."""
+    """The files in a tar, in order: [(key, extension, offset, bytes)].
+
+    ValueError: it is cut off, damaged or empty.
+    """
     try:
         with tarfile.open(path, "r:") as tar:  # a tar cut off within a file raises ReadError here
             files = [(*split_name(m.name), m.offset_data, m.size) for m in tar if m.isfile()]
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512).strip(b"\0"):  # tarfile takes a header that it cannot read for the end
+            # tarfile takes a header that it cannot read for the end
+            if tar.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: truncated or no tar ({error}); fetch it again or remove it") from None
+        raise ValueError(
+            f"{path}: truncated or no tar ({error}); fetch it again or remove it"
+        ) from None
     if not files:
         raise ValueError(f"{path}: an empty shard; remove it")
     return files
@@ -102,18 +125,25 @@ def members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
 
 def grouped(files: list[tuple[str, str, int, int]]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """`headers` as samples: files that follow each other and share a key."""
-    return [(key, {ext: (offset, size) for _, ext, offset, size in group}) for key, group in groupby(files, key=lambda f: f[0])]
+    return [
+        (key, {ext: (offset, size) for _, ext, offset, size in group})
+        for key, group in groupby(files, key=lambda f: f[0])
+    ]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """'a.b/0017.seg.png' -> ('a.b/0017', 'seg.png'), as webdataset splits: at the first dot of the file's own name."""
+    """'a.b/0017.seg.png' -> ('a.b/0017', 'seg.png'), as webdataset splits: at the first dot of the
+    file's own name.
+    """
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
 def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -> dict:
-    """Index every tar of the folder (not below it) and return the summary; `progress` wraps the iteration over tars."""
+    """Index every tar of the folder (not below it) and return the summary; `progress` wraps the
+    iteration over tars.
+    """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"{folder}: no *.tar in it; name the folder that holds the shards")
@@ -127,7 +157,14 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
             continue
         replace_json(folder / "shards.index" / f"{path.name}.json", samples)
         extensions = Counter(extension for _, parts in samples for extension in parts)
-        rows.append(dict(name=path.name, samples=len(samples), bytes=path.stat().st_size, extensions=dict(sorted(extensions.items()))))
+        rows.append(
+            dict(
+                name=path.name,
+                samples=len(samples),
+                bytes=path.stat().st_size,
+                extensions=dict(sorted(extensions.items())),
+            )
+        )
     if broken:
         several = f"{folder}: {len(broken)} of {len(paths)} shards are unusable"
         raise ValueError(broken[0] if len(broken) == 1 else "\n  ".join([several, *broken]))
@@ -148,29 +185,43 @@ def read_index(folder: Path) -> dict:
     path = folder / "shards.index.json"
     index = json.loads(path.read_text()) if path.exists() else build_index(folder)
     if index.get("version") != VERSION:
-        raise ValueError(f"{path}: version {index.get('version')!r}, this code writes {VERSION}; run: run/prepare.py index {folder}")
+        raise ValueError(
+            f"{path}: version {index.get('version')!r}, this code writes {VERSION}; run:"
+            f" run/prepare.py index {folder}"
+        )
     there = {(p.name, p.stat().st_size) for p in folder.glob("*.tar")}
     indexed = {(row["name"], row["bytes"]) for row in index["shards"]}
     if there != indexed:
-        raise ValueError(f"{path}: the tars changed (e.g. {sorted(there ^ indexed)[0][0]}); run: run/prepare.py index {folder}")
+        raise ValueError(
+            f"{path}: the tars changed (e.g. {sorted(there ^ indexed)[0][0]}); run: run/prepare.py"
+            f" index {folder}"
+        )
     return index
 
 
 def require_pairs(folder: Path, row: dict) -> None:
-    """A shard of a training set has images and captions, or the run stops here rather than at its first batch."""
+    """A shard of a training set has images and captions, or the run stops here rather than at its
+    first batch.
+    """
     for what, known in (("images", IMAGES), ("captions", CAPTIONS)):
         if not any(extension in row["extensions"] for extension in known):
             have = ", ".join(row["extensions"])
-            raise ValueError(f"{folder / row['name']}: no {what} (has {have}; {what} are one of {', '.join(known)}); see data.train")
+            raise ValueError(
+                f"{folder / row['name']}: no {what} (has {have}; {what} are one of"
+                f" {', '.join(known)}); see data.train"
+            )
 
 
 def named(given: str | Path) -> tuple[Path, list[str]]:
-    """A folder and which of its tars are meant, none for all: 'DIR/{00000..00008}.tar', in braces as shells and webdataset have them."""
+    """A folder and which of its tars are meant, none for all: 'DIR/{00000..00008}.tar', in braces
+    as shells and webdataset have them.
+    """
     path = Path(given)
     if path.suffix != ".tar" or path.is_dir():
         return path, []
     try:
-        return path.parent, sorted(set(braceexpand(path.name)))  # as the index lists them: the order in which they are named is nothing
+        # as the index lists them: the order in which they are named is nothing
+        return path.parent, sorted(set(braceexpand(path.name)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; see data.train") from None
 
@@ -178,8 +229,8 @@ def named(given: str | Path) -> tuple[Path, list[str]]:
 class Shards:
     """The samples of indexed shard folders as one list: `len(shards)`, `shards[i] -> Sample`.
 
-    folders: each holds tars, or names some of a folder's, FOLDER/NAME-{00000..00008}.tar; captions: every shard must hold images and
-    captions, else ValueError.
+    folders: each holds tars, or names some of a folder's, FOLDER/NAME-{00000..00008}.tar; captions:
+    every shard must hold images and captions, else ValueError.
     """
 
     def __init__(self, folders: Iterable[str | Path], captions: bool = True):
@@ -191,7 +242,10 @@ class Shards:
             rows = {row["name"]: row for row in read_index(folder)["shards"]}
             for name in chosen or rows:
                 if name not in rows:
-                    raise ValueError(f"{folder / name}: no such shard of {len(rows)}, {min(rows)} to {max(rows)}; see data.train")
+                    raise ValueError(
+                        f"{folder / name}: no such shard of {len(rows)}, {min(rows)} to"
+                        f" {max(rows)}; see data.train"
+                    )
                 row = rows[name]
                 if captions:
                     require_pairs(folder, row)
@@ -242,20 +296,29 @@ class _OpenShard:
 
     def read(self, i: int, only: tuple[str, ...]) -> Sample:
         key, parts = self.samples[i]
-        parts = {ext: parts[ext] for ext in only if ext in parts} or parts  # none of them there: all, so that the caller can say what is
+        # none of them there: all, so that the caller can say what is
+        parts = {ext: parts[ext] for ext in only if ext in parts} or parts
         start = min(offset for offset, _ in parts.values())
         end = max(offset + size for offset, size in parts.values())
         block = os.pread(self.file, end - start, start)  # the members lie side by side
         if len(block) < end - start:
             raise ValueError(f"{self.name}: shorter than its index says; run: run/prepare.py index")
-        return Sample(self.name, key, {ext: block[offset - start:offset - start + size] for ext, (offset, size) in parts.items()})
+        return Sample(
+            self.name,
+            key,
+            {
+                ext: block[offset - start : offset - start + size]
+                for ext, (offset, size) in parts.items()
+            },
+        )
 
 
 class Order:
     """The global order of a run: position -> (epoch, sample), the same for every reader.
 
-    Each epoch visits the shards in a new order, `window` shards at a time, and mixes the samples within a window: random enough for
-    contrastive batches, local enough for a network file system.  Positions run on over the epochs, so a batch may straddle two.
+    Each epoch visits the shards in a new order, `window` shards at a time, and mixes the samples
+    within a window: random enough for contrastive batches, local enough for a network file system.
+    Positions run on over the epochs, so a batch may straddle two.
     """
 
     def __init__(self, counts: list[int], seed: int, window: int):
@@ -274,12 +337,14 @@ class Order:
 
     def _epoch_windows(self, epoch: int) -> tuple[list[np.ndarray], list[int]]:
         shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
-        windows = [shards[i:i + self.window] for i in range(0, len(shards), self.window)]
+        windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         return windows, list(accumulate(int(self.counts[w].sum()) for w in windows))
 
     def _mixed_window(self, epoch: int, window: int) -> np.ndarray:
         shards = self._epoch(epoch)[0][window]
-        samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.counts[s]) for s in shards])
+        samples = np.concatenate(
+            [np.arange(self.starts[s], self.starts[s] + self.counts[s]) for s in shards]
+        )
         return np.random.default_rng((self.seed, epoch, 1 + window)).permutation(samples)
 
     def __getstate__(self):

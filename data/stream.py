@@ -1,10 +1,13 @@
 """Training from shards that cannot be indexed (URLs, pipes), read from front to back by webdataset.
 
-`data.train: "https://host/{00000..00099}.tar"` or `"pipe:aws s3 cp s3://.../{0000..0099}.tar -"` comes here instead of data/batches.py's
-index.  The shards of all epochs form one sequence, each epoch in an order of its own; reader r of R (ranks x workers) takes every R-th.
-A resumed run begins at the first shard that some reader had not used up: every sample is seen at least once, some of them again.
+`data.train: "https://host/{00000..00099}.tar"` or `"pipe:aws s3 cp s3://.../{0000..0099}.tar -"`
+comes here instead of data/batches.py's index. The shards of all epochs form one sequence, each
+epoch in an order of its own; reader r of R (ranks x workers) takes every R-th.
+A resumed run begins at the first shard that some reader had not used up: every sample is seen at
+least once, some of them again.
 For exactly once, on any number of ranks, use local shards with an index.
 """
+
 import zlib
 from collections.abc import Iterator
 from itertools import count, islice
@@ -25,7 +28,9 @@ def is_url(path: str) -> bool:
 
 
 def opened_url(url: str):
-    """A file at a URL or the output of a pipe, open for reading; closing it raises where the transfer failed."""
+    """A file at a URL or the output of a pipe, open for reading; closing it raises where the
+    transfer failed.
+    """
     return webdataset.gopen(url)
 
 
@@ -33,22 +38,46 @@ def is_stream(train: tuple[str, ...]) -> bool:
     """Do these name streams?  Folders and streams cannot be mixed."""
     streams = [path for path in train if is_url(path)]
     if streams and len(streams) < len(train):
-        raise ValueError(f"data.train: {streams[0]} is a stream and {next(p for p in train if p not in streams)} a folder; give one kind")
+        raise ValueError(
+            f"data.train: {streams[0]} is a stream and {next(p for p in train if p not in streams)}"
+            " a folder; give one kind"
+        )
     return bool(streams)
 
 
 class Stream(IterableDataset):
     """One rank's batches from streamed shards; `cursor`: the sequence begins at this shard."""
 
-    def __init__(self, reader: Reader, train: tuple[str, ...], *, batch: int, accumulate: int = 1, rank: int = 0, world: int = 1,
-                 cursor: int = 0):
-        self.reader, self.urls = reader, [url for path in train for url in webdataset.shardlists.expand_urls(path)]
-        self.size, self.parts, self.rank, self.world, self.cursor = share(batch, world, accumulate), accumulate, rank, world, cursor
-        self.behind = [cursor] * max(1, reader.cfg.workers)  # by worker: the oldest shard that it still needs
+    def __init__(
+        self,
+        reader: Reader,
+        train: tuple[str, ...],
+        *,
+        batch: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        cursor: int = 0,
+    ):
+        self.reader, self.urls = (
+            reader,
+            [url for path in train for url in webdataset.shardlists.expand_urls(path)],
+        )
+        self.size, self.parts, self.rank, self.world, self.cursor = (
+            share(batch, world, accumulate),
+            accumulate,
+            rank,
+            world,
+            cursor,
+        )
+        # by worker: the oldest shard that it still needs
+        self.behind = [cursor] * max(1, reader.cfg.workers)
         readers = world * max(1, reader.cfg.workers)
         if len(self.urls) < readers:
-            raise ValueError(f"data.train: {len(self.urls)} streamed shards for {readers} readers (ranks x data.workers); "
-                             "give more shards or fewer workers")
+            raise ValueError(
+                f"data.train: {len(self.urls)} streamed shards for {readers} readers (ranks x"
+                " data.workers); give more shards or fewer workers"
+            )
 
     def __len__(self) -> int:
         raise TypeError("a stream does not know its samples")
@@ -62,14 +91,27 @@ class Stream(IterableDataset):
             parts = []
             for _ in range(self.parts):
                 oldest, mixed, keys = zip(*islice(rows, self.size))
-                parts.append(self.reader.part(mixed, list(bad)) | dict(keys=keys, worker=worker, oldest=oldest[-1]))
+                parts.append(
+                    self.reader.part(mixed, list(bad))
+                    | dict(keys=keys, worker=worker, oldest=oldest[-1])
+                )
                 bad.clear()
             yield parts
 
-    def rows(self, workers: int, worker: int, bad: list[tuple]) -> Iterator[tuple[int, tuple, tuple]]:
-        """(oldest shard still in the buffer, row, key) without end; what cannot be read goes to `bad`."""
-        rng, buffer, failed = np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker)), [], 0
-        for sample, epoch, ordinal in self.samples(self.rank * workers + worker, self.world * workers, bad):
+    def rows(
+        self, workers: int, worker: int, bad: list[tuple]
+    ) -> Iterator[tuple[int, tuple, tuple]]:
+        """(oldest shard still in the buffer, row, key) without end; what cannot be read goes to
+        `bad`.
+        """
+        rng, buffer, failed = (
+            np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker)),
+            [],
+            0,
+        )
+        for sample, epoch, ordinal in self.samples(
+            self.rank * workers + worker, self.world * workers, bad
+        ):
             buffer.append((sample, epoch, ordinal))
             if len(buffer) < BUFFER:
                 continue
@@ -77,34 +119,60 @@ class Stream(IterableDataset):
             buffer[i], buffer[-1] = buffer[-1], buffer[i]
             sample, epoch, _ = buffer.pop()
             try:
-                row = self.reader.row(sample, epoch, zlib.crc32(f"{sample.shard}/{sample.key}".encode()))
+                row = self.reader.row(
+                    sample, epoch, zlib.crc32(f"{sample.shard}/{sample.key}".encode())
+                )
             except (ValueError, OSError) as error:
                 bad.append((sample.shard, sample.key, " ".join(str(error).split())))
                 failed += 1
                 if failed == SUBSTITUTES:
-                    raise ValueError(f"data.train: {failed} samples in a row cannot be read, the last {' '.join(bad[-1])}") from None
+                    raise ValueError(
+                        f"data.train: {failed} samples in a row cannot be read, the last"
+                        f" {' '.join(bad[-1])}"
+                    ) from None
                 continue
             failed = 0
-            yield min((o for _, _, o in buffer), default=ordinal), row, (epoch, sample.shard, sample.key)
+            yield (
+                min((o for _, _, o in buffer), default=ordinal),
+                row,
+                (epoch, sample.shard, sample.key),
+            )
 
-    def samples(self, reader: int, readers: int, bad: list[tuple]) -> Iterator[tuple[Sample, int, int]]:
-        """(sample, epoch, shard's place in the sequence) of this reader's shards; ValueError where one after another is empty."""
+    def samples(
+        self, reader: int, readers: int, bad: list[tuple]
+    ) -> Iterator[tuple[Sample, int, int]]:
+        """(sample, epoch, shard's place in the sequence) of this reader's shards; ValueError where
+        one after another is empty.
+        """
         empty = 0
         for ordinal in count(self.cursor + reader, readers):
             epoch, place = divmod(ordinal, len(self.urls))
-            url = self.urls[np.random.default_rng((self.reader.seed, epoch)).permutation(len(self.urls))[place]]
+            url = self.urls[
+                np.random.default_rng((self.reader.seed, epoch)).permutation(len(self.urls))[place]
+            ]
             name, found = url.rstrip(" -").rpartition("/")[2], 0
             try:
-                for parts in webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples()):
+                for parts in webdataset.DataPipeline(
+                    webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples()
+                ):
                     found += 1
-                    files = {split_name(f"x.{ext}")[1]: data for ext, data in parts.items() if isinstance(data, bytes)}
+                    files = {
+                        split_name(f"x.{ext}")[1]: data
+                        for ext, data in parts.items()
+                        if isinstance(data, bytes)
+                    }
                     yield Sample(name, parts["__key__"], files), epoch, ordinal
-            except Exception as error:  # a transfer or a tar that breaks off, in whatever way its library says so
+            # a transfer or a tar that breaks off, in whatever way its library says so
+            except Exception as error:
                 bad.append((name, f"after {found} samples", " ".join(str(error).split())))
             empty = 0 if found else empty + 1
-            if empty == min(SUBSTITUTES, len(self.urls)):  # else a server that is down would be asked for ever, while the ranks wait
+            # else a server that is down would be asked for ever, while the ranks wait
+            if empty == min(SUBSTITUTES, len(self.urls)):
                 why = bad[-1][2] if bad else "empty shards"
-                raise ValueError(f"data.train: {empty} streamed shards in a row gave nothing, the last {url}: {why}")
+                raise ValueError(
+                    f"data.train: {empty} streamed shards in a row gave nothing, the last {url}:"
+                    f" {why}"
+                )
 
     def keys(self, part: dict) -> list[tuple[int, str, str]]:
         """(epoch, shard, key) of each sample of a part."""
@@ -127,5 +195,7 @@ class Stream(IterableDataset):
         self.cursor, self.behind = cursor, [cursor] * len(self.behind)
 
     def position(self) -> int:
-        """The cursor for going on from the last batch that `stream` gave: no reader of this rank needs an earlier shard."""
+        """The cursor for going on from the last batch that `stream` gave: no reader of this rank
+        needs an earlier shard.
+        """
         return min(self.behind)

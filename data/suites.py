@@ -1,13 +1,18 @@
-"""The sets that the papers report zero-shot classification on: a row a set, and which suite holds which.
+"""The sets that the papers report zero-shot classification on: a row a set, and which suite holds
+which.
 
-    SETS["aircraft"]                    100 classes, mean per class, in a folder fgvc_aircraft or aircraft
+    SETS["aircraft"]                    100 classes, mean per class, in a folder fgvc_aircraft or
+                                        aircraft
     SUITES["glip"]["object"]            the names of the sets that are averaged under that name
     found(Path("/data"), SETS["dtd"])   /data/dtd, /data/wds_dtd, /data/wds_vtab-dtd ..., or None
 
-Sources: numbers of classes and metrics from CLIP's table 9 and SLIP's eval_zeroshot.py and labels.json; the suites from the columns of
-FLIP's tables 4 and 6, SLIP's catalogue (A-CLIP's table 6 has the same 26), MaskCLIP's table 5 and GLIP's tables 4 and 5.  For FLIP
-and GLIP, which do not state their metrics, CLIP's are taken.  The metrics are those of run/evals/metrics.py.
+Sources: numbers of classes and metrics from CLIP's table 9 and SLIP's eval_zeroshot.py and
+labels.json; the suites from the columns of FLIP's tables 4 and 6, SLIP's catalogue (A-CLIP's table
+6 has the same 26), MaskCLIP's table 5 and GLIP's tables 4 and 5. For FLIP
+and GLIP, which do not state their metrics, CLIP's are taken. The metrics are those of
+run/evals/metrics.py.
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,63 +25,85 @@ class EvalSet:
     folders: tuple[str, ...]  # what its folder may be called, after the prefixes of FOLDER
 
 
-SETS = {name: EvalSet(name, classes, metric, tuple(folders.split())) for name, classes, metric, folders in (
-    ("food101", 101, "top1", "food101"),
-    ("cifar10", 10, "top1", "cifar10"),
-    ("cifar100", 100, "top1", "cifar100"),
-    ("birdsnap", 500, "top1", "birdsnap"),
-    ("cub", 200, "top1", "cub cub200"),
-    ("sun397", 397, "top1", "sun397"),
-    ("cars", 196, "top1", "cars stanford_cars"),
-    ("aircraft", 100, "mean_per_class", "fgvc_aircraft aircraft"),
-    ("voc2007", 20, "map", "voc2007_multilabel"),  # CLIP_benchmark's voc2007 is another set: cut-out objects, one class each
-    ("dtd", 47, "top1", "dtd"),
-    ("pets", 37, "mean_per_class", "pets"),
-    ("caltech101", 102, "mean_per_class", "caltech101"),
-    ("flowers", 102, "mean_per_class", "flowers flowers102"),
-    ("mnist", 10, "top1", "mnist"),
-    ("fer2013", 7, "top1", "fer2013"),
-    ("stl10", 10, "top1", "stl10"),
-    ("eurosat", 10, "top1", "eurosat"),
-    ("resisc45", 45, "top1", "resisc45"),
-    ("gtsrb", 43, "top1", "gtsrb"),
-    ("kitti", 4, "top1", "kitti_closest_vehicle_distance kitti_distance kitti"),
-    ("country211", 211, "top1", "country211"),
-    ("pcam", 2, "top1", "pcam patch_camelyon"),
-    ("ucf101", 101, "top1", "ucf101 ucf101_frames"),
-    ("kinetics700", 700, "top1_top5", "kinetics700 kinetics700_frames"),
-    ("clevr", 8, "top1", "clevr_count_all clevr_counts"),
-    ("hateful_memes", 2, "roc_auc", "hateful_memes"),
-    ("sst2", 2, "top1", "renderedsst2 rendered_sst2 sst2"),
-    ("imagenet", 1000, "top1", "imagenet1k imagenet"),
-    ("imagenet_v2", 1000, "top1", "imagenetv2 imagenet_v2"),
-    ("imagenet_a", 200, "top1", "imagenet-a imagenet_a"),  # the 200 classes are in the order of their WordNet numbers
-    ("imagenet_o", 200, "top1", "imagenet-o imagenet_o"),
-    ("imagenet_r", 200, "top1", "imagenet-r imagenet_r"),
-    ("imagenet_sketch", 1000, "top1", "imagenet_sketch imagenet-sketch"),
-    ("objectnet", 113, "top1", "objectnet"),  # those that ImageNet has, too
-    ("imagenet_vid", 30, "pm", "imagenet_vid_robust imagenet-vid-robust"),
-    ("ytbb", 24, "pm", "ytbb_robust ytbb-robust"),
-)}
+SETS = {
+    name: EvalSet(name, classes, metric, tuple(folders.split()))
+    for name, classes, metric, folders in (
+        ("food101", 101, "top1", "food101"),
+        ("cifar10", 10, "top1", "cifar10"),
+        ("cifar100", 100, "top1", "cifar100"),
+        ("birdsnap", 500, "top1", "birdsnap"),
+        ("cub", 200, "top1", "cub cub200"),
+        ("sun397", 397, "top1", "sun397"),
+        ("cars", 196, "top1", "cars stanford_cars"),
+        ("aircraft", 100, "mean_per_class", "fgvc_aircraft aircraft"),
+        # CLIP_benchmark's voc2007 is another set: cut-out objects, one class each
+        ("voc2007", 20, "map", "voc2007_multilabel"),
+        ("dtd", 47, "top1", "dtd"),
+        ("pets", 37, "mean_per_class", "pets"),
+        ("caltech101", 102, "mean_per_class", "caltech101"),
+        ("flowers", 102, "mean_per_class", "flowers flowers102"),
+        ("mnist", 10, "top1", "mnist"),
+        ("fer2013", 7, "top1", "fer2013"),
+        ("stl10", 10, "top1", "stl10"),
+        ("eurosat", 10, "top1", "eurosat"),
+        ("resisc45", 45, "top1", "resisc45"),
+        ("gtsrb", 43, "top1", "gtsrb"),
+        ("kitti", 4, "top1", "kitti_closest_vehicle_distance kitti_distance kitti"),
+        ("country211", 211, "top1", "country211"),
+        ("pcam", 2, "top1", "pcam patch_camelyon"),
+        ("ucf101", 101, "top1", "ucf101 ucf101_frames"),
+        ("kinetics700", 700, "top1_top5", "kinetics700 kinetics700_frames"),
+        ("clevr", 8, "top1", "clevr_count_all clevr_counts"),
+        ("hateful_memes", 2, "roc_auc", "hateful_memes"),
+        ("sst2", 2, "top1", "renderedsst2 rendered_sst2 sst2"),
+        ("imagenet", 1000, "top1", "imagenet1k imagenet"),
+        ("imagenet_v2", 1000, "top1", "imagenetv2 imagenet_v2"),
+        # the 200 classes are in the order of their WordNet numbers
+        ("imagenet_a", 200, "top1", "imagenet-a imagenet_a"),
+        ("imagenet_o", 200, "top1", "imagenet-o imagenet_o"),
+        ("imagenet_r", 200, "top1", "imagenet-r imagenet_r"),
+        ("imagenet_sketch", 1000, "top1", "imagenet_sketch imagenet-sketch"),
+        ("objectnet", 113, "top1", "objectnet"),  # those that ImageNet has, too
+        ("imagenet_vid", 30, "pm", "imagenet_vid_robust imagenet-vid-robust"),
+        ("ytbb", 24, "pm", "ytbb_robust ytbb-robust"),
+    )
+}
 
-FOLDER = ("{}", "wds_{}", "vtab-{}", "wds_vtab-{}", "vtab/{}")  # where CLIP_benchmark and its exports put a set
+# where CLIP_benchmark and its exports put a set
+FOLDER = ("{}", "wds_{}", "vtab-{}", "wds_vtab-{}", "vtab/{}")
 
-SLIP = ("food101 cifar10 cifar100 cub sun397 cars aircraft dtd pets caltech101 flowers mnist fer2013 stl10 eurosat resisc45 gtsrb kitti "
-        "country211 pcam ucf101 kinetics700 clevr hateful_memes sst2 imagenet").split()
-FLIP = ("food101 cifar10 cifar100 birdsnap sun397 cars aircraft voc2007 dtd pets caltech101 flowers mnist stl10 eurosat resisc45 gtsrb "
-        "kitti country211 pcam ucf101 kinetics700 clevr hateful_memes sst2").split()
-OBJECT = "food101 cifar10 cifar100 cub cars aircraft dtd pets caltech101 flowers mnist stl10 gtsrb imagenet".split()
-OTHER = "sun397 eurosat resisc45 country211 pcam kitti ucf101 kinetics700 clevr hateful_memes sst2".split()
+SLIP = (
+    "food101 cifar10 cifar100 cub sun397 cars aircraft dtd pets caltech101 flowers mnist fer2013"
+    " stl10 eurosat resisc45 gtsrb kitti country211 pcam ucf101 kinetics700 clevr hateful_memes"
+    " sst2 imagenet"
+).split()
+FLIP = (
+    "food101 cifar10 cifar100 birdsnap sun397 cars aircraft voc2007 dtd pets caltech101 flowers"
+    " mnist stl10 eurosat resisc45 gtsrb kitti country211 pcam ucf101 kinetics700 clevr"
+    " hateful_memes sst2"
+).split()
+OBJECT = (
+    "food101 cifar10 cifar100 cub cars aircraft dtd pets caltech101 flowers mnist stl10 gtsrb"
+    " imagenet".split()
+)
+OTHER = (
+    "sun397 eurosat resisc45 country211 pcam kitti ucf101 kinetics700 clevr hateful_memes"
+    " sst2".split()
+)
 
 # suite -> what is averaged, by the name of the average; "": evaluated, in no average
 SUITES = {
     "slip": {"average": SLIP},
-    "aclip": {"average": SLIP},  # the paper says 25; its averages are over the 26 columns of its table
+    # the paper says 25; its averages are over the 26 columns of its table
+    "aclip": {"average": SLIP},
     "flip": {"average": FLIP},
     "maskclip": {"average": [name for name in SLIP if name != "hateful_memes"]},
     "glip": {"object": OBJECT, "other": OTHER, "average": OBJECT + OTHER},
-    "robustness": {"average": "imagenet_v2 imagenet_a imagenet_o imagenet_r imagenet_sketch objectnet".split(),  # GLIP's table 5
-                   "": ["imagenet_vid", "ytbb"]},  # with five of those above: FLIP's table 6
+    # GLIP's table 5
+    "robustness": {
+        "average": "imagenet_v2 imagenet_a imagenet_o imagenet_r imagenet_sketch objectnet".split(),
+        "": ["imagenet_vid", "ytbb"],
+    },  # with five of those above: FLIP's table 6
 }
 
 

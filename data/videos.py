@@ -1,10 +1,16 @@
-"""ImageNet-Vid-Robust as it is unpacked -> an evaluation set for PM-0 and PM-10 (run/evals/metrics.py).
+"""ImageNet-Vid-Robust as it is unpacked -> an evaluation set for PM-0 and PM-10
+(run/evals/metrics.py).
 
-    ROOT/val/VIDEO/000010.JPEG                  frames
-    ROOT/metadata/pmsets.json                   {anchor: [its reviewed neighbours, at most 10 frames away]}, paths from ROOT
-    ROOT/metadata/labels.json                   {frame: [classes]}
-    ROOT/misc/imagenet_vid_class_index.json     {"0": [WordNet number, name], ...}
+    ROOT/val/VIDEO/000010.JPEG
+        frames
+    ROOT/metadata/pmsets.json
+        {anchor: [its reviewed neighbours, at most 10 frames away]}, paths from ROOT
+    ROOT/metadata/labels.json
+        {frame: [classes]}
+    ROOT/misc/imagenet_vid_class_index.json
+        {"0": [WordNet number, name], ...}
 """
+
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -23,12 +29,21 @@ def classes(root: Path) -> list[str]:
 
 
 def frames(root: Path) -> list[tuple[Path, dict]]:
-    """(image, what its json says) of each anchor and, after it, each of its neighbours.  ValueError: a frame has no classes."""
-    sets, labels = (json.loads((root / "metadata" / name).read_text()) for name in ("pmsets.json", "labels.json"))
+    """(image, what its json says) of each anchor and, after it, each of its neighbours.
+
+    ValueError: a frame has no classes.
+    """
+    sets, labels = (
+        json.loads((root / "metadata" / name).read_text())
+        for name in ("pmsets.json", "labels.json")
+    )
     found = [(anchor, frame) for anchor, near in sets.items() for frame in [anchor, *near]]
     if bare := [frame for _, frame in found if not labels.get(frame)]:
         raise ValueError(f"{root}/metadata/labels.json: no classes of {bare[0]}")
-    return [(root / frame, dict(anchor=anchor, offset=offset(anchor, frame), labels=labels[frame])) for anchor, frame in found]
+    return [
+        (root / frame, dict(anchor=anchor, offset=offset(anchor, frame), labels=labels[frame]))
+        for anchor, frame in found
+    ]
 
 
 def offset(anchor: str, frame: str) -> int:

@@ -1,4 +1,5 @@
 """Worker processes on all cores, for what draws or reads whole sets of samples."""
+
 import multiprocessing
 import os
 import signal
@@ -9,22 +10,29 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def workers(begin: Callable[..., None] | None = None, *given) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Forked processes, each of which calls begin(*given) first; they end at once where the `with` is left, also by Ctrl-C.
+def workers(
+    begin: Callable[..., None] | None = None, *given
+) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """Forked processes, each of which calls begin(*given) first; they end at once where the `with`
+    is left, also by Ctrl-C.
 
         with workers() as results:
             for result in results(function, items):       in the order of the items
 
-    ValueError where a worker was killed: multiprocessing's Pool has another in its place, and waits for the lost result for ever.
+    ValueError where a worker was killed: multiprocessing's Pool has another in its place, and waits
+    for the lost result for ever.
 
-    Pool ends its workers by SIGTERM.  One that comes while a worker is being forked must neither be lost nor meet the parent's own
-    handler, whose exception Python drops there: the worker would stay, and the parent wait for it.  So signals are held back until the
-    worker has the system's own handlers.
+    Pool ends its workers by SIGTERM. One that comes while a worker is being forked must neither be
+    lost nor meet the parent's own
+    handler, whose exception Python drops there: the worker would stay, and the parent wait for it.
+    So signals are held back until the worker has the system's own handlers.
     """
     others = set(multiprocessing.active_children())
     held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        pool = multiprocessing.Pool(len(os.sched_getaffinity(0)), initializer=_start, initargs=(begin, given))
+        pool = multiprocessing.Pool(
+            len(os.sched_getaffinity(0)), initializer=_start, initargs=(begin, given)
+        )
         begun = set(multiprocessing.active_children()) - others
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -38,8 +46,10 @@ def workers(begin: Callable[..., None] | None = None, *given) -> Iterator[Callab
                 return
             except multiprocessing.TimeoutError:
                 if not all(worker.is_alive() for worker in begun):
-                    raise ValueError("a worker process was killed, as systems do that run out of memory; free some, or allow fewer cores "
-                                     "by taskset") from None
+                    raise ValueError(
+                        "a worker process was killed, as systems do that run out of memory; free"
+                        " some, or allow fewer cores by taskset"
+                    ) from None
 
     with pool:
         yield results
@@ -47,7 +57,8 @@ def workers(begin: Callable[..., None] | None = None, *given) -> Iterator[Callab
 
 def _start(begin: Callable[..., None] | None, given: tuple) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    # Ctrl-C reaches the parent too, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if begin:
         begin(*given)

@@ -1,12 +1,17 @@
-"""A-CLIP's choice of visible patches from a teacher's attention (arXiv 2212.08653 section 3.3), on the device, for all images at once.
+"""A-CLIP's choice of visible patches from a teacher's attention (arXiv 2212.08653 section 3.3), on
+the device, for all images at once.
 
-    scores = scores_at(attention, teacher_grid, teacher_box, view_box, grid)     one map, read off at the patches of any view
+    scores = scores_at(attention, teacher_grid, teacher_box, view_box, grid)     one map, read off
+    at the patches of any view
     keep = Attentive("low", block=32, patch=16, grid=(14, 14)).choose(scores, 0.5)
     patches = take(patches, keep)
 
-A box is (top, left, height, width) in pixels of the source image; a view is its box squeezed into the grid.
-Letters: B images, L = rows * columns patches of the grid, K kept ones, N blocks, n patches of a block.
+A box is (top, left, height, width) in pixels of the source image; a view is its box squeezed into
+the grid.
+Letters: B images, L = rows * columns patches of the grid, K kept ones, N blocks, n patches of a
+block.
 """
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,38 +21,59 @@ DRAWN = 0.25  # of what the strategy mixed keeps
 
 
 class Attentive:
-    """`strategy`: low (the lowest scores go), high (the highest go), mixed (a quarter of what stays is drawn, the rest scores highest),
-    random.  Patches stay or go in squares of `block` pixels, 1 x 1 patch or more."""
+    """`strategy`: low (the lowest scores go), high (the highest go), mixed (a quarter of what stays
+    is drawn, the rest scores highest), random. Patches stay or go in squares of `block` pixels, 1 x
+    1 patch or more.
+    """
 
     def __init__(self, strategy: str, block: int, patch: int, grid: tuple[int, int]):
         if strategy not in STRATEGIES:
-            raise ValueError(f"options.strategy {strategy!r}: unknown; known: {', '.join(STRATEGIES)}")
+            raise ValueError(
+                f"options.strategy {strategy!r}: unknown; known: {', '.join(STRATEGIES)}"
+            )
         side = block // patch
         if block < patch or block % patch or any(length % side for length in grid):
-            fits = [k * patch for k in range(1, min(grid) + 1) if not any(length % k for length in grid)]
-            raise ValueError(f"options.block {block}: a grid of {grid[0]} x {grid[1]} patches of {patch} pixels divides into blocks of "
-                             f"{', '.join(map(str, fits))}")
+            fits = [
+                k * patch for k in range(1, min(grid) + 1) if not any(length % k for length in grid)
+            ]
+            raise ValueError(
+                f"options.block {block}: a grid of {grid[0]} x {grid[1]} patches of {patch} pixels"
+                f" divides into blocks of {', '.join(map(str, fits))}"
+            )
         self.strategy, self.side, self.grid = strategy, side, grid
-        self.members = self.blocks(torch.arange(grid[0] * grid[1])[None].double())[0].long()  # (N, n): the patches of each block
+        # (N, n): the patches of each block
+        self.members = self.blocks(torch.arange(grid[0] * grid[1])[None].double())[0].long()
 
     def blocks(self, scores: Tensor) -> Tensor:
         """(B, L) -> (B, N, n)."""
         rows, columns = (length // self.side for length in self.grid)
-        return scores.view(-1, rows, self.side, columns, self.side).transpose(2, 3).flatten(3).flatten(1, 2)
+        return (
+            scores.view(-1, rows, self.side, columns, self.side)
+            .transpose(2, 3)
+            .flatten(3)
+            .flatten(1, 2)
+        )
 
     def kept(self, share: float) -> int:
-        """How many blocks stay for a share of the patches: as many whole ones, and where a half is left over, it counts as one.
+        """How many blocks stay for a share of the patches: as many whole ones, and where a half is
+        left over, it counts as one.
 
-        Of 196 patches in 49 blocks: 25 blocks, 100 patches, at a half, as in A-CLIP's release; 64 at a third and 48 at a quarter.  One by
-        one: 98, 65, 49.  (Table 5 has 98, 65, 48.)
+        Of 196 patches in 49 blocks: 25 blocks, 100 patches, at a half, as in A-CLIP's release; 64
+        at a third and 48 at a quarter. One by one: 98, 65, 49. (Table 5 has 98, 65, 48.)
         """
         count = int(round(len(self.members) * share, 6) + 0.5)
         if not 0 < count <= len(self.members):
-            raise ValueError(f"options.keep {share}: keeps {count} of {len(self.members)} blocks; use smaller blocks, or another share")
+            raise ValueError(
+                f"options.keep {share}: keeps {count} of {len(self.members)} blocks; use smaller"
+                " blocks, or another share"
+            )
         return count
 
     def choose(self, scores: Tensor, share: float, noise: Tensor | None = None) -> Tensor:
-        """scores (B, L), share of the patches to keep -> keep (B, K), ascending.  noise (B, L), uniform: for mixed and random."""
+        """scores (B, L), share of the patches to keep -> keep (B, K), ascending.
+
+        noise (B, L), uniform: for mixed and random.
+        """
         score, count = self.blocks(scores.float()).mean(2), self.kept(share)  # (B, N)
         if self.strategy in ("mixed", "random"):
             drawn = count if self.strategy == "random" else round(DRAWN * count)
@@ -60,17 +86,30 @@ class Attentive:
         return chosen.flatten(1).sort(dim=1).values
 
 
-def scores_at(scores: Tensor, teacher_grid: tuple[int, int], teacher_box: Tensor, view_box: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Scores (B, L') of the teacher's grid -> (B, L): bilinear, at the centres of a view's patches; boxes (B, 4)."""
+def scores_at(
+    scores: Tensor,
+    teacher_grid: tuple[int, int],
+    teacher_box: Tensor,
+    view_box: Tensor,
+    grid: tuple[int, int],
+) -> Tensor:
+    """Scores (B, L') of the teacher's grid -> (B, L): bilinear, at the centres of a view's patches;
+    boxes (B, 4).
+    """
     where = []
     for axis in (1, 0):  # grid_sample wants x before y
         centres = (torch.arange(grid[axis], device=scores.device) + 0.5) / grid[axis]
-        pixels = view_box[:, axis, None] + centres * view_box[:, 2 + axis, None]  # (B, rows or columns)
+        # (B, rows or columns)
+        pixels = view_box[:, axis, None] + centres * view_box[:, 2 + axis, None]
         where.append((pixels - teacher_box[:, axis, None]) / teacher_box[:, 2 + axis, None] * 2 - 1)
     x, y = where
-    at = torch.stack([x[:, None].expand(-1, grid[0], -1), y[:, :, None].expand(-1, -1, grid[1])], dim=3)
+    at = torch.stack(
+        [x[:, None].expand(-1, grid[0], -1), y[:, :, None].expand(-1, -1, grid[1])], dim=3
+    )
     image = scores.float().unflatten(1, teacher_grid)[:, None]
-    return F.grid_sample(image, at, mode="bilinear", padding_mode="border", align_corners=False).flatten(1)
+    return F.grid_sample(
+        image, at, mode="bilinear", padding_mode="border", align_corners=False
+    ).flatten(1)
 
 
 def take(patches: Tensor, keep: Tensor) -> Tensor:

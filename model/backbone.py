@@ -1,12 +1,17 @@
-"""The vision tower as the backbone of a detector or a segmenter: images of any size into four feature maps.  docs/transfer.md uses it.
+"""The vision tower as the backbone of a detector or a segmenter: images of any size into four
+feature maps. docs/transfer.md uses it.
 
-    maps = Backbone(method.towers.vision)(images)    # {"0": stride P/4, "1": P/2, "2": P, "3": 2P}, each (B, D, rows, columns)
+    maps = Backbone(method.towers.vision)(images)
+        # {"0": stride P/4, "1": P/2, "2": P, "3": 2P}, each (B, D, rows, columns)
 
-As BEiT and MAE do it for UperNet, and MaskCLIP for UperNet and Mask R-CNN (its appendix): the outputs of four blocks, as they are, without
-the tower's last norm; the first map is made four times finer by two transposed convolutions, the second twice by one, the third stays,
-the fourth is max-pooled.  Every token attends to all; positions are interpolated to the image's grid.
+As BEiT and MAE do it for UperNet, and MaskCLIP for UperNet and Mask R-CNN (its appendix): the
+outputs of four blocks, as they are, without the tower's last norm; the first map is made four times
+finer by two transposed convolutions, the second twice by one, the third stays,
+the fourth is max-pooled. Every token attends to all; positions are interpolated to the image's
+grid.
 Letters: B batch, H x W pixels, P patch side, D width.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -19,54 +24,89 @@ from model.vision import VisionTower, normalise
 
 
 class Backbone(nn.Module):
-    """`taps`: the four blocks, counted from 1, whose outputs become the maps, the finest first.  The default is the papers': 4, 6, 8, 12 of
-    12 and 8, 12, 16, 24 of 24.  The last block four times is the pyramid of ViTDet (arXiv 2203.16527, section 3), all of width D.
+    """`taps`: the four blocks, counted from 1, whose outputs become the maps, the finest first. The
+    default is the papers': 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24. The last block four times is
+    the pyramid of ViTDet (arXiv 2203.16527, section 3), all of width D.
 
-    Trains and freezes like any module; what of the tower has no part in the maps (its norm, blocks after the last tap) is frozen here, so
-    that every trainable parameter gets a gradient.  `drop_path`: of the last block, in training; of those below it less.
+    Trains and freezes like any module; what of the tower has no part in the maps (its norm, blocks
+    after the last tap) is frozen here, so that every trainable parameter gets a gradient.
+    `drop_path`: of the last block, in training; of those below it less.
     On several ranks convert the batch norm with nn.SyncBatchNorm, as BEiT does.
     """
 
-    def __init__(self, tower: VisionTower, taps: Sequence[int] | None = None, drop_path: float = 0.0):
+    def __init__(
+        self, tower: VisionTower, taps: Sequence[int] | None = None, drop_path: float = 0.0
+    ):
         super().__init__()
         depth, width = len(tower.blocks), tower.patch.out_features
-        self.tower, self.width, self.patch, self.drop_path = tower, width, math.isqrt(tower.patch.in_features // 3), drop_path
-        self.taps = tuple(taps or (max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)))
+        self.tower, self.width, self.patch, self.drop_path = (
+            tower,
+            width,
+            math.isqrt(tower.patch.in_features // 3),
+            drop_path,
+        )
+        self.taps = tuple(
+            taps or (max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        )
         if len(self.taps) != 4 or not all(1 <= tap <= depth for tap in self.taps):
-            raise ValueError(f"taps {self.taps}: four of the tower's blocks, each a number from 1 to {depth}")
-        for unused in (tower.norm, *list(tower.blocks)[max(self.taps):]):
+            raise ValueError(
+                f"taps {self.taps}: four of the tower's blocks, each a number from 1 to {depth}"
+            )
+        for unused in (tower.norm, *list(tower.blocks)[max(self.taps) :]):
             unused.requires_grad_(False)
 
         def finer() -> nn.Module:
             return nn.ConvTranspose2d(width, width, 2, 2)
 
-        self.scales = nn.ModuleList([nn.Sequential(finer(), nn.BatchNorm2d(width), nn.GELU(), finer()), finer(), nn.Identity(),
-                                     nn.MaxPool2d(2, ceil_mode=True)])  # ceil: a grid of odd sides is covered to its edge
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(finer(), nn.BatchNorm2d(width), nn.GELU(), finer()),
+                finer(),
+                nn.Identity(),
+                # ceil: a grid of odd sides is covered to its edge
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W), bytes, or floats that are normalised already by the tower's cfg.mean and cfg.std -> the maps, finest first.
+        """(B, 3, H, W), bytes, or floats that are normalised already by the tower's cfg.mean and
+        cfg.std -> the maps, finest first.
 
-        Where P does not divide H or W, the image goes on below and to the right in the mean colour to a whole patch; the maps cover that.
+        Where P does not divide H or W, the image goes on below and to the right in the mean colour
+        to a whole patch; the maps cover that.
         """
-        return {str(i): scale(x) for i, (scale, x) in enumerate(zip(self.scales, self.tokens(images), strict=True))}
+        return {
+            str(i): scale(x)
+            for i, (scale, x) in enumerate(zip(self.scales, self.tokens(images), strict=True))
+        }
 
     def tokens(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> the patch tokens that the tapped blocks give out, 4 x (B, D, rows, columns)."""
+        """(B, 3, H, W) -> the patch tokens that the tapped blocks give out, 4 x (B, D, rows,
+        columns).
+        """
         cfg, P = self.tower.cfg, self.patch
-        floats = normalise(images.flatten(1)[:, None], cfg.mean, cfg.std, self.tower.cls.dtype).view(images.shape)
+        floats = normalise(
+            images.flatten(1)[:, None], cfg.mean, cfg.std, self.tower.cls.dtype
+        ).view(images.shape)
         floats = F.pad(floats, (0, -images.shape[3] % P, 0, -images.shape[2] % P))
         grid = floats.shape[2] // P, floats.shape[3] // P
-        patches = F.unfold(floats, P, stride=P).transpose(1, 2)  # (B, L, 3 P P), in the order of a convolution's weight
+        # (B, L, 3 P P), in the order of a convolution's weight
+        patches = F.unfold(floats, P, stride=P).transpose(1, 2)
         places = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
         paths = None
         if self.training and self.drop_path:
-            paths = drop_path(torch.rand(len(images), len(self.tower.blocks), 2, device=images.device), self.drop_path)
+            paths = drop_path(
+                torch.rand(len(images), len(self.tower.blocks), 2, device=images.device),
+                self.drop_path,
+            )
         found: dict[int, Tensor] = {}
 
         def keep(tap: int):
             return lambda block, inputs, output: found.update({tap: output})
 
-        hooks = [self.tower.blocks[tap - 1].register_forward_hook(keep(tap)) for tap in set(self.taps)]
+        hooks = [
+            self.tower.blocks[tap - 1].register_forward_hook(keep(tap)) for tap in set(self.taps)
+        ]
         try:
             self.tower(patches, places, grid, paths=paths)
         finally:

@@ -1,7 +1,9 @@
-"""What ranks tell each other inside a forward or backward pass.  One process without a process group is a world of one.
+"""What ranks tell each other inside a forward or backward pass. One process without a process group
+is a world of one.
 
 Letters: `k` rows on this rank, `b` pairs.
 """
+
 import weakref
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 # torch 2.13 renamed these two and deprecated the names that 2.11 knows
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_agreed = weakref.WeakKeyDictionary()  # process group -> the b all its ranks brought to the first step
+# process group -> the b all its ranks brought to the first step
+_agreed = weakref.WeakKeyDictionary()
 
 
 def world() -> int:
@@ -32,7 +35,9 @@ def gather(x: Tensor) -> Tensor:
 
 
 def scatter_sum(x: Tensor) -> Tensor:
-    """x (k x ranks, ...) on each rank -> this rank's (k, ...) of the sum over ranks; no gradient."""
+    """x (k x ranks, ...) on each rank -> this rank's (k, ...) of the sum over ranks; no
+    gradient.
+    """
     if world() == 1:
         return x
     out = x.new_empty(len(x) // world(), *x.shape[1:])
@@ -58,19 +63,24 @@ class _Mean(torch.autograd.Function):
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean over ranks, the same on each; its gradient is that of the sum of all ranks' losses, which DeepSpeed then averages."""
+    """The mean over ranks, the same on each; its gradient is that of the sum of all ranks' losses,
+    which DeepSpeed then averages.
+    """
     return _Mean.apply(x) if world() > 1 else x
 
 
 def batch_mean(x: Tensor) -> Tensor:
-    """A number a sample, (b,), on each rank, as many -> (), the mean over all samples of the batch."""
+    """A number a sample, (b,), on each rank, as many -> (), the mean over all samples of the
+    batch.
+    """
     return mean(x.mean())
 
 
 def check_batch(image: Tensor) -> None:
     """Refuse ranks with unequal batches: they would hang or corrupt the collectives.
 
-    The sizes are compared over ranks once, at the first step; afterwards each rank holds its own to that number, with no communication.
+    The sizes are compared over ranks once, at the first step; afterwards each rank holds its own to
+    that number, with no communication.
     """
     if world() == 1:
         return
@@ -78,7 +88,13 @@ def check_batch(image: Tensor) -> None:
     if group not in _agreed:
         sizes = gather(torch.tensor([b], device=image.device)).tolist()
         if len(set(sizes)) > 1:
-            raise ValueError(f"local batches {sizes} differ over the ranks: the contrastive loss needs the same number on every rank")
+            raise ValueError(
+                f"local batches {sizes} differ over the ranks: the contrastive loss needs the same"
+                " number on every rank"
+            )
         _agreed[group] = b
     if b != _agreed[group]:
-        raise ValueError(f"local batch {b} on rank {rank()}, {_agreed[group]} at the first step: bring that number at every step")
+        raise ValueError(
+            f"local batch {b} on rank {rank()}, {_agreed[group]} at the first step: bring that"
+            " number at every step"
+        )

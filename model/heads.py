@@ -1,8 +1,11 @@
-"""What is trained on top of the towers: the heads of SimCLR, BYOL and SimSiam, and the decoder of MAE and MaskCLIP.
+"""What is trained on top of the towers: the heads of SimCLR, BYOL and SimSiam, and the decoder of
+MAE and MaskCLIP.
 
-Letters: B samples, D width, E width of what is compared, K visible patches, M hidden ones, L = K + M of the grid.
+Letters: B samples, D width, E width of what is compared, K visible patches, M hidden ones, L = K +
+M of the grid.
 Every layer draws its own weights in its __init__, as model/parallel.py asks.
 """
+
 import math
 
 import torch
@@ -17,14 +20,17 @@ from model.parallel import Init, Linear
 class BatchNorm(nn.Module):
     """(B, D) -> (B, D): batch normalisation over all ranks, each with as many rows, in fp32.
 
-    Beside torch's SyncBatchNorm, which refuses CPU tensors, it keeps no running statistics: a head is never evaluated, and universal
-    checkpoints drop buffers.  With `accumulate`, the batch is a part.
+    Beside torch's SyncBatchNorm, which refuses CPU tensors, it keeps no running statistics: a head
+    is never evaluated, and universal checkpoints drop buffers. With `accumulate`, the batch is a
+    part.
     """
 
     def __init__(self, width: int, affine: bool = True, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = (nn.Parameter(f(width)) for f in (torch.ones, torch.zeros)) if affine else (None, None)
+        self.weight, self.bias = (
+            (nn.Parameter(f(width)) for f in (torch.ones, torch.zeros)) if affine else (None, None)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         kind, x = x.dtype, x.float()
@@ -34,7 +40,9 @@ class BatchNorm(nn.Module):
 
 
 def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
-    """Linear layers of these widths, with BatchNorm and ReLU between them; last_norm: a BatchNorm after the last, too."""
+    """Linear layers of these widths, with BatchNorm and ReLU between them; last_norm: a BatchNorm
+    after the last, too.
+    """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
         last = i == len(widths) - 2
@@ -69,19 +77,35 @@ def simsiam_predictor(hidden: int) -> nn.Module:
 
 
 def check_decoder(width: int, heads: int) -> None:
-    """ValueError where a decoder's width does not divide: by its heads, and by four, for its positions."""
+    """ValueError where a decoder's width does not divide: by its heads, and by four, for its
+    positions.
+    """
     if heads < 1 or width < 1 or width % heads or width % 4:
-        raise ValueError(f"options.width {width}: a decoder of {heads} heads needs a multiple of {math.lcm(4, max(1, heads))}")
+        raise ValueError(
+            f"options.width {width}: a decoder of {heads} heads needs a multiple of"
+            f" {math.lcm(4, max(1, heads))}"
+        )
 
 
 class Decoder(nn.Module):
-    """MAE's (arXiv 2111.06377 section 3), of one block in MaskCLIP: visible and mask tokens, with fixed sine-cosine positions.
+    """MAE's (arXiv 2111.06377 section 3), of one block in MaskCLIP: visible and mask tokens, with
+    fixed sine-cosine positions.
 
-    forward: tokens (B, 1 + K, inputs), the class token first, at positions (B, K), and the hidden patches' positions (B, M)
+    forward: tokens (B, 1 + K, inputs), the class token first, at positions (B, K), and the hidden
+    patches' positions (B, M)
     -> (B, M, out).  What the encoder saw of the hidden patches is nothing but their places.
     """
 
-    def __init__(self, inputs: int, width: int, depth: int, heads: int, grid: tuple[int, int], out: int, recompute: bool = False):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int],
+        out: int,
+        recompute: bool = False,
+    ):
         super().__init__()
         init = Init()
         self.shape = width, depth, inputs, out
@@ -95,8 +119,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
         x = self.inputs(tokens)
         seen, guessed = x[:, 1:] + self.at(positions, x), self.mask + self.at(hidden, x)
-        x = self.blocks(torch.cat([x[:, :1], seen, guessed.to(x.dtype)], dim=1))  # the class token has no position, as in MAE
-        return self.out(self.norm(x[:, -hidden.shape[1]:]))
+        # the class token has no position, as in MAE
+        x = self.blocks(torch.cat([x[:, :1], seen, guessed.to(x.dtype)], dim=1))
+        return self.out(self.norm(x[:, -hidden.shape[1] :]))
 
     def at(self, positions: Tensor, like: Tensor) -> Tensor:
         """(B, K) -> (B, K, width)."""
@@ -106,5 +131,5 @@ class Decoder(nn.Module):
         """Of a forward pass over K `visible` of L `patches`."""
         width, depth, inputs, out = self.shape
         tokens = 1 + patches
-        blocks = depth * tokens * (12 * width ** 2 + 2 * tokens * width)
+        blocks = depth * tokens * (12 * width**2 + 2 * tokens * width)
         return 2.0 * (blocks + (1 + visible) * inputs * width + (patches - visible) * width * out)

@@ -1,8 +1,10 @@
-"""Transformer parts shared by the towers: attention, MLP, pre-norm block, stack of blocks, positions, packed sequences.
+"""Transformer parts shared by the towers: attention, MLP, pre-norm block, stack of blocks,
+positions, packed sequences.
 
 Letters: B batch, N tokens of a sequence, T tokens of a packed batch, D width, H heads, E = D / H.
 To add an activation: one row in ACTIVATIONS.  Linear layers are made in model/parallel.py.
 """
+
 from functools import partial
 
 import numpy as np
@@ -20,11 +22,13 @@ ACTIVATIONS = {
 }
 
 
-Only = int | Tensor | None  # all tokens | so many leading ones of each sequence | these of a packed batch, one a sequence, (B,)
+# all tokens | so many leading ones of each sequence | these of a packed batch, one a sequence, (B,)
+Only = int | Tensor | None
 
 
 class Watch:
-    """Takes up how the class token attends, layer after layer: `layers`, each (B, N), the mean over heads.
+    """Takes up how the class token attends, layer after layer: `layers`, each (B, N), the mean over
+    heads.
 
     Not a list: ZeRO-3's hooks hand lists to a module as copies.
     """
@@ -34,9 +38,11 @@ class Watch:
 
 
 class Packed:
-    """B sequences of unlike length laid end to end, T tokens, and how attention alone sees them padded, as (B, N).
+    """B sequences of unlike length laid end to end, T tokens, and how attention alone sees them
+    padded, as (B, N).
 
-    Nothing waits for the device when `longest` is given (any int >= the longest length); without it one read of `lengths` does.
+    Nothing waits for the device when `longest` is given (any int >= the longest length); without it
+    one read of `lengths` does.
     """
 
     def __init__(self, lengths: Tensor, tokens: int, longest: int | None, causal: bool):
@@ -45,13 +51,24 @@ class Packed:
         self.shape = len(lengths), longest
         self.causal = causal
         ends = lengths.cumsum(0)
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)  # (T,)
-        self.first, self.last = ends - lengths, ends - 1  # (B,): where a sequence begins, and its last token
-        self.positions = torch.arange(tokens, device=lengths.device) - self.first[rows]  # (T,): place in the own sequence
-        self.full = tokens == len(lengths) * longest  # no pads: packed and padded are the same memory
+        # (T,)
+        rows = torch.repeat_interleave(
+            torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens
+        )
+        # (B,): where a sequence begins, and its last token
+        self.first, self.last = ends - lengths, ends - 1
+        # (T,): place in the own sequence
+        self.positions = torch.arange(tokens, device=lengths.device) - self.first[rows]
+        # no pads: packed and padded are the same memory
+        self.full = tokens == len(lengths) * longest
         self.slots = rows * longest + self.positions  # (T,): place in the padded layout
-        # (B, 1, 1, N), True where there is a token.  Where all ask, a causal one never sees the pads, which come after it.
-        self.keys = None if self.full else (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None]
+        # (B, 1, 1, N), True where there is a token.  Where all ask, a causal one never sees the
+        # pads, which come after it.
+        self.keys = (
+            None
+            if self.full
+            else (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None]
+        )
         self.mask = None if causal else self.keys
 
     def pad(self, x: Tensor) -> Tensor:
@@ -66,7 +83,9 @@ class Packed:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D), or (T, D) -> (T, D) on packed sequences."""
+    """Multi-head self-attention, (B, N, D) -> (B, N, D), or (T, D) -> (T, D) on packed
+    sequences.
+    """
 
     def __init__(self, width: int, heads: int, init: Init):
         super().__init__()
@@ -74,21 +93,38 @@ class Attention(nn.Module):
         self.qkv = column_linear(width, 3 * width, init.qkv)
         self.out = row_linear(width, width, init.out)
 
-    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
-                alone: bool = False) -> Tensor:
-        """only: the tokens that ask, and are returned.  alone: each token attends to itself, so its own value is what it gets."""
+    def forward(
+        self,
+        x: Tensor,
+        packed: Packed | None = None,
+        only: Only = None,
+        watch: Watch | None = None,
+        alone: bool = False,
+    ) -> Tensor:
+        """only: the tokens that ask, and are returned.
+
+        alone: each token attends to itself, so its own value is what it gets.
+        """
         x = self.qkv(x)
         x = x if packed is None else packed.pad(x)
         q, k, v = x.unflatten(2, (3, -1, self.head)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
         if watch is not None:
-            watch.layers.append((q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head ** -0.5).softmax(3).mean(1)[:, 0])
+            watch.layers.append(
+                (q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head**-0.5)
+                .softmax(3)
+                .mean(1)[:, 0]
+            )
         if alone:
             x = v
         elif packed is None:
             x = F.scaled_dot_product_attention(q[:, :, :only], k, v)
         elif only is None:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.mask, is_causal=packed.causal)
-        else:  # of each sequence its first token, which attends to all (not causal), or its last, which may
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=packed.mask, is_causal=packed.causal
+            )
+        # of each sequence its first token, which attends to all (not causal), or its last, which
+        # may
+        else:
             place = packed.positions[only].view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, self.head)
             x = F.scaled_dot_product_attention(q.gather(2, place), k, v, attn_mask=packed.keys)
             return self.out(x.flatten(1))
@@ -115,20 +151,34 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; shapes as Attention's.  paths: (2, B), by what its two branches are multiplied (see drop_path)."""
+    """Pre-norm transformer block; shapes as Attention's.
 
-    def __init__(self, width: int, heads: int, activation: str, eps: float, init: Init, ratio: float = 4.0):
+    paths: (2, B), by what its two branches are multiplied (see drop_path).
+    """
+
+    def __init__(
+        self, width: int, heads: int, activation: str, eps: float, init: Init, ratio: float = 4.0
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads, init)
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, activation, init, ratio)
 
-    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
-                alone: bool = False, paths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        packed: Packed | None = None,
+        only: Only = None,
+        watch: Watch | None = None,
+        alone: bool = False,
+        paths: Tensor | None = None,
+    ) -> Tensor:
         attend, think = (None, None) if paths is None else paths
         seen = self.attn(self.norm1(x), packed, only, watch, alone)
-        x = (x if only is None else x[:, :only] if packed is None else x.index_select(0, only)) + times(seen, attend)
+        x = (
+            x if only is None else x[:, :only] if packed is None else x.index_select(0, only)
+        ) + times(seen, attend)
         return x + times(self.mlp(self.norm2(x)), think)
 
 
@@ -138,35 +188,62 @@ def times(branch: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def drop_path(noise: Tensor, rate: float) -> Tensor:
-    """Uniform noise (B, depth, 2) -> paths (depth, 2, B) for Blocks: stochastic depth (arXiv 1603.09382).
+    """Uniform noise (B, depth, 2) -> paths (depth, 2, B) for Blocks: stochastic depth (arXiv
+    1603.09382).
 
-    A sample goes round a branch with a probability that rises linearly from 0 in the first block to `rate` in the last; where it goes
-    through, the branch counts for more, so that its mean stays.  Each of a block's two branches is drawn by itself, as in timm.
+    A sample goes round a branch with a probability that rises linearly from 0 in the first block to
+    `rate` in the last; where it goes through, the branch counts for more, so that its mean stays.
+    Each of a block's two branches is drawn by itself, as in timm.
     """
     rates = torch.linspace(0, rate, noise.shape[1], device=noise.device)[None, :, None]
     return ((noise >= rates) / (1 - rates)).permute(1, 2, 0)
 
 
 class Blocks(nn.ModuleList):
-    """`depth` blocks.  The one place that trades compute for memory: `recompute` drops a block's activations until its backward."""
+    """`depth` blocks. The one place that trades compute for memory: `recompute` drops a block's
+    activations until its backward.
+    """
 
-    def __init__(self, depth: int, width: int, heads: int, activation: str, eps: float, init: Init, recompute: bool = False,
-                 ratio: float = 4.0):
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        heads: int,
+        activation: str,
+        eps: float,
+        init: Init,
+        recompute: bool = False,
+        ratio: float = 4.0,
+    ):
         super().__init__(Block(width, heads, activation, eps, init, ratio) for _ in range(depth))
         self.recompute = recompute
 
-    def forward(self, x: Tensor, packed: Packed | None = None, only: Only = None, watch: Watch | None = None,
-                alone: bool = False, paths: Tensor | None = None) -> Tensor:
-        """only: the tokens that are needed, so that the last block works for these.  alone: in the last block each attends to itself.
+    def forward(
+        self,
+        x: Tensor,
+        packed: Packed | None = None,
+        only: Only = None,
+        watch: Watch | None = None,
+        alone: bool = False,
+        paths: Tensor | None = None,
+    ) -> Tensor:
+        """only: the tokens that are needed, so that the last block works for these. alone: in the
+        last block each attends to itself.
 
         paths: (depth, 2, B), of drop_path; for sequences of one length.
         """
         for i, block in enumerate(self):
             last = i == len(self) - 1
-            how = packed, only if last else None, watch, alone and last, None if paths is None else paths[i]
+            how = (
+                packed,
+                only if last else None,
+                watch,
+                alone and last,
+                None if paths is None else paths[i],
+            )
             if self.recompute and torch.is_grad_enabled():
-                # No layer draws random numbers (paths are drawn before), so no generator is saved.  DeepSpeed's own non-reentrant form
-                # fails under ZeRO-3.
+                # No layer draws random numbers (paths are drawn before), so no generator is saved.
+                # DeepSpeed's own non-reentrant form fails under ZeRO-3.
                 x = checkpoint(block, x, *how, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, *how)
@@ -190,11 +267,15 @@ def drawn(*shape: int, std: float) -> nn.Parameter:
 
 
 def sincos(grid: tuple[int, int], width: int) -> Tensor:
-    """MAE's fixed 2-D positions of a (rows, columns) grid, (L, D) fp32: [sin x, cos x, sin y, cos y], D / 4 frequencies each.
+    """MAE's fixed 2-D positions of a (rows, columns) grid, (L, D) fp32: [sin x, cos x, sin y, cos
+    y], D / 4 frequencies each.
 
-    Computed in numpy: sharded construction turns torch's new tensors into the training type, bf16 perhaps.
+    Computed in numpy: sharded construction turns torch's new tensors into the training type, bf16
+    perhaps.
     """
     y, x = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     omega = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # 2 x (L, D / 4)
-    return torch.from_numpy(np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32))
+    return torch.from_numpy(
+        np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+    )

@@ -1,9 +1,13 @@
-"""The text tower.  It reads packed captions: the tokens of a batch end to end, so that no layer runs on padding.
+"""The text tower. It reads packed captions: the tokens of a batch end to end, so that no layer runs
+on padding.
 
-Inside attention alone the sequences are spread over (B, N), which is exact: see Packed in model/layers.py. A model whose tokens must
-attend the pads (FLIP's released weights) is fed pads as tokens: every length is then the context, and nothing is copied.
+Inside attention alone the sequences are spread over (B, N), which is exact: see Packed in
+model/layers.py. A model whose tokens must
+attend the pads (FLIP's released weights) is fed pads as tokens: every length is then the context,
+and nothing is copied.
 Letters: B batch, T tokens of the packed batch, N the longest caption, D width.
 """
+
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,6 +20,7 @@ from model.parallel import Init
 @dataclass(frozen=True)
 class TextConfig:
     """The defaults are FLIP's; CLIP's: causal, eot, gelu or quick_gelu, eps 1e-5."""
+
     causal: bool = False  # a token sees only what stands before it
     pool: str = "first"  # first | eot: the token that stands for the caption (eot: its last)
     activation: str = "gelu_tanh"  # gelu | gelu_tanh | quick_gelu
@@ -24,16 +29,32 @@ class TextConfig:
     def __post_init__(self):
         for key, known in (("pool", ("eot", "first")), ("activation", ACTIVATIONS)):
             if getattr(self, key) not in known:
-                raise ValueError(f"model.text.{key} {getattr(self, key)!r}: unknown; known: {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"model.text.{key} {getattr(self, key)!r}: unknown; known:"
+                    f" {', '.join(sorted(known))}"
+                )
         if self.causal and self.pool == "first":
-            raise ValueError("model.text.pool 'first' with model.text.causal: the first token would see nothing; use pool: eot")
+            raise ValueError(
+                "model.text.pool 'first' with model.text.causal: the first token would see nothing;"
+                " use pool: eot"
+            )
 
 
 class TextTower(nn.Module):
     """`vocab` token ids, captions of at most `context` tokens."""
 
-    def __init__(self, cfg: TextConfig, vocab: int, context: int, width: int, depth: int, heads: int, init: Init, recompute: bool = False,
-                 ratio: float = 4.0):
+    def __init__(
+        self,
+        cfg: TextConfig,
+        vocab: int,
+        context: int,
+        width: int,
+        depth: int,
+        heads: int,
+        init: Init,
+        recompute: bool = False,
+        ratio: float = 4.0,
+    ):
         super().__init__()
         self.cfg = cfg
         self.token = Embedding(vocab, width, init.token)
@@ -41,12 +62,24 @@ class TextTower(nn.Module):
         self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute, ratio)
         self.norm = nn.LayerNorm(width, cfg.eps)
 
-    def forward(self, ids: Tensor, lengths: Tensor, longest: int | None = None, positions: Tensor | None = None) -> Tensor:
-        """ids (T,) and lengths (B,) that sum to T, each from 1 to the context -> (B, D).  `longest`: see Packed.
+    def forward(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        longest: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """ids (T,) and lengths (B,) that sum to T, each from 1 to the context -> (B, D). `longest`:
+        see Packed.
 
         positions (T,): the tokens' places in captions of which a mask dropped some.
         """
         packed = Packed(lengths, len(ids), longest, self.cfg.causal)
-        x = self.token(ids) + F.embedding(packed.positions if positions is None else positions.long(), self.positions)
-        # The last token, never the largest id: a caption that was cut, or another vocabulary, has its EOT elsewhere.
-        return self.norm(self.blocks(x, packed, only=packed.last if self.cfg.pool == "eot" else packed.first))
+        x = self.token(ids) + F.embedding(
+            packed.positions if positions is None else positions.long(), self.positions
+        )
+        # The last token, never the largest id: a caption that was cut, or another vocabulary, has
+        # its EOT elsewhere.
+        return self.norm(
+            self.blocks(x, packed, only=packed.last if self.cfg.pool == "eot" else packed.first)
+        )

@@ -1,11 +1,15 @@
 """The pair of towers, what joins them, the table of sizes, and what a model costs.
 
-Letters: B batch, L patches, K visible patches, P patch side, T packed tokens, D width, E common embedding.
-To add a size: one row in SIZES, and its lines in tests/golden/params.txt (tests/test_towers.py says how); a model that is no row, an
-imported one perhaps, says its numbers itself: `size: custom/14` and `custom:`.
-Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the projections and the temperature are modules
+Letters: B batch, L patches, K visible patches, P patch side, T packed tokens, D width, E common
+embedding.
+To add a size: one row in SIZES, and its lines in tests/golden/params.txt (tests/test_towers.py says
+how); a model that is no row, an imported one perhaps, says its numbers itself: `size: custom/14`
+and `custom:`.
+Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the
+projections and the temperature are modules
 of their own, and the encode_* methods only call modules.
 """
+
 import math
 import re
 from dataclasses import dataclass, field
@@ -23,6 +27,7 @@ from model.vision import VisionConfig, VisionTower
 @dataclass(frozen=True)
 class Size:
     """One row of SIZES, or what a config states under `model.custom`."""
+
     width: int  # vision tower
     depth: int
     heads: int
@@ -40,18 +45,26 @@ class Size:
         for key in ("", "text_"):
             width, heads, ratio = (getattr(self, key + name) for name in ("width", "heads", "mlp"))
             if width % heads:
-                raise ValueError(f"model.custom.{key}width {width}: it must be a multiple of model.custom.{key}heads {heads}")
+                raise ValueError(
+                    f"model.custom.{key}width {width}: it must be a multiple of"
+                    f" model.custom.{key}heads {heads}"
+                )
             if not 1 <= width * ratio < math.inf:
-                raise ValueError(f"model.custom.{key}mlp {ratio}: the hidden width in widths of {width}; it must be at least 1 / {width}")
+                raise ValueError(
+                    f"model.custom.{key}mlp {ratio}: the hidden width in widths of {width}; it must"
+                    f" be at least 1 / {width}"
+                )
 
 
 SIZES = {
-    "nano": Size(128, 4, 4, 128, 3, 4, 128),       # for tests and first runs on a CPU
-    "Ti": Size(192, 12, 3, 192, 12, 3, 192),       # DeiT-Ti; no CLIP of this size is standard: text as wide as vision, as in S
-    "S": Size(384, 12, 6, 384, 12, 6, 384),        # open_clip's ViT-S
-    "B": Size(768, 12, 12, 512, 12, 8, 512),       # CLIP's and FLIP's
+    "nano": Size(128, 4, 4, 128, 3, 4, 128),  # for tests and first runs on a CPU
+    # DeiT-Ti; no CLIP of this size is standard: text as wide as vision, as in S
+    "Ti": Size(192, 12, 3, 192, 12, 3, 192),
+    "S": Size(384, 12, 6, 384, 12, 6, 384),  # open_clip's ViT-S
+    "B": Size(768, 12, 12, 512, 12, 8, 512),  # CLIP's and FLIP's
     "L": Size(1024, 24, 16, 768, 12, 12, 768),
-    "L512": Size(1024, 24, 16, 512, 12, 8, 512),   # SLIP's and A-CLIP's L: B's text tower beside L's vision
+    # SLIP's and A-CLIP's L: B's text tower beside L's vision
+    "L512": Size(1024, 24, 16, 512, 12, 8, 512),
     "H": Size(1280, 32, 16, 1024, 24, 16, 1024),
 }
 PATCHES = (8, 14, 16, 32)
@@ -61,11 +74,14 @@ INITS = ("clip", "flip")
 @dataclass(frozen=True)
 class ModelConfig:
     """The model as a run's config states it, under `model:`."""
+
     size: str = "B/16"  # a row of SIZES, or custom / patch side in pixels
-    custom: Size | None = None  # the numbers of a size that is no row: for size custom/14 and the like alone
+    # the numbers of a size that is no row: for size custom/14 and the like alone
+    custom: Size | None = None
     image_size: int | tuple[int, int] = 224  # side of the square image, or height and width; pixels
     init: str = "flip"  # flip (MAE's Xavier) | clip (open_clip's)
-    checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, a third more compute
+    # recompute each block in the backward pass: less memory, a third more compute
+    checkpoint_activations: bool = False
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
@@ -73,15 +89,25 @@ class ModelConfig:
         name, _, patch = self.size.partition("/")
         own = name == "custom" and re.fullmatch("[1-9][0-9]*", patch)
         if not own and (name not in SIZES or patch not in map(str, PATCHES)):
-            raise ValueError(f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side {PATCHES}, as in 'B/16'; "
-                             "or custom, '/', and any patch side")
+            raise ValueError(
+                f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side"
+                f" {PATCHES}, as in 'B/16'; or custom, '/', and any patch side"
+            )
         if bool(own) != bool(self.custom):
-            raise ValueError(f"model.custom: {'missing' if own else 'given'} with model.size {self.size!r}; custom/PATCH and the numbers "
-                             "under model.custom belong together")
+            raise ValueError(
+                f"model.custom: {'missing' if own else 'given'} with model.size {self.size!r};"
+                " custom/PATCH and the numbers under model.custom belong together"
+            )
         if self.vision.positions == "sincos" and self.shape.width % 4:
-            raise ValueError(f"model.custom.width {self.shape.width}: model.vision.positions sincos needs a multiple of 4; or use learned")
+            raise ValueError(
+                f"model.custom.width {self.shape.width}: model.vision.positions sincos needs a"
+                " multiple of 4; or use learned"
+            )
         if any(side < self.patch or side % self.patch for side in self.sides):
-            raise ValueError(f"model.image_size {self.image_size}: not a multiple of the patch side of model.size {self.size!r}")
+            raise ValueError(
+                f"model.image_size {self.image_size}: not a multiple of the patch side of"
+                f" model.size {self.size!r}"
+            )
         if self.init not in INITS:
             raise ValueError(f"model.init {self.init!r}: unknown; known: {', '.join(INITS)}")
 
@@ -96,7 +122,11 @@ class ModelConfig:
     @property
     def sides(self) -> tuple[int, int]:
         """Height and width of an image, pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return (
+            self.image_size
+            if isinstance(self.image_size, tuple)
+            else (self.image_size, self.image_size)
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -105,15 +135,18 @@ class ModelConfig:
 
 
 class Temperature(nn.Module):
-    """The scale of the logits, exp(min(logit_scale, ln 100)), (1,) fp32.  Clamped here: an in-place clamp misses an optimiser's fp32 copy.
+    """The scale of the logits, exp(min(logit_scale, ln 100)), (1,) fp32. Clamped here: an in-place
+    clamp misses an optimiser's fp32 copy.
 
-    `residual`: what the parameter's own precision cannot hold. Under bf16 (steps of 1/64 at 2.66) whoever owns the fp32 copy sets it to
-    copy - parameter after each step, so that small updates reach the loss. It carries no gradient.
+    `residual`: what the parameter's own precision cannot hold. Under bf16 (steps of 1/64 at 2.66)
+    whoever owns the fp32 copy sets it to copy - parameter after each step, so that small updates
+    reach the loss. It carries no gradient.
     """
 
     def __init__(self):
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # not 0-dim, which DeepSpeed cannot hold
+        # not 0-dim, which DeepSpeed cannot hold
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.residual: Tensor | float = 0.0
 
     def forward(self) -> Tensor:
@@ -124,25 +157,50 @@ def vision_tower(cfg: ModelConfig) -> VisionTower:
     """The vision tower of a model; of its teacher too."""
     s = cfg.shape
     init = vision_init(cfg.init, s.width)
-    return VisionTower(cfg.vision, cfg.grid, cfg.patch, s.width, s.depth, s.heads, init, cfg.checkpoint_activations, s.mlp)
+    return VisionTower(
+        cfg.vision,
+        cfg.grid,
+        cfg.patch,
+        s.width,
+        s.depth,
+        s.heads,
+        init,
+        cfg.checkpoint_activations,
+        s.mlp,
+    )
 
 
 class Towers(nn.Module):
-    """Image and text towers with their projections into the common embedding, and the temperature."""
+    """Image and text towers with their projections into the common embedding, and the
+    temperature.
+    """
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int):
         super().__init__()
         s, text = cfg.shape, text_init(cfg.init, cfg.shape.text_width, cfg.shape.text_depth)
         self.vision = vision_tower(cfg)
-        self.text = TextTower(cfg.text, vocab, context, s.text_width, s.text_depth, s.text_heads, text, cfg.checkpoint_activations,
-                              s.text_mlp)
-        self.image_projection = Linear(s.width, s.embed, vision_init(cfg.init, s.width).projection, bias=None)
+        self.text = TextTower(
+            cfg.text,
+            vocab,
+            context,
+            s.text_width,
+            s.text_depth,
+            s.text_heads,
+            text,
+            cfg.checkpoint_activations,
+            s.text_mlp,
+        )
+        self.image_projection = Linear(
+            s.width, s.embed, vision_init(cfg.init, s.width).projection, bias=None
+        )
         self.text_projection = Linear(s.text_width, s.embed, text.projection, bias=None)
         self.temperature = Temperature()
 
     def image_features(self, patches: Tensor, positions: Tensor) -> Tensor:
         """(B, K, 3 P P) at (B, K) -> pooled tokens (B, D)."""
-        return self.vision.pool(self.vision(patches, positions, only_cls=self.vision.cfg.pool == "cls"))
+        return self.vision.pool(
+            self.vision(patches, positions, only_cls=self.vision.cfg.pool == "cls")
+        )
 
     def embed_image(self, features: Tensor) -> Tensor:
         """Pooled tokens (B, D) -> (B, E), fp32 unit vectors."""
@@ -152,40 +210,61 @@ class Towers(nn.Module):
         """(B, K, 3 P P) at (B, K) -> (B, E), fp32 unit vectors."""
         return self.embed_image(self.image_features(patches, positions))
 
-    def encode_text(self, ids: Tensor, lengths: Tensor, longest: int | None = None, positions: Tensor | None = None) -> Tensor:
-        """ids (T,), lengths (B,), the tokens' places (T,) if they are not 0, 1, ... -> (B, E), fp32 unit vectors."""
+    def encode_text(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        longest: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """ids (T,), lengths (B,), the tokens' places (T,) if they are not 0, 1, ... -> (B, E), fp32
+        unit vectors.
+        """
         return unit(self.text_projection(self.text(ids, lengths, longest, positions)))
 
 
 def vision_flops(cfg: ModelConfig, visible: int, only_cls: bool = False) -> float:
-    """FLOPs of a forward pass of the vision tower and its projection over K `visible` patches; only_cls: see VisionTower.forward."""
+    """FLOPs of a forward pass of the vision tower and its projection over K `visible` patches;
+    only_cls: see VisionTower.forward.
+    """
     s, tokens = cfg.shape, 1 + visible
     blocks = _blocks(tokens, s.width, s.depth, s.mlp, 1 if only_cls else tokens)
-    return 2.0 * (blocks + visible * 3 * cfg.patch ** 2 * s.width + s.width * s.embed)
+    return 2.0 * (blocks + visible * 3 * cfg.patch**2 * s.width + s.width * s.embed)
 
 
 def text_flops(cfg: ModelConfig, tokens: float) -> float:
-    """FLOPs of a forward pass of the text tower and its projection over a caption of `tokens` (a mean will do)."""
+    """FLOPs of a forward pass of the text tower and its projection over a caption of `tokens` (a
+    mean will do).
+    """
     s = cfg.shape
-    return 2.0 * (_blocks(tokens, s.text_width, s.text_depth, s.text_mlp, 1) + s.text_width * s.embed)
+    return 2.0 * (
+        _blocks(tokens, s.text_width, s.text_depth, s.text_mlp, 1) + s.text_width * s.embed
+    )
 
 
 def recomputed(cfg: ModelConfig, visible: float, tokens: float, last: bool) -> tuple[float, float]:
-    """The share of each tower's forward pass, (vision, text), that checkpoint_activations runs again.
+    """The share of each tower's forward pass, (vision, text), that checkpoint_activations runs
+    again.
 
-    last: each block's last matrix product too, whose output nobody needs.  torch stops before it, unless ZeRO-3's own linear layer,
+    last: each block's last matrix product too, whose output nobody needs. torch stops before it,
+    unless ZeRO-3's own linear layer,
     which keeps its input only once it is done, stands in for torch's.
     """
     s, seen, downs = cfg.shape, 1 + visible, 2 if last else 1
     vision = 2 * _blocks(seen, s.width, s.depth, s.mlp, seen, downs) / vision_flops(cfg, visible)
-    return vision, 2 * _blocks(tokens, s.text_width, s.text_depth, s.text_mlp, 1, downs) / text_flops(cfg, tokens)
+    return vision, 2 * _blocks(
+        tokens, s.text_width, s.text_depth, s.text_mlp, 1, downs
+    ) / text_flops(cfg, tokens)
 
 
-def _blocks(tokens: float, width: int, depth: int, ratio: float, only: float, products: int = 2) -> float:
-    """Multiply-adds of `depth` blocks, the last of which works for `only` so many tokens.  Not counted: norms, softmax, look-ups.
+def _blocks(
+    tokens: float, width: int, depth: int, ratio: float, only: float, products: int = 2
+) -> float:
+    """Multiply-adds of `depth` blocks, the last of which works for `only` so many tokens. Not
+    counted: norms, softmax, look-ups.
 
     products: of the MLP, 2, or the first alone.
     """
     attend = 2 * tokens * width  # a token's: q k and its use of v
-    rest = width ** 2 + products * width * hidden(width, ratio)  # out and the MLP (qkv is for all)
-    return depth * tokens * (3 * width ** 2 + attend + rest) - (tokens - only) * (attend + rest)
+    rest = width**2 + products * width * hidden(width, ratio)  # out and the MLP (qkv is for all)
+    return depth * tokens * (3 * width**2 + attend + rest) - (tokens - only) * (attend + rest)

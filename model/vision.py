@@ -1,8 +1,10 @@
-"""The vision tower.  It sees patches and where they are; it knows nothing of masks and never holds a hidden patch.
+"""The vision tower. It sees patches and where they are; it knows nothing of masks and never holds a
+hidden patch.
 
 Letters: B batch, L patches of the grid, K visible patches, P patch side, D width.
 To add a kind of pooling: one row in POOLS.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +18,22 @@ POOLS = {  # the tower's tokens (B, 1 + K, D) -> (B, D)
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens[:, 1:].mean(1),
     "mean_with_cls": lambda tokens: tokens.mean(1),
-    "mean_then_norm": lambda tokens: tokens[:, 0],  # the tower has put it there: its norm is whole in its own forward alone
+    # the tower has put it there: its norm is whole in its own forward alone
+    "mean_then_norm": lambda tokens: tokens[:, 0],
 }
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The defaults are FLIP's; CLIP's: learned, cls, pre_norm, no patch_bias, gelu or quick_gelu, eps 1e-5, its own mean and std."""
-    positions: str = "sincos"  # sincos (fixed; the class token has none) | learned (1 + L rows, the class token's first)
-    pool: str = "mean_with_cls"  # cls | mean | mean_with_cls, after the final norm; mean_then_norm: mean of the patches before it (CLIPA)
+    """The defaults are FLIP's; CLIP's: learned, cls, pre_norm, no patch_bias, gelu or quick_gelu,
+    eps 1e-5, its own mean and std.
+    """
+
+    # sincos (fixed; the class token has none) | learned (1 + L rows, the class token's first)
+    positions: str = "sincos"
+    # cls | mean | mean_with_cls, after the final norm; mean_then_norm: mean of the patches before
+    # it (CLIPA)
+    pool: str = "mean_with_cls"
     pre_norm: bool = False  # a LayerNorm between embedding and blocks
     patch_bias: bool = True  # bias of the patch embedding
     freeze_patch: bool = False  # leave the patch embedding at its random start
@@ -34,23 +43,44 @@ class VisionConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # the same
 
     def __post_init__(self):
-        for key, known in (("positions", ("learned", "sincos")), ("pool", POOLS), ("activation", ACTIVATIONS)):
+        for key, known in (
+            ("positions", ("learned", "sincos")),
+            ("pool", POOLS),
+            ("activation", ACTIVATIONS),
+        ):
             if getattr(self, key) not in known:
-                raise ValueError(f"model.vision.{key} {getattr(self, key)!r}: unknown; known: {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"model.vision.{key} {getattr(self, key)!r}: unknown; known:"
+                    f" {', '.join(sorted(known))}"
+                )
         if not self.eps > 0:
             raise ValueError(f"model.vision.eps {self.eps}: it must be above 0")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"model.vision.mean {self.mean}, std {self.std}: three numbers each, std above 0")
+            raise ValueError(
+                f"model.vision.mean {self.mean}, std {self.std}: three numbers each, std above 0"
+            )
 
 
 class VisionTower(nn.Module):
     """`grid` (rows, columns) of P x P patches; L = rows * columns."""
 
-    def __init__(self, cfg: VisionConfig, grid: tuple[int, int], patch: int, width: int, depth: int, heads: int, init: Init,
-                 recompute: bool = False, ratio: float = 4.0):
+    def __init__(
+        self,
+        cfg: VisionConfig,
+        grid: tuple[int, int],
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        init: Init,
+        recompute: bool = False,
+        ratio: float = 4.0,
+    ):
         super().__init__()
         self.cfg, self.grid = cfg, grid
-        self.patch = Linear(3 * patch * patch, width, init.patch, init.bias if cfg.patch_bias else None)
+        self.patch = Linear(
+            3 * patch * patch, width, init.patch, init.bias if cfg.patch_bias else None
+        )
         self.patch.requires_grad_(not cfg.freeze_patch)
         self.cls = drawn(width, std=init.cls)
         if cfg.positions == "learned":
@@ -61,25 +91,39 @@ class VisionTower(nn.Module):
         self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute, ratio)
         self.norm = nn.LayerNorm(width, cfg.eps)
 
-    def forward(self, patches: Tensor, positions: Tensor, grid: tuple[int, int] | None = None, only_cls: bool = False,
-                watch: Watch | None = None, alone: bool = False, paths: Tensor | None = None) -> Tensor:
-        """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the class token first.
+    def forward(
+        self,
+        patches: Tensor,
+        positions: Tensor,
+        grid: tuple[int, int] | None = None,
+        only_cls: bool = False,
+        watch: Watch | None = None,
+        alone: bool = False,
+        paths: Tensor | None = None,
+    ) -> Tensor:
+        """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the
+        class token first.
 
         Where mean_then_norm is pooled, the normalised mean stands in the class token's place.
-        grid: the positions are those of another grid, to which the tower's own are interpolated.  only_cls: (B, 1, D), the class token
-        alone, exact for less.  watch: takes up how the class token attends.  alone: in the last block each token attends to itself, so that
-        it tells of its own place where the tower is pooled by its class token (Zhou et al. 2022, Extract Free Dense Labels from CLIP, 3.2).
-        paths: (depth, 2, B), model/layers.py's drop_path, in fine-tuning.
+        grid: the positions are those of another grid, to which the tower's own are interpolated.
+        only_cls: (B, 1, D), the class token alone, exact for less. watch: takes up how the class
+        token attends. alone: in the last block each token attends to itself, so that it tells of
+        its own place where the tower is pooled by its class token (Zhou et al. 2022, Extract Free
+        Dense Labels from CLIP, 3.2). paths: (depth, 2, B), model/layers.py's drop_path, in
+        fine-tuning.
         """
         learned = self.cfg.positions == "learned"
         x = self.patch(normalise(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
-        table = self.positions[1:] if learned else self.positions  # row 0 of learned positions is the class token's
+        # row 0 of learned positions is the class token's
+        table = self.positions[1:] if learned else self.positions
         if grid not in (None, self.grid):
             table = resized(table, self.grid, grid)
         x = x + F.embedding(positions.long(), table).to(x.dtype)
         cls = self.cls + self.positions[0] if learned else self.cls
         x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        x = self.blocks(self.pre_norm(x), only=1 if only_cls else None, watch=watch, alone=alone, paths=paths)
+        x = self.blocks(
+            self.pre_norm(x), only=1 if only_cls else None, watch=watch, alone=alone, paths=paths
+        )
         if self.cfg.pool == "mean_then_norm" and not only_cls:
             x = torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], dim=1)
         return self.norm(x)
@@ -90,17 +134,34 @@ class VisionTower(nn.Module):
 
 
 def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions (L, D) of one grid (rows, columns) at the places of another's patches, bicubic (A-CLIP section 4.1)."""
+    """Positions (L, D) of one grid (rows, columns) at the places of another's patches, bicubic
+    (A-CLIP section 4.1).
+    """
     image = table.t().unflatten(1, old)[None].float()  # (1, D, rows, columns)
-    return F.interpolate(image, new, mode="bicubic", align_corners=False)[0].flatten(1).t().to(table.dtype)
+    return (
+        F.interpolate(image, new, mode="bicubic", align_corners=False)[0]
+        .flatten(1)
+        .t()
+        .to(table.dtype)
+    )
 
 
-def normalise(patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """uint8 (B, K, 3 P P), channel after channel -> (x / 255 - mean) / std, computed in fp32; floats pass as they are.
+def normalise(
+    patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
+) -> Tensor:
+    """uint8 (B, K, 3 P P), channel after channel -> (x / 255 - mean) / std, computed in fp32;
+    floats pass as they are.
 
-    Channel by channel with Python numbers: a tensor of means would be a copy to the device each time, or a buffer cast to bf16.
+    Channel by channel with Python numbers: a tensor of means would be a copy to the device each
+    time, or a buffer cast to bf16.
     """
     if patches.dtype != torch.uint8:
         return patches.to(dtype)
     channels = patches.unflatten(2, (3, -1)).unbind(2)
-    return torch.cat([((x.float() / 255 - m) / s).to(dtype) for x, m, s in zip(channels, mean, std, strict=True)], dim=2)
+    return torch.cat(
+        [
+            ((x.float() / 255 - m) / s).to(dtype)
+            for x, m, s in zip(channels, mean, std, strict=True)
+        ],
+        dim=2,
+    )

@@ -1,47 +1,57 @@
-"""Measure Glimpse on this machine, against a peer in the same process tree.  Ratios carry over to other machines; seconds do not.
+"""Measure Glimpse on this machine, against a peer in the same process tree. Ratios carry over to
+other machines; seconds do not.
 
-    python run/bench.py step     a B/16's training step at masks of 0, 50, 75 %, short and long captions, and open_clip's
-    python run/bench.py methods  a B/16's training step by each method, to clip's, beside the ratio of FLOPs
-    python run/bench.py data     images/s of decode + augment + mask + patches on one core, and open_clip's transform
+    python run/bench.py step     a B/16's training step at masks of 0, 50, 75 %, short and long
+                                 captions, and open_clip's
+    python run/bench.py methods  a B/16's training step by each method, to clip's, beside the ratio
+        of FLOPs
+    python run/bench.py data     images/s of decode + augment + mask + patches on one core, and
+                                 open_clip's transform
     python run/bench.py loss     time and memory of the tiled loss and of the dense one
 
-open_clip and the photographs come with requirements-dev.txt; the peer is left out where it is not installed.
+open_clip and the photographs come with requirements-dev.txt; the peer is left out where it is not
+installed.
 Letters: B batch, P patch side.
 """
+
 import sys
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import importlib.util  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
 
-from data.augment import View, random_view  # noqa: E402
-from data.masking import parse  # noqa: E402
-from data.patches import visible  # noqa: E402
-from model import losses  # noqa: E402
-from model.methods import METHODS  # noqa: E402
-from run.lib import cli, config, made, trace  # noqa: E402
-from run.lib.log import peak_gib  # noqa: E402
-from run.lib.ranks import to_device  # noqa: E402
+from data.augment import View, random_view
+from data.masking import parse
+from data.patches import visible
+from model import losses
+from model.methods import METHODS
+from run.lib import cli, config, made, trace
+from run.lib.log import peak_gib
+from run.lib.ranks import to_device
 
 RATIOS = (0.0, 0.5, 0.75)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> str:
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     return f"{name}, torch {torch.__version__}"
 
 
@@ -52,7 +62,9 @@ def table(head: list[str], rows: list[list]) -> None:
 
 
 def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, the runs taking turns so that other load on the machine meets them all; one turn warms up."""
+    """Median seconds of each, the runs taking turns so that other load on the machine meets them
+    all; one turn warms up.
+    """
     took: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(1 + repeats):
         for name, run in runs.items():
@@ -64,15 +76,23 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
     return {name: statistics.median(times) for name, times in took.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------------
+# step
+
 
 def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]:
-    """Forward, loss, backward, AdamW and the teacher's average, on a batch whose captions have `tokens` tokens on average."""
+    """Forward, loss, backward, AdamW and the teacher's average, on a batch whose captions have
+    `tokens` tokens on average.
+    """
     torch.manual_seed(0)
     method = METHODS[cfg.method](cfg.model, 49408, cfg.data.context, cfg.options).to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-5)
     part = to_device(made.part(cfg, tokens, batch))
-    pairs = [pair for teacher, student in method.averaged() for pair in zip(teacher.parameters(), student.parameters())]
+    pairs = [
+        pair
+        for teacher, student in method.averaged()
+        for pair in zip(teacher.parameters(), student.parameters())
+    ]
 
     def step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
@@ -82,16 +102,27 @@ def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]
         optimizer.zero_grad()
         for teacher, student in pairs:
             teacher.data.lerp_(student.data, 0.004)
+
     return step
 
 
 def peer_step(ratio: float, batch: int) -> Callable[[], object]:
-    """The same of open_clip's ViT-B-16 with its patch dropout; its captions are always padded to 77 tokens."""
+    """The same of open_clip's ViT-B-16 with its patch dropout; its captions are always padded to 77
+    tokens.
+    """
     import open_clip
+
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-16", force_patch_dropout=ratio, output_dict=True).to(DEVICE).train()
+    model = (
+        open_clip.create_model("ViT-B-16", force_patch_dropout=ratio, output_dict=True)
+        .to(DEVICE)
+        .train()
+    )
     optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-5), open_clip.ClipLoss()
-    image, text = torch.randn(batch, 3, 224, 224, device=DEVICE), torch.randint(1, 49000, (batch, 77), device=DEVICE)
+    image, text = (
+        torch.randn(batch, 3, 224, 224, device=DEVICE),
+        torch.randint(1, 49000, (batch, 77), device=DEVICE),
+    )
 
     def step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
@@ -99,13 +130,24 @@ def peer_step(ratio: float, batch: int) -> Callable[[], object]:
         found.backward()
         optimizer.step()
         optimizer.zero_grad()
+
     return step
 
 
 def bench_step(args) -> None:
     def ours(tokens):
-        return lambda ratio: our_step(config.load(config.ROOT / "run/configs/clip_b16.yaml", [
-            f"model.size={args.size}", f"views.image.mask={f'random({ratio})' if ratio else 'none'}"]), tokens, args.batch)
+        return lambda ratio: our_step(
+            config.load(
+                config.ROOT / "run/configs/clip_b16.yaml",
+                [
+                    f"model.size={args.size}",
+                    f"views.image.mask={f'random({ratio})' if ratio else 'none'}",
+                ],
+            ),
+            tokens,
+            args.batch,
+        )
+
     kinds = {"11 tokens on average": ours(11), "77 tokens": ours(77)}
     if importlib.util.find_spec("open_clip") and args.size == "B/16":
         kinds["open_clip ViT-B-16, 77 tokens"] = lambda ratio: peer_step(ratio, args.batch)
@@ -114,19 +156,38 @@ def bench_step(args) -> None:
     for kind, make in kinds.items():
         took = medians({str(ratio): make(ratio) for ratio in RATIOS}, args.repeats)
         whole = took["0.0"]
-        rows += [[kind, f"{ratio:.0%}", took[str(ratio)], took[str(ratio)] / whole, args.batch / took[str(ratio)]] for ratio in RATIOS]
+        rows += [
+            [
+                kind,
+                f"{ratio:.0%}",
+                took[str(ratio)],
+                took[str(ratio)] / whole,
+                args.batch / took[str(ratio)],
+            ]
+            for ratio in RATIOS
+        ]
     table(["captions", "mask", "s/step", "to unmasked", "samples/s"], rows)
 
 
-# ------------------------------------------------------------------------------------------------------------- methods
+# --------------------------------------------------------------------------------------------------
+# methods
 
-PAPER_TIME = {"aclip": 1.16, "aclip_eff": 0.86, "maskclip": 1.56, "slip": 2.67, "mae": 1.30}  # to CLIP, A-CLIP's Table 1 and MaskCLIP's
+# to CLIP, A-CLIP's Table 1 and MaskCLIP's
+PAPER_TIME = {"aclip": 1.16, "aclip_eff": 0.86, "maskclip": 1.56, "slip": 2.67, "mae": 1.30}
 
 
 def bench_methods(args) -> None:
-    """Each method's step in a process tree of its own would meet other noise: two at a time, the method and clip, in turns."""
-    print(f"Training step of {args.size}, B {args.batch}, captions of 11 tokens, to clip's; median of {args.repeats}, {machine()}\n")
-    rows, clip = [], make_method("slip", args, ["method=clip", "views.augmented=null", "options=null"])
+    """Each method's step in a process tree of its own would meet other noise: two at a time, the
+    method and clip, in turns.
+    """
+    print(
+        f"Training step of {args.size}, B {args.batch}, captions of 11 tokens, to clip's; median of"
+        f" {args.repeats}, {machine()}\n"
+    )
+    rows, clip = (
+        [],
+        make_method("slip", args, ["method=clip", "views.augmented=null", "options=null"]),
+    )
     flops = {"clip": counted(clip)}
     for name, time_there in PAPER_TIME.items():
         step = make_method(name, args, [])
@@ -138,7 +199,13 @@ def bench_methods(args) -> None:
 
 
 def make_method(name: str, args, overrides: list[str]) -> Callable[[], object]:
-    return our_step(config.load(config.ROOT / f"run/configs/{name}_b16.yaml", [f"model.size={args.size}", *overrides]), 11, args.batch)
+    return our_step(
+        config.load(
+            config.ROOT / f"run/configs/{name}_b16.yaml", [f"model.size={args.size}", *overrides]
+        ),
+        11,
+        args.batch,
+    )
 
 
 def counted(step: Callable[[], object]) -> int:
@@ -148,37 +215,73 @@ def counted(step: Callable[[], object]) -> int:
     return found.get_total_flops()
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------------
+# data
+
 
 def bench_data(args) -> None:
-    files = [path.read_bytes() for path in sorted(Path(args.images).glob("*.jp*g"))] if args.images else photographs()
+    files = (
+        [path.read_bytes() for path in sorted(Path(args.images).glob("*.jp*g"))]
+        if args.images
+        else photographs()
+    )
     if not files:
         raise ValueError(f"--images {args.images}: no .jpg in it")
     torch.set_num_threads(1)
-    runs = {f"glimpse, {spec}": each(files, our_sample(spec)) for spec in ("none", "random(0.5)", "random(0.75)", "gaussian(0.75)")}
+    runs = {
+        f"glimpse, {spec}": each(files, our_sample(spec))
+        for spec in ("none", "random(0.5)", "random(0.75)", "gaussian(0.75)")
+    }
     if importlib.util.find_spec("open_clip"):
         import open_clip
+
         transform = open_clip.image_transform(224, is_train=True, aug_cfg=dict(scale=(0.5, 1.0)))
-        runs["open_clip, decode alone"] = each(files, lambda data: Image.open(io.BytesIO(data)).convert("RGB"))
-        runs["open_clip"] = each(files, lambda data: transform(Image.open(io.BytesIO(data)).convert("RGB")))
-    print(f"{len(files)} images of {args.images or 'scikit-image'} to 224-px views, crop scale 0.5-1, one core, median of {args.repeats}\n")
+        runs["open_clip, decode alone"] = each(
+            files, lambda data: Image.open(io.BytesIO(data)).convert("RGB")
+        )
+        runs["open_clip"] = each(
+            files, lambda data: transform(Image.open(io.BytesIO(data)).convert("RGB"))
+        )
+    print(
+        f"{len(files)} images of {args.images or 'scikit-image'} to 224-px views, crop scale 0.5-1,"
+        f" one core, median of {args.repeats}\n"
+    )
     took = medians(runs, args.repeats)
-    table(["path", "images/s", "to open_clip"], [[name, round(len(files) / s), took["open_clip"] / s if "open_clip" in took else "-"]
-                                                 for name, s in took.items()])
+    table(
+        ["path", "images/s", "to open_clip"],
+        [
+            [name, round(len(files) / s), took["open_clip"] / s if "open_clip" in took else "-"]
+            for name, s in took.items()
+        ],
+    )
 
 
 def photographs(count: int = 100) -> list[bytes]:
-    """JPEGs of about 500 pixels (quality 90, 4:2:0): windows of scikit-image's photographs with a little sensor noise."""
+    """JPEGs of about 500 pixels (quality 90, 4:2:0): windows of scikit-image's photographs with a
+    little sensor noise.
+    """
     import skimage.data
+
     rng, files = np.random.default_rng(0), []
     for i in range(count):
         name = ("astronaut", "chelsea", "coffee", "rocket")[i % 4]
         picture = Image.fromarray(getattr(skimage.data, name)())
-        width, height = ((500, 375), (500, 333), (375, 500), (500, 400), (500, 500))[rng.integers(5)]
+        width, height = ((500, 375), (500, 333), (375, 500), (500, 400), (500, 500))[
+            rng.integers(5)
+        ]
         zoom = min(picture.width / width, picture.height / height) * rng.uniform(0.8, 1)
-        left, top = rng.uniform(0, picture.width - zoom * width), rng.uniform(0, picture.height - zoom * height)
-        window = picture.resize((width, height), Image.BICUBIC, box=(left, top, left + zoom * width, top + zoom * height))
-        noisy = np.clip(np.asarray(window) + rng.normal(0, 2, (height, width, 3)), 0, 255).astype(np.uint8)
+        left, top = (
+            rng.uniform(0, picture.width - zoom * width),
+            rng.uniform(0, picture.height - zoom * height),
+        )
+        window = picture.resize(
+            (width, height),
+            Image.BICUBIC,
+            box=(left, top, left + zoom * width, top + zoom * height),
+        )
+        noisy = np.clip(np.asarray(window) + rng.normal(0, 2, (height, width, 3)), 0, 255).astype(
+            np.uint8
+        )
         out = io.BytesIO()
         Image.fromarray(noisy).save(out, "JPEG", quality=90, subsampling=2)
         files.append(out.getvalue())
@@ -197,13 +300,18 @@ def our_sample(spec: str) -> Callable[[bytes], object]:
         image, _ = random_view(data, 224, view, rng)
         keep = mask(torch.from_numpy(rng.random((1, 196), dtype=np.float32)), (14, 14))[0].numpy()
         return visible(image, 16, keep)
+
     return sample
 
 
-# ---------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------------
+# loss
+
 
 def bench_loss(args) -> None:
-    """Each case in a process of its own: its peak memory above what it held before is the loss's."""
+    """Each case in a process of its own: its peak memory above what it held before is the
+    loss's.
+    """
     if args.case:
         return loss_case(*args.case)
     print(f"Contrastive loss, forward and backward, one process, E 512, {machine()}\n")
@@ -215,8 +323,16 @@ def bench_loss(args) -> None:
             if DEVICE.type == "cpu" and free_gib() < need:
                 found[kind] = dict(seconds=f"needs {need:.0f} GiB free", peak="-")
                 continue
-            done = subprocess.run([sys.executable, __file__, "loss", "--case", kind, str(size)], capture_output=True, text=True)
-            found[kind] = json.loads(done.stdout) if not done.returncode else dict(seconds=f"failed ({done.returncode})", peak="-")
+            done = subprocess.run(
+                [sys.executable, __file__, "loss", "--case", kind, str(size)],
+                capture_output=True,
+                text=True,
+            )
+            found[kind] = (
+                json.loads(done.stdout)
+                if not done.returncode
+                else dict(seconds=f"failed ({done.returncode})", peak="-")
+            )
         rows.append([size, *(found[kind][what] for what in ("seconds", "peak") for kind in found)])
     table(["B", "tiled s", "dense s", "tiled GiB", "dense GiB"], rows)
 
@@ -234,8 +350,13 @@ def loss_case(kind: str, size: str) -> None:
         return [x.requires_grad_() for x in (image, text, torch.full((1,), 14.3, device=DEVICE))]
 
     def step(tensors):
-        loss = losses.contrastive(*tensors)[0] if kind == "tiled" else losses.dense_contrastive(*tensors)
+        loss = (
+            losses.contrastive(*tensors)[0]
+            if kind == "tiled"
+            else losses.dense_contrastive(*tensors)
+        )
         loss.backward()
+
     medians({"warm": lambda: step(inputs(256))}, 1)
     tensors, before = inputs(int(size)), peak_gib()
     seconds = medians({kind: lambda: step(tensors)}, 1 if int(size) > 16384 else 3)[kind]
@@ -245,16 +366,26 @@ def loss_case(kind: str, size: str) -> None:
 def main() -> None:
     parser = config.parser(__doc__)
     kinds = parser.add_subparsers(required=True, metavar="step | methods | data | loss")
-    step, methods = kinds.add_parser("step", help="training step by mask"), kinds.add_parser("methods", help="training step by method")
+    step, methods = (
+        kinds.add_parser("step", help="training step by mask"),
+        kinds.add_parser("methods", help="training step by method"),
+    )
     for sub in (step, methods):
         sub.add_argument("--batch", type=int, default=8)
         sub.add_argument("--size", default="B/16", help="a size and patch of model/towers.py")
     data = kinds.add_parser("data", help="decode and augment")
-    data.add_argument("--images", help="a folder of JPEGs; default: a hundred made of scikit-image's photographs")
+    data.add_argument(
+        "--images", help="a folder of JPEGs; default: a hundred made of scikit-image's photographs"
+    )
     loss = kinds.add_parser("loss", help="tiled and dense contrastive loss")
     loss.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384, 32768], metavar="B")
     loss.add_argument("--case", nargs=2, help="one case, as the benchmark itself starts it")
-    for sub, run in ((step, bench_step), (methods, bench_methods), (data, bench_data), (loss, bench_loss)):
+    for sub, run in (
+        (step, bench_step),
+        (methods, bench_methods),
+        (data, bench_data),
+        (loss, bench_loss),
+    ):
         sub.add_argument("--repeats", type=int, default=5)
         sub.set_defaults(run=run)
     args = parser.parse_args()

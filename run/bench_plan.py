@@ -1,33 +1,45 @@
-"""Measure what run/lib/plan.py predicts: bytes on a rank and FLOPs of a sample, over sizes, ZeRO stages, masks and checkpointing.
+"""Measure what run/lib/plan.py predicts: bytes on a rank and FLOPs of a sample, over sizes, ZeRO
+stages, masks and checkpointing.
 
     python run/bench_plan.py                                               one rank
     deepspeed --num_accelerators 2 run/bench_plan.py --sizes nano/8 S/16   two
 
-Each case is a real engine that takes three steps on made-up batches; the last is measured.  Bytes are of rank 0's tensors that live (Alive
-in run/lib/trace.py), from before the engine is built: between steps, at most until the backward pass is over, and at most in a whole step.
-What a kernel allocates inside itself is not seen.  Bytes sent are those of each collective's tensors, as a ring sends them.
-DeepSpeed's `destroy` leaves much of an engine behind: on a small machine measure B/16 a stage at a time.
+Each case is a real engine that takes three steps on made-up batches; the last is measured. Bytes
+are of rank 0's tensors that live (Alive in run/lib/trace.py), from before the engine is built:
+between steps, at most until the backward pass is over, and at most in a whole step. What a kernel
+allocates inside itself is not seen. Bytes sent are those of each collective's tensors, as a ring
+sends them.
+DeepSpeed's `destroy` leaves much of an engine behind: on a small machine measure B/16 a stage at a
+time.
 """
+
 import sys
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import gc  # noqa: E402
-import json  # noqa: E402
-import tempfile  # noqa: E402
+import gc
+import json
+import tempfile
 
-import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_iter  # noqa: E402
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from run.lib import config, engine, made, plan, ranks, trace  # noqa: E402
+from run.lib import config, engine, made, plan, ranks, trace
 
-SMALL = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 5_000_000, "stage3_param_persistence_threshold": 100_000}
+SMALL = {
+    "reduce_bucket_size": 5_000_000,
+    "stage3_prefetch_bucket_size": 5_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
 TOKENS, VOCAB = 12.0, 30523
-HEAD = ("size | ranks | ZeRO | type | mask | recompute | held, MiB | measured | off | passes, MiB | measured | off | step, MiB | measured "
-        "| off | GFLOP a sample | measured | off | sent, MB | measured | off").split(" | ")
+HEAD = (
+    "size | ranks | ZeRO | type | mask | recompute | held, MiB | measured | off | passes, MiB |"
+    " measured | off | step, MiB | measured | off | GFLOP a sample | measured | off | sent, MB |"
+    " measured | off"
+).split(" | ")
 
 
 class Sent(TorchDispatchMode):
@@ -41,39 +53,70 @@ class Sent(TorchDispatchMode):
         name = str(func)
         if name.startswith("c10d."):
             sizes = [leaf.nbytes for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)]
-            whole = 2 * sum(sizes) if "allreduce" in name else max(sizes, default=0)  # what a gather makes, what a scatter is given
+            # what a gather makes, what a scatter is given
+            whole = 2 * sum(sizes) if "allreduce" in name else max(sizes, default=0)
             self.bytes += whole * (ranks.world() - 1) / ranks.world()
         return func(*args, **(kwargs or {}))
 
 
-def case(folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, micro: int) -> list:
+def case(
+    folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, micro: int
+) -> list:
     """A row of the table: what is predicted and what is measured."""
     file = folder / f"{stage}-{kind}.json"
-    tree = {"zero_optimization": {"stage": stage, **SMALL}} | ({"bf16": {"enabled": True}} if kind == "bf16" else {})
+    tree = {"zero_optimization": {"stage": stage, **SMALL}} | (
+        {"bf16": {"enabled": True}} if kind == "bf16" else {}
+    )
     ranks.once(lambda: ranks.rank() or file.write_text(json.dumps(tree)))
     spec = f"random({mask})" if mask else "none"
-    cfg = config.load(config.ROOT / "run/configs/flip_b16.yaml", [
-        f"model.size={size}", f"batch={micro * ranks.world()}", f"deepspeed={file}", f"views.image.mask={spec}",
-        f"model.checkpoint_activations={str(recompute).lower()}"])
-    found = plan.plan(cfg, plan.Cluster.of("A100-40", ranks=ranks.world()), TOKENS, adam=plan.ADAM["cpu"], vocab=VOCAB)
+    cfg = config.load(
+        config.ROOT / "run/configs/flip_b16.yaml",
+        [
+            f"model.size={size}",
+            f"batch={micro * ranks.world()}",
+            f"deepspeed={file}",
+            f"views.image.mask={spec}",
+            f"model.checkpoint_activations={str(recompute).lower()}",
+        ],
+    )
+    found = plan.plan(
+        cfg,
+        plan.Cluster.of("A100-40", ranks=ranks.world()),
+        TOKENS,
+        adam=plan.ADAM["cpu"],
+        vocab=VOCAB,
+    )
     held, passes, peak, flops, sent = measured(cfg, micro)
-    until = max(sum(parts.values()) for moment, parts in found.moments.items() if moment != "optimizer step")
-    columns = [(sum(found.zero.held(found.weights, ranks.world()).values()) / 2**20, held / 2**20), (until / 2**20, passes / 2**20),
-               (found.peak[1] / 2**20, peak / 2**20), (found.hardware_flops / 1e9, flops / 1e9),
-               (sum(found.sent.values()) / 1e6, sent / 1e6)]
-    numbers = [text for mine, real in columns for text in (f"{mine:.4g}", f"{real:.4g}", f"{mine / real - 1:+.1%}" if real else "")]
+    until = max(
+        sum(parts.values()) for moment, parts in found.moments.items() if moment != "optimizer step"
+    )
+    columns = [
+        (sum(found.zero.held(found.weights, ranks.world()).values()) / 2**20, held / 2**20),
+        (until / 2**20, passes / 2**20),
+        (found.peak[1] / 2**20, peak / 2**20),
+        (found.hardware_flops / 1e9, flops / 1e9),
+        (sum(found.sent.values()) / 1e6, sent / 1e6),
+    ]
+    numbers = [
+        text
+        for mine, real in columns
+        for text in (f"{mine:.4g}", f"{real:.4g}", f"{mine / real - 1:+.1%}" if real else "")
+    ]
     return [size, ranks.world(), stage, kind, f"{mask:.0%}", "yes" if recompute else "no", *numbers]
 
 
 def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float, float]:
-    """(bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a sample, bytes sent)."""
+    """(bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a
+    sample, bytes sent).
+    """
     part, linear = made.part(cfg, TOKENS, micro), torch.nn.functional.linear
     gc.collect()
     with trace.Alive() as alive:
         trainer = engine.Engine(cfg, VOCAB)
         update, passes = trainer.ds.step, []
         trainer.ds.step = lambda: passes.append(alive.peak) or update()
-        with trace.counter() as counter:  # not in the step whose memory is measured: it holds on to what checkpointing would free
+        # not in the step whose memory is measured: it holds on to what checkpointing would free
+        with trace.counter() as counter:
             trainer.step([part], 1e-4)
         trainer.step([part], 1e-4)  # ZeRO-3 watches which module follows which
         gc.collect()
@@ -90,7 +133,9 @@ def main() -> None:
     parser = config.parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["nano/8", "S/16", "B/16"])
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
-    parser.add_argument("--types", nargs="+", default=["fp32", "bf16"], help="bf16 needs a stage above 0")
+    parser.add_argument(
+        "--types", nargs="+", default=["fp32", "bf16"], help="bf16 needs a stage above 0"
+    )
     parser.add_argument("--masks", nargs="+", type=float, default=[0.0, 0.5, 0.75])
     parser.add_argument("--micro", type=int, default=8, help="samples on a rank")
     parser.add_argument("--local_rank", type=int, help="from the launcher")
@@ -104,7 +149,18 @@ def main() -> None:
                 if stage or kind == "fp32":
                     for mask in args.masks:
                         for recompute in (False, True):
-                            ranks.say("| " + " | ".join(map(str, case(folder, size, stage, kind, mask, recompute, args.micro))) + " |")
+                            ranks.say(
+                                "| "
+                                + " | ".join(
+                                    map(
+                                        str,
+                                        case(
+                                            folder, size, stage, kind, mask, recompute, args.micro
+                                        ),
+                                    )
+                                )
+                                + " |"
+                            )
 
 
 if __name__ == "__main__":

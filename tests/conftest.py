@@ -1,4 +1,7 @@
-"""What every test shares: the peers' torchvision beside a CPU build of torch, and run/convert.py as from the command line."""
+"""What every test shares: the peers' torchvision beside a CPU build of torch, and run/convert.py as
+from the command line.
+"""
+
 import sys
 
 import pytest
@@ -17,4 +20,5 @@ def convert(monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             run_script(main)
         return left.value.code or 0, *capsys.readouterr()
+
     return call

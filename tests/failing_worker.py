@@ -1,12 +1,13 @@
 """Launched by test_resume.py: run/pretrain.py, but that rank 1 fails in its third step."""
+
 import sys
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from tests/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from run import pretrain  # noqa: E402
-from run.lib import engine, ranks  # noqa: E402
+from run import pretrain
+from run.lib import engine, ranks
 
 step = engine.Engine.step
 

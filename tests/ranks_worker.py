@@ -1,7 +1,10 @@
-"""What 2 gloo ranks find without DeepSpeed: `found` runs this file as a script, once a rank, for test_auxiliary.py and test_heads.py alike.
+"""What 2 gloo ranks find without DeepSpeed: `found` runs this file as a script, once a rank, for
+test_auxiliary.py and test_heads.py alike.
 
-Each of them says in its `on_a_rank` what a rank does, and returns what the tests look at.  pytest -m slow tests/test_auxiliary.py
+Each of them says in its `on_a_rank` what a rank does, and returns what the tests look at. pytest -m
+slow tests/test_auxiliary.py
 """
+
 import functools
 import os
 import subprocess
@@ -29,8 +32,15 @@ def launched() -> tuple[list[dict], str]:
     """What the ranks found, and how they failed (which is kept, too: a hang is waited for once)."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     with tempfile.TemporaryDirectory() as folder:
-        processes = [subprocess.Popen([sys.executable, __file__, folder, str(rank)], env=env, stderr=subprocess.PIPE, text=True)
-                     for rank in range(WORLD)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, folder, str(rank)],
+                env=env,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(WORLD)
+        ]
         try:
             errors = [process.communicate(timeout=90)[1] for process in processes]
         except subprocess.TimeoutExpired as hang:
@@ -45,8 +55,18 @@ def launched() -> tuple[list[dict], str]:
 
 def worker(folder: str, rank: int) -> None:
     from tests import test_auxiliary, test_heads  # not above: they import this file
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=WORLD, rank=rank, timeout=timedelta(seconds=30))
-    torch.save({"auxiliary": test_auxiliary.on_a_rank(rank), "heads": test_heads.on_a_rank(rank)}, f"{folder}/{rank}.pt")
+
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        world_size=WORLD,
+        rank=rank,
+        timeout=timedelta(seconds=30),
+    )
+    torch.save(
+        {"auxiliary": test_auxiliary.on_a_rank(rank), "heads": test_heads.on_a_rank(rank)},
+        f"{folder}/{rank}.pt",
+    )
     sys.stderr.flush()
     dist.barrier()
     os._exit(0)  # gloo's threads abort some of the processes that end through the interpreter

@@ -1,8 +1,10 @@
-"""The tower as a backbone: its maps are the tower's own tokens, and open_clip's at every block; at other sizes the positions are those of
-MAE's and A-CLIP's bicubic; images that patches do not divide are padded; what trains gets a gradient.
+"""The tower as a backbone: its maps are the tower's own tokens, and open_clip's at every block; at
+other sizes the positions are those of MAE's and A-CLIP's bicubic; images that patches do not divide
+are padded; what trains gets a gradient.
 
 Run: pytest tests/test_backbone.py
 """
+
 import dataclasses
 from copy import deepcopy
 
@@ -33,16 +35,30 @@ def test_tokens_equal_open_clips_at_every_block():
     reference, towers = peer(), small("clip")
     towers.load_state_dict(ours(reference.state_dict()))
     images = images_of(32, 32)
-    theirs = reference.visual.forward_intermediates(images, indices=[0, 1, 2, 3], intermediates_only=True)["image_intermediates"]
-    for mine, their in zip(Backbone(towers.vision, (1, 2, 3, 4)).tokens(images), theirs, strict=True):
+    theirs = reference.visual.forward_intermediates(
+        images, indices=[0, 1, 2, 3], intermediates_only=True
+    )["image_intermediates"]
+    for mine, their in zip(
+        Backbone(towers.vision, (1, 2, 3, 4)).tokens(images), theirs, strict=True
+    ):
         torch.testing.assert_close(mine, their, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("height, width, grid", [(32, 32, (4, 4)), (24, 56, (3, 7)), (33, 40, (5, 5)), (5, 8, (1, 1))])
+@pytest.mark.parametrize(
+    "height, width, grid", [(32, 32, (4, 4)), (24, 56, (3, 7)), (33, 40, (5, 5)), (5, 8, (1, 1))]
+)
 def test_shapes(flavour, height, width, grid):
     rows, columns = grid
-    shapes = [(2, 128, *side) for side in ((4 * rows, 4 * columns), (2 * rows, 2 * columns), grid, (-(-rows // 2), -(-columns // 2)))]
+    shapes = [
+        (2, 128, *side)
+        for side in (
+            (4 * rows, 4 * columns),
+            (2 * rows, 2 * columns),
+            grid,
+            (-(-rows // 2), -(-columns // 2)),
+        )
+    ]
     maps = Backbone(small(flavour).vision)(images_of(height, width))
     assert {name: m.shape for name, m in maps.items()} == dict(zip("0123", shapes))
 
@@ -50,7 +66,9 @@ def test_shapes(flavour, height, width, grid):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("grid", [(4, 4), (5, 8)])
 def test_positions_are_bicubic_and_at_the_native_grid_the_towers_own(flavour, grid):
-    """A tower made for another grid, whose table is the first one's interpolated, gives the same tokens."""
+    """A tower made for another grid, whose table is the first one's interpolated, gives the same
+    tokens.
+    """
     tower = small(flavour).vision
     with_cls = int(flavour == "clip")  # the first row of learned positions is the class token's
     cls, table = tower.positions.detach().split([with_cls, 16])
@@ -65,7 +83,10 @@ def test_positions_are_bicubic_and_at_the_native_grid_the_towers_own(flavour, gr
 
 
 def test_bytes_are_normalised_and_padded_with_the_mean_colour():
-    backbone, pixels = Backbone(small("flip").vision), torch.randint(0, 256, (2, 3, 30, 35), dtype=torch.uint8)
+    backbone, pixels = (
+        Backbone(small("flip").vision),
+        torch.randint(0, 256, (2, 3, 30, 35), dtype=torch.uint8),
+    )
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP.vision.mean, CLIP.vision.std))
     whole = F.pad((pixels / 255 - mean) / std, (0, 5, 0, 2))
     for a, b in zip(backbone(pixels).values(), backbone(whole).values(), strict=True):
@@ -82,14 +103,21 @@ def test_every_trainable_parameter_gets_a_gradient_and_recomputing_changes_none(
         trained = {name: p.grad for name, p in backbone.named_parameters() if p.requires_grad}
         results.append(trained)
         assert len(trained) > 30
-        assert all(gradient is not None and gradient.any() for name, gradient in trained.items() if not name.endswith("bias"))
+        assert all(
+            gradient is not None and gradient.any()
+            for name, gradient in trained.items()
+            if not name.endswith("bias")
+        )
         assert not any(block._forward_hooks for block in backbone.tower.blocks)
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name], msg=name)
 
 
 def test_drop_path_is_for_training_and_spares_the_first_block():
-    backbone, images = Backbone(small("clip").vision, (1, 2, 3, 4), drop_path=0.9), images_of(32, 32)
+    backbone, images = (
+        Backbone(small("clip").vision, (1, 2, 3, 4), drop_path=0.9),
+        images_of(32, 32),
+    )
     kept = Backbone(backbone.tower, (1, 2, 3, 4)).tokens(images)
     torch.manual_seed(0)
     same = [torch.equal(a, b) for a, b in zip(backbone.tokens(images), kept)]
@@ -112,6 +140,9 @@ def test_wrong_taps_say_what_is_allowed(taps):
 
 def test_statistics_are_the_towers():
     cfg = dataclasses.replace(CLIP.vision, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    tower, pixels = small("clip", vision=cfg).vision, torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    tower, pixels = (
+        small("clip", vision=cfg).vision,
+        torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8),
+    )
     backbone = Backbone(tower)
     torch.testing.assert_close(backbone(pixels)["2"], backbone(pixels / 127.5 - 1)["2"])

@@ -1,7 +1,9 @@
-"""What a user can get wrong ends in one line that says what, what is allowed and what to change, with a non-zero exit, before training.
+"""What a user can get wrong ends in one line that says what, what is allowed and what to change,
+with a non-zero exit, before training.
 
 Most start run/pretrain.py as one process, the last go through the launcher.  `-s` prints the lines.
 """
+
 import json
 import os
 import shutil
@@ -34,7 +36,13 @@ def folder(path, rows=None):
 
 
 def pretrain(*args):
-    return subprocess.run([sys.executable, "run/pretrain.py", *args], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "run/pretrain.py", *args],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
 
 
 def no_captions(tmp):
@@ -49,19 +57,37 @@ def truncated(tmp):
 
 CASES = {  # name: (overrides made from a folder to write in, what the line says)
     "misspelt key": (lambda tmp: ["bacth=16"], ["'bacth'", "did you mean 'batch'"]),
-    "unknown mask": (lambda tmp: ["views.image.mask=gausian(0.5)"], ["gausian", "gaussian", "random"]),
+    "unknown mask": (
+        lambda tmp: ["views.image.mask=gausian(0.5)"],
+        ["gausian", "gaussian", "random"],
+    ),
     "ratio 1.0": (lambda tmp: ["views.image.mask=random(1.0)"], ["1.0", "[0, 1)"]),
-    "missing shards": (lambda tmp: [f"data.train={tmp}/nowhere"], ["nowhere", "no such folder", "data.train"]),
+    "missing shards": (
+        lambda tmp: [f"data.train={tmp}/nowhere"],
+        ["nowhere", "no such folder", "data.train"],
+    ),
     "folder without shards": (lambda tmp: [f"data.train={tmp}"], ["no *.tar"]),
-    "no captions": (lambda tmp: [f"data.train={no_captions(tmp)}"], ["0.tar", "no captions", "txt, json"]),
+    "no captions": (
+        lambda tmp: [f"data.train={no_captions(tmp)}"],
+        ["0.tar", "no captions", "txt, json"],
+    ),
     "empty shard": (lambda tmp: [f"data.train={folder(tmp / 'x', [])}"], ["0.tar", "empty shard"]),
     "truncated tar": (lambda tmp: [f"data.train={truncated(tmp)}"], ["0.tar", "truncated"]),
     "accumulate": (lambda tmp: ["accumulate=3"], ["batch: 16", "accumulate 3"]),
-    "unknown evaluation": (lambda tmp: ["evals=[zeroshot:x]"], ["zeroshot", "did you mean 'zero_shot'"]),
-    "missing evaluation set": (lambda tmp: [f"evals=[zero_shot:{tmp}/none]"], ["no evaluation set"]),
+    "unknown evaluation": (
+        lambda tmp: ["evals=[zeroshot:x]"],
+        ["zeroshot", "did you mean 'zero_shot'"],
+    ),
+    "missing evaluation set": (
+        lambda tmp: [f"evals=[zero_shot:{tmp}/none]"],
+        ["no evaluation set"],
+    ),
     "tokenizer": (lambda tmp: ["data.tokenizer=bpe"], ["bpe", "clip_bpe"]),
     "image size": (lambda tmp: ["model.image_size=30"], ["30", "multiple"]),
-    "DeepSpeed JSON": (lambda tmp: [f"deepspeed={tmp}/none.json"], ["no such file", "ds_configs/zero3.json"]),
+    "DeepSpeed JSON": (
+        lambda tmp: [f"deepspeed={tmp}/none.json"],
+        ["no such file", "ds_configs/zero3.json"],
+    ),
 }
 
 
@@ -88,29 +114,46 @@ def fails(done, *words):
 def test_deepspeed_json_with_batch(data, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"train_batch_size": 8}))
-    fails(pretrain(*settings(data, tmp_path / "run"), "--deepspeed_config", str(path)), "train_batch_size", "the config owns", "`batch`")
+    fails(
+        pretrain(*settings(data, tmp_path / "run"), "--deepspeed_config", str(path)),
+        "train_batch_size",
+        "the config owns",
+        "`batch`",
+    )
 
 
 def test_existing_run_and_other_architecture(data, tmp_path):
     run = tmp_path / "run"
     assert pretrain(*settings(data, run, "samples=32")).returncode == 0
     fails(pretrain(*settings(data, run, "samples=64")), "exists", "--resume")
-    fails(pretrain(*settings(data, run, "samples=64", "model.vision.pool=cls"), "--resume"), "model.vision.pool", "mean_with_cls", "cls")
+    fails(
+        pretrain(*settings(data, run, "samples=64", "model.vision.pool=cls"), "--resume"),
+        "model.vision.pool",
+        "mean_with_cls",
+        "cls",
+    )
     fails(pretrain(*settings(data, tmp_path / "other", "samples=64"), "--resume"), "no run folder")
 
 
 def test_a_run_that_is_being_trained(data, tmp_path):
     """A second job is refused as long as the first lives, and goes on when that was killed."""
     run = tmp_path / "run"
-    first = subprocess.Popen([sys.executable, "run/pretrain.py", *settings(data, run, "samples=1M", "save_every=16")], cwd=ROOT,
-                             env=environment(), stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "run/pretrain.py", *settings(data, run, "samples=1M", "save_every=16")],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
     try:
         until = time.time() + 60
         while not list(run.glob("checkpoints/*/manifest.json")):
             assert first.poll() is None and time.time() < until
             time.sleep(0.1)
         assert trained_elsewhere(run)
-        fails(pretrain(*settings(data, run, "samples=1M"), "--resume"), "is being trained by another job")
+        fails(
+            pretrain(*settings(data, run, "samples=1M"), "--resume"),
+            "is being trained by another job",
+        )
         assert first.poll() is None
     finally:
         first.kill()
@@ -122,21 +165,35 @@ def test_a_run_that_is_being_trained(data, tmp_path):
 
 def test_broken_images_beyond_the_budget(data, tmp_path):
     rng = np.random.default_rng(0)
-    good = [(f"g{i}", {"jpg": picture("red circle", rng, "jpg"), "txt": b"a red circle"}) for i in range(60)]
-    broken = [(f"b{i}", {"jpg": picture("red circle", rng, "jpg")[:200], "txt": b"a red circle"}) for i in range(30)]
+    good = [
+        (f"g{i}", {"jpg": picture("red circle", rng, "jpg"), "txt": b"a red circle"})
+        for i in range(60)
+    ]
+    broken = [
+        (f"b{i}", {"jpg": picture("red circle", rng, "jpg")[:200], "txt": b"a red circle"})
+        for i in range(30)
+    ]
     bad = folder(tmp_path / "x", good + broken)
     build_index(bad)
     done = pretrain(*settings(data, tmp_path / "run", f"data.train={bad}"))
     fails(done, "data.max_bad", "0.tar b", "more than 1.0%")
     assert "skipped 0.tar b" in done.stdout, "each is named when it is met"
-    kept = pretrain(*settings(data, tmp_path / "kept", f"data.train={bad}", "data.max_bad=0.9", "samples=64"))
+    kept = pretrain(
+        *settings(data, tmp_path / "kept", f"data.train={bad}", "data.max_bad=0.9", "samples=64")
+    )
     assert kept.returncode == 0 and "skipped" in kept.stdout
 
 
 def test_more_ranks_than_devices(data, tmp_path):
-    """One more than there are GPUs; without GPUs, one more than the cores that the launcher may use."""
+    """One more than there are GPUs; without GPUs, one more than the cores that the launcher may
+    use.
+    """
     devices = torch.cuda.device_count() or 1
-    cores = [] if torch.cuda.is_available() else ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+    cores = (
+        []
+        if torch.cuda.is_available()
+        else ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+    )
     line = [*cores, *command(devices + 1, "run/pretrain.py", *settings(data, tmp_path / "run"))]
     alone = {key: value for key, value in environment().items() if key != "OVERSUBSCRIBE"}
     done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=120)
@@ -145,8 +202,15 @@ def test_more_ranks_than_devices(data, tmp_path):
 
 
 def test_through_the_launcher(data, tmp_path):
-    fails(launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", "batch=15")), "batch: 15 does not divide by 2 ranks")
+    fails(
+        launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", "batch=15")),
+        "batch: 15 does not divide by 2 ranks",
+    )
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    done = launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", f"data.train={tmp_path}/nowhere"))
+    done = launch(
+        2, "run/pretrain.py", *settings(data, tmp_path / "run", f"data.train={tmp_path}/nowhere")
+    )
     fails(done, "no such folder")
-    assert "c10d" not in done.stderr, "the other rank hears of it, and does not lose its store with a trace"
+    assert "c10d" not in done.stderr, (
+        "the other rank hears of it, and does not lose its store with a trace"
+    )

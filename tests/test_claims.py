@@ -1,7 +1,9 @@
-"""The papers' claims: each is of cells that are there, with the paper's figures; verdicts are of the differences over seeds.
+"""The papers' claims: each is of cells that are there, with the paper's figures; verdicts are of
+the differences over seeds.
 
     bash run/test.sh tests/test_claims.py
 """
+
 import sys
 from dataclasses import replace
 
@@ -17,7 +19,10 @@ GRIDS = {name: grid.read(name) for name in grid.names()}
 @pytest.mark.parametrize("claim", claims.read(), ids=lambda claim: claim.says)
 def test_claims_are_of_cells_and_say_what_their_papers_do(claim):
     one = GRIDS[claim.grid]
-    for cell, how, paper in ((claim.better, claim.better_as, claim.paper[0]), (claim.worse, claim.worse_as, claim.paper[1])):
+    for cell, how, paper in (
+        (claim.better, claim.better_as, claim.paper[0]),
+        (claim.worse, claim.worse_as, claim.paper[1]),
+    ):
         assert cell in one.cells
         assert not how or how in one.evaluate[cell]
         assert one.paper[f"{cell}, {how}" if how else cell] == paper
@@ -26,11 +31,23 @@ def test_claims_are_of_cells_and_say_what_their_papers_do(claim):
 
 def test_there_are_claims_of_all_four_papers():
     rows = claims.read()
-    assert len(rows) >= 12 and {row.source.split()[0] for row in rows} == {"FLIP", "GLIP", "A-CLIP", "MaskCLIP"}
+    assert len(rows) >= 12 and {row.source.split()[0] for row in rows} == {
+        "FLIP",
+        "GLIP",
+        "A-CLIP",
+        "MaskCLIP",
+    }
 
 
-@pytest.mark.parametrize("gains, verdict", [((0.02, 0.03, 0.04), "reproduced"), ((-0.02, 0.01, 0.00), "not distinguishable"),
-                                            ((-0.02, -0.03, -0.02), "opposite"), ((0.02, 0.03), "absent")])
+@pytest.mark.parametrize(
+    "gains, verdict",
+    [
+        ((0.02, 0.03, 0.04), "reproduced"),
+        ((-0.02, 0.01, 0.00), "not distinguishable"),
+        ((-0.02, -0.03, -0.02), "opposite"),
+        ((0.02, 0.03), "absent"),
+    ],
+)
 def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     claim = next(claim for claim in claims.read() if claim.better == "gaussian 50")
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
@@ -43,15 +60,25 @@ def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     line = claims.markdown([found], "top5")
     assert verdict in line and (("1 run: not trained" in line) == (verdict == "absent"))
     line = claims.markdown([replace(found, claim=replace(claim, learned="why so"))], "top5")
-    assert line.endswith(f"- {claim.says}: {verdict}. why so") == (verdict != "absent"), "nothing was learned of what was not run"
+    assert line.endswith(f"- {claim.says}: {verdict}. why so") == (verdict != "absent"), (
+        "nothing was learned of what was not run"
+    )
 
 
-@pytest.mark.parametrize("no_gain, seeds, verdict", [
-    (False, ((0.30, 0.20, 0.25), (0.28, 0.18, 0.23)), "reproduced"),
-    (False, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "not distinguishable"),
-    (True, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "reproduced"), (True, ((0.28, 0.18, 0.23), (0.30, 0.20, 0.25)), "opposite")])
+@pytest.mark.parametrize(
+    "no_gain, seeds, verdict",
+    [
+        (False, ((0.30, 0.20, 0.25), (0.28, 0.18, 0.23)), "reproduced"),
+        (False, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "not distinguishable"),
+        (True, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "reproduced"),
+        (True, ((0.28, 0.18, 0.23), (0.30, 0.20, 0.25)), "opposite"),
+    ],
+)
 def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verdict, tmp_path):
-    claim = replace(next(claim for claim in claims.read() if claim.better == "mask 75 + tuning"), no_gain=no_gain)
+    claim = replace(
+        next(claim for claim in claims.read() if claim.better == "mask 75 + tuning"),
+        no_gain=no_gain,
+    )
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
     for cell, values in zip((claim.better, claim.worse), seeds):
         for planned, value in zip(runs[cell], values):
@@ -64,13 +91,21 @@ def test_seeds_that_only_one_side_has_are_not_compared(tmp_path):
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 5, tmp_path)
     for seeds, cell in (((0, 1, 2), claim.better), ((2, 3, 4), claim.worse)):
         for seed in seeds:
-            finished(runs[cell][seed].folder, runs[cell][seed], 0.2 + 0.01 * seed + 0.1 * (cell == claim.better))
+            finished(
+                runs[cell][seed].folder,
+                runs[cell][seed],
+                0.2 + 0.01 * seed + 0.1 * (cell == claim.better),
+            )
     found = claims.judge(claim, "glyphs", 5, tmp_path)
     assert (found.verdict, found.reason) == ("absent", "1 of 3 seeds have both")
     for seed in (3, 4):
         finished(runs[claim.better][seed].folder, runs[claim.better][seed], 0.3 + 0.01 * seed)
     found = claims.judge(claim, "glyphs", 5, tmp_path)
-    assert found.verdict == "reproduced" and found.seeds == (3, 3) and found.found == pytest.approx((0.1, 0.1, 0.1))
+    assert (
+        found.verdict == "reproduced"
+        and found.seeds == (3, 3)
+        and found.found == pytest.approx((0.1, 0.1, 0.1))
+    )
 
 
 def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
@@ -84,7 +119,13 @@ def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
     needed = {path for cell in runs.values() for run in cell for path in run.needs}
     assert needed and needed <= set(folders), "what a cell begins from is among them"
     one, *others = folders.values()
-    again = grid.once([replace(one, evaluate=("ensemble 2",)), *others, replace(one, evaluate=("mask random(0.5)", "ensemble 2"))])
+    again = grid.once(
+        [
+            replace(one, evaluate=("ensemble 2",)),
+            *others,
+            replace(one, evaluate=("mask random(0.5)", "ensemble 2")),
+        ]
+    )
     assert again == [replace(one, evaluate=("ensemble 2", "mask random(0.5)")), *others]
 
 
@@ -94,7 +135,9 @@ def test_what_was_learned_is_of_the_scale_where_it_was(scale, tmp_path, monkeypa
     for runs in GRIDS["flip_table8"].runs(scale, [claim.better, claim.worse], 3, tmp_path).values():
         for planned in runs:
             finished(planned.folder, planned, 0.1, metric=GRIDS["flip_table8"].scale(scale).metric)
-    monkeypatch.setattr(sys, "argv", f"run/scaling.py claims --scale {scale} --out {tmp_path}".split())
+    monkeypatch.setattr(
+        sys, "argv", f"run/scaling.py claims --scale {scale} --out {tmp_path}".split()
+    )
     main()
     told = capsys.readouterr().out
     assert "0 reproduced, 1 not distinguishable, 0 opposite, 33 absent" in told

@@ -1,8 +1,11 @@
-"""Proves that composites are what their labels say: label maps are the drawings' alpha, boxes hold them, captions and answers are true.
+"""Proves that composites are what their labels say: label maps are the drawings' alpha, boxes hold
+them, captions and answers are true.
 
-The drawings are discs and squares of one colour a concept, so that the picture itself tells what was drawn where.
+The drawings are discs and squares of one colour a concept, so that the picture itself tells what
+was drawn where.
 Run: pytest tests/test_composites.py
 """
+
 import io
 import json
 import re
@@ -18,8 +21,17 @@ from data.composite_texts import CONCEPTS, Thing, captions, one, place, plural, 
 from data.composites import CANVAS, build, compose, cut_out
 from data.shards import Shards, build_index, write_shard
 
-COLOURS = {"ant": (255, 0, 0), "bus": (0, 255, 0), "owl": (0, 0, 255), "mouse": (255, 0, 255), "key": (0, 255, 255)}
-STYLES = {"train": ("noto", "twemoji", "openmoji"), "heldout": ("fluent3d", "noto", "fluent-emoji-high-contrast")}
+COLOURS = {
+    "ant": (255, 0, 0),
+    "bus": (0, 255, 0),
+    "owl": (0, 0, 255),
+    "mouse": (255, 0, 255),
+    "key": (0, 255, 255),
+}
+STYLES = {
+    "train": ("noto", "twemoji", "openmoji"),
+    "heldout": ("fluent3d", "noto", "fluent-emoji-high-contrast"),
+}
 
 
 def quiet(items, text):
@@ -54,7 +66,14 @@ def glyphs(tmp_path_factory):
 
 
 def make(glyphs, out, **more):
-    return build(out, glyphs=glyphs, **dict(train=20, test=12, unseen=5, concepts={n: f"the {n}" for n in COLOURS}, progress=quiet) | more)
+    return build(
+        out,
+        glyphs=glyphs,
+        **dict(
+            train=20, test=12, unseen=5, concepts={n: f"the {n}" for n in COLOURS}, progress=quiet
+        )
+        | more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +84,17 @@ def made(glyphs, tmp_path_factory):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_label_maps_agree_with_alpha(glyphs):
-    """Where the map says red things are, the picture is red (but for soft edges), and nowhere else."""
+    """Where the map says red things are, the picture is red (but for soft edges), and nowhere
+    else.
+    """
     drawings = composites.read_drawings(glyphs, {n: f"the {n}" for n in COLOURS})["train"]
     for number in range(30):
         scene = compose(drawings, np.random.default_rng(number))
@@ -79,7 +104,9 @@ def test_label_maps_agree_with_alpha(glyphs):
             near = np.abs(pixels - colour).sum(-1)
             assert (near[inside] < 30).sum() >= 0.7 * inside.sum()
             assert not (near[~inside] < 30).any()
-        assert set(np.unique(scene.label_map)) - {IGNORE} == {list(COLOURS).index(t.name) for t in scene.things}
+        assert set(np.unique(scene.label_map)) - {IGNORE} == {
+            list(COLOURS).index(t.name) for t in scene.things
+        }
 
 
 def test_boxes_just_hold_what_is_visible(made):
@@ -92,7 +119,9 @@ def test_boxes_just_hold_what_is_visible(made):
             assert images.classes()[row["class"]] == row["name"]
             left, top, right, bottom = row["box"]
             inside = labels[top:bottom, left:right] == row["class"]
-            assert inside.any(0)[[0, -1]].all() and inside.any(1)[[0, -1]].all(), "the box is larger than what it holds"
+            assert inside.any(0)[[0, -1]].all() and inside.any(1)[[0, -1]].all(), (
+                "the box is larger than what it holds"
+            )
             union[top:bottom, left:right] = True
         assert (labels[~union] == IGNORE).all()
 
@@ -100,9 +129,13 @@ def test_boxes_just_hold_what_is_visible(made):
 def read_back(caption, names):
     """What a caption says there is: a Counter of names."""
     numbers = {"two": 2, "three": 3, "four": 4}
-    words = {one(n): (n, 1) for n in names} | {f"{word} {plural(n)}": (n, c) for n in names for word, c in numbers.items()}
+    words = {one(n): (n, 1) for n in names} | {
+        f"{word} {plural(n)}": (n, c) for n in names for word, c in numbers.items()
+    }
     found = Counter()
-    for phrase in re.findall("|".join(rf"\b{w}\b" for w in sorted(words, key=len, reverse=True)), caption):
+    for phrase in re.findall(
+        "|".join(rf"\b{w}\b" for w in sorted(words, key=len, reverse=True)), caption
+    ):
         found[words[phrase][0]] += words[phrase][1]
     return found
 
@@ -115,11 +148,19 @@ def test_captions_name_what_is_there(made):
             boxes = json.loads(images.member(i, "json"))["boxes"]
             texts = images.captions(i)
             assert 2 <= len(texts) <= 5 and len(set(texts)) == len(texts)
-            centres = {row["name"]: [row["box"][0] + row["box"][2], row["box"][1] + row["box"][3]] for row in boxes}
+            centres = {
+                row["name"]: [row["box"][0] + row["box"][2], row["box"][1] + row["box"][3]]
+                for row in boxes
+            }
             for text in texts:
                 assert read_back(text, COLOURS) == Counter(row["name"] for row in boxes), text
-                for a, which, b in re.findall(r"an? (\w+) (to the left of|to the right of|above|below) an? (\w+)", text):
-                    axis, smaller = ("left" not in which and "right" not in which), which in ("to the left of", "above")
+                for a, which, b in re.findall(
+                    r"an? (\w+) (to the left of|to the right of|above|below) an? (\w+)", text
+                ):
+                    axis, smaller = (
+                        ("left" not in which and "right" not in which),
+                        which in ("to the left of", "above"),
+                    )
                     assert (centres[a][axis] < centres[b][axis]) == smaller
                     relational += 1
     assert relational > 3
@@ -130,25 +171,52 @@ def test_a_training_set_draws_one_of_the_captions(made):
     assert len(sample.captions) >= 2 and not any("\n" in caption for caption in sample.captions)
 
 
-SCENE = [Thing("ant", (0, 40, 20, 60)), Thing("bus", (70, 42, 90, 58)), Thing("owl", (40, 0, 50, 10)), Thing("owl", (40, 80, 50, 90))]
+SCENE = [
+    Thing("ant", (0, 40, 20, 60)),
+    Thing("bus", (70, 42, 90, 58)),
+    Thing("owl", (40, 0, 50, 10)),
+    Thing("owl", (40, 80, 50, 90)),
+]
 
 
 def asked(things):
     """Everything that can be asked, over many draws: {question: answer}."""
-    rows = [row for seed in range(300) for row in questions(things, 96, [*COLOURS], np.random.default_rng(seed))]
+    rows = [
+        row
+        for seed in range(300)
+        for row in questions(things, 96, [*COLOURS], np.random.default_rng(seed))
+    ]
     assert all(len(row["answers"]) == 10 and len(set(row["answers"])) == 1 for row in rows)
     return {row["question"]: row["answers"][0] for row in rows}
 
 
 def test_questions_of_a_scene_by_hand():
     assert asked(SCENE) == {
-        "where is the ant?": "left", "where is the bus?": "right", "on which side of the bus is the ant?": "left",
-        "on which side of the ant is the bus?": "right", "how many things are there?": "4", "how many owls are there?": "2",
-        "how many ants are there?": "1", "how many buses are there?": "1", "how many mice are there?": "0", "how many keys are there?": "0",
-        "is there an ant?": "yes", "is there a bus?": "yes", "is there an owl?": "yes", "is there a mouse?": "no", "is there a key?": "no"}
+        "where is the ant?": "left",
+        "where is the bus?": "right",
+        "on which side of the bus is the ant?": "left",
+        "on which side of the ant is the bus?": "right",
+        "how many things are there?": "4",
+        "how many owls are there?": "2",
+        "how many ants are there?": "1",
+        "how many buses are there?": "1",
+        "how many mice are there?": "0",
+        "how many keys are there?": "0",
+        "is there an ant?": "yes",
+        "is there a bus?": "yes",
+        "is there an owl?": "yes",
+        "is there a mouse?": "no",
+        "is there a key?": "no",
+    }
     two = asked(SCENE[:2])
-    assert two["what is to the left of the bus?"] == "ant" and two["what is there besides the ant?"] == "bus"
-    assert asked(SCENE[:1])["what is in the picture?"] == "ant" and asked(SCENE[2:])["what are these?"] == "owls"
+    assert (
+        two["what is to the left of the bus?"] == "ant"
+        and two["what is there besides the ant?"] == "bus"
+    )
+    assert (
+        asked(SCENE[:1])["what is in the picture?"] == "ant"
+        and asked(SCENE[2:])["what are these?"] == "owls"
+    )
     assert "where is the owl?" not in asked(SCENE)
 
 
@@ -160,28 +228,51 @@ def test_questions_of_built_scenes_are_true(made):
             kinds[question.kind] += 1
             answer = question.answers[0]
             if question.kind == "is there":
-                assert answer == ("yes" if counts[re.match(r"is there an? (.*)\?", question.text)[1]] else "no")
+                assert answer == (
+                    "yes" if counts[re.match(r"is there an? (.*)\?", question.text)[1]] else "no"
+                )
             if question.kind == "how many":
                 name = re.match("how many (.*) are there", question.text)[1]
-                assert int(answer) == (counts.total() if name == "things" else sum(c for n, c in counts.items() if plural(n) == name))
+                assert int(answer) == (
+                    counts.total()
+                    if name == "things"
+                    else sum(c for n, c in counts.items() if plural(n) == name)
+                )
             if question.kind == "what":
                 assert answer in counts or answer in map(plural, counts)
-    assert kinds["is there"] == kinds["how many"] == len(images) and kinds["where"] and kinds["what"]
+    assert (
+        kinds["is there"] == kinds["how many"] == len(images) and kinds["where"] and kinds["what"]
+    )
 
 
 def test_sides_and_places():
-    assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (30, 30, 40, 40))], 96) == [], "on the slant: neither above nor left"
+    assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (30, 30, 40, 40))], 96) == [], (
+        "on the slant: neither above nor left"
+    )
     assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (5, 0, 15, 10))], 96) == [], "too near"
-    assert place(Thing("a", (40, 40, 54, 54)), 96) == "middle" and place(Thing("a", (0, 80, 10, 90)), 96) == "bottom left"
-    texts = {text for seed in range(50) for text in captions([Thing("ant", (0, 0, 9, 9))], 96, np.random.default_rng(seed))}
+    assert (
+        place(Thing("a", (40, 40, 54, 54)), 96) == "middle"
+        and place(Thing("a", (0, 80, 10, 90)), 96) == "bottom left"
+    )
+    texts = {
+        text
+        for seed in range(50)
+        for text in captions([Thing("ant", (0, 0, 9, 9))], 96, np.random.default_rng(seed))
+    }
     assert {"an ant at the top left", "there is an ant", "an ant"} <= texts
 
 
 def test_drawings_of_test_are_not_those_of_train(glyphs):
     drawings = composites.read_drawings(glyphs, {"ant": "the ant"})
-    assert {part: len(by_name["ant"]) for part, by_name in drawings.items()} == {"train": 2, "test": 1, "unseen": 1}
+    assert {part: len(by_name["ant"]) for part, by_name in drawings.items()} == {
+        "train": 2,
+        "test": 1,
+        "unseen": 1,
+    }
     unseen = cut_out(drawing("ant", "fluent3d"), "x")
-    assert drawings["unseen"]["ant"][0].tobytes() == unseen.tobytes(), "neither strokes alone nor a seen style's held-out concept"
+    assert drawings["unseen"]["ant"][0].tobytes() == unseen.tobytes(), (
+        "neither strokes alone nor a seen style's held-out concept"
+    )
 
 
 def test_same_seed_same_bytes(glyphs, made, tmp_path):
@@ -189,8 +280,14 @@ def test_same_seed_same_bytes(glyphs, made, tmp_path):
     make(glyphs, tmp_path / "other", seed=1)
     assert contents(tmp_path / "again") == contents(made)
     other = contents(tmp_path / "other")
-    assert all(other[f"{folder}/0.tar"] != contents(made)[f"{folder}/0.tar"] for folder in ("train", "test", "unseen_style/test"))
-    assert len(Benchmark(made / "unseen_style", "train")) == 20 and len(Benchmark(made / "unseen_style")) == 5
+    assert all(
+        other[f"{folder}/0.tar"] != contents(made)[f"{folder}/0.tar"]
+        for folder in ("train", "test", "unseen_style/test")
+    )
+    assert (
+        len(Benchmark(made / "unseen_style", "train")) == 20
+        and len(Benchmark(made / "unseen_style")) == 5
+    )
 
 
 def test_an_existing_folder_is_kept(glyphs, made, tmp_path):
@@ -205,9 +302,13 @@ def test_an_existing_folder_is_kept(glyphs, made, tmp_path):
 
 
 def test_what_is_missing_is_told(glyphs, tmp_path):
-    with pytest.raises(ValueError, match="no finished glyphs set; run: run/prepare.py glyphs --out"):
+    with pytest.raises(
+        ValueError, match="no finished glyphs set; run: run/prepare.py glyphs --out"
+    ):
         build(tmp_path / "out", glyphs=tmp_path)
-    with pytest.raises(ValueError, match="'automobile' has 0 drawings to train on and 0 in fluent3d"):
+    with pytest.raises(
+        ValueError, match="'automobile' has 0 drawings to train on and 0 in fluent3d"
+    ):
         make(glyphs, tmp_path / "out", concepts={"car": "automobile"})
     with pytest.raises(ValueError, match="composites: train is 0 scenes; it must be at least 1"):
         make(glyphs, tmp_path / "out", train=0)
@@ -215,6 +316,18 @@ def test_what_is_missing_is_told(glyphs, tmp_path):
 
 
 def test_names_can_be_said():
-    assert len({plural(name) for name in CONCEPTS}) == len(CONCEPTS) == len(set(CONCEPTS.values())) >= 90
+    assert (
+        len({plural(name) for name in CONCEPTS})
+        == len(CONCEPTS)
+        == len(set(CONCEPTS.values()))
+        >= 90
+    )
     spoken = ("fox", "butterfly", "key", "bus", "watch", "mouse")
-    assert [plural(n) for n in spoken] == ["foxes", "butterflies", "keys", "buses", "watches", "mice"]
+    assert [plural(n) for n in spoken] == [
+        "foxes",
+        "butterflies",
+        "keys",
+        "buses",
+        "watches",
+        "mice",
+    ]

@@ -1,7 +1,9 @@
-"""open_clip's models in and out: bit-exact round trips, and embeddings equal to open_clip's own, really run.
+"""open_clip's models in and out: bit-exact round trips, and embeddings equal to open_clip's own,
+really run.
 
     bash run/test.sh tests/test_convert_open_clip.py -s         prints the differences
 """
+
 import json
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,24 +23,83 @@ from model.vision import VisionConfig
 from run.lib import prove
 
 SMALL = Size(width=128, depth=2, heads=2, text_width=64, text_depth=2, text_heads=1, embed=48)
-CLIP_VISION = VisionConfig(positions="learned", pool="cls", pre_norm=True, patch_bias=False, activation="gelu", eps=1e-5,
-                           mean=open_clip.MEAN, std=open_clip.STD)
+CLIP_VISION = VisionConfig(
+    positions="learned",
+    pool="cls",
+    pre_norm=True,
+    patch_bias=False,
+    activation="gelu",
+    eps=1e-5,
+    mean=open_clip.MEAN,
+    std=open_clip.STD,
+)
 FLIP_VISION = VisionConfig(pool="mean")
 CLIP_TEXT = TextConfig(causal=True, pool="eot", activation="gelu", eps=1e-5)
 QUICK = dict(activation="quick_gelu")
 TINY = replace(SMALL, width=192, depth=12, heads=3)  # a row of timm's
-SLIP = ModelConfig("custom/16", TINY, vision=VisionConfig("learned", "cls", activation="gelu"), text=replace(CLIP_TEXT, **QUICK))
+SLIP = ModelConfig(
+    "custom/16",
+    TINY,
+    vision=VisionConfig("learned", "cls", activation="gelu"),
+    text=replace(CLIP_TEXT, **QUICK),
+)
 FLAVOURS = {  # model config, context, captions padded
     "CLIP": (ModelConfig("custom/16", SMALL, 64, vision=CLIP_VISION, text=CLIP_TEXT), 77, False),
-    "OpenAI": (ModelConfig("custom/16", SMALL, 64, vision=replace(CLIP_VISION, **QUICK), text=replace(CLIP_TEXT, **QUICK)), 77, False),
-    "not square, 32 tokens": (ModelConfig("custom/16", SMALL, (48, 96), vision=CLIP_VISION, text=CLIP_TEXT), 32, False),
-    "odd MLP": (ModelConfig("custom/14", replace(SMALL, mlp=4.3637, text_mlp=3.0), 56, vision=CLIP_VISION, text=CLIP_TEXT), 77, False),
-    "FLIP, pooled mean": (ModelConfig("custom/16", SMALL, 64, vision=FLIP_VISION, text=TextConfig()), 32, True),
-    "FLIP, not square": (ModelConfig("custom/16", SMALL, (64, 32), vision=FLIP_VISION, text=TextConfig()), 32, True),
-    "FLIP, learned": (ModelConfig("custom/16", SMALL, 64, vision=replace(FLIP_VISION, positions="learned"), text=TextConfig()), 32, True),
+    "OpenAI": (
+        ModelConfig(
+            "custom/16",
+            SMALL,
+            64,
+            vision=replace(CLIP_VISION, **QUICK),
+            text=replace(CLIP_TEXT, **QUICK),
+        ),
+        77,
+        False,
+    ),
+    "not square, 32 tokens": (
+        ModelConfig("custom/16", SMALL, (48, 96), vision=CLIP_VISION, text=CLIP_TEXT),
+        32,
+        False,
+    ),
+    "odd MLP": (
+        ModelConfig(
+            "custom/14",
+            replace(SMALL, mlp=4.3637, text_mlp=3.0),
+            56,
+            vision=CLIP_VISION,
+            text=CLIP_TEXT,
+        ),
+        77,
+        False,
+    ),
+    "FLIP, pooled mean": (
+        ModelConfig("custom/16", SMALL, 64, vision=FLIP_VISION, text=TextConfig()),
+        32,
+        True,
+    ),
+    "FLIP, not square": (
+        ModelConfig("custom/16", SMALL, (64, 32), vision=FLIP_VISION, text=TextConfig()),
+        32,
+        True,
+    ),
+    "FLIP, learned": (
+        ModelConfig(
+            "custom/16",
+            SMALL,
+            64,
+            vision=replace(FLIP_VISION, positions="learned"),
+            text=TextConfig(),
+        ),
+        32,
+        True,
+    ),
     "SLIP, A-CLIP": (SLIP, 77, False),
     "MaskCLIP": (replace(SLIP, vision=replace(SLIP.vision, pool="mean")), 77, False),
-    "MaskCLIP, fixed positions": (replace(SLIP, vision=replace(SLIP.vision, pool="mean", positions="sincos")), 77, False),
+    "MaskCLIP, fixed positions": (
+        replace(SLIP, vision=replace(SLIP.vision, pool="mean", positions="sincos")),
+        77,
+        False,
+    ),
 }
 
 
@@ -50,7 +111,13 @@ def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> Porta
         for parameter in towers.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     tensors = {name: p.detach() for name, p in towers.named_parameters()}
-    return Portable(cfg, 49408, context, Tensors.held(tensors), About(tokenizer="clip_bpe", eot=49407, pad_text=pad_text))
+    return Portable(
+        cfg,
+        49408,
+        context,
+        Tensors.held(tensors),
+        About(tokenizer="clip_bpe", eot=49407, pad_text=pad_text),
+    )
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -60,7 +127,9 @@ def test_there_and_back_and_beside_open_clip(flavour, tmp_path):
     again = open_clip.load(tmp_path / "out")
     assert prove.flaw(model.tensors, again.tensors, torch.float32) is None
     assert replace(again.cfg, init=model.cfg.init) == model.cfg and again.context == model.context
-    far = prove.differences(again, open_clip.peer(tmp_path / "out"), build("clip_bpe", model.context))
+    far = prove.differences(
+        again, open_clip.peer(tmp_path / "out"), build("clip_bpe", model.context)
+    )
     print(f"{flavour}: {far}")
     assert max(far.values()) < 1e-5
 
@@ -75,30 +144,59 @@ def test_after_tuning_elsewhere_what_was_folded_is_taken_as_it_is(tmp_path):
     assert (tmp_path / "out" / positions.KEPT).exists()
     again = open_clip.load(tmp_path / "out")
     assert again.cfg.vision.positions == "learned" and not again.cfg.vision.patch_bias
-    assert max(prove.differences(again, open_clip.peer(tmp_path / "out"), build("clip_bpe", 32)).values()) < 1e-5
+    assert (
+        max(
+            prove.differences(
+                again, open_clip.peer(tmp_path / "out"), build("clip_bpe", 32)
+            ).values()
+        )
+        < 1e-5
+    )
 
 
 def test_a_tower_of_timms_in_another_model(tmp_path):
     """Of open_clip's own making, text with gelu; it may leave as one of open_clip's own towers."""
     theirs = pytest.importorskip("open_clip")
     open_clip.save(made(*FLAVOURS["SLIP, A-CLIP"]), tmp_path / "out")
-    tree = json.loads((tmp_path / "out" / open_clip.CONFIG).read_text())["model_cfg"] | {"quick_gelu": False}
+    tree = json.loads((tmp_path / "out" / open_clip.CONFIG).read_text())["model_cfg"] | {
+        "quick_gelu": False
+    }
     torch.manual_seed(0)
     torch.save(theirs.CLIP(**tree).state_dict(), tmp_path / "epoch_1.pt")
     (tmp_path / "sizes.json").write_text(json.dumps(tree))
     given = str(tmp_path / "sizes.json")
     model = open_clip.load(tmp_path / "epoch_1.pt", config=given)
-    assert model.cfg.text.activation == model.cfg.vision.activation == "gelu" and model.cfg.vision.patch_bias
-    assert max(prove.differences(model, open_clip.peer(tmp_path / "epoch_1.pt", given), build("clip_bpe", 77)).values()) < 1e-5
+    assert (
+        model.cfg.text.activation == model.cfg.vision.activation == "gelu"
+        and model.cfg.vision.patch_bias
+    )
+    assert (
+        max(
+            prove.differences(
+                model, open_clip.peer(tmp_path / "epoch_1.pt", given), build("clip_bpe", 77)
+            ).values()
+        )
+        < 1e-5
+    )
     open_clip.save(model, tmp_path / "own")
-    assert prove.flaw(model.tensors, open_clip.load(tmp_path / "own").tensors, torch.float32) is None
+    assert (
+        prove.flaw(model.tensors, open_clip.load(tmp_path / "own").tensors, torch.float32) is None
+    )
     assert "timm" not in (tmp_path / "own" / open_clip.CONFIG).read_text()
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (dict(timm_model_name="vit_base_patch16_siglip_224"), "timm_model_name 'vit_base_patch16_siglip_224': of timm's"),
-    (dict(timm_proj="mlp"), "vision_cfg.timm_proj 'mlp': ours are linear"),
-    (dict(timm_pool="map"), "timm_pool 'map': ours are token or avg"), (dict(image_size=256), "vision_cfg.image_size 256: ours are 224")])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (
+            dict(timm_model_name="vit_base_patch16_siglip_224"),
+            "timm_model_name 'vit_base_patch16_siglip_224': of timm's",
+        ),
+        (dict(timm_proj="mlp"), "vision_cfg.timm_proj 'mlp': ours are linear"),
+        (dict(timm_pool="map"), "timm_pool 'map': ours are token or avg"),
+        (dict(image_size=256), "vision_cfg.image_size 256: ours are 224"),
+    ],
+)
 def test_what_towers_of_timms_are_not_ours(change, complaint, tmp_path):
     open_clip.save(made(*FLAVOURS["MaskCLIP"]), tmp_path / "out")
     file = tmp_path / "out" / open_clip.CONFIG
@@ -109,11 +207,29 @@ def test_what_towers_of_timms_are_not_ours(change, complaint, tmp_path):
         open_clip.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name, tower, change, complaint", [
-    ("pool", "vision", dict(pool="mean_with_cls"), "model.vision.pool 'mean_with_cls': open_clip has cls, mean"),
-    ("activation", "vision", dict(activation="quick_gelu"), "quick_gelu in both or neither, or a tower of timm's, and"),
-    ("norm", "text", dict(activation="quick_gelu"), "a tower of timm's, and none there has model.vision.eps 1e-05, only 1e-06"),
-])
+@pytest.mark.parametrize(
+    "name, tower, change, complaint",
+    [
+        (
+            "pool",
+            "vision",
+            dict(pool="mean_with_cls"),
+            "model.vision.pool 'mean_with_cls': open_clip has cls, mean",
+        ),
+        (
+            "activation",
+            "vision",
+            dict(activation="quick_gelu"),
+            "quick_gelu in both or neither, or a tower of timm's, and",
+        ),
+        (
+            "norm",
+            "text",
+            dict(activation="quick_gelu"),
+            "a tower of timm's, and none there has model.vision.eps 1e-05, only 1e-06",
+        ),
+    ],
+)
 def test_what_open_clip_cannot_be(name, tower, change, complaint, tmp_path):
     cfg, context, pad_text = FLAVOURS["CLIP"]
     model = made(replace(cfg, **{tower: replace(getattr(cfg, tower), **change)}), context, pad_text)
@@ -128,18 +244,33 @@ def test_text_that_skips_its_padding_is_not_open_clips(tmp_path):
         open_clip.save(made(cfg, context, False), tmp_path / "out")
 
 
-@pytest.mark.parametrize("key, value, complaint", [
-    (("vision_cfg", "layers"), [3, 4, 6, 3], "a ResNet"),
-    (("vision_cfg", "attentional_pool"), True, "vision_cfg.attentional_pool True"),
-    (("text_cfg", "hf_model_name"), "xlm-roberta-base", "text_cfg.hf_model_name"),
-    (("text_cfg", "pool_type"), "last", "text_cfg.pool_type 'last'"),
-    (("init_logit_bias",), -10, "model_cfg.init_logit_bias -10: .*SigLIP"),
-    (("vision_cfg", "global_average_pool"), True, "vision_cfg.global_average_pool True: it averaged the class token too"),
-    (("vision_cfg", "block_type"), "custom", "vision_cfg.block_type 'custom': .*only None or 'default'"),
-    (("vision_cfg", "rope"), True, "model_cfg.vision_cfg.rope True: unknown here"),
-    (("text_cfg", "norm_kwargs"), {"elementwise_affine": False}, "text_cfg.norm_kwargs.elementwise_affine False: unknown here"),
-    (("fusion",), "late", "model_cfg.fusion 'late': unknown here, .*; remove the key"),
-])
+@pytest.mark.parametrize(
+    "key, value, complaint",
+    [
+        (("vision_cfg", "layers"), [3, 4, 6, 3], "a ResNet"),
+        (("vision_cfg", "attentional_pool"), True, "vision_cfg.attentional_pool True"),
+        (("text_cfg", "hf_model_name"), "xlm-roberta-base", "text_cfg.hf_model_name"),
+        (("text_cfg", "pool_type"), "last", "text_cfg.pool_type 'last'"),
+        (("init_logit_bias",), -10, "model_cfg.init_logit_bias -10: .*SigLIP"),
+        (
+            ("vision_cfg", "global_average_pool"),
+            True,
+            "vision_cfg.global_average_pool True: it averaged the class token too",
+        ),
+        (
+            ("vision_cfg", "block_type"),
+            "custom",
+            "vision_cfg.block_type 'custom': .*only None or 'default'",
+        ),
+        (("vision_cfg", "rope"), True, "model_cfg.vision_cfg.rope True: unknown here"),
+        (
+            ("text_cfg", "norm_kwargs"),
+            {"elementwise_affine": False},
+            "text_cfg.norm_kwargs.elementwise_affine False: unknown here",
+        ),
+        (("fusion",), "late", "model_cfg.fusion 'late': unknown here, .*; remove the key"),
+    ],
+)
 def test_what_is_not_ours(key, value, complaint, tmp_path):
     open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "out")
     file = tmp_path / "out" / open_clip.CONFIG
@@ -160,9 +291,16 @@ def test_keys_that_change_nothing(tmp_path):
     file = tmp_path / "out" / open_clip.CONFIG
     tree = json.loads(file.read_text())
     tree["model_cfg"] |= dict(custom_text=True, init_logit_bias=None)
-    tree["model_cfg"]["vision_cfg"] |= dict(global_average_pool=False, ls_init_value=None, patch_dropout=0.5, timm_pool="avg",
-                                            pos_embed_type="learnable", act_kwargs=None)
-    tree["preprocess_cfg"]["interpolation"] = "random"  # of training; open_clip evaluates with bicubic then
+    tree["model_cfg"]["vision_cfg"] |= dict(
+        global_average_pool=False,
+        ls_init_value=None,
+        patch_dropout=0.5,
+        timm_pool="avg",
+        pos_embed_type="learnable",
+        act_kwargs=None,
+    )
+    # of training; open_clip evaluates with bicubic then
+    tree["preprocess_cfg"]["interpolation"] = "random"
     file.write_text(json.dumps(tree))
     assert open_clip.load(tmp_path / "out").cfg == replace(model.cfg, init="clip")
     assert open_clip.load(tmp_path / "out").about.interpolation == "bicubic"
@@ -181,19 +319,35 @@ def test_every_config_of_open_clips_is_taken_or_refused_for_what_it_is():
             taken.add(file.stem)
         except ValueError as error:
             assert "unknown here" not in str(error)
-    assert taken >= {"ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-plus-240", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14",
-                     "ViT-bigG-14", "ViT-H-14-worldwide"}
+    assert taken >= {
+        "ViT-B-32",
+        "ViT-B-32-quickgelu",
+        "ViT-B-16-plus-240",
+        "ViT-L-14",
+        "ViT-L-14-336",
+        "ViT-H-14",
+        "ViT-g-14",
+        "ViT-bigG-14",
+        "ViT-H-14-worldwide",
+    }
 
 
 def state(tmp_path, model: Portable) -> dict[str, torch.Tensor]:
     open_clip.save(model, tmp_path / "state")
-    return {name: tensor.clone() for name, tensor in open_clip.files.read(tmp_path / "state" / open_clip.WEIGHTS[0]).items()}
+    return {
+        name: tensor.clone()
+        for name, tensor in open_clip.files.read(tmp_path / "state" / open_clip.WEIGHTS[0]).items()
+    }
 
 
 def test_openais_state_dict_tells_its_architecture(tmp_path):
     model = made(*FLAVOURS["OpenAI"])
     tensors = {name: tensor.half() for name, tensor in state(tmp_path, model).items()}
-    scalars = dict(input_resolution=torch.tensor(64), context_length=torch.tensor(77), vocab_size=torch.tensor(49408))
+    scalars = dict(
+        input_resolution=torch.tensor(64),
+        context_length=torch.tensor(77),
+        vocab_size=torch.tensor(49408),
+    )
     torch.save({**tensors, **scalars}, tmp_path / "openai.pt")
     assert open_clip.claims(tmp_path / "openai.pt")
     again = open_clip.load(tmp_path / "openai.pt")
@@ -202,15 +356,24 @@ def test_openais_state_dict_tells_its_architecture(tmp_path):
 
 
 def test_weights_alone_ask_for_their_architecture(tmp_path):
-    """A checkpoint of open_clip's own training: names under DDP's prefix, the text tower's under `text.`."""
+    """A checkpoint of open_clip's own training: names under DDP's prefix, the text tower's under
+    `text.`.
+    """
     model = made(*FLAVOURS["CLIP"])
-    ours = {f"module.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": t for name, t in state(tmp_path, model).items()}
-    torch.save({"epoch": 3, "state_dict": ours, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt")
+    ours = {
+        f"module.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": t
+        for name, t in state(tmp_path, model).items()
+    }
+    torch.save(
+        {"epoch": 3, "state_dict": ours, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt"
+    )
     with pytest.raises(ValueError, match="--given config=NAME"):
         open_clip.load(tmp_path / "epoch_3.pt")
     with pytest.raises(ValueError, match="config=ViT-B-33: neither"):
         open_clip.load(tmp_path / "epoch_3.pt", config="ViT-B-33")
-    again = open_clip.load(tmp_path / "epoch_3.pt", config=str(tmp_path / "state" / open_clip.CONFIG))
+    again = open_clip.load(
+        tmp_path / "epoch_3.pt", config=str(tmp_path / "state" / open_clip.CONFIG)
+    )
     assert prove.flaw(model.tensors, again.tensors, torch.float32) is None
     with pytest.raises(ValueError, match="not the shape|nothing takes|is missing"):
         open_clip.load(tmp_path / "epoch_3.pt", config="ViT-B-32").towers()
@@ -227,11 +390,20 @@ def test_open_clips_own_b32(name, tmp_path):
     weights = {key: value.contiguous() for key, value in own.state_dict().items()}
     (tmp_path / "own").mkdir()
     save_file(weights, tmp_path / "own" / open_clip.WEIGHTS[0])
-    (tmp_path / "own" / open_clip.CONFIG).write_text(json.dumps(dict(model_cfg=theirs.get_model_config(name), preprocess_cfg={})))
+    (tmp_path / "own" / open_clip.CONFIG).write_text(
+        json.dumps(dict(model_cfg=theirs.get_model_config(name), preprocess_cfg={}))
+    )
     model = open_clip.load(tmp_path / "own")
     assert model.cfg.size == "B/32"
     far = prove.differences(model, open_clip.peer(tmp_path / "own"), build("clip_bpe", 77))
     print(f"{name}: {far}")
     assert max(far.values()) < 1e-5
     open_clip.save(model, tmp_path / "out")
-    assert prove.flaw(Tensors.held(weights), open_clip.files.read(tmp_path / "out" / open_clip.WEIGHTS[0]), torch.float32) is None
+    assert (
+        prove.flaw(
+            Tensors.held(weights),
+            open_clip.files.read(tmp_path / "out" / open_clip.WEIGHTS[0]),
+            torch.float32,
+        )
+        is None
+    )

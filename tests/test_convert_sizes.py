@@ -1,4 +1,7 @@
-"""An architecture's numbers become a row of the table of sizes where one fits, else a size of their own that means the same."""
+"""An architecture's numbers become a row of the table of sizes where one fits, else a size of their
+own that means the same.
+"""
+
 import numpy as np
 import pytest
 import torch
@@ -12,14 +15,23 @@ from model.towers import ModelConfig, Size
 def test_rows_and_others():
     assert sized(16, width=768, depth=12, heads=12, mlp=4.0) == {"size": "B/16"}
     assert sized(14, width=1024, depth=24, text_width=512) == {"size": "L512/14"}
-    assert sized(14, width=1280, depth=32, heads=None) == {"size": "H/14"}  # whose heads are 80 wide
+    # whose heads are 80 wide
+    assert sized(14, width=1280, depth=32, heads=None) == {"size": "H/14"}
     custom = Size(384, 12, 12, 384, 12, 6, 384)
-    assert sized(16, width=384, depth=12, heads=12) == {"size": "custom/16", "custom": custom}  # SLIP's S, all columns but one
+    # SLIP's S, all columns but one
+    assert sized(16, width=384, depth=12, heads=12) == {"size": "custom/16", "custom": custom}
     assert sized(7, width=768, depth=12)["size"] == "custom/7"
-    assert ModelConfig(**sized(14, width=1408, depth=40, mlp=ratio(1408, 6144)), image_size=28).shape.heads == 22
+    assert (
+        ModelConfig(
+            **sized(14, width=1408, depth=40, mlp=ratio(1408, 6144)), image_size=28
+        ).shape.heads
+        == 22
+    )
 
 
-@pytest.mark.parametrize("width, inside", [(1408, 6144), (1664, 8192), (1152, 4304), (49, 147), (3, 10)])
+@pytest.mark.parametrize(
+    "width, inside", [(1408, 6144), (1664, 8192), (1152, 4304), (49, 147), (3, 10)]
+)
 def test_the_ratio_gives_the_width(width, inside):
     assert hidden(width, ratio(width, inside)) == inside
 
@@ -28,10 +40,16 @@ def test_the_ratio_gives_the_width(width, inside):
 def test_positions_computed_elsewhere_are_known(dtype):
     """As FLIP computes them: all in fp32."""
     cfg = ModelConfig("L/16")
-    omega = (1 / np.float32(10_000) ** (np.arange(256, dtype=np.float32) / np.float32(256))).astype(np.float32)
-    y, x = np.meshgrid(np.arange(14, dtype=np.float32), np.arange(14, dtype=np.float32), indexing="ij")
+    omega = (1 / np.float32(10_000) ** (np.arange(256, dtype=np.float32) / np.float32(256))).astype(
+        np.float32
+    )
+    y, x = np.meshgrid(
+        np.arange(14, dtype=np.float32), np.arange(14, dtype=np.float32), indexing="ij"
+    )
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
-    table = torch.from_numpy(np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1))
+    table = torch.from_numpy(
+        np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+    )
     table = torch.cat([torch.zeros(1, 1024), table])
     assert table.dtype == torch.float32 and not torch.equal(table, fixed(cfg))
     assert is_fixed(table.to(dtype), cfg)

@@ -1,7 +1,9 @@
-"""Towers as timm's models and back, bit for bit, with the features of timm's own; timm's and MAE's as towers; what is refused.
+"""Towers as timm's models and back, bit for bit, with the features of timm's own; timm's and MAE's
+as towers; what is refused.
 
 Run: pytest tests/test_convert_timm.py
 """
+
 import json
 import re
 from argparse import Namespace
@@ -23,28 +25,55 @@ from tests.test_towers import patches_of
 
 timm = pytest.importorskip("timm")
 
-CLIP = VisionConfig(positions="learned", pool="cls", pre_norm=True, patch_bias=False, activation="quick_gelu", eps=1e-5)
+CLIP = VisionConfig(
+    positions="learned",
+    pool="cls",
+    pre_norm=True,
+    patch_bias=False,
+    activation="quick_gelu",
+    eps=1e-5,
+)
 FLAVOURS = {
     "flip": ModelConfig("nano/8", image_size=32),
     "clip": ModelConfig("nano/8", image_size=(32, 48), vision=CLIP),
-    "its own size": ModelConfig("custom/4", Size(96, 2, 3, 64, 1, 2, 32, mlp=3.5), image_size=(20, 12),
-                                vision=VisionConfig(positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.4, 0.3))),
-    "clipa": ModelConfig("nano/8", image_size=32, vision=VisionConfig(pool="mean_then_norm", activation="gelu")),
-    "a norm and a bias": ModelConfig("nano/8", image_size=32, vision=VisionConfig(pre_norm=True)),  # timm has no such: the bias is folded
-    "no norm, no bias": ModelConfig("nano/8", image_size=32, vision=VisionConfig(patch_bias=False)),  # nor such: a bias of zeros
+    "its own size": ModelConfig(
+        "custom/4",
+        Size(96, 2, 3, 64, 1, 2, 32, mlp=3.5),
+        image_size=(20, 12),
+        vision=VisionConfig(
+            positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.4, 0.3)
+        ),
+    ),
+    "clipa": ModelConfig(
+        "nano/8", image_size=32, vision=VisionConfig(pool="mean_then_norm", activation="gelu")
+    ),
+    # timm has no such: the bias is folded
+    "a norm and a bias": ModelConfig("nano/8", image_size=32, vision=VisionConfig(pre_norm=True)),
+    # nor such: a bias of zeros
+    "no norm, no bias": ModelConfig("nano/8", image_size=32, vision=VisionConfig(patch_bias=False)),
 }
 
 
 def pair(cfg: ModelConfig) -> Portable:
     torch.manual_seed(0)
     towers = Towers(cfg, 5, 3)
-    return Portable(cfg, 5, 3, Tensors.held({name: p.detach() + 0.05 * torch.randn_like(p) for name, p in towers.named_parameters()}))
+    return Portable(
+        cfg,
+        5,
+        3,
+        Tensors.held(
+            {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in towers.named_parameters()}
+        ),
+    )
 
 
 def tokens(model: Portable, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         grid = model.cfg.grid
-        return model.towers().vision(patches_of(images, model.cfg.patch), torch.arange(grid[0] * grid[1]).expand(len(images), -1))
+        return model.towers().vision(
+            patches_of(images, model.cfg.patch),
+            torch.arange(grid[0] * grid[1]).expand(len(images), -1),
+        )
 
 
 def features(model: Portable, images: torch.Tensor) -> torch.Tensor:
@@ -67,9 +96,14 @@ def test_out_and_back(tmp_path, flavour):
     assert (tuple(data["mean"]), tuple(data["std"]), tuple(data["input_size"])) == told
 
     back = format.load(tmp_path / "out")
-    assert back.vocab == 0 and back.cfg.vision == ours.cfg.vision and back.cfg.sides == ours.cfg.sides
+    assert (
+        back.vocab == 0 and back.cfg.vision == ours.cfg.vision and back.cfg.sides == ours.cfg.sides
+    )
     shape = ours.cfg.shape
-    assert back.cfg.size == ours.cfg.size and (back.cfg.shape.heads, back.cfg.shape.mlp) == (shape.heads, shape.mlp)
+    assert back.cfg.size == ours.cfg.size and (back.cfg.shape.heads, back.cfg.shape.mlp) == (
+        shape.heads,
+        shape.mlp,
+    )
     assert back.tensors.keys() == {name for name in ours.tensors if name.startswith("vision.")}
     assert all(torch.equal(tensor, ours.tensors[name]) for name, tensor in back.tensors.items())
     assert "text tower" not in format.save(back, tmp_path / "alone")
@@ -77,15 +111,30 @@ def test_out_and_back(tmp_path, flavour):
 
 def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
     """run/convert.py tells what timm does not take, and runs both libraries' models."""
-    cfg = replace(FLAVOURS["clip"], size="custom/8", custom=Size(96, 2, 3, 64, 1, 2, 32),
-                  text=TextConfig(causal=True, pool="eot", activation="quick_gelu", eps=1e-5))
-    tensors = Tensors.held({name: p.detach() for name, p in Towers(cfg, 49408, 77).named_parameters()})
-    open_clip.save(Portable(cfg, 49408, 77, tensors, About(tokenizer="clip_bpe", eot=49407)), tmp_path / "pair")
-    monkeypatch.setattr("sys.argv", ["convert.py", "timm", str(tmp_path / "pair"), str(tmp_path / "out")])
+    cfg = replace(
+        FLAVOURS["clip"],
+        size="custom/8",
+        custom=Size(96, 2, 3, 64, 1, 2, 32),
+        text=TextConfig(causal=True, pool="eot", activation="quick_gelu", eps=1e-5),
+    )
+    tensors = Tensors.held(
+        {name: p.detach() for name, p in Towers(cfg, 49408, 77).named_parameters()}
+    )
+    open_clip.save(
+        Portable(cfg, 49408, 77, tensors, About(tokenizer="clip_bpe", eot=49407)), tmp_path / "pair"
+    )
+    monkeypatch.setattr(
+        "sys.argv", ["convert.py", "timm", str(tmp_path / "pair"), str(tmp_path / "out")]
+    )
     convert.main()
     told = capsys.readouterr().out
-    assert "the text tower" in told and re.search("pair run in its own library: .*images.*captions", told)
-    assert re.search("out run in its own library: .*images", told) and not (tmp_path / "out" / "tokenizer.txt").exists()
+    assert "the text tower" in told and re.search(
+        "pair run in its own library: .*images.*captions", told
+    )
+    assert (
+        re.search("out run in its own library: .*images", told)
+        and not (tmp_path / "out" / "tokenizer.txt").exists()
+    )
 
 
 def test_tuned_elsewhere_a_bias_of_zeros_is_one(tmp_path):
@@ -103,26 +152,52 @@ def test_half_precision(tmp_path):
     ours = pair(FLAVOURS["flip"])
     format.save(ours, tmp_path / "out", torch.bfloat16)
     back = format.load(tmp_path / "out")
-    assert back.cfg == ours.cfg and all(torch.equal(t, ours.tensors[name].bfloat16()) for name, t in back.tensors.items())
+    assert back.cfg == ours.cfg and all(
+        torch.equal(t, ours.tensors[name].bfloat16()) for name, t in back.tensors.items()
+    )
 
 
 SMALL = dict(embed_dim=96, depth=2, num_heads=6, img_size=32, patch_size=8)
 
 
-@pytest.mark.parametrize("name, args, vision", [
-    ("vit_tiny_patch16_224", {"num_classes": 7}, VisionConfig(positions="learned", pool="cls", activation="gelu")),
-    ("vit_tiny_patch16_224", {"global_pool": "avg"}, VisionConfig(positions="learned", pool="mean_then_norm", activation="gelu")),
-    ("vit_base_patch32_clip_quickgelu_224", {}, CLIP),
-    ("vit_base_patch16_clip_224", {"global_pool": "avg", "fc_norm": False}, replace(CLIP, activation="gelu", pool="mean"))])
+@pytest.mark.parametrize(
+    "name, args, vision",
+    [
+        (
+            "vit_tiny_patch16_224",
+            {"num_classes": 7},
+            VisionConfig(positions="learned", pool="cls", activation="gelu"),
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"global_pool": "avg"},
+            VisionConfig(positions="learned", pool="mean_then_norm", activation="gelu"),
+        ),
+        ("vit_base_patch32_clip_quickgelu_224", {}, CLIP),
+        (
+            "vit_base_patch16_clip_224",
+            {"global_pool": "avg", "fc_norm": False},
+            replace(CLIP, activation="gelu", pool="mean"),
+        ),
+    ],
+)
 def test_models_that_timm_wrote(tmp_path, name, args, vision):
     torch.manual_seed(1)
     theirs = timm.create_model(name, **SMALL, **args)
     timm.models.save_for_hf(theirs, tmp_path / "hub", safe_serialization=True)
     model = format.load(tmp_path / "hub")
     prepared = theirs.pretrained_cfg
-    assert model.cfg.vision == replace(vision, mean=tuple(prepared["mean"]), std=tuple(prepared["std"])) and model.cfg.shape.heads == 6
+    assert (
+        model.cfg.vision
+        == replace(vision, mean=tuple(prepared["mean"]), std=tuple(prepared["std"]))
+        and model.cfg.shape.heads == 6
+    )
     notes = model.about.source["notes"]
-    assert notes.startswith(f"crop_pct {prepared['crop_pct']}: ") and notes.endswith("; left out: head") and "assumed" not in notes
+    assert (
+        notes.startswith(f"crop_pct {prepared['crop_pct']}: ")
+        and notes.endswith("; left out: head")
+        and "assumed" not in notes
+    )
     images = torch.randn(2, 3, 32, 32)
     assert (features(model, images) - format.peer(tmp_path / "hub")(images)[0]).abs().max() < 1e-5
 
@@ -132,7 +207,10 @@ def bare(folder, change=lambda tensors: tensors, **args):
     torch.manual_seed(1)
     model = timm.create_model("vit_base_patch16_224", **SMALL | {"num_classes": 3} | args).eval()
     averaged = {"model_ema": model.state_dict()} if args.get("global_pool") == "avg" else {}
-    torch.save({"model": change(model.state_dict()), "args": Namespace(lr=1e-3), **averaged}, folder / "model.pth")
+    torch.save(
+        {"model": change(model.state_dict()), "args": Namespace(lr=1e-3), **averaged},
+        folder / "model.pth",
+    )
     return folder / "model.pth", model
 
 
@@ -140,32 +218,46 @@ def test_a_bare_file(tmp_path):
     path, theirs = bare(tmp_path)
     assert format.claims(path)
     model = format.load(path, heads=6, pool="mean", mean=[0.5] * 3)
-    assert model.cfg == ModelConfig("custom/8", Size(96, 2, 6, 96, 2, 1, 96), image_size=32, vision=VisionConfig(
-        positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.5, 0.5)))
+    assert model.cfg == ModelConfig(
+        "custom/8",
+        Size(96, 2, 6, 96, 2, 1, 96),
+        image_size=32,
+        vision=VisionConfig(
+            positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.5, 0.5)
+        ),
+    )
     images = torch.randn(2, 3, 32, 32)
     assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
-    assert (features(model, images) - format.peer(path, heads=6, pool="mean")(images)[0]).abs().max() < 1e-5
+    assert (
+        features(model, images) - format.peer(path, heads=6, pool="mean")(images)[0]
+    ).abs().max() < 1e-5
     assert format.load(path).cfg.shape.heads == 1  # 64 wide, where nothing says otherwise
     wide, _ = bare(tmp_path, img_size=(16, 64))
     assert format.load(wide, image_size=(16, 64)).cfg.grid == (2, 8)
-    with pytest.raises(ValueError, match=r"pos_embed \(1, 17, 96\): not the places of .* 16 x 48; say its height and width"):
+    with pytest.raises(
+        ValueError,
+        match=r"pos_embed \(1, 17, 96\): not the places of .* 16 x 48; say its height and width",
+    ):
         format.load(wide, image_size=[16, 48])
 
 
-@pytest.mark.parametrize("args, complaint", [
-    ({"reg_tokens": 2}, "reg_token: register tokens"),
-    ({"init_values": 0.1}, r"blocks.0.ls1.gamma: layer scale"),
-    ({"qk_norm": True}, r"blocks.0.attn.q_norm.weight: norms of queries and keys"),
-    ({"class_token": False, "global_pool": "avg"}, "cls_token is missing"),
-    ({"global_pool": "map"}, "attn_pool.latent: attention pooling"),
-    ({"mlp_layer": timm.layers.SwiGLU}, r"blocks.0.mlp.fc1_g.weight: gated MLPs"),
-    ({"mlp_layer": timm.layers.GluMlp}, r"blocks.0.mlp.fc2.weight: gated MLPs"),
-    ({"qkv_bias": False}, r"blocks.0.attn.qkv.bias is missing"),
-    ({"in_chans": 1}, r"patch_embed.proj.weight \(96, 1, 8, 8\): ours is"),
-    ({"no_embed_class": True}, r"pos_embed \(1, 16, 96\): not the places"),
-    ({"final_norm": False}, "norm.weight is missing"),
-    ({"scale_mlp_norm": True}, "nothing takes blocks.0.mlp.norm.bias"),
-])
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        ({"reg_tokens": 2}, "reg_token: register tokens"),
+        ({"init_values": 0.1}, r"blocks.0.ls1.gamma: layer scale"),
+        ({"qk_norm": True}, r"blocks.0.attn.q_norm.weight: norms of queries and keys"),
+        ({"class_token": False, "global_pool": "avg"}, "cls_token is missing"),
+        ({"global_pool": "map"}, "attn_pool.latent: attention pooling"),
+        ({"mlp_layer": timm.layers.SwiGLU}, r"blocks.0.mlp.fc1_g.weight: gated MLPs"),
+        ({"mlp_layer": timm.layers.GluMlp}, r"blocks.0.mlp.fc2.weight: gated MLPs"),
+        ({"qkv_bias": False}, r"blocks.0.attn.qkv.bias is missing"),
+        ({"in_chans": 1}, r"patch_embed.proj.weight \(96, 1, 8, 8\): ours is"),
+        ({"no_embed_class": True}, r"pos_embed \(1, 16, 96\): not the places"),
+        ({"final_norm": False}, "norm.weight is missing"),
+        ({"scale_mlp_norm": True}, "nothing takes blocks.0.mlp.norm.bias"),
+    ],
+)
 def test_other_architectures_are_refused(tmp_path, args, complaint):
     path, _ = bare(tmp_path, **args)
     with pytest.raises(ValueError, match=complaint):
@@ -173,28 +265,47 @@ def test_other_architectures_are_refused(tmp_path, args, complaint):
 
 
 def test_distilled_missing_extra_and_misshapen_tensors(tmp_path):
-    torch.save(timm.create_model("deit_tiny_distilled_patch16_224", **SMALL).state_dict(), tmp_path / "deit.pth")
+    torch.save(
+        timm.create_model("deit_tiny_distilled_patch16_224", **SMALL).state_dict(),
+        tmp_path / "deit.pth",
+    )
     with pytest.raises(ValueError, match=r"deit.pth: dist_token: a distillation token"):
         format.load(tmp_path / "deit.pth")
     for change, complaint in (
-            (lambda t: {n: v for n, v in t.items() if n != "blocks.1.norm2.bias"}, "blocks.1.norm2.bias is missing"),
-            (lambda t: t | {"more": torch.ones(2)}, r"nothing takes more \(2,\)"),
-            (lambda t: t | {"norm.weight": torch.ones(5)}, r"vision.norm.weight is \(5,\); its architecture makes it \(96,\)")):
+        (
+            lambda t: {n: v for n, v in t.items() if n != "blocks.1.norm2.bias"},
+            "blocks.1.norm2.bias is missing",
+        ),
+        (lambda t: t | {"more": torch.ones(2)}, r"nothing takes more \(2,\)"),
+        (
+            lambda t: t | {"norm.weight": torch.ones(5)},
+            r"vision.norm.weight is \(5,\); its architecture makes it \(96,\)",
+        ),
+    ):
         with pytest.raises(ValueError, match=complaint):
             format.load(bare(tmp_path, change)[0])
 
 
 def test_what_a_folder_lacks_or_cannot_say(tmp_path):
-    with pytest.raises(ValueError, match="model.vision.eps 2e-06: a config of timm's can say 1e-06 and 1e-05 alone"):
-        format.save(pair(ModelConfig("nano/8", image_size=32, vision=VisionConfig(eps=2e-6))), tmp_path / "no")
+    with pytest.raises(
+        ValueError, match="model.vision.eps 2e-06: a config of timm's can say 1e-06 and 1e-05 alone"
+    ):
+        format.save(
+            pair(ModelConfig("nano/8", image_size=32, vision=VisionConfig(eps=2e-6))),
+            tmp_path / "no",
+        )
     folder = tmp_path / "out"
     assert not format.claims(folder) and not (tmp_path / "no").exists()
     format.save(pair(FLAVOURS["flip"]), folder)
     tree = json.loads((folder / "config.json").read_text())
-    for args, complaint in (({"global_pool": "map"}, "config.json: model.vision.pool 'map': unknown"),
-                            ({"act_layer": "relu"}, "config.json: model.vision.activation 'relu': unknown"),
-                            ({"img_size": [32, 40]}, "pos_embed .* 32 x 40")):
-        (folder / "config.json").write_text(json.dumps(tree | {"model_args": tree["model_args"] | args}))
+    for args, complaint in (
+        ({"global_pool": "map"}, "config.json: model.vision.pool 'map': unknown"),
+        ({"act_layer": "relu"}, "config.json: model.vision.activation 'relu': unknown"),
+        ({"img_size": [32, 40]}, "pos_embed .* 32 x 40"),
+    ):
+        (folder / "config.json").write_text(
+            json.dumps(tree | {"model_args": tree["model_args"] | args})
+        )
         with pytest.raises(ValueError, match=complaint):
             format.load(folder)
     assert format.load(folder, image_size=32).cfg.sides == (32, 32)
@@ -209,21 +320,40 @@ def test_what_a_folder_lacks_or_cannot_say(tmp_path):
 
 # ---- MAE
 
+
 def sincos_of_mae(width: int, side: int) -> torch.Tensor:
-    """Its formula, plainly: a class token's zeros, then for each patch sines and cosines of its column, and of its row."""
+    """Its formula, plainly: a class token's zeros, then for each patch sines and cosines of its
+    column, and of its row.
+    """
     rows = [[0.0] * width]
     for y in range(side):
         for x in range(side):
             angles = [[at / 10000 ** (i / (width / 4)) for i in range(width // 4)] for at in (x, y)]
-            rows.append([f(torch.tensor(a, dtype=torch.float64)).item() for axis in angles for f in (torch.sin, torch.cos) for a in axis])
+            rows.append(
+                [
+                    f(torch.tensor(a, dtype=torch.float64)).item()
+                    for axis in angles
+                    for f in (torch.sin, torch.cos)
+                    for a in axis
+                ]
+            )
     return torch.tensor(rows)
 
 
 def test_positions_are_those_of_mae():
-    assert torch.equal(sincos_of_mae(64, 5), fixed(ModelConfig("custom/8", Size(64, 1, 1, 64, 1, 1, 64), image_size=40)))
+    assert torch.equal(
+        sincos_of_mae(64, 5),
+        fixed(ModelConfig("custom/8", Size(64, 1, 1, 64, 1, 1, 64), image_size=40)),
+    )
 
 
-DECODER = ("mask_token", "decoder_embed.weight", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "decoder_pred.bias")
+DECODER = (
+    "mask_token",
+    "decoder_embed.weight",
+    "decoder_pos_embed",
+    "decoder_blocks.0.norm1.weight",
+    "decoder_pred.bias",
+)
 
 
 def of_mae(tensors: dict) -> dict:
@@ -239,18 +369,24 @@ def test_mae_pretrained(tmp_path):
     model = format.load(path, heads=6, pool="mean_with_cls")
     assert model.cfg.vision == VisionConfig(activation="gelu")
     told, left_out = model.about.source["notes"].split("; left out: ")
-    assert told.startswith("assumed, as nothing says it: activation gelu, eps 1e-06, mean [0.485,") and told.endswith("says otherwise")
+    assert told.startswith(
+        "assumed, as nothing says it: activation gelu, eps 1e-06, mean [0.485,"
+    ) and told.endswith("says otherwise")
     assert left_out == "decoder_blocks, decoder_embed, decoder_pos_embed, decoder_pred, mask_token"
     theirs.pos_embed.data = sincos_of_mae(96, 4)[None]
     images = torch.randn(2, 3, 32, 32)
     assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
-    assert (features(model, images) - format.peer(path, heads=6, pool="mean_with_cls")(images)[0]).abs().max() < 1e-5
+    assert (
+        features(model, images) - format.peer(path, heads=6, pool="mean_with_cls")(images)[0]
+    ).abs().max() < 1e-5
 
 
 def test_mae_finetuned(tmp_path):
     path, theirs = bare(tmp_path, global_pool="avg")
     model = format.load(path, heads=6)
-    assert model.cfg.vision.pool == "mean_then_norm" and model.about.source["notes"].endswith("; left out: head, model_ema")
+    assert model.cfg.vision.pool == "mean_then_norm" and model.about.source["notes"].endswith(
+        "; left out: head, model_ema"
+    )
     images = torch.randn(2, 3, 32, 32)
     wanted = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
     assert (features(model, images) - wanted).abs().max() < 1e-5

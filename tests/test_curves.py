@@ -1,8 +1,12 @@
-"""The number of ranks, the ZeRO stage, accumulation and recomputation change nothing: the same twenty losses on the same global batches.
+"""The number of ranks, the ZeRO stage, accumulation and recomputation change nothing: the same
+twenty losses on the same global batches.
 
-    bash run/test.sh tests/test_curves.py -s                prints the largest relative differences
-    WHOLE=1 bash run/test.sh tests/test_curves.py -s       all curves whole; else some of them stop after six steps
+    bash run/test.sh tests/test_curves.py -s
+        prints the largest relative differences
+    WHOLE=1 bash run/test.sh tests/test_curves.py -s
+        all curves whole; else some of them stop after six steps
 """
+
 import json
 
 import pytest
@@ -47,14 +51,19 @@ def test_ranks_and_stages_agree(curves, name):
 def test_accumulation_and_recomputation_agree(curves):
     for ranks in (1, 2):
         cases = curves[ranks]
-        for case, plain in (("flip stage 3 accumulate 4", "flip stage 3"), ("clip stage 1 accumulate 2", "clip stage 1"),
-                            ("flip stage 3 checkpointed", "flip stage 3")):
+        for case, plain in (
+            ("flip stage 3 accumulate 4", "flip stage 3"),
+            ("clip stage 1 accumulate 2", "clip stage 1"),
+            ("flip stage 3 checkpointed", "flip stage 3"),
+        ):
             assert apart(cases[case], cases[plain]) < EXACT, (ranks, case)
 
 
 @pytest.mark.slow
 def test_bf16_agrees_over_ranks(curves):
-    """As far as bf16 can; its start differs from fp32's, because weights are drawn in the precision that they are kept in."""
+    """As far as bf16 can; its start differs from fp32's, because weights are drawn in the precision
+    that they are kept in.
+    """
     reference = curves[1]["flip stage 3 bf16"]
     assert reference != curves[1]["flip stage 3"] and reference[-1] < 0.9 * reference[0]
     assert apart(curves[2]["flip stage 3 bf16"], reference) < 0.02
@@ -62,7 +71,9 @@ def test_bf16_agrees_over_ranks(curves):
 
 @pytest.mark.slow
 def test_the_other_methods_accumulate_recompute_and_train_in_bf16(curves):
-    """Accumulated they are the same but for batch norm, whose batch is then a part; recomputed all are the same; bf16 holds."""
+    """Accumulated they are the same but for batch norm, whose batch is then a part; recomputed all
+    are the same; bf16 holds.
+    """
     found = curves[2]
     for name in ("mae", "maskclip"):
         assert apart(found[f"{name} accumulated"], found[f"{name} stage 3"]) < EXACT
@@ -75,7 +86,9 @@ def test_the_other_methods_accumulate_recompute_and_train_in_bf16(curves):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["slip", "mae", "maskclip", "aclip"])
 def test_the_other_methods_agree(curves, name):
-    """Batch norm over ranks, several forwards of a tower in a step, and a teacher: two ZeRO-3 ranks are one process."""
+    """Batch norm over ranks, several forwards of a tower in a step, and a teacher: two ZeRO-3 ranks
+    are one process.
+    """
     reference = curves[1][f"{name} stage 0"]
     assert reference[-1] < 0.95 * reference[0]
     for ranks in (1, 2):

@@ -1,7 +1,9 @@
-"""The teacher's moving average is the plain formula, in fp32 also where the teacher's weights are bf16; its schedules are the papers'.
+"""The teacher's moving average is the plain formula, in fp32 also where the teacher's weights are
+bf16; its schedules are the papers'.
 
 Run: pytest tests/test_ema.py (its shards under ZeRO-3: tests/test_teacher.py)
 """
+
 import copy
 import math
 
@@ -15,12 +17,26 @@ from tests.test_methods import build, pictures
 STEPS = 50
 
 
-@pytest.mark.parametrize("schedule, points", [
-    (cosine, {0.0: 0.996, 0.25: 1 - 0.004 * (math.sqrt(0.5) + 1) / 2, 0.5: 0.998, 0.75: 1 - 0.004 * (1 - math.sqrt(0.5)) / 2}),
-    (linear, {0.0: 0.996, 0.25: 0.997, 0.5: 0.998, 0.75: 0.999})])
+@pytest.mark.parametrize(
+    "schedule, points",
+    [
+        (
+            cosine,
+            {
+                0.0: 0.996,
+                0.25: 1 - 0.004 * (math.sqrt(0.5) + 1) / 2,
+                0.5: 0.998,
+                0.75: 1 - 0.004 * (1 - math.sqrt(0.5)) / 2,
+            },
+        ),
+        (linear, {0.0: 0.996, 0.25: 0.997, 0.5: 0.998, 0.75: 0.999}),
+    ],
+)
 def test_schedules(schedule, points):
     assert {at: schedule(0.996, 1.0, at) for at in points} == pytest.approx(points, abs=1e-12)
-    assert schedule(0.996, 1.0, 1.0) == schedule(0.996, 1.0, 1.5) == 1.0, "a run that goes on keeps the last"
+    assert schedule(0.996, 1.0, 1.0) == schedule(0.996, 1.0, 1.5) == 1.0, (
+        "a run that goes on keeps the last"
+    )
     values = [schedule(0.996, 1.0, i / 1000) for i in range(1001)]
     assert values == sorted(values) and len(set(values)) > 900
 
@@ -34,9 +50,13 @@ def modules(kind=torch.float32):
 
 def average(teacher, student, written=lambda parameter: None):
     """Of whole tensors; what the student offers is longer by a pad, as a shard may be."""
+
     def padded(parameter):
         return torch.cat([parameter.data.view(-1), torch.ones(3)])
-    return Average(parameters([(teacher, student)]), lambda parameter: parameter.data.view(-1), padded, written)
+
+    return Average(
+        parameters([(teacher, student)]), lambda parameter: parameter.data.view(-1), padded, written
+    )
 
 
 def steps(student):
@@ -49,16 +69,27 @@ def steps(student):
 
 
 def follow(kind):
-    """Fifty updates -> the modules, the fp32 averages, and the same in fp64 and in bf16 by the plain formula, all {name: flat}."""
+    """Fifty updates -> the modules, the fp32 averages, and the same in fp64 and in bf16 by the
+    plain formula, all {name: flat}.
+    """
     teacher, student = modules(kind)
     ours = average(teacher, student)
-    exact, coarse = ({name: p.data.view(-1).to(k) for name, p in teacher.named_parameters()} for k in (torch.float64, torch.bfloat16))
+    exact, coarse = (
+        {name: p.data.view(-1).to(k) for name, p in teacher.named_parameters()}
+        for k in (torch.float64, torch.bfloat16)
+    )
     for m in steps(student):
         ours.update(m)
         for name, p in student.named_parameters():
             exact[name] = m * exact[name] + (1 - m) * p.data.view(-1).double()
             coarse[name] = m * coarse[name] + (1 - m) * p.data.view(-1).bfloat16()
-    return teacher, student, {name.removeprefix("0."): x for name, x in ours.kept.items()}, exact, coarse
+    return (
+        teacher,
+        student,
+        {name.removeprefix("0."): x for name, x in ours.kept.items()},
+        exact,
+        coarse,
+    )
 
 
 def apart(some, others):
@@ -85,7 +116,10 @@ def test_fp32_costs_no_copy():
     for kind, same in ((torch.float32, True), (torch.bfloat16, False)):
         teacher, student = modules(kind)
         kept = average(teacher, student).kept
-        assert all((kept[f"0.{name}"].data_ptr() == p.data_ptr()) == same for name, p in teacher.named_parameters())
+        assert all(
+            (kept[f"0.{name}"].data_ptr() == p.data_ptr()) == same
+            for name, p in teacher.named_parameters()
+        )
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -103,41 +137,73 @@ def test_written_is_told_of_each_after_it_changed(kind):
     found = []
     average(teacher, student, lambda p: found.append((p, p.data.clone()))).update(0.0)
     assert [id(p) for p, _ in found] == [id(p) for p in teacher.parameters()]
-    assert all(torch.equal(was, p.data.to(kind)) for (_, was), p in zip(found, student.parameters()))
+    assert all(
+        torch.equal(was, p.data.to(kind)) for (_, was), p in zip(found, student.parameters())
+    )
 
 
 def test_pairs_of_several_modules_keep_apart():
     pairs = [modules(), modules()]
     found = parameters(pairs)
-    assert list(found) == [f"{i}.{name}" for i in range(2) for name in ("0.weight", "0.bias", "1.weight", "1.bias")]
-    assert found["1.0.bias"][0] is pairs[1][0][0].bias and found["1.0.bias"][1] is pairs[1][1][0].bias
+    assert list(found) == [
+        f"{i}.{name}" for i in range(2) for name in ("0.weight", "0.bias", "1.weight", "1.bias")
+    ]
+    assert (
+        found["1.0.bias"][0] is pairs[1][0][0].bias and found["1.0.bias"][1] is pairs[1][1][0].bias
+    )
 
 
-@pytest.mark.parametrize("teacher, student, complaint", [
-    (nn.Linear(3, 4).requires_grad_(False), nn.Linear(3, 4, bias=False), "teacher and student differ in bias"),
-    (nn.Linear(3, 4, bias=False).requires_grad_(False), nn.Linear(3, 4), "teacher and student differ in bias"),
-    (nn.Linear(3, 4), nn.Linear(3, 4), "frozen")])
+@pytest.mark.parametrize(
+    "teacher, student, complaint",
+    [
+        (
+            nn.Linear(3, 4).requires_grad_(False),
+            nn.Linear(3, 4, bias=False),
+            "teacher and student differ in bias",
+        ),
+        (
+            nn.Linear(3, 4, bias=False).requires_grad_(False),
+            nn.Linear(3, 4),
+            "teacher and student differ in bias",
+        ),
+        (nn.Linear(3, 4), nn.Linear(3, 4), "frozen"),
+    ],
+)
 def test_refuses(teacher, student, complaint):
     with pytest.raises(AssertionError, match=complaint):
         parameters([(teacher, student)])
 
 
-@pytest.mark.parametrize("name, options", [("maskclip", {}), ("aclip", {}), ("aclip", dict(average_text=True))])
+@pytest.mark.parametrize(
+    "name, options", [("maskclip", {}), ("aclip", {}), ("aclip", dict(average_text=True))]
+)
 def test_the_average_as_evaluations_see_it(name, options):
-    """The student's towers with the average's weights in the place of its own, where it has an average; the student stays as it is."""
+    """The student's towers with the average's weights in the place of its own, where it has an
+    average; the student stays as it is.
+    """
     method = build(name, **options)
     before = {key: value.clone() for key, value in method.towers.state_dict().items()}
-    averages = {key.removeprefix("teacher."): value for key, value in method.state_dict().items() if key.startswith("teacher.")}
+    averages = {
+        key.removeprefix("teacher."): value
+        for key, value in method.state_dict().items()
+        if key.startswith("teacher.")
+    }
     plain = copy.deepcopy(method.towers)
     plain.load_state_dict({**before, **averages})
     ids, lengths = torch.arange(1, 12), torch.tensor([4, 7])
 
     def embeddings(towers):
-        return towers.encode_image(pictures(), torch.arange(64).expand(6, -1)), towers.encode_text(ids, lengths)
+        return towers.encode_image(pictures(), torch.arange(64).expand(6, -1)), towers.encode_text(
+            ids, lengths
+        )
+
     shown = method.shown("teacher")
     for found, wanted in zip(embeddings(shown), embeddings(plain), strict=True):
         assert torch.equal(found, wanted)
-    assert not torch.equal(embeddings(shown)[0], embeddings(method.towers)[0]) and method.shown() is method.towers
+    assert (
+        not torch.equal(embeddings(shown)[0], embeddings(method.towers)[0])
+        and method.shown() is method.towers
+    )
     assert all(torch.equal(value, before[key]) for key, value in method.towers.state_dict().items())
     with pytest.raises(ValueError, match="without a moving average"):
         build("clip").shown("teacher")

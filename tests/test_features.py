@@ -1,8 +1,10 @@
-"""Features kept on disk, and what asks them for neighbours: the same on any ranks, gone on with where a job was broken off.
+"""Features kept on disk, and what asks them for neighbours: the same on any ranks, gone on with
+where a job was broken off.
 
     bash run/test.sh tests/test_features.py
 The model is a table of vectors, so that every number can be worked out by hand; ranks are threads.
 """
+
 import os
 from functools import partial
 from pathlib import Path
@@ -57,7 +59,7 @@ class Model:
 
     def passed(self, images, what, mine, turns):
         for turn in range(turns):
-            here = mine[turn * self.batch:(turn + 1) * self.batch]
+            here = mine[turn * self.batch : (turn + 1) * self.batch]
             if self.breaks is not None and self.breaks in here:
                 raise OSError("the machine went down")
             self.asked += here
@@ -66,11 +68,16 @@ class Model:
 
 @pytest.fixture
 def images(tmp_path):
-    """61 train and 47 test images in clusters that overlap; neither a multiple of a batch, a chunk or of 3 ranks."""
+    """61 train and 47 test images in clusters that overlap; neither a multiple of a batch, a chunk
+    or of 3 ranks.
+    """
     rng = torch.Generator().manual_seed(0)
     centres = torch.randn(CLASSES, WIDTH, generator=rng)
     numbers = {split: torch.arange(n) * 7 % CLASSES for split, n in (("train", 61), ("test", 47))}
-    tables = {split: centres[c] + 0.9 * torch.randn(len(c), WIDTH, generator=rng) for split, c in numbers.items()}
+    tables = {
+        split: centres[c] + 0.9 * torch.randn(len(c), WIDTH, generator=rng)
+        for split, c in numbers.items()
+    }
     return Table(tmp_path / "set", "test", tables, numbers)
 
 
@@ -92,13 +99,15 @@ def test_no_file_is_kept_open(tmp_path, images, monkeypatch):
     """ImageNet's features are 1,252 files, and a process may often have 1,024 open."""
     with ranks(monkeypatch, 1, batch=4) as run:
         before = len(os.listdir("/proc/self/fd"))
-        found, = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
+        (found,) = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
         assert len(found.parts) == 6 and len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("before, after", [(1, 1), (1, 3), (3, 2)])
 def test_broken_off_it_goes_on(tmp_path, images, monkeypatch, before, after):
-    """A job that dies at image 20: whole chunks are kept, of whichever ranks had come so far, and not the half of the third."""
+    """A job that dies at image 20: whole chunks are kept, of whichever ranks had come so far, and
+    not the half of the third.
+    """
     with ranks(monkeypatch, before, batch=4) as run, pytest.raises(OSError):
         run(lambda: features(Model(tmp_path, 4, breaks=20), images, "pooled", labels=True))
     kept = {int(p.name[:5]) for p in tmp_path.glob("features/*/*/*.npy") if "label" not in p.name}
@@ -113,7 +122,13 @@ def test_broken_off_it_goes_on(tmp_path, images, monkeypatch, before, after):
 def test_features_of_other_weights_sets_or_views_are_others(tmp_path, images, monkeypatch):
     model, seen = Model(tmp_path, 4), []
     with ranks(monkeypatch, 1, batch=4) as run:
-        for change in (dict(), dict(tag="step-2-student"), dict(pre="cropped"), dict(mask="random(0.5)"), dict(ensemble=2)):
+        for change in (
+            dict(),
+            dict(tag="step-2-student"),
+            dict(pre="cropped"),
+            dict(mask="random(0.5)"),
+            dict(ensemble=2),
+        ):
             vars(model).update(change)
             seen.append(run(lambda: features(model, images, "pooled"))[0].folder)
         for part, what in ((images.other("train"), "pooled"), (images, "embedded")):
@@ -131,11 +146,14 @@ def test_labels_are_added_to_features_made_without(tmp_path, images, monkeypatch
 def test_a_mislabelled_set_is_named(tmp_path, images, monkeypatch):
     images.numbers["train"] = images.numbers["train"].clone()
     images.numbers["train"][[3, 9]] = CLASSES
-    with ranks(monkeypatch, 1, batch=4) as run, pytest.raises(ValueError, match="train 3 of train is of class 5; classnames.txt names 5"):
+    with (
+        ranks(monkeypatch, 1, batch=4) as run,
+        pytest.raises(ValueError, match="train 3 of train is of class 5; classnames.txt names 5"),
+    ):
         run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
     images.numbers["train"][[3, 9]] = 0
     with ranks(monkeypatch, 1, batch=4) as run:  # mended, it goes on
-        (train, _), = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
+        ((train, _),) = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
     assert train.labels()[[3, 9]].tolist() == [0, 0]
 
 
@@ -146,50 +164,81 @@ def by_hand(images, k, temperature):
     for row in test:
         cosines = train @ row
         near = np.lexsort((np.arange(len(train)), -cosines.round(9)))[:k]
-        weights = np.exp(cosines[near] / temperature) if temperature < np.inf else np.ones(len(near))
+        weights = (
+            np.exp(cosines[near] / temperature) if temperature < np.inf else np.ones(len(near))
+        )
         found.append(int(np.argmax([weights[labels[near] == c].sum() for c in range(CLASSES)])))
     return np.array(found)
 
 
-@pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 0.07), (20, 0.07), (5, float("inf")), (500, 0.5)])
+@pytest.mark.parametrize(
+    "k, temperature", [(1, 0.07), (5, 0.07), (20, 0.07), (5, float("inf")), (500, 0.5)]
+)
 def test_knn(tmp_path, images, monkeypatch, k, temperature):
     """k beyond the train split: all of it votes."""
     truth = images.numbers["test"].numpy()
     hits = by_hand(images, k, temperature) == truth
-    wanted = dict(top1=hits.mean(), mean_per_class=np.mean([hits[truth == c].mean() for c in range(CLASSES)]), chance=1 / CLASSES)
+    wanted = dict(
+        top1=hits.mean(),
+        mean_per_class=np.mean([hits[truth == c].mean() for c in range(CLASSES)]),
+        chance=1 / CLASSES,
+    )
     alone = None
     for world in (1, 2, 3):
         monkeypatch.setattr(knn, "QUERIES", 5)
         with ranks(monkeypatch, world, batch=4) as run:
-            found = run(lambda: knn.evaluate(Model(tmp_path, 4), images, knn.Options(k=k, temperature=temperature)))
+            found = run(
+                lambda: knn.evaluate(
+                    Model(tmp_path, 4), images, knn.Options(k=k, temperature=temperature)
+                )
+            )
         alone = alone or found[0]
         assert found == [alone] * world, "not one bit differs"
     assert alone == pytest.approx(wanted, abs=1e-12) and 0.2 < alone["top1"] < 1
 
 
 @pytest.mark.parametrize("value, cosine", [(1.0, 1.0), (float("nan"), -1.0)])
-def test_equal_neighbours_come_in_order_of_their_numbers(tmp_path, images, monkeypatch, value, cosine):
+def test_equal_neighbours_come_in_order_of_their_numbers(
+    tmp_path, images, monkeypatch, value, cosine
+):
     """Every image alike, or nan: the first k vote."""
     images.tables = {s: torch.full_like(t, value) for s, t in images.tables.items()}
     with ranks(monkeypatch, 1, batch=4) as run:
-        (train, test), = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
-        ((cosines, numbers),), = run(lambda: knn.neighbours(train, [test.all()], 9))
+        ((train, test),) = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
+        (((cosines, numbers),),) = run(lambda: knn.neighbours(train, [test.all()], 9))
     assert numbers.tolist() == [list(range(9))] * 47 and cosines.unique().tolist() == [cosine]
 
 
 def test_a_tied_vote_goes_to_the_lower_class():
-    assert int(knn.vote(torch.ones(1, 5), torch.tensor([[3, 1, 1, 3, 0]]), CLASSES, 0.07).argmax()) == 1
+    assert (
+        int(knn.vote(torch.ones(1, 5), torch.tensor([[3, 1, 1, 3, 0]]), CLASSES, 0.07).argmax())
+        == 1
+    )
 
 
 def test_accuracies_of_a_class_that_does_not_occur(monkeypatch):
-    """Classes of 4 and 1 images, a third without: 3 of 5 are right, and (3/4 + 0/1) / 2 is the mean per class."""
+    """Classes of 4 and 1 images, a third without: 3 of 5 are right, and (3/4 + 0/1) / 2 is the mean
+    per class.
+    """
     with ranks(monkeypatch, 1, batch=4) as run:
-        found, = run(lambda: accuracies(F.one_hot(torch.tensor([0, 0, 0, 2, 2]), 3).float(), torch.tensor([0, 0, 0, 0, 1])))
+        (found,) = run(
+            lambda: accuracies(
+                F.one_hot(torch.tensor([0, 0, 0, 2, 2]), 3).float(), torch.tensor([0, 0, 0, 0, 1])
+            )
+        )
     assert found == dict(top1=0.6, mean_per_class=0.375, chance=1 / 3)
 
 
-@pytest.mark.parametrize("options, words", [("k=0", "at least 1"), ("temperature=0", "above 0"), ("temperature=nan", "above 0"),
-                                            ("features=tokens", "known: embedded, grid"), ("n=3", "known: features, k, temperature")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("k=0", "at least 1"),
+        ("temperature=0", "above 0"),
+        ("temperature=nan", "above 0"),
+        ("features=tokens", "known: embedded, grid"),
+        ("n=3", "known: features, k, temperature"),
+    ],
+)
 def test_bad_options(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         parse([f"knn({options}):{tmp_path}"])
@@ -198,5 +247,9 @@ def test_bad_options(options, words, tmp_path):
 def test_a_set_without_a_train_split_is_refused_at_the_start(images):
     def no_train(split):
         raise ValueError(f"it needs {split}")
+
     with pytest.raises(ValueError, match="it needs train"):
-        knn.check(SimpleNamespace(classes=images.classes, label=images.label, other=no_train), knn.Options())
+        knn.check(
+            SimpleNamespace(classes=images.classes, label=images.label, other=no_train),
+            knn.Options(),
+        )

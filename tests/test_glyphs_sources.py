@@ -1,7 +1,9 @@
-"""Proves that names find their emoji, that a concept falls on one side of the split, and that drawings and npm's failures come out right.
+"""Proves that names find their emoji, that a concept falls on one side of the split, and that
+drawings and npm's failures come out right.
 
 No network.  Run: pytest tests/test_glyphs_sources.py
 """
+
 import io
 import subprocess
 import sys
@@ -10,21 +12,36 @@ import pytest
 from PIL import Image
 
 from data import glyphs_sources
-from data.glyphs_sources import Glyph, IconSet, Vocabulary, draw_svg, name_table, one_per_concept, split
+from data.glyphs_sources import (
+    Glyph,
+    IconSet,
+    Vocabulary,
+    draw_svg,
+    name_table,
+    one_per_concept,
+    split,
+)
 
-SHORT = {"🐀": "rat", "🐁": "mouse", "👍": "thumbs up", "👍🏽": "thumbs up: medium skin tone", "🇹🇩": "flag: Chad", "🏴‍☠": "pirate flag"}
+SHORT = {
+    "🐀": "rat",
+    "🐁": "mouse",
+    "👍": "thumbs up",
+    "👍🏽": "thumbs up: medium skin tone",
+    "🇹🇩": "flag: Chad",
+    "🏴‍☠": "pirate flag",
+}
 SHORT["💏"] = "kiss"
 KISS = "🧑🏻‍❤‍💋‍🧑🏼"  # its form without tones is no emoji
 
 
 def vocabulary(*icon_sets):
-    english = {emoji: {"tts": [name], "default": [name.split()[0]]} for emoji, name in SHORT.items()}
+    english = {
+        emoji: {"tts": [name], "default": [name.split()[0]]} for emoji, name in SHORT.items()
+    }
     english[KISS] = {"tts": ["kiss: person, person, light skin tone, medium-light skin tone"]}
     english["#"] = {"tts": ["hash sign"]}  # named by CLDR, but no emoji
     groups = {emoji: "Some group" for emoji in SHORT if not glyphs_sources.TONE.search(emoji)}
     return Vocabulary({"en": english, "de": {"🐀": {"tts": ["Ratte"]}}}, groups, icon_sets)
-
-
 
 
 @pytest.mark.parametrize(
@@ -48,8 +65,12 @@ def test_a_name_means_an_emoji(name, emoji):
 
 
 def test_aliases_lend_their_names_and_ambiguous_names_mean_nothing():
-    icons = IconSet("a", {}, {"rat": "old-rodent", "grey-one": "rat", "grey": "mouse"}, {}, (16, 16), "MIT")
-    other = IconSet("b", {}, {"grey": "rat"}, {"like-this": "👍", "private": "\ue000"}, (16, 16), "MIT")
+    icons = IconSet(
+        "a", {}, {"rat": "old-rodent", "grey-one": "rat", "grey": "mouse"}, {}, (16, 16), "MIT"
+    )
+    other = IconSet(
+        "b", {}, {"grey": "rat"}, {"like-this": "👍", "private": "\ue000"}, (16, 16), "MIT"
+    )
     names = name_table(SHORT, [icons, other])
     assert names["oldrodent"] == names["greyone"] == "🐀"
     assert names["likethis"] == "👍"
@@ -63,13 +84,24 @@ def test_a_concept_has_no_skin_tone():
     about = words.about("noto", "👍🏽", SHORT["👍🏽"], "MIT")
     assert about["toned"] and about["concept"] == "👍" and about["group"] == "Some group"
     assert words.about("noto", "🐀", "rat", "MIT")["captions"] == {"en": "rat", "de": "Ratte"}
-    assert words.about("noto", "", "leftwards thumb dark skin tone", "MIT")["toned"]  # no emoji, but a variant all the same
+    # no emoji, but a variant all the same
+    assert words.about("noto", "", "leftwards thumb dark skin tone", "MIT")["toned"]
 
 
 def test_the_split_is_stable_and_a_tenth():
-    assert [animal for animal in map(chr, range(0x1F400, 0x1F43D)) if split(animal) == "test"] == ["🐒", "🐟", "🐡", "🐨", "🐸"]
+    assert [animal for animal in map(chr, range(0x1F400, 0x1F43D)) if split(animal) == "test"] == [
+        "🐒",
+        "🐟",
+        "🐡",
+        "🐨",
+        "🐸",
+    ]
     assert 0.08 < sum(split(str(i)) == "test" for i in range(5000)) / 5000 < 0.12
-    assert len({split(c) for c in ("🧑‍🌾", "👨‍🌾", "👩‍🌾")}) == len({split(c) for c in ("🏃", "🏃‍♀", "🏃‍♂")}) == 1
+    assert (
+        len({split(c) for c in ("🧑‍🌾", "👨‍🌾", "👩‍🌾")})
+        == len({split(c) for c in ("🏃", "🏃‍♀", "🏃‍♂")})
+        == 1
+    )
 
 
 def test_code_points_become_bare_emoji():
@@ -78,19 +110,29 @@ def test_code_points_become_bare_emoji():
 
 
 def drawing(name, emoji, style="noto"):
-    return Glyph(style, name, "png", SHORT[emoji], vocabulary().about(style, emoji, SHORT[emoji], "MIT"), b"")
+    return Glyph(
+        style, name, "png", SHORT[emoji], vocabulary().about(style, emoji, SHORT[emoji], "MIT"), b""
+    )
 
 
 def test_one_drawing_of_a_concept_and_tone_in_a_style():
     rats = [drawing("rat-1", "🐀"), drawing("rat", "🐀"), drawing("rat-2", "🐀", style="twemoji")]
     thumbs = [drawing("1f44d", "👍"), drawing("1f44d-fe0f", "👍"), drawing("1f44d-1f3fd", "👍🏽")]
-    assert [g.key for g in one_per_concept(rats + thumbs)] == ["noto__1f44d", "noto__1f44d-1f3fd", "noto__rat", "twemoji__rat-2"]
+    assert [g.key for g in one_per_concept(rats + thumbs)] == [
+        "noto__1f44d",
+        "noto__1f44d-1f3fd",
+        "noto__rat",
+        "twemoji__rat-2",
+    ]
 
 
 def test_an_icon_is_drawn_transparent_and_in_any_unit():
     body = '<path fill="currentColor" d="M0 0h8v16h-8z"/>'
     source = glyphs_sources.svg({"body": body}, (16, 16))
-    for text in (source, source.replace('width="16"', 'width="4mm"').replace('height="16"', 'height="4mm"')):
+    for text in (
+        source,
+        source.replace('width="16"', 'width="4mm"').replace('height="16"', 'height="4mm"'),
+    ):
         image = Image.open(io.BytesIO(draw_svg(text)))
         assert image.size == (64, 64)
         assert image.getpixel((16, 32)) == (0, 0, 0, 255) and image.getpixel((48, 32))[3] == 0
@@ -98,8 +140,12 @@ def test_an_icon_is_drawn_transparent_and_in_any_unit():
 
 def test_a_failing_npm_is_quoted(tmp_path, monkeypatch):
     said = "npm warn old\nnpm error code ENOTFOUND\nnpm error network no way to the registry\n"
-    monkeypatch.setattr(glyphs_sources, "npm", lambda arguments: subprocess.CompletedProcess(arguments, 1, "", said))
-    with pytest.raises(ValueError, match=r"npm install failed \(code ENOTFOUND \| network no way to the registry\)"):
+    monkeypatch.setattr(
+        glyphs_sources, "npm", lambda arguments: subprocess.CompletedProcess(arguments, 1, "", said)
+    )
+    with pytest.raises(
+        ValueError, match=r"npm install failed \(code ENOTFOUND \| network no way to the registry\)"
+    ):
         glyphs_sources.install(tmp_path)
 
 

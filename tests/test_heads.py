@@ -1,9 +1,12 @@
-"""BatchNorm is torch's in train mode, on one process and over 2 gloo ranks; each head is built of the layers that the papers name; the
-decoder is MAE's: it knows of a hidden patch nothing but its place, and reads visible ones in any order.
+"""BatchNorm is torch's in train mode, on one process and over 2 gloo ranks; each head is built of
+the layers that the papers name; the decoder is MAE's: it knows of a hidden patch nothing but its
+place, and reads visible ones in any order.
 
 Letters: B samples, D width, K visible patches, M hidden ones, L = K + M of the grid.
-Run: pytest tests/test_heads.py (-m "not slow" leaves out the ranks, which tests/ranks_worker.py starts)
+Run: pytest tests/test_heads.py (-m "not slow" leaves out the ranks, which tests/ranks_worker.py
+starts)
 """
+
 from functools import partial
 
 import pytest
@@ -23,16 +26,26 @@ B = b * ranks_worker.WORLD
 
 # ---- BatchNorm
 
+
 def batch(offset=0.0):
-    """Rows (B, D) whose columns differ in spread and whose halves, a rank's each, differ in mean; weight, bias, and a probe (B, D)."""
+    """Rows (B, D) whose columns differ in spread and whose halves, a rank's each, differ in mean;
+    weight, bias, and a probe (B, D).
+    """
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(B, D, generator=rng) * torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0]) + offset
     x[b:] += 1
-    return x, 1 + torch.rand(D, generator=rng), torch.randn(D, generator=rng), torch.randn(B, D, generator=rng)
+    return (
+        x,
+        1 + torch.rand(D, generator=rng),
+        torch.randn(D, generator=rng),
+        torch.randn(B, D, generator=rng),
+    )
 
 
 def normed(norm, x, probe):
-    """What a norm makes of x, and the gradients of the mean over the batch of its rows' products with the probe: x's, then parameters'."""
+    """What a norm makes of x, and the gradients of the mean over the batch of its rows' products
+    with the probe: x's, then parameters'.
+    """
     x = x.clone().requires_grad_()
     out = norm(x)
     batch_mean((out * probe).sum(1)).backward()
@@ -53,7 +66,8 @@ def torchs(x, weight, bias, probe, affine=True):
     return normed(norm, x.double(), probe.double())
 
 
-@pytest.mark.parametrize("offset, near", [(0.0, 2e-6), (100.0, 1e-4)])  # 1e-4: a hundredth's rounding over the least spread
+# 1e-4: a hundredth's rounding over the least spread
+@pytest.mark.parametrize("offset, near", [(0.0, 2e-6), (100.0, 1e-4)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_is_torchs(affine, offset, near):
     got, expected = ours(*batch(offset), affine), torchs(*batch(offset), affine)
@@ -66,7 +80,8 @@ def test_batch_norm_computes_in_fp32_and_returns_bf16():
     x = batch(100.0)[0].bfloat16()
     got = heads.BatchNorm(D).bfloat16()(x)
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), nn.BatchNorm1d(D)(x.float()), rtol=2 ** -8, atol=1e-3)  # one rounding, at the end
+    # one rounding, at the end
+    torch.testing.assert_close(got.float(), nn.BatchNorm1d(D)(x.float()), rtol=2**-8, atol=1e-3)
 
 
 def on_a_rank(rank):
@@ -80,7 +95,9 @@ def on_a_rank(rank):
 
 @pytest.mark.slow
 def test_batch_norm_spans_the_ranks():
-    """Values and inputs' gradients of a rank's rows, and the parameters' averaged over ranks, are those of torch on the whole batch."""
+    """Values and inputs' gradients of a rank's rows, and the parameters' averaged over ranks, are
+    those of torch on the whole batch.
+    """
     ranks, expected = [found["heads"] for found in ranks_worker.found()], torchs(*batch())
     got = [torch.cat(x) for x in zip(*(found[:2] for found in ranks))]
     alone = torchs(batch()[0][:b], *batch()[1:3], batch()[3][:b])[0]
@@ -99,15 +116,47 @@ def between(width):
     return nn.BatchNorm1d(width), nn.ReLU()
 
 
-HEADS = {  # docs/methods.md: ours for widths D, H, E; its layers; its parameters at ViT-B and the papers' widths
-    "simclr_head": (lambda D, H, E: heads.simclr_head(D, H, E), 20_996_352,
-                    lambda D, H, E: [nn.Linear(D, H), *between(H), nn.Linear(H, H), *between(H), nn.Linear(H, E)]),
-    "byol_projector": (lambda D, H, E: heads.byol_projector(D, H, E), 4_202_496, lambda D, H, E: [Bare(D, H), *between(H), Bare(H, E)]),
-    "byol_predictor": (lambda D, H, E: heads.byol_predictor(H, E), 2_105_344, lambda D, H, E: [Bare(E, H), *between(H), Bare(H, E)]),
-    "simsiam_projector": (lambda D, H, E: heads.simsiam_projector(D, H // 2), 9_973_760, lambda D, H, E: [
-        Bare(D, H // 2), *between(H // 2), Bare(H // 2, H // 2), *between(H // 2), Bare(H // 2, H // 2), nn.BatchNorm1d(H // 2)]),
-    "simsiam_predictor": (lambda D, H, E: heads.simsiam_predictor(H // 2), 2_100_736,
-                          lambda D, H, E: [nn.Linear(H // 2, H // 8), *between(H // 8), nn.Linear(H // 8, H // 2)]),
+# docs/methods.md: ours for widths D, H, E; its layers; its parameters at ViT-B and the papers'
+# widths
+HEADS = {
+    "simclr_head": (
+        lambda D, H, E: heads.simclr_head(D, H, E),
+        20_996_352,
+        lambda D, H, E: [
+            nn.Linear(D, H),
+            *between(H),
+            nn.Linear(H, H),
+            *between(H),
+            nn.Linear(H, E),
+        ],
+    ),
+    "byol_projector": (
+        lambda D, H, E: heads.byol_projector(D, H, E),
+        4_202_496,
+        lambda D, H, E: [Bare(D, H), *between(H), Bare(H, E)],
+    ),
+    "byol_predictor": (
+        lambda D, H, E: heads.byol_predictor(H, E),
+        2_105_344,
+        lambda D, H, E: [Bare(E, H), *between(H), Bare(H, E)],
+    ),
+    "simsiam_projector": (
+        lambda D, H, E: heads.simsiam_projector(D, H // 2),
+        9_973_760,
+        lambda D, H, E: [
+            Bare(D, H // 2),
+            *between(H // 2),
+            Bare(H // 2, H // 2),
+            *between(H // 2),
+            Bare(H // 2, H // 2),
+            nn.BatchNorm1d(H // 2),
+        ],
+    ),
+    "simsiam_predictor": (
+        lambda D, H, E: heads.simsiam_predictor(H // 2),
+        2_100_736,
+        lambda D, H, E: [nn.Linear(H // 2, H // 8), *between(H // 8), nn.Linear(H // 8, H // 2)],
+    ),
 }
 
 
@@ -117,12 +166,14 @@ def test_head_layer_by_layer(name):
     build, _, layers = HEADS[name]
     head, reference = build(6, 32, 10), nn.Sequential(*layers(6, 32, 10))
     reference.load_state_dict(head.state_dict(), strict=False)  # running statistics stay torch's
-    assert [(n, p.shape) for n, p in head.named_parameters()] == [(n, p.shape) for n, p in reference.named_parameters()]
+    assert [(n, p.shape) for n, p in head.named_parameters()] == [
+        (n, p.shape) for n, p in reference.named_parameters()
+    ]
     results, x = [], torch.randn(9, reference[0].in_features)
     probe = torch.randn(9, 32)
     for module in (head, reference):
         out = module(x)
-        (out * probe[:, :out.shape[1]]).sum().backward()
+        (out * probe[:, : out.shape[1]]).sum().backward()
         results.append([out.detach(), *(p.grad for p in module.parameters())])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
@@ -149,13 +200,21 @@ def decoder(depth=2, attention=2):
 
 
 def seen():
-    """Tokens (2, 1 + K, INPUTS), the visible ones' positions (2, K), and the hidden ones' (2, M), of 2 different masks."""
+    """Tokens (2, 1 + K, INPUTS), the visible ones' positions (2, K), and the hidden ones' (2, M),
+    of 2 different masks.
+    """
     order = torch.rand(2, L, generator=torch.Generator().manual_seed(0)).argsort(1).short()
-    return torch.randn(2, 1 + K, INPUTS, generator=torch.Generator().manual_seed(1)), order[:, :K], order[:, K:]
+    return (
+        torch.randn(2, 1 + K, INPUTS, generator=torch.Generator().manual_seed(1)),
+        order[:, :K],
+        order[:, K:],
+    )
 
 
 def test_decoder_is_maes():
-    """As MAE writes it: mask tokens everywhere, visible ones put into their places, positions added, the class token's none."""
+    """As MAE writes it: mask tokens everywhere, visible ones put into their places, positions
+    added, the class token's none.
+    """
     made, (tokens, positions, hidden) = decoder(), seen()
     got = made(tokens, positions, hidden)
     assert got.shape == (2, L - K, OUT)
@@ -179,10 +238,14 @@ def test_decoder_knows_places():
     made, (tokens, positions, hidden) = decoder(), seen()
     straight, turned = made(tokens, positions, hidden), torch.arange(K).roll(1)
     torch.testing.assert_close(made(tokens, positions, hidden.roll(1, 1)), straight.roll(1, 1))
-    assert (straight - straight.roll(1, 1)).abs().amax(2).min() > 1e-2, "each hidden place has its own guess"
+    assert (straight - straight.roll(1, 1)).abs().amax(2).min() > 1e-2, (
+        "each hidden place has its own guess"
+    )
     shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, turned]], dim=1)
     torch.testing.assert_close(made(shuffled, positions[:, turned], hidden), straight)
-    assert (made(shuffled, positions, hidden) - straight).abs().max() > 1e-2, "but not with other tokens in these places"
+    assert (made(shuffled, positions, hidden) - straight).abs().max() > 1e-2, (
+        "but not with other tokens in these places"
+    )
 
 
 def test_decoder_reads_every_visible_token():
@@ -205,13 +268,23 @@ def test_decoder_in_bf16():
 def test_decoder_flops_equal_torch_counter(visible, depth, attention):
     made = decoder(depth, attention)
     places = torch.arange(L).expand(2, -1)
-    with FlopCounterMode(display=False) as counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
+    ):
         made(torch.randn(2, 1 + visible, INPUTS), places[:, :visible], places[:, visible:])
     assert counter.get_total_flops() / 2 == made.flops(visible, L)
 
 
-@pytest.mark.parametrize("width, attention, multiple", [(20, 3, 12), (18, 3, 12), (0, 2, 4), (20, 0, 4)])
+@pytest.mark.parametrize(
+    "width, attention, multiple", [(20, 3, 12), (18, 3, 12), (0, 2, 4), (20, 0, 4)]
+)
 def test_decoder_refuses_a_width(width, attention, multiple):
     heads.check_decoder(96, 16)
-    with pytest.raises(ValueError, match=f"options.width {width}: a decoder of {attention} heads needs a multiple of {multiple}$"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"options.width {width}: a decoder of {attention} heads needs a multiple of {multiple}$"
+        ),
+    ):
         heads.check_decoder(width, attention)

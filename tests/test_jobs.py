@@ -1,7 +1,9 @@
-"""Jobs of run/scaling.py launch: what failed and why, what is left to do, who waits for whom, which GPUs are whose.
+"""Jobs of run/scaling.py launch: what failed and why, what is left to do, who waits for whom, which
+GPUs are whose.
 
     bash run/test.sh tests/test_jobs.py
 """
+
 import json
 import os
 import subprocess
@@ -41,7 +43,12 @@ def test_an_evaluation_that_leaves_no_result_is_made_once(tmp_path):
     job = launcher.waiting[0]
     job.made = (jobs.left_to_do(planned),)
     launcher.fill()
-    assert not launcher.running and not launcher.waiting and "has no result of that" in told[-1] and planned.folder in launcher.failed
+    assert (
+        not launcher.running
+        and not launcher.waiting
+        and "has no result of that" in told[-1]
+        and planned.folder in launcher.failed
+    )
 
 
 def test_what_needs_a_complete_run_is_not_refused(tmp_path):
@@ -54,7 +61,9 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
     begun = []
     launcher.begin = begun.append
     launcher.fill()
-    assert [job.planned for job in begun] == [tuned] and not jobs.beside(tuned.folder, "failed").exists()
+    assert [job.planned for job in begun] == [tuned] and not jobs.beside(
+        tuned.folder, "failed"
+    ).exists()
     begun[0].free()
     finished(tuned.folder, tuned, 0.25)
     launcher.fill()
@@ -62,15 +71,23 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
 
 
 def test_an_evaluation_that_failed_half_way_is_made_again(tmp_path):
-    """run/evaluate.py keeps what it had; the student's results alone are not the teacher's, nor one set's another's."""
-    planned = replace(GRIDS["flip_table8"].runs("glyphs", ["baseline"], 1, tmp_path)["baseline"][0], evaluate=("ensemble 2",))
+    """run/evaluate.py keeps what it had; the student's results alone are not the teacher's, nor one
+    set's another's.
+    """
+    planned = replace(
+        GRIDS["flip_table8"].runs("glyphs", ["baseline"], 1, tmp_path)["baseline"][0],
+        evaluate=("ensemble 2",),
+    )
     finished(planned.folder, planned, 0.25)
     records = planned.folder / "results.jsonl"
     row = json.loads(records.read_text())
     metric = next(name for name in row if "/" in name)
-    for more, wanted in (({"weights": "teacher"}, "ensemble 2"), ({"ensemble": 2}, "ensemble 2"),
-                         ({"ensemble": 2, "weights": "teacher", metric: None, "other/set/top1": 0.5}, "ensemble 2"),
-                         ({"ensemble": 2, "weights": "teacher"}, None)):
+    for more, wanted in (
+        ({"weights": "teacher"}, "ensemble 2"),
+        ({"ensemble": 2}, "ensemble 2"),
+        ({"ensemble": 2, "weights": "teacher", metric: None, "other/set/top1": 0.5}, "ensemble 2"),
+        ({"ensemble": 2, "weights": "teacher"}, None),
+    ):
         with records.open("a") as file:
             file.write(json.dumps(row | more) + "\n")
         assert jobs.left_to_do(planned) == wanted, more
@@ -99,7 +116,9 @@ def test_who_asks_to_stop_waits_for_the_rank_that_saves(tmp_path):
     """DeepSpeed's launcher is gone before its rank has saved."""
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
     planned.folder.mkdir(parents=True)
-    rank = subprocess.Popen([sys.executable, "-c", HOLDER, str(planned.folder)], stdout=subprocess.PIPE)
+    rank = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(planned.folder)], stdout=subprocess.PIPE
+    )
     rank.stdout.readline()
     launcher = jobs.Jobs([planned], 1, 1, lambda told: None)
     job = launcher.waiting.pop()
@@ -115,11 +134,15 @@ def test_jobs_on_gpus_have_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"]
     jobs.Jobs(planned, 4, 2)
-    with pytest.raises(ValueError, match="--jobs 3: with --ranks 4 each they take 12 GPUs; this machine has 8"):
+    with pytest.raises(
+        ValueError, match="--jobs 3: with --ranks 4 each they take 12 GPUs; this machine has 8"
+    ):
         jobs.Jobs(planned, 4, 3)
     for slot, own in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (1, [3])):
         if own == [3]:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
         args = runner.parse_args(jobs.line_of(planned[0], "", len(own), slot)[1:])
         assert args.num_gpus == args.num_nodes == -1
-        assert runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude) == {"localhost": own}
+        assert runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude) == {
+            "localhost": own
+        }

@@ -1,8 +1,10 @@
-"""Proves the parts of model/layers.py and model/parallel.py against formulas written out here: attention on packed sequences equals
-attention sequence by sequence (values and gradients), recomputed activations change no bit, positions and first draws are the papers'.
+"""Proves the parts of model/layers.py and model/parallel.py against formulas written out here:
+attention on packed sequences equals attention sequence by sequence (values and gradients),
+recomputed activations change no bit, positions and first draws are the papers'.
 
 Run: pytest tests/test_layers.py
 """
+
 import math
 
 import pytest
@@ -23,13 +25,17 @@ def blocks(recompute: bool = False, dtype: torch.dtype = torch.float64) -> Block
 
 
 def tokens(count: int = int(LENGTHS.sum())) -> torch.Tensor:
-    return torch.randn(count, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    return torch.randn(
+        count, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
 
 
 def plain(stack: Blocks, x: torch.Tensor, causal: bool) -> torch.Tensor:
     """One sequence (N, D) through the blocks, attention written out."""
     for block in stack:
-        heads = F.linear(block.norm1(x), block.attn.qkv.weight, block.attn.qkv.bias).view(len(x), 3, HEADS, -1)
+        heads = F.linear(block.norm1(x), block.attn.qkv.weight, block.attn.qkv.bias).view(
+            len(x), 3, HEADS, -1
+        )
         scores = torch.einsum("qhe,khe->hqk", heads[:, 0], heads[:, 1]) / math.sqrt(WIDTH / HEADS)
         if causal:
             scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -math.inf)
@@ -95,7 +101,9 @@ def test_recompute_keeps_fewer_activations():
     kept = []
     for recompute in (False, True):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
             blocks(recompute)(tokens(12).view(3, 4, WIDTH))
         kept.append(sum(saved))
     assert kept[1] < kept[0] / 10
@@ -107,7 +115,12 @@ def test_sincos_on_a_grid_that_is_not_square():
     assert table.shape == (rows * columns, width) and table.dtype == torch.float32
     for y in range(rows):
         for x in range(columns):
-            expected = [f(place / 10_000 ** (i / 4)) for place in (x, y) for f in (math.sin, math.cos) for i in range(4)]
+            expected = [
+                f(place / 10_000 ** (i / 4))
+                for place in (x, y)
+                for f in (math.sin, math.cos)
+                for i in range(4)
+            ]
             torch.testing.assert_close(table[y * columns + x], torch.tensor(expected))
 
 
@@ -115,7 +128,7 @@ def test_activations():
     x = torch.linspace(-3, 3, 13, dtype=torch.float64)
     expected = {
         "gelu": x / 2 * (1 + torch.erf(x / math.sqrt(2))),
-        "gelu_tanh": x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))),
+        "gelu_tanh": x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         "quick_gelu": x / (1 + torch.exp(-1.702 * x)),
     }
     assert ACTIVATIONS.keys() == expected.keys()
@@ -125,12 +138,16 @@ def test_activations():
 
 def test_draws():
     torch.manual_seed(0)
-    wide = Linear(200, 600, "xavier")  # a fused qkv: FLIP draws q, k and v so that they equal Xavier on the fused weight
-    assert wide.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 800), rel=1e-3) and not wide.bias.any()
+    # a fused qkv: FLIP draws q, k and v so that they equal Xavier on the fused weight
+    wide = Linear(200, 600, "xavier")
+    assert (
+        wide.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 800), rel=1e-3)
+        and not wide.bias.any()
+    )
     torch_default = Linear(200, 600, "uniform", "uniform")
     for part in (torch_default.weight, torch_default.bias):
-        assert part.abs().max().item() == pytest.approx(200 ** -0.5, rel=1e-2)
-        assert part.std().item() == pytest.approx(200 ** -0.5 / math.sqrt(3), rel=0.05)
+        assert part.abs().max().item() == pytest.approx(200**-0.5, rel=1e-2)
+        assert part.std().item() == pytest.approx(200**-0.5 / math.sqrt(3), rel=0.05)
     assert Linear(200, 600, 0.3, None).weight.std().item() == pytest.approx(0.3, rel=0.01)
     assert Linear(200, 600, 0.3, None).bias is None
     assert Embedding(300, 200, 0.02).weight.std().item() == pytest.approx(0.02, rel=0.01)
@@ -144,29 +161,44 @@ def test_flip_draws():
             assert (p == 1).all(), name
         elif name.endswith("bias"):
             assert not p.any(), name
-        elif p.ndim == 2 and name not in ("text.token.weight", "text.positions"):  # Xavier: fused qkv and patch kernel too
-            assert p.abs().max().item() == pytest.approx(math.sqrt(6 / sum(p.shape)), rel=0.01), name
+        # Xavier: fused qkv and patch kernel too
+        elif p.ndim == 2 and name not in ("text.token.weight", "text.positions"):
+            assert p.abs().max().item() == pytest.approx(math.sqrt(6 / sum(p.shape)), rel=0.01), (
+                name
+            )
         elif name != "temperature.logit_scale":
             assert p.std().item() == pytest.approx(0.02, rel=0.2), name
             assert p.abs().max() > 0.04, name  # a normal's tail
 
 
 def test_drop_path_by_hand():
-    noise = torch.tensor([[[0.0, 0.9], [0.05, 0.1], [0.1, 0.3]]])  # one sample, three blocks at rates 0, 0.1, 0.2
-    torch.testing.assert_close(drop_path(noise, 0.2)[..., 0], torch.tensor([[1, 1], [0, 1 / 0.9], [0, 1 / 0.8]]))
+    # one sample, three blocks at rates 0, 0.1, 0.2
+    noise = torch.tensor([[[0.0, 0.9], [0.05, 0.1], [0.1, 0.3]]])
+    torch.testing.assert_close(
+        drop_path(noise, 0.2)[..., 0], torch.tensor([[1, 1], [0, 1 / 0.9], [0, 1 / 0.8]])
+    )
 
 
 def test_drop_path_keeps_the_mean():
-    """Every branch counts once on average, and goes missing as often as its rate says; the first block's never does."""
+    """Every branch counts once on average, and goes missing as often as its rate says; the first
+    block's never does.
+    """
     paths = drop_path(torch.rand(20_000, 4, 2, generator=torch.Generator().manual_seed(0)), 0.3)
     assert paths.shape == (4, 2, 20_000) and (paths[0] == 1).all()
     torch.testing.assert_close(paths.mean(2), torch.ones(4, 2), atol=0.02, rtol=0)
-    torch.testing.assert_close((paths == 0).float().mean(2), torch.linspace(0, 0.3, 4)[:, None].expand(4, 2), atol=0.015, rtol=0)
+    torch.testing.assert_close(
+        (paths == 0).float().mean(2),
+        torch.linspace(0, 0.3, 4)[:, None].expand(4, 2),
+        atol=0.015,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_paths_multiply_the_branches(recompute):
-    """A sample that goes round all branches comes out as it went in; ones change nothing; factors act in the backward pass, too."""
+    """A sample that goes round all branches comes out as it went in; ones change nothing; factors
+    act in the backward pass, too.
+    """
     stack, x = blocks(recompute), tokens(6).detach().view(2, 3, WIDTH).requires_grad_()
     paths = torch.ones(2, 2, 2, dtype=torch.float64)
     torch.testing.assert_close(stack(x, paths=paths), stack(x), rtol=0, atol=0)
@@ -179,4 +211,6 @@ def test_paths_multiply_the_branches(recompute):
     expected = half + 2 * block.mlp(block.norm2(half))
     found = Blocks.forward(stack, x[:1], paths=torch.stack([factor, torch.zeros_like(factor)]))
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0]
+    )

@@ -1,8 +1,12 @@
-"""The tiled contrastive loss is the exact InfoNCE of the global batch: values and gradients against the dense loss in fp64, on one
-process, and on 2 and 4 gloo ranks, where gradients averaged over ranks (as DeepSpeed averages them) must be the one-process gradients.
+"""The tiled contrastive loss is the exact InfoNCE of the global batch: values and gradients against
+the dense loss in fp64, on one
+process, and on 2 and 4 gloo ranks, where gradients averaged over ranks (as DeepSpeed averages them)
+must be the one-process gradients.
 
-Letters: `b` pairs a rank, `B` pairs, `E` width. The multi-rank tests run this file as a script, once a rank: see `ranks`.
+Letters: `b` pairs a rank, `B` pairs, `E` width. The multi-rank tests run this file as a script,
+once a rank: see `ranks`.
 """
+
 import os
 import subprocess
 import sys
@@ -20,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from model import losses
 
 EXACT = 1e-6
-b, IN, E = 6, 10, 8  # each rank's pairs, and the width before and after the towers of the multi-rank tests
+# each rank's pairs, and the width before and after the towers of the multi-rank tests
+b, IN, E = 6, 10, 8
 
 
 def features(B, E, noise, scale, seed=0):
@@ -36,7 +41,9 @@ def doubled(leaves):
 
 
 def both(leaves, kind=torch.float32):
-    """Losses and gradients of the tiled loss on leaves of that kind, and of the dense loss in fp64."""
+    """Losses and gradients of the tiled loss on leaves of that kind, and of the dense loss in
+    fp64.
+    """
     ours, theirs = [x.detach().to(kind).requires_grad_() for x in leaves], doubled(leaves)
     loss, metrics = losses.contrastive(*ours)
     loss.backward()
@@ -46,7 +53,10 @@ def both(leaves, kind=torch.float32):
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (5, 7), (7, 5), (37, 37), (16, 4), (512, 1024)])
-@pytest.mark.parametrize("B, noise, scale", [(37, 1.0, 14.3), (37, 0.1, 14.3), (36, 3.0, 1.0), (2, 1.0, 14.3), (1, 1.0, 14.3)])
+@pytest.mark.parametrize(
+    "B, noise, scale",
+    [(37, 1.0, 14.3), (37, 0.1, 14.3), (36, 3.0, 1.0), (2, 1.0, 14.3), (1, 1.0, 14.3)],
+)
 def test_equals_the_dense_loss(monkeypatch, tile, B, noise, scale):
     monkeypatch.setattr(losses, "TILE", tile)
     (loss, dense, _), grads = both(features(B, 19, noise, scale))
@@ -84,7 +94,9 @@ def test_gradcheck(monkeypatch):
 
 @pytest.mark.parametrize("noise", [1.0, 1e-3, 1e-5])
 def test_scale_100(monkeypatch, noise):
-    """Logits to +-100, cosines near 1: fp64 is exact, fp32 as near as the rounding of such logits (100 / 2^24) lets it."""
+    """Logits to +-100, cosines near 1: fp64 is exact, fp32 as near as the rounding of such logits
+    (100 / 2^24) lets it.
+    """
     monkeypatch.setattr(losses, "TILE", (16, 24))
     leaves = features(50, 32, noise, 100.0)
     for kind, near in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
@@ -95,7 +107,9 @@ def test_scale_100(monkeypatch, noise):
 
 
 def test_all_alike_and_far_apart(monkeypatch):
-    """Neither collapsed features nor opposite pairs overflow; a collapse is no accuracy, where >= would call it perfect."""
+    """Neither collapsed features nor opposite pairs overflow; a collapse is no accuracy, where >=
+    would call it perfect.
+    """
     monkeypatch.setattr(losses, "TILE", (16, 24))
     one = F.normalize(torch.ones(40, 8), dim=1)
     for text, expected in ((one, torch.tensor(40.0).log()), (-one, torch.tensor(40.0).log())):
@@ -103,7 +117,8 @@ def test_all_alike_and_far_apart(monkeypatch):
         assert abs(loss - expected) < 1e-5 and metrics["accuracy"] == 0
         assert all(got.isfinite().all() for got, _ in grads)
     image = torch.eye(8)
-    (loss, dense, _), grads = both([image, -image, torch.tensor([1000.0])])  # a positive of -1000 against zeros
+    # a positive of -1000 against zeros
+    (loss, dense, _), grads = both([image, -image, torch.tensor([1000.0])])
     assert abs(loss.item() - dense.item()) < 1e-3
     for got, expected in grads:
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
@@ -124,7 +139,9 @@ def test_accuracy(monkeypatch):
     leaves = features(60, 16, 0.5, 10.0)
     (_, _, metrics), _ = both(leaves)
     logits, labels = leaves[0] @ leaves[1].t(), torch.arange(60)
-    expected = ((logits.argmax(1) == labels).float().mean() + (logits.argmax(0) == labels).float().mean()) / 2
+    expected = (
+        (logits.argmax(1) == labels).float().mean() + (logits.argmax(0) == labels).float().mean()
+    ) / 2
     assert 0.2 < expected < 0.98, "the case must be able to fail"
     assert torch.allclose(metrics["accuracy"], expected) and not metrics["accuracy"].requires_grad
 
@@ -141,6 +158,7 @@ def test_bf16_features_and_autocast_leave_fp32_inside():
 
 class Largest(TorchDispatchMode):
     """The size of the largest tensor that any operation returns meanwhile."""
+
     size = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -152,7 +170,10 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_of_size_b_x_B_is_stored(monkeypatch):
     monkeypatch.setattr(losses, "TILE", (32, 40))
-    for loss_of, size in ((lambda *x: losses.contrastive(*x)[0], 32 * 40), (losses.dense_contrastive, 300 * 300)):
+    for loss_of, size in (
+        (lambda *x: losses.contrastive(*x)[0], 32 * 40),
+        (losses.dense_contrastive, 300 * 300),
+    ):
         with Largest() as largest:
             loss_of(*features(300, 4, 1.0, 10.0)).backward()
         assert largest.size == size
@@ -164,33 +185,56 @@ def test_a_nan_is_not_hidden():
     assert losses.contrastive(image, text, scale)[0].isnan()
 
 
-@pytest.mark.parametrize("image, text, scale, complaint", [
-    ((4, 3), (5, 3), (1,), "one row a pair"), ((4, 3), (4, 2), (1,), "one row a pair"), ((0, 3), (0, 3), (1,), "b > 0"),
-    ((4,), (4,), (1,), r"must be \(b, E\)"), ((4, 3), (4, 3), (), r"must be \(1,\)")])
+@pytest.mark.parametrize(
+    "image, text, scale, complaint",
+    [
+        ((4, 3), (5, 3), (1,), "one row a pair"),
+        ((4, 3), (4, 2), (1,), "one row a pair"),
+        ((0, 3), (0, 3), (1,), "b > 0"),
+        ((4,), (4,), (1,), r"must be \(b, E\)"),
+        ((4, 3), (4, 3), (), r"must be \(1,\)"),
+    ],
+)
 def test_refuses(image, text, scale, complaint):
     with pytest.raises(ValueError, match=complaint):
         losses.contrastive(torch.ones(image), torch.ones(text), torch.ones(scale))
 
 
 def towers():
-    """Weights of an image tower (IN, E), of a text tower (IN, E), and the log of the scale (1,); the same on every rank."""
+    """Weights of an image tower (IN, E), of a text tower (IN, E), and the log of the scale (1,);
+    the same on every rank.
+    """
     rng = torch.Generator().manual_seed(1)
-    return [x.requires_grad_() for x in (torch.randn(IN, E, generator=rng), torch.randn(IN, E, generator=rng), torch.tensor([1.5]))]
+    return [
+        x.requires_grad_()
+        for x in (
+            torch.randn(IN, E, generator=rng),
+            torch.randn(IN, E, generator=rng),
+            torch.tensor([1.5]),
+        )
+    ]
 
 
 def embed(weights, world, rank=None):
     """Image and text features of the global batch, or of one rank's share of it, and the scale."""
-    inputs = torch.randn(2, b * world, IN, generator=torch.Generator().manual_seed(2)).to(weights[0].dtype)
+    inputs = torch.randn(2, b * world, IN, generator=torch.Generator().manual_seed(2)).to(
+        weights[0].dtype
+    )
     if rank is not None:
         inputs = inputs[:, rank * b : rank * b + b]
     return [F.normalize(x @ w, dim=1) for x, w in zip(inputs, weights)] + [weights[2].exp()]
 
 
 def detached(image, text, scale):
-    """The wrong loss that must be told apart: local rows against gathered columns that carry no gradient to the other ranks."""
+    """The wrong loss that must be told apart: local rows against gathered columns that carry no
+    gradient to the other ranks.
+    """
     labels = dist.get_rank() * b + torch.arange(b)
     images, texts = (losses.gather(x.detach()) for x in (image, text))
-    return (F.cross_entropy(scale * image @ texts.t(), labels) + F.cross_entropy(scale * text @ images.t(), labels)) / 2
+    return (
+        F.cross_entropy(scale * image @ texts.t(), labels)
+        + F.cross_entropy(scale * text @ images.t(), labels)
+    ) / 2
 
 
 def averaged(loss_of, kind, world, rank):
@@ -212,7 +256,13 @@ def refusal(size):
 
 def worker(folder, world, rank):
     def start(name):
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", world_size=world, rank=rank, timeout=timedelta(seconds=60))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{name}",
+            world_size=world,
+            rank=rank,
+            timeout=timedelta(seconds=60),
+        )
 
     start("store")
     losses.TILE = (4, 5)
@@ -223,10 +273,17 @@ def worker(folder, world, rank):
         accuracies.append(metrics["accuracy"].item())
         return loss
 
-    found = {name: averaged(loss_of, kind, world, rank) for name, loss_of, kind in
-             (("fp32", ours, torch.float32), ("fp64", ours, torch.float64), ("detached", detached, torch.float64))}
+    found = {
+        name: averaged(loss_of, kind, world, rank)
+        for name, loss_of, kind in (
+            ("fp32", ours, torch.float32),
+            ("fp64", ours, torch.float64),
+            ("detached", detached, torch.float64),
+        )
+    }
     found["accuracy"] = accuracies
-    # one rank alone, as at the end of an uneven epoch: it must refuse without a collective, in which it would wait for the others
+    # one rank alone, as at the end of an uneven epoch: it must refuse without a collective, in
+    # which it would wait for the others
     found["later"] = refusal(b - 1) if rank == 1 else None
     dist.barrier()
     dist.destroy_process_group()
@@ -240,11 +297,20 @@ def worker(folder, world, rank):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
-    """[what each rank found]: one launch of `worker` on so many ranks, in which a deprecated collective is an error."""
+    """[what each rank found]: one launch of `worker` on so many ranks, in which a deprecated
+    collective is an error.
+    """
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    processes = [subprocess.Popen([sys.executable, __file__, folder, str(world), str(rank)], env=env, stderr=subprocess.PIPE, text=True)
-                 for rank in range(world)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, folder, str(world), str(rank)],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
@@ -268,7 +334,9 @@ def apart(got, expected):
 @pytest.mark.slow
 def test_ranks_average_to_the_global_gradient(ranks):
     loss, grads = global_oracle(len(ranks))
-    assert min(grad.abs().max() for grad in grads) > 1e-2, "gradients must be far above the tolerance"
+    assert min(grad.abs().max() for grad in grads) > 1e-2, (
+        "gradients must be far above the tolerance"
+    )
     for kind, near in (("fp32", EXACT), ("fp64", 1e-12)):
         for found in ranks:
             assert abs(found[kind][0] - loss) < near
@@ -286,7 +354,9 @@ def test_a_detached_gather_would_be_caught(ranks):
 def test_accuracy_is_global(ranks):
     _, metrics = losses.contrastive(*embed([w.detach() for w in towers()], len(ranks)))
     assert 0 < metrics["accuracy"] < 1
-    assert all(found["accuracy"] == pytest.approx([metrics["accuracy"].item()] * 2) for found in ranks)
+    assert all(
+        found["accuracy"] == pytest.approx([metrics["accuracy"].item()] * 2) for found in ranks
+    )
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
-"""Masks: every strategy keeps the contract that data/masking.py states, GLIP's keep-rates are those of the released rule, and a spec that
-cannot be meant is refused with what would be right."""
+"""Masks: every strategy keeps the contract that data/masking.py states, GLIP's keep-rates are those
+of the released rule, and a spec that cannot be meant is refused with what would be right.
+"""
+
 import numpy as np
 import pytest
 import torch
@@ -23,14 +25,31 @@ def test_contract(name, ratio, grid):
     assert keep.shape == (64, mask.visible(grid[0] * grid[1])) and keep.dtype == torch.int64
     assert (keep.diff(dim=1) > 0).all(), "ascending, so no patch twice"
     assert keep.min() >= 0 and keep.max() < grid[0] * grid[1]
-    assert torch.equal(noise, before) and torch.equal(keep, mask(noise, grid)), "the noise decides, and is left as it was"
-    assert torch.equal(keep[5:6], mask(noise[5:6], grid)), "an image's mask does not depend on its batch"
+    assert torch.equal(noise, before) and torch.equal(keep, mask(noise, grid)), (
+        "the noise decides, and is left as it was"
+    )
+    assert torch.equal(keep[5:6], mask(noise[5:6], grid)), (
+        "an image's mask does not depend on its batch"
+    )
     if ratio:
         assert not torch.equal(keep, mask(uniform(64, grid, seed=1), grid))
 
 
-@pytest.mark.parametrize("patches, ratio, count", [(196, 0.5, 98), (196, 0.75, 49), (196, 0.9, 19), (256, 0.5, 128), (256, 0.75, 64),
-                                                   (256, 0.9, 25), (10, 0.9, 1), (49, 0.5, 24), (196, 0, 196), (1, 0, 1)])
+@pytest.mark.parametrize(
+    "patches, ratio, count",
+    [
+        (196, 0.5, 98),
+        (196, 0.75, 49),
+        (196, 0.9, 19),
+        (256, 0.5, 128),
+        (256, 0.75, 64),
+        (256, 0.9, 25),
+        (10, 0.9, 1),
+        (49, 0.5, 24),
+        (196, 0, 196),
+        (1, 0, 1),
+    ],
+)
 def test_kept_counts(patches, ratio, count):
     assert Random(ratio).visible(patches) == count
 
@@ -45,7 +64,9 @@ def test_none_hides_nothing():
 
 
 def test_a_tie_keeps_the_earlier_patch():
-    assert torch.equal(parse("random(0.5)")(torch.full((2, 200), 0.5), (10, 20)), torch.arange(100).expand(2, 100))
+    assert torch.equal(
+        parse("random(0.5)")(torch.full((2, 200), 0.5), (10, 20)), torch.arange(100).expand(2, 100)
+    )
 
 
 def test_random_keeps_the_largest_noise():
@@ -59,31 +80,47 @@ def keep_rates(spec, grid, draws=6000):
     return (torch.bincount(keep.flatten(), minlength=grid[0] * grid[1]) / draws).view(grid)
 
 
-@pytest.mark.parametrize("spec, expected", [
-    # the published rule with its variance of 0.2, simulated from the released sampler; border first, the central four patches last
-    ("gaussian(0.5)", (0.33, 0.38, 0.46, 0.60, 0.78, 0.95, 1.00)),
-    ("gaussian(0.75)", (0.08, 0.12, 0.21, 0.35, 0.53, 0.70, 0.82)),
-    ("gaussian(0.9)", (0.00, 0.00, 0.02, 0.13, 0.31, 0.49, 0.60)),
-    ("gaussian(0.5, literal=True)", (0.41, 0.41, 0.41, 0.45, 0.78, 1.00, 1.00)),
-    ("gaussian(0.9, literal=True)", (0.00, 0.00, 0.00, 0.00, 0.18, 0.95, 1.00)),
-    ("gaussian(0.5, gumbel=True)", (0.16, 0.33, 0.56, 0.78, 0.91, 0.96, 0.98)),
-    ("inverse_gaussian(0.5)", (0.67, 0.63, 0.54, 0.40, 0.22, 0.05, 0.00)),
-])
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        # the published rule with its variance of 0.2, simulated from the released sampler; border
+        # first, the central four patches last
+        ("gaussian(0.5)", (0.33, 0.38, 0.46, 0.60, 0.78, 0.95, 1.00)),
+        ("gaussian(0.75)", (0.08, 0.12, 0.21, 0.35, 0.53, 0.70, 0.82)),
+        ("gaussian(0.9)", (0.00, 0.00, 0.02, 0.13, 0.31, 0.49, 0.60)),
+        ("gaussian(0.5, literal=True)", (0.41, 0.41, 0.41, 0.45, 0.78, 1.00, 1.00)),
+        ("gaussian(0.9, literal=True)", (0.00, 0.00, 0.00, 0.00, 0.18, 0.95, 1.00)),
+        ("gaussian(0.5, gumbel=True)", (0.16, 0.33, 0.56, 0.78, 0.91, 0.96, 0.98)),
+        ("inverse_gaussian(0.5)", (0.67, 0.63, 0.54, 0.40, 0.22, 0.05, 0.00)),
+    ],
+)
 def test_keep_rate_per_ring(spec, expected):
     rates = keep_rates(spec, (14, 14))
     side = torch.arange(14)
-    ring = torch.minimum(torch.minimum(side, 13 - side)[:, None], torch.minimum(side, 13 - side)[None, :])
-    np.testing.assert_allclose([rates[ring == r].mean().item() for r in range(7)], expected, atol=0.02)
+    ring = torch.minimum(
+        torch.minimum(side, 13 - side)[:, None], torch.minimum(side, 13 - side)[None, :]
+    )
+    np.testing.assert_allclose(
+        [rates[ring == r].mean().item() for r in range(7)], expected, atol=0.02
+    )
 
 
 def density(grid, variance):
     """The bivariate normal density, patch by patch in plain numpy."""
     points = [(y, x) for y in np.linspace(-1, 1, grid[0]) for x in np.linspace(-1, 1, grid[1])]
-    return np.array([np.exp(-(y * y + x * x) / (2 * variance)) / (2 * np.pi * variance) for y, x in points])
+    return np.array(
+        [np.exp(-(y * y + x * x) / (2 * variance)) / (2 * np.pi * variance) for y, x in points]
+    )
 
 
-@pytest.mark.parametrize("spec, sign, variance", [("gaussian(0.6, 0.3)", 1, 0.3), ("inverse_gaussian(0.6, 0.3)", -1, 0.3),
-                                                  ("gaussian(0.6, 0.3, literal=True)", 1, 0.09)])
+@pytest.mark.parametrize(
+    "spec, sign, variance",
+    [
+        ("gaussian(0.6, 0.3)", 1, 0.3),
+        ("inverse_gaussian(0.6, 0.3)", -1, 0.3),
+        ("gaussian(0.6, 0.3, literal=True)", 1, 0.09),
+    ],
+)
 def test_rows_and_columns_are_told_apart(spec, sign, variance):
     grid = (4, 9)
     noise = uniform(200, grid)
@@ -98,9 +135,19 @@ def test_a_grid_of_one_row_is_a_middle_row():
 
 def test_gumbel_is_multinomial_without_replacement():
     grid, draws = (3, 6), 6000
-    drawn = torch.multinomial(torch.tensor(density(grid, 0.2)).expand(draws, -1), 9, generator=torch.Generator().manual_seed(0))
+    drawn = torch.multinomial(
+        torch.tensor(density(grid, 0.2)).expand(draws, -1),
+        9,
+        generator=torch.Generator().manual_seed(0),
+    )
     expected = (torch.bincount(drawn.flatten(), minlength=18) / draws).view(grid)
-    torch.testing.assert_close(keep_rates("gaussian(0.5, gumbel=True)", grid, draws), expected, atol=0.02, rtol=0, check_dtype=False)
+    torch.testing.assert_close(
+        keep_rates("gaussian(0.5, gumbel=True)", grid, draws),
+        expected,
+        atol=0.02,
+        rtol=0,
+        check_dtype=False,
+    )
 
 
 def test_parse_reads_what_a_config_writes():
@@ -110,27 +157,36 @@ def test_parse_reads_what_a_config_writes():
     assert parse("inverse_gaussian(0.5, literal=True)") == InverseGaussian(0.5, literal=True)
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("random(1.0)", r"ratio is 1.0; it must be in \[0, 1\)"),
-    ("random(-0.1)", r"ratio is -0.1; it must be in \[0, 1\)"),
-    ("random(True)", "ratio is True; it must be a number"),
-    ("random('0.5')", "ratio is '0.5'; it must be a number"),
-    ("random", "missing a required argument: 'ratio'; random takes"),
-    ("random(0.5, sigma=1)", "unexpected keyword argument 'sigma'; random takes"),
-    ("random(0.5, 0.5)", "too many positional"),
-    ("random(0.5, ratio=0.5)", "multiple values for argument 'ratio'"),
-    ("random(ratio=0.5, ratio=0.6)", "name each option once"),
-    ("random(half)", "plain values"),
-    ("gaussian(0.5, sigma=0)", "sigma is 0; it must be a finite number above 0"),
-    ("gaussian(0.5, gumbel=1)", "gumbel is 1; it must be True or False"),
-    ("gaussian(0.5, sigm=0.1)", r"'sigm'; gaussian takes \(ratio: float, sigma: float = 0.2"),
-    ("gausian(0.5)", "unknown strategy 'gausian'; known: gaussian, inverse_gaussian, none, random; did you mean 'gaussian'"),
-    ("none(0.5)", "none takes no arguments"),
-    ("", "cannot be read; write it as"),
-    ("random(0.5", "cannot be read; write it as"),
-    ("0.5", "cannot be read; write it as"),
-    (None, "mask None cannot be read"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("random(1.0)", r"ratio is 1.0; it must be in \[0, 1\)"),
+        ("random(-0.1)", r"ratio is -0.1; it must be in \[0, 1\)"),
+        ("random(True)", "ratio is True; it must be a number"),
+        ("random('0.5')", "ratio is '0.5'; it must be a number"),
+        ("random", "missing a required argument: 'ratio'; random takes"),
+        ("random(0.5, sigma=1)", "unexpected keyword argument 'sigma'; random takes"),
+        ("random(0.5, 0.5)", "too many positional"),
+        ("random(0.5, ratio=0.5)", "multiple values for argument 'ratio'"),
+        ("random(ratio=0.5, ratio=0.6)", "name each option once"),
+        ("random(half)", "plain values"),
+        ("gaussian(0.5, sigma=0)", "sigma is 0; it must be a finite number above 0"),
+        ("gaussian(0.5, gumbel=1)", "gumbel is 1; it must be True or False"),
+        ("gaussian(0.5, sigm=0.1)", r"'sigm'; gaussian takes \(ratio: float, sigma: float = 0.2"),
+        (
+            "gausian(0.5)",
+            (
+                "unknown strategy 'gausian'; known: gaussian, inverse_gaussian, none, random; did"
+                " you mean 'gaussian'"
+            ),
+        ),
+        ("none(0.5)", "none takes no arguments"),
+        ("", "cannot be read; write it as"),
+        ("random(0.5", "cannot be read; write it as"),
+        ("0.5", "cannot be read; write it as"),
+        (None, "mask None cannot be read"),
+    ],
+)
 def test_parse_refuses(spec, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse(spec)
@@ -140,5 +196,6 @@ def test_parse_refuses(spec, message):
 def test_a_strategy_that_scores_nothing_cannot_be_made():
     class Forgetful(Mask):
         pass
+
     with pytest.raises(TypeError, match="score"):
         Forgetful(0.5)

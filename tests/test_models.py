@@ -1,7 +1,9 @@
-"""What lies at a path: runs, their checkpoints and converted models by any of their names, and what is said where it is something else.
+"""What lies at a path: runs, their checkpoints and converted models by any of their names, and what
+is said where it is something else.
 
     bash run/test.sh tests/test_models.py
 """
+
 import copy
 import json
 import shutil
@@ -24,7 +26,13 @@ def trained(tmp_path_factory):
     """A run of four steps with two checkpoints."""
     root = tmp_path_factory.mktemp("trained")
     line = settings(shards(root / "data"), root / "run", "samples=64", "save_every=32")
-    done = subprocess.run([sys.executable, "run/pretrain.py", *line], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "run/pretrain.py", *line],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return root / "run"
 
@@ -32,8 +40,14 @@ def trained(tmp_path_factory):
 def test_a_checkpoint_by_any_of_its_names(trained, monkeypatch, tmp_path, convert):
     wanted = trained.resolve() / "checkpoints/step-00000004"
     inside = trained / "checkpoints"
-    for where, name in ((trained, "."), (trained, "checkpoints"), (inside, "."), (inside, "step-00000004"), (wanted, "."),
-                        (trained.parent, "run")):
+    for where, name in (
+        (trained, "."),
+        (trained, "checkpoints"),
+        (inside, "."),
+        (inside, "step-00000004"),
+        (wanted, "."),
+        (trained.parent, "run"),
+    ):
         monkeypatch.chdir(where)
         code, told, complaint = convert("inspect", name)
         assert code == 0 and str(wanted) in told and "samples" in told, (where, name, complaint)
@@ -48,7 +62,11 @@ def test_a_damaged_checkpoint_is_not_silently_an_older_one(trained, tmp_path, co
     shard.write_bytes(shard.read_bytes()[:-5000])
     for source in ("run", "run/checkpoints/step-00000004"):
         code, _, told = convert("glimpse", tmp_path / source, tmp_path / "out")
-        assert code == 2 and f"step-00000004: {shard.name} has" in told and "damaged, or still being copied" in told
+        assert (
+            code == 2
+            and f"step-00000004: {shard.name} has" in told
+            and "damaged, or still being copied" in told
+        )
     code, told, _ = convert("glimpse", tmp_path / "run/checkpoints/step-00000002", tmp_path / "out")
     assert code == 0 and "after step 2, 32 samples" in told
 
@@ -66,11 +84,22 @@ def test_a_run_may_be_moved(trained, tmp_path, convert):
     saved = tmp_path / "moved/config.yaml"
     saved.write_text(saved.read_text().replace(str(trained.parent), str(tmp_path / "gone")))
     code, told, complaint = convert("glimpse", tmp_path / "moved", tmp_path / "out")
-    assert code == 0 and (tmp_path / "out/tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes(), complaint
+    assert (
+        code == 0
+        and (tmp_path / "out/tokenizer.model").read_bytes()
+        == (trained / "tokenizer.model").read_bytes()
+    ), complaint
     code, told, complaint = convert("megatron", tmp_path / "moved", tmp_path / "mg", "--tp", "2")
-    assert code == 0 and "in 2 pieces, a tensor-parallel rank each" in told and "not run in megatron's own code" in told, complaint
+    assert (
+        code == 0
+        and "in 2 pieces, a tensor-parallel rank each" in told
+        and "not run in megatron's own code" in told
+    ), complaint
     assert convert("flip_jax", tmp_path / "moved", tmp_path / "flip")[0] == 0
-    assert f"tokenizer sentencepiece({tmp_path}/flip/tokenizer.model)" in convert("inspect", tmp_path / "flip")[1]
+    assert (
+        f"tokenizer sentencepiece({tmp_path}/flip/tokenizer.model)"
+        in convert("inspect", tmp_path / "flip")[1]
+    )
 
 
 def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch):
@@ -78,9 +107,20 @@ def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert convert("glimpse", trained, "out")[0] == 0
     (tmp_path / "out").rename(tmp_path / "moved")
-    (tmp_path / "train.yaml").write_text(json.dumps(dict(
-        base="moved/config.json", init=str(tmp_path / "moved"), run="x", method="clip", samples=16, batch=16, data=dict(train="y"),
-        optim=dict(lr="0", weight_decay=0.1, warmup=16))))
+    (tmp_path / "train.yaml").write_text(
+        json.dumps(
+            dict(
+                base="moved/config.json",
+                init=str(tmp_path / "moved"),
+                run="x",
+                method="clip",
+                samples=16,
+                batch=16,
+                data=dict(train="y"),
+                optim=dict(lr="0", weight_decay=0.1, warmup=16),
+            )
+        )
+    )
     monkeypatch.chdir(ROOT)
     cfg = config.load(tmp_path / "train.yaml")
     assert cfg.data.tokenizer == f"sentencepiece({tmp_path}/moved/tokenizer.model)"
@@ -90,7 +130,10 @@ def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch)
 
 def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
     open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "theirs")
-    with pytest.raises(ValueError, match="theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one"):
+    with pytest.raises(
+        ValueError,
+        match="theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one",
+    ):
         models.find(tmp_path / "theirs")
 
 
@@ -99,15 +142,27 @@ def test_what_a_converted_model_does_not_say(tmp_path):
     tree = json.loads((tmp_path / "ours/config.json").read_text())
     del tree["provenance"]["fingerprint"]
     (tmp_path / "ours/config.json").write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match="config.json: provenance.fingerprint missing; convert the model again"):
+    with pytest.raises(
+        ValueError, match="config.json: provenance.fingerprint missing; convert the model again"
+    ):
         models.opened(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("damage, complaint", [
-    (lambda tree: tree.pop("model"), "config.json: model missing; convert"),
-    (lambda tree: tree["data"].pop("tokenizer"), "config.json: data.tokenizer missing; convert"),
-    (lambda tree: tree.update(data=3), "config.json: data.context, data.tokenizer, data.pad_text missing; convert"),
-    (None, "config.json: no json")])
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda tree: tree.pop("model"), "config.json: model missing; convert"),
+        (
+            lambda tree: tree["data"].pop("tokenizer"),
+            "config.json: data.tokenizer missing; convert",
+        ),
+        (
+            lambda tree: tree.update(data=3),
+            "config.json: data.context, data.tokenizer, data.pad_text missing; convert",
+        ),
+        (None, "config.json: no json"),
+    ],
+)
 def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_path):
     """By what looks at a model, and by what starts from it."""
     portable.save(made(*FLAVOURS["CLIP"]), tmp_path / "ours")
@@ -122,39 +177,74 @@ def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_pat
         starts.found_for("init", str(tmp_path / "ours"), starts.check_start, cfg, "")
 
 
-@pytest.mark.parametrize("shapes, under, complaint", [
-    ({"a": (2,), "b": (1,)}, None, "has no weights for b"), ({"a": (3,)}, None, r"a is \(2,\), this config makes \(3,\)"),
-    ({"a": (2,)}, "", "no place for c")])
+@pytest.mark.parametrize(
+    "shapes, under, complaint",
+    [
+        ({"a": (2,), "b": (1,)}, None, "has no weights for b"),
+        ({"a": (3,)}, None, r"a is \(2,\), this config makes \(3,\)"),
+        ({"a": (2,)}, "", "no place for c"),
+    ],
+)
 def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_path):
     source = Tensors.held({"a": torch.ones(2), "c": torch.ones(1)})
     with pytest.raises(ValueError, match=complaint):
-        models.check_places(tmp_path, source, {name: torch.Size(shape) for name, shape in shapes.items()}, under)
+        models.check_places(
+            tmp_path, source, {name: torch.Size(shape) for name, shape in shapes.items()}, under
+        )
     assert models.check_places(tmp_path, source, {"a": torch.Size([2])}, None) == ""
 
 
 def test_where_a_run_starts_is_looked_up_once(monkeypatch):
-    """A run that still goes on may have a newer checkpoint when what DeepSpeed copied is written."""
+    """A run that still goes on may have a newer checkpoint when what DeepSpeed copied is
+    written.
+    """
     looked, loaded, method = [], [], torch.nn.Linear(2, 2)
-    monkeypatch.setattr(starts, "found_places", lambda *_: looked.append(1) or [("step-1", {"weight": "a", "bias": "b"}, "under")])
+    monkeypatch.setattr(
+        starts,
+        "found_places",
+        lambda *_: looked.append(1) or [("step-1", {"weight": "a", "bias": "b"}, "under")],
+    )
     monkeypatch.setattr(starts, "load", lambda method, *where: loaded.append(where))
     put = starts.beginning("run", "vocabulary")
     put(method)
     method.weight._hp_mapping = None  # as DeepSpeed marks what it has an fp32 copy of
     put(method)
     assert len(looked) == 1
-    assert loaded == [("step-1", {"weight": "a", "bias": "b"}, "under"), ("step-1", {"weight": "a"}, None)]
+    assert loaded == [
+        ("step-1", {"weight": "a", "bias": "b"}, "under"),
+        ("step-1", {"weight": "a"}, None),
+    ]
 
 
 def test_a_checksum_tells_models_apart():
-    cfg, method = config.load("run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)"]), torch.nn.Linear(3, 2)
+    cfg, method = (
+        config.load("run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)"]),
+        torch.nn.Linear(3, 2),
+    )
     tokenizer = SimpleNamespace(fingerprint="f")
     again, other = copy.deepcopy(method), copy.deepcopy(method)
     other.bias.data[0] *= -1
     first = models.checksum(method, cfg, tokenizer)
     assert first == models.checksum(again, cfg, tokenizer) and len(first) == 16
-    changed = [models.checksum(other, cfg, tokenizer), models.checksum(method, cfg, SimpleNamespace(fingerprint="g")),
-               *(models.checksum(method, config.load("run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)", more]), tokenizer)
-                 for more in ("eval_crop=squash", "model.vision.mean=[0.5,0.5,0.5]", "model.vision.pool=cls", "data.pad_text=true"))]
+    changed = [
+        models.checksum(other, cfg, tokenizer),
+        models.checksum(method, cfg, SimpleNamespace(fingerprint="g")),
+        *(
+            models.checksum(
+                method,
+                config.load(
+                    "run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)", more]
+                ),
+                tokenizer,
+            )
+            for more in (
+                "eval_crop=squash",
+                "model.vision.mean=[0.5,0.5,0.5]",
+                "model.vision.pool=cls",
+                "data.pad_text=true",
+            )
+        ),
+    ]
     assert len({first, *changed}) == 7
 
 
@@ -175,7 +265,9 @@ def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
 
 
 def test_memory_is_that_of_the_group(tmp_path):
-    """A job on a large machine that may use a little of it; what files are cached there does not count."""
+    """A job on a large machine that may use a little of it; what files are cached there does not
+    count.
+    """
     (tmp_path / "cgroup").write_text("0::/slurm/job_1\n")
     group = tmp_path / "fs/slurm/job_1"
     group.mkdir(parents=True)
@@ -191,12 +283,16 @@ def test_memory_is_that_of_the_group(tmp_path):
 def test_a_large_tensor_is_in_memory_once(tmp_path):
     """Read out of a shard without a second copy beside it."""
     torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
-    grown = growth(f"""
+    grown = growth(
+        f"""
 import torch
 from pathlib import Path
 from run.lib import zero_files
 file = Path({str(tmp_path / "x.pt")!r})
 run = zero_files.run_of(zero_files.structure(file)["w"], file)
-made = zero_files.made({{"w": (torch.Size([16 << 20]), [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)])}})""", """
-assert float(made["w"].sum()) == 16 << 20""")
+parts = [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)]
+made = zero_files.made({{"w": (torch.Size([16 << 20]), parts)}})""",
+        """
+assert float(made["w"].sum()) == 16 << 20""",
+    )
     assert 60 < grown < 80, "of 64 MiB"

@@ -1,5 +1,8 @@
-"""Patches: laid out as a stride-P convolution's weight flattens, exactly invertible, and the same whether
-taken from all of them or copied alone."""
+"""Patches: laid out as a stride-P convolution's weight flattens, exactly invertible, and the same
+whether
+taken from all of them or copied alone.
+"""
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,9 @@ from data.patches import patchify, unpatchify, visible
 def test_a_linear_layer_over_patches_is_the_convolution():
     images, conv = torch.randn(2, 3, 32, 48), torch.nn.Conv2d(3, 5, 16, stride=16)
     linear = patchify(images, 16) @ conv.weight.flatten(1).T + conv.bias
-    torch.testing.assert_close(linear, conv(images).flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        linear, conv(images).flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_unpatchify_inverts():

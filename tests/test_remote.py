@@ -1,7 +1,9 @@
-"""Evaluation sets at URLs: fetched once from a server of this machine or out of a pipe, then read like local ones.
+"""Evaluation sets at URLs: fetched once from a server of this machine or out of a pipe, then read
+like local ones.
 
     bash run/test.sh tests/test_remote.py
 """
+
 import shutil
 import threading
 from functools import partial
@@ -18,7 +20,10 @@ from tests.tiny import NAMES, evaluation_set, free_port, picture
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    rows = [{"png": picture(name, np.random.default_rng(0)), "cls": b"%d" % i} for i, name in enumerate(NAMES[:10])]
+    rows = [
+        {"png": picture(name, np.random.default_rng(0)), "cls": b"%d" % i}
+        for i, name in enumerate(NAMES[:10])
+    ]
     made = evaluation_set(tmp_path / "there" / "wds_shapes", rows, "\n".join(NAMES[:10]))
     (made / "test" / "nshards.txt").write_text("1\n")
     monkeypatch.setattr(remote, "CACHE", tmp_path / "cache")
@@ -34,7 +39,12 @@ def server(folder):
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, form, *values):
-            asked.append(str(values[0]).split()[1].removeprefix("/wds_shapes/") if "GET" in str(values[0]) else "")
+            asked.append(
+                str(values[0]).split()[1].removeprefix("/wds_shapes/")
+                if "GET" in str(values[0])
+                else ""
+            )
+
     http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder.parent))
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}/wds_shapes", asked
@@ -44,13 +54,19 @@ def server(folder):
 
 def same(found, folder):
     here = Benchmark(folder)
-    assert len(found) == len(here) == 10 and found.classes() == here.classes() and found.templates() == here.templates()
-    assert [(found.image(i), found.label(i)) for i in range(10)] == [(here.image(i), here.label(i)) for i in range(10)]
+    assert (
+        len(found) == len(here) == 10
+        and found.classes() == here.classes()
+        and found.templates() == here.templates()
+    )
+    assert [(found.image(i), found.label(i)) for i in range(10)] == [
+        (here.image(i), here.label(i)) for i in range(10)
+    ]
 
 
 def test_a_set_at_a_url_is_fetched_once(server, folder):
     url, asked = server
-    made, = parse([f"zero_shot:{url}"])
+    (made,) = parse([f"zero_shot:{url}"])
     assert made.label == "zero_shot/wds_shapes"
     same(made.images, folder)
     assert asked.count("test/0.tar") == 1 and "classnames.txt" in asked
@@ -69,10 +85,18 @@ def test_a_pipe(folder):
 
 
 def test_what_cannot_be_reached_is_named(server, folder):
-    for url, words in ((f"http://127.0.0.1:{free_port()}/x", "/x/test/nshards.txt cannot be read: the host cannot be reached"),
-                       (server[0] + "2", "wds_shapes2/test/nshards.txt cannot be read: the server says that it is not there"),
-                       ("pipe:cat /nowhere", "cat /nowhere/test/nshards.txt cannot be read: .*exit 1"),
-                       ("abc://host/set", "abc://host/set/test/nshards.txt cannot be read: .*no gopen handler")):
+    for url, words in (
+        (
+            f"http://127.0.0.1:{free_port()}/x",
+            "/x/test/nshards.txt cannot be read: the host cannot be reached",
+        ),
+        (
+            server[0] + "2",
+            "wds_shapes2/test/nshards.txt cannot be read: the server says that it is not there",
+        ),
+        ("pipe:cat /nowhere", "cat /nowhere/test/nshards.txt cannot be read: .*exit 1"),
+        ("abc://host/set", "abc://host/set/test/nshards.txt cannot be read: .*no gopen handler"),
+    ):
         with pytest.raises(ValueError, match=f"evals: .*{words}"):
             parse([f"zero_shot:{url}"])
     (folder / "test" / "nshards.txt").write_text("2")
@@ -81,7 +105,9 @@ def test_what_cannot_be_reached_is_named(server, folder):
     (folder / "test" / "nshards.txt").write_text("1")
     same(Benchmark(server[0]), folder)
     (folder / "test" / "nshards.txt").write_text("<html>")
-    with pytest.raises(ValueError, match="nshards.txt is '<html>'; it must be the number of shards"):
+    with pytest.raises(
+        ValueError, match="nshards.txt is '<html>'; it must be the number of shards"
+    ):
         Benchmark(f"pipe:cat {folder}")
 
 
@@ -96,4 +122,7 @@ def test_addresses():
     for given in (face, f"{face}/tree/main", f"{face}/tree/main/"):
         assert remote.address(given) == (f"{face}/resolve/main/{{file}}", "wds_vtab-dtd")
     assert remote.address("https://host/a/b") == ("https://host/a/b/{file}", "b")
-    assert remote.address("pipe:aws s3 cp s3://bucket/{file} -") == ("pipe:aws s3 cp s3://bucket/{file} -", "bucket")
+    assert remote.address("pipe:aws s3 cp s3://bucket/{file} -") == (
+        "pipe:aws s3 cp s3://bucket/{file} -",
+        "bucket",
+    )

@@ -1,8 +1,9 @@
-"""A run that is killed again and again, and goes on on other numbers of ranks, sees every sample of every epoch once and has the
-uninterrupted run's losses; its method has a teacher.
+"""A run that is killed again and again, and goes on on other numbers of ranks, sees every sample of
+every epoch once and has the uninterrupted run's losses; its method has a teacher.
 
     KILLS=10 bash run/test.sh tests/test_resume.py -s       the full count; CI kills fewer times
 """
+
 import json
 import os
 import random
@@ -18,9 +19,18 @@ from tests.tiny import ROOT, command, environment, launch, settings, shards
 
 KILLS = int(os.environ.get("KILLS", 3))
 STEPS, EPOCH = 45, 120
-SCHEDULE = ("samples=720", "save_every=64", "data.trace=true", "data.workers=1",  # 45 steps of 16, 6 epochs; a checkpoint every 4th step
-            "method=maskclip", "views.image.mask=random(0.75)", "model.vision.pool=mean", "options={momentum: [0.9, 0.99]}",
-            "optim.eps=1e-5")  # where rounding does not grow: tests/curves_worker.py
+# 45 steps of 16, 6 epochs; a checkpoint every 4th step
+SCHEDULE = (
+    "samples=720",
+    "save_every=64",
+    "data.trace=true",
+    "data.workers=1",
+    "method=maskclip",
+    "views.image.mask=random(0.75)",
+    "model.vision.pool=mean",
+    "options={momentum: [0.9, 0.99]}",
+    "optim.eps=1e-5",
+)  # where rounding does not grow: tests/curves_worker.py
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +54,36 @@ def losses(run):
 
 
 def seen(run):
-    """{(epoch, shard, key): how often} over the whole run, each step counted as it was last taken."""
+    """{(epoch, shard, key): how often} over the whole run, each step counted as it was last
+    taken.
+    """
     steps = {}
     for path in sorted((run / "trace").glob("*.jsonl")):
         for row in records(path):
             steps.setdefault(row["samples"], {})[path.name] = row["keys"]
-    return Counter(tuple(key) for ranks in steps.values() for keys in ranks.values() for key in keys)
+    return Counter(
+        tuple(key) for ranks in steps.values() for keys in ranks.values() for key in keys
+    )
 
 
 def check_multiset(run):
     found = seen(run)
     assert set(found.values()) == {1}
-    assert Counter(epoch for epoch, _, _ in found) == {epoch: EPOCH for epoch in range(STEPS * 16 // EPOCH)}
+    assert Counter(epoch for epoch, _, _ in found) == {
+        epoch: EPOCH for epoch in range(STEPS * 16 // EPOCH)
+    }
 
 
 def kill_at(data, run, ranks, step, *more):
-    """Start or go on with the run, kill -9 its process group once metrics.jsonl has that step (or the run ends first)."""
+    """Start or go on with the run, kill -9 its process group once metrics.jsonl has that step (or
+    the run ends first).
+    """
     resume = ["--resume"] if (run / "config.yaml").exists() else []
     with (data / "killed.log").open("a") as log:
         line = command(ranks, "run/pretrain.py", *settings(data, run, *SCHEDULE, *more), *resume)
-        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
         limit = time.time() + 120
         while process.poll() is None and time.time() < limit:
             if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step * 16:
@@ -84,7 +104,10 @@ def test_killed_at_random_steps(data, uninterrupted):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     check_multiset(run)
     assert losses(run) == uninterrupted, "bit for bit"
-    print(f"killed at steps {at}: {STEPS} losses bit-equal, {STEPS * 16} samples, each of {STEPS * 16 // EPOCH} epochs exact")
+    print(
+        f"killed at steps {at}: {STEPS} losses bit-equal, {STEPS * 16} samples, each of"
+        f" {STEPS * 16 // EPOCH} epochs exact"
+    )
 
 
 @pytest.mark.slow
@@ -95,15 +118,22 @@ def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
     left.mkdir()  # as a job leaves it that is killed while it converts
     assert kill_at(data, run, 4, 26, "data.workers=2") == -signal.SIGKILL
     assert not left.exists()
-    done = launch(1, "run/pretrain.py", *settings(data, run, *SCHEDULE, "data.workers=0"), "--resume")
+    done = launch(
+        1, "run/pretrain.py", *settings(data, run, *SCHEDULE, "data.workers=0"), "--resume"
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert {path.name[:5] for path in (run / "checkpoints").iterdir() if path.is_dir()} == {"step-"}
     check_multiset(run)
     found = losses(run)
     far = max(abs(found[step] - loss) / loss for step, loss in uninterrupted.items())
-    ours, theirs = (zero_files.weights(checkpoint.newest(path)) for path in (run, data / "straight"))
+    ours, theirs = (
+        zero_files.weights(checkpoint.newest(path)) for path in (run, data / "straight")
+    )
     apart = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
-    print(f"2 -> 4 -> 1 ranks, 1 -> 2 -> 0 workers: losses at most {far:.1e} apart, weights, the teacher's too, {apart:.1e}")
+    print(
+        f"2 -> 4 -> 1 ranks, 1 -> 2 -> 0 workers: losses at most {far:.1e} apart, weights, the"
+        f" teacher's too, {apart:.1e}"
+    )
     assert found.keys() == uninterrupted.keys() and far < 1e-4
     assert ours.keys() == theirs.keys() and apart < 1e-4
 
@@ -112,14 +142,20 @@ def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
 def test_sigterm_saves_and_leaves(data):
     run = data / "asked"
     with (data / "asked.log").open("w") as log:
-        line = command(2, "run/pretrain.py", *settings(data, run, "samples=1600k", "data.workers=1"))
-        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        line = command(
+            2, "run/pretrain.py", *settings(data, run, "samples=1600k", "data.workers=1")
+        )
+        process = subprocess.Popen(
+            line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
         while not ((run / "metrics.jsonl").exists() and len(losses(run)) > 5):
             assert process.poll() is None, (data / "asked.log").read_text()
             time.sleep(0.1)
         begin = time.time()
-        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler or Ctrl-C does; DeepSpeed's launcher passes nothing on from itself alone
-        while "go on with --resume" not in (data / "asked.log").read_text():  # the launcher leaves before its ranks do
+        # as a scheduler or Ctrl-C does; DeepSpeed's launcher passes nothing on from itself alone
+        os.killpg(process.pid, signal.SIGTERM)
+        # the launcher leaves before its ranks do
+        while "go on with --resume" not in (data / "asked.log").read_text():
             assert time.time() - begin < 30, (data / "asked.log").read_text()[-2000:]
             time.sleep(0.1)
         process.wait()
@@ -130,7 +166,9 @@ def test_sigterm_saves_and_leaves(data):
 
 @pytest.mark.slow
 def test_a_failing_rank_ends_the_job(data):
-    """Rank 1 dies at its third step; the launcher's whole job is over within a minute, with its message."""
+    """Rank 1 dies at its third step; the launcher's whole job is over within a minute, with its
+    message.
+    """
     begin = time.time()
     done = launch(2, "tests/failing_worker.py", *settings(data, data / "failing"))
     assert done.returncode != 0 and "the disk is on fire" in done.stderr + done.stdout

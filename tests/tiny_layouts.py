@@ -1,4 +1,7 @@
-"""Every layout of evaluation sets (data/layouts.py) in small, of real image files: ade20k(folder), coco(folder), ...; each returns it."""
+"""Every layout of evaluation sets (data/layouts.py) in small, of real image files: ade20k(folder),
+coco(folder), ...; each returns it.
+"""
+
 import json
 
 import numpy as np
@@ -15,7 +18,9 @@ def picture(path, colour=0, size=SIZE):
 def label_map(path, values, mode="L"):
     """Values fill a 6 x 4 map, pixel by pixel, the last of them the rest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = np.array([*values, *[values[-1]] * (24 - len(values))], np.uint16 if mode == "I;16" else np.uint8).reshape(4, 6)
+    stored = np.array(
+        [*values, *[values[-1]] * (24 - len(values))], np.uint16 if mode == "I;16" else np.uint8
+    ).reshape(4, 6)
     image = Image.fromarray(stored)
     if mode == "P":
         image.putpalette([255, 0, 0] * 256)
@@ -28,7 +33,10 @@ def tell(path, content):
 
 
 def ade20k(folder):
-    for split, names in (("validation", ("ADE_val_2", "ADE_val_1")), ("training", ("ADE_train_1",))):
+    for split, names in (
+        ("validation", ("ADE_val_2", "ADE_val_1")),
+        ("training", ("ADE_train_1",)),
+    ):
         for name in names:
             picture(folder / "images" / split / f"{name}.jpg")
             label_map(folder / "annotations" / split / f"{name}.png", (0, 1, 2, 150))
@@ -52,7 +60,10 @@ def coco_stuff(folder, maps="stuffthingmaps", images="."):
         for name in ("000000000139", "000000000285")[: 2 if part == "val2017" else 1]:
             picture(folder / images / part / f"{name}.jpg")
             label_map(folder / maps / part / f"{name}.png", (255, 0, 10, 12, 181))
-    tell(folder / "labels.txt", "\n".join(["0: unlabeled", *[f"{i}: class {i}" for i in range(1, 183)]]))
+    tell(
+        folder / "labels.txt",
+        "\n".join(["0: unlabeled", *[f"{i}: class {i}" for i in range(1, 183)]]),
+    )
     return folder
 
 
@@ -67,16 +78,26 @@ def folders(folder):
 def coco(folder, year="2017"):
     for part, count in (("val", 3), ("train", 1)):
         rows = [dict(id=i + 7, file_name=f"{i:012d}.jpg") for i in range(count)][::-1]
-        told = [dict(image_id=7 + i, caption=f" {part} {i} {text}\n") for text in ("one", "two") for i in range(count)]
+        told = [
+            dict(image_id=7 + i, caption=f" {part} {i} {text}\n")
+            for text in ("one", "two")
+            for i in range(count)
+        ]
         for row in rows:
             picture(folder / f"{part}{year}" / row["file_name"])
-        tell(folder / f"annotations/captions_{part}{year}.json", dict(images=rows, annotations=told, info={}))
+        tell(
+            folder / f"annotations/captions_{part}{year}.json",
+            dict(images=rows, annotations=told, info={}),
+        )
     return folder
 
 
 def nocaps(folder):
     names = {"in-domain": "aa", "out-domain": "bb", "near-domain": "cc"}
-    rows = [dict(id=i, file_name=f"{name}.jpg", domain=domain, open_images_id=name) for i, (domain, name) in enumerate(names.items())]
+    rows = [
+        dict(id=i, file_name=f"{name}.jpg", domain=domain, open_images_id=name)
+        for i, (domain, name) in enumerate(names.items())
+    ]
     for row in rows:
         picture(folder / "val" / row["file_name"])
     told = [dict(image_id=i, caption=f"caption {i}") for i in range(3)]
@@ -87,8 +108,14 @@ def nocaps(folder):
 def karpathy(folder, name="coco"):
     rows = []
     for i, split in enumerate(("test", "train", "restval", "val", "test")):
-        file = dict(filepath="val2014", filename=f"COCO_val2014_{i:012d}.jpg") if name == "coco" else dict(filename=f"{i}.jpg")
-        rows.append(dict(file, split=split, sentences=[dict(raw=f"{i} {text}", tokens=[]) for text in "ab"]))
+        file = (
+            dict(filepath="val2014", filename=f"COCO_val2014_{i:012d}.jpg")
+            if name == "coco"
+            else dict(filename=f"{i}.jpg")
+        )
+        rows.append(
+            dict(file, split=split, sentences=[dict(raw=f"{i} {text}", tokens=[]) for text in "ab"])
+        )
         picture(folder / (file.get("filepath") or f"{name}-images") / file["filename"])
     tell(folder / f"dataset_{name}.json", dict(images=rows, dataset=name))
     return folder
@@ -96,10 +123,20 @@ def karpathy(folder, name="coco"):
 
 def vqa(folder):
     for part in ("val2014", "train2014"):
-        asked = [dict(image_id=number, question=f"{part} {q}?", question_id=q) for q, number in enumerate((42, 9, 42))]
+        asked = [
+            dict(image_id=number, question=f"{part} {q}?", question_id=q)
+            for q, number in enumerate((42, 9, 42))
+        ]
         kinds = ("yes/no", "number", "other")
-        told = [dict(question_id=q, image_id=0, answer_type=kind, answers=[dict(answer=f"{kind} {a}") for a in range(10)])
-                for q, kind in reversed(list(enumerate(kinds)))]
+        told = [
+            dict(
+                question_id=q,
+                image_id=0,
+                answer_type=kind,
+                answers=[dict(answer=f"{kind} {a}") for a in range(10)],
+            )
+            for q, kind in reversed(list(enumerate(kinds)))
+        ]
         tell(folder / f"v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=asked))
         tell(folder / f"v2_mscoco_{part}_annotations.json", dict(annotations=told))
         for number in (9, 42):

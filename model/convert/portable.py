@@ -1,12 +1,16 @@
-"""A model as conversions pass it on: its architecture, its vocabulary and its weights under Glimpse's names.
+"""A model as conversions pass it on: its architecture, its vocabulary and its weights under
+Glimpse's names.
 
-    FOLDER/config.json          what it is, in the keys of a run's config (so it may be one's `base:`), and where it comes from
+    FOLDER/config.json          what it is, in the keys of a run's config (so it may be one's
+                                `base:`), and where it comes from
     FOLDER/model.safetensors    the weights, under the names that model.towers.Towers gives them
     FOLDER/tokenizer.*          the vocabulary, where no package brings it
 
-This is Glimpse's own format: what `run/convert.py glimpse` writes, and what evaluations, `init:` and run/embed.py read
+This is Glimpse's own format: what `run/convert.py glimpse` writes, and what evaluations, `init:`
+and run/embed.py read
 (run/lib/models.py).
 """
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,38 +26,52 @@ from model.convert.rules import Tensors, check_shapes, more
 from model.towers import ModelConfig, Towers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# Of evaluation images, as eval_crop names them: resized, then cropped; the other way round; resized alone, distorted.
+# Of evaluation images, as eval_crop names them: resized, then cropped; the other way round; resized
+# alone, distorted.
 CROPS = ("resize_crop", "square", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, the default of open_clip and HF
+# OpenAI's, the default of open_clip and HF
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MOST = 20  # names of what was left out that are told
 
 
 @dataclass(frozen=True)
 class About:
     """What goes with the weights."""
+
     tokenizer: str = ""  # as data.tokenizer names it
     fingerprint: str = ""  # of its vocabulary
     eot: int | None = None  # the id that ends a caption, where there is one
     pad_text: bool = False  # captions are filled to the context, and the padding is attended to
     crop: str = CROPS[0]  # how an image becomes square
     interpolation: str = "bicubic"
-    source: dict = field(default_factory=dict)  # where it comes from: path, format, weights, step, samples, ...
+    # where it comes from: path, format, weights, step, samples, ...
+    source: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation {self.interpolation!r}: images are resized by {' or '.join(INTERPOLATIONS)} here")
+            raise ValueError(
+                f"interpolation {self.interpolation!r}: images are resized by"
+                f" {' or '.join(INTERPOLATIONS)} here"
+            )
 
 
-def origin(path: Path, format: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()) -> dict[str, str]:
-    """The `source` of a model of another format.  notes: what one should know of it.  left_out: what of its files was not used."""
+def origin(
+    path: Path, format: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()
+) -> dict[str, str]:
+    """The `source` of a model of another format.
+
+    notes: what one should know of it. left_out: what of its files was not used.
+    """
     if left_out:
-        notes = *notes, f"left out: {', '.join(left_out[:MOST])}{more(left_out[MOST - 1:])}"
+        notes = *notes, f"left out: {', '.join(left_out[:MOST])}{more(left_out[MOST - 1 :])}"
     return dict(path=str(path), format=format, **({"notes": "; ".join(notes)} if notes else {}))
 
 
 def newer(package: str, least: str) -> None:
-    """ImportError where another library is not installed, or is older than what a `peer` has been run with."""
+    """ImportError where another library is not installed, or is older than what a `peer` has been
+    run with.
+    """
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -63,12 +81,16 @@ def newer(package: str, least: str) -> None:
 
 
 def kept_crop(crop: str) -> dict[str, dict]:
-    """What to write into a file of a format that has no field for `square`, so that `crop_in` finds it; libraries pass over it."""
+    """What to write into a file of a format that has no field for `square`, so that `crop_in` finds
+    it; libraries pass over it.
+    """
     return {"glimpse": {"eval_crop": crop}} if crop == "square" else {}
 
 
 def crop_in(tree: dict, file: Path, says: str = CROPS[0]) -> str:
-    """What kept_crop wrote into the file's tree, if it did, else what the format's own fields say."""
+    """What kept_crop wrote into the file's tree, if it did, else what the format's own fields
+    say.
+    """
     crop = (tree.get("glimpse") or {}).get("eval_crop", says)
     if crop not in CROPS:
         raise ValueError(f"{file}: glimpse.eval_crop {crop!r}: unknown; known: {', '.join(CROPS)}")
@@ -77,13 +99,22 @@ def crop_in(tree: dict, file: Path, says: str = CROPS[0]) -> str:
 
 def told_crop(crop: str, whose: str) -> list[str]:
     """What `save` says where a library prepares images otherwise."""
-    return [] if crop != "square" else [
-        f"eval_crop {crop}: {whose} resizes images before it crops them, so pixels differ by a little; read again here, it is {crop}"]
+    return (
+        []
+        if crop != "square"
+        else [
+            f"eval_crop {crop}: {whose} resizes images before it crops them, so pixels differ by a"
+            f" little; read again here, it is {crop}"
+        ]
+    )
 
 
 @dataclass(frozen=True)
 class Portable:
-    """A pair of towers, or a vision tower alone (vocab 0), whose tensors are read when they are asked for."""
+    """A pair of towers, or a vision tower alone (vocab 0), whose tensors are read when they are
+    asked for.
+    """
+
     cfg: ModelConfig
     vocab: int  # token ids; 0: there is no text tower
     context: int  # tokens of a caption at most; 0 likewise
@@ -95,16 +126,24 @@ class Portable:
 
     def shapes(self) -> Mapping[str, torch.Size]:
         """Of every tensor that its architecture has."""
-        return {name: p.shape for name, p in self.skeleton().named_parameters() if self.vocab or vision(name)}
+        return {
+            name: p.shape
+            for name, p in self.skeleton().named_parameters()
+            if self.vocab or vision(name)
+        }
 
     def skeleton(self) -> nn.Module:
-        """The towers without memory; of a vision tower alone, with one word and one place for a token."""
+        """The towers without memory; of a vision tower alone, with one word and one place for a
+        token.
+        """
         with torch.device("meta"):
             return Towers(self.cfg, self.vocab or 1, self.context or 1)
 
     def towers(self) -> Towers:
         """The towers in fp32, whole and in memory, for looking at."""
-        made = Towers(replace(self.cfg, checkpoint_activations=False), self.vocab or 1, self.context or 1)
+        made = Towers(
+            replace(self.cfg, checkpoint_activations=False), self.vocab or 1, self.context or 1
+        )
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 if name in self.tensors:
@@ -126,10 +165,22 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> N
     folder.mkdir(parents=True)
     files.write(folder / WEIGHTS, model.tensors, dtype)
     about = model.about
-    tree = dict(provenance=dict(format="glimpse", vocab=model.vocab, fingerprint=about.fingerprint, eot=about.eot, source=about.source),
-                model=asdict(model.cfg), views={"image": {"interpolation": about.interpolation}}, eval_crop=about.crop)
+    tree = dict(
+        provenance=dict(
+            format="glimpse",
+            vocab=model.vocab,
+            fingerprint=about.fingerprint,
+            eot=about.eot,
+            source=about.source,
+        ),
+        model=asdict(model.cfg),
+        views={"image": {"interpolation": about.interpolation}},
+        eval_crop=about.crop,
+    )
     if model.vocab:
-        tree["data"] = dict(context=model.context, tokenizer=about.tokenizer, pad_text=about.pad_text)
+        tree["data"] = dict(
+            context=model.context, tokenizer=about.tokenizer, pad_text=about.pad_text
+        )
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
 
 

@@ -1,7 +1,9 @@
-"""The numbers of a foreign architecture as a config states them: a row of SIZES where one fits, else a size of its own.
+"""The numbers of a foreign architecture as a config states them: a row of SIZES where one fits,
+else a size of its own.
 
     ModelConfig(**sized(14, width=1024, depth=24, mlp=ratio(1024, 4096)), image_size=224)
 """
+
 import math
 
 from model.layers import hidden
@@ -9,9 +11,11 @@ from model.towers import PATCHES, SIZES, Size
 
 
 def sized(patch: int, **known: float | None) -> dict[str, object]:
-    """`size` and `custom` of a ModelConfig.  known: columns of Size; one that is left out, or None, is as in the first row that fits.
+    """`size` and `custom` of a ModelConfig. known: columns of Size; one that is left out, or None,
+    is as in the first row that fits.
 
-    Where none fits: heads of 64, and text columns, which a vision tower alone has not, like the vision tower's.
+    Where none fits: heads of 64, and text columns, which a vision tower alone has not, like the
+    vision tower's.
     """
     known = {key: value for key, value in known.items() if value is not None}
     for name, row in SIZES.items():
@@ -26,6 +30,8 @@ def sized(patch: int, **known: float | None) -> dict[str, object]:
 
 
 def ratio(width: int, inside: int) -> float:
-    """The `mlp` of a Size whose MLPs are `inside` wide: what `hidden` turns into it again, though it rounds down."""
+    """The `mlp` of a Size whose MLPs are `inside` wide: what `hidden` turns into it again, though
+    it rounds down.
+    """
     found = inside / width
     return found if hidden(width, found) == inside else math.nextafter(found, math.inf)

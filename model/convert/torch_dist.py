@@ -1,12 +1,16 @@
-"""Folders in torch.distributed.checkpoint's format, which megatron-core calls torch_dist: read lazily, written a piece at a time.
+"""Folders in torch.distributed.checkpoint's format, which megatron-core calls torch_dist: read
+lazily, written a piece at a time.
 
     FOLDER/__R_0.distcp     the pieces that rank R wrote, or would have written
-    FOLDER/.metadata        a pickle: which tensors there are, cut into which pieces, and where each of these lies
+    FOLDER/.metadata        a pickle: which tensors there are, cut into which pieces, and where each
+                            of these lies
     FOLDER/metadata.json    says that it is such a folder, and complete: it is written last
     FOLDER/common.pt        a pickle of what is no tensor
 
-torch reads and writes them; neither a process group nor megatron-core nor CUDA is needed.  A .metadata that would run code is refused.
+torch reads and writes them; neither a process group nor megatron-core nor CUDA is needed. A
+.metadata that would run code is refused.
 """
+
 import io
 import json
 import pickle
@@ -27,73 +31,138 @@ from torch.distributed.checkpoint import (
     planner,
 )
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from model.convert.files import GETATTR, member
 from model.convert.rules import Tensors
 
 INDEX, SIGN, COMMON = ".metadata", "metadata.json", "common.pt"
-OLDER = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}  # megatron-core 0.15's own, with attributes that no weight needs
+# megatron-core 0.15's own, with attributes that no weight needs
+OLDER = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a tensor goes."""
+
     key: str  # the tensor that it is, or is a row of
     row: int | None = None  # which row of it; None: it is the whole
     rows: int = 1  # how many rows there are
-    axis: int | None = None  # along which of its own axes the ranks split it; None: rank 0 writes it whole
+    # along which of its own axes the ranks split it; None: rank 0 writes it whole
+    axis: int | None = None
 
 
-def write(folder: Path, tensors: Tensors, places: Mapping[str, Place], objects: Mapping[str, object], common: object, ranks: int,
-          dtype: torch.dtype) -> None:
+def write(
+    folder: Path,
+    tensors: Tensors,
+    places: Mapping[str, Place],
+    objects: Mapping[str, object],
+    common: object,
+    ranks: int,
+    dtype: torch.dtype,
+) -> None:
     """A folder as `ranks` ranks would have written it, each into a file of its own.
 
-    It makes one tensor at a time; torch's writer keeps the last one meanwhile, so up to four of the largest are held.
+    It makes one tensor at a time; torch's writer keeps the last one meanwhile, so up to four of the
+    largest are held.
 
-    places: of each tensor.  objects: {key: what is kept under it, for torch.save}.  Split axes must divide by `ranks`.
+    places: of each tensor. objects: {key: what is kept under it, for torch.save}. Split axes must
+    divide by `ranks`.
     """
     pieces = Pieces(tensors, places, objects, ranks, dtype)
-    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)  # 0: one tensor after another, on machines with CUDA too
+    # 0: one tensor after another, on machines with CUDA too
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
-    plans, index = create_default_global_save_plan([SavePlan(pieces.items(rank)) for rank in range(ranks)])
+    plans, index = create_default_global_save_plan(
+        [SavePlan(pieces.items(rank)) for rank in range(ranks)]
+    )
     plans = writer.prepare_global_plan(plans)
     try:
         torch.save(common, folder / COMMON)
         writer.finish(index, [writer.write_data(plan, pieces).value() for plan in plans])
     except RuntimeError as error:  # of torch's archives, which know no OSError
-        raise OSError(f"{folder}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
-    sign = dict(sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1)
+        raise OSError(
+            f"{folder}: cannot be written ({str(error).splitlines()[0]}); is the disk full?"
+        ) from error
+    sign = dict(
+        sharded_backend="torch_dist",
+        sharded_backend_version=1,
+        common_backend="torch",
+        common_backend_version=1,
+    )
     (folder / SIGN).write_text(json.dumps(sign))
 
 
 class Pieces(DefaultSavePlanner):
     """What each rank writes; a piece is made when it is written."""
 
-    def __init__(self, tensors: Tensors, places: Mapping[str, Place], objects: Mapping[str, object], ranks: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        tensors: Tensors,
+        places: Mapping[str, Place],
+        objects: Mapping[str, object],
+        ranks: int,
+        dtype: torch.dtype,
+    ):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.tensors, self.places, self.objects, self.ranks, self.dtype = tensors, places, objects, ranks, dtype
-        self.origin: dict[MetadataIndex, tuple[str, int]] = {}  # of a piece: its tensor's name, and the rank
+        self.tensors, self.places, self.objects, self.ranks, self.dtype = (
+            tensors,
+            places,
+            objects,
+            ranks,
+            dtype,
+        )
+        # of a piece: its tensor's name, and the rank
+        self.origin: dict[MetadataIndex, tuple[str, int]] = {}
 
     def items(self, rank: int) -> list[WriteItem]:
         """The pieces of a rank."""
-        written = [self.item(name, rank) for name, place in self.places.items() if rank == 0 or place.axis is not None]
-        return written + ([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects] if rank == 0 else [])
+        written = [
+            self.item(name, rank)
+            for name, place in self.places.items()
+            if rank == 0 or place.axis is not None
+        ]
+        return written + (
+            [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
+            if rank == 0
+            else []
+        )
 
     def item(self, name: str, rank: int) -> WriteItem:
         place, whole = self.places[name], list(self.tensors.meta[name].shape)
         sizes, offsets = list(whole), [0] * len(whole)
         if place.axis is not None:
-            assert whole[place.axis] % self.ranks == 0, f"{name} {whole} does not divide by {self.ranks}"
+            assert whole[place.axis] % self.ranks == 0, (
+                f"{name} {whole} does not divide by {self.ranks}"
+            )
             sizes[place.axis] //= self.ranks
             offsets[place.axis] = rank * sizes[place.axis]
         if place.row is not None:
             whole, sizes, offsets = [place.rows, *whole], [1, *sizes], [place.row, *offsets]
-        index, chunk = MetadataIndex(place.key, offsets), ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        index, chunk = (
+            MetadataIndex(place.key, offsets),
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
+        )
         self.origin[index] = name, rank
-        return WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, TensorProperties(self.dtype), torch.Size(whole)))
+        return WriteItem(
+            index,
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk, TensorProperties(self.dtype), torch.Size(whole)),
+        )
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
@@ -107,27 +176,41 @@ class Pieces(DefaultSavePlanner):
 def is_one(folder: Path) -> bool:
     """Is it a complete folder of this format?"""
     try:
-        return json.loads((folder / SIGN).read_text()).get("sharded_backend") == "torch_dist" and (folder / INDEX).is_file()
+        return (
+            json.loads((folder / SIGN).read_text()).get("sharded_backend") == "torch_dist"
+            and (folder / INDEX).is_file()
+        )
     except (OSError, ValueError, AttributeError):
         return False
 
 
 class Folder:
-    """A folder to be read, whichever ranks wrote it.  `meta`: {key: shape and type} of its tensors; its objects are left alone."""
+    """A folder to be read, whichever ranks wrote it.
+
+    `meta`: {key: shape and type} of its tensors; its objects are left alone.
+    """
 
     def __init__(self, path: Path):
         """ValueError where a file is missing or too short, or .metadata is not plain."""
         self.path, self.index = path, read_index(path / INDEX)
         kept = self.index.state_dict_metadata
-        self.meta = {key: torch.empty(what.size, dtype=what.properties.dtype, device="meta")
-                     for key, what in kept.items() if not isinstance(what, BytesStorageMetadata)}
+        self.meta = {
+            key: torch.empty(what.size, dtype=what.properties.dtype, device="meta")
+            for key, what in kept.items()
+            if not isinstance(what, BytesStorageMetadata)
+        }
         ends: dict[str, int] = {}
         for place in self.index.storage_data.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+            ends[place.relative_path] = max(
+                ends.get(place.relative_path, 0), place.offset + place.length
+            )
         for file, end in ends.items():
             size = (path / file).stat().st_size if (path / file).is_file() else 0
             if size < end:
-                raise ValueError(f"{path / file}: {size:,} bytes, its {INDEX} says {end:,}; missing or truncated: fetch it again")
+                raise ValueError(
+                    f"{path / file}: {size:,} bytes, its {INDEX} says {end:,}; missing or"
+                    " truncated: fetch it again"
+                )
 
     def read(self, key: str, row: int | None = None) -> Tensor:
         """The tensor, or a row of its first axis alone, put together from its pieces."""
@@ -138,13 +221,26 @@ class Folder:
         area = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, self.index.state_dict_metadata[key], [area])
         if sum(item.lengths.numel() for item in items) != target.numel():
-            raise ValueError(f"{self.path}: the pieces of {key} do not make it up; a rank's part is missing: save it again")
+            raise ValueError(
+                f"{self.path}: the pieces of {key} do not make it up; a rank's part is missing:"
+                " save it again"
+            )
         reader = FileSystemReader(self.path)
         reader.set_up_storage_reader(self.index, True)
         try:
             reader.read_data(LoadPlan(items), Into(target)).value()
-        except (RuntimeError, KeyError, EOFError, OSError, AssertionError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.path}: {key} cannot be read ({str(error).splitlines()[0][:120]}); fetch the folder again") from None
+        except (
+            RuntimeError,
+            KeyError,
+            EOFError,
+            OSError,
+            AssertionError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise ValueError(
+                f"{self.path}: {key} cannot be read ({str(error).splitlines()[0][:120]}); fetch the"
+                " folder again"
+            ) from None
         return target if row is None else target[0]
 
 
@@ -177,7 +273,9 @@ class Plain(pickle.Unpickler):
             return OLDER[name]
         for known in (metadata, planner, filesystem):
             found = vars(known).get(name)
-            if module == known.__name__ and (isinstance(found, EnumMeta) or isinstance(found, type) and is_dataclass(found)):
+            if module == known.__name__ and (
+                isinstance(found, EnumMeta) or isinstance(found, type) and is_dataclass(found)
+            ):
                 return found
         raise pickle.UnpicklingError(f"{module}.{name}")
 
@@ -187,9 +285,22 @@ def read_index(path: Path) -> Metadata:
         with path.open("rb") as file:
             index = Plain(file).load()
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused ({error}): it is damaged, or would make objects that describe no checkpoint") from None
-    except (EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: refused ({error}): it is damaged, or would make objects that describe no"
+            " checkpoint"
+        ) from None
+    except (
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        UnicodeDecodeError,
+    ) as error:
         raise ValueError(f"{path}: truncated or damaged ({error}); fetch it again") from None
     if not isinstance(index, Metadata):
-        raise ValueError(f"{path}: holds a {type(index).__name__}, no index of a distributed checkpoint")
+        raise ValueError(
+            f"{path}: holds a {type(index).__name__}, no index of a distributed checkpoint"
+        )
     return index

@@ -1,4 +1,8 @@
-"""The methods that a config may name.  model/methods/base.py says what a method is; to add one: a file here and its row in METHODS."""
+"""The methods that a config may name.
+
+model/methods/base.py says what a method is; to add one: a file here and its row in METHODS.
+"""
+
 from model.methods.aclip import Aclip
 from model.methods.clip import Clip
 from model.methods.mae import Mae

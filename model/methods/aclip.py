@@ -1,10 +1,15 @@
-"""A-CLIP (arXiv 2212.08653): views of half their patches, those that the class token of a moving average, the teacher, attends to most.
+"""A-CLIP (arXiv 2212.08653): views of half their patches, those that the class token of a moving
+average, the teacher, attends to most.
 
-The teacher sees the smallest box around all views, once; its attention scores are read off at each view's patches (section 3.3).  Each
-view meets the text in a contrastive loss of its own (3.4).  Auxiliary losses: SimCLR or SimSiam between the views, BYOL between a view
+The teacher sees the smallest box around all views, once; its attention scores are read off at each
+view's patches (section 3.3). Each
+view meets the text in a contrastive loss of its own (3.4). Auxiliary losses: SimCLR or SimSiam
+between the views, BYOL between a view
 and the teacher's whole image.
-Views: one to four of `view`, and `teacher`, which encloses them.  Letters: B samples, K visible patches, L all, D width.
+Views: one to four of `view`, and `teacher`, which encloses them. Letters: B samples, K visible
+patches, L all, D width.
 """
+
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -14,7 +19,13 @@ from torch import Tensor, nn
 from model.attentive import Attentive, scores_at, take
 from model.collectives import batch_mean
 from model.ema import check_momentum, cosine
-from model.heads import byol_predictor, byol_projector, simclr_head, simsiam_predictor, simsiam_projector
+from model.heads import (
+    byol_predictor,
+    byol_projector,
+    simclr_head,
+    simsiam_predictor,
+    simsiam_projector,
+)
 from model.layers import Watch
 from model.losses import byol, contrastive, simclr, simclr_flops, simsiam
 from model.methods.base import Averaging, above, at_least
@@ -23,7 +34,9 @@ from model.towers import ModelConfig, Towers, vision_flops, vision_tower
 
 @dataclass(frozen=True)
 class Options:
-    strategy: str = "low"  # which patches go: low (the lowest scores) | high | mixed (a quarter of what stays is drawn) | random
+    # which patches go: low (the lowest scores) | high | mixed (a quarter of what stays is drawn) |
+    # random
+    strategy: str = "low"
     keep: float = 0.0  # share of its patches that a view keeps; 0: one over the number of views
     block: int = 32  # pixels: patches stay or go in blocks of this side
     layers: str = "all"  # whose attention counts: all | last
@@ -41,7 +54,10 @@ class Options:
         if self.layers not in ("all", "last"):
             raise ValueError(f"options.layers {self.layers!r}: unknown; known: all, last")
         if not 0 <= self.keep <= 1:
-            raise ValueError(f"options.keep {self.keep}: the share of patches that a view keeps, 0 (one over the views) to 1")
+            raise ValueError(
+                f"options.keep {self.keep}: the share of patches that a view keeps, 0 (one over the"
+                " views) to 1"
+            )
         check_momentum(self.momentum)
         at_least(0, simclr=self.simclr, simsiam=self.simsiam, byol=self.byol)
         at_least(1, out=self.out)
@@ -62,7 +78,12 @@ class Aclip(Averaging):
         if options.average_text:
             self.teacher = Towers(cfg, vocab, context)
             # The release shares these with the student
-            del self.teacher.temperature, self.teacher.text.token, self.teacher.text.positions, self.teacher.text.norm
+            del (
+                self.teacher.temperature,
+                self.teacher.text.token,
+                self.teacher.text.positions,
+                self.teacher.text.norm,
+            )
         else:
             self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)})
         self.teacher.requires_grad_(False)
@@ -72,7 +93,10 @@ class Aclip(Averaging):
             self.simsiam_projector = simsiam_projector(width, hidden // 2)
             self.simsiam_predictor = simsiam_predictor(hidden // 2)
         if options.byol:
-            self.byol_projector, self.byol_teacher = byol_projector(width, hidden, out), byol_projector(width, hidden, out)
+            self.byol_projector, self.byol_teacher = (
+                byol_projector(width, hidden, out),
+                byol_projector(width, hidden, out),
+            )
             self.byol_teacher.requires_grad_(False)
             self.byol_predictor = byol_predictor(hidden, out)
 
@@ -80,7 +104,10 @@ class Aclip(Averaging):
     def check(options: Options, cfg: ModelConfig, counts: dict[str, int]) -> None:
         attentive(options, cfg).kept(options.keep or 1 / counts["view"])
         if (options.simclr or options.simsiam) and counts["view"] < 2:
-            raise ValueError("options.simclr, options.simsiam: they compare views, and views.view.count is 1; set both to 0, or count to 2")
+            raise ValueError(
+                "options.simclr, options.simsiam: they compare views, and views.view.count is 1;"
+                " set both to 0, or count to 2"
+            )
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
         teacher, towers = self.teacher, self.towers
@@ -88,8 +115,11 @@ class Aclip(Averaging):
         if self.options.byol:
             pairs.append((self.byol_teacher, self.byol_projector))
         if self.options.average_text:
-            pairs += [(teacher.image_projection, towers.image_projection), (teacher.text.blocks, towers.text.blocks),
-                      (teacher.text_projection, towers.text_projection)]
+            pairs += [
+                (teacher.image_projection, towers.image_projection),
+                (teacher.text.blocks, towers.text.blocks),
+                (teacher.text_projection, towers.text_projection),
+            ]
         return pairs
 
     def momentum(self, progress: float) -> float:
@@ -100,7 +130,11 @@ class Aclip(Averaging):
         options, seen, k = self.options, part["views"]["teacher"], len(views)
         share = options.keep or 1 / k
         with torch.no_grad():
-            scores, whole = self.look(seen) if self.looks(share) else (torch.zeros_like(seen["positions"], dtype=torch.float32), None)
+            scores, whole = (
+                self.look(seen)
+                if self.looks(share)
+                else (torch.zeros_like(seen["positions"], dtype=torch.float32), None)
+            )
         kept = [self.select(scores, seen, view, share) for view in views]
         features = self.pooled(kept)  # k x (B, D)
         made = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(features)}
@@ -113,7 +147,8 @@ class Aclip(Averaging):
             made["simsiam"] = between(self.simsiam_predictor(z).chunk(k), z.chunk(k))
         if options.byol:
             with torch.no_grad():
-                target = self.byol_teacher(whole)  # the teacher's own batch statistics, as in the release
+                # the teacher's own batch statistics, as in the release
+                target = self.byol_teacher(whole)
             p = self.byol_predictor(self.byol_projector(together))
             made["byol"] = torch.stack([byol(x, target) for x in p.chunk(k)]).mean(0)
         return made
@@ -129,30 +164,50 @@ class Aclip(Averaging):
         return dict(patches=take(view["patches"], keep), positions=keep)
 
     def look(self, seen: dict) -> tuple[Tensor, Tensor]:
-        """The teacher's view -> attention scores (B, L), mean over heads and layers (equation 4), and its pooled features (B, D)."""
+        """The teacher's view -> attention scores (B, L), mean over heads and layers (equation 4),
+        and its pooled features (B, D).
+        """
         vision, watch = self.teacher.vision, Watch()
-        tokens = vision(seen["patches"], seen["positions"], grid=self.teacher_grid(seen), only_cls=vision.cfg.pool == "cls", watch=watch)
-        scores = torch.stack(watch.layers).mean(0) if self.options.layers == "all" else watch.layers[-1]
-        return scores[:, 1:], vision.pool(tokens)  # the class token's attention to itself is no patch's
+        tokens = vision(
+            seen["patches"],
+            seen["positions"],
+            grid=self.teacher_grid(seen),
+            only_cls=vision.cfg.pool == "cls",
+            watch=watch,
+        )
+        scores = (
+            torch.stack(watch.layers).mean(0) if self.options.layers == "all" else watch.layers[-1]
+        )
+        # the class token's attention to itself is no patch's
+        return scores[:, 1:], vision.pool(tokens)
 
     def teacher_grid(self, seen: dict) -> tuple[int, int]:
-        """The grid of the teacher's view, which may have another resolution (A-CLIP-eff) but has the model's proportions."""
+        """The grid of the teacher's view, which may have another resolution (A-CLIP-eff) but has
+        the model's proportions.
+        """
         rows, columns = self.cfg.grid
         scale = (seen["positions"].shape[1] / (rows * columns)) ** 0.5
         return round(rows * scale), round(columns * scale)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean of the views' contrastive losses + the weighted auxiliary ones (sections 3.1 and 3.4)."""
+        """The mean of the views' contrastive losses + the weighted auxiliary ones (sections 3.1 and
+        3.4).
+        """
         options, images = self.options, in_order(features, "image")
         pairs = [contrastive(image, features["text"], features["scale"]) for image in images]
         total = contrast = torch.stack([loss for loss, _ in pairs]).mean()
-        metrics = {"accuracy": torch.stack([more["accuracy"] for _, more in pairs]).mean(), "contrastive": contrast.detach(),
-                   "temperature": 1 / features["scale"].detach()}
+        metrics = {
+            "accuracy": torch.stack([more["accuracy"] for _, more in pairs]).mean(),
+            "contrastive": contrast.detach(),
+            "temperature": 1 / features["scale"].detach(),
+        }
         auxiliary = {}
         if options.simclr:
             views = in_order(features, "simclr")
             chosen = [(views[0], views[0])] if options.as_released else combinations(views, 2)
-            auxiliary["simclr"] = torch.stack([simclr(one, two, options.temperature)[0] for one, two in chosen]).mean()
+            auxiliary["simclr"] = torch.stack(
+                [simclr(one, two, options.temperature)[0] for one, two in chosen]
+            ).mean()
         for name in ("simsiam", "byol"):
             if name in features:
                 auxiliary[name] = batch_mean(features[name])
@@ -164,12 +219,14 @@ class Aclip(Averaging):
     def image_flops(self, visible: dict[str, int]) -> float:
         views = len(visible) - 1
         share = self.options.keep or 1 / views
-        student = 3 * views * self.pooled_flops(self.attentive.kept(share) * self.attentive.side ** 2)
+        student = 3 * views * self.pooled_flops(self.attentive.kept(share) * self.attentive.side**2)
         return student + self.teacher_flops(visible)
 
     def teacher_flops(self, visible: dict[str, int]) -> float:
         share = self.options.keep or 1 / (len(visible) - 1)
-        return self.looks(share) * vision_flops(self.cfg, visible["teacher"], self.cfg.vision.pool == "cls")
+        return self.looks(share) * vision_flops(
+            self.cfg, visible["teacher"], self.cfg.vision.pool == "cls"
+        )
 
     def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
         views, options = len(visible) - 1, self.options
@@ -188,5 +245,10 @@ def in_order(features: dict[str, Tensor], name: str) -> list[Tensor]:
 
 def between(predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
     """SimSiam over all pairs of views, both ways, (B,)."""
-    both = [simsiam(predictions[i], targets[j]) for i in range(len(targets)) for j in range(len(targets)) if i != j]
+    both = [
+        simsiam(predictions[i], targets[j])
+        for i in range(len(targets))
+        for j in range(len(targets))
+        if i != j
+    ]
     return torch.stack(both).mean(0)

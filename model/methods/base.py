@@ -1,14 +1,20 @@
-"""What every method is: the contract between a training run and the losses of a paper.  Letters: B samples, K visible patches.
+"""What every method is: the contract between a training run and the losses of a paper. Letters: B
+samples, K visible patches.
 
 A method is an nn.Module that turns a batch into features and features into a loss:
 
-    forward(part) -> features           {name: tensor}: everything that depends on parameters, made inside the towers' own forwards
-    loss(features) -> (loss, metrics)   a function of the features of the whole batch on this rank, and of the other ranks'
+    forward(part) -> features           {name: tensor}: everything that depends on parameters, made
+                                        inside the towers' own forwards
+    loss(features) -> (loss, metrics)   a function of the features of the whole batch on this rank,
+                                        and of the other ranks'
 
-The cut between the two is what lets accumulation keep the negatives of the whole batch (GradCache): features without a graph for all
-parts, the loss and its gradient in the features once, then part after part again with a graph.  Each row of a feature belongs to one
-sample, except those named in `shared`, which every part computes alike (the temperature).
+The cut between the two is what lets accumulation keep the negatives of the whole batch (GradCache):
+features without a graph for all
+parts, the loss and its gradient in the features once, then part after part again with a graph. Each
+row of a feature belongs to one sample, except those named in `shared`, which every part computes
+alike (the temperature).
 """
+
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -26,12 +32,16 @@ class Nothing:
 
 
 class Method(nn.Module, ABC):
-    """The towers and what a method tells the rest: its options, the views that it reads, its teacher."""
+    """The towers and what a method tells the rest: its options, the views that it reads, its
+    teacher.
+    """
 
     Options: type = Nothing  # what the config's `options:` may hold
-    views: dict[str, tuple[int, ...]] = {"image": (1,)}  # the views that it reads, and how many of each it can use
+    # the views that it reads, and how many of each it can use
+    views: dict[str, tuple[int, ...]] = {"image": (1,)}
     hidden: tuple[str, ...] = ()  # views whose hidden patches it reads, as targets
-    noise: tuple[str, ...] = ()  # views whose visible patches it chooses itself, with uniform noise of the data path
+    # views whose visible patches it chooses itself, with uniform noise of the data path
+    noise: tuple[str, ...] = ()
     enclosing: tuple[str, ...] = ()  # views around others, of which it reads the boxes
     shared: tuple[str, ...] = ("scale",)
 
@@ -42,18 +52,27 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
-        """ValueError where the options do not go with the model, or with so many draws of each view."""
+        """ValueError where the options do not go with the model, or with so many draws of each
+        view.
+        """
 
     def borrowed(self) -> dict[str, str]:
-        """{prefix of parameters: the run whose towers they are taken from, at the start}, e.g. {"teacher.": "runs/clip"}."""
+        """{prefix of parameters: the run whose towers they are taken from, at the start}, e.g.
+
+        {"teacher.": "runs/clip"}.
+        """
         return {}
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(teacher, student): modules built alike, of which the first follows the second as a moving average (class Averaging)."""
+        """(teacher, student): modules built alike, of which the first follows the second as a
+        moving average (class Averaging).
+        """
         return []
 
     def shown(self, weights: str = "student") -> Towers:
-        """The towers as evaluations see them: the student's, or with the moving averages in the place of what they average."""
+        """The towers as evaluations see them: the student's, or with the moving averages in the
+        place of what they average.
+        """
         if weights == "student":
             return self.towers
         if not self.averaged():
@@ -61,17 +80,22 @@ class Method(nn.Module, ABC):
         return swapped(self.towers, {student: teacher for teacher, student in self.averaged()})
 
     def pooled(self, views: list[dict]) -> list[Tensor]:
-        """Pooled features (B, D) of each view; in one pass through the tower where all show as many patches."""
+        """Pooled features (B, D) of each view; in one pass through the tower where all show as many
+        patches.
+        """
         columns = [[view[key] for view in views] for key in ("patches", "positions")]
         if len({patches.shape[1:] for patches in columns[0]}) > 1:
-            return [self.towers.image_features(view["patches"], view["positions"]) for view in views]
+            return [
+                self.towers.image_features(view["patches"], view["positions"]) for view in views
+            ]
         return list(self.towers.image_features(*map(torch.cat, columns)).chunk(len(views)))
 
     def flops(self, part: dict) -> float:
-        """Training FLOPs of one of these samples: the student's forward x 3, the teacher's x 1; a multiply-add is 2.
+        """Training FLOPs of one of these samples: the student's forward x 3, the teacher's x 1; a
+        multiply-add is 2.
 
-        Not counted: norms, softmax, look-ups, the loss, the heads of SimCLR, BYOL and SimSiam (a thousandth at B/16), and what
-        checkpoint_activations and `accumulate` compute twice.
+        Not counted: norms, softmax, look-ups, the loss, the heads of SimCLR, BYOL and SimSiam (a
+        thousandth at B/16), and what checkpoint_activations and `accumulate` compute twice.
         """
         text = part["text"]
         visible = {name: view["positions"].shape[1] for name, view in part["views"].items()}
@@ -86,13 +110,20 @@ class Method(nn.Module, ABC):
         return 0.0
 
     def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
-        """The losses over B pairs, a pair: what `flops` leaves out because it grows with the batch."""
+        """The losses over B pairs, a pair: what `flops` leaves out because it grows with the
+        batch.
+        """
         return contrastive_flops(batch, self.cfg.shape.embed)
 
     def recomputed_flops(self, visible: dict[str, int], tokens: float, last: bool) -> float:
-        """What checkpoint_activations adds (recomputed in model/towers.py); a decoder counts as a tower does."""
+        """What checkpoint_activations adds (recomputed in model/towers.py); a decoder counts as a
+        tower does.
+        """
         vision, text = recomputed(self.cfg, max(visible.values()), tokens, last)
-        return ((self.image_flops(visible) - self.teacher_flops(visible)) * vision + self.text_flops(tokens) * text) / 3
+        return (
+            (self.image_flops(visible) - self.teacher_flops(visible)) * vision
+            + self.text_flops(tokens) * text
+        ) / 3
 
     def text_flops(self, tokens: float) -> float:
         """The captions' part of it, for so many tokens in each."""
@@ -120,11 +151,15 @@ class Averaging(Method):
 
     @abstractmethod
     def momentum(self, progress: float) -> float:
-        """The share of itself that the teacher keeps in a step, at `progress` (0 to 1) of the run."""
+        """The share of itself that the teacher keeps in a step, at `progress` (0 to 1) of the
+        run.
+        """
 
 
 def swapped(module: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module with others in the place of some below it; it shares everything else with the original, which stays as it is."""
+    """The module with others in the place of some below it; it shares everything else with the
+    original, which stays as it is.
+    """
     if module in others:
         return others[module]
     below = {name: child and swapped(child, others) for name, child in module._modules.items()}
@@ -150,5 +185,9 @@ def above(bound: float, **options: float) -> None:
 
 
 def whole(view: dict) -> tuple[Tensor, Tensor]:
-    """All patches (B, L, 3 P P) of a masked view and their positions (B, L): the visible ones, then the hidden."""
-    return torch.cat([view["patches"], view["hidden"]], dim=1), torch.cat([view["positions"], view["hidden_positions"]], dim=1)
+    """All patches (B, L, 3 P P) of a masked view and their positions (B, L): the visible ones, then
+    the hidden.
+    """
+    return torch.cat([view["patches"], view["hidden"]], dim=1), torch.cat(
+        [view["positions"], view["hidden_positions"]], dim=1
+    )

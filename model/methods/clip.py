@@ -1,7 +1,9 @@
-"""Contrastive language-image pretraining: CLIP (arXiv 2103.00020); with a masked view FLIP (2212.00794) and GLIP (2403.15837).
+"""Contrastive language-image pretraining: CLIP (arXiv 2103.00020); with a masked view FLIP
+(2212.00794) and GLIP (2403.15837).
 
 The three differ only in the `mask:` of the view `image`: none, random(0.5), gaussian(0.5).
 """
+
 from torch import Tensor
 
 from model.losses import contrastive
@@ -10,10 +12,16 @@ from model.methods.base import Method
 
 class Clip(Method):
     def forward(self, part: dict) -> dict[str, Tensor]:
-        """A part of a batch (data/batches.py) -> unit embeddings image and text (b, E), and scale (1,)."""
+        """A part of a batch (data/batches.py) -> unit embeddings image and text (b, E), and scale
+        (1,).
+        """
         view = part["views"]["image"]
         image = self.towers.encode_image(view["patches"], view["positions"])
-        return dict(image=image, text=self.towers.encode_text(**part["text"]), scale=self.towers.temperature())
+        return dict(
+            image=image,
+            text=self.towers.encode_text(**part["text"]),
+            scale=self.towers.temperature(),
+        )
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE over the pairs of all ranks (FLIP section 3)."""

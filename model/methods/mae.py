@@ -1,9 +1,12 @@
 """CLIP + MAE: the contrastive loss, and MAE (arXiv 2111.06377) through the same vision tower.
 
-Two papers report it without code.  `contrast: image` is the baseline of MaskCLIP (its figure 1c): the whole image meets the text, a masked
-one is reconstructed.  `contrast: visible` is FLIP's table 1f: the same masked pass serves both losses.
-View: `image` with a mask, whose hidden patches are the targets.  Letters: B samples, K visible patches, L all, D width.
+Two papers report it without code. `contrast: image` is the baseline of MaskCLIP (its figure 1c):
+the whole image meets the text, a masked one is reconstructed. `contrast: visible` is FLIP's table
+1f: the same masked pass serves both losses.
+View: `image` with a mask, whose hidden patches are the targets. Letters: B samples, K visible
+patches, L all, D width.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +22,9 @@ from model.vision import normalise
 
 @dataclass(frozen=True)
 class Options:
-    contrast: str = "image"  # image: the whole one is contrasted with the text, in a pass of its own | visible: the masked one
+    # image: the whole one is contrasted with the text, in a pass of its own | visible: the masked
+    # one
+    contrast: str = "image"
     weight: float = 1.0  # of the reconstruction
     width: int = 512  # of the decoder; MAE's default
     depth: int = 8
@@ -39,8 +44,15 @@ class Mae(Method):
 
     def __init__(self, cfg, vocab, context, options):
         super().__init__(cfg, vocab, context, options)
-        self.decoder = Decoder(cfg.shape.width, options.width, options.depth, options.heads, cfg.grid, out=3 * cfg.patch ** 2,
-                               recompute=cfg.checkpoint_activations)
+        self.decoder = Decoder(
+            cfg.shape.width,
+            options.width,
+            options.depth,
+            options.heads,
+            cfg.grid,
+            out=3 * cfg.patch**2,
+            recompute=cfg.checkpoint_activations,
+        )
 
     @staticmethod
     def check(options: Options, cfg: ModelConfig, counts: dict[str, int]) -> None:
@@ -49,19 +61,32 @@ class Mae(Method):
     def forward(self, part: dict) -> dict[str, Tensor]:
         view, towers = part["views"]["image"], self.towers
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
-        pooled = towers.image_features(*whole(view)) if self.options.contrast == "image" else towers.vision.pool(tokens)
-        made = self.decoder(tokens, view["positions"], view["hidden_positions"])  # (B, L - K, 3 P P)
+        pooled = (
+            towers.image_features(*whole(view))
+            if self.options.contrast == "image"
+            else towers.vision.pool(tokens)
+        )
+        # (B, L - K, 3 P P)
+        made = self.decoder(tokens, view["positions"], view["hidden_positions"])
         target = normalise(view["hidden"], self.cfg.vision.mean, self.cfg.vision.std, torch.float32)
-        return dict(image=towers.embed_image(pooled), text=towers.encode_text(**part["text"]), scale=towers.temperature(),
-                    reconstruction=reconstruction(made, target, self.options.normalise))
+        return dict(
+            image=towers.embed_image(pooled),
+            text=towers.encode_text(**part["text"]),
+            scale=towers.temperature(),
+            reconstruction=reconstruction(made, target, self.options.normalise),
+        )
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Contrastive + weight * mean squared error of the hidden patches (FLIP section 4.1)."""
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
         auxiliary = batch_mean(features["reconstruction"])
         total = loss + self.options.weight * auxiliary
-        return total, {**metrics, "contrastive": loss.detach(), "reconstruction": auxiliary.detach(),
-                       "temperature": 1 / features["scale"].detach()}
+        return total, {
+            **metrics,
+            "contrastive": loss.detach(),
+            "reconstruction": auxiliary.detach(),
+            "temperature": 1 / features["scale"].detach(),
+        }
 
     def image_flops(self, visible: dict[str, int]) -> float:
         seen, everything = visible["image"], self.cfg.grid[0] * self.cfg.grid[1]

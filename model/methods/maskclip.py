@@ -1,9 +1,13 @@
-"""MaskCLIP (arXiv 2208.12262v1): the contrastive loss on the whole image, and masked self-distillation.
+"""MaskCLIP (arXiv 2208.12262v1): the contrastive loss on the whole image, and masked
+self-distillation.
 
-A moving average of the vision tower, the teacher, sees the whole image; the student sees a quarter of its patches, and a decoder of one
-block predicts the teacher's features of the others (sections 3.1 and 3.2).
-View: `image` with a mask, whose hidden patches are the targets' places.  Letters: B samples, K visible patches, L all, D width.
+A moving average of the vision tower, the teacher, sees the whole image; the student sees a quarter
+of its patches, and a decoder of one block predicts the teacher's features of the others (sections
+3.1 and 3.2).
+View: `image` with a mask, whose hidden patches are the targets' places. Letters: B samples, K
+visible patches, L all, D width.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +24,17 @@ from model.towers import vision_flops, vision_tower
 @dataclass(frozen=True)
 class Options:
     weight: float = 1.0  # lambda of L_I + L_T + lambda L_dist; the paper does not say its value
-    convention: str = "sum"  # sum: L_I + L_T, the paper's | half: (L_I + L_T) / 2, where weight 0.5 keeps the same balance
+    # sum: L_I + L_T, the paper's | half: (L_I + L_T) / 2, where weight 0.5 keeps the same balance
+    convention: str = "sum"
     beta: float = 2.0  # of the smooth L1
     normalise: bool = False  # layer-normalise the targets
     depth: int = 1  # blocks of the decoder
-    teacher: str = "average"  # average of the student | student: its own features, without gradient | a run folder: its model, frozen
-    contrast: bool = True  # false: distillation alone, the second stage of the paper's table 3; the text side is left as it starts
+    # average of the student | student: its own features, without gradient | a run folder: its
+    # model, frozen
+    teacher: str = "average"
+    # false: distillation alone, the second stage of the paper's table 3; the text side is left as
+    # it starts
+    contrast: bool = True
     momentum: tuple[float, float] = (0.999, 0.9999)  # of the average, rising linearly
 
     def __post_init__(self):
@@ -35,7 +44,10 @@ class Options:
         at_least(1, depth=self.depth)
         above(0, weight=self.weight, beta=self.beta)
         if not self.contrast and self.teacher in ("average", "student"):
-            raise ValueError(f"options.contrast: false with teacher {self.teacher!r}: nothing would be learned but to agree; name a run")
+            raise ValueError(
+                f"options.contrast: false with teacher {self.teacher!r}: nothing would be learned"
+                " but to agree; name a run"
+            )
 
 
 class MaskClip(Averaging):
@@ -45,18 +57,39 @@ class MaskClip(Averaging):
     def __init__(self, cfg, vocab, context, options):
         super().__init__(cfg, vocab, context, options)
         width = cfg.shape.width
-        self.decoder = Decoder(width, width, options.depth, cfg.shape.heads, cfg.grid, out=width, recompute=cfg.checkpoint_activations)
+        self.decoder = Decoder(
+            width,
+            width,
+            options.depth,
+            cfg.shape.heads,
+            cfg.grid,
+            out=width,
+            recompute=cfg.checkpoint_activations,
+        )
         if options.teacher != "student":
             self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)}).requires_grad_(False)
         if not options.contrast:
-            for module in (self.towers.text, self.towers.image_projection, self.towers.text_projection, self.towers.temperature):
+            for module in (
+                self.towers.text,
+                self.towers.image_projection,
+                self.towers.text_projection,
+                self.towers.temperature,
+            ):
                 module.requires_grad_(False)
 
     def borrowed(self) -> dict[str, str]:
-        return {} if self.options.teacher in ("average", "student") else {"teacher.": self.options.teacher}
+        return (
+            {}
+            if self.options.teacher in ("average", "student")
+            else {"teacher.": self.options.teacher}
+        )
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.teacher["vision"], self.towers.vision)] if self.options.teacher == "average" else []
+        return (
+            [(self.teacher["vision"], self.towers.vision)]
+            if self.options.teacher == "average"
+            else []
+        )
 
     def momentum(self, progress: float) -> float:
         return linear(*self.options.momentum, progress)
@@ -72,30 +105,53 @@ class MaskClip(Averaging):
                 target = self.teacher["vision"](*everything)
             pooled = towers.image_features(*everything) if options.contrast else None
         if options.contrast:
-            features = dict(image=towers.embed_image(pooled), text=towers.encode_text(**part["text"]), scale=towers.temperature())
+            features = dict(
+                image=towers.embed_image(pooled),
+                text=towers.encode_text(**part["text"]),
+                scale=towers.temperature(),
+            )
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
         made = self.decoder(tokens, view["positions"], view["hidden_positions"])  # (B, L - K, D)
-        target = target[:, -made.shape[1]:]  # `whole` puts the hidden patches last
-        return dict(features, distillation=distillation(made, target, options.beta, options.normalise))
+        target = target[:, -made.shape[1] :]  # `whole` puts the hidden patches last
+        return dict(
+            features, distillation=distillation(made, target, options.beta, options.normalise)
+        )
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """L_I + L_T + lambda L_dist (section 3.3)."""
         auxiliary = batch_mean(features["distillation"])
         if not self.options.contrast:
             return self.options.weight * auxiliary, {"distillation": auxiliary.detach()}
-        loss, metrics = contrastive(features["image"], features["text"], features["scale"])  # (L_I + L_T) / 2
-        total = loss * (2 if self.options.convention == "sum" else 1) + self.options.weight * auxiliary
-        return total, {**metrics, "contrastive": loss.detach(), "distillation": auxiliary.detach(),
-                       "temperature": 1 / features["scale"].detach()}
+        # (L_I + L_T) / 2
+        loss, metrics = contrastive(features["image"], features["text"], features["scale"])
+        total = (
+            loss * (2 if self.options.convention == "sum" else 1) + self.options.weight * auxiliary
+        )
+        return total, {
+            **metrics,
+            "contrastive": loss.detach(),
+            "distillation": auxiliary.detach(),
+            "temperature": 1 / features["scale"].detach(),
+        }
 
     def image_flops(self, visible: dict[str, int]) -> float:
-        seen, everything, student = visible["image"], self.cfg.grid[0] * self.cfg.grid[1], self.options.teacher == "student"
-        full = vision_flops(self.cfg, everything) if student else self.options.contrast * self.pooled_flops(everything)
+        seen, everything, student = (
+            visible["image"],
+            self.cfg.grid[0] * self.cfg.grid[1],
+            self.options.teacher == "student",
+        )
+        full = (
+            vision_flops(self.cfg, everything)
+            if student
+            else self.options.contrast * self.pooled_flops(everything)
+        )
         trained = full + vision_flops(self.cfg, seen) + self.decoder.flops(seen, everything)
         return 3 * trained + self.teacher_flops(visible)
 
     def teacher_flops(self, visible: dict[str, int]) -> float:
-        return (self.options.teacher != "student") * vision_flops(self.cfg, self.cfg.grid[0] * self.cfg.grid[1])
+        return (self.options.teacher != "student") * vision_flops(
+            self.cfg, self.cfg.grid[0] * self.cfg.grid[1]
+        )
 
     def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
         return self.options.contrast * super().loss_flops(batch, visible)

@@ -1,7 +1,9 @@
-"""SLIP (arXiv 2112.12750): CLIP on one view of the image, and SimCLR on two strongly augmented views of it.
+"""SLIP (arXiv 2112.12750): CLIP on one view of the image, and SimCLR on two strongly augmented
+views of it.
 
 Views: `image`, and two of `augmented`.
 """
+
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,7 +19,8 @@ class Options:
     temperature: float = 0.1  # of SimCLR's loss
     hidden: int = 4096  # width of SimCLR's head
     out: int = 256  # width of what SimCLR compares
-    as_released: bool = False  # CLIP's loss without gradient through the gather, which loses half of it (docs/methods.md)
+    # CLIP's loss without gradient through the gather, which loses half of it (docs/methods.md)
+    as_released: bool = False
 
     def __post_init__(self):
         at_least(0, weight=self.weight)
@@ -36,20 +39,38 @@ class Slip(Method):
     def forward(self, part: dict) -> dict[str, Tensor]:
         views = part["views"]
         image, one, two = self.pooled([views["image"], views["augmented1"], views["augmented2"]])
-        return dict(image=self.towers.embed_image(image), text=self.towers.encode_text(**part["text"]),
-                    scale=self.towers.temperature(), one=self.head(one), two=self.head(two))  # each view has its own batch statistics
+        return dict(
+            image=self.towers.embed_image(image),
+            text=self.towers.encode_text(**part["text"]),
+            # each view has its own batch statistics
+            scale=self.towers.temperature(),
+            one=self.head(one),
+            two=self.head(two),
+        )
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """CLIP + weight * SimCLR (SLIP section 3.3)."""
-        loss, metrics = contrastive(features["image"], features["text"], features["scale"], exact=not self.options.as_released)
+        loss, metrics = contrastive(
+            features["image"],
+            features["text"],
+            features["scale"],
+            exact=not self.options.as_released,
+        )
         auxiliary, more = simclr(features["one"], features["two"], self.options.temperature)
         total = loss + self.options.weight * auxiliary
-        return total, {**metrics, **more, "contrastive": loss.detach(), "simclr": auxiliary.detach(),
-                       "temperature": 1 / features["scale"].detach()}
+        return total, {
+            **metrics,
+            **more,
+            "contrastive": loss.detach(),
+            "simclr": auxiliary.detach(),
+            "temperature": 1 / features["scale"].detach(),
+        }
 
     def image_flops(self, visible: dict[str, int]) -> float:
         return 3 * sum(map(self.pooled_flops, visible.values()))
 
     def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
         options = self.options
-        return contrastive_flops(batch, self.cfg.shape.embed, not options.as_released) + simclr_flops(batch, options.out)
+        return contrastive_flops(
+            batch, self.cfg.shape.embed, not options.as_released
+        ) + simclr_flops(batch, options.out)

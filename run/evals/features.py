@@ -1,10 +1,14 @@
-"""Features of a whole set, made once by all ranks and kept on disk, so that what is fitted to them can be broken off and done again.
+"""Features of a whole set, made once by all ranks and kept on disk, so that what is fitted to them
+can be broken off and done again.
 
-    RUN/features/TAG/SET-SPLIT-WHAT-DIGEST/00000.npy ...   CHUNK images each, float32 or float16; 00000.label.npy their classes
+    RUN/features/TAG/SET-SPLIT-WHAT-DIGEST/00000.npy ...
+        CHUNK images each, float32 or float16; 00000.label.npy their classes
 
-TAG tells the weights, DIGEST the set and how its images are shown.  A chunk is there whole or not at all; any number of ranks goes on.
+TAG tells the weights, DIGEST the set and how its images are shown. A chunk is there whole or not at
+all; any number of ranks goes on.
 The run's folder must be one that all ranks see.  Names: N images, D width.
 """
+
 import os
 import zlib
 from collections.abc import Iterable
@@ -24,7 +28,9 @@ HALF = ("tokens", "grid", "pixels")  # kept as float16: many numbers, of few bit
 
 
 class Features:
-    """The features of a set's images, (N, ...), by number; the whole on every rank, read from disk as they are asked for."""
+    """The features of a set's images, (N, ...), by number; the whole on every rank, read from disk
+    as they are asked for.
+    """
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
@@ -47,19 +53,46 @@ class Features:
 
     def labels(self) -> Tensor:
         """(N,) int64."""
-        return torch.from_numpy(np.concatenate([np.load(part(self.folder, c, ".label")) for c in range(chunks(self.count))]))
+        return torch.from_numpy(
+            np.concatenate(
+                [np.load(part(self.folder, c, ".label")) for c in range(chunks(self.count))]
+            )
+        )
 
 
 def features(model: Embedder, images: Images, what: str, labels: bool = False) -> Features:
-    """`what` as Embedder.passed has it; labels: the classes of the images too.  All ranks must call."""
+    """`what` as Embedder.passed has it; labels: the classes of the images too.
+
+    All ranks must call.
+    """
     last = images.key(len(images) - 1)
-    how = repr((model.pre, model.mask, model.ensemble, str(images.folder.resolve()), type(images).__name__, len(images), last))
-    folder = model.home / "features" / model.tag / f"{images.name}-{images.split}-{what}-{zlib.crc32(how.encode()):08x}"
+    how = repr(
+        (
+            model.pre,
+            model.mask,
+            model.ensemble,
+            str(images.folder.resolve()),
+            type(images).__name__,
+            len(images),
+            last,
+        )
+    )
+    folder = (
+        model.home
+        / "features"
+        / model.tag
+        / f"{images.name}-{images.split}-{what}-{zlib.crc32(how.encode()):08x}"
+    )
     once(lambda: folder.mkdir(parents=True, exist_ok=True))
-    missing = told(lambda: " ".join(str(c) for c in range(chunks(len(images))) if not part(folder, c).exists()
-                                    or labels and not part(folder, c, ".label").exists()))
+    missing = told(
+        lambda: " ".join(
+            str(c)
+            for c in range(chunks(len(images)))
+            if not part(folder, c).exists() or labels and not part(folder, c, ".label").exists()
+        )
+    )
     missing = [int(c) for c in missing.split()]
-    mine = missing[rank()::world()]
+    mine = missing[rank() :: world()]
     samples = [i for c in mine for i in range(c * CHUNK, min((c + 1) * CHUNK, len(images)))]
     turns = -(-len(missing) // world()) * (CHUNK // BATCH)
     made, waiting = iter(mine), []
@@ -77,11 +110,16 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
 
 
 def numbers(images: Images, indices: list[int]) -> np.ndarray:
-    """The classes of images, int64. ValueError: there is none of that number; nothing is kept of it, so that it can be mended."""
+    """The classes of images, int64.
+
+    ValueError: there is none of that number; nothing is kept of it, so that it can be mended.
+    """
     found, classes = [images.label(i) for i in indices], len(images.classes())
     if wrong := [i for i, label in zip(indices, found) if not 0 <= label < classes]:
-        raise ValueError(f"evals: {images.folder}: {images.key(wrong[0])} of {images.split} is of class {images.label(wrong[0])}; "
-                         f"classnames.txt names {classes}, from 0")
+        raise ValueError(
+            f"evals: {images.folder}: {images.key(wrong[0])} of {images.split} is of class"
+            f" {images.label(wrong[0])}; classnames.txt names {classes}, from 0"
+        )
     return np.array(found, np.int64)
 
 
@@ -91,21 +129,30 @@ def check_splits(images: Images, options: object) -> None:
 
 
 def check_view(model: Embedder, options: object) -> None:
-    """ValueError where options.features are of all patches in their places, and the model sees some."""
+    """ValueError where options.features are of all patches in their places, and the model sees
+    some.
+    """
     if options.features in ("grid", "pixels") and not model.whole:
-        raise ValueError(f"--mask, --ensemble: features={options.features} are of whole images; leave them out")
+        raise ValueError(
+            f"--mask, --ensemble: features={options.features} are of whole images; leave them out"
+        )
 
 
 def splits(model: Embedder, images: Images, what: str) -> tuple[Features, Features]:
     """(train, test) features of a set, with labels.  All ranks must call."""
-    return features(model, images.other("train"), what, labels=True), features(model, images, what, labels=True)
+    return features(model, images.other("train"), what, labels=True), features(
+        model, images, what, labels=True
+    )
 
 
 def mapped(path: Path) -> np.ndarray:
-    """A .npy file, read as it is asked for.  numpy's own map keeps the file open, and ImageNet's 1,252 are more than a process may have."""
+    """A .npy file, read as it is asked for.
+
+    numpy's own map keeps the file open, and ImageNet's 1,252 are more than a process may have.
+    """
     found = np.load(path, mmap_mode="r")
     held = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
-    return held[found.offset:].view(found.dtype).reshape(found.shape)
+    return held[found.offset :].view(found.dtype).reshape(found.shape)
 
 
 def chunks(count: int) -> int:

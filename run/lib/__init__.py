@@ -1,4 +1,7 @@
-"""What scripts share.  DeepSpeed reads DS_ACCELERATOR when it is first imported, and warns where it has to guess."""
+"""What scripts share. DeepSpeed reads DS_ACCELERATOR when it is first imported, and warns where it
+has to guess.
+"""
+
 import os
 
 import torch

@@ -1,11 +1,15 @@
-"""What a run is: YAML over dataclasses, resolved once, saved with the run.  The one place that reads the command line.
+"""What a run is: YAML over dataclasses, resolved once, saved with the run. The one place that reads
+the command line.
 
     load("run/configs/flip_b16.yaml", ["seed=1", "views.image.mask=random(0.75)"]) -> Run
 
-A config may name a `base:`, whose keys it overrides one by one.  The dataclasses stand beside the code that they configure (ModelConfig in
-model/towers.py, ...); `Run` puts them together.  A key that no dataclass declares is refused with the near miss named, and every
-declared key is read somewhere: tests/test_config_keys.py holds both.  Counts of samples may be written 12.8B, 400M or 51.2k.
+A config may name a `base:`, whose keys it overrides one by one. The dataclasses stand beside the
+code that they configure (ModelConfig in model/towers.py, ...); `Run` puts them together. A key that
+no dataclass declares is refused with the near miss named, and every
+declared key is read somewhere: tests/test_config_keys.py holds both. Counts of samples may be
+written 12.8B, 400M or 51.2k.
 """
+
 import argparse
 import difflib
 import re
@@ -36,24 +40,32 @@ class Run:
     model: ModelConfig
     optim: OptimConfig
     views: dict[str, View]  # the method's docstring says which it reads
-    options: object = None  # the method's own: `Options` in its file; built with the rest, so never None
-    deepspeed: str = "ds_configs/zero3.json"  # how memory, precision and communication are spent; from the repository root
-    accumulate: int = 1  # GradCache: so many forward-backward passes a step, with the negatives of the whole batch
+    # the method's own: `Options` in its file; built with the rest, so never None
+    options: object = None
+    # how memory, precision and communication are spent; from the repository root
+    deepspeed: str = "ds_configs/zero3.json"
+    # GradCache: so many forward-backward passes a step, with the negatives of the whole batch
+    accumulate: int = 1
     seed: int = 0  # weights, order of the data, crops and masks
-    init: str = ""  # a run folder or checkpoint whose weights start this run; the optimizer starts anew
+    # a run folder or checkpoint whose weights start this run; the optimizer starts anew
+    init: str = ""
     log_every: int = 10  # steps
     eval_every: int = 0  # samples; 0: only at the end
     save_every: int = 0  # samples; 0: only at the end
     keep: int = 2  # checkpoints kept; older ones are deleted
     evals: tuple[str, ...] = ()  # e.g. zero_shot:FOLDER, retrieval:FOLDER, suite:aclip
     eval_data: str = ""  # where the sets of suite:NAME lie
-    eval_crop: str = "resize_crop"  # evaluation images: resize_crop (short side, then centre), square (centre, then resize), squash
+    # evaluation images: resize_crop (short side, then centre), square (centre, then resize), squash
+    eval_crop: str = "resize_crop"
 
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
         check_choice("eval_crop", self.eval_crop, CROPS)
         if self.data.pad_text and self.model.text.pool == "eot":
-            raise ValueError("data.pad_text: with model.text.pool 'eot' the pooled token would be padding; use pool: first, or no padding")
+            raise ValueError(
+                "data.pad_text: with model.text.pool 'eot' the pooled token would be padding; use"
+                " pool: first, or no padding"
+            )
         self.check_views()
         for name in ("samples", "batch", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
@@ -65,25 +77,44 @@ class Run:
         method = METHODS[self.method]
         for name, counts in method.views.items():
             if name not in self.views:
-                raise ValueError(f"views: method {self.method!r} reads view {name!r}; give it under views:")
+                raise ValueError(
+                    f"views: method {self.method!r} reads view {name!r}; give it under views:"
+                )
             if (count := self.views[name].count) not in counts:
-                raise ValueError(f"views.{name}.count: {count}; method {self.method!r} takes {', '.join(map(str, counts))}")
+                raise ValueError(
+                    f"views.{name}.count: {count}; method {self.method!r} takes"
+                    f" {', '.join(map(str, counts))}"
+                )
         for name in self.views:
             check_choice(f"views: method {self.method!r}", name, method.views)
         for name, view in self.views.items():
             around = name in method.enclosing
             if around != bool(view.encloses):
-                raise ValueError(f"views.{name}.encloses: {list(view.encloses)}; method {self.method!r} takes "
-                                 f"{'a view around others, e.g. [view]' if around else 'none here'}")
+                raise ValueError(
+                    f"views.{name}.encloses: {list(view.encloses)}; method {self.method!r} takes "
+                    f"{'a view around others, e.g. [view]' if around else 'none here'}"
+                )
             if view.size and not around:
-                raise ValueError(f"views.{name}.size: {view.size}; only a view around others has another size than model.image_size")
+                raise ValueError(
+                    f"views.{name}.size: {view.size}; only a view around others has another size"
+                    " than model.image_size"
+                )
             if view.mask != "none" and name in (*method.noise, *method.enclosing):
-                raise ValueError(f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses itself what is hidden; use none")
-        for name, view, mask, (rows, columns) in plan(self.views, self.model.image_size, self.model.patch):
+                raise ValueError(
+                    f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses itself what"
+                    " is hidden; use none"
+                )
+        for name, view, mask, (rows, columns) in plan(
+            self.views, self.model.image_size, self.model.patch
+        ):
             if name in method.hidden and mask.visible(rows * columns) == rows * columns:
-                raise ValueError(f"views.{name}.mask: {view.mask!r} hides nothing; method {self.method!r} learns from what is hidden, "
-                                 "e.g. random(0.75)")
-        method.check(self.options, self.model, {name: view.count for name, view in self.views.items()})
+                raise ValueError(
+                    f"views.{name}.mask: {view.mask!r} hides nothing; method {self.method!r} learns"
+                    " from what is hidden, e.g. random(0.75)"
+                )
+        method.check(
+            self.options, self.model, {name: view.count for name, view in self.views.items()}
+        )
 
     @property
     def steps(self) -> int:
@@ -93,12 +124,22 @@ class Run:
 def reader(cfg: Run) -> Reader:
     """What turns this run's samples into batches."""
     method = METHODS[cfg.method]
-    return Reader(cfg.data, cfg.views, image_size=cfg.model.image_size, patch=cfg.model.patch, seed=cfg.seed, hidden=method.hidden,
-                  noise=method.noise, pool=cfg.model.text.pool)
+    return Reader(
+        cfg.data,
+        cfg.views,
+        image_size=cfg.model.image_size,
+        patch=cfg.model.patch,
+        seed=cfg.seed,
+        hidden=method.hidden,
+        noise=method.noise,
+        pool=cfg.model.text.pool,
+    )
 
 
 def check_choice(key: str, value: str, known: typing.Iterable[str]) -> None:
-    """ValueError that names the value, what is allowed, and the near miss, unless value is one of `known`."""
+    """ValueError that names the value, what is allowed, and the near miss, unless value is one of
+    `known`.
+    """
     known = sorted(known)
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
@@ -125,7 +166,10 @@ def load(path: str | Path, overrides: typing.Iterable[str] = ()) -> Run:
             else:
                 node[last] = value
         except yaml.YAMLError:
-            raise ValueError(f"--set {item}: {text!r} is not YAML; put quotes around a value with braces, brackets or a colon") from None
+            raise ValueError(
+                f"--set {item}: {text!r} is not YAML; put quotes around a value with braces,"
+                " brackets or a colon"
+            ) from None
     return build(Run, tree)
 
 
@@ -138,7 +182,8 @@ def read_tree(path: Path) -> dict:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: not a config; a config is a mapping of keys")
-    made = tree.pop("provenance", None)  # what a saved config.yaml or a converted model's config.json says of its making
+    # what a saved config.yaml or a converted model's config.json says of its making
+    made = tree.pop("provenance", None)
     if isinstance(made, dict) and made.get("format") == "glimpse" and tree.get("data"):
         tree["data"] = {**tree["data"], "tokenizer": beside(tree["data"]["tokenizer"], path.parent)}
     base = tree.pop("base", None)
@@ -146,22 +191,33 @@ def read_tree(path: Path) -> dict:
 
 
 def beside(tokenizer: str, folder: Path) -> str:
-    """A tokenizer's name with the vocabulary that lies in a run's or converted model's folder, where one does: it may have been moved."""
+    """A tokenizer's name with the vocabulary that lies in a run's or converted model's folder,
+    where one does: it may have been moved.
+    """
     kind, bracket, file = tokenizer.removesuffix(")").partition("(")
     own = folder / Path(file).name
     return f"{kind}({own})" if bracket and own.is_file() else tokenizer
 
 
 def merge(base: dict, over: dict) -> dict:
-    """What `over` names replaces what `base` says, mappings key by key; null takes a key of the base away."""
-    both = {k: merge(base[k], over[k]) for k in base.keys() & over.keys() if isinstance(base[k], dict) and isinstance(over[k], dict)}
+    """What `over` names replaces what `base` says, mappings key by key; null takes a key of the
+    base away.
+    """
+    both = {
+        k: merge(base[k], over[k])
+        for k in base.keys() & over.keys()
+        if isinstance(base[k], dict) and isinstance(over[k], dict)
+    }
     return {k: v for k, v in {**base, **over, **both}.items() if v is not None}
 
 
 def build(cls: type, tree: dict, where: str = ""):
     """A dataclass from a mapping: every key declared, every value of the declared type."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{where.rstrip('.')}: {tree!r}; it holds keys: {', '.join(f.name for f in fields(cls))}")
+        raise ValueError(
+            f"{where.rstrip('.')}: {tree!r}; it holds keys:"
+            f" {', '.join(f.name for f in fields(cls))}"
+        )
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
@@ -253,7 +309,9 @@ def plain(value):
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A script's command line; its help is the script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def count(text: str) -> int:
@@ -264,15 +322,37 @@ def count(text: str) -> int:
 
 
 def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
-    """(config, the rest) of a training script.  The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's."""
+    """(config, the rest) of a training script.
+
+    The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's.
+    """
     args = parser(doc)
-    args.add_argument("--config", required=True, help="a YAML file, e.g. run/configs/flip_b16.yaml, or a run's own config.yaml")
-    args.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys, e.g. seed=1 batch=8192")
-    args.add_argument("--resume", action="store_true", help="go on from the run folder's newest whole checkpoint")
+    args.add_argument(
+        "--config",
+        required=True,
+        help="a YAML file, e.g. run/configs/flip_b16.yaml, or a run's own config.yaml",
+    )
+    args.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys, e.g. seed=1 batch=8192",
+    )
+    args.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's newest whole checkpoint"
+    )
     args.add_argument("--deepspeed_config", help="a DeepSpeed JSON instead of the config's")
-    args.add_argument("--deepspeed", action="store_true", help="accepted for DeepSpeed's habit; always on")
+    args.add_argument(
+        "--deepspeed", action="store_true", help="accepted for DeepSpeed's habit; always on"
+    )
     args.add_argument("--local_rank", type=int, help="from the launcher")
-    args.add_argument("--plan", action="store_true", help="print what the run would cost on a cluster; train nothing")
+    args.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what the run would cost on a cluster; train nothing",
+    )
     cluster_arguments(args.add_argument_group("of the cluster, with --plan"))
     found = args.parse_args()
     cfg = load(found.config, found.set)
@@ -284,9 +364,22 @@ def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
 def cluster_arguments(cluster) -> None:
     """What a plan asks of the devices."""
     cluster.add_argument("--ranks", type=int, default=8, help="devices")
-    cluster.add_argument("--device", default="H100", help="their kind; known: A100-40, A100-80, H100, H200, B200, TPU-v3-core")
+    cluster.add_argument(
+        "--device",
+        default="H100",
+        help="their kind; known: A100-40, A100-80, H100, H200, B200, TPU-v3-core",
+    )
     cluster.add_argument("--peak-tflops", type=float, help="... of another kind, in bf16")
     cluster.add_argument("--gpu-memory", type=float, metavar="GIB", help="... and its memory")
-    cluster.add_argument("--mfu", type=float, help="the model's FLOPs to the peak, as metrics.jsonl has it; default 0.35")
+    cluster.add_argument(
+        "--mfu",
+        type=float,
+        help="the model's FLOPs to the peak, as metrics.jsonl has it; default 0.35",
+    )
     cluster.add_argument("--price", type=float, help="of a device-hour")
-    cluster.add_argument("--caption", type=float, metavar="TOKENS", help="tokens of a caption that the tower sees, on average; default 16")
+    cluster.add_argument(
+        "--caption",
+        type=float,
+        metavar="TOKENS",
+        help="tokens of a caption that the tower sees, on average; default 16",
+    )

@@ -1,9 +1,12 @@
-"""The small supervised loop that probes, fine-tuning and heads share: fit(trainer, batches, loss_of, rate, steps).
+"""The small supervised loop that probes, fine-tuning and heads share: fit(trainer, batches,
+loss_of, rate, steps).
 
-A trainer is called like a module, and has backward(loss), step(), and an optimizer: `Replicated` or `Exact` for what is small, or
-DeepSpeed's engine.  Batches are global: `order` names the samples of each, the same on every rank, which takes its share, so that the
-number of ranks does not change what is learned.  Names: N samples, B global batch.
+A trainer is called like a module, and has backward(loss), step(), and an optimizer: `Replicated` or
+`Exact` for what is small, or DeepSpeed's engine. Batches are global: `order` names the samples of
+each, the same on every rank, which takes its share, so that the number of ranks does not change
+what is learned. Names: N samples, B global batch.
 """
+
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,7 +18,10 @@ from run.lib.ranks import device, rank, total, world
 
 
 class Replicated:
-    """A module that every rank holds whole; gradients are averaged over the ranks.  clip: the largest gradient norm, 0 for any."""
+    """A module that every rank holds whole; gradients are averaged over the ranks.
+
+    clip: the largest gradient norm, 0 for any.
+    """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float = 0.0):
         self.module, self.optimizer, self.clip = module, optimizer, clip
@@ -41,13 +47,15 @@ class Replicated:
 
 
 class Exact(Replicated):
-    """Replicated, but to the bit the same on any number of ranks, given the same slices of a batch, each learned from by one rank.
+    """Replicated, but to the bit the same on any number of ranks, given the same slices of a batch,
+    each learned from by one rank.
 
-    Rounding depends on who adds what to what, and a long training makes much of it.  So gradients are added as whole numbers of 2 ** -40,
-    whose sum no order changes; Adam's eps of 1e-8 is ten thousand of them.
+    Rounding depends on who adds what to what, and a long training makes much of it. So gradients
+    are added as whole numbers of 2 ** -40, whose sum no order changes; Adam's eps of 1e-8 is ten
+    thousand of them.
     """
 
-    UNIT = 2.0 ** -40
+    UNIT = 2.0**-40
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float = 0.0):
         super().__init__(module, optimizer, clip)
@@ -65,7 +73,9 @@ class Exact(Replicated):
 
     def step(self) -> None:
         sums = total(torch.cat([found.flatten() for found in self.sums]))
-        for p, found, gradient in zip(self.held, self.sums, sums.split([p.numel() for p in self.held])):
+        for p, found, gradient in zip(
+            self.held, self.sums, sums.split([p.numel() for p in self.held])
+        ):
             p.grad = (gradient.double() * self.UNIT).to(p.dtype).view_as(p)
             found.zero_()
         if self.clip:
@@ -74,11 +84,20 @@ class Exact(Replicated):
 
 
 def order(count: int, batch: int, epochs: float, seed: int) -> Iterator[Tensor]:
-    """The samples (B,) of each step, all ranks'; every epoch in a new order, its last batch filled from the next."""
+    """The samples (B,) of each step, all ranks'; every epoch in a new order, its last batch filled
+    from the next.
+    """
     queue, epoch = torch.empty(0, dtype=torch.int64), 0
     for _ in range(steps(count, batch, epochs)):
         while len(queue) < batch:
-            queue = torch.cat([queue, torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))])
+            queue = torch.cat(
+                [
+                    queue,
+                    torch.randperm(
+                        count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                    ),
+                ]
+            )
             epoch += 1
         yield queue[:batch]
         queue = queue[batch:]
@@ -90,22 +109,33 @@ def steps(count: int, batch: int, epochs: float) -> int:
 
 def mine(samples: Tensor) -> Tensor:
     """This rank's share of a global batch; where it does not divide, shares differ by one."""
-    return samples[rank()::world()]
+    return samples[rank() :: world()]
 
 
 def mean_loss(losses: Tensor, batch: int) -> Tensor:
-    """A share's losses (b,) -> what to give to backward, so that the mean over ranks is that over the global batch of B samples."""
+    """A share's losses (b,) -> what to give to backward, so that the mean over ranks is that over
+    the global batch of B samples.
+    """
     return losses.sum() * world() / batch
 
 
-def fit(trainer, batches: Iterable, loss_of: Callable, rate: Callable[[float], float], total_steps: int,
-        say: Callable[[str], None] | None = None) -> list[float]:
-    """Train over the batches; loss_of(trainer, batch) -> a loss whose mean over ranks is the batch's; returns these means.
+def fit(
+    trainer,
+    batches: Iterable,
+    loss_of: Callable,
+    rate: Callable[[float], float],
+    total_steps: int,
+    say: Callable[[str], None] | None = None,
+) -> list[float]:
+    """Train over the batches; loss_of(trainer, batch) -> a loss whose mean over ranks is the
+    batch's; returns these means.
 
-    rate(progress, from 0 to 1) -> learning rate; a group's `scale`, where it has one, multiplies it (layer-wise decay).
+    rate(progress, from 0 to 1) -> learning rate; a group's `scale`, where it has one, multiplies it
+    (layer-wise decay).
     say: is told the loss, at a twentieth of the steps.
     """
-    found = torch.zeros(total_steps, device=device())  # not a list: thousands of small tensors between large ones break memory up
+    # not a list: thousands of small tensors between large ones break memory up
+    found = torch.zeros(total_steps, device=device())
     step = -1
     for step, batch in enumerate(batches):
         for group in trainer.optimizer.param_groups:
@@ -115,14 +145,21 @@ def fit(trainer, batches: Iterable, loss_of: Callable, rate: Callable[[float], f
         trainer.step()
         found[step] = loss.detach()
         if say and (step + 1) % max(1, total_steps // 20) == 0:
-            say(f"step {step + 1}/{total_steps}  loss {float(total(found[step].clone())) / world():.6f}")
-    return (total(found[:step + 1]) / world()).tolist()
+            say(
+                f"step {step + 1}/{total_steps}  loss"
+                f" {float(total(found[step].clone())) / world():.6f}"
+            )
+    return (total(found[: step + 1]) / world()).tolist()
 
 
 def cosine(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:
-    """A learning rate by progress: linear from 0 over the share `warmup`, then half a cosine to `end`."""
+    """A learning rate by progress: linear from 0 over the share `warmup`, then half a cosine to
+    `end`.
+    """
+
     def rate(progress: float) -> float:
         if progress < warmup:
             return peak * progress / warmup
         return end + (peak - end) * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+
     return rate

@@ -1,12 +1,15 @@
-"""The run folder: refused if it is there, opened with what explains the run, and audited sample by sample.
+"""The run folder: refused if it is there, opened with what explains the run, and audited sample by
+sample.
 
     RUN/config.yaml      the resolved config, with git commit, package versions and ranks
     RUN/command.txt      every command that worked on it
-    RUN/tokenizer.model  the vocabulary under its own name, so that the folder can be moved; none where a package brings it
+    RUN/tokenizer.model  the vocabulary under its own name, so that the folder can be moved; none
+        where a package brings it
     RUN/metrics.jsonl    one record a line (run/lib/log.py); RUN/results.jsonl one evaluation a line
     RUN/log.txt, RUN/tensorboard/, RUN/checkpoints/, RUN/trace/ (data.trace)
     RUN/lock             held by the rank 0 that trains it, while that lives
 """
+
 import fcntl
 import filecmp
 import importlib.metadata
@@ -53,7 +56,9 @@ def trained_elsewhere(home: Path) -> bool:
 
 
 def hold(home: Path) -> None:
-    """Take the lock, or ValueError: two jobs that train one run would overwrite each other's records and checkpoints."""
+    """Take the lock, or ValueError: two jobs that train one run would overwrite each other's
+    records and checkpoints.
+    """
     LOCKS.append(os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644))
     for last in (False,) * 10 + (True,):  # loaders of a killed job live on for a moment
         try:
@@ -61,7 +66,10 @@ def hold(home: Path) -> None:
             return
         except BlockingIOError:
             if last:
-                raise ValueError(f"run: {home} is being trained by another job; wait until it has ended, or stop it") from None
+                raise ValueError(
+                    f"run: {home} is being trained by another job; wait until it has ended, or"
+                    " stop it"
+                ) from None
             time.sleep(1)
         except OSError:  # a file system without locks
             return
@@ -70,24 +78,36 @@ def hold(home: Path) -> None:
 def check(home: Path, resume: bool) -> Path:
     """The run's folder, or ValueError: a run is never written over."""
     if home.exists() and not resume:
-        raise ValueError(f"run: {home} exists; go on with it by --resume, or name another with --set run=...")
+        raise ValueError(
+            f"run: {home} exists; go on with it by --resume, or name another with --set run=..."
+        )
     if resume and not (home / "config.yaml").exists():
-        raise ValueError(f"--resume: {home} is no run folder (it has no config.yaml); see `run:` in the config")
+        raise ValueError(
+            f"--resume: {home} is no run folder (it has no config.yaml); see `run:` in the config"
+        )
     return home
 
 
 def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
-    """Make the folder, or prepare it for going on from `samples`: records beyond them are of steps that will be taken again.
+    """Make the folder, or prepare it for going on from `samples`: records beyond them are of steps
+    that will be taken again.
 
-    Rank 0 does it, and must be done before any rank opens a record: `trim` puts a new file in the place of the one that is there.
+    Rank 0 does it, and must be done before any rank opens a record: `trim` puts a new file in the
+    place of the one that is there.
     """
     if rank():
         return
-    home.mkdir(parents=True, exist_ok=resume)  # made meanwhile by another job with the same `run:`, it is refused
+    # made meanwhile by another job with the same `run:`, it is refused
+    home.mkdir(parents=True, exist_ok=resume)
     if not resume:
         hold(home)
     with (home / "command.txt").open("a") as file:
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv), f"# {world()} ranks", file=file)
+        print(
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            shlex.join(sys.argv),
+            f"# {world()} ranks",
+            file=file,
+        )
     saved = home / "config.yaml"
     if saved.exists() and config.load(saved) != cfg:
         shutil.copy(saved, home / f"config.until-{samples}.yaml")
@@ -97,7 +117,11 @@ def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
         keep(vocab, home / vocab.name)
     if cfg.data.trace:
         (home / "trace").mkdir(exist_ok=True)
-    for records in [home / "metrics.jsonl", home / "results.jsonl", *(home / "trace").glob("*.jsonl")]:
+    for records in [
+        home / "metrics.jsonl",
+        home / "results.jsonl",
+        *(home / "trace").glob("*.jsonl"),
+    ]:
         trim(records, samples)
 
 
@@ -126,26 +150,47 @@ def trim(records: Path, samples: int) -> None:
 
 
 def provenance() -> dict:
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
-    versions = dict(python=platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES})
-    return dict(commit=git.stdout.strip() or "unknown", started=time.strftime("%Y-%m-%d %H:%M:%S"), ranks=world(), **versions)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    versions = dict(
+        python=platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    )
+    return dict(
+        commit=git.stdout.strip() or "unknown",
+        started=time.strftime("%Y-%m-%d %H:%M:%S"),
+        ranks=world(),
+        **versions,
+    )
 
 
 def headline(cfg: Run, engine: Engine, batches: Batches | Stream) -> str:
     """What this run is, in a line."""
     count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.method.parameters())
     masks = ", ".join(f"{name} {view.mask}" for name, view in cfg.views.items())
-    size = f"{len(batches.shards):,} pairs" if isinstance(batches, Batches) else f"{len(batches.urls):,} streamed shards"
+    size = (
+        f"{len(batches.shards):,} pairs"
+        if isinstance(batches, Batches)
+        else f"{len(batches.urls):,} streamed shards"
+    )
     precision = "bf16" if engine.bf16 else "fp32"
-    return (f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · "
-            f"{world()} rank{'s' * (world() > 1)}, ZeRO {engine.stage}, {precision} · "
-            f"{short(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}")
+    return (
+        f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · "
+        f"{world()} rank{'s' * (world() > 1)}, ZeRO {engine.stage}, {precision} · "
+        f"{short(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}"
+    )
 
 
 class Audit:
-    """What went into the run: broken samples, named once each in the log and counted; every sample's key, where data.trace asks.
+    """What went into the run: broken samples, named once each in the log and counted; every
+    sample's key, where data.trace asks.
 
-    Raises ValueError when this rank's share of broken samples passes data.max_bad (of at least 1,000 seen).
+    Raises ValueError when this rank's share of broken samples passes data.max_bad (of at least
+    1,000 seen).
     """
 
     def __init__(self, home: Path, rank: int, cfg: DataConfig, say):
@@ -165,6 +210,9 @@ class Audit:
             if self.trace:
                 self.trace.write(json.dumps(dict(samples=samples, keys=batches.keys(part))) + "\n")
         if self.bad > self.cfg.max_bad * max(self.seen, 1000):
-            raise ValueError(f"data.max_bad: {self.bad} of {self.seen} samples could not be read, more than {self.cfg.max_bad:.1%}; "
-                             f"the last: {' '.join(parts[-1]['bad'][-1] if parts[-1]['bad'] else sorted(self.named)[-1])}; "
-                             "run: run/prepare.py check DIR")
+            last = parts[-1]["bad"][-1] if parts[-1]["bad"] else sorted(self.named)[-1]
+            raise ValueError(
+                f"data.max_bad: {self.bad} of {self.seen} samples could not be read, more than"
+                f" {self.cfg.max_bad:.1%}; the last: {' '.join(last)};"
+                " run: run/prepare.py check DIR"
+            )

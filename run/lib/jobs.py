@@ -1,11 +1,15 @@
-"""Training runs of a grid, one after another or several at a time: each by the deepspeed launcher, from where it was left.
+"""Training runs of a grid, one after another or several at a time: each by the deepspeed launcher,
+from where it was left.
 
     Jobs(planned, ranks=1, at_once=2).go()          True if all are complete
 
-A run that is complete is left alone, one that was broken off goes on.  A run's lock is held here and by the deepspeed launcher until its
-rank 0 has one of its own (run/lib/folder.py), so that after a kill of some of these processes no second job starts beside the others:
-they are waited for.  What a run printed is beside its folder, RUN.log; why it failed, RUN.failed, which the next launch removes.
+A run that is complete is left alone, one that was broken off goes on. A run's lock is held here and
+by the deepspeed launcher until its rank 0 has one of its own (run/lib/folder.py), so that after a
+kill of some of these processes no second job starts beside the others:
+they are waited for. What a run printed is beside its folder, RUN.log; why it failed, RUN.failed,
+which the next launch removes.
 """
+
 import fcntl
 import os
 import shutil
@@ -40,14 +44,26 @@ def state(run: Path) -> Result:
 
 def why(results: list[Result], metric: str) -> str:
     """Why some of a cell's runs have no such value, for people."""
-    lacking = [result for result in results if result.state != "complete" or metric not in result.final]
-    told = [result.reason or f"has no {metric}" if result.state != "absent" or (result.run / "config.yaml").exists() else "not trained"
-            for result in lacking]
-    return "; ".join(f"{(n := told.count(reason))} run{'s' * (n > 1)}: {reason}" for reason in dict.fromkeys(told))
+    lacking = [
+        result for result in results if result.state != "complete" or metric not in result.final
+    ]
+    told = [
+        (
+            result.reason or f"has no {metric}"
+            if result.state != "absent" or (result.run / "config.yaml").exists()
+            else "not trained"
+        )
+        for result in lacking
+    ]
+    return "; ".join(
+        f"{(n := told.count(reason))} run{'s' * (n > 1)}: {reason}"
+        for reason in dict.fromkeys(told)
+    )
 
 
 def left_to_do(planned: Planned) -> str | None:
-    """What comes next: "" is training, then each evaluation that is not in its results; None when all is done.
+    """What comes next: "" is training, then each evaluation that is not in its results; None when
+    all is done.
 
     One that failed half-way has not every metric that training's own last evaluation has.
     """
@@ -55,7 +71,14 @@ def left_to_do(planned: Planned) -> str | None:
     if found.state != "complete":
         return ""
     own = [name for name in found.final if not name.endswith(")")]
-    return next((item for item in planned.evaluate if not own or any(f"{name} ({item})" not in found.final for name in own)), None)
+    return next(
+        (
+            item
+            for item in planned.evaluate
+            if not own or any(f"{name} ({item})" not in found.final for name in own)
+        ),
+        None,
+    )
 
 
 def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]:
@@ -63,7 +86,14 @@ def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]
     if not what:
         return command(planned, local(ranks, slot))
     option, _, value = what.partition(" ")
-    return [sys.executable, str(ROOT / "run" / "evaluate.py"), "--run", str(planned.folder), f"--{option}", value]
+    return [
+        sys.executable,
+        str(ROOT / "run" / "evaluate.py"),
+        "--run",
+        str(planned.folder),
+        f"--{option}",
+        value,
+    ]
 
 
 def command(planned: Planned, launcher: list[str]) -> list[str]:
@@ -74,16 +104,25 @@ def command(planned: Planned, launcher: list[str]) -> list[str]:
 
 
 def local(ranks: int, slot: int = 0) -> list[str]:
-    """The launcher on this machine, on a port that is free now; on GPUs each slot has `ranks` of its own."""
+    """The launcher on this machine, on a port that is free now; on GPUs each slot has `ranks` of
+    its own.
+    """
     gpus = list(map(str, range(torch.cuda.device_count()))) if torch.cuda.is_available() else []
-    if gpus and (allowed := os.environ.get("CUDA_VISIBLE_DEVICES")):  # which DeepSpeed passes over where it is told what to take
+    # which DeepSpeed passes over where it is told what to take
+    if gpus and (allowed := os.environ.get("CUDA_VISIBLE_DEVICES")):
         gpus = allowed.split(",")
-    own = ",".join(gpus[slot * ranks:(slot + 1) * ranks])
+    own = ",".join(gpus[slot * ranks : (slot + 1) * ranks])
     devices = ["--include", f"localhost:{own}"] if own else ["--num_accelerators", str(ranks)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [str(Path(sys.executable).with_name("deepspeed")), "--quiet", *devices, "--master_port", port]
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--quiet",
+        *devices,
+        "--master_port",
+        port,
+    ]
 
 
 @dataclass
@@ -126,15 +165,28 @@ class Job:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with beside(run, "log").open("a") as log:
             self.before = os.fstat(log.fileno()).st_size
-            self.process = subprocess.Popen(line, stdout=log, stderr=log, pass_fds=[self.lock],
-                                            env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}, start_new_session=True)
+            self.process = subprocess.Popen(
+                line,
+                stdout=log,
+                stderr=log,
+                pass_fds=[self.lock],
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path},
+                start_new_session=True,
+            )
 
     def ended(self, asked: bool) -> None:
         """Note why it failed, if it did and was not asked to stop; free the lock."""
         if self.process.returncode and not asked:
-            log = beside(self.planned.folder, "log").read_bytes()[self.before:].decode(errors="replace").splitlines()
+            log = (
+                beside(self.planned.folder, "log")
+                .read_bytes()[self.before :]
+                .decode(errors="replace")
+                .splitlines()
+            )
             why = [line for line in log if "rror" in line] or log or ["it printed nothing"]
-            beside(self.planned.folder, "failed").write_text(f"exit code {self.process.returncode}: {why[-1].strip()[:300]}\n")
+            beside(self.planned.folder, "failed").write_text(
+                f"exit code {self.process.returncode}: {why[-1].strip()[:300]}\n"
+            )
         self.free()
 
     def stop(self) -> None:
@@ -150,9 +202,14 @@ class Job:
 class Jobs:
     """Runs in an order in which what one needs comes before it."""
 
-    def __init__(self, planned: list[Planned], ranks: int, at_once: int, say: Callable[[str], None] = print):
+    def __init__(
+        self, planned: list[Planned], ranks: int, at_once: int, say: Callable[[str], None] = print
+    ):
         if torch.cuda.is_available() and ranks * at_once > (gpus := torch.cuda.device_count()):
-            raise ValueError(f"--jobs {at_once}: with --ranks {ranks} each they take {ranks * at_once} GPUs; this machine has {gpus}")
+            raise ValueError(
+                f"--jobs {at_once}: with --ranks {ranks} each they take {ranks * at_once} GPUs;"
+                f" this machine has {gpus}"
+            )
         self.waiting = [Job(one) for one in once(planned)]
         self.ranks, self.at_once, self.say = ranks, at_once, say
         self.running: list[Job] = []
@@ -161,6 +218,7 @@ class Jobs:
 
     def go(self) -> bool:
         """Train all; False where some failed, or when asked to stop."""
+
         def stop(*_) -> None:
             self.stopping = True
 
@@ -190,7 +248,11 @@ class Jobs:
             run = job.planned.folder
             if left_to_do(job.planned) is None:
                 self.waiting.remove(job)
-            elif broken := [str(need) for need in job.planned.needs if need in self.failed and state(need).state != "complete"]:
+            elif broken := [
+                str(need)
+                for need in job.planned.needs
+                if need in self.failed and state(need).state != "complete"
+            ]:
                 beside(run, "failed").write_text(f"it needs {broken[0]}, which failed\n")
                 self.end(job, state(run).reason)
             elif all(state(need).state == "complete" for need in job.planned.needs) and job.claim():
@@ -208,7 +270,10 @@ class Jobs:
         else:
             self.waiting.remove(job)
             job.doing, job.made = what, (*job.made, what)
-            self.say(f"{run}: {f'is evaluated, --{what}' if what else 'goes on' if run.exists() else 'begins'}")
+            self.say(
+                f"{run}:"
+                f" {f'is evaluated, --{what}' if what else 'goes on' if run.exists() else 'begins'}"
+            )
             job.slot = min(set(range(self.at_once)) - {other.slot for other in self.running})
             self.running.append(job)
             job.start(line_of(job.planned, what, self.ranks, job.slot))
@@ -221,11 +286,16 @@ class Jobs:
             if found.state == "complete" and not job.process.returncode:
                 self.waiting.insert(0, job)  # there may be an evaluation to make
                 if not job.doing:
-                    self.say(f"{job.planned.folder}: complete" + (f", {clock(found.seconds)} of training" if found.seconds else ""))
+                    self.say(
+                        f"{job.planned.folder}: complete"
+                        + (f", {clock(found.seconds)} of training" if found.seconds else "")
+                    )
             elif self.stopping:
                 self.say(f"{job.planned.folder}: {found.reason or 'stopped in an evaluation'}")
             else:
-                self.end(job, found.reason or beside(job.planned.folder, "failed").read_text().strip())
+                self.end(
+                    job, found.reason or beside(job.planned.folder, "failed").read_text().strip()
+                )
 
     def end(self, job: Job, why: str) -> None:
         if job in self.waiting:

@@ -1,9 +1,12 @@
-"""The one writer: a progress line, metrics.jsonl, TensorBoard.  Silent off rank 0, so that no caller asks for its rank.
+"""The one writer: a progress line, metrics.jsonl, TensorBoard. Silent off rank 0, so that no caller
+asks for its rank.
 
-A record is one JSON object a line: {"step": 40, "samples": 10240, "loss": 4.1, ...}.  Speeds are over the steps since the last record:
-samples_per_s over all ranks; mfu the share of the devices' peak spent on the model's own FLOPs (recomputation not counted); stall the
+A record is one JSON object a line: {"step": 40, "samples": 10240, "loss": 4.1, ...}. Speeds are
+over the steps since the last record: samples_per_s over all ranks; mfu the share of the devices'
+peak spent on the model's own FLOPs (recomputation not counted); stall the
 share of the time in which the training loop waited for data.
 """
+
 import json
 import math
 import resource
@@ -14,15 +17,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "B200": 2250, "L40S": 362, "A10G": 70, "A10": 125,
-               "RTX 4090": 165, "V100": 125, "T4": 65}  # dense bf16 (fp16 where there is no bf16), from the vendor's data sheets
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "B200": 2250,
+    "L40S": 362,
+    "A10G": 70,
+    "A10": 125,
+    # dense bf16 (fp16 where there is no bf16), from the vendor's data sheets
+    "RTX 4090": 165,
+    "V100": 125,
+    "T4": 65,
+}
 
 
 def peak_flops() -> float:
-    """FLOP/s that this rank's device could do: by its name on a GPU, by a timed matmul on a CPU; nan where the GPU is not in the table."""
+    """FLOP/s that this rank's device could do: by its name on a GPU, by a timed matmul on a CPU;
+    nan where the GPU is not in the table.
+    """
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), float("nan"))
+        return next(
+            (tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), float("nan")
+        )
     n, times = 1024, []
     a, b = torch.randn(n, n), torch.randn(n, n)
     for _ in range(5):
@@ -40,7 +60,9 @@ def peak_gib() -> float:
 
 
 class Log:
-    """Writes what a run does into its folder and to the terminal; on other ranks than 0 every call does nothing."""
+    """Writes what a run does into its folder and to the terminal; on other ranks than 0 every call
+    does nothing.
+    """
 
     def __init__(self, folder: Path, rank: int, steps: int, batch: int):
         self.rank, self.on, self.steps, self.batch = rank, rank == 0, steps, batch
@@ -48,6 +70,7 @@ class Log:
         if not self.on:
             return
         from torch.utils.tensorboard import SummaryWriter
+
         self.folder = folder
         self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self.text = (folder / "log.txt").open("a", buffering=1)
@@ -80,33 +103,65 @@ class Log:
         if self.last_step is not None:
             took = max(now - self.since, 1e-9)
             speed = (step - self.last_step) * self.batch / took
-            values.update(samples_per_s=speed, mfu=speed * flops_per_sample / peak, stall=min(1.0, self.waited / took))
+            values.update(
+                samples_per_s=speed,
+                mfu=speed * flops_per_sample / peak,
+                stall=min(1.0, self.waited / took),
+            )
         self.last_step, self.since, self.waited = step, now, 0.0
         self.write(step, samples, values)
         line = self.line(step, samples, values)
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def line(self, step: int, samples: int, values: dict) -> str:
-        parts = [f"step {step}/{self.steps}", f"{short(samples)} samples", f"loss {values['loss']:.4f}"]
+        parts = [
+            f"step {step}/{self.steps}",
+            f"{short(samples)} samples",
+            f"loss {values['loss']:.4f}",
+        ]
         if "temperature" in values:
             parts.append(f"temperature {values['temperature']:.4f}")
         if "samples_per_s" in values:
             left = (self.steps - step) * self.batch / values["samples_per_s"]
-            speed, mfu = short(values["samples_per_s"]), "?" if math.isnan(values["mfu"]) else f"{values['mfu']:.0%}"
-            parts += [f"{speed}/s", f"MFU {mfu}", f"data stall {values['stall']:.0%}", f"ETA {clock(left)}"]
+            speed, mfu = (
+                short(values["samples_per_s"]),
+                "?" if math.isnan(values["mfu"]) else f"{values['mfu']:.0%}",
+            )
+            parts += [
+                f"{speed}/s",
+                f"MFU {mfu}",
+                f"data stall {values['stall']:.0%}",
+                f"ETA {clock(left)}",
+            ]
         return " · ".join(parts)
 
     def evaluation(self, step: int, samples: int, values: dict[str, float], weights: str) -> None:
         """weights: whose results these are, student or teacher."""
         if self.on and values:
-            self.write(step, samples, values if weights == "student" else {f"{weights}/{name}": value for name, value in values.items()})
+            self.write(
+                step,
+                samples,
+                (
+                    values
+                    if weights == "student"
+                    else {f"{weights}/{name}": value for name, value in values.items()}
+                ),
+            )
             with (self.folder / "results.jsonl").open("a") as results:
-                print(json.dumps(dict(step=step, samples=samples, weights=weights, **values)), file=results)
-            self.say(f"evaluated the {weights} after step {step}, {short(samples)} samples:\n{table(values)}")
-        self.since, self.waited, self.last_step = time.perf_counter(), 0.0, step  # evaluating is not training time
+                print(
+                    json.dumps(dict(step=step, samples=samples, weights=weights, **values)),
+                    file=results,
+                )
+            self.say(
+                f"evaluated the {weights} after step {step}, {short(samples)}"
+                f" samples:\n{table(values)}"
+            )
+        # evaluating is not training time
+        self.since, self.waited, self.last_step = time.perf_counter(), 0.0, step
 
     def write(self, step: int, samples: int, values: dict) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan or inf
+        # JSON has no nan or inf
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(json.dumps(dict(step=step, samples=samples, **finite)) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, samples)
@@ -150,7 +205,10 @@ def table(results: dict[str, float]) -> str:
         kind, benchmark, metric = name.split("/")
         rows.setdefault(f"{kind:10} {benchmark}", {})[metric] = value
     wide = max(map(len, rows))
-    return "\n".join(f"{name:{wide}}  " + "  ".join(map(cell, values.items())) + against_chance(values) for name, values in rows.items())
+    return "\n".join(
+        f"{name:{wide}}  " + "  ".join(map(cell, values.items())) + against_chance(values)
+        for name, values in rows.items()
+    )
 
 
 def cell(item: tuple[str, float]) -> str:
@@ -158,4 +216,8 @@ def cell(item: tuple[str, float]) -> str:
 
 
 def against_chance(values: dict) -> str:
-    return f"  ({values['top1'] / values['chance']:.0f}x chance)" if {"top1", "chance"} <= values.keys() else ""
+    return (
+        f"  ({values['top1'] / values['chance']:.0f}x chance)"
+        if {"top1", "chance"} <= values.keys()
+        else ""
+    )

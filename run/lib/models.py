@@ -1,11 +1,15 @@
 """What lies at a path, a run's checkpoint or a converted model, and its weights put into methods.
 
-    path = find(Path("runs/quickstart"))         the newest checkpoint of a run, a checkpoint, or a folder that run/convert.py wrote
-    cfg, tokenizer, method = opened(path)        to be looked at
-    anything(path)                               to be converted: whatever it is, read lazily (model/convert/portable.py)
+    path = find(Path("runs/quickstart"))
+        the newest checkpoint of a run, a checkpoint, or a folder that run/convert.py wrote
+    cfg, tokenizer, method = opened(path)
+        to be looked at
+    anything(path)
+        to be converted: whatever it is, read lazily (model/convert/portable.py)
 
 No rank ever holds more than one whole tensor beside its shard.
 """
+
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +35,13 @@ from run.lib.ranks import device, rank, told
 
 TOWERS = "towers."  # where a method keeps what a converted model holds
 # What a converted model's config.json does not say, since only training reads it.
-UNTRAINED = dict(method="clip", samples=1, batch=1, data={"train": "none"}, optim=dict(lr="0", weight_decay=0.0, warmup=0))
+UNTRAINED = dict(
+    method="clip",
+    samples=1,
+    batch=1,
+    data={"train": "none"},
+    optim=dict(lr="0", weight_decay=0.0, warmup=0),
+)
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,27 @@ class Nothing:
 
 
 def find(path: Path) -> Path:
-    """The newest checkpoint of a run folder, or what is given: a checkpoint, a converted model's folder, or the weights in it."""
+    """The newest checkpoint of a run folder, or what is given: a checkpoint, a converted model's
+    folder, or the weights in it.
+    """
     if path.name == WEIGHTS and is_one(path.parent):
         path = path.parent
     if is_one(path):
         return path
     if path.exists() and (format := claimed(path)):
-        raise ValueError(f"{path}: a model of {format}; `python run/convert.py glimpse {path} OUT` makes one that can be used here")
+        raise ValueError(
+            f"{path}: a model of {format}; `python run/convert.py glimpse {path} OUT` makes one"
+            " that can be used here"
+        )
     if (path / CONFIG).is_file():
         files.read_json(path / CONFIG)  # tells how it is damaged
     return newest(path)
 
 
 def home(path: Path) -> Path:
-    """Where results of the model at a found path go: the run's folder, or the converted model's own."""
+    """Where results of the model at a found path go: the run's folder, or the converted model's
+    own.
+    """
     return path if is_one(path) else path.parents[1]
 
 
@@ -61,23 +78,38 @@ def config_of(path: Path) -> Run:
     """The config of what was found; of a converted model what it knows, the rest filled in."""
     if not is_one(path):
         cfg = read_config(path.parents[1] / "config.yaml")
-        return replace(cfg, data=replace(cfg.data, tokenizer=beside(cfg.data.tokenizer, path.parents[1])))
+        return replace(
+            cfg, data=replace(cfg.data, tokenizer=beside(cfg.data.tokenizer, path.parents[1]))
+        )
     tree = {key: value for key, value in said(path).items() if key != "provenance"}
     if not tree.get("data"):
-        raise ValueError(f"{path}: a vision tower alone, without text; start a run from it with init: {path}")
+        raise ValueError(
+            f"{path}: a vision tower alone, without text; start a run from it with init: {path}"
+        )
     return build(Run, merge({**UNTRAINED, "run": str(path)}, tree))
 
 
 def said(path: Path) -> dict:
-    """What a converted model's config.json says, its vocabulary where it lies now; ValueError where it lacks something."""
+    """What a converted model's config.json says, its vocabulary where it lies now; ValueError where
+    it lacks something.
+    """
     tree = files.read_json(path / CONFIG)
-    needed = {"": ("model", "views", "eval_crop"), "provenance": ("vocab", "fingerprint", "eot", "source")}
+    needed = {
+        "": ("model", "views", "eval_crop"),
+        "provenance": ("vocab", "fingerprint", "eot", "source"),
+    }
     if tree["provenance"].get("vocab") or tree.get("data"):
         needed["data"] = ("context", "tokenizer", "pad_text")
     for key, names in needed.items():
         part = tree.get(key, {}) if key else tree
-        if lacking := [f"{key}.{name}".lstrip(".") for name in names if not isinstance(part, dict) or name not in part]:
-            raise ValueError(f"{path / CONFIG}: {', '.join(lacking)} missing; convert the model again")
+        if lacking := [
+            f"{key}.{name}".lstrip(".")
+            for name in names
+            if not isinstance(part, dict) or name not in part
+        ]:
+            raise ValueError(
+                f"{path / CONFIG}: {', '.join(lacking)} missing; convert the model again"
+            )
     if "data" in needed:
         tree["data"]["tokenizer"] = beside(str(tree["data"]["tokenizer"]), path)
     return tree
@@ -94,52 +126,89 @@ def origin(path: Path) -> dict:
     return {key: known[key] for key in ("step", "samples") if key in known}
 
 
-def anything(path: Path, weights: str = "student", given: dict | None = None) -> tuple[str, Portable]:
-    """(format, model) of whatever lies at a path; ValueError, a line that names the path, where it is nothing of ours, or damaged.
+def anything(
+    path: Path, weights: str = "student", given: dict | None = None
+) -> tuple[str, Portable]:
+    """(format, model) of whatever lies at a path; ValueError, a line that names the path, where it
+    is nothing of ours, or damaged.
 
     given: what a format is told beside its files, as its Given has it.
     """
     try:
         if format := claimed(path):
             if weights != "student":
-                raise ValueError(f"--weights {weights}: {path} is a model of {format}; a run has a student and a teacher")
-            known = build(getattr(FORMATS[format], "Given", Nothing), given or {}, f"--given for {format}: ")
+                raise ValueError(
+                    f"--weights {weights}: {path} is a model of {format}; a run has a student and a"
+                    " teacher"
+                )
+            known = build(
+                getattr(FORMATS[format], "Given", Nothing), given or {}, f"--given for {format}: "
+            )
             model = FORMATS[format].load(path, **{key: getattr(known, key) for key in given or {}})
-            return format, replace(model, about=replace(model.about, tokenizer=beside(model.about.tokenizer, path)))
+            return format, replace(
+                model, about=replace(model.about, tokenizer=beside(model.about.tokenizer, path))
+            )
         if path.is_file():
             files.read(path)  # tells why it cannot be read
-            raise ValueError(f"{path}: tensors of no architecture that is known here; `run/convert.py inspect {path}` lists them")
+            raise ValueError(
+                f"{path}: tensors of no architecture that is known here; `run/convert.py inspect"
+                f" {path}` lists them"
+            )
         if (path / CONFIG).is_file() and not is_one(path):
             tree = files.read_json(path / CONFIG)
-            says = tree.get("model_type") or tree.get("architecture") or "neither model_type nor architecture"
-            raise ValueError(f"{path / CONFIG}: of no architecture that is known here: it says {says}")
+            says = (
+                tree.get("model_type")
+                or tree.get("architecture")
+                or "neither model_type nor architecture"
+            )
+            raise ValueError(
+                f"{path / CONFIG}: of no architecture that is known here: it says {says}"
+            )
         found = find(path)
         if given:
-            raise ValueError(f"--given {' '.join(given)}: {path} tells everything itself; leave it out")
+            raise ValueError(
+                f"--given {' '.join(given)}: {path} tells everything itself; leave it out"
+            )
         return "glimpse" if is_one(found) else "checkpoint of a run", portable(found, weights)
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:  # files hold no such key, type or size
+    # files hold no such key, type or size
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         what = f"{type(error).__name__}: {files.first_line(error)}"
-        raise ValueError(f"{path}: damaged, or not what its format{' or --given' if given else ''} says ({what})") from error
+        raise ValueError(
+            f"{path}: damaged, or not what its format{' or --given' if given else ''} says ({what})"
+        ) from error
 
 
 def converted(path: Path) -> Portable:
     """A converted model's folder."""
     tree = said(path)
     known, data = tree["provenance"], tree.get("data", {})
-    about = About(tokenizer=data.get("tokenizer", ""), fingerprint=known["fingerprint"], eot=known["eot"],
-                  pad_text=data.get("pad_text", False), crop=tree["eval_crop"],
-                  interpolation=tree["views"]["image"]["interpolation"], source={**known["source"], "path": str(path)})
+    about = About(
+        tokenizer=data.get("tokenizer", ""),
+        fingerprint=known["fingerprint"],
+        eot=known["eot"],
+        pad_text=data.get("pad_text", False),
+        crop=tree["eval_crop"],
+        interpolation=tree["views"]["image"]["interpolation"],
+        source={**known["source"], "path": str(path)},
+    )
     model = build(ModelConfig, merge({}, tree["model"]), "model.")
-    return Portable(model, known["vocab"], data.get("context", 0), files.read(path / WEIGHTS), about)
+    return Portable(
+        model, known["vocab"], data.get("context", 0), files.read(path / WEIGHTS), about
+    )
 
 
 def portable(path: Path, weights: str = "student") -> Portable:
-    """The towers of what was found: a run's student, or with the moving averages, in fp32, in the place of what they average."""
+    """The towers of what was found: a run's student, or with the moving averages, in fp32, in the
+    place of what they average.
+    """
     if is_one(path):
         if weights != "student":
-            raise ValueError(f"--weights {weights}: {path} holds one model; convert the run again with --weights {weights}")
+            raise ValueError(
+                f"--weights {weights}: {path} holds one model; convert the run again with --weights"
+                f" {weights}"
+            )
         return converted(path)
     cfg, found, tensors = config_of(path), manifest(path), zero_files.weights(path)
     names = {name.removeprefix(TOWERS): name for name in tensors if name.startswith(TOWERS)}
@@ -147,9 +216,22 @@ def portable(path: Path, weights: str = "student") -> Portable:
     towers = tensors.renamed(names)
     if weights == "teacher":
         towers = averaged(path, cfg, vocab, towers)
-    source = dict(path=str(path), format="run", method=cfg.method, weights=weights, step=found["step"], samples=found["samples"])
-    about = About(tokenizer=cfg.data.tokenizer, fingerprint=found["identity"]["tokenizer"], pad_text=cfg.data.pad_text, crop=cfg.eval_crop,
-                  interpolation=next(iter(cfg.views.values())).interpolation, source=source)
+    source = dict(
+        path=str(path),
+        format="run",
+        method=cfg.method,
+        weights=weights,
+        step=found["step"],
+        samples=found["samples"],
+    )
+    about = About(
+        tokenizer=cfg.data.tokenizer,
+        fingerprint=found["identity"]["tokenizer"],
+        pad_text=cfg.data.pad_text,
+        crop=cfg.eval_crop,
+        interpolation=next(iter(cfg.views.values())).interpolation,
+        source=source,
+    )
     return Portable(cfg.model, vocab, cfg.data.context, towers, about)
 
 
@@ -157,10 +239,21 @@ def averaged(path: Path, cfg: Run, vocab: int, towers: Tensors) -> Tensors:
     """The towers' tensors, with the averages instead where there are some."""
     with torch.device("meta"):
         method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
-    pairs = {id(teacher): (name, teacher.shape) for name, (teacher, _) in ema.parameters(method.averaged()).items()}
-    kept = {name: pairs[id(p)] for name, p in method.shown("teacher").named_parameters() if id(p) in pairs}
-    averages = zero_files.averages(path, dict(kept.values())).renamed({name: key for name, (key, _) in kept.items()})
-    return Tensors({**towers.meta, **averages.meta}, lambda name: (averages if name in kept else towers)[name])
+    pairs = {
+        id(teacher): (name, teacher.shape)
+        for name, (teacher, _) in ema.parameters(method.averaged()).items()
+    }
+    kept = {
+        name: pairs[id(p)]
+        for name, p in method.shown("teacher").named_parameters()
+        if id(p) in pairs
+    }
+    averages = zero_files.averages(path, dict(kept.values())).renamed(
+        {name: key for name, (key, _) in kept.items()}
+    )
+    return Tensors(
+        {**towers.meta, **averages.meta}, lambda name: (averages if name in kept else towers)[name]
+    )
 
 
 def contents(path: Path) -> Tensors:
@@ -171,17 +264,27 @@ def contents(path: Path) -> Tensors:
     return tensors.renamed({TOWERS + name: name for name in tensors})
 
 
-def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = None, under: str | None = None) -> None:
+def load(
+    method: torch.nn.Module,
+    path: Path,
+    names: dict[str, str] | None = None,
+    under: str | None = None,
+) -> None:
     """Copy weights into a method, sharded or not; rank 0 alone reads them.
 
-    names: {parameter of the method: its name at the path}; all, by their own names, where none are given.  Each must be found in its
-    own shape, and there may be nothing else whose name begins with `under`.  All ranks must call, with names in one order.
+    names: {parameter of the method: its name at the path}; all, by their own names, where none are
+    given. Each must be found in its
+    own shape, and there may be nothing else whose name begins with `under`. All ranks must call,
+    with names in one order.
     """
     parameters = dict(method.named_parameters())
     if names is None:
         names, under = {name: name for name in parameters}, ""
     source = contents(path) if rank() == 0 else None
-    shapes = {stored: getattr(parameters[name], "ds_shape", parameters[name].shape) for name, stored in names.items()}
+    shapes = {
+        stored: getattr(parameters[name], "ds_shape", parameters[name].shape)
+        for name, stored in names.items()
+    }
     told(lambda: check_places(path, source, shapes, under))  # before any rank waits for weights
     for name, stored in names.items():
         with whole_parameter(parameters[name]) as whole:
@@ -189,15 +292,27 @@ def load(method: torch.nn.Module, path: Path, names: dict[str, str] | None = Non
                 whole.copy_(source[stored])
 
 
-def check_places(path: Path, source: Tensors, shapes: dict[str, torch.Size], under: str | None) -> str:
+def check_places(
+    path: Path, source: Tensors, shapes: dict[str, torch.Size], under: str | None
+) -> str:
     """ValueError where what lies at a path is not what `load` is to find there."""
     if missing := sorted(shapes.keys() - source.meta.keys()):
-        raise ValueError(f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture")
-    if under is not None and (extra := sorted({name for name in source if name.startswith(under)} - shapes.keys())):
-        raise ValueError(f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another architecture")
+        raise ValueError(
+            f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture"
+        )
+    if under is not None and (
+        extra := sorted({name for name in source if name.startswith(under)} - shapes.keys())
+    ):
+        raise ValueError(
+            f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another"
+            " architecture"
+        )
     for name, shape in shapes.items():
         if source.meta[name].shape != shape:
-            raise ValueError(f"{path}: {name} is {tuple(source.meta[name].shape)}, this config makes {tuple(shape)}")
+            raise ValueError(
+                f"{path}: {name} is {tuple(source.meta[name].shape)}, this config makes"
+                f" {tuple(shape)}"
+            )
     return ""
 
 
@@ -208,8 +323,14 @@ def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
     if is_one(path):
         known = provenance(path)
         if known["fingerprint"] != tokenizer.fingerprint:
-            raise ValueError(f"{path}: trained with tokenizer {known['fingerprint']}; {cfg.data.tokenizer} is {tokenizer.fingerprint}")
-        vocab, bf16 = known["vocab"], torch.bfloat16 in {meta.dtype for meta in files.read(path / WEIGHTS).meta.values()}
+            raise ValueError(
+                f"{path}: trained with tokenizer {known['fingerprint']}; {cfg.data.tokenizer} is"
+                f" {tokenizer.fingerprint}"
+            )
+        vocab, bf16 = (
+            known["vocab"],
+            torch.bfloat16 in {meta.dtype for meta in files.read(path / WEIGHTS).meta.values()},
+        )
     else:
         check_identity(path, identity(cfg, tokenizer.fingerprint))
         vocab, bf16 = tokenizer.vocab_size, manifest(path)["bf16"]
@@ -219,19 +340,32 @@ def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
 
 
 def checksum(module: torch.nn.Module, cfg: Run, tokenizer: Tokenizer) -> str:
-    """Of all that embeddings depend on: what prepares images and texts, the architecture, and the sum of the weights' bits, which is the
-    same on every device."""
+    """Of all that embeddings depend on: what prepares images and texts, the architecture, and the
+    sum of the weights' bits, which is the same on every device.
+    """
     bits = {2: torch.int16, 4: torch.int32}
-    total = sum(int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64)) for p in module.parameters())
+    total = sum(
+        int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64))
+        for p in module.parameters()
+    )
     interpolation = next(iter(cfg.views.values())).interpolation
-    about = plain(asdict(cfg.model)), cfg.eval_crop, interpolation, cfg.data.context, cfg.data.pad_text, tokenizer.fingerprint
+    about = (
+        plain(asdict(cfg.model)),
+        cfg.eval_crop,
+        interpolation,
+        cfg.data.context,
+        cfg.data.pad_text,
+        tokenizer.fingerprint,
+    )
     return hashlib.sha256(json.dumps([total, *about]).encode()).hexdigest()[:16]
 
 
 def backbone(run: Path | str, weights: str = "student", **how) -> Backbone:
-    """The vision tower of a run, checkpoint or converted model as feature maps (docs/transfer.md): whole, in fp32, all of it trainable.
+    """The vision tower of a run, checkpoint or converted model as feature maps (docs/transfer.md):
+    whole, in fp32, all of it trainable.
 
-    weights: student, or teacher (the moving average).  how: Backbone's own.  To be called after run.lib.ranks.start(), by all ranks.
+    weights: student, or teacher (the moving average). how: Backbone's own. To be called after
+    run.lib.ranks.start(), by all ranks.
     """
     method = opened(find(Path(run)))[2]
     return Backbone(method.shown(weights).vision.float().requires_grad_(True), **how).to(device())

@@ -1,7 +1,9 @@
 """AdamW's parameter groups, and the learning rate as a function of samples seen.
 
-Groups are told by module type and parameter name, never by `p.ndim`: under ZeRO-3 every parameter looks one-dimensional.
+Groups are told by module type and parameter name, never by `p.ndim`: under ZeRO-3 every parameter
+looks one-dimensional.
 """
+
 import math
 import re
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ class OptimConfig:
     eps: float = 1e-8
     min_lr: float = 0.0  # where the cosine ends
     clip: float = 0.0  # gradient norm; 0: no clipping (DeepSpeed's own default would be 1.0)
-    no_decay: tuple[str, ...] = ("bias", "norm", "positions")  # kinds of parameters that do not decay (FLIP's); all: see KINDS
+    # kinds of parameters that do not decay (FLIP's); all: see KINDS
+    no_decay: tuple[str, ...] = ("bias", "norm", "positions")
 
     def __post_init__(self):
         self.peak(1)
@@ -39,7 +42,9 @@ class OptimConfig:
             raise ValueError(f"optim.lr: {self.lr!r}; write 5e-4, or 4e-6 per 256") from None
 
     def rate(self, seen: int, batch: int, samples: int) -> float:
-        """The learning rate of the step that starts with `seen` samples behind it: linear warm-up, then cosine to min_lr."""
+        """The learning rate of the step that starts with `seen` samples behind it: linear warm-up,
+        then cosine to min_lr.
+        """
         peak = self.peak(batch)
         if seen < self.warmup:
             return peak * min(1.0, (seen + batch) / self.warmup)
@@ -63,6 +68,8 @@ def groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 (free if kind(module, name) in cfg.no_decay else decayed).append(parameter)
-    assert len(decayed) + len(free) == sum(p.requires_grad for p in model.parameters()), "a parameter is shared or missed"
+    assert len(decayed) + len(free) == sum(p.requires_grad for p in model.parameters()), (
+        "a parameter is shared or missed"
+    )
     both = dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=free, weight_decay=0.0)
     return [group for group in both if group["params"]]

@@ -2,9 +2,11 @@
 
     write(Path("report.html"), {"baseline": [read(run), ...], "model scaling": [...]}, galleries)
 
-The runs of a group differ in their seed alone (run/lib/results.py), and the first group is what the others are compared with.  What was
+The runs of a group differ in their seed alone (run/lib/results.py), and the first group is what the
+others are compared with. What was
 not measured is told as absent, with the reason.
 """
+
 import csv
 import io
 import math
@@ -23,51 +25,132 @@ from run.lib.pictures import sheet
 from run.lib.results import Result, difference, interval
 
 Groups = dict[str, list[Result]]
-Gallery = tuple[dict[str, Tensor], list[str]]  # what run/lib/pictures.py `gallery` made, and the captions of its rows
+# what run/lib/pictures.py `gallery` made, and the captions of its rows
+Gallery = tuple[dict[str, Tensor], list[str]]
 
 # The metrics of a set that a table has room for; of a suite all.
-MAIN = {"zero_shot": ("top1", "map", "pm_10", "roc_auc"), "retrieval": ("image_to_text_r1", "text_to_image_r1"), "knn": ("top1",),
-        "linear_probe": ("top1",), "finetune": ("top1",), "segmentation": ("mean_iou",), "captioning": ("cider",), "vqa": ("accuracy",)}
-WORDS = {"zero_shot": "zero-shot", "top1": "top-1", "top5": "top-5", "map": "mAP", "roc_auc": "ROC AUC",
-         "image_to_text_r1": "image-to-text R@1", "text_to_image_r1": "text-to-image R@1", "mean_iou": "mean IoU", "retrieval": "",
-         "cider": "CIDEr", "vqa": "VQA"}
+MAIN = {
+    "zero_shot": ("top1", "map", "pm_10", "roc_auc"),
+    "retrieval": ("image_to_text_r1", "text_to_image_r1"),
+    "knn": ("top1",),
+    "linear_probe": ("top1",),
+    "finetune": ("top1",),
+    "segmentation": ("mean_iou",),
+    "captioning": ("cider",),
+    "vqa": ("accuracy",),
+}
+WORDS = {
+    "zero_shot": "zero-shot",
+    "top1": "top-1",
+    "top5": "top-5",
+    "map": "mAP",
+    "roc_auc": "ROC AUC",
+    "image_to_text_r1": "image-to-text R@1",
+    "text_to_image_r1": "text-to-image R@1",
+    "mean_iou": "mean IoU",
+    "retrieval": "",
+    "cider": "CIDEr",
+    "vqa": "VQA",
+}
 ABREAST = 4  # metrics in a table
-KEY = ("Grey patches are hidden. Attention: of the class token, bright where it looks. "
-       "Resemblance: of each patch's embedding to the caption's.")
+KEY = (
+    "Grey patches are hidden. Attention: of the class token, bright where it looks. "
+    "Resemblance: of each patch's embedding to the caption's."
+)
 
 
-def write(out: Path, groups: Groups, galleries: dict[str, Gallery | str] | None = None, title: str = "Runs compared",
-          metric: str = "") -> list[Path]:
-    """Write the page, and beside it OUT-PLOT.png, OUT-curves.csv and OUT-runs.csv; returns all paths, the page first.
+def write(
+    out: Path,
+    groups: Groups,
+    galleries: dict[str, Gallery | str] | None = None,
+    title: str = "Runs compared",
+    metric: str = "",
+) -> list[Path]:
+    """Write the page, and beside it OUT-PLOT.png, OUT-curves.csv and OUT-runs.csv; returns all
+    paths, the page first.
 
-    galleries: {label: what masks keep and towers look at, or why there is no picture}; metric: what stands first, whatever its kind.
+    galleries: {label: what masks keep and towers look at, or why there is no picture}; metric: what
+    stands first, whatever its kind.
     """
     names = metrics(groups, metric)
     figures = drawn(groups, names)
-    files = {out: page(groups, names, figures, galleries or {}, title).encode(), beside(out, "curves.csv"): curves_csv(groups),
-             beside(out, "runs.csv"): runs_csv(groups)}
-    files |= {beside(out, f"{slug(name)}.png"): plots.png(figure) for name, figure in figures.items()}
-    files |= {beside(out, f"masks_{slug(label)}.png"): encoded(sheet(found[0]), "png") for label, found in (galleries or {}).items()
-              if not isinstance(found, str)}
+    files = {
+        out: page(groups, names, figures, galleries or {}, title).encode(),
+        beside(out, "curves.csv"): curves_csv(groups),
+        beside(out, "runs.csv"): runs_csv(groups),
+    }
+    files |= {
+        beside(out, f"{slug(name)}.png"): plots.png(figure) for name, figure in figures.items()
+    }
+    files |= {
+        beside(out, f"masks_{slug(label)}.png"): encoded(sheet(found[0]), "png")
+        for label, found in (galleries or {}).items()
+        if not isinstance(found, str)
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         path.write_bytes(content)
     return list(files)
 
 
-def page(groups: Groups, names: list[str], figures: dict[str, plots.Figure], galleries: dict[str, Gallery | str], title: str) -> str:
-    body = [f"<h1>{escape(title)}</h1><p>{escape(headline(groups))}</p><h2>Results</h2>", results_table(groups, names)]
+def page(
+    groups: Groups,
+    names: list[str],
+    figures: dict[str, plots.Figure],
+    galleries: dict[str, Gallery | str],
+    title: str,
+) -> str:
+    body = [
+        f"<h1>{escape(title)}</h1><p>{escape(headline(groups))}</p><h2>Results</h2>",
+        results_table(groups, names),
+    ]
     for name in names:
-        body.append(shown(figures, {
-            f"{name} by samples": "By samples seen in training." + " Dashed: the longer schedule, rescaled along x." * bool(longer(groups)),
-            f"{name} by time": "After training, by the time that training took. Grey: one recipe, trained for longer."}))
-    body.append("<h2>Cost</h2>" + cost_table(groups) + shown(figures, {
-        "speed": "Training throughput.", "memory": "Peak memory of rank 0.", "loss": "Loss by samples seen."}))
+        body.append(
+            shown(
+                figures,
+                {
+                    f"{name} by samples": (
+                        "By samples seen in training."
+                        + " Dashed: the longer schedule, rescaled along x." * bool(longer(groups))
+                    ),
+                    f"{name} by time": (
+                        "After training, by the time that training took. Grey: one recipe, trained"
+                        " for longer."
+                    ),
+                },
+            )
+        )
+    body.append(
+        "<h2>Cost</h2>"
+        + cost_table(groups)
+        + shown(
+            figures,
+            {
+                "speed": "Training throughput.",
+                "memory": "Peak memory of rank 0.",
+                "loss": "Loss by samples seen.",
+            },
+        )
+    )
     if galleries:
         body.append(f"<h2>What masks keep and towers look at</h2><p>{KEY} Of the first seed.</p>")
-        body += [f"<h3>{escape(label)}</h3>" + (f'<p class="absent">absent: {escape(found)}</p>' if isinstance(found, str)
-                                                else gallery_table(*found)) for label, found in galleries.items()]
-    body.append("<h2>Runs</h2>" + "".join(run_details(label, one, first(groups)) for label, group in groups.items() for one in group))
+        body += [
+            f"<h3>{escape(label)}</h3>"
+            + (
+                f'<p class="absent">absent: {escape(found)}</p>'
+                if isinstance(found, str)
+                else gallery_table(*found)
+            )
+            for label, found in galleries.items()
+        ]
+    body.append(
+        "<h2>Runs</h2>"
+        + "".join(
+            run_details(label, one, first(groups))
+            for label, group in groups.items()
+            for one in group
+        )
+    )
     return document(title, "".join(body))
 
 
@@ -75,8 +158,11 @@ def headline(groups: Groups) -> str:
     runs = [one for group in groups.values() for one in group]
     whole = sum(one.state == "complete" for one in runs)
     compared = f" A second line is the difference to {next(iter(groups))}." * (len(groups) > 1)
-    return (f"Groups: {len(groups)}. Runs: {len(runs)}, {whole} of them complete; those of a group differ in their seed alone. [low, high] "
-            f"and bands: 95 % bootstrap intervals of the mean over n seeds; of two or three seeds that is their range.{compared}")
+    return (
+        f"Groups: {len(groups)}. Runs: {len(runs)}, {whole} of them complete; those of a group"
+        " differ in their seed alone. [low, high] and bands: 95 % bootstrap intervals of the mean"
+        f" over n seeds; of two or three seeds that is their range.{compared}"
+    )
 
 
 def metrics(groups: Groups, before: str = "") -> list[str]:
@@ -97,8 +183,13 @@ def spoken(name: str) -> tuple[str, str]:
     bare, _, asked = name.partition(" (")
     kind, of, metric = bare.removeprefix("teacher/").split("/")
     kind, _, options = kind.partition("(")
-    how = ["teacher"] * bare.startswith("teacher/") + [each.removesuffix(")") for each in (options, asked) if each]
-    what = f"{WORDS.get(kind, kind.replace('_', ' '))} {WORDS.get(metric, metric.replace('_', ' '))} (%)"
+    how = ["teacher"] * bare.startswith("teacher/") + [
+        each.removesuffix(")") for each in (options, asked) if each
+    ]
+    what = (
+        f"{WORDS.get(kind, kind.replace('_', ' '))}"
+        f" {WORDS.get(metric, metric.replace('_', ' '))} (%)"
+    )
     return what.lstrip(), ", ".join([of.replace("_", " "), *how])
 
 
@@ -108,17 +199,28 @@ def values(group: list[Result], metric: str) -> list[float]:
 
 def why(group: list[Result]) -> str:
     """Why a group lacks results."""
-    reasons = [f"{one.run.name}: " * (len(group) > 1) + "failed: " * (one.state == "failed") + one.reason for one in group if one.reason]
+    reasons = [
+        f"{one.run.name}: " * (len(group) > 1) + "failed: " * (one.state == "failed") + one.reason
+        for one in group
+        if one.reason
+    ]
     return "; ".join(reasons) or ("not evaluated" if group else "not run")
 
 
 def results_table(groups: Groups, names: list[str]) -> str:
-    """A row a group: of each metric mean, interval and number of seeds, and the difference to the first group."""
+    """A row a group: of each metric mean, interval and number of seeds, and the difference to the
+    first group.
+    """
     if not names:
         return '<p class="absent">absent: no run was evaluated</p>'
-    lost = [f"<li>{escape(label)}: {escape(why(group))}</li>" for label, group in groups.items()
-            if any(one.reason for one in group) and any(one.final for one in group)]
-    tables = [some_results(groups, names[at:at + ABREAST]) for at in range(0, len(names), ABREAST)]
+    lost = [
+        f"<li>{escape(label)}: {escape(why(group))}</li>"
+        for label, group in groups.items()
+        if any(one.reason for one in group) and any(one.final for one in group)
+    ]
+    tables = [
+        some_results(groups, names[at : at + ABREAST]) for at in range(0, len(names), ABREAST)
+    ]
     return "".join(tables) + f"<p>Left out:</p><ul>{''.join(lost)}</ul>" * bool(lost)
 
 
@@ -127,7 +229,15 @@ def some_results(groups: Groups, names: list[str]) -> str:
     rows, (base, *_) = [], groups.values()
     for label, group in groups.items():
         if not any(values(group, name) for name in names):
-            rows.append((label, [f'<td class="absent" colspan="{len(names)}"><div>absent: {escape(why(group))}</div></td>']))
+            rows.append(
+                (
+                    label,
+                    [
+                        f'<td class="absent" colspan="{len(names)}"><div>absent:'
+                        f" {escape(why(group))}</div></td>"
+                    ],
+                )
+            )
             continue
         cells = []
         for name in names:
@@ -148,17 +258,35 @@ def cost_table(groups: Groups) -> str:
     rows = []
     for label, group in groups.items():
         if not any(one.samples for one in group):
-            rows.append((label, [f'<td class="absent" colspan="6"><div>absent: {escape(why(group))}</div></td>']))
+            rows.append(
+                (
+                    label,
+                    [
+                        '<td class="absent" colspan="6"><div>absent:'
+                        f" {escape(why(group))}</div></td>"
+                    ],
+                )
+            )
             continue
         cells = []
-        for key, form in (("seconds", lambda s: clock(s)), ("samples_per_s", short), ("mfu", lambda share: f"{share:.0%}"),
-                          ("memory_gib", lambda gib: f"{gib:.2f}")):
+        for key, form in (
+            ("seconds", lambda s: clock(s)),
+            ("samples_per_s", short),
+            ("mfu", lambda share: f"{share:.0%}"),
+            ("memory_gib", lambda gib: f"{gib:.2f}"),
+        ):
             point = spread(group, key)
-            cells.append('<td class="absent">not known</td>' if point is None else
-                         f"<td>{form(point[1])}{'' if math.isnan(point[2]) else f' [{form(point[2])}, {form(point[3])}]'}</td>")
+            if point is None:
+                cells.append('<td class="absent">not known</td>')
+                continue
+            _, middle, low, high = point
+            interval = "" if math.isnan(low) else f" [{form(low)}, {form(high)}]"
+            cells.append(f"<td>{form(middle)}{interval}</td>")
         seen = "; ".join(dict.fromkeys(f"{one.samples:,}" for one in group if one.samples))
         rows.append((label, [f"<td>{len(group)}</td><td>{seen}</td>", *cells]))
-    return table(["runs", "samples seen", "training time", "samples/s", "MFU", "peak memory, GiB"], rows)
+    return table(
+        ["runs", "samples seen", "training time", "samples/s", "MFU", "peak memory, GiB"], rows
+    )
 
 
 def told(found: tuple[float, float, float], by: float, form: str = ".1f") -> str:
@@ -174,34 +302,70 @@ def of_first(name: str) -> bool:
 def drawn(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
     """{name: plot} of what there is to draw of these metrics, and of cost."""
     labels, found = list(groups), {}
-    longest = max((one.seconds for group in groups.values() for one in group if one.seconds), default=0)
+    longest = max(
+        (one.seconds for group in groups.values() for one in group if one.seconds), default=0
+    )
     unit, per = ("hours", 3600) if longest >= 3600 else ("minutes", 60)
     for name in names:
         what, where = spoken(name)
-        if lines := {label: points for label, group in groups.items() if (points := line(group, name))}:
+        if lines := {
+            label: points for label, group in groups.items() if (points := line(group, name))
+        }:
             key = f"{name.rpartition('/')[0]}/chance"
-            chance = [points[0][1] for group in groups.values() for one in group if (points := one.curve.get(key)) and of_first(name)]
+            chance = [
+                points[0][1]
+                for group in groups.values()
+                for one in group
+                if (points := one.curve.get(key)) and of_first(name)
+            ]
             scaled = {label: factor for label, factor in longer(groups).items() if label in lines}
-            found[f"{name} by samples"] = plots.curves(where, lines, "samples seen", what, labels, scaled, level=next(iter(chance), None))
-        ended = {label: [one for one in group if name in one.final and one.seconds] for label, group in groups.items()}
+            found[f"{name} by samples"] = plots.curves(
+                where, lines, "samples seen", what, labels, scaled, level=next(iter(chance), None)
+            )
+        ended = {
+            label: [one for one in group if name in one.final and one.seconds]
+            for label, group in groups.items()
+        }
         if ended := {label: group for label, group in ended.items() if group}:
-            points = {label: (spread(group, "seconds", per), (0.0, *interval(values(group, name)))) for label, group in ended.items()}
+            points = {
+                label: (spread(group, "seconds", per), (0.0, *interval(values(group, name))))
+                for label, group in ended.items()
+            }
             recipes: dict[str, list[str]] = {}
             for label, group in ended.items():
                 recipes.setdefault(repr(recipe(group[0].config)), []).append(label)
-            found[f"{name} by time"] = plots.trade_off(where, points, [chain for chain in recipes.values() if len(chain) > 1],
-                                                       f"training time ({unit})", what, labels)
-    for name, key, what in (("speed", "samples_per_s", "samples a second"), ("memory", "memory_gib", "peak memory (GiB)")):
+            found[f"{name} by time"] = plots.trade_off(
+                where,
+                points,
+                [chain for chain in recipes.values() if len(chain) > 1],
+                f"training time ({unit})",
+                what,
+                labels,
+            )
+    for name, key, what in (
+        ("speed", "samples_per_s", "samples a second"),
+        ("memory", "memory_gib", "peak memory (GiB)"),
+    ):
         if any(spread(group, key) for group in groups.values()):
-            found[name] = plots.bars({label: spread(group, key) for label, group in groups.items()}, what, labels)
-    if losses := {label: points for label, group in groups.items() if (points := mean_line([one.losses for one in group]))}:
+            found[name] = plots.bars(
+                {label: spread(group, key) for label, group in groups.items()}, what, labels
+            )
+    if losses := {
+        label: points
+        for label, group in groups.items()
+        if (points := mean_line([one.losses for one in group]))
+    }:
         found["loss"] = plots.curves("", losses, "samples seen", "loss", labels, share=False)
     return found
 
 
 def spread(group: list[Result], key: str, per: float = 1) -> plots.Point | None:
     """A cost of a group; its time is that of whole runs."""
-    found = [getattr(one, key) / per for one in group if getattr(one, key) is not None and (key != "seconds" or one.state == "complete")]
+    found = [
+        getattr(one, key) / per
+        for one in group
+        if getattr(one, key) is not None and (key != "seconds" or one.state == "complete")
+    ]
     return (0.0, *interval(found)) if found else None
 
 
@@ -227,27 +391,49 @@ def longer(groups: Groups) -> dict[str, float]:
     """{label: factor} of the groups that are the first one's recipe with a longer schedule."""
     base = first(groups)
     cfgs = {label: group[0].config for label, group in groups.items() if group and group[0].config}
-    return {label: base.samples / cfg.samples for label, cfg in cfgs.items() if recipe(cfg) == recipe(base) and cfg.samples > base.samples}
+    return {
+        label: base.samples / cfg.samples
+        for label, cfg in cfgs.items()
+        if recipe(cfg) == recipe(base) and cfg.samples > base.samples
+    }
 
 
 def recipe(cfg: Run) -> Run:
     """A config without what a longer schedule changes."""
-    return replace(cfg, run="", seed=0, samples=cfg.batch, optim=replace(cfg.optim, warmup=0), log_every=1, eval_every=0, save_every=0)
+    return replace(
+        cfg,
+        run="",
+        seed=0,
+        samples=cfg.batch,
+        optim=replace(cfg.optim, warmup=0),
+        log_every=1,
+        eval_every=0,
+        save_every=0,
+    )
 
 
 def run_details(label: str, one: Result, base: Run | None) -> str:
     name = one.run.name if label in str(one.run) else f"{label}: {one.run.name}"
-    head = f"{escape(name)}, {one.state}" + (f' <span class="absent">({escape(one.reason)})</span>' if one.reason else "")
+    head = f"{escape(name)}, {one.state}" + (
+        f' <span class="absent">({escape(one.reason)})</span>' if one.reason else ""
+    )
     if one.config is None:
         return f"<details class='run'><summary>{head}</summary></details>"
     whole = plain(asdict(one.config))
     there, mine = flat(plain(asdict(base))), flat(whole)
-    changed = [f"{key}: {value}" for key, value in mine.items() if key != "run" and there.get(key) != value]
+    changed = [
+        f"{key}: {value}" for key, value in mine.items() if key != "run" and there.get(key) != value
+    ]
     changed += [f"{key}: none" for key in there if key not in mine]
-    parts = [f"<pre>{escape(chr(10).join(one.commands)) or 'no command recorded'}</pre>",
-             "<p>" + escape(", ".join(f"{key} {value}" for key, value in one.provenance.items())) + "</p>",
-             f"<p>Unlike the first: {escape('; '.join(changed)) or 'nothing'}.</p>",
-             f"<details><summary>whole config</summary><pre>{escape(yaml.safe_dump(whole, sort_keys=False))}</pre></details>"]
+    parts = [
+        f"<pre>{escape(chr(10).join(one.commands)) or 'no command recorded'}</pre>",
+        "<p>"
+        + escape(", ".join(f"{key} {value}" for key, value in one.provenance.items()))
+        + "</p>",
+        f"<p>Unlike the first: {escape('; '.join(changed)) or 'nothing'}.</p>",
+        "<details><summary>whole config</summary>"
+        f"<pre>{escape(yaml.safe_dump(whole, sort_keys=False))}</pre></details>",
+    ]
     return f'<details class="run"><summary>{head}</summary>{"".join(parts)}</details>'
 
 
@@ -255,21 +441,38 @@ def flat(tree: dict, before: str = "") -> dict:
     """{'a.b': value} of nested mappings."""
     found = {}
     for key, value in tree.items():
-        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+        found |= (
+            flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+        )
     return found
 
 
 def curves_csv(groups: Groups) -> bytes:
-    rows = [(label, one.run, one.config.seed, metric, samples, value) for label, group in groups.items() for one in group if one.config
-            for metric, points in {"loss": one.losses, **one.curve}.items() for samples, value in points]
+    rows = [
+        (label, one.run, one.config.seed, metric, samples, value)
+        for label, group in groups.items()
+        for one in group
+        if one.config
+        for metric, points in {"loss": one.losses, **one.curve}.items()
+        for samples, value in points
+    ]
     return table_csv(("group", "run", "seed", "metric", "samples", "value"), rows)
 
 
 def runs_csv(groups: Groups) -> bytes:
     """A row a run; what is not known is empty."""
     keys = ("state", "reason", "samples", "seconds", "samples_per_s", "mfu", "memory_gib")
-    rows = [(label, one.run, one.config and one.config.seed, *(getattr(one, key) for key in keys), one.provenance.get("commit"))
-            for label, group in groups.items() for one in group]
+    rows = [
+        (
+            label,
+            one.run,
+            one.config and one.config.seed,
+            *(getattr(one, key) for key in keys),
+            one.provenance.get("commit"),
+        )
+        for label, group in groups.items()
+        for one in group
+    ]
     return table_csv(("group", "run", "seed", *keys, "commit"), rows)
 
 

@@ -1,9 +1,12 @@
-"""Other libraries' models, to compare with: imported even where torchvision was built for another torch.
+"""Other libraries' models, to compare with: imported even where torchvision was built for another
+torch.
 
-PyPI's torchvision beside a CPU build of torch cannot load its compiled operators, and then fails on import, and with it open_clip, timm
-and parts of transformers, though none of them needs those operators here.  Importing this file before them declares the two that
-torchvision asks for.
+PyPI's torchvision beside a CPU build of torch cannot load its compiled operators, and then fails on
+import, and with it open_clip, timm
+and parts of transformers, though none of them needs those operators here. Importing this file
+before them declares the two that torchvision asks for.
 """
+
 import importlib.abc
 import sys
 
@@ -11,7 +14,9 @@ import torch
 
 
 class DefineOperators(importlib.abc.MetaPathFinder):
-    """Before torchvision is first imported, declare the two operators that it registers fakes for."""
+    """Before torchvision is first imported, declare the two operators that it registers fakes
+    for.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
@@ -19,7 +24,9 @@ class DefineOperators(importlib.abc.MetaPathFinder):
             self.library = torch.library.Library("torchvision", "FRAGMENT")
             for operator in ("nms", "qnms"):
                 if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, operator):
-                    self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                    self.library.define(
+                        f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                    )
             sys.modules["_torchvision_operators"] = self  # keeps the library alive
         return None
 

@@ -1,7 +1,9 @@
-"""Pictures: the visible patches of a batch; what each mask keeps of the same images, what a model attends to, what resembles a caption.
+"""Pictures: the visible patches of a batch; what each mask keeps of the same images, what a model
+attends to, what resembles a caption.
 
 Letters: n images, L patches, (rows, columns) their grid, P patch side, H x W image sides.
 """
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -22,11 +24,14 @@ from run.lib.ranks import to_device
 
 GREY, IMAGES, COLUMNS = 128, 16, 8
 MASKS = ("random(0.5)", "gaussian(0.5)", "inverse_gaussian(0.5)")
-HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])  # dark to bright: Matplotlib's inferno
+# dark to bright: Matplotlib's inferno
+HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
 
 
 def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | None:
-    """The images and captions of so many samples, spread over the shards; what cannot be read is left out, None where that is all."""
+    """The images and captions of so many samples, spread over the shards; what cannot be read is
+    left out, None where that is all.
+    """
     found = []
     for i in range(count):
         try:
@@ -39,7 +44,9 @@ def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | 
 
 
 def masked_inputs(part: dict, cfg: Run) -> Tensor:
-    """The first images of each view of a part as one picture, (3, H, W) uint8; a row of eight images under another."""
+    """The first images of each view of a part as one picture, (3, H, W) uint8; a row of eight
+    images under another.
+    """
     rows = []
     for name, _, _, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
         view = part["views"][name]
@@ -55,7 +62,9 @@ def masked_inputs(part: dict, cfg: Run) -> Tensor:
 def placed(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """(n, K, 3 P P) uint8 at (n, K) -> images (n, 3, H, W), grey where no patch is."""
     whole = torch.full((len(patches), grid[0] * grid[1], patches.shape[2]), GREY, dtype=torch.uint8)
-    return unpatchify(whole.scatter_(1, positions[:, :, None].expand_as(patches), patches), patch, grid)
+    return unpatchify(
+        whole.scatter_(1, positions[:, :, None].expand_as(patches), patches), patch, grid
+    )
 
 
 def framed(images: Tensor) -> Tensor:
@@ -64,10 +73,17 @@ def framed(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gallery(method, cfg: Run, tokenizer, images: list[bytes], captions: list[str]) -> dict[str, Tensor]:
-    """{column: (n, 3, H, W) uint8} for encoded images; all ranks must call, with the same images."""
+def gallery(
+    method, cfg: Run, tokenizer, images: list[bytes], captions: list[str]
+) -> dict[str, Tensor]:
+    """{column: (n, 3, H, W) uint8} for encoded images; all ranks must call, with the same
+    images.
+    """
     view = next(iter(cfg.views.values()))
-    pixels = [center_view(image, cfg.model.image_size, cfg.eval_crop, view.interpolation) for image in images]
+    pixels = [
+        center_view(image, cfg.model.image_size, cfg.eval_crop, view.interpolation)
+        for image in images
+    ]
     whole = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     patches, grid = patchify(whole, cfg.model.patch), cfg.model.grid
     positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
@@ -75,16 +91,30 @@ def gallery(method, cfg: Run, tokenizer, images: list[bytes], captions: list[str
     similar = resemblance(method, cfg, tokenizer, tokens, captions)
     noise = torch.from_numpy(np.random.default_rng(0).random(positions.shape, dtype=np.float32))
     keeps = {spec: parse(spec)(noise, grid) for spec in MASKS}
-    block = getattr(cfg.options, "block", cfg.model.patch * (1 + (not any(side % 2 for side in grid))))  # A-CLIP's own, or 2 x 2 patches
+    # A-CLIP's own, or 2 x 2 patches
+    block = getattr(
+        cfg.options, "block", cfg.model.patch * (1 + (not any(side % 2 for side in grid)))
+    )
     for strategy in ("low", "high"):
-        keeps[f"attentive, {strategy}, blocks of {block} px"] = Attentive(strategy, block, cfg.model.patch, grid).choose(scores, 0.5)
-    columns = {name: placed(take(patches, keep), keep, cfg.model.patch, grid)
-               for name, keep in keeps.items()}
-    return {"image": whole, **columns, "attention": heat(scores, grid, whole), "resemblance": heat(similar, grid, whole)}
+        keeps[f"attentive, {strategy}, blocks of {block} px"] = Attentive(
+            strategy, block, cfg.model.patch, grid
+        ).choose(scores, 0.5)
+    columns = {
+        name: placed(take(patches, keep), keep, cfg.model.patch, grid)
+        for name, keep in keeps.items()
+    }
+    return {
+        "image": whole,
+        **columns,
+        "attention": heat(scores, grid, whole),
+        "resemblance": heat(similar, grid, whole),
+    }
 
 
 def looked(method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of the class token (n, L), of the teacher where there is one, and the student's patch tokens (n, L, D)."""
+    """Attention of the class token (n, L), of the teacher where there is one, and the student's
+    patch tokens (n, L, D).
+    """
     student, teacher = Watch(), Watch()
     tokens = method.towers.vision(patches, positions, watch=student)
     if hasattr(method, "teacher"):
@@ -96,14 +126,20 @@ def looked(method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def resemblance(method, cfg: Run, tokenizer, tokens: Tensor, captions: list[str]) -> Tensor:
     """(n, L): cosine of each patch's embedding and its image's caption's (MaskCLIP's figure 2)."""
-    ids, lengths = pack([cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions])
-    text = method.towers.encode_text(**to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max()))))
+    ids, lengths = pack(
+        [cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions]
+    )
+    text = method.towers.encode_text(
+        **to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max())))
+    )
     embedded = method.towers.embed_image(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
     return torch.einsum("nle,ne->nl", embedded, text).float().cpu()
 
 
 def heat(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
-    """(n, L) -> (n, 3, H, W): each row from its smallest, dark, to its largest, bright, over the greyed image."""
+    """(n, L) -> (n, 3, H, W): each row from its smallest, dark, to its largest, bright, over the
+    greyed image.
+    """
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     level = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid)[:, None]
     level = F.interpolate(level, images.shape[2:], mode="nearest")[:, 0] * (len(HEAT) - 1)
@@ -116,21 +152,36 @@ def heat(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
 
 def sheet(columns: dict[str, Tensor]) -> Tensor:
     """A gallery as one picture (3, H, W): a row an image, a column a mask."""
-    return torch.cat([torch.cat(list(row), dim=2) for row in zip(*(framed(images) for images in columns.values()))], dim=1)
+    return torch.cat(
+        [
+            torch.cat(list(row), dim=2)
+            for row in zip(*(framed(images) for images in columns.values()))
+        ],
+        dim=1,
+    )
 
 
-def segmentations(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str], side: int = 144) -> Image.Image:
-    """Rows of image (H, W, 3), label map and found map (H, W) as one picture, each `side` high, with the names of the classes in it.
+def segmentations(
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str], side: int = 144
+) -> Image.Image:
+    """Rows of image (H, W, 3), label map and found map (H, W) as one picture, each `side` high,
+    with the names of the classes in it.
 
     What the label map leaves open is grey in both maps, so that they can be compared.
     """
     strips = []
     for image, truth, found in rows:
         known = truth != IGNORE
-        maps = [np.where(known[..., None], colours(values), GREY).astype(np.uint8) for values in (truth, found)]
+        maps = [
+            np.where(known[..., None], colours(values), GREY).astype(np.uint8)
+            for values in (truth, found)
+        ]
         wide = round(side * image.shape[1] / image.shape[0])
         parts = [Image.fromarray(image).resize((wide, side))]
-        parts += [Image.fromarray(values).resize((wide, side), Image.Resampling.NEAREST) for values in maps]
+        parts += [
+            Image.fromarray(values).resize((wide, side), Image.Resampling.NEAREST)
+            for values in maps
+        ]
         strip = Image.new("RGB", (3 * wide + 8 + 260, side + 4), "white")
         for n, part in enumerate(parts):
             strip.paste(part, (n * (wide + 4), 0))
@@ -138,8 +189,13 @@ def segmentations(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes
         for n, (title, values) in enumerate((("is", truth[known]), ("found", found[known]))):
             draw.text((3 * wide + 16 + 130 * n, 2), title, fill="black")
             numbers, counts = np.unique(values, return_counts=True)
-            for line, c in enumerate(numbers[np.argsort(-counts)][:(side - 16) // 13]):  # the largest first
-                draw.text((3 * wide + 16 + 130 * n, 16 + 13 * line), classes[c][:20], fill=tuple(colours(np.array(c)).tolist()))
+            # the largest first
+            for line, c in enumerate(numbers[np.argsort(-counts)][: (side - 16) // 13]):
+                draw.text(
+                    (3 * wide + 16 + 130 * n, 16 + 13 * line),
+                    classes[c][:20],
+                    fill=tuple(colours(np.array(c)).tolist()),
+                )
         strips.append(strip)
     whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
     top = 0
@@ -150,7 +206,9 @@ def segmentations(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes
 
 
 def colours(numbers: np.ndarray) -> np.ndarray:
-    """A colour (..., 3) uint8 for each class's number: hues a golden angle apart, in three degrees of darkness."""
+    """A colour (..., 3) uint8 for each class's number: hues a golden angle apart, in three degrees
+    of darkness.
+    """
     hue = numbers[..., None] * 0.618034 * 6 + np.array([0, 4, 2])
     level = np.array([1.0, 0.75, 0.5])[numbers % 3][..., None]
     return (255 * level * np.clip(np.abs(hue % 6 - 3) - 1, 0, 0.85)).astype(np.uint8)

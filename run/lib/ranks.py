@@ -1,9 +1,11 @@
-"""The processes of a job: joining them, what each is, what they decide together, and leaving cleanly.
+"""The processes of a job: joining them, what each is, what they decide together, and leaving
+cleanly.
 
     start()                  the launcher's process group; one process if no launcher set one up
     run_script(main)         a script's main on this rank, errors told once, no collective torn
     Stop().asked()           a signal to stop, agreed on by all ranks
 """
+
 import datetime
 import os
 import signal
@@ -18,7 +20,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-TIMEOUT = datetime.timedelta(minutes=5)  # for a rank that hangs; a rank that dies ends its launcher's job at once
+# for a rank that hangs; a rank that dies ends its launcher's job at once
+TIMEOUT = datetime.timedelta(minutes=5)
 FAILED = b"failed"
 _once: list[str] = []  # the keys at the store that `once` has used
 
@@ -27,15 +30,26 @@ def start() -> None:
     """Join the launcher's process group, or be the only process where there is no launcher."""
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            raise ValueError("RANK: not set, though Slurm started several tasks; map SLURM_PROCID and its like first (docs/running.md)")
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "0"))
+            raise ValueError(
+                "RANK: not set, though Slurm started several tasks; map SLURM_PROCID and its like"
+                " first (docs/running.md)"
+            )
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=os.environ.get("MASTER_PORT", "0"),
+        )
     local = int(os.environ.get("LOCAL_RANK", 0))
     check_devices(local)
     deepspeed.utils.logger.setLevel("WARNING")
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for 38 s, and only speeds inference up
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # from inside DeepSpeed: names that torch 2.13 renamed
+        # compiles for 38 s, and only speeds inference up
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # from inside DeepSpeed: names that torch 2.13 renamed
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     get_accelerator().set_device(local)
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
 
@@ -50,8 +64,10 @@ def check_devices(local: int) -> None:
         devices, kind = len(os.sched_getaffinity(0)), "CPU cores"
         otherwise = ", or let ranks share cores by OVERSUBSCRIBE=1 in the environment"
     if local >= devices:
-        raise ValueError(f"--num_accelerators: rank {os.environ['RANK']} would be process {local + 1} on a machine with {devices} {kind}; "
-                         f"start at most {devices}{otherwise}")
+        raise ValueError(
+            f"--num_accelerators: rank {os.environ['RANK']} would be process {local + 1} on a"
+            f" machine with {devices} {kind}; start at most {devices}{otherwise}"
+        )
 
 
 def rank() -> int:
@@ -67,7 +83,9 @@ def barrier() -> None:
 
 
 def once(make: Callable):
-    """make(), by rank 0 first and then by the others: for files that the first call makes and the later ones find."""
+    """make(), by rank 0 first and then by the others: for files that the first call makes and the
+    later ones find.
+    """
     _once.append(f"once {len(_once)}")
     if rank():
         try:
@@ -90,14 +108,18 @@ def once(make: Callable):
 
 
 def told(make: Callable[[], str]) -> str:
-    """make(), by rank 0 alone, told to all: what ranks might see differently on a network file system."""
+    """make(), by rank 0 alone, told to all: what ranks might see differently on a network file
+    system.
+    """
     key = f"told {len(_once)}"
     once(lambda: rank() or store().set(key, make()))
     return once(lambda: store().get(key).decode())
 
 
 def store() -> dist.Store:
-    """The key-value store of the process group: for waits that are longer than a collective may take."""
+    """The key-value store of the process group: for waits that are longer than a collective may
+    take.
+    """
     return dist.distributed_c10d._get_default_store()
 
 
@@ -140,9 +162,11 @@ def least(value: int) -> int:
 
 
 class Stop:
-    """SIGTERM or SIGINT, agreed on by all ranks: `asked()` becomes true on every rank after the same step.
+    """SIGTERM or SIGINT, agreed on by all ranks: `asked()` becomes true on every rank after the
+    same step.
 
-    The flags are reduced behind the step's back and read one step later, so that no step waits for them.
+    The flags are reduced behind the step's back and read one step later, so that no step waits for
+    them.
     """
 
     def __init__(self):
@@ -171,7 +195,9 @@ class Stop:
 
 
 def finish(code: int = 0) -> None:
-    """Leave at once: gloo's threads abort 8-20 % of the processes that end through the interpreter (docs/log.md)."""
+    """Leave at once: gloo's threads abort 8-20 % of the processes that end through the interpreter
+    (docs/log.md).
+    """
     if code == 0 and dist.is_initialized():
         dist.barrier()
     sys.stdout.flush()
@@ -180,16 +206,21 @@ def finish(code: int = 0) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main on this rank; what a user can mend is told in one line, by the first rank that meets it."""
+    """Run a script's main on this rank; what a user can mend is told in one line, by the first rank
+    that meets it.
+    """
     try:
         main()
     except (ValueError, OSError) as error:
         if rank():
-            time.sleep(3)  # where all ranks fail alike, rank 0 speaks and the launcher ends the others meanwhile
+            # where all ranks fail alike, rank 0 speaks and the launcher ends the others meanwhile
+            time.sleep(3)
         said = str(error)
         if "Traceback" in said:  # from a loader process, which sends its whole trace
             said = said.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {said}" if not rank() else f"error on rank {rank()}: {said}", file=sys.stderr)
+        print(
+            f"error: {said}" if not rank() else f"error on rank {rank()}: {said}", file=sys.stderr
+        )
         finish(2)
     except BaseException as error:
         if isinstance(error, SystemExit):

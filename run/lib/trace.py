@@ -1,12 +1,16 @@
-"""What a forward and backward pass keeps in memory and computes, found by running the method itself on tensors without contents.
+"""What a forward and backward pass keeps in memory and computes, found by running the method itself
+on tensors without contents.
 
-    trace = traced(cfg, vocab, tokens, micro, torch.bfloat16)     nothing of the size of a weight is ever allocated
+    trace = traced(cfg, vocab, tokens, micro, torch.bfloat16)
+        nothing of the size of a weight is ever allocated
     trace.forward, trace.saved, trace.backward
 
-Storages are counted while they live, as an allocator that wastes nothing would hold them: weights are not counted, temporaries inside a
-kernel are not seen.  The loss is left out: what it needs grows with ranks and batch (model/losses.py, run/lib/zero_memory.py).
+Storages are counted while they live, as an allocator that wastes nothing would hold them: weights
+are not counted, temporaries inside a kernel are not seen. The loss is left out: what it needs grows
+with ranks and batch (model/losses.py, run/lib/zero_memory.py).
 Letters: B samples of a part.
 """
+
 import weakref
 from dataclasses import dataclass
 
@@ -21,12 +25,20 @@ from run.lib import made
 from run.lib.config import Run
 
 aten = torch.ops.aten
-FUSED = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)}
+FUSED = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: (
+        2 * sdpa_flop_count(q, k, v)
+    ),
+}
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations made and something still holds: `now`, and `peak`, their most so far."""
+    """Bytes of the storages that operations made and something still holds: `now`, and `peak`,
+    their most so far.
+    """
 
     def __init__(self):
         super().__init__()
@@ -59,21 +71,31 @@ class Alive(TorchDispatchMode):
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, which alone would leave out the attention of CPUs.  What fused attention computes twice is not counted."""
+    """torch's counter, which alone would leave out the attention of CPUs.
+
+    What fused attention computes twice is not counted.
+    """
     return FlopCounterMode(display=False, custom_mapping=FUSED)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes on one rank, of the batch and what follows from it: their most in the forward pass, after it, their most from then on."""
+    """Bytes on one rank, of the batch and what follows from it: their most in the forward pass,
+    after it, their most from then on.
+    """
+
     forward: int
     saved: int
     backward: int
     features: int  # of these, what goes into the loss
 
 
-def traced(cfg: Run, vocab: int, tokens: float, micro: int, dtype: torch.dtype, keep: bool) -> Trace:
-    """A part of `micro` samples; keep: gradients stay until the end, as before ZeRO-2, and count."""
+def traced(
+    cfg: Run, vocab: int, tokens: float, micro: int, dtype: torch.dtype, keep: bool
+) -> Trace:
+    """A part of `micro` samples; keep: gradients stay until the end, as before ZeRO-2, and
+    count.
+    """
     with FakeTensorMode():
         method = built(cfg, vocab, dtype)
         if not keep:
@@ -87,7 +109,9 @@ def traced(cfg: Run, vocab: int, tokens: float, micro: int, dtype: torch.dtype, 
             forward, saved, alive.peak = alive.peak, alive.now, alive.now
             trained = [feature for feature in features.values() if feature.requires_grad]
             torch.autograd.backward(trained, [torch.ones_like(feature) for feature in trained])
-            return Trace(forward, saved, alive.peak, sum(feature.nbytes for feature in features.values()))
+            return Trace(
+                forward, saved, alive.peak, sum(feature.nbytes for feature in features.values())
+            )
 
 
 def built(cfg: Run, vocab: int, dtype: torch.dtype) -> torch.nn.Module:
