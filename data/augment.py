@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from data.colour import recolour
-from data.masking import parse
+from glimpse.data.colour import recolour
+from glimpse.data.masking import parse
 
 try:
     import simplejpeg

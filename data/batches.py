@@ -35,12 +35,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data import patches, text_masking
-from data.augment import Box, Size, View, draws, expanded, random_views, sides
-from data.masking import Mask, parse
-from data.shards import Order, Sample, Shards
-from data.tokenizer import build as build_tokenizer
-from data.tokenizer import pack
+from glimpse.data import patches, text_masking
+from glimpse.data.augment import Box, Size, View, draws, expanded, random_views, sides
+from glimpse.data.masking import Mask, parse
+from glimpse.data.shards import Order, Sample, Shards
+from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.data.tokenizer import pack
 
 SUBSTITUTES = 20  # tries to replace a broken sample before the data are called broken
 

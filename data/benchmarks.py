@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data import prompts
-from data.augment import Size, center_view, opened, sides
-from data.batches import quiet_worker
-from data.patches import grid, visible
-from data.remote import local
-from data.shards import CAPTIONS, Shards
+from glimpse.data import prompts
+from glimpse.data.augment import Size, center_view, opened, sides
+from glimpse.data.batches import quiet_worker
+from glimpse.data.patches import grid, visible
+from glimpse.data.remote import local
+from glimpse.data.shards import CAPTIONS, Shards
 
 IGNORE = 255  # in a label map: no class
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from data.augment import decode
-from data.pairs import kind_of
-from data.shards import Sample, grouped, headers, read_index, require_pairs
-from data.workers import workers
+from glimpse.data.augment import decode
+from glimpse.data.pairs import kind_of
+from glimpse.data.shards import Sample, grouped, headers, read_index, require_pairs
+from glimpse.data.workers import workers
 
 NAMED = 10  # samples of a kind that are named
 PIECES = 4  # for each process, so that all end at about the same time

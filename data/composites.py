@@ -31,11 +31,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.benchmarks import IGNORE
-from data.composite_texts import CONCEPTS, TEMPLATES, Thing, captions, questions
-from data.glyphs import Progress, bar, finished
-from data.shards import Shards, build_index, write_shard
-from data.workers import workers
+from glimpse.data.benchmarks import IGNORE
+from glimpse.data.composite_texts import CONCEPTS, TEMPLATES, Thing, captions, questions
+from glimpse.data.glyphs import Progress, bar, finished
+from glimpse.data.shards import Shards, build_index, write_shard
+from glimpse.data.workers import workers
 
 FORMAT = 1  # raise it when the same seed would give other scenes
 CANVAS = 96

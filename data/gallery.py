@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.augment import center_view, sides
-from data.batches import quiet_worker
-from data.benchmarks import Preprocess
-from data.pairs import Folder, captions_beside, is_image
-from data.patches import grid, visible
-from data.shards import CAPTIONS, Sample, Shards, read_index
-from data.tokenizer import without_surrogates
+from glimpse.data.augment import center_view, sides
+from glimpse.data.batches import quiet_worker
+from glimpse.data.benchmarks import Preprocess
+from glimpse.data.pairs import Folder, captions_beside, is_image
+from glimpse.data.patches import grid, visible
+from glimpse.data.shards import CAPTIONS, Sample, Shards, read_index
+from glimpse.data.tokenizer import without_surrogates
 
 
 class Photos:

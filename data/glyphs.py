@@ -34,8 +34,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import glyphs_extras, glyphs_icons
-from data.glyphs_sources import (
+from glimpse.data import glyphs_extras, glyphs_icons
+from glimpse.data.glyphs_sources import (
     FLUENT3D,
     PACKAGES,
     Glyph,
@@ -45,8 +45,8 @@ from data.glyphs_sources import (
     installed,
     licence,
 )
-from data.shards import build_index, write_shard
-from data.workers import workers
+from glimpse.data.shards import build_index, write_shard
+from glimpse.data.workers import workers
 
 FORMAT = 1  # raise it when a build of the same packages would come out otherwise
 SHARD = 1000  # samples in a shard at most

@@ -25,8 +25,8 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 
-from data.glyphs_sources import Glyph, Vocabulary
-from data.packages import copyright_of, debian
+from glimpse.data.glyphs_sources import Glyph, Vocabulary
+from glimpse.data.packages import copyright_of, debian
 
 # style -> (package, licence as its copyright file has it, what to unpack: None is everything)
 PACKAGES = {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from data.glyphs_sources import Glyph, Vocabulary, draw_svg, install, split, svg
+from glimpse.data.glyphs_sources import Glyph, Vocabulary, draw_svg, install, split, svg
 
 PACKAGES = {"@iconify/json": "2.2.535"}  # npm package -> version
 STYLE = "iconify"

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import videos
-from data.augment import decode
-from data.packaged import write_split
-from data.pairs import Csv, is_image, kind_of
-from data.prompts import templates
+from glimpse.data import videos
+from glimpse.data.augment import decode
+from glimpse.data.packaged import write_split
+from glimpse.data.pairs import Csv, is_image, kind_of
+from glimpse.data.prompts import templates
 
 CLASS_COLUMNS = ("class", "label", "category", "target", "class_name", "classname")
 # what a folder or a row is called

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.augment import image_size
-from data.benchmarks import IGNORE, Images, decode_map
-from data.prompts import synonyms
-from data.shards import IMAGES
+from glimpse.data.augment import image_size
+from glimpse.data.benchmarks import IGNORE, Images, decode_map
+from glimpse.data.prompts import synonyms
+from glimpse.data.shards import IMAGES
 
 UNKNOWN = 254  # in a table from stored numbers to classes: the layout has no such number
 # The order of SegmentationClassContext, which the Detail API's converters write: by name.

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from data.benchmarks import Images, Question
-from data.layout_maps import Files
+from glimpse.data.benchmarks import Images, Question
+from glimpse.data.layout_maps import Files
 
 
 def found(folder: Path, pattern: str) -> Path | None:

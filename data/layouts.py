@@ -7,10 +7,10 @@ place in LAYOUTS.
 
 from pathlib import Path
 
-from data.benchmarks import Benchmark, Images
-from data.layout_maps import Ade20k, CocoStuff, Files, Folders, PascalContext
-from data.layout_texts import CocoCaptions, Karpathy, Nocaps, Vqa
-from data.stream import is_url
+from glimpse.data.benchmarks import Benchmark, Images
+from glimpse.data.layout_maps import Ade20k, CocoStuff, Files, Folders, PascalContext
+from glimpse.data.layout_texts import CocoCaptions, Karpathy, Nocaps, Vqa
+from glimpse.data.stream import is_url
 
 LAYOUTS: tuple[type[Files], ...] = (
     Karpathy,

@@ -18,10 +18,17 @@ from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from pathlib import Path
 
-from data.glyphs import finished
-from data.packaged_pictures import gcompris, glyphs_families, tuxstamps
-from data.packaged_sources import EvalSet, Found, Sample, animal_mnist, digits, fashion_mnist
-from data.shards import build_index, write_shard
+from glimpse.data.glyphs import finished
+from glimpse.data.packaged_pictures import gcompris, glyphs_families, tuxstamps
+from glimpse.data.packaged_sources import (
+    EvalSet,
+    Found,
+    Sample,
+    animal_mnist,
+    digits,
+    fashion_mnist,
+)
+from glimpse.data.shards import build_index, write_shard
 
 FORMAT = 1  # raise it when a build of the same packages would come out otherwise
 SHARD = 10_000  # samples in a shard

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import glyphs_extras
-from data.glyphs import ENCODING, TEMPLATES, UNSEEN_STYLE, by_caption, image_of, on_white
-from data.glyphs_sources import UNSEEN_STYLES, Glyph, Vocabulary
-from data.packaged_sources import EvalSet, Found
-from data.packages import copyright_of, debian
-from data.shards import Shards
+from glimpse.data import glyphs_extras
+from glimpse.data.glyphs import ENCODING, TEMPLATES, UNSEEN_STYLE, by_caption, image_of, on_white
+from glimpse.data.glyphs_sources import UNSEEN_STYLES, Glyph, Vocabulary
+from glimpse.data.packaged_sources import EvalSet, Found
+from glimpse.data.packages import copyright_of, debian
+from glimpse.data.shards import Shards
 
 NO_WORDS = Vocabulary({"en": {}}, {})  # which emoji a name means does not matter here
 

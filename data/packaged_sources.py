@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.packages import copyright_of, debian, wheel
+from glimpse.data.packages import copyright_of, debian, wheel
 
 Sample = tuple[str, dict[str, bytes]]  # key, {extension: content}
 

@@ -23,7 +23,7 @@ from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
-from data.shards import CAPTIONS, IMAGES, Sample, build_index, write_shard
+from glimpse.data.shards import CAPTIONS, IMAGES, Sample, build_index, write_shard
 
 Row = tuple[str, Callable[[], tuple[bytes, str]]]
 IMAGE_COLUMNS = (

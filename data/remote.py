@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from data.stream import is_url, opened_url
+from glimpse.data.stream import is_url, opened_url
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "glimpse")
 # each may be absent

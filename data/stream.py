@@ -16,8 +16,8 @@ import numpy as np
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.batches import SUBSTITUTES, Reader, ahead, share
-from data.shards import Sample, split_name
+from glimpse.data.batches import SUBSTITUTES, Reader, ahead, share
+from glimpse.data.shards import Sample, split_name
 
 BUFFER = 1000  # samples that a reader mixes
 

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import Size, View, random_view, sides
-from data.benchmarks import Images
+from glimpse.data.augment import Size, View, random_view, sides
+from glimpse.data.benchmarks import Images
 
 Row = tuple[int, int]  # epoch, sample
 

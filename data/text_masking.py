@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.masking import named
+from glimpse.data.masking import named
 
 STRATEGIES: dict[str, type["TextMask"]] = {}
 

@@ -37,7 +37,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
-from data.tokenizer import ClipBpe, SentencePiece, Tokenizer, WordPiece, build
+from glimpse.data.tokenizer import ClipBpe, SentencePiece, Tokenizer, WordPiece, build
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # how CLIP's are spelled in vocab.json
 SPACES = normalizers.Replace(Regex(r"\s+"), " ")

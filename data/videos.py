@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.pairs import kind_of
+from glimpse.data.pairs import kind_of
 
 
 def is_video_set(root: Path) -> bool:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.augment import decode, image_size, resize
-from data.benchmarks import Images, Preprocess
+from glimpse.data.augment import decode, image_size, resize
+from glimpse.data.benchmarks import Images, Preprocess
 
 
 @dataclass(frozen=True)

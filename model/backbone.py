@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.layers import drop_path
-from model.vision import VisionTower, normalise
+from glimpse.model.layers import drop_path
+from glimpse.model.vision import VisionTower, normalise
 
 
 class Backbone(nn.Module):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.layers import Embedding, drawn
-from model.parallel import Linear
+from glimpse.model.layers import Embedding, drawn
+from glimpse.model.parallel import Linear
 
 PAD = 0
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.collectives import mean
-from model.layers import Blocks, drawn, sincos
-from model.parallel import Init, Linear
+from glimpse.model.collectives import mean
+from glimpse.model.layers import Blocks, drawn, sincos
+from glimpse.model.parallel import Init, Linear
 
 
 class BatchNorm(nn.Module):

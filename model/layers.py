@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.parallel import Init, column_linear, row_linear
+from glimpse.model.parallel import Init, column_linear, row_linear
 
 ACTIVATIONS = {
     "gelu": F.gelu,

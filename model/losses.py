@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model.collectives import all_reduce, check_batch, gather, rank, scatter_sum, world
+from glimpse.model.collectives import all_reduce, check_batch, gather, rank, scatter_sum, world
 
 # Rows x columns of a tile: 8 MiB of fp32 logits. Forward + backward of B 4096, E 512 on 2 CPU
 # cores, ns a logit: 256x512 18.9,

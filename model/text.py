@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drawn
-from model.parallel import Init
+from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drawn
+from glimpse.model.parallel import Init
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from model.layers import hidden
-from model.losses import unit
-from model.parallel import Linear, text_init, vision_init
-from model.text import TextConfig, TextTower
-from model.vision import VisionConfig, VisionTower
+from glimpse.model.layers import hidden
+from glimpse.model.losses import unit
+from glimpse.model.parallel import Linear, text_init, vision_init
+from glimpse.model.text import TextConfig, TextTower
+from glimpse.model.vision import VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.augment import View, random_view
-from data.masking import parse
-from data.patches import visible
-from model import losses
-from model.methods import METHODS
-from run.lib import cli, config, made, trace
-from run.lib.log import peak_gib
-from run.lib.ranks import to_device
+from glimpse.data.augment import View, random_view
+from glimpse.data.masking import parse
+from glimpse.data.patches import visible
+from glimpse.model import losses
+from glimpse.model.methods import METHODS
+from glimpse.run.lib import cli, config, made, trace
+from glimpse.run.lib.log import peak_gib
+from glimpse.run.lib.ranks import to_device
 
 RATIOS = (0.0, 0.5, 0.75)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from run.lib import config, engine, made, plan, ranks, trace
+from glimpse.run.lib import config, engine, made, plan, ranks, trace
 
 SMALL = {
     "reduce_bucket_size": 5_000_000,

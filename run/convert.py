@@ -26,16 +26,16 @@ if __package__ is None:  # started as a file: import from the repository root, n
 import torch
 import yaml
 
-from data import tokenizer_files
-from data.tokenizer import Tokenizer, vocabulary
-from data.tokenizer import build as build_tokenizer
-from model.convert import FORMATS, portable
-from model.convert.files import first_line
-from model.convert.portable import Portable, vision_only
-from model.convert.resize import resized
-from run.lib import config, models, peers, prove  # noqa: E402, F401
-from run.lib.cli import run_script
-from run.lib.describe import architecture, describe, size_of
+from glimpse.data import tokenizer_files
+from glimpse.data.tokenizer import Tokenizer, vocabulary
+from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.model.convert import FORMATS, portable
+from glimpse.model.convert.files import first_line
+from glimpse.model.convert.portable import Portable, vision_only
+from glimpse.model.convert.resize import resized
+from glimpse.run.lib import config, models, peers, prove  # noqa: E402, F401
+from glimpse.run.lib.cli import run_script
+from glimpse.run.lib.describe import architecture, describe, size_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -24,10 +24,10 @@ import json
 import os
 import time
 
-from data.gallery import Texts, open_gallery
-from run.evals.embed import BATCH, Embedder
-from run.evals.embeddings import DTYPES, FORMATS, PART, About, Output, agree, embeddings
-from run.lib import config, models, ranks
+from glimpse.data.gallery import Texts, open_gallery
+from glimpse.run.evals.embed import BATCH, Embedder
+from glimpse.run.evals.embeddings import DTYPES, FORMATS, PART, About, Output, agree, embeddings
+from glimpse.run.lib import config, models, ranks
 
 
 def main() -> None:

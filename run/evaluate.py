@@ -21,12 +21,12 @@ import json
 from dataclasses import replace
 from functools import partial
 
-from data.augment import CROPS
-from data.masking import parse as parse_mask
-from run.evals import EVALS, evaluate, parse
-from run.evals.embed import Embedder
-from run.lib import config, models, ranks
-from run.lib.log import table
+from glimpse.data.augment import CROPS
+from glimpse.data.masking import parse as parse_mask
+from glimpse.run.evals import EVALS, evaluate, parse
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.lib import config, models, ranks
+from glimpse.run.lib.log import table
 
 
 def main() -> None:

@@ -34,20 +34,20 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
-from data import composites as composed
-from data.batches import DataConfig
-from data.check import check, counted, describe, human_bytes
-from data.glyphs import build
-from data.imagefolder import CLASS_COLUMNS, PROMPT
-from data.imagefolder import build as build_set
-from data.packaged import SETS
-from data.packaged import build as build_packaged
-from data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert
-from data.remote import CACHE
-from data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs
-from data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates
-from run.lib import config
-from run.lib.cli import bar, run_script
+from glimpse.data import composites as composed
+from glimpse.data.batches import DataConfig
+from glimpse.data.check import check, counted, describe, human_bytes
+from glimpse.data.glyphs import build
+from glimpse.data.imagefolder import CLASS_COLUMNS, PROMPT
+from glimpse.data.imagefolder import build as build_set
+from glimpse.data.packaged import SETS
+from glimpse.data.packaged import build as build_packaged
+from glimpse.data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert
+from glimpse.data.remote import CACHE
+from glimpse.data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs
+from glimpse.data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates
+from glimpse.run.lib import config
+from glimpse.run.lib.cli import bar, run_script
 
 TEXTS = 2_000_000  # captions that a tokenizer is trained on at most: they are held in memory
 

@@ -20,15 +20,15 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import torch
 
-from data.batches import Batches
-from data.shards import Shards
-from data.stream import Stream, is_stream
-from run.evals import evaluate, parse
-from run.evals.embed import Embedder
-from run.lib import checkpoint, elastic, engine, folder, plan, ranks, starts
-from run.lib.config import Run, reader, training_arguments
-from run.lib.log import Log, peak_flops
-from run.lib.pictures import examples, gallery, masked_inputs, sheet
+from glimpse.data.batches import Batches
+from glimpse.data.shards import Shards
+from glimpse.data.stream import Stream, is_stream
+from glimpse.run.evals import evaluate, parse
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.lib import checkpoint, elastic, engine, folder, plan, ranks, starts
+from glimpse.run.lib.config import Run, reader, training_arguments
+from glimpse.run.lib.log import Log, peak_flops
+from glimpse.run.lib.pictures import examples, gallery, masked_inputs, sheet
 
 
 def main() -> None:

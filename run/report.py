@@ -22,11 +22,11 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.shards import Shards
-from data.stream import is_stream
-from run.lib import config, markup, models, pages, pictures, ranks
-from run.lib.jobs import state
-from run.lib.results import by_seed
+from glimpse.data.shards import Shards
+from glimpse.data.stream import is_stream
+from glimpse.run.lib import config, markup, models, pages, pictures, ranks
+from glimpse.run.lib.jobs import state
+from glimpse.run.lib.results import by_seed
 
 
 def compare() -> None:

@@ -27,13 +27,13 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from run.lib import config, grid, pages, plan
-from run.lib.claims import judged, markdown, tested
-from run.lib.cli import run_script
-from run.lib.config import ROOT
-from run.lib.jobs import Jobs, command, line_of, state, why
-from run.lib.log import clock, short
-from run.lib.results import Result, difference, interval
+from glimpse.run.lib import config, grid, pages, plan
+from glimpse.run.lib.claims import judged, markdown, tested
+from glimpse.run.lib.cli import run_script
+from glimpse.run.lib.config import ROOT
+from glimpse.run.lib.jobs import Jobs, command, line_of, state, why
+from glimpse.run.lib.log import clock, short
+from glimpse.run.lib.results import Result, difference, interval
 
 
 def main() -> int | None:

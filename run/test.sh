@@ -12,7 +12,7 @@ export PATH="$PWD/$venv/bin:$PATH" OMP_NUM_THREADS=1 DS_ACCELERATOR="${DS_ACCELE
 if ! cmp -s <(cat requirements*.txt) "$venv/installed.txt"; then
   pip install --quiet --disable-pip-version-check -r requirements.txt
   # With the runtime packages alone every module must import: a package that only the peers bring in would hide a missing one.
-  [ -e "$venv/installed.txt" ] || python -c 'import importlib, pathlib; [importlib.import_module(str(p.with_suffix("")).replace("/", ".")) for top in ("data", "model", "run") for p in sorted(pathlib.Path(top).rglob("*.py")) if p.name != "__init__.py"]'
+  [ -e "$venv/installed.txt" ] || python -c 'import importlib, pathlib; [importlib.import_module("glimpse." + str(p.with_suffix("")).replace("/", ".")) for top in ("data", "model", "run") for p in sorted(pathlib.Path(top).rglob("*.py")) if p.name != "__init__.py"]'
   pip install --quiet --disable-pip-version-check -r requirements-dev.txt
   cat requirements*.txt > "$venv/installed.txt"
 fi

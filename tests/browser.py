@@ -15,7 +15,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from data.packages import run
+from glimpse.data.packages import run
 
 PACKAGE = "chromium-headless-shell"
 CACHE = Path.home() / ".cache/glimpse/browser"

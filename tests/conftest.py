@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-import run.lib.peers  # noqa: F401
+import glimpse.run.lib.peers  # noqa: F401
 
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
     """The script in this process: (exit code, what it printed, its complaint)."""
-    from run.convert import main
-    from run.lib.cli import run_script
+    from glimpse.run.convert import main
+    from glimpse.run.lib.cli import run_script
 
     def call(*line) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["run/convert.py", *map(str, line)])

@@ -13,10 +13,10 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from tests/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.batches import Batches
-from data.shards import Shards
-from run.lib import config, engine, ranks
-from tests.tiny import TINY, WHOLE
+from glimpse.data.batches import Batches
+from glimpse.data.shards import Shards
+from glimpse.run.lib import config, engine, ranks
+from glimpse.tests.tiny import TINY, WHOLE
 
 MASKS = {"clip": "none", "flip": "random(0.5)", "glip": "gaussian(0.5)"}
 CLIP_FLAVOUR = [

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from model import ema
-from run.lib import checkpoint, elastic, engine, ranks
-from tests.curves_worker import settings, start, steps
-from tests.tiny import WHOLE
+from glimpse.model import ema
+from glimpse.run.lib import checkpoint, elastic, engine, ranks
+from glimpse.tests.curves_worker import settings, start, steps
+from glimpse.tests.tiny import WHOLE
 
 ORDER, EACH = (2, 4, 1), 3  # numbers of ranks, steps on each
 # A block each, as the conversion takes its time for every tensor; widths of which a quarter is no

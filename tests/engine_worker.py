@@ -19,12 +19,12 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from data.batches import Batches
-from data.shards import Shards
-from model.methods import METHODS
-from model.methods.clip import Clip
-from run.lib import checkpoint, config, engine, models, optim, ranks, zero_files
-from tests.tiny import TINY
+from glimpse.data.batches import Batches
+from glimpse.data.shards import Shards
+from glimpse.model.methods import METHODS
+from glimpse.model.methods.clip import Clip
+from glimpse.run.lib import checkpoint, config, engine, models, optim, ranks, zero_files
+from glimpse.tests.tiny import TINY
 
 CLIP_FLAVOUR = [
     "model.init=clip",

@@ -6,8 +6,8 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from tests/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from run import pretrain
-from run.lib import engine, ranks
+from glimpse.run import pretrain
+from glimpse.run.lib import engine, ranks
 
 step = engine.Engine.step
 

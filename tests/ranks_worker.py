@@ -54,7 +54,7 @@ def launched() -> tuple[list[dict], str]:
 
 
 def worker(folder: str, rank: int) -> None:
-    from tests import test_auxiliary, test_heads  # not above: they import this file
+    from glimpse.tests import test_auxiliary, test_heads  # not above: they import this file
 
     dist.init_process_group(
         "gloo",

@@ -16,10 +16,10 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from model import ema
-from run.lib import checkpoint, elastic, ranks, zero_files
-from tests.curves_worker import METHODS, settings, start, steps
-from tests.tiny import WHOLE
+from glimpse.model import ema
+from glimpse.run.lib import checkpoint, elastic, ranks, zero_files
+from glimpse.tests.curves_worker import METHODS, settings, start, steps
+from glimpse.tests.tiny import WHOLE
 
 LENGTH, SAVED = (50, 40) if WHOLE else (30, 20)  # steps
 # as METHODS sets them

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.augment import View, enclosing, random_box
-from data.masking import Random, complementary
-from model.attentive import STRATEGIES, Attentive, scores_at, take
-from model.methods.aclip import Aclip, Options
-from tests.test_towers import CLIP, SMALL
+from glimpse.data.augment import View, enclosing, random_box
+from glimpse.data.masking import Random, complementary
+from glimpse.model.attentive import STRATEGIES, Attentive, scores_at, take
+from glimpse.model.methods.aclip import Aclip, Options
+from glimpse.tests.test_towers import CLIP, SMALL
 
 GRIDS = [((12, 16), 2), ((6, 9), 3), ((3, 5), 1)]  # patches, and how many to a block's side
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data.augment as augment
-from data.augment import View, center_view, decode, random_box, random_view
+import glimpse.data.augment as augment
+from glimpse.data.augment import View, center_view, decode, random_box, random_view
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from model import losses
-from model.collectives import batch_mean
-from model.methods.aclip import Aclip, Options, between
-from model.towers import ModelConfig
-from tests import ranks_worker
+from glimpse.model import losses
+from glimpse.model.collectives import batch_mean
+from glimpse.model.methods.aclip import Aclip, Options, between
+from glimpse.model.towers import ModelConfig
+from glimpse.tests import ranks_worker
 
 b, M, IN, E = 6, 3, 10, 8  # IN: the width before the towers, which are one linear layer each
 B, TAU = b * ranks_worker.WORLD, 0.2

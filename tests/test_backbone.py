@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.patches import patchify
-from model.backbone import Backbone
-from tests.test_towers import CLIP, FLAVOURS, everywhere, ours, peer, small
+from glimpse.data.patches import patchify
+from glimpse.model.backbone import Backbone
+from glimpse.tests.test_towers import CLIP, FLAVOURS, everywhere, ours, peer, small
 
 LAST = (4, 4, 4, 4)  # of nano's four blocks
 

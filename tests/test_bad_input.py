@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import build_index, write_shard
-from run.lib.folder import trained_elsewhere
-from tests.tiny import ROOT, command, environment, launch, picture, settings, shards
+from glimpse.data.shards import build_index, write_shard
+from glimpse.run.lib.folder import trained_elsewhere
+from glimpse.tests.tiny import ROOT, command, environment, launch, picture, settings, shards
 
 pytestmark = pytest.mark.slow
 

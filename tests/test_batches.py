@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import View, random_view
-from data.batches import SUBSTITUTES, Batches, DataConfig, Reader, share
-from data.masking import parse
-from data.patches import patchify
-from data.shards import Sample, Shards, write_shard
-from tests.tiny import picture
-from tests.tiny import shards as make_shards
+from glimpse.data.augment import View, random_view
+from glimpse.data.batches import SUBSTITUTES, Batches, DataConfig, Reader, share
+from glimpse.data.masking import parse
+from glimpse.data.patches import patchify
+from glimpse.data.shards import Sample, Shards, write_shard
+from glimpse.tests.tiny import picture
+from glimpse.tests.tiny import shards as make_shards
 
 VIEWS = {
     "image": View(crop=(0.5, 1.0), flip=True, mask="random(0.5)"),

@@ -9,8 +9,8 @@ import io
 import pytest
 from PIL import Image
 
-from data.benchmarks import Benchmark
-from data.shards import write_shard
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.shards import write_shard
 
 
 def png():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.check import check, describe, human_bytes, spread
-from data.shards import build_index, write_shard
-from tests.tiny import picture
+from glimpse.data.check import check, describe, human_bytes, spread
+from glimpse.data.shards import build_index, write_shard
+from glimpse.tests.tiny import picture
 
 
 def pair(i, kind="png", **parts):

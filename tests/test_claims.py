@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from run.lib import claims, grid
-from run.scaling import main
-from tests.tiny import finished
+from glimpse.run.lib import claims, grid
+from glimpse.run.scaling import main
+from glimpse.tests.tiny import finished
 
 GRIDS = {name: grid.read(name) for name in grid.names()}
 

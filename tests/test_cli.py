@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from tests.tiny import ROOT, environment
+from glimpse.tests.tiny import ROOT, environment
 
 SCRIPT = """
 import tempfile, time
-from run.lib.cli import run_script
+from glimpse.run.lib.cli import run_script
 def main():
     with tempfile.TemporaryDirectory(dir={folder!r}):
         print("begun", flush=True)
@@ -44,7 +44,7 @@ def test_what_is_half_made_goes_with_a_sigterm(tmp_path):
 @pytest.mark.parametrize("lines", (1, 100_000))  # flushed at the end, and on the way
 def test_a_reader_that_has_enough_is_no_error(lines):
     script = (
-        "from run.lib.cli import run_script; run_script(lambda: [print('line') for _ in"
+        "from glimpse.run.lib.cli import run_script; run_script(lambda: [print('line') for _ in"
         f" range({lines})] and 0)"
     )
     process = subprocess.Popen(
@@ -74,7 +74,9 @@ def test_another_pipe_or_none(line, code, told):
     """Standard output is closed from the start, as daemons have it; what breaks elsewhere is
     told.
     """
-    script = f"from run.lib.cli import run_script\ndef main():\n    {line}\nrun_script(main)"
+    script = (
+        f"from glimpse.run.lib.cli import run_script\ndef main():\n    {line}\nrun_script(main)"
+    )
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, script],
         cwd=ROOT,

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import data.colour as colour
-from data.augment import View, random_view
-from data.colour import recolour, turned
-from tests.test_augment import encode, picture
+import glimpse.data.colour as colour
+from glimpse.data.augment import View, random_view
+from glimpse.data.colour import recolour, turned
+from glimpse.tests.test_augment import encode, picture
 
 F = pytest.importorskip("torchvision.transforms.functional")
 

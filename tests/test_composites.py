@@ -15,11 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data import composites
-from data.benchmarks import IGNORE, Benchmark
-from data.composite_texts import CONCEPTS, Thing, captions, one, place, plural, questions, relations
-from data.composites import CANVAS, build, compose, cut_out
-from data.shards import Shards, build_index, write_shard
+from glimpse.data import composites
+from glimpse.data.benchmarks import IGNORE, Benchmark
+from glimpse.data.composite_texts import (
+    CONCEPTS,
+    Thing,
+    captions,
+    one,
+    place,
+    plural,
+    questions,
+    relations,
+)
+from glimpse.data.composites import CANVAS, build, compose, cut_out
+from glimpse.data.shards import Shards, build_index, write_shard
 
 COLOURS = {
     "ant": (255, 0, 0),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from model.methods import METHODS
-from run.lib.config import Run, build, load, save
+from glimpse.model.methods import METHODS
+from glimpse.run.lib.config import Run, build, load, save
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "run/configs").glob("*.yaml"))

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from model.convert import files, open_clip, portable
-from model.convert.resize import kernel, resized
-from model.convert.rules import Rule, Tensors, exported, imported
-from model.towers import SIZES, ModelConfig
-from model.vision import resized as resized_grid
-from run.lib import models, starts, zero_files
-from tests.test_convert_open_clip import CLIP_TEXT, CLIP_VISION, FLAVOURS, made
-from tests.tiny import growth, launch, shards
+from glimpse.model.convert import files, open_clip, portable
+from glimpse.model.convert.resize import kernel, resized
+from glimpse.model.convert.rules import Rule, Tensors, exported, imported
+from glimpse.model.towers import SIZES, ModelConfig
+from glimpse.model.vision import resized as resized_grid
+from glimpse.run.lib import models, starts, zero_files
+from glimpse.tests.test_convert_open_clip import CLIP_TEXT, CLIP_VISION, FLAVOURS, made
+from glimpse.tests.tiny import growth, launch, shards
 
 HELD = Tensors.held({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1)})
 
@@ -227,8 +227,8 @@ def test_files_are_written_and_checkpoints_read_a_tensor_at_a_time(tmp_path):
         growth(
             f"""
 from pathlib import Path
-from model.convert import files
-from run.lib import zero_files
+from glimpse.model.convert import files
+from glimpse.run.lib import zero_files
 tensors = zero_files.weights(Path({str(tmp_path)!r}))""",
             f"""
 files.write(Path({str(tmp_path)!r}) / "out.safetensors", tensors)""",

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data import augment
-from data.augment import center_view
-from model.convert import FORMATS, flip_jax, hf, open_clip, portable, timm
-from model.convert.portable import CROPS, About, Portable, crop_in
-from model.convert.rules import Tensors
-from model.towers import ModelConfig, Towers
-from tests.test_convert_hf import CLIP, made
-from tests.test_convert_open_clip import FLAVOURS
-from tests.test_convert_open_clip import made as pair
+from glimpse.data import augment
+from glimpse.data.augment import center_view
+from glimpse.model.convert import FORMATS, flip_jax, hf, open_clip, portable, timm
+from glimpse.model.convert.portable import CROPS, About, Portable, crop_in
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.towers import ModelConfig, Towers
+from glimpse.tests.test_convert_hf import CLIP, made
+from glimpse.tests.test_convert_open_clip import FLAVOURS
+from glimpse.tests.test_convert_open_clip import made as pair
 
 WHOSE = {"open_clip": "open_clip", "hf": "HF's image processor", "timm": "timm", "megatron": ""}
 CONFIGS = {"open_clip": "open_clip_config.json", "hf": hf.IMAGES, "timm": timm.CONFIG}

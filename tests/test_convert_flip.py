@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.convert import flip_jax
-from model.convert.portable import About, Portable
-from model.convert.rules import Tensors
-from model.towers import ModelConfig, Size, Towers
-from model.vision import VisionConfig
-from tests.test_towers import patches_of
+from glimpse.model.convert import flip_jax
+from glimpse.model.convert.portable import About, Portable
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.towers import ModelConfig, Size, Towers
+from glimpse.model.vision import VisionConfig
+from glimpse.tests.test_towers import patches_of
 
 # widths, embedding, patch, grid's side, context, vocabulary
 D, T, E, P, SIDE, N, VOCAB = 96, 64, 48, 4, 3, 7, 20

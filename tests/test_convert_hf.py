@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.convert import files, hf
-from model.convert.portable import About, Portable
-from model.convert.positions import KEPT, fixed
-from model.convert.rules import Tensors
-from model.text import TextConfig
-from model.towers import ModelConfig, Size, Towers
-from model.vision import VisionConfig
-from tests.test_towers import patches_of
+from glimpse.model.convert import files, hf
+from glimpse.model.convert.portable import About, Portable
+from glimpse.model.convert.positions import KEPT, fixed
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size, Towers
+from glimpse.model.vision import VisionConfig
+from glimpse.tests.test_towers import patches_of
 
 VOCAB, EOT = 120, 119
 CLIP = ModelConfig(

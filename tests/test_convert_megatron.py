@@ -17,15 +17,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.patches import patchify
-from model.convert import megatron, torch_dist
-from model.convert.portable import Portable
-from model.convert.positions import KEPT
-from model.convert.rules import Tensors
-from model.text import TextConfig
-from model.towers import ModelConfig, Size, Towers
-from model.vision import VisionConfig
-from tests.tiny import ROOT
+from glimpse.data.patches import patchify
+from glimpse.model.convert import megatron, torch_dist
+from glimpse.model.convert.portable import Portable
+from glimpse.model.convert.positions import KEPT
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size, Towers
+from glimpse.model.vision import VisionConfig
+from glimpse.tests.tiny import ROOT
 
 VOCAB = 321
 TINY = dict(size="custom/8", custom=Size(64, 3, 4, 32, 2, 2, 24, mlp=3.0), image_size=(16, 32))

@@ -19,11 +19,11 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import metadata
 
-from model.convert import open_clip, portable, t5x, timm, torch_dist
-from model.convert.rules import Tensors
-from run.lib import zero_files
-from tests.test_convert_open_clip import FLAVOURS, made
-from tests.tiny import ROOT, environment
+from glimpse.model.convert import open_clip, portable, t5x, timm, torch_dist
+from glimpse.model.convert.rules import Tensors
+from glimpse.run.lib import zero_files
+from glimpse.tests.test_convert_open_clip import FLAVOURS, made
+from glimpse.tests.tiny import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_what_was_assumed_is_told_where_embeddings_differ(good, tmp_path, conver
 
 def test_nan_is_no_small_difference(good, tmp_path, convert, monkeypatch):
     monkeypatch.setattr(
-        "run.lib.prove.differences", lambda *_: {"images": 1e-7, "captions": float("nan")}
+        "glimpse.run.lib.prove.differences", lambda *_: {"images": 1e-7, "captions": float("nan")}
     )
     assert (
         "it gives other embeddings" in convert("open_clip", good / "open_clip", tmp_path / "out")[2]
@@ -375,7 +375,7 @@ def test_members_of_enums_as_older_pythons_pickle_them(protocol, tmp_path):
 
 
 def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):
-    monkeypatch.setattr("model.convert.portable.metadata.version", lambda package: "2.30.0")
+    monkeypatch.setattr("glimpse.model.convert.portable.metadata.version", lambda package: "2.30.0")
     code, told, complaint = convert("open_clip", good / "open_clip", tmp_path / "out")
     assert code == 0, complaint
     assert (
@@ -480,8 +480,8 @@ import re
 from pathlib import Path
 import psutil
 import torch
-from model.convert import files, t5x
-from model.convert.rules import Rule, Tensors, exported, fused, thirds, transposed
+from glimpse.model.convert import files, t5x
+from glimpse.model.convert.rules import Rule, Tensors, exported, fused, thirds, transposed
 shape, out = (3 * 2**10, {LARGE} * 2**18 // (3 * 2**10)), Path({str(tmp_path / "x")!r})
 meta = {{f"w{{i}}": torch.empty(shape, device="meta") for i in range(3)}}
 source = Tensors(meta, lambda name: torch.ones(shape))

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data.tokenizer import build
-from model.convert import open_clip, positions
-from model.convert.portable import About, Portable
-from model.convert.rules import Tensors
-from model.text import TextConfig
-from model.towers import ModelConfig, Size, Towers
-from model.vision import VisionConfig
-from run.lib import prove
+from glimpse.data.tokenizer import build
+from glimpse.model.convert import open_clip, positions
+from glimpse.model.convert.portable import About, Portable
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size, Towers
+from glimpse.model.vision import VisionConfig
+from glimpse.run.lib import prove
 
 SMALL = Size(width=128, depth=2, heads=2, text_width=64, text_depth=2, text_heads=1, embed=48)
 CLIP_VISION = VisionConfig(

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.convert import files
-from model.convert.portable import Portable
-from model.convert.positions import KEPT, fixed, keep, position_rule, taken
-from model.convert.rules import Rule, Tensors, exported
-from model.towers import ModelConfig, Towers
-from model.vision import VisionConfig
+from glimpse.model.convert import files
+from glimpse.model.convert.portable import Portable
+from glimpse.model.convert.positions import KEPT, fixed, keep, position_rule, taken
+from glimpse.model.convert.rules import Rule, Tensors, exported
+from glimpse.model.towers import ModelConfig, Towers
+from glimpse.model.vision import VisionConfig
 
 PLAIN = ModelConfig(
     "nano/32", image_size=96, vision=VisionConfig(positions="learned", patch_bias=False)

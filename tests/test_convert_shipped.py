@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.convert import flip_jax, hf, megatron, open_clip, timm
-from model.convert.portable import About, Portable
-from model.convert.rules import Tensors
-from model.towers import Towers
-from run.lib import config
-from tests.tiny import ROOT
+from glimpse.model.convert import flip_jax, hf, megatron, open_clip, timm
+from glimpse.model.convert.portable import About, Portable
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.towers import Towers
+from glimpse.run.lib import config
+from glimpse.tests.tiny import ROOT
 
 SAYS = {  # each raises ValueError where its format cannot be the model
     "open_clip": open_clip.config_out,

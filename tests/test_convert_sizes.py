@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.convert.positions import fixed, is_fixed
-from model.convert.sizes import ratio, sized
-from model.layers import hidden
-from model.towers import ModelConfig, Size
+from glimpse.model.convert.positions import fixed, is_fixed
+from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.layers import hidden
+from glimpse.model.towers import ModelConfig, Size
 
 
 def test_rows_and_others():

@@ -12,16 +12,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.convert import open_clip
-from model.convert import timm as format
-from model.convert.portable import About, Portable
-from model.convert.positions import KEPT, fixed
-from model.convert.rules import Tensors
-from model.text import TextConfig
-from model.towers import ModelConfig, Size, Towers
-from model.vision import VisionConfig
-from run import convert
-from tests.test_towers import patches_of
+from glimpse.model.convert import open_clip
+from glimpse.model.convert import timm as format
+from glimpse.model.convert.portable import About, Portable
+from glimpse.model.convert.positions import KEPT, fixed
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size, Towers
+from glimpse.model.vision import VisionConfig
+from glimpse.run import convert
+from glimpse.tests.test_towers import patches_of
 
 timm = pytest.importorskip("timm")
 

@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from tests.tiny import launch, shards
+from glimpse.tests.tiny import launch, shards
 
 EXACT = 1e-5  # relative, fp32
 

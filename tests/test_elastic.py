@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from model.methods import METHODS
-from run.lib.elastic import convert
-from tests.elastic_worker import CASES, EACH, ORDER
-from tests.test_methods import VARIANTS, build
-from tests.tiny import launch, shards
+from glimpse.model.methods import METHODS
+from glimpse.run.lib.elastic import convert
+from glimpse.tests.elastic_worker import CASES, EACH, ORDER
+from glimpse.tests.test_methods import VARIANTS, build
+from glimpse.tests.tiny import launch, shards
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.ema import Average, cosine, linear, parameters
-from tests.test_methods import build, pictures
+from glimpse.model.ema import Average, cosine, linear, parameters
+from glimpse.tests.test_methods import build, pictures
 
 STEPS = 50
 

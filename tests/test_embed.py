@@ -18,20 +18,20 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from data.benchmarks import Benchmark
-from data.gallery import Photos, Tars, Texts, open_gallery
-from data.shards import write_shard
-from model.convert import portable
-from model.convert.portable import About as Source
-from model.convert.portable import Portable
-from model.convert.rules import Tensors
-from run.embed import main
-from run.evals import embeddings as code
-from run.evals.embed import Embedder
-from run.evals.embeddings import About, Output, embeddings
-from tests.threads import ranks
-from tests.tiny import NAMES, ROOT, environment, launch, picture, settings, untrained
-from tests.tiny import shards as make_shards
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.gallery import Photos, Tars, Texts, open_gallery
+from glimpse.data.shards import write_shard
+from glimpse.model.convert import portable
+from glimpse.model.convert.portable import About as Source
+from glimpse.model.convert.portable import Portable
+from glimpse.model.convert.rules import Tensors
+from glimpse.run.embed import main
+from glimpse.run.evals import embeddings as code
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.evals.embeddings import About, Output, embeddings
+from glimpse.tests.threads import ranks
+from glimpse.tests.tiny import NAMES, ROOT, environment, launch, picture, settings, untrained
+from glimpse.tests.tiny import shards as make_shards
 
 PHOTOS, BROKEN = 47, (9, 30)
 

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.methods import METHODS
-from model.methods.base import Averaging, Method
-from run.lib import checkpoint, config
-from run.lib.engine import read_json
-from run.lib.optim import groups
-from tests.test_optim import FLAVOURS
-from tests.tiny import launch, shards
+from glimpse.model.methods import METHODS
+from glimpse.model.methods.base import Averaging, Method
+from glimpse.run.lib import checkpoint, config
+from glimpse.run.lib.engine import read_json
+from glimpse.run.lib.optim import groups
+from glimpse.tests.test_optim import FLAVOURS
+from glimpse.tests.tiny import launch, shards
 
 
 @pytest.fixture(scope="module")

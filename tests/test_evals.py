@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.augment import View, center_view
-from data.benchmarks import Benchmark
-from data.patches import patchify
-from data.shards import Shards, write_shard
-from data.tokenizer import train_sentencepiece
-from run.evals import embed, evaluate, parse, retrieval
-from run.lib import config
-from tests.threads import ranks
-from tests.tiny import NAMES, launch, picture, settings, untrained
-from tests.tiny import shards as make_shards
+from glimpse.data.augment import View, center_view
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.patches import patchify
+from glimpse.data.shards import Shards, write_shard
+from glimpse.data.tokenizer import train_sentencepiece
+from glimpse.run.evals import embed, evaluate, parse, retrieval
+from glimpse.run.lib import config
+from glimpse.tests.threads import ranks
+from glimpse.tests.tiny import NAMES, launch, picture, settings, untrained
+from glimpse.tests.tiny import shards as make_shards
 
 # no multiple of 64 (a round) or of 3 ranks; the last captions are on one rank alone
 PICTURES, CAPTIONED = 150, 131

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.benchmarks import Images
-from run.evals import knn, parse
-from run.evals.features import features, splits
-from run.evals.metrics import accuracies
-from tests.threads import ranks
+from glimpse.data.benchmarks import Images
+from glimpse.run.evals import knn, parse
+from glimpse.run.evals.features import features, splits
+from glimpse.run.evals.metrics import accuracies
+from glimpse.tests.threads import ranks
 
 CLASSES, WIDTH = 5, 6
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import write_shard
-from model.towers import ModelConfig, vision_tower
-from model.vision import VisionConfig
-from run.evals import finetune, parse
-from run.evals.finetune import Classifier, Options, groups, rates, shares
-from tests.tiny import NAMES, launch, picture, settings
-from tests.tiny import shards as make_shards
+from glimpse.data.shards import write_shard
+from glimpse.model.towers import ModelConfig, vision_tower
+from glimpse.model.vision import VisionConfig
+from glimpse.run.evals import finetune, parse
+from glimpse.run.evals.finetune import Classifier, Options, groups, rates, shares
+from glimpse.tests.tiny import NAMES, launch, picture, settings
+from glimpse.tests.tiny import shards as make_shards
 
 
 def nano(**vision):

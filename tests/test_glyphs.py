@@ -15,10 +15,10 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from data import glyphs, glyphs_icons, glyphs_sources
-from data.glyphs import build, one_per_image, write_classification, write_retrieval
-from data.glyphs_sources import PACKAGES, UNSEEN_STYLES, Glyph
-from tests.test_glyphs_icons import imitation
+from glimpse.data import glyphs, glyphs_icons, glyphs_sources
+from glimpse.data.glyphs import build, one_per_image, write_classification, write_retrieval
+from glimpse.data.glyphs_sources import PACKAGES, UNSEEN_STYLES, Glyph
+from glimpse.tests.test_glyphs_icons import imitation
 
 # rat .. pig nose: one emoji, one name each
 ANIMALS = [chr(code) for code in range(0x1F400, 0x1F43D)]

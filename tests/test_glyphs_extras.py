@@ -11,9 +11,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from data import glyphs_extras, packages
-from data.glyphs import trainable
-from data.glyphs_sources import Vocabulary
+from glimpse.data import glyphs_extras, packages
+from glimpse.data.glyphs import trainable
+from glimpse.data.glyphs_sources import Vocabulary
 
 
 def vocabulary():

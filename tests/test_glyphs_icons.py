@@ -12,11 +12,11 @@ import json
 import pytest
 from PIL import Image
 
-from data import glyphs_icons
-from data.glyphs import fifths, one_per_image, trainable, write_shards
-from data.glyphs_icons import bare, collect, draw, flag, held_out, spoken
-from data.glyphs_sources import Glyph, Vocabulary, split, svg
-from data.shards import Shards
+from glimpse.data import glyphs_icons
+from glimpse.data.glyphs import fifths, one_per_image, trainable, write_shards
+from glimpse.data.glyphs_icons import bare, collect, draw, flag, held_out, spoken
+from glimpse.data.glyphs_sources import Glyph, Vocabulary, split, svg
+from glimpse.data.shards import Shards
 
 SHORT = {"🐒": "monkey", "🐐": "goat", "🔑": "key", "🇫🇷": "flag: France", "🇧🇷": "flag: Brazil"}
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 from PIL import Image
 
-from data import glyphs_sources
-from data.glyphs_sources import (
+from glimpse.data import glyphs_sources
+from glimpse.data.glyphs_sources import (
     Glyph,
     IconSet,
     Vocabulary,

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import heads
-from model.collectives import batch_mean
-from model.layers import sincos
-from tests import ranks_worker
+from glimpse.model import heads
+from glimpse.model.collectives import batch_mean
+from glimpse.model.layers import sincos
+from glimpse.tests import ranks_worker
 
 b, D = 6, 5  # rows a rank, and their width
 B = b * ranks_worker.WORLD

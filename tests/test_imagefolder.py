@@ -9,12 +9,12 @@ import sys
 import pytest
 from PIL import Image
 
-from data import packaged
-from data.augment import decode
-from data.benchmarks import Benchmark, Frame
-from data.imagefolder import WORDNET, build
-from run import prepare
-from run.evals import parse
+from glimpse.data import packaged
+from glimpse.data.augment import decode
+from glimpse.data.benchmarks import Benchmark, Frame
+from glimpse.data.imagefolder import WORDNET, build
+from glimpse.run import prepare
+from glimpse.run.evals import parse
 
 
 def image(path, shade, kind=None):

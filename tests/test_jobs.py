@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 from deepspeed.launcher import runner
 
-from run.lib import grid, jobs
-from tests.tiny import finished
+from glimpse.run.lib import grid, jobs
+from glimpse.tests.tiny import finished
 
 GRIDS = {name: grid.read(name) for name in ("flip_table1", "flip_table8")}
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.benchmarks import Benchmark, Question
-from data.shards import write_shard
-from data.tokenizer import build as build_tokenizer
-from data.tokenizer import train_sentencepiece
-from model.decoders import PAD, Answerer, Captioner
-from run.evals import captioning, language, parse, vqa
-from tests.tiny import NAMES, launch, picture, settings
-from tests.tiny import shards as make_shards
+from glimpse.data.benchmarks import Benchmark, Question
+from glimpse.data.shards import write_shard
+from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.data.tokenizer import train_sentencepiece
+from glimpse.model.decoders import PAD, Answerer, Captioner
+from glimpse.run.evals import captioning, language, parse, vqa
+from glimpse.tests.tiny import NAMES, launch, picture, settings
+from glimpse.tests.tiny import shards as make_shards
 
 SHAPE = dict(context=6, image=(5, 8), width=64, depth=2, heads=1)
 

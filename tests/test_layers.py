@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drop_path, sincos
-from model.parallel import Init, Linear
-from model.towers import ModelConfig, Towers
+from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drop_path, sincos
+from glimpse.model.parallel import Init, Linear
+from glimpse.model.towers import ModelConfig, Towers
 
 LENGTHS = torch.tensor([3, 1, 7, 4])
 WIDTH, HEADS = 24, 3

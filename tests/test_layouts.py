@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import layout_maps, layout_texts
-from data.benchmarks import IGNORE, Benchmark, Question
-from data.layouts import LAYOUTS, open_set
-from data.shards import write_shard
-from run.evals import parse
-from tests.tiny_layouts import (
+from glimpse.data import layout_maps, layout_texts
+from glimpse.data.benchmarks import IGNORE, Benchmark, Question
+from glimpse.data.layouts import LAYOUTS, open_set
+from glimpse.data.shards import write_shard
+from glimpse.run.evals import parse
+from glimpse.tests.tiny_layouts import (
     SIZE,
     ade20k,
     coco,

@@ -13,12 +13,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from run.evals import knn, linear_probe, parse, read_call
-from run.evals.embed import Embedder
-from run.evals.linear_probe import BatchNorm, Options, regression, swept
-from run.lib.lars import LARS
-from tests.test_features import CLASSES, WIDTH, Model, Table
-from tests.threads import ranks
+from glimpse.run.evals import knn, linear_probe, parse, read_call
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.evals.linear_probe import BatchNorm, Options, regression, swept
+from glimpse.run.lib.lars import LARS
+from glimpse.tests.test_features import CLASSES, WIDTH, Model, Table
+from glimpse.tests.threads import ranks
 
 TRAIN, TEST = 311, 307
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from run.lib.folder import trim
-from run.lib.log import Log, clock, peak_flops, short, table
+from glimpse.run.lib.folder import trim
+from glimpse.run.lib.log import Log, clock, peak_flops, short, table
 
 
 def strict(path):

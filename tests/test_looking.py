@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.shards import Shards, build_index, write_shard
-from model.layers import Packed, Watch
-from model.vision import resized
-from run.lib.pictures import examples
-from tests.test_towers import FLAVOURS, captions, everywhere, small
-from tests.tiny import picture
+from glimpse.data.shards import Shards, build_index, write_shard
+from glimpse.model.layers import Packed, Watch
+from glimpse.model.vision import resized
+from glimpse.run.lib.pictures import examples
+from glimpse.tests.test_towers import FLAVOURS, captions, everywhere, small
+from glimpse.tests.tiny import picture
 
 
 def whole_captions(text, ids, lengths):

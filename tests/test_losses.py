@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import losses
+from glimpse.model import losses
 
 EXACT = 1e-6
 # each rank's pairs, and the width before and after the towers of the multi-rank tests

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from data.masking import STRATEGIES, Gaussian, InverseGaussian, Mask, Random, normal_density, parse
+from glimpse.data.masking import (
+    STRATEGIES,
+    Gaussian,
+    InverseGaussian,
+    Mask,
+    Random,
+    normal_density,
+    parse,
+)
 
 GRIDS = [(14, 14), (16, 16), (3, 11), (1, 8)]
 

@@ -17,18 +17,18 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.augment import View
-from data.batches import DataConfig, Reader
-from data.patches import unpatchify
-from data.shards import Sample
-from data.tokenizer import train_sentencepiece
-from model import ema
-from model.attentive import Attentive, scores_at, take
-from model.losses import dense_contrastive, simclr
-from model.methods import METHODS
-from model.methods.base import Method
-from model.towers import ModelConfig
-from tests.test_towers import CLIP
+from glimpse.data.augment import View
+from glimpse.data.batches import DataConfig, Reader
+from glimpse.data.patches import unpatchify
+from glimpse.data.shards import Sample
+from glimpse.data.tokenizer import train_sentencepiece
+from glimpse.model import ema
+from glimpse.model.attentive import Attentive, scores_at, take
+from glimpse.model.losses import dense_contrastive, simclr
+from glimpse.model.methods import METHODS
+from glimpse.model.methods.base import Method
+from glimpse.model.towers import ModelConfig
+from glimpse.tests.test_towers import CLIP
 
 B, L, GRID, VOCAB, CONTEXT = 6, 64, (8, 8), 320, 24
 WHOLE = dict(crop=(1.0, 1.0), ratio=(1.0, 1.0))

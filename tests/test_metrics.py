@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import prompts
-from data.benchmarks import Benchmark
-from run.evals import parse, zero_shot
-from run.evals.metrics import (
+from glimpse.data import prompts
+from glimpse.data.benchmarks import Benchmark
+from glimpse.run.evals import parse, zero_shot
+from glimpse.run.evals.metrics import (
     average_precision,
     counted,
     everyone,
@@ -25,8 +25,8 @@ from run.evals.metrics import (
     top1,
     top5,
 )
-from tests.threads import ranks
-from tests.tiny import evaluation_set
+from glimpse.tests.threads import ranks
+from glimpse.tests.tiny import evaluation_set
 
 # six classes, five images: the class of each and where it stands among the scores: 1st, 2nd, 1st,
 # 6th, 1st

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.convert import open_clip, portable
-from model.convert.rules import Tensors
-from run.lib import config, folder, models, prove, starts
-from tests.test_convert_open_clip import FLAVOURS, made
-from tests.tiny import ROOT, environment, growth, settings, shards
+from glimpse.model.convert import open_clip, portable
+from glimpse.model.convert.rules import Tensors
+from glimpse.run.lib import config, folder, models, prove, starts
+from glimpse.tests.test_convert_open_clip import FLAVOURS, made
+from glimpse.tests.tiny import ROOT, environment, growth, settings, shards
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_a_large_tensor_is_in_memory_once(tmp_path):
         f"""
 import torch
 from pathlib import Path
-from run.lib import zero_files
+from glimpse.run.lib import zero_files
 file = Path({str(tmp_path / "x.pt")!r})
 run = zero_files.run_of(zero_files.structure(file)["w"], file)
 parts = [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)]

@@ -15,7 +15,7 @@ import sys
 import pytest
 import yaml
 
-from tests.tiny import ROOT, environment, settings, shards
+from glimpse.tests.tiny import ROOT, environment, settings, shards
 
 # also the interfaces', which may have 15 letters
 NAMES = [f"glimpse{os.getpid() % 100000}{side}" for side in "ab"]

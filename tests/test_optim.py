@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from model.methods import METHODS
-from run.lib import config
-from run.lib.optim import KINDS, OptimConfig, groups, kind
+from glimpse.model.methods import METHODS
+from glimpse.run.lib import config
+from glimpse.run.lib.optim import KINDS, OptimConfig, groups, kind
 
 FLAVOURS = {
     "flip": [],

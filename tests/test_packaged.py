@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import packaged, packages
-from data import packaged_pictures as pictures
-from data import packaged_sources as sources
-from data.benchmarks import Benchmark
-from data.glyphs_extras import RESOURCES
-from data.shards import build_index, write_shard
-from tests.test_glyphs_extras import picture, rcc
+from glimpse.data import packaged, packages
+from glimpse.data import packaged_pictures as pictures
+from glimpse.data import packaged_sources as sources
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.glyphs_extras import RESOURCES
+from glimpse.data.shards import build_index, write_shard
+from glimpse.tests.test_glyphs_extras import picture, rcc
 
 
 def idx(values):

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from data.pairs import convert
-from data.shards import Shards
-from tests.tiny import picture
+from glimpse.data.pairs import convert
+from glimpse.data.shards import Shards
+from glimpse.tests.tiny import picture
 
 
 def image(kind="png", seed=0):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.patches import patchify, unpatchify, visible
+from glimpse.data.patches import patchify, unpatchify, visible
 
 
 def test_a_linear_layer_over_patches_is_the_convolution():

@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.batches import Batches
-from data.benchmarks import Benchmark
-from data.patches import unpatchify
-from data.shards import Shards, write_shard
-from run.evals import embed
-from run.lib import config, models, ranks
-from tests.tiny import NAMES, ROOT, environment, launch, picture, shards
+from glimpse.data.batches import Batches
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.patches import unpatchify
+from glimpse.data.shards import Shards, write_shard
+from glimpse.run.evals import embed
+from glimpse.run.lib import config, models, ranks
+from glimpse.tests.tiny import NAMES, ROOT, environment, launch, picture, shards
 
 SIZES = {"own": (224, 224), "larger": (500, 375)}  # width and height of the images
 SMALL = dict(

@@ -14,13 +14,13 @@ import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from torch.profiler import ProfilerActivity, profile
 
-from model import losses
-from model.methods import METHODS
-from run.lib import config, made, plan, trace
-from run.lib.zero_memory import ADAM, Zero
-from run.pretrain import planned
-from tests.test_towers import GOLDEN
-from tests.tiny import launch
+from glimpse.model import losses
+from glimpse.model.methods import METHODS
+from glimpse.run.lib import config, made, plan, trace
+from glimpse.run.lib.zero_memory import ADAM, Zero
+from glimpse.run.pretrain import planned
+from glimpse.tests.test_towers import GOLDEN
+from glimpse.tests.tiny import launch
 
 VOCAB, MICRO, TOKENS = 500, 8, 6.0
 DEEP = [

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from data.shards import Shards, write_shard
-from data.tokenizer import build
-from run import prepare
-from run.lib.cli import run_script
-from tests import tiny
+from glimpse.data.shards import Shards, write_shard
+from glimpse.data.tokenizer import build
+from glimpse.run import prepare
+from glimpse.run.lib.cli import run_script
+from glimpse.tests import tiny
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import View, center_view, decode, random_box, random_view, resize
-from data.batches import Batches, plan
-from data.benchmarks import Benchmark
-from data.patches import patchify
-from data.shards import Shards
-from data.supervised import Labelled, Mix
-from model.methods import METHODS
-from model.towers import ModelConfig, Towers
-from run.evals import embed, evaluate, parse
-from run.lib import config, pictures
-from tests.test_towers import CLIP, ours, patches_of
-from tests.threads import ranks
-from tests.tiny import launch, settings, untrained
-from tests.tiny import shards as make_shards
+from glimpse.data.augment import View, center_view, decode, random_box, random_view, resize
+from glimpse.data.batches import Batches, plan
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.patches import patchify
+from glimpse.data.shards import Shards
+from glimpse.data.supervised import Labelled, Mix
+from glimpse.model.methods import METHODS
+from glimpse.model.towers import ModelConfig, Towers
+from glimpse.run.evals import embed, evaluate, parse
+from glimpse.run.lib import config, pictures
+from glimpse.tests.test_towers import CLIP, ours, patches_of
+from glimpse.tests.threads import ranks
+from glimpse.tests.tiny import launch, settings, untrained
+from glimpse.tests.tiny import shards as make_shards
 
 H, W, GRID, L = 32, 48, (4, 6), 24
 WIDE, CLIPA = "model.image_size=[32, 48]", "model.vision.pool=mean_then_norm"
@@ -327,7 +327,7 @@ def test_a_teachers_view_of_another_size_is_refused():
 
 
 def test_segmentation_is_refused(data, tmp_path):
-    from run.evals import segmentation
+    from glimpse.run.evals import segmentation
 
     method, cfg, tokenizer = untrained(data / "tokenizer.model", WIDE)
     with pytest.raises(

@@ -12,10 +12,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from data import remote
-from data.benchmarks import Benchmark
-from run.evals import parse
-from tests.tiny import NAMES, evaluation_set, free_port, picture
+from glimpse.data import remote
+from glimpse.data.benchmarks import Benchmark
+from glimpse.run.evals import parse
+from glimpse.tests.tiny import NAMES, evaluation_set, free_port, picture
 
 
 @pytest.fixture

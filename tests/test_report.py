@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from model.convert import portable
-from run.lib import models, pages, plots
-from run.lib.results import by_seed, read
-from run.report import compare
-from tests.browser import opened
-from tests.tiny import ROOT, environment, recorded, settings, shards
+from glimpse.model.convert import portable
+from glimpse.run.lib import models, pages, plots
+from glimpse.run.lib.results import by_seed, read
+from glimpse.run.report import compare
+from glimpse.tests.browser import opened
+from glimpse.tests.tiny import ROOT, environment, recorded, settings, shards
 
 TOP1, R1 = "zero_shot/shapes/top1", "retrieval/shapes/image_to_text_r1"
 EVALUATIONS = ("evals=[zero_shot:x/shapes]",)

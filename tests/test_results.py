@@ -10,8 +10,8 @@ import math
 import numpy as np
 import pytest
 
-from run.lib.results import by_seed, difference, interval, read
-from tests.tiny import recorded
+from glimpse.run.lib.results import by_seed, difference, interval, read
+from glimpse.tests.tiny import recorded
 
 TOP1 = "zero_shot/shapes/top1"
 

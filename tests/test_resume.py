@@ -14,8 +14,8 @@ from collections import Counter
 
 import pytest
 
-from run.lib import checkpoint, zero_files
-from tests.tiny import ROOT, command, environment, launch, settings, shards
+from glimpse.run.lib import checkpoint, zero_files
+from glimpse.tests.tiny import ROOT, command, environment, launch, settings, shards
 
 KILLS = int(os.environ.get("KILLS", 3))
 STEPS, EPOCH = 45, 120

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from run.lib import config, grid, jobs
-from run.scaling import main
-from tests.tiny import ROOT, environment, finished, shards
+from glimpse.run.lib import config, grid, jobs
+from glimpse.run.scaling import main
+from glimpse.tests.tiny import ROOT, environment, finished, shards
 
 STEPS = 30
 GRIDS = {name: grid.read(name) for name in grid.names()}

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from data.augment import decode, resize
-from data.benchmarks import IGNORE, Benchmark
-from data.patches import patchify
-from data.shards import write_shard
-from data.tokenizer import train_sentencepiece
-from data.windows import Sliding, Windows
-from run.evals import embed, evaluate, parse, segmentation
-from tests.threads import ranks
-from tests.tiny import untrained
+from glimpse.data.augment import decode, resize
+from glimpse.data.benchmarks import IGNORE, Benchmark
+from glimpse.data.patches import patchify
+from glimpse.data.shards import write_shard
+from glimpse.data.tokenizer import train_sentencepiece
+from glimpse.data.windows import Sliding, Windows
+from glimpse.run.evals import embed, evaluate, parse, segmentation
+from glimpse.tests.threads import ranks
+from glimpse.tests.tiny import untrained
 
 CLASSES = ("red", "green", "blue", "black")
 SIZES = ((40, 40), (40, 64), (90, 50), (33, 70), (40, 41), (32, 32), (50, 40))

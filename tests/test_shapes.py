@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.towers import ModelConfig, Size, Towers, text_flops, vision_flops
-from run.lib import checkpoint, config, starts
-from tests.test_towers import CLIP, Keep, captions, count, everywhere, ours, patches_of
+from glimpse.model.towers import ModelConfig, Size, Towers, text_flops, vision_flops
+from glimpse.run.lib import checkpoint, config, starts
+from glimpse.tests.test_towers import CLIP, Keep, captions, count, everywhere, ours, patches_of
 
 QUICKSTART = config.ROOT / "run/configs/quickstart.yaml"
 ODD = Size(

@@ -17,7 +17,7 @@ import pytest
 import webdataset
 from webdataset.tariterators import base_plus_ext
 
-from data.shards import (
+from glimpse.data.shards import (
     Order,
     Sample,
     Shards,

@@ -17,13 +17,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data import stream as stream_module
-from data.augment import View
-from data.batches import DataConfig, Reader
-from data.shards import headers, write_shard
-from data.stream import Stream, is_stream
-from tests.tiny import ROOT, command, environment, launch, settings
-from tests.tiny import shards as make_shards
+from glimpse.data import stream as stream_module
+from glimpse.data.augment import View
+from glimpse.data.batches import DataConfig, Reader
+from glimpse.data.shards import headers, write_shard
+from glimpse.data.stream import Stream, is_stream
+from glimpse.tests.tiny import ROOT, command, environment, launch, settings
+from glimpse.tests.tiny import shards as make_shards
 
 COUNT, SHARDS = 120, 6
 

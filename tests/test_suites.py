@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import suites as table
-from run.evals import evaluate, parse
-from run.evals.metrics import MAIN, METRICS
-from run.evals.suites import Options, Suite, averages, look
-from tests.threads import ranks
-from tests.tiny import NAMES, ROOT, evaluation_set, launch, picture, settings
-from tests.tiny import shards as make_shards
+from glimpse.data import suites as table
+from glimpse.run.evals import evaluate, parse
+from glimpse.run.evals.metrics import MAIN, METRICS
+from glimpse.run.evals.suites import Options, Suite, averages, look
+from glimpse.tests.threads import ranks
+from glimpse.tests.tiny import NAMES, ROOT, evaluation_set, launch, picture, settings
+from glimpse.tests.tiny import shards as make_shards
 
 TEN = "\n".join(NAMES[:10])
 

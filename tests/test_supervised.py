@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.benchmarks import Benchmark
-from data.shards import write_shard
-from data.supervised import Labelled, Mix, paired, rand_augment, timm
-from tests.tiny import NAMES, picture
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.shards import write_shard
+from glimpse.data.supervised import Labelled, Mix, paired, rand_augment, timm
+from glimpse.tests.tiny import NAMES, picture
 
 HOW = dict(
     size=32,

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from tests.tiny import launch, shards
+from glimpse.tests.tiny import launch, shards
 
 TEACHERS, OTHERS = ("aclip", "maskclip"), ("slip", "mae")
 

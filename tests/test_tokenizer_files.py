@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-import data.tokenizer
-from data.augment import center_view
-from data.tokenizer import ClipBpe, build, installed, train_sentencepiece
-from data.tokenizer_files import read, write
-from model.convert import hf
-from model.vision import normalise
-from tests.test_convert_hf import CLIP, made
-from tests.test_tokenizer import TEXTS, WORDPIECES
-from tests.test_towers import patches_of
+import glimpse.data.tokenizer
+from glimpse.data.augment import center_view
+from glimpse.data.tokenizer import ClipBpe, build, installed, train_sentencepiece
+from glimpse.data.tokenizer_files import read, write
+from glimpse.model.convert import hf
+from glimpse.model.vision import normalise
+from glimpse.tests.test_convert_hf import CLIP, made
+from glimpse.tests.test_tokenizer import TEXTS, WORDPIECES
+from glimpse.tests.test_towers import patches_of
 
 KINDS = ("clip_bpe", "small clip_bpe", "wordpiece", "sentencepiece")
 HARD = [
@@ -244,7 +244,7 @@ def test_damaged_files_are_told_in_a_line(folders, tmp_path, kind, name, content
 
 @pytest.mark.parametrize("how", [dict(model_type="bpe"), dict(user_defined_symbols=["green"])])
 def test_sentencepiece_models_that_cannot_be_told(tmp_path, how):
-    data.tokenizer.sentencepiece.SentencePieceTrainer.train(
+    glimpse.data.tokenizer.sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
         model_prefix=str(tmp_path / "m"),
         vocab_size=100,

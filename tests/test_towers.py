@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.layers import Packed
-from model.towers import (
+from glimpse.model.layers import Packed
+from glimpse.model.towers import (
     PATCHES,
     SIZES,
     ModelConfig,

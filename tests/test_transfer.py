@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from data.shards import build_index, write_shard
-from tests.tiny import ROOT, environment, launch, settings, shards
+from glimpse.data.shards import build_index, write_shard
+from glimpse.tests.tiny import ROOT, environment, launch, settings, shards
 
 
 def nms(boxes, scores, threshold):
@@ -178,7 +178,7 @@ def test_the_recipe_runs_and_learns(tmp_path):
 
 
 if __name__ == "__main__":
-    import tests.conftest  # noqa: F401
+    import glimpse.tests.conftest  # noqa: F401
 
     recipe(
         **{

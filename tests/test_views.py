@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data.augment as augment
-from data.augment import View, decode, enclosing, enlarged, expanded, random_views
+import glimpse.data.augment as augment
+from glimpse.data.augment import View, decode, enclosing, enlarged, expanded, random_views
 
 CROP = (0.25, 0.4)
 # kind, (height, width), side of the views, how much smaller a JPEG can be decoded for them

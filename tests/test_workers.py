@@ -11,13 +11,13 @@ import sys
 
 import pytest
 
-from data.workers import workers
-from tests.tiny import ROOT, environment
+from glimpse.data.workers import workers
+from glimpse.tests.tiny import ROOT, environment
 
 SCRIPT = """
 import os, time
-from data.workers import workers
-from run.lib.cli import run_script
+from glimpse.data.workers import workers
+from glimpse.run.lib.cli import run_script
 
 def main():
     # a busy machine: the pool is left before its workers are there

@@ -52,13 +52,15 @@ def ranks(monkeypatch, world: int, batch: int):
         broadcast=lambda value, source: value.copy_(exchanged(value.clone())[source])
     )
     for name, module in list(sys.modules.items()):
-        if name.startswith("run.evals") or name == "run.lib.fit":
+        if name.startswith("glimpse.run.evals") or name == "glimpse.run.lib.fit":
             for fake, value in fakes.items():
                 if hasattr(module, fake):
                     monkeypatch.setattr(
                         module,
                         fake,
-                        2 * batch if (name, fake) == ("run.evals.features", "CHUNK") else value,
+                        2 * batch
+                        if (name, fake) == ("glimpse.run.evals.features", "CHUNK")
+                        else value,
                     )
 
     def run(work):

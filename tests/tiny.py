@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data.shards import build_index, write_shard
-from data.tokenizer import build, train_sentencepiece
-from model.methods import METHODS
-from run.lib import config
-from run.lib.grid import Planned
-from run.lib.log import Log
+from glimpse.data.shards import build_index, write_shard
+from glimpse.data.tokenizer import build, train_sentencepiece
+from glimpse.model.methods import METHODS
+from glimpse.run.lib import config
+from glimpse.run.lib.grid import Planned
+from glimpse.run.lib.log import Log
 
 WHOLE = "WHOLE" in os.environ  # what CI shortens is done in full
 ROOT = Path(__file__).parents[1]

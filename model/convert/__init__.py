@@ -21,7 +21,7 @@ in FORMATS.
 from pathlib import Path
 from types import ModuleType
 
-from model.convert import flip_jax, hf, megatron, open_clip, timm
+from glimpse.model.convert import flip_jax, hf, megatron, open_clip, timm
 
 FORMATS: dict[str, ModuleType] = {
     "open_clip": open_clip,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.convert.rules import Tensors
+from glimpse.model.convert.rules import Tensors
 
 NAMES = {
     torch.float64: "F64",

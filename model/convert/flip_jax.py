@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.convert import t5x
-from model.convert.portable import About, Portable
-from model.convert.positions import fixed, is_fixed
-from model.convert.rules import (
+from glimpse.model.convert import t5x
+from glimpse.model.convert.portable import About, Portable
+from glimpse.model.convert.positions import fixed, is_fixed
+from glimpse.model.convert.rules import (
     Rule,
     Tensors,
     as_kernel,
@@ -34,10 +34,10 @@ from model.convert.rules import (
     thirds,
     transposed,
 )
-from model.convert.sizes import ratio, sized
-from model.text import TextConfig
-from model.towers import ModelConfig
-from model.vision import VisionConfig
+from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig
+from glimpse.model.vision import VisionConfig
 
 # ---- what FLIP calls its modules, by what we call ours: to be mended here should a checkpoint say
 # otherwise

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.convert import files
-from model.convert.portable import (
+from glimpse.model.convert import files
+from glimpse.model.convert.portable import (
     MEAN,
     STD,
     About,
@@ -30,13 +30,22 @@ from model.convert.portable import (
     origin,
     told_crop,
 )
-from model.convert.positions import position_rule, taken, write
-from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, fused, one, scalar, thirds
-from model.convert.sizes import ratio, sized
-from model.layers import hidden
-from model.text import TextConfig
-from model.towers import ModelConfig
-from model.vision import VisionConfig
+from glimpse.model.convert.positions import position_rule, taken, write
+from glimpse.model.convert.rules import (
+    Rule,
+    Tensors,
+    as_kernel,
+    as_matrix,
+    fused,
+    one,
+    scalar,
+    thirds,
+)
+from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.layers import hidden
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig
+from glimpse.model.vision import VisionConfig
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
 WEIGHTS = (

@@ -37,15 +37,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.convert import torch_dist
-from model.convert.portable import CONFIG, About, Portable
-from model.convert.positions import keep, position_rule, taken
-from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, exported, one, scalar
-from model.convert.torch_dist import Folder, Place
-from model.layers import hidden
-from model.text import TextConfig
-from model.towers import ModelConfig, Size
-from model.vision import VisionConfig
+from glimpse.model.convert import torch_dist
+from glimpse.model.convert.portable import CONFIG, About, Portable
+from glimpse.model.convert.positions import keep, position_rule, taken
+from glimpse.model.convert.rules import (
+    Rule,
+    Tensors,
+    as_kernel,
+    as_matrix,
+    exported,
+    one,
+    scalar,
+)
+from glimpse.model.convert.torch_dist import Folder, Place
+from glimpse.model.layers import hidden
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size
+from glimpse.model.vision import VisionConfig
 
 VISION, TEXT, LAYERS = "vision_model.", "text_model.", "decoder.layers."
 POSITIONS, KERNEL, WORDS = (

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from model.convert import files, positions
-from model.convert import open_clip_trunk as trunk
-from model.convert.open_clip_config import RESNET, config_in, config_out, is_timms
-from model.convert.portable import (
+from glimpse.model.convert import files, positions
+from glimpse.model.convert import open_clip_trunk as trunk
+from glimpse.model.convert.open_clip_config import RESNET, config_in, config_out, is_timms
+from glimpse.model.convert.portable import (
     MEAN,
     STD,
     About,
@@ -32,8 +32,16 @@ from model.convert.portable import (
     origin,
     told_crop,
 )
-from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, one, scalar, transposed
-from model.towers import ModelConfig
+from glimpse.model.convert.rules import (
+    Rule,
+    Tensors,
+    as_kernel,
+    as_matrix,
+    one,
+    scalar,
+    transposed,
+)
+from glimpse.model.towers import ModelConfig
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (

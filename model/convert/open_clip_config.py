@@ -4,12 +4,12 @@ other way round.
 
 from pathlib import Path
 
-from model.convert import open_clip_trunk as trunk
-from model.convert.portable import MEAN, STD, Portable
-from model.convert.sizes import sized
-from model.text import TextConfig
-from model.towers import ModelConfig
-from model.vision import VisionConfig
+from glimpse.model.convert import open_clip_trunk as trunk
+from glimpse.model.convert.portable import MEAN, STD, Portable
+from glimpse.model.convert.sizes import sized
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig
+from glimpse.model.vision import VisionConfig
 
 RESNET = "a ResNet; Glimpse's towers are vision transformers"
 POOLS = {"cls": ("tok", False), "mean": ("avg", False), "mean_then_norm": ("avg", True)}

@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from model.convert import positions, timm
-from model.convert.rules import Rule, Tensors
-from model.towers import ModelConfig
+from glimpse.model.convert import positions, timm
+from glimpse.model.convert.rules import Rule, Tensors
+from glimpse.model.towers import ModelConfig
 
 TRUNK, SIDE, EPS = "visual.trunk.", 224, 1e-6
 POOLS = {"cls": "token", "mean": "avg"}  # as timm_pool names them

@@ -21,9 +21,9 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from model.convert import files
-from model.convert.rules import Tensors, check_shapes, more
-from model.towers import ModelConfig, Towers
+from glimpse.model.convert import files
+from glimpse.model.convert.rules import Tensors, check_shapes, more
+from glimpse.model.towers import ModelConfig, Towers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Of evaluation images, as eval_crop names them: resized, then cropped; the other way round; resized

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.convert import files
-from model.convert.portable import Portable
-from model.convert.rules import Rule, Tensors, as_tuple, exported, imported
-from model.layers import sincos
-from model.towers import ModelConfig
+from glimpse.model.convert import files
+from glimpse.model.convert.portable import Portable
+from glimpse.model.convert.rules import Rule, Tensors, as_tuple, exported, imported
+from glimpse.model.layers import sincos
+from glimpse.model.towers import ModelConfig
 
 KEPT = "glimpse.safetensors"
 Rules = Callable[[ModelConfig], list[Rule]]

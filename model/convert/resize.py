@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.convert.portable import Portable
-from model.convert.rules import Tensors
-from model.towers import PATCHES
-from model.vision import resized as resized_grid
+from glimpse.model.convert.portable import Portable
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.towers import PATCHES
+from glimpse.model.vision import resized as resized_grid
 
 
 def resized(

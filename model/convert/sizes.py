@@ -6,8 +6,8 @@ else a size of its own.
 
 import math
 
-from model.layers import hidden
-from model.towers import PATCHES, SIZES, Size
+from glimpse.model.layers import hidden
+from glimpse.model.towers import PATCHES, SIZES, Size
 
 
 def sized(patch: int, **known: float | None) -> dict[str, object]:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.convert import files
-from model.convert.portable import (
+from glimpse.model.convert import files
+from glimpse.model.convert.portable import (
     INTERPOLATIONS,
     MEAN,
     STD,
@@ -35,11 +35,11 @@ from model.convert.portable import (
     told_crop,
     vision_only,
 )
-from model.convert.positions import is_fixed, position_rule, taken, write
-from model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple
-from model.convert.sizes import ratio, sized
-from model.towers import ModelConfig
-from model.vision import VisionConfig
+from glimpse.model.convert.positions import is_fixed, position_rule, taken, write
+from glimpse.model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple
+from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.towers import ModelConfig
+from glimpse.model.vision import VisionConfig
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 BLOCK = {

@@ -16,20 +16,20 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from model.attentive import Attentive, scores_at, take
-from model.collectives import batch_mean
-from model.ema import check_momentum, cosine
-from model.heads import (
+from glimpse.model.attentive import Attentive, scores_at, take
+from glimpse.model.collectives import batch_mean
+from glimpse.model.ema import check_momentum, cosine
+from glimpse.model.heads import (
     byol_predictor,
     byol_projector,
     simclr_head,
     simsiam_predictor,
     simsiam_projector,
 )
-from model.layers import Watch
-from model.losses import byol, contrastive, simclr, simclr_flops, simsiam
-from model.methods.base import Averaging, above, at_least
-from model.towers import ModelConfig, Towers, vision_flops, vision_tower
+from glimpse.model.layers import Watch
+from glimpse.model.losses import byol, contrastive, simclr, simclr_flops, simsiam
+from glimpse.model.methods.base import Averaging, above, at_least
+from glimpse.model.towers import ModelConfig, Towers, vision_flops, vision_tower
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.losses import contrastive_flops
-from model.towers import ModelConfig, Towers, recomputed, text_flops, vision_flops
+from glimpse.model.losses import contrastive_flops
+from glimpse.model.towers import ModelConfig, Towers, recomputed, text_flops, vision_flops
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ The three differ only in the `mask:` of the view `image`: none, random(0.5), gau
 
 from torch import Tensor
 
-from model.losses import contrastive
-from model.methods.base import Method
+from glimpse.model.losses import contrastive
+from glimpse.model.methods.base import Method
 
 
 class Clip(Method):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.collectives import batch_mean
-from model.heads import Decoder, check_decoder
-from model.losses import contrastive, reconstruction
-from model.methods.base import Method, above, at_least, whole
-from model.towers import ModelConfig, vision_flops
-from model.vision import normalise
+from glimpse.model.collectives import batch_mean
+from glimpse.model.heads import Decoder, check_decoder
+from glimpse.model.losses import contrastive, reconstruction
+from glimpse.model.methods.base import Method, above, at_least, whole
+from glimpse.model.towers import ModelConfig, vision_flops
+from glimpse.model.vision import normalise
 
 
 @dataclass(frozen=True)

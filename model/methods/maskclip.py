@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.collectives import batch_mean
-from model.ema import check_momentum, linear
-from model.heads import Decoder
-from model.losses import contrastive, distillation
-from model.methods.base import Averaging, above, at_least, whole
-from model.towers import vision_flops, vision_tower
+from glimpse.model.collectives import batch_mean
+from glimpse.model.ema import check_momentum, linear
+from glimpse.model.heads import Decoder
+from glimpse.model.losses import contrastive, distillation
+from glimpse.model.methods.base import Averaging, above, at_least, whole
+from glimpse.model.towers import vision_flops, vision_tower
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.heads import simclr_head
-from model.losses import contrastive, contrastive_flops, simclr, simclr_flops
-from model.methods.base import Method, above, at_least
+from glimpse.model.heads import simclr_head
+from glimpse.model.losses import contrastive, contrastive_flops, simclr, simclr_flops
+from glimpse.model.methods.base import Method, above, at_least
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
-from data.benchmarks import Images
-from data.layouts import open_set
-from run.evals import (
+from glimpse.data.benchmarks import Images
+from glimpse.data.layouts import open_set
+from glimpse.run.evals import (
     captioning,
     finetune,
     knn,
@@ -39,9 +39,9 @@ from run.evals import (
     vqa,
     zero_shot,
 )
-from run.evals.embed import Embedder
-from run.lib.config import build, check_choice
-from run.lib.ranks import say
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.lib.config import build, check_choice
+from glimpse.run.lib.ranks import say
 
 EVALS = {
     "zero_shot": zero_shot,

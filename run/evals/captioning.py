@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from data.benchmarks import Images
-from model.decoders import PAD, Captioner
-from run.evals.embed import Embedder
-from run.evals.language import (
+from glimpse.data.benchmarks import Images
+from glimpse.model.decoders import PAD, Captioner
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.evals.language import (
     START,
     Pieces,
     Reading,
@@ -34,7 +34,7 @@ from run.evals.language import (
     tokens,
     trains_tower,
 )
-from run.lib.ranks import to_device, told
+from glimpse.run.lib.ranks import to_device, told
 
 SHOWN = 3  # captions that are printed
 SPICE = "spice/lib/stanford-corenlp-3.6.0.jar"

@@ -27,10 +27,10 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet
 
-from data.gallery import Block, Gallery, Texts, blocks
-from run.evals.embed import Embedder
-from run.lib.cli import bar
-from run.lib.ranks import gathered, rank, told, world
+from glimpse.data.gallery import Block, Gallery, Texts, blocks
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.lib.cli import bar
+from glimpse.run.lib.ranks import gathered, rank, told, world
 
 PART = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
 ROWS = 8192  # to a row group of a parquet file, which readers take at once

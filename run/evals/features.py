@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.benchmarks import Images
-from run.evals.embed import BATCH, Embedder
-from run.lib.ranks import barrier, once, rank, told, world
+from glimpse.data.benchmarks import Images
+from glimpse.run.evals.embed import BATCH, Embedder
+from glimpse.run.lib.ranks import barrier, once, rank, told, world
 
 CHUNK = 16 * BATCH
 KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, as Embedder.passed has them

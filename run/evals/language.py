@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data.benchmarks import Images
-from model.decoders import PAD, Seeing
-from run.evals.embed import Embedder
-from run.evals.features import Features, features
-from run.lib.engine import unwrapped, wrapped
-from run.lib.fit import Exact, cosine, fit, mean_loss, mine, order, steps
-from run.lib.ranks import device, rank, to_device, total, world
+from glimpse.data.benchmarks import Images
+from glimpse.model.decoders import PAD, Seeing
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.evals.features import Features, features
+from glimpse.run.lib.engine import unwrapped, wrapped
+from glimpse.run.lib.fit import Exact, cosine, fit, mean_loss, mine, order, steps
+from glimpse.run.lib.ranks import device, rank, to_device, total, world
 
 START, UNKNOWN = 1, 2
 TOLD = 128  # samples that are read at once, whichever rank does it

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.augment import decode
-from data.benchmarks import IGNORE, Images
-from data.windows import Sliding, Windows
-from run.evals.embed import BATCH, Embedder
-from run.evals.zero_shot import class_embeddings
-from run.lib.pictures import segmentations
-from run.lib.ranks import device, gathered, least, rank, total, world
+from glimpse.data.augment import decode
+from glimpse.data.benchmarks import IGNORE, Images
+from glimpse.data.windows import Sliding, Windows
+from glimpse.run.evals.embed import BATCH, Embedder
+from glimpse.run.evals.zero_shot import class_embeddings
+from glimpse.run.lib.pictures import segmentations
+from glimpse.run.lib.ranks import device, gathered, least, rank, total, world
 
 FEATURES = ("auto", "tokens", "values")
 READS = "label_map"

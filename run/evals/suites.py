@@ -13,12 +13,12 @@ how many sets they are.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.benchmarks import Benchmark
-from data.prompts import templates
-from data.suites import SETS, SUITES, found, members
-from run.evals import zero_shot
-from run.evals.metrics import MAIN
-from run.lib.config import check_choice
+from glimpse.data.benchmarks import Benchmark
+from glimpse.data.prompts import templates
+from glimpse.data.suites import SETS, SUITES, found, members
+from glimpse.run.evals import zero_shot
+from glimpse.run.evals.metrics import MAIN
+from glimpse.run.lib.config import check_choice
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from data.benchmarks import Images, Question
-from model.decoders import Answerer
-from run.evals.embed import Embedder
-from run.evals.language import (
+from glimpse.data.benchmarks import Images, Question
+from glimpse.model.decoders import Answerer
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.evals.language import (
     Pieces,
     Reading,
     fits,
@@ -31,7 +31,7 @@ from run.evals.language import (
     tokens,
     trains_tower,
 )
-from run.lib.ranks import to_device
+from glimpse.run.lib.ranks import to_device
 
 SHOWN = 5  # answers that are printed
 # What VQAv2's evaluation takes for the same answer (vqaEval.py of github.com/GT-Vision-Lab/VQA).

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.augment import decode
-from data.benchmarks import Benchmark, Images
-from run.evals import metrics
-from run.evals.embed import Embedder
-from run.lib.config import check_choice
+from glimpse.data.augment import decode
+from glimpse.data.benchmarks import Benchmark, Images
+from glimpse.run.evals import metrics
+from glimpse.run.evals.embed import Embedder
+from glimpse.run.lib.config import check_choice
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from run.lib.config import Run, plain
-from run.lib.engine import Engine
-from run.lib.ranks import barrier, rank, world
+from glimpse.run.lib.config import Run, plain
+from glimpse.run.lib.engine import Engine
+from glimpse.run.lib.ranks import barrier, rank, world
 
 # a rank's part of the teacher in fp32; all of it on rank 0 where the stage is below 3
 AVERAGE = "average_rank_{:05d}.pt"

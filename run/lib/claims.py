@@ -15,10 +15,10 @@ from pathlib import Path
 
 import yaml
 
-from run.lib import config, grid
-from run.lib.config import ROOT
-from run.lib.jobs import state, why
-from run.lib.results import difference, interval
+from glimpse.run.lib import config, grid
+from glimpse.run.lib.config import ROOT
+from glimpse.run.lib.jobs import state, why
+from glimpse.run.lib.results import difference, interval
 
 FILE = ROOT / "run" / "claims.yaml"
 LEAST = 3  # seeds

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import yaml
 
-from data.augment import CROPS, View
-from data.batches import DataConfig, Reader, plan
-from model.methods import METHODS
-from model.towers import ModelConfig
-from run.lib.optim import OptimConfig
+from glimpse.data.augment import CROPS, View
+from glimpse.data.batches import DataConfig, Reader, plan
+from glimpse.model.methods import METHODS
+from glimpse.model.towers import ModelConfig
+from glimpse.run.lib.optim import OptimConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}

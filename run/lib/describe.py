@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from data import tokenizer_files
-from model.convert import claimed, files
-from model.convert.portable import Portable, is_one
-from run.lib import checkpoint, models
-from run.lib.log import short
+from glimpse.data import tokenizer_files
+from glimpse.model.convert import claimed, files
+from glimpse.model.convert.portable import Portable, is_one
+from glimpse.run.lib import checkpoint, models
+from glimpse.run.lib.log import short
 
 
 def describe(path: Path, given: dict | None = None) -> str:

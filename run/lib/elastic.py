@@ -24,10 +24,10 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from torch.utils.serialization import config as serialization
 
-from run.lib.checkpoint import AVERAGE, manifest
-from run.lib.engine import Engine
-from run.lib.models import load
-from run.lib.ranks import barrier, once, rank, say
+from glimpse.run.lib.checkpoint import AVERAGE, manifest
+from glimpse.run.lib.engine import Engine
+from glimpse.run.lib.models import load
+from glimpse.run.lib.ranks import barrier, once, rank, say
 
 GB = 1e9
 

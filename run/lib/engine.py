@@ -27,13 +27,13 @@ from deepspeed.utils import (
 )
 from torch.nn import functional as F
 
-from data.batches import share
-from model import ema
-from model.methods import METHODS
-from model.towers import Temperature
-from run.lib import optim
-from run.lib.config import ROOT, Run
-from run.lib.ranks import device, rank, to_device, world
+from glimpse.data.batches import share
+from glimpse.model import ema
+from glimpse.model.methods import METHODS
+from glimpse.model.towers import Temperature
+from glimpse.run.lib import optim
+from glimpse.run.lib.config import ROOT, Run
+from glimpse.run.lib.ranks import device, rank, to_device, world
 
 OWNED = {
     "train_batch_size": "batch",

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from run.lib.ranks import device, rank, total, world
+from glimpse.run.lib.ranks import device, rank, total, world
 
 
 class Replicated:

@@ -23,14 +23,14 @@ import sys
 import time
 from pathlib import Path
 
-from data.batches import Batches, DataConfig
-from data.stream import Stream
-from data.tokenizer import vocabulary
-from run.lib import config
-from run.lib.config import ROOT, Run
-from run.lib.engine import Engine
-from run.lib.log import short
-from run.lib.ranks import rank, world
+from glimpse.data.batches import Batches, DataConfig
+from glimpse.data.stream import Stream
+from glimpse.data.tokenizer import vocabulary
+from glimpse.run.lib import config
+from glimpse.run.lib.config import ROOT, Run
+from glimpse.run.lib.engine import Engine
+from glimpse.run.lib.log import short
+from glimpse.run.lib.ranks import rank, world
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
 

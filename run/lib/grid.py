@@ -20,8 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from run.lib import config
-from run.lib.config import ROOT, Run
+from glimpse.run.lib import config
+from glimpse.run.lib.config import ROOT, Run
 
 FOLDER = ROOT / "run" / "grids"
 # neither {a: b} nor a range of shards, {00000..00007}

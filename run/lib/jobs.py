@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from run.lib import folder
-from run.lib.config import ROOT
-from run.lib.grid import Planned, once
-from run.lib.log import clock
-from run.lib.results import Result, read
+from glimpse.run.lib import folder
+from glimpse.run.lib.config import ROOT
+from glimpse.run.lib.grid import Planned, once
+from glimpse.run.lib.log import clock
+from glimpse.run.lib.results import Result, read
 
 
 def beside(run: Path, ending: str) -> Path:

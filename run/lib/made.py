@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from data.augment import draws
-from data.batches import plan
-from model.methods import METHODS
-from run.lib.config import Run
+from glimpse.data.augment import draws
+from glimpse.data.batches import plan
+from glimpse.model.methods import METHODS
+from glimpse.run.lib.config import Run
 
 
 def lengths(cfg: Run, tokens: float, batch: int) -> list[int]:

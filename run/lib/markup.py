@@ -10,7 +10,7 @@ import re
 from PIL import Image
 from torch import Tensor
 
-from run.lib.plots import Figure, svg
+from glimpse.run.lib.plots import Figure, svg
 
 STYLE = """:root{color-scheme:light}*{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;margin:1.5rem auto;max-width:75rem;padding:0 1rem;

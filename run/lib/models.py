@@ -17,21 +17,21 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import Tokenizer
-from data.tokenizer import build as build_tokenizer
-from model import ema
-from model.backbone import Backbone
-from model.convert import FORMATS, claimed, files
-from model.convert.portable import CONFIG, WEIGHTS, About, Portable, is_one
-from model.convert.rules import Tensors, more
-from model.methods import METHODS
-from model.towers import ModelConfig
-from run.lib import zero_files
-from run.lib.checkpoint import check_identity, identity, manifest, newest
-from run.lib.config import Run, beside, build, merge, plain
-from run.lib.config import load as read_config
-from run.lib.engine import place, whole_parameter
-from run.lib.ranks import device, rank, told
+from glimpse.data.tokenizer import Tokenizer
+from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.model import ema
+from glimpse.model.backbone import Backbone
+from glimpse.model.convert import FORMATS, claimed, files
+from glimpse.model.convert.portable import CONFIG, WEIGHTS, About, Portable, is_one
+from glimpse.model.convert.rules import Tensors, more
+from glimpse.model.methods import METHODS
+from glimpse.model.towers import ModelConfig
+from glimpse.run.lib import zero_files
+from glimpse.run.lib.checkpoint import check_identity, identity, manifest, newest
+from glimpse.run.lib.config import Run, beside, build, merge, plain
+from glimpse.run.lib.config import load as read_config
+from glimpse.run.lib.engine import place, whole_parameter
+from glimpse.run.lib.ranks import device, rank, told
 
 TOWERS = "towers."  # where a method keeps what a converted model holds
 # What a converted model's config.json does not say, since only training reads it.

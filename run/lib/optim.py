@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from model.heads import BatchNorm
+from glimpse.model.heads import BatchNorm
 
 KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
 

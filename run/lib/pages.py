@@ -17,12 +17,12 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from run.lib import plots
-from run.lib.config import Run, plain
-from run.lib.log import clock, short
-from run.lib.markup import document, encoded, escape, gallery_table, shown, slug, table
-from run.lib.pictures import sheet
-from run.lib.results import Result, difference, interval
+from glimpse.run.lib import plots
+from glimpse.run.lib.config import Run, plain
+from glimpse.run.lib.log import clock, short
+from glimpse.run.lib.markup import document, encoded, escape, gallery_table, shown, slug, table
+from glimpse.run.lib.pictures import sheet
+from glimpse.run.lib.results import Result, difference, interval
 
 Groups = dict[str, list[Result]]
 # what run/lib/pictures.py `gallery` made, and the captions of its rows

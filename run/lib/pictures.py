@@ -10,17 +10,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.augment import center_view, decode
-from data.batches import plan
-from data.benchmarks import IGNORE
-from data.masking import parse
-from data.patches import patchify, unpatchify
-from data.shards import Shards
-from data.tokenizer import pack
-from model.attentive import Attentive, take
-from model.layers import Watch
-from run.lib.config import Run
-from run.lib.ranks import to_device
+from glimpse.data.augment import center_view, decode
+from glimpse.data.batches import plan
+from glimpse.data.benchmarks import IGNORE
+from glimpse.data.masking import parse
+from glimpse.data.patches import patchify, unpatchify
+from glimpse.data.shards import Shards
+from glimpse.data.tokenizer import pack
+from glimpse.model.attentive import Attentive, take
+from glimpse.model.layers import Watch
+from glimpse.run.lib.config import Run
+from glimpse.run.lib.ranks import to_device
 
 GREY, IMAGES, COLUMNS = 128, 16, 8
 MASKS = ("random(0.5)", "gaussian(0.5)", "inverse_gaussian(0.5)")

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from data.batches import share
-from data.tokenizer import build as build_tokenizer
-from model.losses import contrastive_flops, contrastive_memory
-from run.lib import made
-from run.lib.config import Run
-from run.lib.engine import merged
-from run.lib.log import PEAK_TFLOPS, short
-from run.lib.trace import Trace, built, traced
-from run.lib.zero_memory import ADAM, Weights, Zero
+from glimpse.data.batches import share
+from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.model.losses import contrastive_flops, contrastive_memory
+from glimpse.run.lib import made
+from glimpse.run.lib.config import Run
+from glimpse.run.lib.engine import merged
+from glimpse.run.lib.log import PEAK_TFLOPS, short
+from glimpse.run.lib.trace import Trace, built, traced
+from glimpse.run.lib.zero_memory import ADAM, Weights, Zero
 
 GIB = 2**30
 # dense bf16 TFLOP/s, memory in GiB; NVIDIA's data sheets (SXM, HGX), and

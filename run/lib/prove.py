@@ -9,11 +9,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from data.patches import patchify
-from data.tokenizer import Tokenizer, pack
-from model.convert.portable import Portable
-from model.convert.rules import Tensors
-from model.losses import unit
+from glimpse.data.patches import patchify
+from glimpse.data.tokenizer import Tokenizer, pack
+from glimpse.model.convert.portable import Portable
+from glimpse.model.convert.rules import Tensors
+from glimpse.model.losses import unit
 
 CLOSE = 1e-5  # of unit embeddings in fp32: what orders of summation leave
 CAPTIONS = (

@@ -20,8 +20,8 @@ from statistics import median
 import numpy as np
 import yaml
 
-from run.lib import config, grid
-from run.lib.config import Run
+from glimpse.run.lib import config, grid
+from glimpse.run.lib.config import Run
 
 AS_USUAL = {"weights": "student", "mask": "none", "ensemble": 1}  # how training itself evaluates
 RESAMPLES = 10_000

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from model.convert.portable import is_one
-from model.towers import ModelConfig
-from run.lib.checkpoint import differences, manifest
-from run.lib.config import build, merge, plain
-from run.lib.engine import has_copy
-from run.lib.models import TOWERS, find, load, provenance, said
-from run.lib.ranks import told
+from glimpse.model.convert.portable import is_one
+from glimpse.model.towers import ModelConfig
+from glimpse.run.lib.checkpoint import differences, manifest
+from glimpse.run.lib.config import build, merge, plain
+from glimpse.run.lib.engine import has_copy
+from glimpse.run.lib.models import TOWERS, find, load, provenance, said
+from glimpse.run.lib.ranks import told
 
 
 def beginning(init: str, vocabulary: str) -> Callable[[torch.nn.Module], None]:

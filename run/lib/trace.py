@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from model.methods import METHODS
-from run.lib import made
-from run.lib.config import Run
+from glimpse.model.methods import METHODS
+from glimpse.run.lib import made
+from glimpse.run.lib.config import Run
 
 aten = torch.ops.aten
 FUSED = {

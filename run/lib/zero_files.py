@@ -25,8 +25,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from model.convert.files import GETATTR, UNSAFE, first_line, member
-from model.convert.rules import Tensors
+from glimpse.model.convert.files import GETATTR, UNSAFE, first_line, member
+from glimpse.model.convert.rules import Tensors
 
 TYPES = [
     LossScaler,

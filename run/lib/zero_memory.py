@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model import ema
-from run.lib import optim
-from run.lib.config import Run
+from glimpse.model import ema
+from glimpse.run.lib import optim
+from glimpse.run.lib.config import Run
 
 FLOAT = 4  # bytes of fp32
 # fp32 temporaries of torch's AdamW, in sizes of what it steps at once: one tensor after another, or
