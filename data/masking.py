@@ -12,7 +12,7 @@ can be a function of
 Letters: B images, grid = (rows, columns), L = rows * columns patches, K visible patches.
 To add a strategy, write one class here, decorated with @strategy, and name it in a config (`mask:
 mine(0.5)`);
-tests/test_masking.py then holds it to the contract above.
+tests/data/test_masking.py then holds it to the contract above.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """Training from shards that cannot be indexed (URLs, pipes), read from front to back by webdataset.
 
 `data.train: "https://host/{00000..00099}.tar"` or `"pipe:aws s3 cp s3://.../{0000..0099}.tar -"`
-comes here instead of data/batches.py's index. The shards of all epochs form one sequence, each
+comes here instead of data/loader.py's index. The shards of all epochs form one sequence, each
 epoch in an order of its own; reader r of R (ranks x workers) takes every R-th.
 A resumed run begins at the first shard that some reader had not used up: every sample is seen at
 least once, some of them again.
@@ -16,7 +16,7 @@ import numpy as np
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from glimpse.data.batches import SUBSTITUTES, Reader, ahead, share
+from glimpse.data.loader import SUBSTITUTES, Reader, ahead, share
 from glimpse.data.shards import Sample, split_name
 
 BUFFER = 1000  # samples that a reader mixes

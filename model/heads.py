@@ -3,7 +3,7 @@ MAE and MaskCLIP.
 
 Letters: B samples, D width, E width of what is compared, K visible patches, M hidden ones, L = K +
 M of the grid.
-Every layer draws its own weights in its __init__, as model/parallel.py asks.
+Every layer draws its own weights in its __init__, as model/init.py asks.
 """
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glimpse.model.collectives import mean
+from glimpse.model.init import Init, Linear
 from glimpse.model.layers import Blocks, drawn, sincos
-from glimpse.model.parallel import Init, Linear
 
 
 class BatchNorm(nn.Module):

@@ -2,7 +2,7 @@
 positions, packed sequences.
 
 Letters: B batch, N tokens of a sequence, T tokens of a packed batch, D width, H heads, E = D / H.
-To add an activation: one row in ACTIVATIONS.  Linear layers are made in model/parallel.py.
+To add an activation: one row in ACTIVATIONS.  Linear layers are made in model/init.py.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from glimpse.model.parallel import Init, column_linear, row_linear
+from glimpse.model.init import Init, column_linear, row_linear
 
 ACTIVATIONS = {
     "gelu": F.gelu,

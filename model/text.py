@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glimpse.model.init import Init
 from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drawn
-from glimpse.model.parallel import Init
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Letters: B batch, L patches, K visible patches, P patch side, T packed tokens, D width, E common
 embedding.
-To add a size: one row in SIZES, and its lines in tests/golden/params.txt (tests/test_towers.py says
+To add a size: one row in SIZES, and its lines in tests/golden/params.txt
+(tests/model/test_towers.py says
 how); a model that is no row, an imported one perhaps, says its numbers itself: `size: custom/14`
 and `custom:`.
 Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from glimpse.model.init import Linear, text_init, vision_init
 from glimpse.model.layers import hidden
 from glimpse.model.losses import unit
-from glimpse.model.parallel import Linear, text_init, vision_init
 from glimpse.model.text import TextConfig, TextTower
 from glimpse.model.vision import VisionConfig, VisionTower
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glimpse.model.init import Init, Linear
 from glimpse.model.layers import ACTIVATIONS, Blocks, Watch, drawn, sincos
-from glimpse.model.parallel import Init, Linear
 
 POOLS = {  # the tower's tokens (B, 1 + K, D) -> (B, D)
     "cls": lambda tokens: tokens[:, 0],

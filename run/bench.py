@@ -33,14 +33,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from glimpse.data.augment import View, random_view
 from glimpse.data.masking import parse
 from glimpse.data.patches import visible
+from glimpse.data.transforms import View, random_view
 from glimpse.model import losses
 from glimpse.model.methods import METHODS
-from glimpse.run.lib import cli, config, made, trace
-from glimpse.run.lib.log import peak_gib
-from glimpse.run.lib.ranks import to_device
+from glimpse.run.lib import cli, config
+from glimpse.run.lib.distributed import to_device
+from glimpse.run.plan import activation_memory, synthetic_batch
+from glimpse.run.train.log import peak_gib
 
 RATIOS = (0.0, 0.5, 0.75)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +88,7 @@ def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]
     torch.manual_seed(0)
     method = METHODS[cfg.method](cfg.model, 49408, cfg.data.context, cfg.options).to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-5)
-    part = to_device(made.part(cfg, tokens, batch))
+    part = to_device(synthetic_batch.part(cfg, tokens, batch))
     pairs = [
         pair
         for teacher, student in method.averaged()
@@ -210,7 +211,7 @@ def make_method(name: str, args, overrides: list[str]) -> Callable[[], object]:
 
 def counted(step: Callable[[], object]) -> int:
     """FLOPs of a step, by torch's counter."""
-    with trace.counter() as found:
+    with activation_memory.counter() as found:
         step()
     return found.get_total_flops()
 

@@ -1,11 +1,13 @@
-"""Measure what run/lib/plan.py predicts: bytes on a rank and FLOPs of a sample, over sizes, ZeRO
+"""Measure what run/plan/planner.py predicts: bytes on a rank and FLOPs of a sample, over sizes,
+ZeRO
 stages, masks and checkpointing.
 
     python run/bench_plan.py                                               one rank
     deepspeed --num_accelerators 2 run/bench_plan.py --sizes nano/8 S/16   two
 
 Each case is a real engine that takes three steps on made-up batches; the last is measured. Bytes
-are of rank 0's tensors that live (Alive in run/lib/trace.py), from before the engine is built:
+are of rank 0's tensors that live (Alive in run/plan/activation_memory.py), from before the engine
+is built:
 between steps, at most until the backward pass is over, and at most in a whole step. What a kernel
 allocates inside itself is not seen. Bytes sent are those of each collective's tensors, as a ring
 sends them.
@@ -27,7 +29,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from glimpse.run.lib import config, engine, made, plan, ranks, trace
+from glimpse.run.lib import config, distributed
+from glimpse.run.plan import activation_memory, planner, synthetic_batch
+from glimpse.run.train import engine
 
 SMALL = {
     "reduce_bucket_size": 5_000_000,
@@ -55,7 +59,7 @@ class Sent(TorchDispatchMode):
             sizes = [leaf.nbytes for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)]
             # what a gather makes, what a scatter is given
             whole = 2 * sum(sizes) if "allreduce" in name else max(sizes, default=0)
-            self.bytes += whole * (ranks.world() - 1) / ranks.world()
+            self.bytes += whole * (distributed.world() - 1) / distributed.world()
         return func(*args, **(kwargs or {}))
 
 
@@ -67,23 +71,23 @@ def case(
     tree = {"zero_optimization": {"stage": stage, **SMALL}} | (
         {"bf16": {"enabled": True}} if kind == "bf16" else {}
     )
-    ranks.once(lambda: ranks.rank() or file.write_text(json.dumps(tree)))
+    distributed.once(lambda: distributed.rank() or file.write_text(json.dumps(tree)))
     spec = f"random({mask})" if mask else "none"
     cfg = config.load(
         config.ROOT / "run/configs/flip_b16.yaml",
         [
             f"model.size={size}",
-            f"batch={micro * ranks.world()}",
+            f"batch={micro * distributed.world()}",
             f"deepspeed={file}",
             f"views.image.mask={spec}",
             f"model.checkpoint_activations={str(recompute).lower()}",
         ],
     )
-    found = plan.plan(
+    found = planner.plan(
         cfg,
-        plan.Cluster.of("A100-40", ranks=ranks.world()),
+        planner.Cluster.of("A100-40", ranks=distributed.world()),
         TOKENS,
-        adam=plan.ADAM["cpu"],
+        adam=planner.ADAM["cpu"],
         vocab=VOCAB,
     )
     held, passes, peak, flops, sent = measured(cfg, micro)
@@ -91,7 +95,7 @@ def case(
         sum(parts.values()) for moment, parts in found.moments.items() if moment != "optimizer step"
     )
     columns = [
-        (sum(found.zero.held(found.weights, ranks.world()).values()) / 2**20, held / 2**20),
+        (sum(found.zero.held(found.weights, distributed.world()).values()) / 2**20, held / 2**20),
         (until / 2**20, passes / 2**20),
         (found.peak[1] / 2**20, peak / 2**20),
         (found.hardware_flops / 1e9, flops / 1e9),
@@ -102,21 +106,29 @@ def case(
         for mine, real in columns
         for text in (f"{mine:.4g}", f"{real:.4g}", f"{mine / real - 1:+.1%}" if real else "")
     ]
-    return [size, ranks.world(), stage, kind, f"{mask:.0%}", "yes" if recompute else "no", *numbers]
+    return [
+        size,
+        distributed.world(),
+        stage,
+        kind,
+        f"{mask:.0%}",
+        "yes" if recompute else "no",
+        *numbers,
+    ]
 
 
 def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float, float]:
     """(bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a
     sample, bytes sent).
     """
-    part, linear = made.part(cfg, TOKENS, micro), torch.nn.functional.linear
+    part, linear = synthetic_batch.part(cfg, TOKENS, micro), torch.nn.functional.linear
     gc.collect()
-    with trace.Alive() as alive:
+    with activation_memory.Alive() as alive:
         trainer = engine.Engine(cfg, VOCAB)
         update, passes = trainer.ds.step, []
         trainer.ds.step = lambda: passes.append(alive.peak) or update()
         # not in the step whose memory is measured: it holds on to what checkpointing would free
-        with trace.counter() as counter:
+        with activation_memory.counter() as counter:
             trainer.step([part], 1e-4)
         trainer.step([part], 1e-4)  # ZeRO-3 watches which module follows which
         gc.collect()
@@ -140,16 +152,16 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=8, help="samples on a rank")
     parser.add_argument("--local_rank", type=int, help="from the launcher")
     args = parser.parse_args()
-    ranks.start()
-    ranks.say("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
-    folder = Path(ranks.told(lambda: tempfile.mkdtemp()))
+    distributed.start()
+    distributed.say("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
+    folder = Path(distributed.told(lambda: tempfile.mkdtemp()))
     for size in args.sizes:
         for stage in args.stages:
             for kind in args.types:
                 if stage or kind == "fp32":
                     for mask in args.masks:
                         for recompute in (False, True):
-                            ranks.say(
+                            distributed.say(
                                 "| "
                                 + " | ".join(
                                     map(
@@ -164,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ranks.run_script(main)
+    distributed.run_script(main)

@@ -26,16 +26,23 @@ if __package__ is None:  # started as a file: import from the repository root, n
 import torch
 import yaml
 
-from glimpse.data import tokenizer_files
+from glimpse.data.builders import tokenizer_files
 from glimpse.data.tokenizer import Tokenizer, vocabulary
 from glimpse.data.tokenizer import build as build_tokenizer
-from glimpse.model.convert import FORMATS, portable
-from glimpse.model.convert.files import first_line
-from glimpse.model.convert.portable import Portable, vision_only
+from glimpse.model import portable
+from glimpse.model.convert import FORMATS
 from glimpse.model.convert.resize import resized
-from glimpse.run.lib import config, models, peers, prove  # noqa: E402, F401
+from glimpse.model.portable import Portable, vision_only
+from glimpse.model.safe_unpickler import first_line
+from glimpse.run.lib import config
 from glimpse.run.lib.cli import run_script
-from glimpse.run.lib.describe import architecture, describe, size_of
+from glimpse.run.train import load_model
+from glimpse.run.verify import (
+    open_any,
+    reference_libs,  # noqa: E402, F401
+)
+from glimpse.run.verify import proofs as prove
+from glimpse.run.verify.describe import architecture, describe, size_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -110,7 +117,7 @@ def convert(args) -> None:
     if args.out.exists() or args.out.is_symlink():
         raise ValueError(f"{args.out} exists; name a folder that does not, or remove it")
     given = stated(args.given)
-    format, model = models.anything(args.source, args.weights, given)
+    format, model = open_any.anything(args.source, args.weights, given)
     peer = (
         partial(FORMATS[format].peer, args.source, **given)
         if hasattr(FORMATS.get(format), "peer")
@@ -126,7 +133,9 @@ def convert(args) -> None:
         part = Path(scratch, args.out.name)
         told = write(model, args, tokenizer, part, news=format != "glimpse")
         again = (
-            FORMATS[args.format].load(part) if args.format in FORMATS else models.converted(part)
+            FORMATS[args.format].load(part)
+            if args.format in FORMATS
+            else load_model.converted(part)
         )
         told += proofs(model, again, args, tokenizer, part, peer)
         part.rename(args.out)

@@ -24,10 +24,11 @@ import json
 import os
 import time
 
-from glimpse.data.gallery import Texts, open_gallery
+from glimpse.data.evals.gallery import Texts, open_gallery
 from glimpse.run.evals.embed import BATCH, Embedder
 from glimpse.run.evals.embeddings import DTYPES, FORMATS, PART, About, Output, agree, embeddings
-from glimpse.run.lib import config, models, ranks
+from glimpse.run.lib import config, distributed
+from glimpse.run.train import load_model
 
 
 def main() -> None:
@@ -68,11 +69,13 @@ def main() -> None:
     for name, least in (("batch", 1), ("part", 1), ("workers", 0)):
         if (value := getattr(found, name)) is not None and value < least:
             raise ValueError(f"--{name} {value}: it must be at least {least}")
-    path = models.find(Path(found.model).resolve())
-    ranks.start()
-    gallery = ranks.once(lambda: Texts(found.texts) if found.texts else open_gallery(found.images))
-    cfg, tokenizer, method = models.opened(path)
-    checksum = models.checksum(method.shown(found.weights), cfg, tokenizer)
+    path = load_model.find(Path(found.model).resolve())
+    distributed.start()
+    gallery = distributed.once(
+        lambda: Texts(found.texts) if found.texts else open_gallery(found.images)
+    )
+    cfg, tokenizer, method = load_model.opened(path)
+    checksum = load_model.checksum(method.shown(found.weights), cfg, tokenizer)
     about = agree(
         About(
             str(path),
@@ -87,10 +90,10 @@ def main() -> None:
         )
     )
     model = Embedder(
-        method, cfg, tokenizer, home=models.home(path), tag=path.name, weights=found.weights
+        method, cfg, tokenizer, home=load_model.home(path), tag=path.name, weights=found.weights
     )
     out = Output(found.out, about)
-    todo = json.loads(ranks.told(lambda: json.dumps(out.begin(found.resume))))
+    todo = json.loads(distributed.told(lambda: json.dumps(out.begin(found.resume))))
     begun = time.perf_counter()
     workers = (
         min(cfg.data.workers, len(os.sched_getaffinity(0)))
@@ -98,8 +101,8 @@ def main() -> None:
         else found.workers
     )
     embeddings(model, gallery, out, todo, found.batch, workers)
-    ranks.barrier()
-    if not ranks.rank():
+    distributed.barrier()
+    if not distributed.rank():
         report(out, cfg.model.shape.embed, todo, time.perf_counter() - begun, not found.texts)
 
 
@@ -133,4 +136,4 @@ def report(out: Output, width: int, todo: list[int], seconds: float, images: boo
 
 
 if __name__ == "__main__":
-    ranks.run_script(main)
+    distributed.run_script(main)

@@ -21,12 +21,13 @@ import json
 from dataclasses import replace
 from functools import partial
 
-from glimpse.data.augment import CROPS
 from glimpse.data.masking import parse as parse_mask
+from glimpse.data.transforms import CROPS
 from glimpse.run.evals import EVALS, evaluate, parse
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.lib import config, models, ranks
-from glimpse.run.lib.log import table
+from glimpse.run.lib import config, distributed
+from glimpse.run.train import load_model
+from glimpse.run.train.log import table
 
 
 def main() -> None:
@@ -86,19 +87,19 @@ def main() -> None:
     if found.ensemble < 1:
         raise ValueError(f"--ensemble {found.ensemble}: a number of views, 1 or more")
     parse_mask(found.mask)
-    path = models.find(Path(found.run).resolve())
-    home = models.home(path)
-    ranks.start()
-    cfg = models.config_of(path)
+    path = load_model.find(Path(found.run).resolve())
+    home = load_model.home(path)
+    distributed.start()
+    cfg = load_model.config_of(path)
     given = {"templates": found.templates} if found.templates else {}
-    evals = ranks.once(
+    evals = distributed.once(
         lambda: parse(found.evals or cfg.evals, data=found.data or cfg.eval_data, **given)
     )
     if not evals:
         raise ValueError(
             "--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER"
         )
-    cfg, tokenizer, method = models.opened(path)
+    cfg, tokenizer, method = load_model.opened(path)
     if found.crop:
         cfg, given = replace(cfg, eval_crop=found.crop), given | {"crop": found.crop}
     for weights in found.weights or ["student"] + ["teacher"] * bool(method.averaged()):
@@ -111,7 +112,7 @@ def main() -> None:
                 partial(told, results),
             )
         finally:  # what was done before something failed is kept
-            if results and ranks.rank() == 0:
+            if results and distributed.rank() == 0:
                 report(results, path, home, how | given)
     left_out = {fault: None for e in evals if e.kind == "suite" for fault in e.options.faults}
     if left_out:
@@ -124,11 +125,13 @@ def main() -> None:
 
 def told(results: dict[str, float], label: str, made: dict[str, float]) -> None:
     results |= {f"{label}/{metric}": value for metric, value in made.items()}
-    ranks.say(f"{label}: {', '.join(f'{metric} {value:.4f}' for metric, value in made.items())}")
+    distributed.say(
+        f"{label}: {', '.join(f'{metric} {value:.4f}' for metric, value in made.items())}"
+    )
 
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:
-    found = models.origin(path)
+    found = load_model.origin(path)
     with (home / "results.jsonl").open("a") as file:
         print(json.dumps(dict(**found, **how, **results)), file=file)
     print(table(results))
@@ -138,4 +141,4 @@ def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None
 
 
 if __name__ == "__main__":
-    ranks.run_script(main)
+    distributed.run_script(main)

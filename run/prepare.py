@@ -34,16 +34,16 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
-from glimpse.data import composites as composed
-from glimpse.data.batches import DataConfig
-from glimpse.data.check import check, counted, describe, human_bytes
-from glimpse.data.glyphs import build
-from glimpse.data.imagefolder import CLASS_COLUMNS, PROMPT
-from glimpse.data.imagefolder import build as build_set
-from glimpse.data.packaged import SETS
-from glimpse.data.packaged import build as build_packaged
-from glimpse.data.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert
-from glimpse.data.remote import CACHE
+from glimpse.data.builders.check import check, counted, describe, human_bytes
+from glimpse.data.builders.composites import scenes as composed
+from glimpse.data.builders.glyphs.build import build
+from glimpse.data.builders.imagefolder import CLASS_COLUMNS, PROMPT
+from glimpse.data.builders.imagefolder import build as build_set
+from glimpse.data.builders.packaged.build import SETS
+from glimpse.data.builders.packaged.build import build as build_packaged
+from glimpse.data.builders.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert
+from glimpse.data.evals.remote import CACHE
+from glimpse.data.loader import DataConfig
 from glimpse.data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs
 from glimpse.data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates
 from glimpse.run.lib import config

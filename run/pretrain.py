@@ -1,13 +1,13 @@
 """Pretrain a vision-language model.
 
     deepspeed --num_accelerators 2 run/pretrain.py --config run/configs/quickstart.yaml
-    deepspeed --hostfile hostfile  run/pretrain.py --config run/configs/flip_l16.yaml --set
-    run=runs/mine batch=16384
+    deepspeed --hostfile hostfile run/pretrain.py --config run/configs/flip_l16.yaml \\
+        --set run=runs/mine batch=16384
 
     python run/pretrain.py --plan --ranks 256 --device H100 --config run/configs/flip_h14.yaml
         what it would cost; trains nothing
 
-The run folder is refused if it exists, unless --resume goes on with it: from its newest whole
+The run folder is refused if it exists, unless --resume goes on with it: from its newest complete
 checkpoint, on any number of ranks.
 """
 
@@ -20,62 +20,80 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import torch
 
-from glimpse.data.batches import Batches
+from glimpse.data.loader import Batches
 from glimpse.data.shards import Shards
 from glimpse.data.stream import Stream, is_stream
-from glimpse.run.evals import evaluate, parse
-from glimpse.run.evals.embed import Embedder
-from glimpse.run.lib import checkpoint, elastic, engine, folder, plan, ranks, starts
+from glimpse.run.lib import distributed, run_dir
 from glimpse.run.lib.config import Run, reader, training_arguments
-from glimpse.run.lib.log import Log, peak_flops
-from glimpse.run.lib.pictures import examples, gallery, masked_inputs, sheet
+from glimpse.run.train import checkpoint, elastic, engine, initial_weights
+from glimpse.run.train.audit import Audit
+from glimpse.run.train.log import Log, peak_flops, short
+
+# Evaluations, the planner and pictures are imported where they are used: training needs none of
+# the packages that only they need.
 
 
 def main() -> None:
     cfg, args = training_arguments(__doc__)
     if args.plan:
-        print(planned(cfg, args))
+        print(plan_text(cfg, args))
         return
-    resume = args.resume
-    # say what is wrong with the JSON or the batch before anything starts
-    engine.merged(cfg, ranks.world())
-    home = folder.check(Path(cfg.run), resume)
-    ranks.start()
-    if resume:
-        ranks.once(lambda: ranks.rank() or folder.hold(home))
-    evals = ranks.once(lambda: parse(cfg.evals, training=True, data=cfg.eval_data))
+
+    # Refuse what is wrong with the JSON, the batch or the run folder before any rank starts.
+    engine.merged(cfg, distributed.world())
+    home = run_dir.check(Path(cfg.run), args.resume)
+    distributed.start()
+    if args.resume:
+        distributed.once(lambda: distributed.rank() or run_dir.hold(home))
+
+    # Open everything that the run reads; rank 0 first, which may have to write an index.
+    evals = distributed.once(lambda: parse_evals(cfg))
     batches = loader(cfg)
-    trainer, found = restore(cfg, home, resume, batches)
-    batches.begin(found.get("shards", 0))
-    ranks.once(lambda: folder.open_folder(home, cfg, trainer.samples, resume))
-    log = Log(
-        home,
-        ranks.rank(),
-        trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch,
-        cfg.batch,
-    )
-    log.say(folder.headline(cfg, trainer, batches))
+    trainer, manifest = restore(cfg, home, args.resume, batches)
+    batches.begin(manifest.get("shards", 0))
+    distributed.once(lambda: run_dir.open_folder(home, cfg, trainer.samples, args.resume))
+
+    steps = trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch
+    log = Log(home, distributed.rank(), steps, cfg.batch)
+    log.say(headline(cfg, trainer, batches))
     try:
-        train(cfg, home, batches, trainer, evals, log)
+        Training(cfg, home, batches, trainer, evals, log).run()
     finally:
         log.close()
 
 
-def planned(cfg: Run, args) -> str:
-    """What --plan prints: the config's own plan, and the cheapest way that fits."""
-    cluster = plan.Cluster.asked(args)
-    own = plan.described(plan.plan(cfg, cluster, args.caption))
-    return f"{own}\n\n{plan.advice(cfg, plan.propose(cfg, cluster, args.caption))}"
+def plan_text(cfg: Run, args) -> str:
+    """Describe the cost of the config as it is, and the cheapest way that fits the cluster."""
+    from glimpse.run.plan import planner
+
+    cluster = planner.Cluster.asked(args)
+    cost = planner.described(planner.plan(cfg, cluster, args.caption))
+    advice = planner.advice(cfg, planner.propose(cfg, cluster, args.caption))
+    return f"{cost}\n\n{advice}"
+
+
+def parse_evals(cfg: Run) -> list:
+    """The evaluations of `evals:`, or ValueError, before the training starts."""
+    if not cfg.evals:
+        return []
+    from glimpse.run.evals import parse
+
+    return parse(cfg.evals, training=True, data=cfg.eval_data)
 
 
 def loader(cfg: Run) -> Batches | Stream:
     """This rank's batches: by position from indexed folders, front to back from streams."""
     rows = reader(cfg)
-    share = dict(batch=cfg.batch, accumulate=cfg.accumulate, rank=ranks.rank(), world=ranks.world())
+    share = dict(
+        batch=cfg.batch,
+        accumulate=cfg.accumulate,
+        rank=distributed.rank(),
+        world=distributed.world(),
+    )
     if is_stream(cfg.data.train):
         return Stream(rows, cfg.data.train, **share)
     # rank 0 makes an index where there is none
-    return Batches(rows, ranks.once(lambda: Shards(cfg.data.train)), **share)
+    return Batches(rows, distributed.once(lambda: Shards(cfg.data.train)), **share)
 
 
 def identity(cfg: Run, batches: Batches | Stream) -> dict:
@@ -86,123 +104,185 @@ def identity(cfg: Run, batches: Batches | Stream) -> dict:
 def restore(
     cfg: Run, home: Path, resume: bool, batches: Batches | Stream
 ) -> tuple[engine.Engine, dict]:
-    """The engine at the beginning of the run, or where its newest whole checkpoint left it, and
+    """The engine at the beginning of the run, or where its newest complete checkpoint left it, and
     that checkpoint's manifest.
     """
     tokenizer = batches.reader.tokenizer
-    found = ranks.told(
-        lambda: str((checkpoint.whole(home / "checkpoints") or [""])[0]) if resume else ""
-    )
-    if not found:
-        return (
-            engine.Engine(
-                cfg, tokenizer.vocab_size, load=starts.beginning(cfg.init, tokenizer.fingerprint)
-            ),
-            {},
-        )
-    path = Path(found)
-    checkpoint.check_identity(path, identity(cfg, batches))
-    checkpoint.check_memory(path, engine.merged(cfg, ranks.world()))
-    universal = elastic.prepare_elastic(path, ranks.world())
+
+    def newest() -> str:
+        complete = checkpoint.whole(home / "checkpoints") if resume else None
+        return str(complete[0]) if complete else ""
+
+    path = distributed.told(newest)
+    if not path:
+        load = initial_weights.beginning(cfg.init, tokenizer.fingerprint)
+        return engine.Engine(cfg, tokenizer.vocab_size, load=load), {}
+
+    checkpoint.check_identity(Path(path), identity(cfg, batches))
+    checkpoint.check_memory(Path(path), engine.merged(cfg, distributed.world()))
+    universal = elastic.prepare_elastic(Path(path), distributed.world())
     trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
-    return trainer, elastic.resume(trainer, path, universal)
+    return trainer, elastic.resume(trainer, Path(path), universal)
 
 
-def train(
-    cfg: Run, home: Path, batches: Batches | Stream, trainer: engine.Engine, evals: list, log: Log
-) -> None:
-    """Update, report, evaluate, save, until the samples are spent or someone asks to stop."""
-    stop, audit = ranks.Stop(), folder.Audit(home, ranks.rank(), cfg.data, log.warn)
-    tokenizer = batches.reader.tokenizer
+class Training:
+    """The training loop: update, report, evaluate, save, until the samples are spent or someone
+    asks to stop.
+    """
 
-    def save() -> Path:
-        finite(float(loss), step, home)  # a checkpoint of nan would push the good ones out
-        finite(trainer.grad_norm() or 0.0, step, home)
-        state = dict(identity=identity(cfg, batches), shards=ranks.least(batches.position()))
-        return checkpoint.save(trainer, home / "checkpoints", state, cfg.keep)
+    def __init__(
+        self,
+        cfg: Run,
+        home: Path,
+        batches: Batches | Stream,
+        trainer: engine.Engine,
+        evals: list,
+        log: Log,
+    ):
+        self.cfg, self.home, self.batches = cfg, home, batches
+        self.trainer, self.evals, self.log = trainer, evals, log
+        self.tokenizer = batches.reader.tokenizer
+        self.stop = distributed.Stop()
+        self.audit = Audit(home, distributed.rank(), cfg.data, log.warn)
+        self.peak = peak_flops() * distributed.world()
+        self.saved = trainer.samples
+        self.examples = self.read_examples()
 
-    def look(step: int) -> None:
-        """A picture of what masks keep and the model attends to, and the evaluations."""
-        if watched:
-            log.picture(
-                "masks", sheet(gallery(trainer.method, cfg, tokenizer, *watched)), trainer.samples
-            )
-        for weights in ["student"] + ["teacher"] * bool(trainer.method.averaged()):
+    def run(self) -> None:
+        cfg, trainer = self.cfg, self.trainer
+        starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
+        stream = self.batches.stream(starts, pin=distributed.device().type == "cuda")
+
+        while self.more() and not self.stop.asked():
+            # 1. Wait for the batch, and note what could not be read.
+            begin = time.perf_counter()
+            parts = next(stream)
+            self.log.wait(time.perf_counter() - begin)
+            self.audit(self.batches, parts, trainer.samples + cfg.batch)
+
+            # 2. Update.
+            lr = cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples)
+            self.loss, metrics = trainer.step(parts, lr)
+
+            # 3. Report, save and evaluate where it is due.
+            self.report(parts, lr, metrics)
+            if due(cfg.save_every, trainer.samples, cfg.batch):
+                self.save()
+            if self.more() and due(cfg.eval_every, trainer.samples, cfg.batch):
+                self.evaluate()
+
+        if self.saved < trainer.samples:
+            self.save()
+        if self.more():
+            self.log.say(f"asked to stop after {trainer.samples} samples; go on with --resume")
+        elif self.evals:
+            self.evaluate()
+
+    def more(self) -> bool:
+        """Return True while the run has samples for another step."""
+        return self.trainer.samples + self.cfg.batch <= self.cfg.samples
+
+    def report(self, parts: list[dict], lr: float, metrics: dict) -> None:
+        """Log the step, if its turn has come; the first step also shows what the tower saw."""
+        step, trainer = self.trainer.ds.global_steps, self.trainer
+        if step == 1:
+            from glimpse.run.reports.pictures import masked_inputs
+
+            self.log.picture("masked inputs", masked_inputs(parts[0], self.cfg), trainer.samples)
+        if step % self.cfg.log_every and step not in (1, self.log.steps):
+            return
+        check_finite(float(self.loss), step, self.home)
+        values = dict(
+            loss=self.loss,
+            lr=lr,
+            grad_norm=trainer.grad_norm(),
+            bad=distributed.total(torch.tensor(self.audit.bad)),
+            **metrics,
+        )
+        flops = trainer.method.flops(parts[0])
+        self.log.step(step, trainer.samples, flops, self.peak, **values)
+
+    def save(self) -> None:
+        """Write a checkpoint; one of nan is refused, since it would push the good ones out."""
+        trainer = self.trainer
+        check_finite(float(self.loss), trainer.ds.global_steps, self.home)
+        check_finite(trainer.grad_norm() or 0.0, trainer.ds.global_steps, self.home)
+        state = dict(
+            identity=identity(self.cfg, self.batches),
+            shards=distributed.least(self.batches.position()),
+        )
+        path = checkpoint.save(trainer, self.home / "checkpoints", state, self.cfg.keep)
+        self.log.say(f"saved {path}")
+        self.saved = trainer.samples
+
+    def read_examples(self) -> tuple[list[bytes], list[str]] | None:
+        """A few images and captions, for pictures beside the evaluations."""
+        if not isinstance(self.batches, Batches) or not (self.evals or self.cfg.eval_every):
+            return None
+        from glimpse.run.reports.pictures import examples
+
+        return examples(self.batches.shards)
+
+    def evaluate(self) -> None:
+        """Write a picture of what masks keep and the model attends to, and evaluate the student
+        and, where there is one, the teacher.
+        """
+        from glimpse.run.evals import evaluate
+        from glimpse.run.evals.embed import Embedder
+        from glimpse.run.reports.pictures import gallery, sheet
+
+        trainer, step = self.trainer, self.trainer.ds.global_steps
+        if self.examples:
+            columns = gallery(trainer.method, self.cfg, self.tokenizer, *self.examples)
+            self.log.picture("masks", sheet(columns), trainer.samples)
+        for weights in ("student", "teacher") if trainer.method.averaged() else ("student",):
             model = Embedder(
                 trainer.method,
-                cfg,
-                tokenizer,
-                home=home,
+                self.cfg,
+                self.tokenizer,
+                home=self.home,
                 tag=f"training-{step}",
                 weights=weights,
-                say=log.say,
+                say=self.log.say,
             )
-            # what a job left that was broken off here: its weights may have been others by a
-            # rounding
+            # Features of a job that was killed here may be of weights that differ by a rounding.
             model.forget()
-            log.evaluation(step, trainer.samples, evaluate(model, evals), weights)
+            results = evaluate(model, self.evals)
+            self.log.evaluation(step, trainer.samples, results, weights)
             model.forget()
-
-    watched = (
-        examples(batches.shards)
-        if isinstance(batches, Batches) and (evals or cfg.eval_every)
-        else None
-    )
-    peak = peak_flops() * ranks.world()
-    stream = batches.stream(
-        range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch),
-        pin=ranks.device().type == "cuda",
-    )
-    saved = trainer.samples
-    while trainer.samples + cfg.batch <= cfg.samples and not stop.asked():
-        begin = time.perf_counter()
-        parts = next(stream)
-        log.wait(time.perf_counter() - begin)
-        audit(batches, parts, trainer.samples + cfg.batch)
-        lr = cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples)
-        loss, metrics = trainer.step(parts, lr)
-        step = trainer.ds.global_steps
-        if step == 1:
-            log.picture("masked inputs", masked_inputs(parts[0], cfg), trainer.samples)
-        if step % cfg.log_every == 0 or step in (1, log.steps):
-            finite(float(loss), step, home)
-            values = dict(
-                loss=loss,
-                lr=lr,
-                grad_norm=trainer.grad_norm(),
-                bad=ranks.total(torch.tensor(audit.bad)),
-                **metrics,
-            )
-            log.step(step, trainer.samples, trainer.method.flops(parts[0]), peak, **values)
-        if due(cfg.save_every, trainer.samples, cfg.batch):
-            log.say(f"saved {save()}")
-            saved = trainer.samples
-        if (
-            due(cfg.eval_every, trainer.samples, cfg.batch)
-            and trainer.samples + cfg.batch <= cfg.samples
-        ):
-            look(step)
-    if saved < trainer.samples:
-        log.say(f"saved {save()}")
-    if trainer.samples + cfg.batch <= cfg.samples:
-        log.say(f"asked to stop after {trainer.samples} samples; go on with --resume")
-    elif evals:
-        look(trainer.ds.global_steps)
 
 
 def due(every: int, samples: int, batch: int) -> bool:
-    """Has this step crossed a multiple of `every` samples?"""
+    """Return True if this step crossed a multiple of `every` samples."""
     return every > 0 and samples // every > (samples - batch) // every
 
 
-def finite(loss: float, step: int, home: Path) -> None:
-    if not abs(loss) < float("inf"):
+def check_finite(value: float, step: int, home: Path) -> None:
+    """Raise ValueError if the loss or its gradient is infinite or nan."""
+    if not abs(value) < float("inf"):
         raise ValueError(
-            f"the loss or its gradient is {loss} at step {step}; nothing was saved since"
+            f"the loss or its gradient is {value} at step {step}; nothing was saved since"
             f" {home}/checkpoints' newest; lower optim.lr, set optim.clip, or lengthen"
             " optim.warmup, and go on with --resume"
         )
 
 
+def headline(cfg: Run, trainer: engine.Engine, batches: Batches | Stream) -> str:
+    """Describe the run in a line."""
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.method.parameters())
+    masks = ", ".join(f"{name} {view.mask}" for name, view in cfg.views.items())
+    if isinstance(batches, Batches):
+        size = f"{len(batches.shards):,} pairs"
+    else:
+        size = f"{len(batches.urls):,} streamed shards"
+    precision = "bf16" if trainer.bf16 else "fp32"
+    world = distributed.world()
+    return (
+        f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · "
+        f"{world} rank{'' if world == 1 else 's'}, ZeRO {trainer.stage}, {precision} · "
+        f"{short(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}"
+    )
+
+
 if __name__ == "__main__":
-    ranks.run_script(main)
+    distributed.run_script(main)

@@ -24,9 +24,11 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 from glimpse.data.shards import Shards
 from glimpse.data.stream import is_stream
-from glimpse.run.lib import config, markup, models, pages, pictures, ranks
-from glimpse.run.lib.jobs import state
-from glimpse.run.lib.results import by_seed
+from glimpse.run.lib import config, distributed
+from glimpse.run.reports import html_report, markup, pictures
+from glimpse.run.study.jobs import state
+from glimpse.run.study.results import by_seed
+from glimpse.run.train import load_model
 
 
 def compare() -> None:
@@ -64,7 +66,7 @@ def compare() -> None:
         for run in group:  # the first that has a checkpoint
             try:
                 galleries[label] = gallery(
-                    models.find(run.run.resolve()), found.images, found.count
+                    load_model.find(run.run.resolve()), found.images, found.count
                 )[:2]
                 break
             except (ValueError, OSError) as fault:
@@ -75,7 +77,7 @@ def compare() -> None:
             reason = f" ({run.reason})" if run.reason else ""
             states.append(f"{run.run.name} {run.state}{reason}")
         print(f"{label}: {', '.join(states)}")
-    page, *others = pages.write(Path(found.out), groups, galleries)
+    page, *others = html_report.write(Path(found.out), groups, galleries)
     print(f"wrote {page}, and beside it {', '.join(path.name for path in others)}")
 
 
@@ -92,18 +94,16 @@ def masks() -> None:
     )
     args.add_argument("--count", type=int, default=8, help="images")
     given = args.parse_args()
-    path = models.find(Path(given.run).resolve())
+    path = load_model.find(Path(given.run).resolve())
     if given.count < 1:
         raise ValueError(f"--count {given.count}: a number of images, 1 or more")
     found, captions, cfg = gallery(path, given.images, given.count)
-    folder = models.home(path) / "report"
+    folder = load_model.home(path) / "report"
     folder.mkdir(exist_ok=True)
     (folder / "masks.png").write_bytes(markup.encoded(pictures.sheet(found), "png"))
-    seen = models.origin(path).get("samples")
-    what = (
-        f"{cfg.run}: {cfg.method},"
-        f" {cfg.model.size}{f', after {seen:,} samples' if seen is not None else ''}. {pages.KEY}"
-    )
+    seen = load_model.origin(path).get("samples")
+    after = "" if seen is None else f", after {seen:,} samples"
+    what = f"{cfg.run}: {cfg.method}, {cfg.model.size}{after}. {html_report.KEY}"
     (folder / "masks.html").write_text(
         markup.document(
             f"Masks: {cfg.run}",
@@ -118,11 +118,13 @@ def gallery(path: Path, images: list[str] | None, count: int) -> tuple[dict, lis
     """(columns of pictures, captions, config) of what models.find found, on its own images where no
     others are named.
     """
-    if not images and (models.home(path) == path or is_stream(models.config_of(path).data.train)):
+    if not images and (
+        load_model.home(path) == path or is_stream(load_model.config_of(path).data.train)
+    ):
         raise ValueError(
             "--images: the model was trained on no folder of shards that is known here; name one"
         )
-    cfg, tokenizer, method = models.opened(path)
+    cfg, tokenizer, method = load_model.opened(path)
     chosen = pictures.examples(Shards(images or cfg.data.train), count)
     if not chosen:
         raise ValueError(
@@ -132,9 +134,9 @@ def gallery(path: Path, images: list[str] | None, count: int) -> tuple[dict, lis
 
 
 def main() -> None:
-    ranks.start()
+    distributed.start()
     (masks if sys.argv[1:2] == ["masks"] else compare)()
 
 
 if __name__ == "__main__":
-    ranks.run_script(main)
+    distributed.run_script(main)

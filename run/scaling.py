@@ -27,13 +27,16 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from glimpse.run.lib import config, grid, pages, plan
-from glimpse.run.lib.claims import judged, markdown, tested
+from glimpse.run.lib import config
 from glimpse.run.lib.cli import run_script
 from glimpse.run.lib.config import ROOT
-from glimpse.run.lib.jobs import Jobs, command, line_of, state, why
-from glimpse.run.lib.log import clock, short
-from glimpse.run.lib.results import Result, difference, interval
+from glimpse.run.plan import planner
+from glimpse.run.reports import html_report
+from glimpse.run.study import grid
+from glimpse.run.study.claims import judged, markdown, tested
+from glimpse.run.study.jobs import Jobs, command, line_of, state, why
+from glimpse.run.study.results import Result, difference, interval
+from glimpse.run.train.log import clock, short
 
 
 def main() -> int | None:
@@ -125,7 +128,7 @@ def costs(args) -> None:
     """A line a cell: the cheapest way in which one of its runs fits into the cluster, and what all
     of them take.
     """
-    cluster, total, without = plan.Cluster.asked(args), 0.0, 0
+    cluster, total, without = planner.Cluster.asked(args), 0.0, 0
     print(
         f"{args.ranks} x {cluster.name}, MFU {cluster.mfu:.0%} as the configs are, more where less"
         " is computed twice; run/pretrain.py --plan tells a run's in full\n"
@@ -136,7 +139,7 @@ def costs(args) -> None:
     )
     print("|---" * 10 + "|")
     for cell, runs in planned(args).items():
-        if not (found := plan.propose(runs[0].cfg, cluster, args.caption)):
+        if not (found := planner.propose(runs[0].cfg, cluster, args.caption)):
             without += 1
             print(f"| {cell} | does not fit: more ranks, or devices of more memory |" + " |" * 8)
             continue
@@ -145,7 +148,7 @@ def costs(args) -> None:
             f"| {cell} | {short(found.weights.all)} | {found.model_flops / 1e9:.3g} |"
             f" {found.cfg.deepspeed} | {found.cfg.accumulate} |"
             f" {'yes' if found.cfg.model.checkpoint_activations else 'no'} | {found.mfu:.0%} |"
-            f" {found.peak[1] / plan.GIB:.1f} | {found.hours:.3g} |"
+            f" {found.peak[1] / planner.GIB:.1f} | {found.hours:.3g} |"
             f" {found.device_hours * len(runs):,.0f} |"
         )
     left_out = f", without the {without} that do not fit" * bool(without)
@@ -242,7 +245,7 @@ def table(args) -> None:
     metric, runs = one.scale(args.scale).metric, planned(args)
     done = {cell: [state(run.folder) for run in found] for cell, found in runs.items()}
     first = next(iter(one.cells))
-    base, theirs = pages.values(done.get(first, []), metric), one.paper.get(first)
+    base, theirs = html_report.values(done.get(first, []), metric), one.paper.get(first)
     print(f"{one.title}\n\n{args.scale}: {metric}, per cent. The paper: {one.source}.\n")
     print(
         f"| cell | here | to {first} | paper | to {first} | samples/s | seconds | GiB |\n"
@@ -252,13 +255,17 @@ def table(args) -> None:
     for cell, results in done.items():
         for item in ("", *one.evaluate.get(cell, ())):
             name, asked = (f"{cell}, {item}", f"{metric} ({item})") if item else (cell, metric)
-            mine, paper = pages.values(results, asked), one.paper.get(name)
+            mine, paper = html_report.values(results, asked), one.paper.get(name)
             to = f"{paper - theirs:+.1f}" if paper and theirs and name != first else ""
             there = f"| {paper or ''} | {to} |"
             if not mine:
                 print(f"| {name} | absent: {why(results, asked)} | {there} | | |")
                 continue
-            to = pages.told(difference(mine, base), 100, "+.2f") if base and name != first else ""
+            to = (
+                html_report.told(difference(mine, base), 100, "+.2f")
+                if base and name != first
+                else ""
+            )
             cost = (
                 ["", "", ""]
                 if item
@@ -267,10 +274,8 @@ def table(args) -> None:
                     for key in ("samples_per_s", "seconds", "memory_gib")
                 ]
             )
-            print(
-                f"| {name} | {pages.told(interval(mine), 100, '.2f')} n={len(mine)} | {to} {there}"
-                f" {' | '.join(cost)} |"
-            )
+            value = html_report.told(interval(mine), 100, ".2f")
+            print(f"| {name} | {value} n={len(mine)} | {to} {there} {' | '.join(cost)} |")
 
 
 def plot(args) -> None:
@@ -279,7 +284,7 @@ def plot(args) -> None:
     """
     groups = {cell: [state(run.folder) for run in runs] for cell, runs in planned(args).items()}
     one = grid.read(args.grid)
-    found, *others = pages.write(
+    found, *others = html_report.write(
         args.out / args.scale / f"{Path(args.grid).stem}.html",
         groups,
         title=one.title,

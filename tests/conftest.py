@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import glimpse.run.lib.peers  # noqa: F401
+import glimpse.run.verify.reference_libs  # noqa: F401
 
 
 @pytest.fixture

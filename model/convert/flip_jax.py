@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from glimpse.model.convert import t5x
-from glimpse.model.convert.portable import About, Portable
 from glimpse.model.convert.positions import fixed, is_fixed
 from glimpse.model.convert.rules import (
     Rule,
-    Tensors,
     as_kernel,
     exported,
     fused,
@@ -35,6 +33,8 @@ from glimpse.model.convert.rules import (
     transposed,
 )
 from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import About, Portable
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig

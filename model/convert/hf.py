@@ -4,7 +4,8 @@ model.safetensors.
 What it has is fixed: class-token pooling, a norm before the blocks, a causal text tower that is
 pooled at the first end-of-text token, square images. Its projections and temperature are the
 pair's. Positions and patch bias: positions.py. The defaults of configs that leave keys out are
-those of transformers 5.24's configuration_clip.py. Tokenizer files are data/tokenizer_files.py's.
+those of transformers 5.24's configuration_clip.py. Tokenizer files are
+data/builders/tokenizer_files.py's.
 Its image processor resizes, then crops: eval_crop square is written as that too, with a word for
 the way back that HF passes over.
 HF multiplies by exp(logit_scale) where we stop at 100: logits of a model beyond that differ by as
@@ -18,31 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glimpse.model.convert import files
-from glimpse.model.convert.portable import (
-    MEAN,
-    STD,
-    About,
-    Portable,
-    crop_in,
-    kept_crop,
-    newer,
-    origin,
-    told_crop,
-)
+from glimpse.model import tensor_files
+from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, origin, told_crop
 from glimpse.model.convert.positions import position_rule, taken, write
-from glimpse.model.convert.rules import (
-    Rule,
-    Tensors,
-    as_kernel,
-    as_matrix,
-    fused,
-    one,
-    scalar,
-    thirds,
-)
+from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, fused, one, scalar, thirds
 from glimpse.model.convert.sizes import ratio, sized
 from glimpse.model.layers import hidden
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import About, Portable
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
@@ -154,7 +138,7 @@ def claims(path: Path) -> bool:
 def load(path: Path) -> Portable:
     """The folder's model.  ValueError: see the package's docstring."""
     try:
-        return understood(path, files.read_json(path / CONFIG))
+        return understood(path, tensor_files.read_json(path / CONFIG))
     except ValueError as error:
         raise (
             error if str(error).startswith(str(path)) else ValueError(f"{path / CONFIG}: {error}")
@@ -247,7 +231,7 @@ def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...],
         (file for name in (IMAGES, "processor_config.json") if (file := path / name).exists()),
         path / IMAGES,
     )
-    tree = files.read_json(found) if found.exists() else {}
+    tree = tensor_files.read_json(found) if found.exists() else {}
     says = tree.get("image_processor", tree)
     if not isinstance(says, dict):
         raise ValueError(
@@ -295,7 +279,7 @@ def weights(path: Path) -> Tensors:
     """The folder's tensors, without buffers that hold nothing."""
     for name in WEIGHTS:
         if (path / name).exists():
-            tensors = files.read(path / name)
+            tensors = tensor_files.read(path / name)
             return tensors.renamed({name: name for name in tensors if name not in COUNTS})
     raise ValueError(f"{path}: no weights; one of {', '.join(WEIGHTS)}")
 

@@ -38,19 +38,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glimpse.model.convert import torch_dist
-from glimpse.model.convert.portable import CONFIG, About, Portable
 from glimpse.model.convert.positions import keep, position_rule, taken
-from glimpse.model.convert.rules import (
-    Rule,
-    Tensors,
-    as_kernel,
-    as_matrix,
-    exported,
-    one,
-    scalar,
-)
+from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, exported, one, scalar
 from glimpse.model.convert.torch_dist import Folder, Place
 from glimpse.model.layers import hidden
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import CONFIG, About, Portable
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size
 from glimpse.model.vision import VisionConfig

@@ -18,29 +18,14 @@ from pathlib import Path
 
 import torch
 
-from glimpse.model.convert import files, positions
+from glimpse.model import tensor_files
 from glimpse.model.convert import open_clip_trunk as trunk
+from glimpse.model.convert import positions
+from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, origin, told_crop
 from glimpse.model.convert.open_clip_config import RESNET, config_in, config_out, is_timms
-from glimpse.model.convert.portable import (
-    MEAN,
-    STD,
-    About,
-    Portable,
-    crop_in,
-    kept_crop,
-    newer,
-    origin,
-    told_crop,
-)
-from glimpse.model.convert.rules import (
-    Rule,
-    Tensors,
-    as_kernel,
-    as_matrix,
-    one,
-    scalar,
-    transposed,
-)
+from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, one, scalar, transposed
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import About, Portable
 from glimpse.model.towers import ModelConfig
 
 CONFIG = "open_clip_config.json"
@@ -67,7 +52,11 @@ class Given:
 
 
 def claims(path: Path) -> bool:
-    return (path / CONFIG).is_file() or path.is_file() and not MARKS.isdisjoint(files.metas(path))
+    return (
+        (path / CONFIG).is_file()
+        or path.is_file()
+        and not MARKS.isdisjoint(tensor_files.metas(path))
+    )
 
 
 # --- in
@@ -82,14 +71,14 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
                 " weights"
             )
         tree, weights = (
-            files.read_json(path / CONFIG),
+            tensor_files.read_json(path / CONFIG),
             next((path / name for name in WEIGHTS if (path / name).is_file()), None),
         )
         if weights is None:
             raise ValueError(f"{path}: has {CONFIG}, but none of {', '.join(WEIGHTS)}")
     else:
         tree, weights = {}, path
-    theirs = files.read(weights)
+    theirs = tensor_files.read(weights)
     if path.is_file():
         tree = config_of(theirs, path, config)
     model, preprocess = tree.get("model_cfg", tree), tree.get("preprocess_cfg", {}) | statistics
@@ -168,7 +157,7 @@ def config_of(theirs: Tensors, path: Path, config: str) -> dict:
 def named(config: str) -> dict:
     """A config by its file, or by its name in the installed package."""
     if Path(config).is_file():
-        return files.read_json(Path(config))
+        return tensor_files.read_json(Path(config))
     found = find_spec("open_clip")
     folder = Path(found.submodule_search_locations[0]) / "model_configs" if found else None
     if not folder or not (folder / f"{config}.json").is_file():
@@ -180,7 +169,7 @@ def named(config: str) -> dict:
         raise ValueError(
             f"--given config={config}: neither a json file nor a model of open_clip's{known}"
         )
-    return files.read_json(folder / f"{config}.json")
+    return tensor_files.read_json(folder / f"{config}.json")
 
 
 def openai(theirs: Tensors, path: Path) -> dict:
@@ -304,7 +293,7 @@ def peer(path: Path, config: str = "", **_) -> Callable:
     if path.is_dir():
         model = open_clip.create_model(f"local-dir:{path}")
     else:
-        theirs = files.read(path)
+        theirs = tensor_files.read(path)
         tree = config_of(theirs, path, config)
         model = open_clip.CLIP(
             **{

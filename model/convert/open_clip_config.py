@@ -5,8 +5,9 @@ other way round.
 from pathlib import Path
 
 from glimpse.model.convert import open_clip_trunk as trunk
-from glimpse.model.convert.portable import MEAN, STD, Portable
+from glimpse.model.convert.common import MEAN, STD
 from glimpse.model.convert.sizes import sized
+from glimpse.model.portable import Portable
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from glimpse.model.convert import positions, timm
-from glimpse.model.convert.rules import Rule, Tensors
+from glimpse.model.convert.rules import Rule
+from glimpse.model.lazy_tensors import Tensors
 from glimpse.model.towers import ModelConfig
 
 TRUNK, SIDE, EPS = "visual.trunk.", 224, 1e-6

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glimpse.model.convert import files
-from glimpse.model.convert.portable import Portable
-from glimpse.model.convert.rules import Rule, Tensors, as_tuple, exported, imported
+from glimpse.model import tensor_files
+from glimpse.model.convert.rules import Rule, as_tuple, exported, imported
 from glimpse.model.layers import sincos
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import Portable
 from glimpse.model.towers import ModelConfig
 
 KEPT = "glimpse.safetensors"
@@ -84,7 +85,7 @@ def write(
     embeddings than we do.
     """
     computed = [name for rule in rules if rule.folded or not rule.ours for name in rule.theirs]
-    files.write(file, exported(rules, tensors), dtype, exact=computed)
+    tensor_files.write(file, exported(rules, tensors), dtype, exact=computed)
     keep(file.parent, model, rules)
 
 
@@ -92,7 +93,7 @@ def keep(folder: Path, model: Portable, rules: list[Rule]) -> None:
     """Write into the folder those of our tensors that are lost in folding."""
     lost = [name for rule in rules if rule.folded for name in rule.ours]
     if lost:
-        files.write(
+        tensor_files.write(
             folder / KEPT,
             model.tensors.renamed({name: name for name in lost}),
             about={"model": json.dumps(asdict(model.cfg))},
@@ -123,9 +124,9 @@ def unfolded(
     path: Path, cfg: ModelConfig, rules: Rules, theirs: Tensors, whose: str
 ) -> tuple[ModelConfig, Tensors] | None:
     """With the tensors of the file at `path`; None where they do not add up to theirs."""
-    kept = files.read(path)
+    kept = tensor_files.read(path)
     try:
-        was = json.loads(files.metadata(path)["model"])
+        was = json.loads(tensor_files.metadata(path)["model"])
         lost = {key: was["vision"][key] for key in ("positions", "patch_bias", "freeze_patch")}
     except (KeyError, TypeError, ValueError):
         raise ValueError(

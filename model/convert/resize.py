@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.model.convert.portable import Portable
-from glimpse.model.convert.rules import Tensors
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import Portable
 from glimpse.model.towers import PATCHES
 from glimpse.model.vision import resized as resized_grid
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glimpse.model.convert.rules import Tensors
+from glimpse.model.lazy_tensors import Tensors
 
 # bytes of a tensor, for msgpack counts in 32 bits, and its shape and type are counted too
 LARGEST = 2**32 - 2**10

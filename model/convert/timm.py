@@ -21,23 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from glimpse.model.convert import files
-from glimpse.model.convert.portable import (
-    INTERPOLATIONS,
-    MEAN,
-    STD,
-    About,
-    Portable,
-    crop_in,
-    kept_crop,
-    newer,
-    origin,
-    told_crop,
-    vision_only,
-)
+from glimpse.model import tensor_files
+from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, origin, told_crop
 from glimpse.model.convert.positions import is_fixed, position_rule, taken, write
-from glimpse.model.convert.rules import Rule, Tensors, as_kernel, as_matrix, as_tuple
+from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, as_tuple
 from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import INTERPOLATIONS, About, Portable, vision_only
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
 
@@ -244,7 +234,7 @@ def claims(path: Path) -> bool:
             return {"architecture", "pretrained_cfg"} <= json.loads(
                 (path / CONFIG).read_text()
             ).keys()
-        return MARKS <= files.metas(path).keys()
+        return MARKS <= tensor_files.metas(path).keys()
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -252,7 +242,7 @@ def claims(path: Path) -> bool:
 def load(path: Path, **given) -> Portable:
     """given: as in Given."""
     if not path.is_dir():
-        return portable(files.read(path), path, given)
+        return portable(tensor_files.read(path), path, given)
     tree, weights = opened(path)
     name, args, prepared = (
         tree["architecture"],
@@ -317,7 +307,7 @@ def opened(folder: Path) -> tuple[dict, Tensors]:
     found = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not found:
         raise ValueError(f"{folder}: no weights in it; looked for {' and '.join(WEIGHTS)}")
-    return tree, files.read(found[0])
+    return tree, tensor_files.read(found[0])
 
 
 def portable(
@@ -476,7 +466,7 @@ def peer(path: Path, **given) -> Callable[[Tensor, None], tuple[Tensor, None]]:
     return run(
         timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
         if path.is_dir()
-        else built(files.read(path), path, given)
+        else built(tensor_files.read(path), path, given)
     )
 
 

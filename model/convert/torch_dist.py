@@ -47,8 +47,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from glimpse.model.convert.files import GETATTR, member
-from glimpse.model.convert.rules import Tensors
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.safe_unpickler import GETATTR, member
 
 INDEX, SIGN, COMMON = ".metadata", "metadata.json", "common.pt"
 # megatron-core 0.15's own, with attributes that no weight needs

@@ -16,7 +16,6 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from glimpse.model.attentive import Attentive, scores_at, take
 from glimpse.model.collectives import batch_mean
 from glimpse.model.ema import check_momentum, cosine
 from glimpse.model.heads import (
@@ -28,6 +27,7 @@ from glimpse.model.heads import (
 )
 from glimpse.model.layers import Watch
 from glimpse.model.losses import byol, contrastive, simclr, simclr_flops, simsiam
+from glimpse.model.methods.attentive import Attentive, scores_at, take
 from glimpse.model.methods.base import Averaging, above, at_least
 from glimpse.model.towers import ModelConfig, Towers, vision_flops, vision_tower
 

@@ -135,7 +135,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, part: dict) -> dict[str, Tensor]:
-        """A part of a batch (data/batches.py) -> features."""
+        """A part of a batch (data/loader.py) -> features."""
 
     @abstractmethod
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

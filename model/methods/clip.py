@@ -12,7 +12,7 @@ from glimpse.model.methods.base import Method
 
 class Clip(Method):
     def forward(self, part: dict) -> dict[str, Tensor]:
-        """A part of a batch (data/batches.py) -> unit embeddings image and text (b, E), and scale
+        """A part of a batch (data/loader.py) -> unit embeddings image and text (b, E), and scale
         (1,).
         """
         view = part["views"]["image"]

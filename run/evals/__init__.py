@@ -26,8 +26,8 @@ import ast
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
-from glimpse.data.benchmarks import Images
-from glimpse.data.layouts import open_set
+from glimpse.data.evals.clip_benchmark import Images
+from glimpse.data.evals.layouts import open_set
 from glimpse.run.evals import (
     captioning,
     finetune,
@@ -41,7 +41,7 @@ from glimpse.run.evals import (
 )
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.config import build, check_choice
-from glimpse.run.lib.ranks import say
+from glimpse.run.lib.distributed import say
 
 EVALS = {
     "zero_shot": zero_shot,

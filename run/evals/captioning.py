@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from glimpse.data.benchmarks import Images
-from glimpse.model.decoders import PAD, Captioner
+from glimpse.data.evals.clip_benchmark import Images
+from glimpse.model.downstream.decoders import PAD, Captioner
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.language import (
     START,
@@ -34,7 +34,7 @@ from glimpse.run.evals.language import (
     tokens,
     trains_tower,
 )
-from glimpse.run.lib.ranks import to_device, told
+from glimpse.run.lib.distributed import to_device, told
 
 SHOWN = 3  # captions that are printed
 SPICE = "spice/lib/stanford-corenlp-3.6.0.jar"

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.benchmarks import Images, Preprocess
+from glimpse.data.evals.clip_benchmark import Images, Preprocess
 from glimpse.data.masking import complementary, parse
 from glimpse.data.tokenizer import pack
-from glimpse.model.attentive import take
 from glimpse.model.losses import unit
+from glimpse.model.methods.attentive import take
 from glimpse.run.lib.config import Run
-from glimpse.run.lib.ranks import rank, say, to_device, total, world
+from glimpse.run.lib.distributed import rank, say, to_device, total, world
 
 CELLS = 3  # of `grid` features, each way
 BATCH = 64  # images, or texts, a rank embeds at once

@@ -1,4 +1,4 @@
-"""Embeddings of a gallery (data/gallery.py) in part files, in the folders that clip-retrieval
+"""Embeddings of a gallery (data/evals/gallery.py) in part files, in the folders that clip-retrieval
 writes and autofaiss reads.
 
     OUT/embed.json                        of what they are; --resume goes on with nothing else
@@ -27,10 +27,10 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet
 
-from glimpse.data.gallery import Block, Gallery, Texts, blocks
+from glimpse.data.evals.gallery import Block, Gallery, Texts, blocks
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.cli import bar
-from glimpse.run.lib.ranks import gathered, rank, told, world
+from glimpse.run.lib.distributed import gathered, rank, told, world
 
 PART = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
 ROWS = 8192  # to a row group of a parquet file, which readers take at once

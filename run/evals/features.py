@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glimpse.data.benchmarks import Images
+from glimpse.data.evals.clip_benchmark import Images
 from glimpse.run.evals.embed import BATCH, Embedder
-from glimpse.run.lib.ranks import barrier, once, rank, told, world
+from glimpse.run.lib.distributed import barrier, once, rank, told, world
 
 CHUNK = 16 * BATCH
 KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, as Embedder.passed has them

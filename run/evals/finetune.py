@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from glimpse.data.batches import ahead
-from glimpse.data.benchmarks import Images
+from glimpse.data.evals.clip_benchmark import Images
+from glimpse.data.evals.finetune import Labelled, Mix, Row, label, paired, rand_augment, timm
+from glimpse.data.loader import ahead
 from glimpse.data.patches import patchify
-from glimpse.data.supervised import Labelled, Mix, Row, label, paired, rand_augment, timm
+from glimpse.model.init import Linear
 from glimpse.model.layers import drop_path
-from glimpse.model.parallel import Linear
 from glimpse.model.vision import VisionTower
 from glimpse.run.evals import metrics
 from glimpse.run.evals.embed import Embedder
+from glimpse.run.evals.supervised import cosine, fit, mean_loss, order, steps
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.engine import wrapped
-from glimpse.run.lib.fit import cosine, fit, mean_loss, order, steps
-from glimpse.run.lib.optim import kind
-from glimpse.run.lib.ranks import once, rank, to_device, world
+from glimpse.run.lib.distributed import once, rank, to_device, world
+from glimpse.run.train.engine import wrapped
+from glimpse.run.train.optim import kind
 
 # what lies from 0 to so much
 SHARES = dict(decay=1, drop_path=0.99, warmup=0.99, smoothing=1, erase=1, crop=1)

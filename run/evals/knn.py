@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.benchmarks import Images
+from glimpse.data.evals.clip_benchmark import Images
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import KINDS, Features, check_splits, check_view, splits
 from glimpse.run.evals.metrics import accuracies
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.ranks import rank, to_device, world
+from glimpse.run.lib.distributed import rank, to_device, world
 
 CHUNK = 4096  # train images compared at once
 QUERIES = 256  # with so many test images

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from glimpse.data.benchmarks import Images
-from glimpse.model.decoders import PAD, Seeing
+from glimpse.data.evals.clip_benchmark import Images
+from glimpse.model.downstream.decoders import PAD, Seeing
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import Features, features
-from glimpse.run.lib.engine import unwrapped, wrapped
-from glimpse.run.lib.fit import Exact, cosine, fit, mean_loss, mine, order, steps
-from glimpse.run.lib.ranks import device, rank, to_device, total, world
+from glimpse.run.evals.supervised import Exact, cosine, fit, mean_loss, mine, order, steps
+from glimpse.run.lib.distributed import device, rank, to_device, total, world
+from glimpse.run.train.engine import unwrapped, wrapped
 
 START, UNKNOWN = 1, 2
 TOLD = 128  # samples that are read at once, whichever rank does it

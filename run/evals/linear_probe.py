@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.data.benchmarks import Images
+from glimpse.data.evals.clip_benchmark import Images
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import KINDS, Features, check_splits, check_view, splits
+from glimpse.run.evals.lars import LARS
 from glimpse.run.evals.metrics import accuracies
+from glimpse.run.evals.supervised import Replicated, cosine, fit, mean_loss, mine, order, steps
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.fit import Replicated, cosine, fit, mean_loss, mine, order, steps
-from glimpse.run.lib.lars import LARS
-from glimpse.run.lib.ranks import device, rank, to_device, total, world
+from glimpse.run.lib.distributed import device, rank, to_device, total, world
 
 ITERATIONS = 1000  # of L-BFGS
 CHUNK = 4096  # rows that go through the classifier at once

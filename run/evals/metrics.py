@@ -18,7 +18,7 @@ Names: n images on this rank, N on all, C classes.
 import torch
 from torch import Tensor
 
-from glimpse.run.lib.ranks import to_device, total
+from glimpse.run.lib.distributed import to_device, total
 
 METRICS = ("top1", "mean_per_class", "top1_top5", "roc_auc", "map", "pm")
 MAIN = {name: name for name in METRICS} | {"pm": "pm_10"}  # the one number that stands for a set

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.benchmarks import Benchmark
+from glimpse.data.evals.clip_benchmark import Benchmark
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.lib.ranks import rank, total, world
+from glimpse.run.lib.distributed import rank, total, world
 
 AT = (1, 5, 10)
 CHUNK, TILE = 1024, 8192  # queries and targets whose similarities are held at once

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.augment import decode
-from glimpse.data.benchmarks import IGNORE, Images
-from glimpse.data.windows import Sliding, Windows
+from glimpse.data.evals.clip_benchmark import IGNORE, Images
+from glimpse.data.evals.sliding_windows import Sliding, Windows
+from glimpse.data.transforms import decode
 from glimpse.run.evals.embed import BATCH, Embedder
+from glimpse.run.evals.segmentation_pictures import segmentations
 from glimpse.run.evals.zero_shot import class_embeddings
-from glimpse.run.lib.pictures import segmentations
-from glimpse.run.lib.ranks import device, gathered, least, rank, total, world
+from glimpse.run.lib.distributed import device, gathered, least, rank, total, world
 
 FEATURES = ("auto", "tokens", "values")
 READS = "label_map"
@@ -29,7 +29,7 @@ READS = "label_map"
 
 @dataclass(frozen=True)
 class Options:
-    # 7, 80, 85 (data/prompts.py; MaskCLIP: 85) or a file; default: the set's own
+    # 7, 80, 85 (data/evals/prompts.py; MaskCLIP: 85) or a file; default: the set's own
     templates: str = ""
     # pixels that an image's short side is brought to; 0: twice the tower's side (MaskCLIP: 512,
     # Pascal Context 480, at 224)

@@ -1,4 +1,5 @@
-"""The papers' suites of zero-shot sets (data/suites.py): what is there of one, what is missing or
+"""The papers' suites of zero-shot sets (data/evals/suites.py): what is there of one, what is
+missing or
 broken, and the averages.
 
     suite:aclip            the sets that lie in --data (in a config: eval_data), each as zero_shot
@@ -13,9 +14,9 @@ how many sets they are.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glimpse.data.benchmarks import Benchmark
-from glimpse.data.prompts import templates
-from glimpse.data.suites import SETS, SUITES, found, members
+from glimpse.data.evals.clip_benchmark import Benchmark
+from glimpse.data.evals.prompts import templates
+from glimpse.data.evals.suites import SETS, SUITES, found, members
 from glimpse.run.evals import zero_shot
 from glimpse.run.evals.metrics import MAIN
 from glimpse.run.lib.config import check_choice

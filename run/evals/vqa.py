@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from glimpse.data.benchmarks import Images, Question
-from glimpse.model.decoders import Answerer
+from glimpse.data.evals.clip_benchmark import Images, Question
+from glimpse.model.downstream.decoders import Answerer
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.language import (
     Pieces,
@@ -31,7 +31,7 @@ from glimpse.run.evals.language import (
     tokens,
     trains_tower,
 )
-from glimpse.run.lib.ranks import to_device
+from glimpse.run.lib.distributed import to_device
 
 SHOWN = 5  # answers that are printed
 # What VQAv2's evaluation takes for the same answer (vqaEval.py of github.com/GT-Vision-Lab/VQA).

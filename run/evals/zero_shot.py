@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.augment import decode
-from glimpse.data.benchmarks import Benchmark, Images
+from glimpse.data.evals.clip_benchmark import Benchmark, Images
+from glimpse.data.transforms import decode
 from glimpse.run.evals import metrics
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.config import check_choice
@@ -18,7 +18,7 @@ from glimpse.run.lib.config import check_choice
 
 @dataclass(frozen=True)
 class Options:
-    templates: str = ""  # 7, 80, 85 (data/prompts.py) or a file; default: the set's own
+    templates: str = ""  # 7, 80, 85 (data/evals/prompts.py) or a file; default: the set's own
     # a row of run.evals.metrics.METRICS; top1 and top5 are told beside it where images have one
     # class
     metric: str = "top1"

@@ -1,5 +1,5 @@
 """What scripts without ranks share: how they end, and their progress bar. (Scripts on ranks end
-through run/lib/ranks.py.)
+through run/lib/distributed.py.)
 
     if __name__ == "__main__":
         run_script(main)

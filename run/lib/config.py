@@ -6,12 +6,14 @@ the command line.
 A config may name a `base:`, whose keys it overrides one by one. The dataclasses stand beside the
 code that they configure (ModelConfig in model/towers.py, ...); `Run` puts them together. A key that
 no dataclass declares is refused with the near miss named, and every
-declared key is read somewhere: tests/test_config_keys.py holds both. Counts of samples may be
+declared key is read somewhere: tests/run/lib/test_config_keys.py holds both. Counts of samples may
+be
 written 12.8B, 400M or 51.2k.
 """
 
 import argparse
 import difflib
+import math
 import re
 import types
 import typing
@@ -20,14 +22,53 @@ from pathlib import Path
 
 import yaml
 
-from glimpse.data.augment import CROPS, View
-from glimpse.data.batches import DataConfig, Reader, plan
+from glimpse.data.loader import DataConfig, Reader, plan
+from glimpse.data.transforms import CROPS, View
 from glimpse.model.methods import METHODS
 from glimpse.model.towers import ModelConfig
-from glimpse.run.lib.optim import OptimConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
+
+
+KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: str  # the peak: absolute ('5e-4'), or by FLIP's rule ('4e-6 per 256': times batch / 256)
+    weight_decay: float  # decoupled; FLIP 0.2, CLIP and A-CLIP 0.5 at batch 4096, SLIP 0.1
+    warmup: int  # samples over which the rate rises linearly from 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    min_lr: float = 0.0  # where the cosine ends
+    clip: float = 0.0  # gradient norm; 0: no clipping (DeepSpeed's own default would be 1.0)
+    # kinds of parameters that do not decay (FLIP's); all: see KINDS
+    no_decay: tuple[str, ...] = ("bias", "norm", "positions")
+
+    def __post_init__(self):
+        self.peak(1)
+        for kind in self.no_decay:
+            if kind not in KINDS:
+                raise ValueError(f"optim.no_decay: unknown {kind!r}; known: {', '.join(KINDS)}")
+
+    def peak(self, batch: int) -> float:
+        """The peak learning rate for a global batch."""
+        match = re.fullmatch(r"([\d.e+-]+)(?: per (\d+))?", self.lr)
+        try:
+            return float(match[1]) * (batch / int(match[2]) if match[2] else 1)
+        except (TypeError, ValueError):
+            raise ValueError(f"optim.lr: {self.lr!r}; write 5e-4, or 4e-6 per 256") from None
+
+    def rate(self, seen: int, batch: int, samples: int) -> float:
+        """The learning rate of the step that starts with `seen` samples behind it: linear warm-up,
+        then cosine to min_lr.
+        """
+        peak = self.peak(batch)
+        if seen < self.warmup:
+            return peak * min(1.0, (seen + batch) / self.warmup)
+        turn = (seen - self.warmup) / max(1, samples - self.warmup)
+        return self.min_lr + (peak - self.min_lr) * (1 + math.cos(math.pi * min(1.0, turn))) / 2
 
 
 @dataclass(frozen=True)

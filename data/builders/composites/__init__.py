@@ -1,0 +1,1 @@
+"""Scenes of several glyphs, with label maps, boxes, captions and questions."""

@@ -1,0 +1,1 @@
+"""Small real evaluation sets out of Python and Debian packages."""

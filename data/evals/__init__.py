@@ -1,0 +1,1 @@
+"""Evaluation sets: their layouts, suites, prompts, and images as the evaluations see them."""

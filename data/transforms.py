@@ -1,0 +1,368 @@
+"""Encoded images -> views: decoded, cropped, resized and mirrored in one pass; uint8 (H, W, 3),
+normalised later, on the device.
+
+A box is (top, left, height, width) in pixels of the source; H x W are the sides of a view, one
+number where it is square.
+JPEGs are decoded by simplejpeg (the same pixels as Pillow's, without its copies) and, where a crop
+is at least twice as large as the view, at a half, a quarter or an eighth of their size:
+libjpeg-turbo's other scales take longer than the whole image. Everything else, and every JPEG that
+simplejpeg refuses, is Pillow's.
+Resizing is torch's antialiased kernel for bytes, Pillow's algorithm in vector instructions (within
+one level of 255 at 99.9 % of pixels).
+
+Three choices where released code differs. As in open_clip and torchvision, EXIF orientation is
+ignored. Transparency is laid on white, where they drop the alpha channel and show what lies
+beneath. FLIP resizes with TensorFlow's bicubic, without antialiasing; we always antialias, since a
+crop of a photograph is shrunk.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from glimpse.data.color import recolour
+from glimpse.data.masking import parse
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow alone gives the same pixels, in more time
+    simplejpeg = None
+
+Box = tuple[int, int, int, int]
+Size = int | tuple[int, int]  # a square's side, or (height, width); pixels
+CROPS = ("resize_crop", "square", "squash")  # of an evaluation image, see center_view
+INTERPOLATIONS = ("bicubic", "bilinear")
+TRIES = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
+
+
+@dataclass(frozen=True)
+class View:
+    """How one training view of an image is made."""
+
+    # smallest and largest share of the image's area that a crop covers, in (0, 1]; uniform between
+    crop: tuple[float, float] = (0.5, 1.0)
+    # narrowest and widest crop, width : height in units of the view's; log-uniform
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    # mirror one view in two; off where a method needs the view's box, which does not tell
+    flip: bool = False
+    interpolation: str = "bicubic"  # bicubic or bilinear, both antialiased
+    # which patches stay visible: none, random(0.5), gaussian(0.75), ... as data/masking.py reads it
+    mask: str = "none"
+    # of brightness, contrast, saturation, hue, in four views of five
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    grey: float = 0.0  # probability
+    blur: float = 0.0  # probability
+    solarize: float = 0.0  # probability
+    # independent draws of this view; with two or more, they are called NAME1, NAME2, ...
+    count: int = 1
+    # instead of a crop: the smallest box around those of these views (A-CLIP section 3.3)
+    encloses: tuple[str, ...] = ()
+    enlarge: bool = False  # of an enclosing box: grown at random, as A-CLIP's release does
+    size: int = 0  # side in pixels; 0: model.image_size
+
+    def __post_init__(self):
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(
+                f"crop: {self.crop}; it must be two shares of the image's area, 0 < smallest <="
+                " largest <= 1"
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(
+                f"ratio: {self.ratio}; it must be two ratios of width to height, 0 < narrowest <="
+                " widest"
+            )
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError(
+                f"jitter: {self.jitter}; of brightness, contrast, saturation (0 or more) and hue (0"
+                " to 0.5)"
+            )
+        for key in ("grey", "blur", "solarize"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; it must be a probability, 0 to 1")
+        if not 1 <= self.count <= 9:
+            raise ValueError(f"count: {self.count}; a view is drawn 1 to 9 times")
+        if self.size < 0:
+            raise ValueError(
+                f"size: {self.size}; it must be a side in pixels, or 0 for model.image_size"
+            )
+        if self.enlarge and not self.encloses:
+            raise ValueError(
+                "enlarge: only a view that encloses others can be enlarged; name them in encloses"
+            )
+        if self.encloses and (self.crop, self.ratio) != (View.crop, View.ratio):
+            raise ValueError(
+                "crop, ratio: a view that encloses others has the box around theirs; leave both out"
+            )
+        if self.encloses and self.flip:
+            raise ValueError(
+                "flip: a view that encloses others cannot be mirrored, since places in it are"
+                " looked up by theirs"
+            )
+        check_interpolation(self.interpolation)
+        parse(self.mask)
+
+
+def draws(name: str, view: View) -> list[str]:
+    """What the draws of a view are called."""
+    return [name] if view.count == 1 else [f"{name}{n + 1}" for n in range(view.count)]
+
+
+def expanded(views: dict[str, View]) -> dict[str, View]:
+    """Every draw of every view under its own name, in alphabetical order."""
+    names = {name: draws(name, view) for name, view in views.items()}
+    found = {}
+    for name, view in views.items():
+        for other in view.encloses:
+            if other not in views or views[other].encloses:
+                raise ValueError(
+                    f"views.{name}.encloses: {other!r}; name views with a crop: "
+                    f"{', '.join(sorted(n for n, v in views.items() if not v.encloses))}"
+                )
+            if views[other].flip:
+                raise ValueError(
+                    f"views.{other}.flip: {name} encloses it and looks places up by its box; set it"
+                    " to false"
+                )
+        inside = tuple(draw for other in view.encloses for draw in names[other])
+        for draw in names[name]:
+            if draw in found:
+                raise ValueError(f"views: two are called {draw!r}; rename one")
+            found[draw] = replace(view, count=1, encloses=inside)
+    return dict(sorted(found.items()))
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_interpolation(name: str) -> None:
+    if name not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: {name!r}; known: {', '.join(INTERPOLATIONS)}")
+
+
+def random_views(
+    data: bytes, size: Size, views: dict[str, View], rngs: dict[str, np.random.Generator]
+) -> dict[str, tuple[np.ndarray, Box]]:
+    """{name: ((H, W, 3) uint8, its box)} of views from `expanded`; the image is decoded once.
+
+    ValueError: it cannot be read.
+    """
+    height, width = image_size(data)
+    wanted = {name: sides(view.size or size) for name, view in views.items()}
+    boxes = {
+        name: random_box(height, width, view, rngs[name], wanted[name][1] / wanted[name][0])
+        for name, view in views.items()
+        if not view.encloses
+    }
+    flips = {name: view.flip and rngs[name].random() < 0.5 for name, view in views.items()}
+    least = boxes | {
+        name: enclosing([boxes[other] for other in view.encloses])
+        for name, view in views.items()
+        if view.encloses
+    }
+    # how much smaller the tightest view is
+    room = min(side / own for name in views for side, own in zip(least[name][2:], wanted[name]))
+    shrink = next((s for s in (8, 4, 2) if room >= s and is_jpeg(data)), 1)
+    # a shift of less than one pixel of the view
+    cuts = {name: tuple(side // shrink for side in box) for name, box in boxes.items()}
+    for name, view in views.items():
+        if view.encloses:
+            cuts[name] = enclosing([cuts[other] for other in view.encloses])
+            if view.enlarge:
+                cuts[name] = enlarged(cuts[name], height // shrink, width // shrink, rngs[name])
+    image, made = decode(data, shrink), {}
+    for name, view in views.items():
+        top, left, rows, columns = cuts[name]
+        cut = resize(
+            image[top : top + rows, left : left + columns],
+            *wanted[name],
+            view.interpolation,
+            flips[name],
+        )
+        cut = recolour(cut, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
+        made[name] = cut, (top * shrink, left * shrink, rows * shrink, columns * shrink)
+    return made
+
+
+def random_view(
+    data: bytes, size: Size, view: View, rng: np.random.Generator
+) -> tuple[np.ndarray, Box]:
+    """One view of an image: see random_views."""
+    return random_views(data, size, {"": view}, {"": rng})[""]
+
+
+def enclosing(boxes: list[Box]) -> Box:
+    """The smallest box around the boxes."""
+    top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    return (
+        top,
+        left,
+        max(box[0] + box[2] for box in boxes) - top,
+        max(box[1] + box[3] for box in boxes) - left,
+    )
+
+
+def enlarged(box: Box, height: int, width: int, rng: np.random.Generator) -> Box:
+    """The box with each side moved outwards, by a uniform share of what the image leaves it."""
+    top, left = int(rng.integers(box[0] + 1)), int(rng.integers(box[1] + 1))
+    bottom, right = (
+        int(rng.integers(box[0] + box[2], height + 1)),
+        int(rng.integers(box[1] + box[3], width + 1)),
+    )
+    return top, left, bottom - top, right - left
+
+
+def random_box(
+    height: int, width: int, view: View, rng: np.random.Generator, shape: float = 1.0
+) -> Box:
+    """A box of random area and shape, as torchvision and FLIP draw it; after TRIES that do not fit,
+    the largest central one in shape.
+
+    shape: width : height of the view that is made of it, which view.ratio multiplies, so that a
+    view that is not square is distorted no more than a square one. Only images far wider or taller
+    than that come to the central box, where FLIP would take a central square of 7/8 of the short
+    side.
+    """
+    narrowest, widest = shape * view.ratio[0], shape * view.ratio[1]
+    for _ in range(TRIES):
+        area = height * width * rng.uniform(*view.crop)
+        ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
+        rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            return (
+                int(rng.integers(height - rows + 1)),
+                int(rng.integers(width - columns + 1)),
+                rows,
+                columns,
+            )
+    rows = min(height, max(1, round(width / narrowest)))
+    columns = min(width, max(1, round(height * widest)))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def center_view(
+    data: bytes, size: Size, how: str = "resize_crop", interpolation: str = "bicubic"
+) -> np.ndarray:
+    """The view for evaluation, (H, W, 3), from the image at its full size. ValueError: the image
+    cannot be read.
+
+    resize_crop: the short side to `size`, then the central square (CLIP, SLIP, open_clip); square:
+    the central square, then resized (FLIP); squash: all of the image, distorted (DFN's models in
+    open_clip).
+    Of a view that is not square: the image, made just large enough to cover H x W, then its centre;
+    the largest central box in the shape
+    of H x W, then resized; all of the image.
+    """
+    if how not in CROPS:
+        raise ValueError(f"how: {how!r}; known: {', '.join(CROPS)}")
+    image = decode(data)
+    (height, width), (H, W) = image.shape[:2], sides(size)
+    if how == "squash":
+        return resize(image, H, W, interpolation)
+    tall = height * W >= width * H  # for its width, so that it is the width that must fit
+    if how == "square":
+        rows, columns = (
+            (max(1, round(width * H / W)), width)
+            if tall
+            else (height, max(1, round(height * W / H)))
+        )
+        top, left = (height - rows + 1) // 2, (width - columns + 1) // 2
+        return resize(image[top : top + rows, left : left + columns], H, W, interpolation)
+    rows, columns = (int(W * height / width), W) if tall else (H, int(H * width / height))
+    top, left = round((rows - H) / 2), round((columns - W) / 2)
+    return np.ascontiguousarray(
+        resize(image, rows, columns, interpolation)[top : top + H, left : left + W]
+    )
+
+
+def resize(
+    image: np.ndarray, height: int, width: int, interpolation: str, flip: bool = False
+) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3); flip mirrors left and right."""
+    check_interpolation(interpolation)
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).view(1, *image.shape).permute(0, 3, 1, 2)
+    # torch must see channels last, in the stride of the batch too: else it works plane by plane, in
+    # twice the time
+    pixels = torch.nn.functional.interpolate(
+        pixels, (height, width), mode=interpolation, antialias=True
+    )
+    return (pixels.flip(3) if flip else pixels)[0].permute(1, 2, 0).numpy()
+
+
+def is_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff"
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) as the header has it.
+
+    ValueError: no image, or one larger than Pillow allows.
+    """
+    if found := jpeg_header(data):
+        return found
+    with opened(data) as image:
+        return image.height, image.width
+
+
+def jpeg_header(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG for simplejpeg; None leaves the image to Pillow, which also says
+    what is wrong with it.
+    """
+    if simplejpeg is None or not is_jpeg(data):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    # Pillow warns, and above twice that size refuses
+    bomb = height * width > (Image.MAX_IMAGE_PIXELS or math.inf)
+    return None if bomb or colours in ("CMYK", "YCCK") else (height, width)
+
+
+def decode(data: bytes, shrink: int = 1) -> np.ndarray:
+    """(H, W, 3) uint8; a JPEG also at a shrink of 2, 4 or 8, sides rounded up.
+
+    ValueError: the image cannot be read.
+    """
+    if found := jpeg_header(data):
+        height, width = (-(-side // shrink) for side in found)
+        try:
+            return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
+        except ValueError:  # truncated, or a flaw that Pillow forgives: Pillow decides
+            pass
+    with opened(data) as image:
+        if shrink > 1:
+            image.draft(image.mode, (image.width // shrink, image.height // shrink))
+        return to_rgb(image)
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """Pillow's image. Whatever Pillow raises on broken data (it has many kinds) becomes a
+    ValueError.
+    """
+    try:
+        with Image.open(BytesIO(data)) as image:
+            yield image
+    except UnidentifiedImageError:  # Pillow's own words tell an address in memory
+        raise ValueError("cannot read the image: of no format that Pillow knows") from None
+    except Exception as error:
+        raise ValueError(f"cannot read the image: {type(error).__name__}: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of a Pillow image of any mode, transparency laid on white."""
+    # 16 bits of grey, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))

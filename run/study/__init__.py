@@ -1,0 +1,1 @@
+"""The scaling study: grids of runs, jobs, results, claims."""

@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: engine, checkpoints, resuming, optimizer, log."""

@@ -1,0 +1,1 @@
+"""Verify conversions against the other libraries, and describe what is at a path."""

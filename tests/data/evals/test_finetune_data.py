@@ -1,0 +1,150 @@
+"""Augmented images of fine-tuning: pure functions of (seed, epoch, sample), mixed alike on any
+number of ranks, targets that sum to one.
+
+    bash run/test.sh tests/data/evals/test_finetune_data.py
+"""
+
+import importlib.util
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glimpse.data.evals.clip_benchmark import Benchmark
+from glimpse.data.evals.finetune import Labelled, Mix, paired, rand_augment, timm
+from glimpse.data.shards import write_shard
+from glimpse.tests.helpers.tiny import NAMES, picture
+
+HOW = dict(
+    size=32,
+    interpolation="bicubic",
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.2, 0.2),
+    noise=(4, 2),
+    seed=0,
+)
+STRONG = dict(crop=0.08, augment="rand-m9-mstd0.5-inc1", erase=0.5)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("supervised"), np.random.default_rng(0)
+    (folder / "train").mkdir()
+    write_shard(
+        folder / "train" / "0.tar",
+        [(f"{i:04d}", {"png": picture(NAMES[i], rng), "cls": b"%d" % i}) for i in range(24)],
+    )
+    return Benchmark(folder, "train")
+
+
+def test_what_is_drawn_follows_from_seed_epoch_and_sample(images):
+    """Not from what was read before, nor from the global generators, which stay as they were."""
+    rows = [(0, i) for i in range(24)] + [(1, 3)]
+    first, labels, noise = Labelled(images, 24, **HOW, **STRONG)[rows]
+    for begin in (random.seed, np.random.seed, torch.manual_seed):
+        begin(7)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    again, *_, moved = Labelled(images, 24, **HOW, **STRONG)[rows[::-1]]
+    assert states == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
+    torch.testing.assert_close(again.flip(0), first, rtol=0, atol=0)
+    torch.testing.assert_close(moved.flip(0), noise, rtol=0, atol=0)
+    assert (
+        labels.tolist() == [*range(24), 3]
+        and first.shape == (25, 3, 32, 32)
+        and noise.shape == (25, 4, 2)
+    )
+    assert not torch.equal(first[24], first[3]), "another epoch, another draw"
+    other, *_ = Labelled(images, 24, **{**HOW, "seed": 1}, **STRONG)[rows]
+    assert not torch.equal(other, first)
+
+
+def test_the_whole_image_without_augmentation(images):
+    """Normalised by channel; mirrored at random, which is all that is left."""
+    made, *_ = Labelled(images, 24, **HOW, crop=1.0, augment="none", erase=0.0)[
+        [(0, i) for i in range(24)]
+    ]
+    pixels = (made * 0.2 + torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) * 255
+    assert pixels.min() >= -1e-3 and pixels.max() <= 255 + 1e-3
+    torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+
+
+def test_erasing_draws_noise_after_normalisation(images):
+    plain, *_ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=0.0)[
+        [(0, i) for i in range(24)]
+    ]
+    erased, *_ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=1.0)[
+        [(0, i) for i in range(24)]
+    ]
+    changed = (plain != erased).float().mean((1, 2, 3))
+    assert (changed > 0.01).all() and (changed < 0.4).all(), "a third of an image at most"
+    assert abs(float(erased[plain != erased].std()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_pairs_stay_on_a_rank(world):
+    rows = [(0, i) for i in range(10)]
+    shares = [paired(rows, rank, world) for rank in range(world)]
+    assert sorted(sum(shares, [])) == rows
+    assert all(a[1] + b[1] == 9 for share in shares for a, b in zip(share, share[::-1]))
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_shares_are_mixed_as_the_whole(mixup, cutmix):
+    pixels, labels = (
+        torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.arange(10) % 4,
+    )
+    mix = Mix(4, mixup, cutmix, 0.1)
+    for step in range(4):
+        whole, targets = mix(pixels.clone(), labels, 0, step)
+        torch.testing.assert_close(targets.sum(1), torch.ones(10))
+        assert not torch.equal(whole, pixels)
+        for rank in range(3):
+            mine = [i for _, i in paired([(0, i) for i in range(10)], rank, 3)]
+            part, of = mix(pixels[mine], labels[mine], 0, step)
+            torch.testing.assert_close(part, whole[mine], rtol=0, atol=0)
+            torch.testing.assert_close(of, targets[mine], rtol=0, atol=0)
+
+
+def test_targets_by_hand():
+    """Two classes, smoothing 0.2: 0.9 and 0.1; mixed with weight w, an image of each class has w of
+    its own.
+    """
+    pixels = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    same, targets = Mix(2, 0.0, 0.0, 0.2)(pixels.clone(), torch.tensor([0, 1]), 0, 0)
+    assert torch.equal(same, pixels)
+    torch.testing.assert_close(targets, torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    mixed, targets = Mix(2, 0.8, 0.0, 0.0)(pixels.clone(), torch.tensor([0, 1]), 0, 0)
+    weight = 1 - float(mixed[0, 0, 0, 0])
+    assert 0 < weight < 1
+    torch.testing.assert_close(targets, torch.tensor([[weight, 1 - weight], [1 - weight, weight]]))
+
+
+def test_a_label_beyond_the_classes_is_named(images):
+    with pytest.raises(ValueError, match="0.tar 0005 is of class 5; classnames.txt names 5"):
+        Labelled(images, 5, **HOW, **STRONG)[[(0, 5)]]
+
+
+def test_randaugment_is_refused_where_timm_cannot_read_it():
+    for how in ("auto-m9", "rand-x9", "rand-mnine"):
+        with pytest.raises(ValueError, match="finetune.augment=.*write it as timm does"):
+            rand_augment(how, 32, (0.5, 0.5, 0.5))
+    transform = rand_augment("rand-m9-n1-p1-inc1", 32, (0.5, 0.5, 0.5))
+    strongest = timm("auto_augment").NAME_TO_OP["PosterizeIncreasing"]
+    assert (
+        strongest(Image.new("RGB", (4, 4), (200, 100, 50)), 0).getpixel((0, 0)) == (128, 0, 0)
+        and transform
+    )
+
+
+def test_timm_is_asked_for(monkeypatch):
+    timm.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install timm"):
+        timm("mixup")

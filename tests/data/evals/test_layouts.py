@@ -1,0 +1,456 @@
+"""Proves that each layout's folder is recognised and read as its makers mean it, and that a set
+that is not so is named in one clear line.
+
+Every layout is made in small (tests/helpers/tiny_layouts.py). Run: pytest
+tests/data/evals/test_layouts.py
+"""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from glimpse.data.evals import caption_layouts, segmentation_layouts
+from glimpse.data.evals.clip_benchmark import IGNORE, Benchmark, Question
+from glimpse.data.evals.layouts import LAYOUTS, open_set
+from glimpse.data.shards import write_shard
+from glimpse.run.evals import parse
+from glimpse.tests.helpers.tiny_layouts import (
+    SIZE,
+    ade20k,
+    coco,
+    coco_stuff,
+    context,
+    folders,
+    karpathy,
+    label_map,
+    nocaps,
+    picture,
+    tell,
+    vqa,
+)
+
+
+def seen(images, i):
+    """What the first pixels of label map i are."""
+    return images.label_map(i).reshape(-1)[:5].tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# label maps
+
+
+def test_ade20k(tmp_path):
+    images = open_set(ade20k(tmp_path))
+    assert type(images) is segmentation_layouts.Ade20k and [images.key(i) for i in range(2)] == [
+        f"images/validation/ADE_val_{n}.jpg" for n in "12"
+    ]
+    assert (
+        seen(images, 0) == [IGNORE, 0, 1, 149, 149]
+        and images.label_map(0).shape == (4, 6)
+        and images.label_map(0).dtype == np.uint8
+    )
+    assert images.classes()[:3] == ["wall", "building", "thing 3"] and len(images.names()) == 150
+    assert images.image(0) == (tmp_path / "images/validation/ADE_val_1.jpg").read_bytes()
+    assert (
+        images.other("train").key(0) == "images/training/ADE_train_1.jpg"
+        and len(images.other("validation")) == 2
+    )
+    assert images.prompts("7")[1][0].count("building") == 1
+    with pytest.raises(ValueError, match="no split 'extra' in it; it has test, train"):
+        images.other("extra")
+
+
+def test_pascal_context(tmp_path):
+    images = open_set(context(tmp_path))
+    assert type(images) is segmentation_layouts.PascalContext and [
+        images.key(i)[-5] for i in range(len(images))
+    ] == ["3", "1"]
+    assert seen(images, 0) == [IGNORE, 0, 1, 58, 58]
+    assert (
+        len(images.classes()) == 59
+        and images.classes()[:3] == ["aeroplane", "bag", "bed"] == sorted(images.classes())[:3]
+    )
+    tell(tmp_path / "classnames.txt", "\n".join(["background", *segmentation_layouts.CONTEXT]))
+    assert (
+        seen(open_set(tmp_path), 0) == [0, 1, 2, 59, 59] and len(open_set(tmp_path).classes()) == 60
+    )
+    tell(tmp_path / "classnames.txt", "one\ntwo")
+    with pytest.raises(
+        ValueError, match="2 names of classes; Pascal Context has 59, or 60 with the background"
+    ):
+        open_set(tmp_path)
+
+
+def test_pascal_context_as_it_was_published(tmp_path):
+    """Those maps have the order of their own list."""
+    with pytest.raises(
+        ValueError, match="it needs 59_labels.txt, the data set's own list of classes"
+    ):
+        open_set(context(tmp_path, "59_context_labels"))
+    tell(tmp_path / "59_labels.txt", "\n".join(f"{i}: name {i}" for i in range(1, 60)))
+    assert open_set(tmp_path).classes()[0] == "name 1" and seen(open_set(tmp_path), 1) == [
+        IGNORE,
+        0,
+        1,
+        58,
+        58,
+    ]
+
+
+@pytest.mark.parametrize("maps, where", [("stuffthingmaps", "."), ("annotations", "images")])
+def test_coco_stuff(tmp_path, maps, where):
+    images = open_set(coco_stuff(tmp_path, maps, where), reads="label_map")
+    assert (
+        type(images) is segmentation_layouts.CocoStuff
+        and len(images) == 2
+        and len(images.other("train")) == 1
+    )
+    names = images.classes()
+    assert (
+        len(names) == 171
+        and names[0] == "class 1"
+        and names[-1] == "class 182"
+        and "class 12" not in names
+    )
+    assert seen(images, 0) == [IGNORE, 0, 10, 11, 170] and names[11] == "class 13"
+    label_map(tmp_path / maps / "val2017/000000000139.png", (11, 0))
+    with pytest.raises(
+        ValueError,
+        match=(
+            "000000000139.png has pixels of class 11; the 171 classes of this layout are stored as"
+            " 0 to 181"
+        ),
+    ):
+        images.label_map(0)
+
+
+def test_folders_of_ones_own(tmp_path):
+    images = open_set(folders(tmp_path))
+    assert type(images) is segmentation_layouts.Folders and images.classes() == [
+        "cat",
+        "dog",
+        "tree",
+    ]
+    assert seen(images, 2) == [0, 1, 2, IGNORE, IGNORE] and images.names()[0] == ["cat", "pussycat"]
+    with pytest.raises(ValueError, match="it needs images/train/"):
+        images.other("train")
+    for part in ("train", "test"):
+        picture(tmp_path / f"images/{part}/x.jpg")
+        label_map(tmp_path / f"labels/{part}/x.png", (1, 1))
+    assert (
+        open_set(tmp_path).key(0) == "images/test/x.jpg"
+        and open_set(tmp_path).other("train").key(0) == "images/train/x.jpg"
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (
+            lambda f: label_map(f / "labels/1.png", (3, 0)),
+            "1.png has pixels of class 3; the 3 classes of this layout are stored as 0 to 2",
+        ),
+        (
+            lambda f: Image.new("RGB", SIZE).save(f / "labels/1.png"),
+            "map stores one number from 0 to 255 a pixel; this is of mode RGB",
+        ),
+        (
+            lambda f: label_map(f / "labels/1.png", (300, 0), "I;16"),
+            "map stores one number from 0 to 255 a pixel; this is of mode I;16",
+        ),
+        (
+            lambda f: Image.new("L", (4, 6)).save(f / "labels/1.png"),
+            "labels/1.png has 6 x 4 pixels, its image 4 x 6",
+        ),
+        (
+            lambda f: (f / "labels/1.png").write_bytes(b"PNG?"),
+            "labels/1.png or its image: cannot read the image",
+        ),
+        (
+            lambda f: (f / "images/1.png").write_bytes(b"PNG?"),
+            "labels/1.png or its image: cannot read the image",
+        ),
+        (
+            lambda f: tell(f / "classnames.txt", "cat\n\ndog"),
+            "classnames.txt has an empty line; line i + 1 names class i",
+        ),
+        (
+            lambda f: (f / "labels/1.png").unlink(),
+            "labels has nothing for 1 of 3 images, the first is 1",
+        ),
+    ],
+)
+def test_a_bad_map_is_named(tmp_path, spoil, complaint):
+    spoil(folders(tmp_path))
+    with pytest.raises(ValueError, match="^evals: ") as told:
+        open_set(tmp_path).label_map(1)
+    assert complaint in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "make, spoil, complaint",
+    [
+        (ade20k, lambda f: (f / "objectInfo150.txt").unlink(), "it needs objectInfo150.txt"),
+        (
+            ade20k,
+            lambda f: tell(f / "objectInfo150.txt", "Idx\tName\n1\twall\n"),
+            "not the benchmark's table of classes 1 to 150",
+        ),
+        (ade20k, lambda f: (f / "images/validation/ADE_val_1.jpg").rename(f / "x.jpg"), ""),
+        (
+            context,
+            lambda f: tell(f / "ImageSets/SegmentationContext/val.txt", "2008_000002"),
+            "Context has nothing for 1 of 1 images",
+        ),
+        (
+            context,
+            lambda f: (f / "ImageSets/SegmentationContext/val.txt").unlink(),
+            "it needs ImageSets/SegmentationContext/val.txt",
+        ),
+        (
+            coco_stuff,
+            lambda f: (f / "labels.txt").unlink(),
+            "it needs labels.txt, the data set's own list of classes",
+        ),
+        (
+            coco_stuff,
+            lambda f: tell(f / "labels.txt", "0: unlabeled\nperson"),
+            "labels.txt: line 2 is no 'NUMBER: NAME'",
+        ),
+        (
+            coco_stuff,
+            lambda f: tell(f / "labels.txt", "0: unlabeled\n1: person"),
+            "labels.txt: not COCO-Stuff's list",
+        ),
+    ],
+)
+def test_a_bad_set_is_named_when_opened(tmp_path, make, spoil, complaint):
+    spoil(make(tmp_path))
+    if not complaint:
+        assert len(open_set(tmp_path)) == 1, "a map without its image is not evaluated"
+        return
+    with pytest.raises(ValueError, match="^evals: ") as told:
+        open_set(tmp_path)
+    assert complaint in str(told.value) and "\n" not in str(told.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# texts
+
+
+@pytest.mark.parametrize("year", ["2017", "2014"])
+def test_coco_captions(tmp_path, year):
+    images = open_set(coco(tmp_path, year))
+    assert type(images) is caption_layouts.CocoCaptions and [images.key(i) for i in range(3)] == [
+        f"val{year}/{i:012d}.jpg" for i in (2, 1, 0)
+    ]
+    assert images.captions(0) == ["val 2 one", "val 2 two"] and images.other("train").captions(
+        0
+    ) == ["train 0 one", "train 0 two"]
+    assert images.image(0) == (tmp_path / images.key(0)).read_bytes() and images.group(0) == ""
+    with pytest.raises(ValueError, match="no label maps in it"):
+        images.label_map(0)
+
+
+def test_nocaps(tmp_path):
+    images = open_set(nocaps(tmp_path))
+    assert type(images) is caption_layouts.Nocaps and [images.group(i) for i in range(3)] == [
+        "in-domain",
+        "out-domain",
+        "near-domain",
+    ]
+    assert (
+        images.captions(1) == ["caption 1"]
+        and images.key(1) == "val/bb.jpg"
+        and len(images.other("val")) == 3
+    )
+    with pytest.raises(ValueError, match="it needs captions_train2017.json"):
+        images.other("train")
+    coco(tmp_path)
+    assert open_set(tmp_path).other("train").captions(0) == ["train 0 one", "train 0 two"]
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr30k"])
+def test_karpathys_splits(tmp_path, name):
+    images = open_set(karpathy(tmp_path, name))
+    assert type(images) is caption_layouts.Karpathy and [images.captions(i) for i in range(2)] == [
+        ["0 a", "0 b"],
+        ["4 a", "4 b"],
+    ]
+    assert [images.other("train").captions(i)[0] for i in range(2)] == [
+        "1 a",
+        "2 a",
+    ] and images.other("val").captions(0)[0] == "3 a"
+    assert images.key(0) == (
+        "val2014/COCO_val2014_000000000000.jpg" if name == "coco" else "flickr30k-images/0.jpg"
+    )
+
+
+def test_vqa(tmp_path):
+    images = open_set(vqa(tmp_path))
+    assert type(images) is caption_layouts.Vqa and [images.key(i) for i in range(2)] == [
+        f"val2014/COCO_val2014_{n:012d}.jpg" for n in (42, 9)
+    ]
+    ten = [tuple(f"{kind} {a}" for a in range(10)) for kind in ("yes/no", "number", "other")]
+    assert images.questions(0) == [
+        Question("val2014 0?", ten[0], "yes/no"),
+        Question("val2014 2?", ten[2], "other"),
+    ]
+    assert images.questions(1) == [Question("val2014 1?", ten[1], "number")]
+    assert images.other("train").questions(1)[0].text == "train2014 1?"
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    tell(path, content)
+
+
+CAPTIONS = "annotations/captions_val2017.json"
+ASKED, TOLD = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+
+
+@pytest.mark.parametrize(
+    "make, spoil, complaint",
+    [
+        (
+            coco,
+            lambda f: tell(f / CAPTIONS, '{"images": ['),
+            "captions_val2017.json: cut off, or no json",
+        ),
+        (
+            coco,
+            lambda f: tell(f / CAPTIONS, dict(annotations=[])),
+            "captions_val2017.json: not in the layout of its name (KeyError: 'images')",
+        ),
+        (
+            coco,
+            lambda f: tell(f / CAPTIONS, []),
+            "captions_val2017.json: not in the layout of its name (TypeError",
+        ),
+        (
+            coco,
+            lambda f: change(
+                f / CAPTIONS, lambda c: c["annotations"].append(dict(image_id=1, caption="x"))
+            ),
+            "a caption belongs to image 1, which it does not list",
+        ),
+        (
+            coco,
+            lambda f: change(f / CAPTIONS, lambda c: c.update(annotations=c["annotations"][:1])),
+            "2 of 3 images have no caption",
+        ),
+        (
+            coco,
+            lambda f: (f / "val2017/000000000001.jpg").unlink(),
+            "val2017 lacks 1 of 3 images that captions_val2017.json lists",
+        ),
+        (
+            coco,
+            lambda f: (f / "val2017").rename(f / "pictures"),
+            "its images, the first is 000000000002.jpg, are not in",
+        ),
+        (
+            nocaps,
+            lambda f: change(
+                f / "nocaps_val_4500_captions.json", lambda c: c["images"][0].pop("domain")
+            ),
+            "(KeyError: 'domain')",
+        ),
+        (
+            karpathy,
+            lambda f: change(f / "dataset_coco.json", lambda c: c["images"][0].pop("split")),
+            "(KeyError: 'split')",
+        ),
+        (
+            karpathy,
+            lambda f: change(f / "dataset_coco.json", lambda c: c.update(images=[])),
+            "no images of this split in it",
+        ),
+        (vqa, lambda f: (f / TOLD).unlink(), f"it needs {TOLD}"),
+        (
+            vqa,
+            lambda f: change(f / TOLD, lambda c: c["annotations"].pop()),
+            "no answers to question 0; do both files come from one split?",
+        ),
+        (
+            vqa,
+            lambda f: change(f / TOLD, lambda c: c["annotations"][0].pop("answers")),
+            "(KeyError: 'answers')",
+        ),
+        (
+            vqa,
+            lambda f: change(
+                f / ASKED, lambda c: c["questions"].append(dict(c["questions"][0], image_id=5))
+            ),
+            "val2014 lacks 1 of 3 images",
+        ),
+    ],
+)
+def test_a_bad_json_is_named(tmp_path, make, spoil, complaint):
+    spoil(make(tmp_path))
+    with pytest.raises(ValueError, match="^evals: ") as told:
+        open_set(tmp_path)
+    assert complaint in str(told.value) and "\n" not in str(told.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# recognised
+
+
+MAKERS = (karpathy, nocaps, coco, vqa, ade20k, context, coco_stuff, folders)
+
+
+@pytest.mark.parametrize("layout, make", list(zip(LAYOUTS, MAKERS, strict=True)))
+def test_each_is_recognised_alone(tmp_path, layout, make):
+    make(tmp_path)
+    tell(tmp_path / "dataset_infos.json", {})  # Hugging Face's
+    assert [other for other in LAYOUTS if other.fits(tmp_path)] == [layout]
+
+
+def several(folder, *makers):
+    for make in makers:
+        make(folder)
+    for image in (folder / "val2017").iterdir():
+        label_map(folder / f"stuffthingmaps/val2017/{image.stem}.png", (0, 0))
+
+
+def test_a_folder_that_holds_several(tmp_path):
+    """As COCO's own: what an evaluation reads decides; Karpathy's split goes before val2017; shards
+    before all.
+    """
+    several(tmp_path, coco, vqa, coco_stuff)
+    kinds = {
+        reads: type(open_set(tmp_path, reads=reads)).__name__
+        for reads in ("captions", "questions", "label_map", "")
+    }
+    assert kinds == {
+        "captions": "CocoCaptions",
+        "questions": "Vqa",
+        "label_map": "CocoStuff",
+        "": "CocoCaptions",
+    }
+    karpathy(tmp_path)
+    assert type(open_set(tmp_path, reads="captions")) is caption_layouts.Karpathy
+    (tmp_path / "test").mkdir()
+    write_shard(tmp_path / "test/0.tar", [("a", {"jpg": b"x", "txt": b"y"})])
+    assert type(open_set(tmp_path, reads="captions")) is Benchmark
+
+
+def test_evaluations_open_what_they_read(tmp_path):
+    several(tmp_path, coco, coco_stuff)
+    tell(tmp_path / "zeroshot_classification_templates.txt", "a {c}")
+    found = parse([f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"])
+    assert [type(e.images).__name__ for e in found] == ["CocoCaptions", "CocoStuff"]
+    assert [e.label for e in found] == [
+        f"{kind}/{tmp_path.name}" for kind in ("retrieval", "segmentation")
+    ]
+    with pytest.raises(
+        ValueError,
+        match="is no evaluation set; it needs test/.*, or another layout of docs/evaluating.md",
+    ):
+        parse([f"retrieval:{tmp_path / 'val2017'}"])
+    with pytest.raises(ValueError, match="no captions in it, or none in a layout that is known"):
+        parse([f"retrieval:{ade20k(tmp_path / 'ade')}"])

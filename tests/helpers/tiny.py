@@ -1,0 +1,278 @@
+"""A small real data set and real launches, for the tests that train: drawn shapes with captions, in
+shards; the deepspeed launcher.
+
+    folder = shards(tmp_path)             train/*.tar, eval/shapes/, tokenizer.model
+    run = launch(2, "run/pretrain.py", "--config", ...)   a CompletedProcess
+"""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from glimpse.data.shards import build_index, write_shard
+from glimpse.data.tokenizer import build, train_sentencepiece
+from glimpse.model.methods import METHODS
+from glimpse.run.lib import config
+from glimpse.run.study.grid import Planned
+from glimpse.run.train.log import Log
+
+WHOLE = "WHOLE" in os.environ  # what CI shortens is done in full
+ROOT = Path(__file__).parents[2]
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("circle", "square", "triangle", "cross")
+NAMES = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
+TINY = (
+    "model.size=nano/8",
+    "model.image_size=32",
+    "batch=16",
+    "samples=320",
+    "log_every=1",
+    "data.workers=0",
+    "optim.warmup=64",
+    "evals=[]",
+)
+
+
+def picture(name: str, rng: np.random.Generator, kind: str = "png") -> bytes:
+    """A shape of that colour somewhere on a 48 x 40 picture, as a png, webp or jpeg."""
+    colour, shape = name.split()
+    image = Image.new("RGB", (48, 40), tuple(rng.integers(200, 256, 3).tolist()))
+    draw, (x, y), r = (
+        ImageDraw.Draw(image),
+        rng.integers((14, 14), (34, 26)),
+        int(rng.integers(8, 13)),
+    )
+    box = (int(x) - r, int(y) - r, int(x) + r, int(y) + r)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(box[0], box[3]), (box[2], box[3]), (int(x), box[1])], fill=colour)
+    else:
+        draw.line(box, fill=colour, width=4)
+        draw.line((box[0], box[3], box[2], box[1]), fill=colour, width=4)
+    out = io.BytesIO()
+    image.save(out, {"jpg": "JPEG"}.get(kind, kind.upper()))
+    return out.getvalue()
+
+
+def shards(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
+    """folder/train with `count` pairs in several shards, folder/eval/shapes with every name twice,
+    folder/tokenizer.model.
+    """
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        name, kind = NAMES[i % len(NAMES)], ("png", "jpg", "webp")[i % 3]
+        rows.append((f"{i:06d}", {kind: picture(name, rng, kind), "txt": f"a {name}".encode()}))
+    (folder / "train").mkdir(parents=True)
+    for n in range(0, count, per_shard):
+        write_shard(folder / "train" / f"{n // per_shard:05d}.tar", rows[n : n + per_shard])
+    build_index(folder / "train")
+    test = folder / "eval" / "shapes" / "test"
+    test.mkdir(parents=True)
+    write_shard(
+        test / "0.tar",
+        [
+            (
+                f"{i:04d}",
+                {"png": picture(NAMES[i % len(NAMES)], rng), "cls": str(i % len(NAMES)).encode()},
+            )
+            for i in range(2 * len(NAMES) + 1)
+        ],
+    )
+    (test / "nshards.txt").write_text("1")
+    (test.parent / "classnames.txt").write_text("\n".join(NAMES))
+    (test.parent / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}")
+    retrieval = folder / "eval" / "retrieval" / "test"
+    retrieval.mkdir(parents=True)
+    write_shard(
+        retrieval / "0.tar",
+        [
+            (f"{i:04d}", {"png": picture(name, rng), "txt": f"a {name}\nthe {name}".encode()})
+            for i, name in enumerate(NAMES)
+        ],
+    )
+    (retrieval / "nshards.txt").write_text("1")
+    train_sentencepiece(
+        [f"{word} {name}" for name in NAMES for word in ("a", "the")],
+        folder / "tokenizer.model",
+        320,
+    )
+    return folder
+
+
+def evaluation_set(
+    folder: Path,
+    rows: list[dict[str, bytes]],
+    names: str = "ape\nbee\ncat",
+    templates: str = "a {c}",
+) -> Path:
+    """A set of one shard: {extension: content} of each sample, to which a white picture is
+    added.
+    """
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(out, "PNG")
+    (folder / "test").mkdir(parents=True)
+    write_shard(
+        folder / "test" / "0.tar",
+        [(f"{i:03d}", {"png": out.getvalue(), **row}) for i, row in enumerate(rows)],
+    )
+    (folder / "classnames.txt").write_text(names)
+    (folder / "zeroshot_classification_templates.txt").write_text(templates)
+    return folder
+
+
+def untrained(tokenizer: Path, *more: str) -> tuple:
+    """(method, config, tokenizer) of a nano CLIP that was never trained; the settings `more` go on
+    top.
+    """
+    cfg = config.load(
+        "run/configs/quickstart.yaml",
+        [
+            f"data.tokenizer=sentencepiece({tokenizer})",
+            "model.size=nano/8",
+            "model.image_size=32",
+            "data.workers=0",
+            *more,
+        ],
+    )
+    torch.manual_seed(0)
+    found = build(cfg.data.tokenizer, cfg.data.context)
+    method = METHODS["clip"](cfg.model, found.vocab_size, cfg.data.context, cfg.options)
+    for parameter in method.towers.parameters():
+        parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
+    return method, cfg, found
+
+
+def settings(data: Path, run: Path, *more: str) -> list[str]:
+    """The command line of a tiny run on that data."""
+    return [
+        "--config",
+        "run/configs/quickstart.yaml",
+        "--set",
+        f"data.train={data}/train",
+        f"data.tokenizer=sentencepiece({data}/tokenizer.model)",
+        f"run={run}",
+        *TINY,
+        *more,
+    ]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    # 2 and 4 ranks, on any number of cores
+    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "OVERSUBSCRIBE": "1"}
+    return {**os.environ, **fixed, "PATH": os.pathsep.join(paths)}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def command(ranks: int, script: str, *args: str) -> list[str]:
+    return [
+        "deepspeed",
+        "--quiet",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        script,
+        *args,
+    ]
+
+
+def launch(ranks: int, script: str, *args: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    """Run a script on real ranks under the deepspeed launcher."""
+    return subprocess.run(
+        command(ranks, script, *args),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def growth(before: str, work: str) -> float:
+    """By how many MiB a process's peak memory grows while it runs the lines of `work`, after those
+    of `before`.
+
+    (getrusage's figure begins at that of the process that started it, and would tell nothing.)
+    """
+    program = f"""
+def peak():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+{before}
+begun = peak()
+{work}
+print(peak() - begun)"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    print(f"grew by {float(done.stdout):.0f} MiB")
+    return float(done.stdout)
+
+
+def recorded(
+    run: Path,
+    speeds: tuple[float | None, ...],
+    results: dict[int, dict[str, float]],
+    *settings: str,
+) -> Path:
+    """A run folder as training leaves it, without having trained: a record a step at each speed,
+    results by samples seen.
+    """
+    cfg = config.load(
+        ROOT / "run/configs/quickstart.yaml",
+        [f"run={run}", "batch=100", f"samples={100 * len(speeds)}", *settings],
+    )
+    run.mkdir(parents=True)
+    config.save(
+        cfg,
+        run / "config.yaml",
+        dict(commit="0123456789ab", started="2026-01-01 00:00:00", ranks=2),
+    )
+    (run / "command.txt").write_text(
+        f"2026-01-01 00:00:00 run/pretrain.py --config quickstart.yaml --set run={run} # 2 ranks\n"
+    )
+    log = Log(run, 0, len(speeds), cfg.batch)
+    for step, speed in enumerate(speeds, 1):
+        told = {} if speed is None else dict(samples_per_s=speed, mfu=0.25)
+        log.write(step, 100 * step, dict(loss=5 / step, memory_gib=1 + step / 100, **told))
+        log.evaluation(step, 100 * step, results.get(100 * step, {}), "student")
+    log.close()
+    return run
+
+
+def finished(
+    run: Path,
+    planned: Planned,
+    value: float,
+    how: dict | None = None,
+    metric: str = "zero_shot/seen_concepts_unseen_style/top5",
+) -> None:
+    """A run folder as after training, where `metric` is `value`, evaluated as `how` says."""
+    run.mkdir(parents=True)
+    config.save(planned.cfg, run / "config.yaml", {})
+    samples = planned.cfg.steps * planned.cfg.batch
+    (run / "metrics.jsonl").write_text(
+        json.dumps(dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)) + "\n"
+    )
+    row = {"step": 1, "samples": samples, "weights": "student", **(how or {}), metric: value}
+    (run / "results.jsonl").write_text(json.dumps(row) + "\n")

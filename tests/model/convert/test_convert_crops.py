@@ -1,0 +1,141 @@
+"""How evaluation images become square goes along with a model, or a line tells that it does not.
+
+bash run/test.sh tests/model/convert/test_convert_crops.py
+"""
+
+import json
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from glimpse.data import transforms
+from glimpse.data.transforms import center_view
+from glimpse.model import portable
+from glimpse.model.convert import FORMATS, flip_jax, hf, open_clip, timm
+from glimpse.model.convert.common import crop_in
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import CROPS, About, Portable
+from glimpse.model.towers import ModelConfig, Towers
+from glimpse.tests.model.convert.test_convert_hf import CLIP, made
+from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS
+from glimpse.tests.model.convert.test_convert_open_clip import made as pair
+
+WHOSE = {"open_clip": "open_clip", "hf": "HF's image processor", "timm": "timm", "megatron": ""}
+CONFIGS = {"open_clip": "open_clip_config.json", "hf": hf.IMAGES, "timm": timm.CONFIG}
+
+
+def test_models_and_images_are_prepared_in_the_same_words():
+    """model/ may not import data/."""
+    assert (CROPS, portable.INTERPOLATIONS) == (transforms.CROPS, transforms.INTERPOLATIONS)
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("format", WHOSE)
+def test_out_and_back(format, crop, tmp_path):
+    model = made(CLIP, crop=crop)
+    told = [
+        line for line in FORMATS[format].save(model, tmp_path / "out") or [] if "eval_crop" in line
+    ]
+    assert FORMATS[format].load(tmp_path / "out").about.crop == crop
+    other = format in CONFIGS and crop == "square"
+    assert len(told) == other and all(
+        line.startswith(f"eval_crop square: {WHOSE[format]} resizes images before it crops")
+        for line in told
+    )
+    if other:
+        file = tmp_path / "out" / CONFIGS[format]
+        FORMATS[format].peer(tmp_path / "out")  # its library passes over what is for us
+        tree = json.loads(file.read_text())
+        tree["glimpse"]["eval_crop"] = "round"
+        file.write_text(json.dumps(tree))
+        with pytest.raises(
+            ValueError,
+            match=f"{file}: glimpse.eval_crop 'round': unknown; known: resize_crop, square, squash",
+        ):
+            FORMATS[format].load(tmp_path / "out")
+
+
+def prepared(format, folder) -> callable:
+    """What the library makes of pictures that it prepares as the folder says: (3, H, W), as
+    levels.
+    """
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP.vision.mean, CLIP.vision.std))
+    if format == "hf":
+        processor = pytest.importorskip("transformers").AutoImageProcessor.from_pretrained(folder)
+        transform = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]  # noqa: E731
+    elif format == "timm":
+        data = pytest.importorskip("timm").data
+        told = json.loads((folder / timm.CONFIG).read_text())["pretrained_cfg"]
+        transform = data.create_transform(**data.resolve_data_config({}, pretrained_cfg=told))
+    else:
+        transform = pytest.importorskip("open_clip").create_model_and_transforms(
+            f"local-dir:{folder}"
+        )[2]
+    return lambda image: (transform(image) * std + mean) * 255
+
+
+@pytest.mark.parametrize("crop", ["resize_crop", "squash"])
+@pytest.mark.parametrize("format", CONFIGS)
+def test_the_library_prepares_pictures_so(format, crop, tmp_path):
+    """As we do, but for another kernel's rounding."""
+    y, x = np.mgrid[:150, :240] / 30
+    levels = 128 + 60 * np.sin(x * 3)[..., None] * [1, 0.5, -1] + 40 * np.cos(y * 5)[..., None]
+    (out := BytesIO()), Image.fromarray(levels.astype(np.uint8)).save(out, "PNG")
+    FORMATS[format].save(made(CLIP, crop=crop), tmp_path / "out")
+    theirs = prepared(format, tmp_path / "out")(Image.open(out))
+    ours = torch.from_numpy(center_view(out.getvalue(), CLIP.image_size, crop)).permute(2, 0, 1)
+    assert (
+        theirs.shape == ours.shape
+        and (theirs - ours).abs().max() < 2.01
+        and (theirs - ours).abs().mean() < 0.3
+    )
+
+
+def test_transformers_keeps_it(tmp_path):
+    """When it saves its image processor anew."""
+    transformers = pytest.importorskip("transformers")
+    hf.save(made(CLIP, crop="square"), tmp_path / "out")
+    transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").save_pretrained(
+        tmp_path / "again"
+    )
+    assert crop_in(json.loads((tmp_path / "again" / hf.IMAGES).read_text()), tmp_path) == "square"
+
+
+def test_flips_release_knows_the_square_alone(tmp_path):
+    cfg = ModelConfig("nano/8", image_size=16)
+    tensors = Tensors.held(
+        {name: parameter.detach() for name, parameter in Towers(cfg, 9, 4).named_parameters()}
+    )
+    model = Portable(cfg, 9, 4, tensors, About(pad_text=True, crop="square"))
+    assert flip_jax.save(model, tmp_path / "same") == []
+    (told,) = flip_jax.save(replace(model, about=About(pad_text=True)), tmp_path / "other")
+    assert told.startswith("eval_crop resize_crop: FLIP's code crops images before it resizes them")
+    assert flip_jax.load(tmp_path / "other").about.crop == "square"
+
+
+def test_timms_other_modes_are_told(tmp_path):
+    timm.save(made(CLIP), tmp_path / "out")
+    file = tmp_path / "out" / timm.CONFIG
+    tree = json.loads(file.read_text())
+    tree["pretrained_cfg"]["crop_mode"] = "border"
+    file.write_text(json.dumps(tree))
+    assert (
+        timm.load(tmp_path / "out")
+        .about.source["notes"]
+        .startswith("crop_mode border: its images are made square otherwise")
+    )
+
+
+def test_the_command_tells_it(tmp_path, convert):
+    """Of a model of Glimpse's own that is evaluated on central squares."""
+    model = pair(*FLAVOURS["CLIP"])
+    portable.save(
+        replace(model, about=replace(model.about, crop="square")), tmp_path / "in", torch.bfloat16
+    )
+    code, told, complaint = convert("open_clip", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and "  eval_crop square: open_clip resizes" in told, complaint
+    assert open_clip.load(tmp_path / "out").about.crop == "square"

@@ -1,0 +1,371 @@
+"""megatron-core's checkpoints: bit for bit there and back, and megatron-core's own modules, loaded
+from one, give our embeddings.
+
+    bash run/test.sh tests/model/convert/test_convert_megatron.py
+The slow cases are what two jobs on CPU found, one of one rank and one of two tensor-parallel ranks
+(tests/workers/megatron_worker.py).
+"""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from glimpse.data.patches import patchify
+from glimpse.model.convert import megatron, torch_dist
+from glimpse.model.convert.positions import KEPT
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import Portable
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size, Towers
+from glimpse.model.vision import VisionConfig
+from glimpse.tests.helpers.tiny import ROOT
+
+VOCAB = 321
+TINY = dict(size="custom/8", custom=Size(64, 3, 4, 32, 2, 2, 24, mlp=3.0), image_size=(16, 32))
+CLIP = ModelConfig(
+    **TINY,
+    init="clip",
+    vision=VisionConfig("learned", "cls", True, False, activation="quick_gelu", eps=1e-5),
+    text=TextConfig(True, "eot", "quick_gelu", 1e-5),
+)
+FLIP = ModelConfig(**TINY)
+MODELS = {
+    "clip": (CLIP, 77),
+    "flip": (FLIP, 32),
+    # a bias where CLIPViTModel's clip has none
+    "folded": (replace(FLIP, vision=replace(FLIP.vision, pre_norm=True)), 32),
+    # none where its internvit has one
+    "bare": (replace(CLIP, vision=replace(CLIP.vision, pre_norm=False, pool="mean")), 32),
+}
+
+
+def model(flavour, vision_only=False):
+    cfg, context = MODELS[flavour]
+    torch.manual_seed(0)
+    towers = Towers(cfg, VOCAB, context)
+    tensors = {
+        n: torch.randn_like(p) * (0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
+        for n, p in towers.named_parameters()
+    }
+    tensors = {n: t for n, t in tensors.items() if not vision_only or n.startswith("vision.")}
+    return Portable(
+        cfg, 0 if vision_only else VOCAB, 0 if vision_only else context, Tensors.held(tensors)
+    )
+
+
+def equal(a, b, dtype=torch.float32):
+    assert (a.cfg, a.vocab, a.context) == (
+        b.cfg,
+        b.vocab,
+        b.context,
+    ) and a.tensors.keys() == b.tensors.keys()
+    return all(torch.equal(a.tensors[name], b.tensors[name].to(dtype)) for name in b.tensors)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("flavour", MODELS)
+def test_there_and_back(tmp_path, flavour, tp):
+    ours = model(flavour)
+    megatron.save(ours, tmp_path / "out", tp=tp, spec="te" if flavour == "clip" else "local")
+    assert megatron.claims(tmp_path / "out") and not megatron.claims(tmp_path)
+    assert {p.name for p in (tmp_path / "out").glob("*.distcp")} == {
+        f"__{rank}_0.distcp" for rank in range(tp)
+    }
+    assert (tmp_path / "out" / KEPT).exists() == (flavour == "folded")
+    assert equal(megatron.load(tmp_path / "out"), ours)
+
+
+def test_a_vision_tower_alone_in_bf16(tmp_path):
+    ours = model("flip", vision_only=True)
+    # the text tower's heads are not in the way
+    megatron.save(ours, tmp_path / "out", torch.bfloat16, tp=4)
+    assert equal(megatron.load(tmp_path / "out"), ours, torch.bfloat16)
+
+
+def test_where_each_rank_finds_its_piece(tmp_path):
+    """Column-parallel layers and the vocabulary are split by outputs, row-parallel ones by inputs,
+    the rest is rank 0's.
+    """
+    ours = model("clip")
+    megatron.save(ours, tmp_path / "out", tp=2)
+    index = torch_dist.Folder(tmp_path / "out").index
+
+    def of_rank(key, rank):
+        return [
+            (tuple(at.offset), where.relative_path)
+            for at, where in index.storage_data.items()
+            if at.fqn == key
+        ][rank]
+
+    layers = "vision_model.decoder.layers"
+    assert of_rank(f"{layers}.self_attention.linear_qkv.weight", -1) == ((2, 96, 0), "__1_0.distcp")
+    assert of_rank(f"{layers}.self_attention.linear_proj.weight", -1) == (
+        (2, 0, 32),
+        "__1_0.distcp",
+    )
+    assert of_rank(f"{layers}.mlp.linear_fc2.bias", -1) == ((2, 0), "__0_0.distcp")
+    # 321 in multiples of 2 x 128: 512
+    assert of_rank("text_model.embedding.word_embeddings.weight", -1) == ((256, 0), "__1_0.distcp")
+    words = torch_dist.Folder(tmp_path / "out").read("text_model.embedding.word_embeddings.weight")
+    assert (
+        words.shape == (512, 32)
+        and torch.equal(words[:VOCAB], ours.tensors["text.token.weight"])
+        and not words[VOCAB:].any()
+    )
+    ours = model("clip").tensors["vision.blocks.2.attn.qkv.bias"].view(3, 4, 16)
+    theirs = (
+        torch_dist.Folder(tmp_path / "out")
+        .read(f"{layers}.self_attention.linear_qkv.bias", 2)
+        .view(4, 3, 16)
+    )
+    assert torch.equal(theirs[3, 1], ours[1, 3]), "k of the last head"
+
+
+def test_trained_elsewhere_positions_and_bias_count(tmp_path):
+    """Positions that were fixed and a bias that was none may have been trained; so may a checkpoint
+    beside which the bias is kept.
+    """
+    for flavour in ("flip", "bare", "folded"):
+        ours = model(flavour)
+        folder = tmp_path / flavour
+        megatron.save(ours, folder)
+        theirs = megatron.named(torch_dist.Folder(folder))
+        trained = {
+            name: theirs[name] + (1e-3 if "position" in name or name.endswith("conv1.bias") else 0)
+            for name in theirs
+        }
+        places = {name: megatron.place(ours.cfg, name) for name in trained}
+        torch_dist.write(folder, Tensors.held(trained), places, {}, {}, 1, torch.float32)
+        again = megatron.load(folder)
+        assert again.cfg.vision.positions == "learned" and again.cfg.vision.patch_bias == (
+            flavour != "folded"
+        )
+        assert torch.equal(
+            again.tensors["vision.positions"], trained["vision_model.position_embeddings.weight"]
+        )
+        if flavour != "folded":
+            assert torch.equal(
+                again.tensors["vision.patch.bias"], trained["vision_model.conv1.bias"]
+            )
+
+
+@pytest.fixture
+def written(tmp_path):
+    megatron.save(model("clip"), tmp_path / "out", tp=2)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(tp=4),
+            (
+                r"tp 4: the 2 heads of model.size 'custom/8' \(text_heads\) cannot be split evenly"
+                r" over so many ranks"
+            ),
+        ),
+        (dict(tp=3), r"tp 3: the 4 heads"),
+        (dict(tp=0), "tp 0"),
+        (dict(spec="apex"), "spec 'apex': unknown; known: local, te"),
+    ],
+)
+def test_what_cannot_be_written_is_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        megatron.save(model("clip"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_or_missing_file_is_named(written):
+    part = written / "__1_0.distcp"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-100])
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"__1_0.distcp: .* bytes, its .metadata says .*; missing or truncated: fetch it again"
+        ),
+    ):
+        megatron.load(written)
+    part.write_bytes(whole[:-2000] + bytes(2000))
+    found = megatron.load(written).tensors
+    with pytest.raises(
+        ValueError, match=r"out: text_model.decoder.* cannot be read \(.*\); fetch the folder again"
+    ):
+        [found[name] for name in found]
+    part.unlink()
+    with pytest.raises(ValueError, match="__1_0.distcp: 0 bytes"):
+        megatron.load(written)
+    (written / ".metadata").write_bytes((written / ".metadata").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="metadata: truncated or damaged|metadata: refused"):
+        megatron.load(written)
+
+
+def test_a_missing_tensor_or_another_architecture_is_named(written):
+    index = torch_dist.Folder(written).index
+    qkv = "vision_model.decoder.layers.self_attention.linear_qkv.weight"
+    chunks = index.state_dict_metadata[qkv].chunks
+    half = chunks.pop()
+    (written / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(
+        ValueError, match=f"the pieces of {qkv} do not make it up; a rank's part is missing"
+    ):
+        found = megatron.load(written).tensors
+        found["vision.blocks.2.attn.qkv.weight"]
+    chunks.append(half)
+    kept = index.state_dict_metadata.pop(qkv)
+    (written / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(
+        ValueError,
+        match="out: vision_model.decoder.layers.0.self_attention.linear_qkv.weight is missing",
+    ):
+        megatron.load(written)
+    index.state_dict_metadata[qkv] = kept
+    (written / ".metadata").write_bytes(pickle.dumps(index))
+    tree = json.loads((written / "config.json").read_text())
+    for key, value, message in (
+        ("depth", 2, "nothing takes vision_model.decoder.layers.2"),
+        ("width", 32, r"out: vision.cls is \(64,\); its architecture makes it \(32,\)"),
+        ("depths", 2, "config.json: not what a conversion to megatron wrote"),
+    ):
+        other = {
+            **tree,
+            "model": {**tree["model"], "custom": {**tree["model"]["custom"], key: value}},
+        }
+        (written / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=message):
+            megatron.load(written)
+    (written / "config.json").unlink()
+    with pytest.raises(
+        ValueError,
+        match=(
+            "config.json: missing; megatron-core keeps no architecture, so add --given config=PATH"
+        ),
+    ):
+        megatron.load(written)
+
+
+@pytest.mark.parametrize(
+    "pickled, message",
+    [
+        (b"cposix\nsystem\n(S'true'\ntR.", r"refused \(posix.system\)"),
+        (
+            b"ctorch.distributed.checkpoint.filesystem\nos.system\n.",
+            r"refused \(torch.*os.system\)",
+        ),
+        (
+            b"ctorch.distributed.checkpoint.filesystem\nFileSystem\n.",
+            r"refused \(torch.*FileSystem\)",
+        ),
+        (b"ctorch\nload\n.", r"refused \(torch.load\)"),
+        (pickle.dumps({}), "holds a dict"),
+    ],
+)
+def test_an_index_that_would_run_code_is_refused(written, pickled, message):
+    (written / ".metadata").write_bytes(pickled)
+    with pytest.raises(ValueError, match=f"metadata: {message}"):
+        megatron.load(written)
+
+
+def test_an_index_of_an_older_megatron_is_read(written):
+    index = pickle.dumps(torch_dist.Folder(written).index, protocol=2)
+    theirs = index.replace(
+        b"torch.distributed.checkpoint.metadata\nMetadata\n",
+        b"megatron.core.dist_checkpointing.strategies.torch\nMCoreMetadata\n",
+    )
+    assert theirs != index
+    (written / ".metadata").write_bytes(theirs)
+    assert equal(megatron.load(written), model("clip"))
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """A folder with what jobs of one and of two ranks found in the same checkpoints, and saved."""
+    folder = tmp_path_factory.mktemp("megatron")
+    for flavour, (cfg, context) in MODELS.items():
+        for tp in (1, 2):
+            megatron.save(model(flavour), folder / "cases" / f"{flavour}-{tp}", tp=tp)
+        generator = torch.Generator().manual_seed(1)
+        lengths = torch.tensor([context, 5, 1]) if cfg.text.causal else torch.full((3,), context)
+        torch.save(
+            {
+                "images": torch.randn(3, 3, 16, 32, generator=generator),
+                "lengths": lengths,
+                "ids": torch.randint(VOCAB, (3, context), generator=generator),
+            },
+            folder / f"inputs-{flavour}.pt",
+        )
+    # megatron-core would compile gelu
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / "tests/workers/megatron_worker.py",
+                folder,
+                str(rank),
+                str(world),
+            ],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for world in (1, 2)
+        for rank in range(world)
+    ]
+    try:
+        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert not any(rank.returncode for rank in ranks), "\n".join(errors)[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("flavour", MODELS)
+def test_megatrons_own_modules_give_our_embeddings(jobs, flavour, world):
+    """Whatever number of ranks the checkpoint was written for."""
+    cfg, found = MODELS[flavour][0], torch.load(jobs / f"found{world}.pt")
+    towers, given = model(flavour).towers(), torch.load(jobs / f"inputs-{flavour}.pt")
+    with torch.no_grad():
+        patches = patchify(given["images"], cfg.patch)
+        image = towers.encode_image(patches, torch.arange(patches.shape[1]).expand(3, -1))
+        text = towers.encode_text(
+            torch.cat([ids[:n] for ids, n in zip(given["ids"], given["lengths"])]), given["lengths"]
+        )
+        scale = towers.temperature.logit_scale.exp()
+    for tp in (1, 2):
+        theirs = found[f"{flavour}-{tp}"]
+        for name, ours in (("image", image), ("text", text), ("scale", scale)):
+            apart = float((theirs[name] - ours).abs().max())
+            print(f"{flavour} written for {tp}, loaded by {world}: {name} {apart:.1e} apart")
+            assert apart < 1e-5
+    assert (image[0] - image[1]).abs().max() > 1e-2 and (text[0] - text[1]).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+def test_what_a_job_of_two_ranks_saves_is_read(jobs, tmp_path):
+    for case in ("clip-2", "bare-1"):
+        for name in (case, f"{case}-apart"):
+            given = jobs / "cases" / case / "config.json"
+            assert equal(
+                megatron.load(jobs / "saved" / name, config=str(given)),
+                model(case.partition("-")[0]),
+            )
+            saved = shutil.copytree(jobs / "saved" / name, tmp_path / name)
+            shutil.copy(given, saved)
+            assert equal(megatron.load(saved), model(case.partition("-")[0]))

@@ -1,0 +1,393 @@
+"""Towers as timm's models and back, bit for bit, with the features of timm's own; timm's and MAE's
+as towers; what is refused.
+
+Run: pytest tests/model/convert/test_convert_timm.py
+"""
+
+import json
+import re
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+
+from glimpse.model.convert import open_clip
+from glimpse.model.convert import timm as format
+from glimpse.model.convert.positions import KEPT, fixed
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.portable import About, Portable
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size, Towers
+from glimpse.model.vision import VisionConfig
+from glimpse.run import convert
+from glimpse.tests.model.test_towers import patches_of
+
+timm = pytest.importorskip("timm")
+
+CLIP = VisionConfig(
+    positions="learned",
+    pool="cls",
+    pre_norm=True,
+    patch_bias=False,
+    activation="quick_gelu",
+    eps=1e-5,
+)
+FLAVOURS = {
+    "flip": ModelConfig("nano/8", image_size=32),
+    "clip": ModelConfig("nano/8", image_size=(32, 48), vision=CLIP),
+    "its own size": ModelConfig(
+        "custom/4",
+        Size(96, 2, 3, 64, 1, 2, 32, mlp=3.5),
+        image_size=(20, 12),
+        vision=VisionConfig(
+            positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.4, 0.3)
+        ),
+    ),
+    "clipa": ModelConfig(
+        "nano/8", image_size=32, vision=VisionConfig(pool="mean_then_norm", activation="gelu")
+    ),
+    # timm has no such: the bias is folded
+    "a norm and a bias": ModelConfig("nano/8", image_size=32, vision=VisionConfig(pre_norm=True)),
+    # nor such: a bias of zeros
+    "no norm, no bias": ModelConfig("nano/8", image_size=32, vision=VisionConfig(patch_bias=False)),
+}
+
+
+def pair(cfg: ModelConfig) -> Portable:
+    torch.manual_seed(0)
+    towers = Towers(cfg, 5, 3)
+    return Portable(
+        cfg,
+        5,
+        3,
+        Tensors.held(
+            {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in towers.named_parameters()}
+        ),
+    )
+
+
+def tokens(model: Portable, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        grid = model.cfg.grid
+        return model.towers().vision(
+            patches_of(images, model.cfg.patch),
+            torch.arange(grid[0] * grid[1]).expand(len(images), -1),
+        )
+
+
+def features(model: Portable, images: torch.Tensor) -> torch.Tensor:
+    return model.skeleton().vision.pool(tokens(model, images))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_out_and_back(tmp_path, flavour):
+    ours = pair(FLAVOURS[flavour])
+    assert "text tower" in format.save(ours, tmp_path / "out")[0]
+    assert format.claims(tmp_path / "out")
+    assert (tmp_path / "out" / KEPT).exists() == (flavour == "a norm and a bias")
+    images = torch.randn(3, 3, *ours.cfg.sides)
+    theirs, none = format.peer(tmp_path / "out")(images, None)
+    far = float((features(ours, images) - theirs).abs().max())
+    print(f"{flavour}: {far:.1e} (features, of {float(theirs.abs().max()):.1f} at most)")
+    assert none is None and far < 1e-5
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"))
+    told = (ours.cfg.vision.mean, ours.cfg.vision.std, (3, *ours.cfg.sides))
+    assert (tuple(data["mean"]), tuple(data["std"]), tuple(data["input_size"])) == told
+
+    back = format.load(tmp_path / "out")
+    assert (
+        back.vocab == 0 and back.cfg.vision == ours.cfg.vision and back.cfg.sides == ours.cfg.sides
+    )
+    shape = ours.cfg.shape
+    assert back.cfg.size == ours.cfg.size and (back.cfg.shape.heads, back.cfg.shape.mlp) == (
+        shape.heads,
+        shape.mlp,
+    )
+    assert back.tensors.keys() == {name for name in ours.tensors if name.startswith("vision.")}
+    assert all(torch.equal(tensor, ours.tensors[name]) for name, tensor in back.tensors.items())
+    assert "text tower" not in format.save(back, tmp_path / "alone")
+
+
+def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
+    """run/convert.py tells what timm does not take, and runs both libraries' models."""
+    cfg = replace(
+        FLAVOURS["clip"],
+        size="custom/8",
+        custom=Size(96, 2, 3, 64, 1, 2, 32),
+        text=TextConfig(causal=True, pool="eot", activation="quick_gelu", eps=1e-5),
+    )
+    tensors = Tensors.held(
+        {name: p.detach() for name, p in Towers(cfg, 49408, 77).named_parameters()}
+    )
+    open_clip.save(
+        Portable(cfg, 49408, 77, tensors, About(tokenizer="clip_bpe", eot=49407)), tmp_path / "pair"
+    )
+    monkeypatch.setattr(
+        "sys.argv", ["convert.py", "timm", str(tmp_path / "pair"), str(tmp_path / "out")]
+    )
+    convert.main()
+    told = capsys.readouterr().out
+    assert "the text tower" in told and re.search(
+        "pair run in its own library: .*images.*captions", told
+    )
+    assert (
+        re.search("out run in its own library: .*images", told)
+        and not (tmp_path / "out" / "tokenizer.txt").exists()
+    )
+
+
+def test_tuned_elsewhere_a_bias_of_zeros_is_one(tmp_path):
+    ours = pair(FLAVOURS["no norm, no bias"])
+    format.save(ours, tmp_path / "out")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    theirs.patch_embed.proj.bias.data += 1
+    torch.save(theirs.state_dict(), tmp_path / "out" / "pytorch_model.bin")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    back = format.load(tmp_path / "out")
+    assert back.cfg.vision.patch_bias and back.tensors["vision.patch.bias"].eq(1).all()
+
+
+def test_half_precision(tmp_path):
+    ours = pair(FLAVOURS["flip"])
+    format.save(ours, tmp_path / "out", torch.bfloat16)
+    back = format.load(tmp_path / "out")
+    assert back.cfg == ours.cfg and all(
+        torch.equal(t, ours.tensors[name].bfloat16()) for name, t in back.tensors.items()
+    )
+
+
+SMALL = dict(embed_dim=96, depth=2, num_heads=6, img_size=32, patch_size=8)
+
+
+@pytest.mark.parametrize(
+    "name, args, vision",
+    [
+        (
+            "vit_tiny_patch16_224",
+            {"num_classes": 7},
+            VisionConfig(positions="learned", pool="cls", activation="gelu"),
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"global_pool": "avg"},
+            VisionConfig(positions="learned", pool="mean_then_norm", activation="gelu"),
+        ),
+        ("vit_base_patch32_clip_quickgelu_224", {}, CLIP),
+        (
+            "vit_base_patch16_clip_224",
+            {"global_pool": "avg", "fc_norm": False},
+            replace(CLIP, activation="gelu", pool="mean"),
+        ),
+    ],
+)
+def test_models_that_timm_wrote(tmp_path, name, args, vision):
+    torch.manual_seed(1)
+    theirs = timm.create_model(name, **SMALL, **args)
+    timm.models.save_for_hf(theirs, tmp_path / "hub", safe_serialization=True)
+    model = format.load(tmp_path / "hub")
+    prepared = theirs.pretrained_cfg
+    assert (
+        model.cfg.vision
+        == replace(vision, mean=tuple(prepared["mean"]), std=tuple(prepared["std"]))
+        and model.cfg.shape.heads == 6
+    )
+    notes = model.about.source["notes"]
+    assert (
+        notes.startswith(f"crop_pct {prepared['crop_pct']}: ")
+        and notes.endswith("; left out: head")
+        and "assumed" not in notes
+    )
+    images = torch.randn(2, 3, 32, 32)
+    assert (features(model, images) - format.peer(tmp_path / "hub")(images)[0]).abs().max() < 1e-5
+
+
+def bare(folder, change=lambda tensors: tensors, **args):
+    """A file of the state of a small model of timm's."""
+    torch.manual_seed(1)
+    model = timm.create_model("vit_base_patch16_224", **SMALL | {"num_classes": 3} | args).eval()
+    averaged = {"model_ema": model.state_dict()} if args.get("global_pool") == "avg" else {}
+    torch.save(
+        {"model": change(model.state_dict()), "args": Namespace(lr=1e-3), **averaged},
+        folder / "model.pth",
+    )
+    return folder / "model.pth", model
+
+
+def test_a_bare_file(tmp_path):
+    path, theirs = bare(tmp_path)
+    assert format.claims(path)
+    model = format.load(path, heads=6, pool="mean", mean=[0.5] * 3)
+    assert model.cfg == ModelConfig(
+        "custom/8",
+        Size(96, 2, 6, 96, 2, 1, 96),
+        image_size=32,
+        vision=VisionConfig(
+            positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.5, 0.5)
+        ),
+    )
+    images = torch.randn(2, 3, 32, 32)
+    assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
+    assert (
+        features(model, images) - format.peer(path, heads=6, pool="mean")(images)[0]
+    ).abs().max() < 1e-5
+    assert format.load(path).cfg.shape.heads == 1  # 64 wide, where nothing says otherwise
+    wide, _ = bare(tmp_path, img_size=(16, 64))
+    assert format.load(wide, image_size=(16, 64)).cfg.grid == (2, 8)
+    with pytest.raises(
+        ValueError,
+        match=r"pos_embed \(1, 17, 96\): not the places of .* 16 x 48; say its height and width",
+    ):
+        format.load(wide, image_size=[16, 48])
+
+
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        ({"reg_tokens": 2}, "reg_token: register tokens"),
+        ({"init_values": 0.1}, r"blocks.0.ls1.gamma: layer scale"),
+        ({"qk_norm": True}, r"blocks.0.attn.q_norm.weight: norms of queries and keys"),
+        ({"class_token": False, "global_pool": "avg"}, "cls_token is missing"),
+        ({"global_pool": "map"}, "attn_pool.latent: attention pooling"),
+        ({"mlp_layer": timm.layers.SwiGLU}, r"blocks.0.mlp.fc1_g.weight: gated MLPs"),
+        ({"mlp_layer": timm.layers.GluMlp}, r"blocks.0.mlp.fc2.weight: gated MLPs"),
+        ({"qkv_bias": False}, r"blocks.0.attn.qkv.bias is missing"),
+        ({"in_chans": 1}, r"patch_embed.proj.weight \(96, 1, 8, 8\): ours is"),
+        ({"no_embed_class": True}, r"pos_embed \(1, 16, 96\): not the places"),
+        ({"final_norm": False}, "norm.weight is missing"),
+        ({"scale_mlp_norm": True}, "nothing takes blocks.0.mlp.norm.bias"),
+    ],
+)
+def test_other_architectures_are_refused(tmp_path, args, complaint):
+    path, _ = bare(tmp_path, **args)
+    with pytest.raises(ValueError, match=complaint):
+        format.load(path)
+
+
+def test_distilled_missing_extra_and_misshapen_tensors(tmp_path):
+    torch.save(
+        timm.create_model("deit_tiny_distilled_patch16_224", **SMALL).state_dict(),
+        tmp_path / "deit.pth",
+    )
+    with pytest.raises(ValueError, match=r"deit.pth: dist_token: a distillation token"):
+        format.load(tmp_path / "deit.pth")
+    for change, complaint in (
+        (
+            lambda t: {n: v for n, v in t.items() if n != "blocks.1.norm2.bias"},
+            "blocks.1.norm2.bias is missing",
+        ),
+        (lambda t: t | {"more": torch.ones(2)}, r"nothing takes more \(2,\)"),
+        (
+            lambda t: t | {"norm.weight": torch.ones(5)},
+            r"vision.norm.weight is \(5,\); its architecture makes it \(96,\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            format.load(bare(tmp_path, change)[0])
+
+
+def test_what_a_folder_lacks_or_cannot_say(tmp_path):
+    with pytest.raises(
+        ValueError, match="model.vision.eps 2e-06: a config of timm's can say 1e-06 and 1e-05 alone"
+    ):
+        format.save(
+            pair(ModelConfig("nano/8", image_size=32, vision=VisionConfig(eps=2e-6))),
+            tmp_path / "no",
+        )
+    folder = tmp_path / "out"
+    assert not format.claims(folder) and not (tmp_path / "no").exists()
+    format.save(pair(FLAVOURS["flip"]), folder)
+    tree = json.loads((folder / "config.json").read_text())
+    for args, complaint in (
+        ({"global_pool": "map"}, "config.json: model.vision.pool 'map': unknown"),
+        ({"act_layer": "relu"}, "config.json: model.vision.activation 'relu': unknown"),
+        ({"img_size": [32, 40]}, "pos_embed .* 32 x 40"),
+    ):
+        (folder / "config.json").write_text(
+            json.dumps(tree | {"model_args": tree["model_args"] | args})
+        )
+        with pytest.raises(ValueError, match=complaint):
+            format.load(folder)
+    assert format.load(folder, image_size=32).cfg.sides == (32, 32)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json: no config of timm's .*architecture"):
+        format.load(folder)
+    (folder / "config.json").write_text(json.dumps(tree))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="out: no weights in it"):
+        format.load(folder)
+
+
+# ---- MAE
+
+
+def sincos_of_mae(width: int, side: int) -> torch.Tensor:
+    """Its formula, plainly: a class token's zeros, then for each patch sines and cosines of its
+    column, and of its row.
+    """
+    rows = [[0.0] * width]
+    for y in range(side):
+        for x in range(side):
+            angles = [[at / 10000 ** (i / (width / 4)) for i in range(width // 4)] for at in (x, y)]
+            rows.append(
+                [
+                    f(torch.tensor(a, dtype=torch.float64)).item()
+                    for axis in angles
+                    for f in (torch.sin, torch.cos)
+                    for a in axis
+                ]
+            )
+    return torch.tensor(rows)
+
+
+def test_positions_are_those_of_mae():
+    assert torch.equal(
+        sincos_of_mae(64, 5),
+        fixed(ModelConfig("custom/8", Size(64, 1, 1, 64, 1, 1, 64), image_size=40)),
+    )
+
+
+DECODER = (
+    "mask_token",
+    "decoder_embed.weight",
+    "decoder_pos_embed",
+    "decoder_blocks.0.norm1.weight",
+    "decoder_pred.bias",
+)
+
+
+def of_mae(tensors: dict) -> dict:
+    """A pre-trained checkpoint of an encoder: fixed positions, a decoder, no classifier."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head")}
+    tensors["pos_embed"] = sincos_of_mae(96, 4)[None]
+    return tensors | {name: torch.ones(8) for name in DECODER}
+
+
+def test_mae_pretrained(tmp_path):
+    path, theirs = bare(tmp_path, of_mae)
+    assert format.claims(path)
+    model = format.load(path, heads=6, pool="mean_with_cls")
+    assert model.cfg.vision == VisionConfig(activation="gelu")
+    told, left_out = model.about.source["notes"].split("; left out: ")
+    assert told.startswith(
+        "assumed, as nothing says it: activation gelu, eps 1e-06, mean [0.485,"
+    ) and told.endswith("says otherwise")
+    assert left_out == "decoder_blocks, decoder_embed, decoder_pos_embed, decoder_pred, mask_token"
+    theirs.pos_embed.data = sincos_of_mae(96, 4)[None]
+    images = torch.randn(2, 3, 32, 32)
+    assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
+    assert (
+        features(model, images) - format.peer(path, heads=6, pool="mean_with_cls")(images)[0]
+    ).abs().max() < 1e-5
+
+
+def test_mae_finetuned(tmp_path):
+    path, theirs = bare(tmp_path, global_pool="avg")
+    model = format.load(path, heads=6)
+    assert model.cfg.vision.pool == "mean_then_norm" and model.about.source["notes"].endswith(
+        "; left out: head, model_ema"
+    )
+    images = torch.randn(2, 3, 32, 32)
+    wanted = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    assert (features(model, images) - wanted).abs().max() < 1e-5
+    assert (format.peer(path, heads=6)(images)[0] - wanted).abs().max() < 1e-5

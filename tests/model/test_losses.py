@@ -1,0 +1,370 @@
+"""The tiled contrastive loss is the exact InfoNCE of the global batch: values and gradients against
+the dense loss in fp64, on one
+process, and on 2 and 4 gloo ranks, where gradients averaged over ranks (as DeepSpeed averages them)
+must be the one-process gradients.
+
+Letters: `b` pairs a rank, `B` pairs, `E` width. The multi-rank tests run this file as a script,
+once a rank: see `ranks`.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from glimpse.model import losses
+
+EXACT = 1e-6
+# each rank's pairs, and the width before and after the towers of the multi-rank tests
+b, IN, E = 6, 10, 8
+
+
+def features(B, E, noise, scale, seed=0):
+    """Unit image and text features (B, E), alike but for the noise, and the scale: fp32 leaves."""
+    rng = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(B, E, generator=rng), dim=1)
+    text = F.normalize(image + noise * torch.randn(B, E, generator=rng), dim=1)
+    return [x.requires_grad_() for x in (image, text, torch.tensor([scale]))]
+
+
+def doubled(leaves):
+    return [x.detach().double().requires_grad_() for x in leaves]
+
+
+def both(leaves, kind=torch.float32):
+    """Losses and gradients of the tiled loss on leaves of that kind, and of the dense loss in
+    fp64.
+    """
+    ours, theirs = [x.detach().to(kind).requires_grad_() for x in leaves], doubled(leaves)
+    loss, metrics = losses.contrastive(*ours)
+    loss.backward()
+    dense = losses.dense_contrastive(*theirs)
+    dense.backward()
+    return (loss, dense, metrics), [(x.grad, y.grad) for x, y in zip(ours, theirs)]
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (5, 7), (7, 5), (37, 37), (16, 4), (512, 1024)])
+@pytest.mark.parametrize(
+    "B, noise, scale",
+    [(37, 1.0, 14.3), (37, 0.1, 14.3), (36, 3.0, 1.0), (2, 1.0, 14.3), (1, 1.0, 14.3)],
+)
+def test_equals_the_dense_loss(monkeypatch, tile, B, noise, scale):
+    monkeypatch.setattr(losses, "TILE", tile)
+    (loss, dense, _), grads = both(features(B, 19, noise, scale))
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert abs(loss.item() - dense.item()) < EXACT
+    for got, expected in grads:
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got.double(), expected, rtol=EXACT, atol=EXACT)
+
+
+def test_the_tile_in_use_is_crossed():
+    B = losses.TILE[1] + 3
+    (loss, dense, _), grads = both(features(B, 16, 1.0, 14.3))
+    assert abs(loss.item() - dense.item()) < EXACT
+    for got, expected in grads:
+        torch.testing.assert_close(got.double(), expected, rtol=EXACT, atol=EXACT)
+
+
+def test_a_steeper_gradient_passes_through(monkeypatch):
+    monkeypatch.setattr(losses, "TILE", (5, 7))
+    ours, theirs = features(13, 8, 1.0, 5.0), doubled(features(13, 8, 1.0, 5.0))
+    loss, _ = losses.contrastive(*ours)
+    loss *= 3
+    loss.backward()
+    (3 * losses.dense_contrastive(*theirs)).backward()
+    for got, expected in zip(ours, theirs):
+        torch.testing.assert_close(got.grad.double(), expected.grad, rtol=EXACT, atol=EXACT)
+
+
+def test_gradcheck(monkeypatch):
+    monkeypatch.setattr(losses, "TILE", (3, 4))
+    leaves = doubled(features(7, 5, 1.0, 3.0))
+    assert torch.autograd.gradcheck(lambda *x: losses.contrastive(*x)[0], leaves)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-3, 1e-5])
+def test_scale_100(monkeypatch, noise):
+    """Logits to +-100, cosines near 1: fp64 is exact, fp32 as near as the rounding of such logits
+    (100 / 2^24) lets it.
+    """
+    monkeypatch.setattr(losses, "TILE", (16, 24))
+    leaves = features(50, 32, noise, 100.0)
+    for kind, near in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        (loss, dense, _), grads = both(leaves, kind)
+        assert abs(loss.item() - dense.item()) <= near * max(1, dense.item())
+        for got, expected in grads:
+            assert (got - expected).abs().max() <= near * max(1, expected.abs().max())
+
+
+def test_all_alike_and_far_apart(monkeypatch):
+    """Neither collapsed features nor opposite pairs overflow; a collapse is no accuracy, where >=
+    would call it perfect.
+    """
+    monkeypatch.setattr(losses, "TILE", (16, 24))
+    one = F.normalize(torch.ones(40, 8), dim=1)
+    for text, expected in ((one, torch.tensor(40.0).log()), (-one, torch.tensor(40.0).log())):
+        (loss, _, metrics), grads = both([one, text, torch.tensor([100.0])])
+        assert abs(loss - expected) < 1e-5 and metrics["accuracy"] == 0
+        assert all(got.isfinite().all() for got, _ in grads)
+    image = torch.eye(8)
+    # a positive of -1000 against zeros
+    (loss, dense, _), grads = both([image, -image, torch.tensor([1000.0])])
+    assert abs(loss.item() - dense.item()) < 1e-3
+    for got, expected in grads:
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_solved_batch_keeps_its_small_loss():
+    """Loss and gradients near 1e-9 keep relative accuracy, where the dense loss in fp32 gives 0."""
+    leaves = features(50, 32, 1e-2, 40.0)
+    (loss, dense, _), grads = both(leaves)
+    assert 0 < dense < 1e-6 and losses.dense_contrastive(*leaves) != loss
+    assert abs(loss.item() / dense.item() - 1) < 1e-4
+    for got, expected in grads:
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_accuracy(monkeypatch):
+    monkeypatch.setattr(losses, "TILE", (5, 7))
+    leaves = features(60, 16, 0.5, 10.0)
+    (_, _, metrics), _ = both(leaves)
+    logits, labels = leaves[0] @ leaves[1].t(), torch.arange(60)
+    expected = (
+        (logits.argmax(1) == labels).float().mean() + (logits.argmax(0) == labels).float().mean()
+    ) / 2
+    assert 0.2 < expected < 0.98, "the case must be able to fail"
+    assert torch.allclose(metrics["accuracy"], expected) and not metrics["accuracy"].requires_grad
+
+
+def test_bf16_features_and_autocast_leave_fp32_inside():
+    leaves = [x.detach().bfloat16().requires_grad_() for x in features(33, 16, 0.5, 14.0)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = losses.contrastive(*leaves)
+        loss.backward()
+    dense = losses.dense_contrastive(*doubled(leaves))
+    assert loss.dtype == torch.float32 and leaves[0].grad.dtype == torch.bfloat16
+    assert abs(loss.item() - dense.item()) < EXACT  # bf16 logits would be off by 1e-2
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation returns meanwhile."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.size = max([self.size, *sizes])
+        return out
+
+
+def test_nothing_of_size_b_x_B_is_stored(monkeypatch):
+    monkeypatch.setattr(losses, "TILE", (32, 40))
+    for loss_of, size in (
+        (lambda *x: losses.contrastive(*x)[0], 32 * 40),
+        (losses.dense_contrastive, 300 * 300),
+    ):
+        with Largest() as largest:
+            loss_of(*features(300, 4, 1.0, 10.0)).backward()
+        assert largest.size == size
+
+
+def test_a_nan_is_not_hidden():
+    image, text, scale = (x.detach() for x in features(9, 4, 1.0, 3.0))
+    image[4, 2] = torch.nan
+    assert losses.contrastive(image, text, scale)[0].isnan()
+
+
+@pytest.mark.parametrize(
+    "image, text, scale, complaint",
+    [
+        ((4, 3), (5, 3), (1,), "one row a pair"),
+        ((4, 3), (4, 2), (1,), "one row a pair"),
+        ((0, 3), (0, 3), (1,), "b > 0"),
+        ((4,), (4,), (1,), r"must be \(b, E\)"),
+        ((4, 3), (4, 3), (), r"must be \(1,\)"),
+    ],
+)
+def test_refuses(image, text, scale, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        losses.contrastive(torch.ones(image), torch.ones(text), torch.ones(scale))
+
+
+def towers():
+    """Weights of an image tower (IN, E), of a text tower (IN, E), and the log of the scale (1,);
+    the same on every rank.
+    """
+    rng = torch.Generator().manual_seed(1)
+    return [
+        x.requires_grad_()
+        for x in (
+            torch.randn(IN, E, generator=rng),
+            torch.randn(IN, E, generator=rng),
+            torch.tensor([1.5]),
+        )
+    ]
+
+
+def embed(weights, world, rank=None):
+    """Image and text features of the global batch, or of one rank's share of it, and the scale."""
+    inputs = torch.randn(2, b * world, IN, generator=torch.Generator().manual_seed(2)).to(
+        weights[0].dtype
+    )
+    if rank is not None:
+        inputs = inputs[:, rank * b : rank * b + b]
+    return [F.normalize(x @ w, dim=1) for x, w in zip(inputs, weights)] + [weights[2].exp()]
+
+
+def detached(image, text, scale):
+    """The wrong loss that must be told apart: local rows against gathered columns that carry no
+    gradient to the other ranks.
+    """
+    labels = dist.get_rank() * b + torch.arange(b)
+    images, texts = (losses.gather(x.detach()) for x in (image, text))
+    return (
+        F.cross_entropy(scale * image @ texts.t(), labels)
+        + F.cross_entropy(scale * text @ images.t(), labels)
+    ) / 2
+
+
+def averaged(loss_of, kind, world, rank):
+    """The loss, and the parameter gradients averaged over ranks."""
+    weights = [w.detach().to(kind).requires_grad_() for w in towers()]
+    loss = loss_of(*embed(weights, world, rank))
+    loss.backward()
+    for w in weights:
+        dist.all_reduce(w.grad)
+    return loss.item(), [w.grad / world for w in weights]
+
+
+def refusal(size):
+    try:
+        losses.contrastive(torch.ones(size, E), torch.ones(size, E), torch.ones(1))
+    except ValueError as error:
+        return str(error)
+
+
+def worker(folder, world, rank):
+    def start(name):
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{name}",
+            world_size=world,
+            rank=rank,
+            timeout=timedelta(seconds=60),
+        )
+
+    start("store")
+    losses.TILE = (4, 5)
+    accuracies = []
+
+    def ours(*features):
+        loss, metrics = losses.contrastive(*features)
+        accuracies.append(metrics["accuracy"].item())
+        return loss
+
+    found = {
+        name: averaged(loss_of, kind, world, rank)
+        for name, loss_of, kind in (
+            ("fp32", ours, torch.float32),
+            ("fp64", ours, torch.float64),
+            ("detached", detached, torch.float64),
+        )
+    }
+    found["accuracy"] = accuracies
+    # one rank alone, as at the end of an uneven epoch: it must refuse without a collective, in
+    # which it would wait for the others
+    found["later"] = refusal(b - 1) if rank == 1 else None
+    dist.barrier()
+    dist.destroy_process_group()
+    start("store2")
+    found["first"] = refusal(b + rank)
+    torch.save(found, folder / f"{rank}.pt")
+    sys.stderr.flush()
+    dist.barrier()
+    os._exit(0)  # gloo's threads abort some of the processes that end through the interpreter
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """[what each rank found]: one launch of `worker` on so many ranks, in which a deprecated
+    collective is an error.
+    """
+    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, folder, str(world), str(rank)],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def global_oracle(world):
+    weights = [w.detach().double().requires_grad_() for w in towers()]
+    loss = losses.dense_contrastive(*embed(weights, world))
+    loss.backward()
+    return loss.item(), [w.grad for w in weights]
+
+
+def apart(got, expected):
+    return max((x - y).abs().max().item() for x, y in zip(got, expected))
+
+
+@pytest.mark.slow
+def test_ranks_average_to_the_global_gradient(ranks):
+    loss, grads = global_oracle(len(ranks))
+    assert min(grad.abs().max() for grad in grads) > 1e-2, (
+        "gradients must be far above the tolerance"
+    )
+    for kind, near in (("fp32", EXACT), ("fp64", 1e-12)):
+        for found in ranks:
+            assert abs(found[kind][0] - loss) < near
+            assert apart(found[kind][1], grads) < near
+        assert len({found[kind][0] for found in ranks}) == 1, "every rank returns the same number"
+
+
+@pytest.mark.slow
+def test_a_detached_gather_would_be_caught(ranks):
+    _, grads = global_oracle(len(ranks))
+    assert all(apart(found["detached"][1], grads) > 1000 * EXACT for found in ranks)
+
+
+@pytest.mark.slow
+def test_accuracy_is_global(ranks):
+    _, metrics = losses.contrastive(*embed([w.detach() for w in towers()], len(ranks)))
+    assert 0 < metrics["accuracy"] < 1
+    assert all(
+        found["accuracy"] == pytest.approx([metrics["accuracy"].item()] * 2) for found in ranks
+    )
+
+
+@pytest.mark.slow
+def test_unequal_batches_are_refused(ranks):
+    assert all(str([b + rank for rank in range(len(ranks))]) in found["first"] for found in ranks)
+    assert f"local batch {b - 1} on rank 1" in ranks[1]["later"]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error", FutureWarning)
+    worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,238 @@
+"""Proves that a config states any ViT CLIP: sizes that are no row of the table, MLPs of any ratio,
+CLIPA's pooling, against open_clip.
+
+Run: pytest tests/model/test_shapes.py
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from glimpse.model.towers import ModelConfig, Size, Towers, text_flops, vision_flops
+from glimpse.run.lib import config
+from glimpse.run.train import checkpoint, initial_weights
+from glimpse.tests.model.test_towers import (
+    CLIP,
+    Keep,
+    captions,
+    count,
+    everywhere,
+    ours,
+    patches_of,
+)
+
+QUICKSTART = config.ROOT / "run/configs/quickstart.yaml"
+ODD = Size(
+    width=48,
+    depth=2,
+    heads=3,
+    text_width=40,
+    text_depth=1,
+    text_heads=2,
+    embed=24,
+    mlp=4.9231,
+    text_mlp=2.5,
+)
+NUMBERS = (
+    "{width: 48, depth: 2, heads: 3, text_width: 40, text_depth: 1, text_heads: 2, embed: 24, mlp:"
+    " 4.9231, text_mlp: 2.5}"
+)
+CUSTOM = ["model.size=custom/14", "model.image_size=42", f"model.custom={NUMBERS}"]
+
+
+def odd() -> ModelConfig:
+    return dataclasses.replace(CLIP, size="custom/14", custom=ODD, image_size=42)
+
+
+# ---- sizes
+
+
+def test_a_custom_size_equals_open_clip():
+    pytest.importorskip("open_clip")
+    from open_clip.model import CLIP as Peer
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    torch.manual_seed(0)
+    vision = CLIPVisionCfg(
+        layers=2, width=48, head_width=16, mlp_ratio=4.9231, patch_size=14, image_size=42
+    )
+    reference = Peer(
+        24,
+        vision,
+        CLIPTextCfg(context_length=12, vocab_size=100, width=40, heads=2, layers=1, mlp_ratio=2.5),
+    )
+    towers = Towers(odd(), 100, 12)
+    towers.load_state_dict(ours(reference.state_dict()))
+    images, (ids, lengths) = torch.randn(4, 3, 42, 42), captions()
+    padded = torch.zeros(4, 12, dtype=torch.long)
+    padded[torch.arange(12) < lengths[:, None]] = ids.long()
+    found = (
+        towers.encode_image(patches_of(images, 14), everywhere(4, 3)),
+        towers.encode_text(ids, lengths),
+    )
+    for mine, theirs in zip(found, reference(images, padded)[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, size, sides",
+    [
+        ("ViT-g-14", "custom/14", Size(1408, 40, 16, 1024, 24, 16, 1024, mlp=4.3637)),
+        ("ViT-bigG-14", "custom/14", Size(1664, 48, 16, 1280, 32, 20, 1280, mlp=4.9231)),
+    ],
+)
+def test_counts_of_large_sizes_equal_open_clip(name, size, sides):
+    open_clip = pytest.importorskip("open_clip")
+    with torch.device("meta"):
+        reference = open_clip.model.CLIP(**open_clip.get_model_config(name))
+        mine = Towers(dataclasses.replace(CLIP, size=size, custom=sides), 49408, 77)
+    assert count(mine) == count(reference)
+    assert sides.heads == reference.visual.transformer.resblocks[0].attn.num_heads
+
+
+def test_flops_of_a_custom_size_equal_torch_counter():
+    towers, length, cfg = Towers(odd(), 100, 12), 12, odd()
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        towers.encode_image(torch.randn(2, 9, 588), everywhere(2, 3))
+        towers.encode_text(
+            torch.ones(2 * length, dtype=torch.int32), torch.tensor([length, length])
+        )
+    expected = vision_flops(cfg, 9, only_cls=True) + text_flops(cfg, length)
+    assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.005)
+    assert vision_flops(
+        dataclasses.replace(cfg, custom=dataclasses.replace(ODD, mlp=4.0)), 9, True
+    ) < 0.95 * vision_flops(cfg, 9, True)
+
+
+@pytest.mark.parametrize("visible", [9, 4])
+def test_a_mean_before_the_norm_equals_open_clip(visible):
+    """CLIPA's pooling, embeddings and gradients; and what its patch tokens are."""
+    pytest.importorskip("open_clip")
+    from open_clip.model import CLIP as Peer
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    torch.manual_seed(0)
+    how = dict(mlp_ratio=4.9231, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
+    vision = CLIPVisionCfg(layers=2, width=48, head_width=16, patch_size=14, image_size=42, **how)
+    reference = Peer(
+        24,
+        vision,
+        CLIPTextCfg(context_length=12, vocab_size=100, width=40, heads=2, layers=1, mlp_ratio=2.5),
+    )
+    torch.nn.init.uniform_(reference.visual.ln_post.weight, 0.5, 2)
+    cfg = dataclasses.replace(
+        odd(), vision=dataclasses.replace(CLIP.vision, pool="mean_then_norm", pre_norm=False)
+    )
+    towers = Towers(cfg, 100, 12)
+    towers.load_state_dict(ours(reference.state_dict()))
+    images, places = (
+        torch.randn(4, 3, 42, 42),
+        torch.rand(4, 9).argsort(1)[:, :visible].sort(1).values,
+    )
+    reference.visual.patch_dropout = Keep(places)
+    patches = patches_of(images, 14).gather(1, places[:, :, None].expand(-1, -1, 588))
+    mine, theirs = (
+        towers.encode_image(patches, places),
+        reference.encode_image(images, normalize=True),
+    )
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(4, 24)
+    for made in (mine, theirs):
+        (made * weights).sum().backward()
+    gradients = ours({f"visual.{name}": p.grad for name, p in reference.visual.named_parameters()})
+    for name, parameter in towers.vision.named_parameters():
+        wanted = gradients[f"vision.{name}"]
+        torch.testing.assert_close(
+            parameter.grad,
+            wanted,
+            atol=1e-5,
+            rtol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    plain = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pool="mean"))
+    other = Towers(plain, 100, 12)
+    other.load_state_dict(towers.state_dict())
+    torch.testing.assert_close(
+        towers.vision(patches, places)[:, 1:], other.vision(patches, places)[:, 1:]
+    )
+    assert not torch.allclose(mine, other.encode_image(patches, places), atol=1e-2)
+
+
+def test_the_recipes_draw_any_ratio():
+    cfg = ModelConfig(size="custom/8", image_size=32, custom=Size(64, 2, 4, 64, 1, 4, 32, mlp=1.5))
+    towers = Towers(cfg, 100, 12)
+    assert towers.vision.blocks[1].mlp.up.weight.shape == (96, 64) and towers.text.blocks[
+        0
+    ].mlp.up.weight.shape == (256, 64)
+
+
+def test_a_custom_size_is_saved_and_loads_back(tmp_path):
+    for more in ([], CUSTOM):
+        cfg = config.load(QUICKSTART, more)
+        config.save(cfg, tmp_path / "config.yaml", {})
+        assert "custom:" in (tmp_path / "config.yaml").read_text()
+        assert config.load(tmp_path / "config.yaml") == cfg
+    assert cfg.model.custom == ODD and cfg.model.shape == ODD and cfg.model.grid == (3, 3)
+
+
+def test_checkpoints_from_before_the_key_are_still_the_same_model(tmp_path):
+    cfg = config.load(QUICKSTART)
+    mine = checkpoint.identity(cfg, "t")
+    old = {**mine, "model": {key: value for key, value in mine["model"].items() if key != "custom"}}
+    assert not list(checkpoint.differences(old, mine))
+    other = checkpoint.identity(config.load(QUICKSTART, CUSTOM), "t")
+    assert "model.custom" in [where for where, *_ in checkpoint.differences(old, other)]
+
+
+def test_a_borrowed_tower_of_another_custom_size_is_refused(tmp_path):
+    identity = {"model": config.plain(dataclasses.asdict(odd()))}
+    (tmp_path / "manifest.json").write_text(json.dumps({"identity": identity, "files": {}}))
+    initial_weights.check_tower(tmp_path, odd())
+    with pytest.raises(ValueError, match="model.shape.depth: 2, this config says 3"):
+        initial_weights.check_tower(
+            tmp_path, dataclasses.replace(odd(), custom=dataclasses.replace(ODD, depth=3))
+        )
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["model.size=custom/14", "model.image_size=42"],
+            "model.custom: missing with model.size 'custom/14'",
+        ),
+        (
+            ["model.size=B/16", f"model.custom={NUMBERS}"],
+            "model.custom: given with model.size 'B/16'",
+        ),
+        ([*CUSTOM, "model.size=custom/0"], "model.size 'custom/0'"),
+        ([*CUSTOM, "model.size=custom"], "model.size 'custom'"),
+        (
+            [*CUSTOM, "model.custom.heads=5"],
+            "model.custom.width 48: it must be a multiple of model.custom.heads 5",
+        ),
+        (
+            [*CUSTOM, "model.custom.text_heads=3"],
+            "model.custom.text_width 40: it must be a multiple of model.custom.text_heads 3",
+        ),
+        ([*CUSTOM, "model.custom.depth=0"], "model.custom.depth 0"),
+        ([*CUSTOM, "model.custom.mlp=0.01"], "model.custom.mlp 0.01"),
+        ([*CUSTOM, "model.custom.mpl=4"], "model.custom.mpl: unknown .* did you mean 'mlp'"),
+        ([*CUSTOM, "model.custom.embed=null"], "model.custom.embed: missing"),
+        ([*CUSTOM, "model.custom=7"], "model.custom: 7; it holds keys: width"),
+        (
+            [*CUSTOM, "model.custom.width=50", "model.custom.heads=5"],
+            "sincos needs a multiple of 4",
+        ),
+    ],
+)
+def test_a_wrong_custom_size_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        config.load(QUICKSTART, overrides)
+    assert "\n" not in str(caught.value)

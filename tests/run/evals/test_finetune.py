@@ -1,0 +1,239 @@
+"""Fine-tuning: rates layer by layer, the papers' recipes, one training on any number of ranks that
+leaves the run as it was.
+
+    bash run/test.sh tests/run/evals/test_finetune.py
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from glimpse.data.shards import write_shard
+from glimpse.model.towers import ModelConfig, vision_tower
+from glimpse.model.vision import VisionConfig
+from glimpse.run.evals import finetune, parse
+from glimpse.run.evals.finetune import Classifier, Options, groups, rates, shares
+from glimpse.tests.helpers.tiny import NAMES, launch, picture, settings
+from glimpse.tests.helpers.tiny import shards as make_shards
+
+
+def nano(**vision):
+    torch.manual_seed(0)
+    return vision_tower(ModelConfig(size="nano/8", image_size=32, vision=VisionConfig(**vision)))
+
+
+def test_scales_by_hand():
+    """0.65 a layer, four blocks: what DeepSpeed is given for each parameter; norms, biases,
+    positions and class token do not decay.
+    """
+    model = Classifier(nano(positions="learned", pool="cls", pre_norm=True), 128, 10)
+    found = groups(model, Options().resolved(4))
+    held = {id(p): group for group in found for p in group["params"]}
+    assert (
+        len(held) == sum(len(group["params"]) for group in found) == len(list(model.parameters()))
+    )
+    by_hand = {
+        "vision.patch.weight": 0.1160290625,
+        "vision.patch.bias": 0.1160290625,
+        "vision.cls": 0.1160290625,
+        "vision.positions": 0.1160290625,
+        "vision.pre_norm.weight": 0.1160290625,
+        "vision.blocks.0.attn.qkv.weight": 0.17850625,
+        "vision.blocks.1.norm1.bias": 0.274625,
+        "vision.blocks.2.mlp.up.weight": 0.4225,
+        "vision.blocks.3.mlp.down.bias": 0.65,
+        "vision.norm.weight": 1.0,
+        "head.weight": 1.0,
+        "head.bias": 1.0,
+    }
+    parameters = dict(model.named_parameters())
+    for name, scale in by_hand.items():
+        group = held[id(parameters[name])]
+        assert group["scale"] == pytest.approx(scale, rel=1e-12), name
+        decays = name.endswith("weight") and "norm" not in name
+        assert group["weight_decay"] == (0.05 if decays else 0.0), name
+    table = rates(4, Options(batch=256).resolved(4)).splitlines()
+    assert len(table) == 6 and table[0].split() == [
+        "embedding",
+        "x",
+        "0.1160",
+        "peak",
+        "lr",
+        "1.160e-04",
+    ]
+    assert (
+        table[1].split()[:4] == ["block", "1", "x", "0.1785"]
+        and table[5].split()[-1] == "1.000e-03"
+    )
+
+
+@pytest.mark.parametrize(
+    "recipe, depth, peak, decay, drop, epochs, warm",
+    [
+        ("beit", 12, 4e-3, 0.65, 0.1, 100, 20),
+        ("beit", 24, 1e-3, 0.75, 0.2, 50, 5),
+        ("mae", 12, 2e-3, 0.65, 0.1, 100, 5),
+        ("mae", 24, 4e-3, 0.75, 0.2, 50, 5),
+        ("mae", 32, 4e-3, 0.75, 0.3, 50, 5),
+        ("maskclip", 12, 6e-4, 0.7, 0.1, 100, 20),
+    ],
+)
+def test_recipes_are_the_papers(recipe, depth, peak, decay, drop, epochs, warm):
+    found = Options(recipe).resolved(depth)
+    assert found.lr * found.batch / 256 == pytest.approx(peak) and found.batch == 1024
+    assert (found.decay, found.drop_path, found.epochs) == (
+        decay,
+        drop,
+        epochs,
+    ) and found.warmup * epochs == pytest.approx(warm)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "mean_with_cls", "mean_then_norm"])
+def test_the_classifier_is_a_copy(pool):
+    """The tower stays as it was; the class token is read after the tower's norm, a mean before it
+    and normalised anew, or by that norm.
+    """
+    tower = nano(pool=pool).requires_grad_(False)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    model = Classifier(tower, 128, 10)
+    patches, positions = torch.rand(2, 16, 192), torch.arange(16).expand(2, -1)
+    tokens = tower(patches, positions)
+    if pool in ("cls", "mean_then_norm"):
+        assert model.vision.norm.weight.shape == (128,)
+        pooled = tokens[:, 0]
+    else:
+        tower.norm = torch.nn.Identity()
+        mean = tower(patches, positions)[:, pool == "mean" :].mean(1)
+        pooled = torch.nn.functional.layer_norm(mean, (128,), eps=1e-6)
+        tower.norm = torch.nn.LayerNorm(128)
+    torch.testing.assert_close(model(patches, positions), model.head(pooled))
+    model(patches, positions, torch.rand(4, 2, 2)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters()), (
+        "ZeRO-3 would apply an old gradient again"
+    )
+    with torch.no_grad():
+        [p.add_(1) for p in model.parameters()]
+    assert all(torch.equal(value, tower.state_dict()[name]) for name, value in before.items())
+
+
+def test_backward_passes_and_epochs(monkeypatch):
+    """Ten images, batches of 8 in two passes: each epoch every image once, whatever the ranks."""
+    options = Options(batch=8, epochs=2.4, accumulate=2, crop=0.5)
+    found = {}
+    for world in (1, 2):
+        passes = [[] for _ in range(6)]
+        for rank in range(world):
+            for name, value in (("rank", rank), ("world", world)):
+                monkeypatch.setattr(finetune, name, lambda value=value: value)
+            for kept, rows in zip(
+                passes,
+                list(shares(torch.arange(10) + 100, options.resolved(4), options)),
+                strict=True,
+            ):
+                kept.extend(rows)
+        found[world] = [sorted(rows) for rows in passes]
+    assert found[1] == found[2] and all(len(rows) == 4 for rows in found[1])
+    rows = sum(found[1], [])
+    assert (
+        sorted(rows)[:20] == [(epoch, 100 + i) for epoch in (0, 1) for i in range(10)]
+        and len(set(rows)) == 24
+    )
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(recipe="biet"), "did you mean 'beit'"),
+        (dict(decay=0.0), "decay=0.0.: it must be above 0"),
+        (dict(erase=1.5), "from 0 to 1"),
+        (dict(drop_path=1.0), "from 0 to 0.99"),
+        (dict(batch=6, accumulate=2), "a multiple of 2 x accumulate"),
+        (dict(mixup=-1.0), "0 or more"),
+        (dict(save="a/b"), "a name, not a path"),
+        (dict(epochs=0.0), "above 0"),
+    ],
+)
+def test_what_is_wrong_is_said(given, words):
+    with pytest.raises(ValueError, match=words):
+        Options(**given)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs to pretrain on, and a set of 24 classes with train/."""
+    folder = make_shards(tmp_path_factory.mktemp("finetune"))
+    rng = np.random.default_rng(3)
+    (folder / "eval" / "shapes" / "train").mkdir()
+    write_shard(
+        folder / "eval" / "shapes" / "train" / "0.tar",
+        [
+            (f"{i:04d}", {"png": picture(NAMES[i % 24], rng), "cls": b"%d" % (i % 24)})
+            for i in range(60)
+        ],
+    )
+    return folder
+
+
+def test_what_a_set_lacks_is_said_at_the_start(data):
+    spec = f"finetune:{data}/eval/shapes"
+    assert parse([spec])[0].options == replace(Options())
+    for specs, words in (
+        ([f"finetune:{data}/eval/retrieval"], "train/"),
+        ([f"finetune(samples=61):{data}/eval/shapes"], "has 60 images"),
+        ([f"finetune(augment=strong):{data}/eval/shapes"], "write it as timm does"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse(specs)
+    with pytest.raises(ValueError, match="trains the tower"):
+        parse([spec], training=True)
+
+
+@pytest.mark.slow
+def test_one_training_on_any_ranks_that_leaves_the_run_as_it_was(data, tmp_path):
+    """ZeRO-3 on 1 and 2 ranks, in one pass a step and in two: losses, weights and results; the
+    order of evaluations does not matter.
+    """
+    run, shapes = tmp_path / "run", f"{data}/eval/shapes"
+    done = launch(1, "run/pretrain.py", *settings(data, run, "samples=160", "optim.lr=1e-3"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    mixed = f"finetune(recipe=mae, batch=12, epochs=3, lr=0.02, save=kept):{shapes}"
+    plain = (
+        "finetune(recipe=beit, batch=20, epochs=1, lr=0.05, mixup=0, cutmix=0,"
+        f" accumulate=%d):{shapes}"
+    )
+
+    def evaluated(ranks, *evals):
+        done = launch(ranks, "run/evaluate.py", "--run", str(run), "--evals", *evals)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        row = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
+        scores = {
+            re.sub(r", accumulate=\d", "", key): value
+            for key, value in row.items()
+            if key.endswith("top1")
+        }
+        return scores, [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+
+    one, losses = evaluated(1, f"zero_shot:{shapes}", mixed, plain % 1)
+    kept = next((run / "finetuned").glob("*/kept"))
+    weights = torch.load(kept / "classifier.pt")
+    assert (
+        weights["head.weight"].shape == (24, 128)
+        and json.loads((kept / "finetuned.json").read_text())["recipe"] == "mae"
+    )
+    assert len(losses) == 15 + 3 and losses[14] < losses[0] - 0.02, "it learns"
+    refused = launch(1, "run/evaluate.py", "--run", str(run), "--evals", mixed)
+    assert refused.returncode and "kept exists; give another name" in refused.stderr
+    kept.rename(tmp_path / "first")
+    two, again = evaluated(2, plain % 2, mixed, f"zero_shot:{shapes}")
+    assert again[6:] == pytest.approx(losses[:15], abs=1e-4)
+    assert [(a + b) / 2 for a, b in zip(again[:6:2], again[1:6:2])] == pytest.approx(
+        losses[15:], abs=1e-4
+    ), "a step in two passes"
+    assert len(one) == 3 and one == pytest.approx(two, abs=0.021), "but for one of 49 images"
+    assert one["zero_shot/shapes/top1"] == two["zero_shot/shapes/top1"]
+    found = torch.load(kept / "classifier.pt")
+    assert max(float((found[name] - value).abs().max()) for name, value in weights.items()) < 1e-3

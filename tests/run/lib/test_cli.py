@@ -1,0 +1,87 @@
+"""How scripts without ranks end: a SIGTERM is a Ctrl-C, so that what is half made is removed; a
+closed pipe is no error.
+
+    bash run/test.sh tests/run/lib/test_cli.py
+"""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from glimpse.tests.helpers.tiny import ROOT, environment
+
+SCRIPT = """
+import tempfile, time
+from glimpse.run.lib.cli import run_script
+def main():
+    with tempfile.TemporaryDirectory(dir={folder!r}):
+        print("begun", flush=True)
+        time.sleep(60)
+run_script(main)
+"""
+
+
+def test_what_is_half_made_goes_with_a_sigterm(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(folder=str(tmp_path))],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "begun\n" and len(list(tmp_path.iterdir())) == 1
+    process.send_signal(signal.SIGTERM)
+    assert (
+        process.communicate(timeout=30)[1] == "interrupted\n"
+        and process.returncode == 130
+        and not list(tmp_path.iterdir())
+    )
+
+
+@pytest.mark.parametrize("lines", (1, 100_000))  # flushed at the end, and on the way
+def test_a_reader_that_has_enough_is_no_error(lines):
+    script = (
+        "from glimpse.run.lib.cli import run_script; run_script(lambda: [print('line') for _ in"
+        f" range({lines})] and 0)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"input(); {script}"],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert (
+        process.communicate("begin\n", timeout=60)[1] == ""
+        and process.returncode == 128 + signal.SIGPIPE
+    )
+
+
+@pytest.mark.parametrize(
+    "line, code, told",
+    [
+        ("pass", 0, ""),
+        ("raise BrokenPipeError(32, 'no reader')", 2, "error: [Errno 32] no reader\n"),
+    ],
+)
+def test_another_pipe_or_none(line, code, told):
+    """Standard output is closed from the start, as daemons have it; what breaks elsewhere is
+    told.
+    """
+    script = (
+        f"from glimpse.run.lib.cli import run_script\ndef main():\n    {line}\nrun_script(main)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, script],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    assert (done.returncode, done.stderr) == (code, told)

@@ -1,0 +1,100 @@
+"""Every key that a config may hold is read by some line of code, every shipped config loads, and
+what is misspelt is named.
+"""
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from glimpse.model.methods import METHODS
+from glimpse.run.lib.config import Run, build, load, save
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "run/configs").glob("*.yaml"))
+SOURCES = {p: p.read_text() for top in ("data", "model", "run") for p in (ROOT / top).rglob("*.py")}
+
+
+def keys(cls):
+    """(class, field) of a config dataclass and of those below it."""
+    for field, hint in typing.get_type_hints(cls).items():
+        yield cls, field
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                yield from keys(inner)
+
+
+def unread(found):
+    """The keys that no source reads as an attribute outside the dataclass's own declaration."""
+
+    def read(name):
+        return any(re.search(rf"\.{name}\b(?!\s*=[^=])", text) for text in SOURCES.values())
+
+    return [f"{cls.__name__}.{name}" for cls, name in found if not read(name)]
+
+
+def test_every_key_is_read():
+    assert not unread(keys(Run))
+    assert not unread(found for method in METHODS.values() for found in keys(method.Options))
+
+
+def test_an_unread_key_would_be_found():
+    @dataclasses.dataclass
+    class Extra:
+        nobody_reads_this_key: int = 0
+
+    assert unread(keys(Extra)) == ["Extra.nobody_reads_this_key"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_saves(path, tmp_path):
+    cfg = load(path)
+    save(cfg, tmp_path / "config.yaml", {"commit": "x"})
+    assert load(tmp_path / "config.yaml") == cfg
+    head = path.read_text().split("\nbase:")[0]
+    assert f"run/configs/{path.name}" in head or "run/quickstart.sh" in head, (
+        "a config opens with its command"
+    )
+    assert "Cost" in head, "and with its cost"
+    assert len(path.read_text().splitlines()) <= 30
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("bacth=64", "did you mean 'batch'"),
+        ("model.vision.pol=cls", "did you mean 'pool'"),
+        ("batch=many", "batch: 'many'; it must be of type int"),
+        ("batch=0", "batch: 0; it must be at least 1"),
+        ("method=flop", "method: unknown 'flop'; known: aclip, clip, mae, maskclip, slip"),
+        ("views.image.mask=gausian(0.5)", "gaussian"),
+        ("views.image.mask=random(1.0)", "1.0"),
+        ("optim.lr=fast", "optim.lr: 'fast'"),
+        ("optim.no_decay=[biases]", "unknown 'biases'"),
+        ("model.size=B/15", "B/15"),
+        ("data.max_bad=2", "data.max_bad: 2.0"),
+        ("seed", "write key=value"),
+        ("batch.x=1", "batch is a value"),
+    ],
+)
+def test_bad_values_are_named(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(ROOT / "run/configs/quickstart.yaml", [override])
+
+
+def test_units_and_rates():
+    cfg = load(ROOT / "run/configs/flip_h14.yaml")
+    assert cfg.samples == 12_800_000_000 and cfg.optim.warmup == 256_000_000
+    # FLIP's released B, L and H configs
+    assert cfg.optim.peak(cfg.batch) == pytest.approx(1.024e-3)
+    assert load(ROOT / "run/configs/flip_unmask_l16.yaml").optim.peak(65536) == pytest.approx(
+        1.024e-5
+    )
+    assert load(ROOT / "run/configs/clip_b16.yaml").optim.peak(4096) == 5e-4
+
+
+def test_missing_key():
+    with pytest.raises(ValueError, match="run: missing"):
+        build(Run, {})

@@ -1,0 +1,306 @@
+"""What lies at a path: runs, their checkpoints and converted models by any of their names, and what
+is said where it is something else.
+
+    bash run/test.sh tests/run/train/test_load_model.py
+"""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from glimpse.model import portable
+from glimpse.model.convert import open_clip
+from glimpse.model.lazy_tensors import Tensors
+from glimpse.run.lib import config, run_dir
+from glimpse.run.train import initial_weights, load_model
+from glimpse.run.verify import proofs
+from glimpse.tests.helpers.tiny import ROOT, environment, growth, settings, shards
+from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS, made
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps with two checkpoints."""
+    root = tmp_path_factory.mktemp("trained")
+    line = settings(shards(root / "data"), root / "run", "samples=64", "save_every=32")
+    done = subprocess.run(
+        [sys.executable, "run/pretrain.py", *line],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+def test_a_checkpoint_by_any_of_its_names(trained, monkeypatch, tmp_path, convert):
+    wanted = trained.resolve() / "checkpoints/step-00000004"
+    inside = trained / "checkpoints"
+    for where, name in (
+        (trained, "."),
+        (trained, "checkpoints"),
+        (inside, "."),
+        (inside, "step-00000004"),
+        (wanted, "."),
+        (trained.parent, "run"),
+    ):
+        monkeypatch.chdir(where)
+        code, told, complaint = convert("inspect", name)
+        assert code == 0 and str(wanted) in told and "samples" in told, (where, name, complaint)
+    monkeypatch.chdir(trained / "checkpoints")
+    code, told, complaint = convert("glimpse", "step-00000002", tmp_path / "out")
+    assert code == 0 and "step-00000002, after step 2, 32 samples" in told, complaint
+
+
+def test_a_damaged_checkpoint_is_not_silently_an_older_one(trained, tmp_path, convert):
+    shutil.copytree(trained, tmp_path / "run")
+    shard = next((tmp_path / "run/checkpoints/step-00000004").glob("*_optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    for source in ("run", "run/checkpoints/step-00000004"):
+        code, _, told = convert("glimpse", tmp_path / source, tmp_path / "out")
+        assert (
+            code == 2
+            and f"step-00000004: {shard.name} has" in told
+            and "damaged, or still being copied" in told
+        )
+    code, told, _ = convert("glimpse", tmp_path / "run/checkpoints/step-00000002", tmp_path / "out")
+    assert code == 0 and "after step 2, 32 samples" in told
+
+
+def test_deepspeeds_files_alone(trained, tmp_path, convert):
+    shutil.copytree(trained / "checkpoints/step-00000004", tmp_path / "copied")
+    (tmp_path / "copied/manifest.json").unlink()
+    code, _, told = convert("inspect", tmp_path / "copied")
+    assert code == 2 and "1 ranks' files of a DeepSpeed checkpoint, but no manifest.json" in told
+
+
+def test_a_run_may_be_moved(trained, tmp_path, convert):
+    """Its vocabulary lies in it."""
+    shutil.copytree(trained, tmp_path / "moved")
+    saved = tmp_path / "moved/config.yaml"
+    saved.write_text(saved.read_text().replace(str(trained.parent), str(tmp_path / "gone")))
+    code, told, complaint = convert("glimpse", tmp_path / "moved", tmp_path / "out")
+    assert (
+        code == 0
+        and (tmp_path / "out/tokenizer.model").read_bytes()
+        == (trained / "tokenizer.model").read_bytes()
+    ), complaint
+    code, told, complaint = convert("megatron", tmp_path / "moved", tmp_path / "mg", "--tp", "2")
+    assert (
+        code == 0
+        and "in 2 pieces, a tensor-parallel rank each" in told
+        and "not run in megatron's own code" in told
+    ), complaint
+    assert convert("flip_jax", tmp_path / "moved", tmp_path / "flip")[0] == 0
+    assert (
+        f"tokenizer sentencepiece({tmp_path}/flip/tokenizer.model)"
+        in convert("inspect", tmp_path / "flip")[1]
+    )
+
+
+def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch):
+    """Its vocabulary lies in it, and is found from wherever training starts."""
+    monkeypatch.chdir(tmp_path)
+    assert convert("glimpse", trained, "out")[0] == 0
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "train.yaml").write_text(
+        json.dumps(
+            dict(
+                base="moved/config.json",
+                init=str(tmp_path / "moved"),
+                run="x",
+                method="clip",
+                samples=16,
+                batch=16,
+                data=dict(train="y"),
+                optim=dict(lr="0", weight_decay=0.1, warmup=16),
+            )
+        )
+    )
+    monkeypatch.chdir(ROOT)
+    cfg = config.load(tmp_path / "train.yaml")
+    assert cfg.data.tokenizer == f"sentencepiece({tmp_path}/moved/tokenizer.model)"
+    for name in ("moved", "moved/model.safetensors"):
+        assert (
+            load_model.config_of(load_model.find(tmp_path / name)).data.tokenizer
+            == cfg.data.tokenizer
+        )
+
+
+def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
+    open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "theirs")
+    with pytest.raises(
+        ValueError,
+        match="theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one",
+    ):
+        load_model.find(tmp_path / "theirs")
+
+
+def test_what_a_converted_model_does_not_say(tmp_path):
+    portable.save(made(*FLAVOURS["CLIP"]), tmp_path / "ours")
+    tree = json.loads((tmp_path / "ours/config.json").read_text())
+    del tree["provenance"]["fingerprint"]
+    (tmp_path / "ours/config.json").write_text(json.dumps(tree))
+    with pytest.raises(
+        ValueError, match="config.json: provenance.fingerprint missing; convert the model again"
+    ):
+        load_model.opened(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda tree: tree.pop("model"), "config.json: model missing; convert"),
+        (
+            lambda tree: tree["data"].pop("tokenizer"),
+            "config.json: data.tokenizer missing; convert",
+        ),
+        (
+            lambda tree: tree.update(data=3),
+            "config.json: data.context, data.tokenizer, data.pad_text missing; convert",
+        ),
+        (None, "config.json: no json"),
+    ],
+)
+def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_path):
+    """By what looks at a model, and by what starts from it."""
+    portable.save(made(*FLAVOURS["CLIP"]), tmp_path / "ours")
+    cfg, file = load_model.config_of(tmp_path / "ours").model, tmp_path / "ours/config.json"
+    tree = json.loads(file.read_text())
+    if damage:
+        damage(tree)
+    file.write_text(json.dumps(tree) if damage else "{x")
+    with pytest.raises(ValueError, match=complaint):
+        load_model.opened(load_model.find(tmp_path / "ours"))
+    with pytest.raises(ValueError, match=f"init: .*{complaint}"):
+        initial_weights.found_for(
+            "init", str(tmp_path / "ours"), initial_weights.check_start, cfg, ""
+        )
+
+
+@pytest.mark.parametrize(
+    "shapes, under, complaint",
+    [
+        ({"a": (2,), "b": (1,)}, None, "has no weights for b"),
+        ({"a": (3,)}, None, r"a is \(2,\), this config makes \(3,\)"),
+        ({"a": (2,)}, "", "no place for c"),
+    ],
+)
+def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_path):
+    source = Tensors.held({"a": torch.ones(2), "c": torch.ones(1)})
+    with pytest.raises(ValueError, match=complaint):
+        load_model.check_places(
+            tmp_path, source, {name: torch.Size(shape) for name, shape in shapes.items()}, under
+        )
+    assert load_model.check_places(tmp_path, source, {"a": torch.Size([2])}, None) == ""
+
+
+def test_where_a_run_starts_is_looked_up_once(monkeypatch):
+    """A run that still goes on may have a newer checkpoint when what DeepSpeed copied is
+    written.
+    """
+    looked, loaded, method = [], [], torch.nn.Linear(2, 2)
+    monkeypatch.setattr(
+        initial_weights,
+        "found_places",
+        lambda *_: looked.append(1) or [("step-1", {"weight": "a", "bias": "b"}, "under")],
+    )
+    monkeypatch.setattr(initial_weights, "load", lambda method, *where: loaded.append(where))
+    put = initial_weights.beginning("run", "vocabulary")
+    put(method)
+    method.weight._hp_mapping = None  # as DeepSpeed marks what it has an fp32 copy of
+    put(method)
+    assert len(looked) == 1
+    assert loaded == [
+        ("step-1", {"weight": "a", "bias": "b"}, "under"),
+        ("step-1", {"weight": "a"}, None),
+    ]
+
+
+def test_a_checksum_tells_models_apart():
+    cfg, method = (
+        config.load("run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)"]),
+        torch.nn.Linear(3, 2),
+    )
+    tokenizer = SimpleNamespace(fingerprint="f")
+    again, other = copy.deepcopy(method), copy.deepcopy(method)
+    other.bias.data[0] *= -1
+    first = load_model.checksum(method, cfg, tokenizer)
+    assert first == load_model.checksum(again, cfg, tokenizer) and len(first) == 16
+    changed = [
+        load_model.checksum(other, cfg, tokenizer),
+        load_model.checksum(method, cfg, SimpleNamespace(fingerprint="g")),
+        *(
+            load_model.checksum(
+                method,
+                config.load(
+                    "run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)", more]
+                ),
+                tokenizer,
+            )
+            for more in (
+                "eval_crop=squash",
+                "model.vision.mean=[0.5,0.5,0.5]",
+                "model.vision.pool=cls",
+                "data.pad_text=true",
+            )
+        ),
+    ]
+    assert len({first, *changed}) == 7
+
+
+def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
+    """Copied from one that is read-only; a newer one takes its place."""
+    vocab, kept = tmp_path / "tokenizer.model", tmp_path / "run/tokenizer.model"
+    kept.parent.mkdir()
+    vocab.write_bytes(b"first")
+    vocab.chmod(0o444)
+    run_dir.keep(vocab, kept)
+    assert kept.stat().st_mode & 0o200, "it is the run's own"
+    kept.chmod(0o444)
+    run_dir.keep(kept, kept)
+    vocab.chmod(0o644)
+    vocab.write_bytes(b"other")
+    run_dir.keep(vocab, kept)
+    assert kept.read_bytes() == b"other" and len(list(kept.parent.iterdir())) == 1
+
+
+def test_memory_is_that_of_the_group(tmp_path):
+    """A job on a large machine that may use a little of it; what files are cached there does not
+    count.
+    """
+    (tmp_path / "cgroup").write_text("0::/slurm/job_1\n")
+    group = tmp_path / "fs/slurm/job_1"
+    group.mkdir(parents=True)
+    free = proofs.room(tmp_path / "cgroup", tmp_path / "fs")
+    (group / "memory.max").write_text("max\n")
+    assert proofs.room(tmp_path / "cgroup", tmp_path / "fs") == pytest.approx(free, rel=0.2)
+    (group.parent / "memory.max").write_text("3000000\n")
+    (group.parent / "memory.stat").write_text("anon 1000000\nfile 1900000\n")
+    assert proofs.room(tmp_path / "cgroup", tmp_path / "fs") == 2_000_000
+    assert proofs.room(tmp_path / "nothing", tmp_path / "fs") == pytest.approx(free, rel=0.2)
+
+
+def test_a_large_tensor_is_in_memory_once(tmp_path):
+    """Read out of a shard without a second copy beside it."""
+    torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
+    grown = growth(
+        f"""
+import torch
+from pathlib import Path
+from glimpse.run.train import zero_reader as zero_files
+file = Path({str(tmp_path / "x.pt")!r})
+run = zero_files.run_of(zero_files.structure(file)["w"], file)
+parts = [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)]
+made = zero_files.made({{"w": (torch.Size([16 << 20]), parts)}})""",
+        """
+assert float(made["w"].sum()) == 16 << 20""",
+    )
+    assert 60 < grown < 80, "of 64 MiB"

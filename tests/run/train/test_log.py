@@ -1,0 +1,187 @@
+"""The run's records: one JSON object a line, nothing off rank 0, trimmed on resume; numbers and
+tables for people.
+
+    bash run/test.sh tests/run/train/test_log.py
+"""
+
+import json
+import time
+
+import pytest
+
+from glimpse.run.lib.run_dir import trim
+from glimpse.run.train.log import Log, clock, peak_flops, short, table
+
+
+def strict(path):
+    """The records of a file; refuses what JSON does not have."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_records(tmp_path, capsys):
+    log = Log(tmp_path, 0, steps=40, batch=256)
+    log.step(1, 256, 1e9, 1e12, loss=5.5, lr=1e-3, grad_norm=None, temperature=0.07)
+    begin = time.perf_counter()
+    log.wait(0.02)
+    time.sleep(0.08)
+    log.step(
+        11,
+        2816,
+        1e9,
+        1e12,
+        loss=4.25,
+        lr=2e-3,
+        grad_norm=float("inf"),
+        temperature=0.06,
+        accuracy=float("nan"),
+    )
+    took = time.perf_counter() - begin
+    log.say("hello")
+    log.close()
+    first, second = strict(tmp_path / "metrics.jsonl")
+    assert (
+        first.items() >= dict(step=1, samples=256, loss=5.5, lr=1e-3, temperature=0.07).items()
+        and "grad_norm" not in first
+    )
+    assert "samples_per_s" not in first, "no speed of the first step: it warms up"
+    assert second["grad_norm"] is None and second["accuracy"] is None and second["loss"] == 4.25
+    assert 0.5 * 2560 / took < second["samples_per_s"] <= 2560 / 0.08
+    assert second["mfu"] == pytest.approx(second["samples_per_s"] * 1e9 / 1e12)
+    assert second["stall"] == pytest.approx(0.02 * second["samples_per_s"] / 2560)
+    out = capsys.readouterr().out
+    assert (
+        "step 11/40 · 2.82k samples · loss 4.2500 · temperature 0.0600" in out
+        and "ETA 0:" in out
+        and "hello" in out
+    )
+    assert (tmp_path / "log.txt").read_text().endswith("hello\n") and list(
+        (tmp_path / "tensorboard").iterdir()
+    )
+
+
+def test_evaluations(tmp_path, capsys):
+    log = Log(tmp_path, 0, steps=40, batch=256)
+    log.step(1, 256, 1e9, 1e12, loss=5.5)
+    log.evaluation(1, 256, {}, "student")  # a config with eval_every and no evals
+    assert (
+        not (tmp_path / "results.jsonl").exists() and len(strict(tmp_path / "metrics.jsonl")) == 1
+    )
+    log.wait(0.5)
+    time.sleep(0.05)
+    log.evaluation(
+        5, 1280, {"zero_shot/shapes/top1": 0.5, "zero_shot/shapes/chance": 0.1}, "student"
+    )
+    time.sleep(0.02)
+    log.step(6, 1536, 1e9, 1e12, loss=5.0)
+    log.close()
+    values = {"zero_shot/shapes/top1": 0.5, "zero_shot/shapes/chance": 0.1}
+    assert strict(tmp_path / "results.jsonl") == [
+        dict(step=5, samples=1280, weights="student", **values)
+    ]
+    last = strict(tmp_path / "metrics.jsonl")[-1]
+    assert last["samples_per_s"] > 256 / 0.05 and last["stall"] == 0, (
+        "evaluating is no training time"
+    )
+    assert "(5x chance)" in capsys.readouterr().out
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    log = Log(tmp_path, 1, steps=40, batch=256)
+    log.wait(1.0)
+    log.step(1, 256, 1e9, 1e12, loss=5.5)
+    log.evaluation(1, 256, {"zero_shot/x/top1": 0.5}, "student")
+    log.say("hello")
+    log.picture("x", None, 0)
+    log.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+    log.warn("skipped 0.tar 17")
+    assert capsys.readouterr().out == "rank 1: skipped 0.tar 17\n", (
+        "but for what is wrong with their own data"
+    )
+
+
+def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
+    log = Log(tmp_path, 0, steps=40, batch=16)
+    for step in range(1, 7):
+        log.step(step, 16 * step, 1e9, 1e12, loss=1.0 * step)
+    log.close()
+    records = tmp_path / "metrics.jsonl"
+    with records.open("a") as file:
+        file.write('{"step": 7, "samples": 11')  # a kill cut it off; 11 is no more than 64
+    trim(records, 64)
+    assert [row["step"] for row in strict(records)] == [
+        1,
+        2,
+        3,
+        4,
+    ] and records.read_text().endswith("}\n")
+    log = Log(tmp_path, 0, steps=40, batch=16)
+    log.step(5, 80, 1e9, 1e12, loss=5.0)
+    log.close()
+    assert [row["samples"] for row in strict(records)] == [16, 32, 48, 64, 80]
+    trim(records, 0)
+    assert records.read_text() == ""
+    trim(tmp_path / "none.jsonl", 64)
+    assert sorted(p.name for p in tmp_path.glob("*.jsonl*")) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (999.7, "1k"),
+        (1000, "1k"),
+        (51_200, "51.2k"),
+        (999_499, "999k"),
+        (999_950, "1M"),
+        (12_800_000_000, "12.8B"),
+        (0.25, "0.25"),
+    ],
+)
+def test_short(count, text):
+    assert short(count) == text
+
+
+def test_clock():
+    assert (clock(0), clock(59.9), clock(61), clock(3600), clock(90_061)) == (
+        "0:00",
+        "0:59",
+        "1:01",
+        "1:00:00",
+        "25:01:01",
+    )
+
+
+def test_table():
+    lines = table(
+        {
+            "zero_shot/shapes/top1": 0.5,
+            "zero_shot/shapes/top5": 1.0,
+            "zero_shot/shapes/chance": 0.0417,
+            "retrieval/a_longer_name/image_to_text_r1": 0.125,
+        }
+    ).splitlines()
+    assert lines[0].split() == [
+        "zero_shot",
+        "shapes",
+        "top1",
+        "50.00%",
+        "top5",
+        "100.00%",
+        "chance",
+        "4.17%",
+        "(12x",
+        "chance)",
+    ]
+    assert lines[1].split() == ["retrieval", "a_longer_name", "image_to_text_r1", "12.50%"]
+    assert lines[0].index("top1") == lines[1].index("image_to_text_r1"), "in columns"
+
+
+def test_peak_of_this_machine():
+    assert peak_flops() > 1e8

@@ -1,0 +1,132 @@
+"""Two machines, each started by its own `deepspeed --hostfile H --no_ssh --node_rank N`, train as
+one process does.
+
+The machines are network namespaces joined by a cable: what reaches the other goes over addresses,
+as between real hosts. Needs root and iproute2; skipped, with the reason, where they are missing.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from glimpse.tests.helpers.tiny import ROOT, environment, settings, shards
+
+# also the interfaces', which may have 15 letters
+NAMES = [f"glimpse{os.getpid() % 100000}{side}" for side in "ab"]
+
+
+@pytest.fixture
+def nodes():
+    """The names of two namespaces, 10.77.0.1 and 10.77.0.2, with one cable between them; each end
+    is called as its namespace.
+    """
+    ip = shutil.which("ip")
+    if not ip or os.geteuid():
+        pytest.skip("network namespaces need root and iproute2 (the command ip)")
+
+    def call(*args):
+        return subprocess.run([ip, *args], capture_output=True, text=True)
+
+    try:
+        made = [call("netns", "add", name) for name in NAMES]
+        made.append(
+            call(
+                "link",
+                "add",
+                NAMES[0],
+                "netns",
+                NAMES[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                NAMES[1],
+                "netns",
+                NAMES[1],
+            )
+        )
+        if failed := [done.stderr.strip() for done in made if done.returncode]:
+            pytest.skip(f"this machine makes no network namespaces: {failed[0]}")
+        for n, name in enumerate(NAMES, 1):
+            for args in (
+                ["addr", "add", f"10.77.0.{n}/24", "dev", name],
+                ["link", "set", name, "up"],
+                ["link", "set", "lo", "up"],
+            ):
+                done = call("-n", name, *args)
+                assert not done.returncode, done.stderr
+        yield NAMES
+    finally:
+        for name in NAMES:
+            call("netns", "del", name)
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process(nodes, tmp_path):
+    data, schedule = shards(tmp_path / "data"), "samples=64"
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("worker-0 slots=1\nworker-1 slots=1\n")
+    launches = []
+    try:
+        for n, name in enumerate(nodes):
+            line = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                "deepspeed",
+                "--hostfile",
+                str(hosts),
+                "--no_ssh",
+                "--node_rank",
+                str(n),
+                "--master_addr",
+                "10.77.0.1",
+                "run/pretrain.py",
+                *settings(data, tmp_path / "two", schedule),
+            ]
+            launches.append(
+                subprocess.Popen(
+                    line,
+                    cwd=ROOT,
+                    env={**environment(), "GLOO_SOCKET_IFNAME": name},
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        said = [launch.communicate(timeout=120)[0] for launch in launches]
+    finally:
+        for launch in launches:
+            if launch.poll() is None:
+                os.killpg(launch.pid, signal.SIGKILL)
+    assert [launch.returncode for launch in launches] == [0, 0], "\n".join(
+        text[-2000:] for text in said
+    )
+    assert "2 ranks" in said[0] and "step 4/4" in said[0] and "step 4/4" not in said[1], (
+        "rank 0's node alone reports"
+    )
+    assert yaml.safe_load((tmp_path / "two/config.yaml").read_text())["provenance"]["ranks"] == 2
+    assert len((tmp_path / "two/command.txt").read_text().splitlines()) == 1
+    assert len(list((tmp_path / "two/checkpoints/step-00000004").glob("*optim_states.pt"))) == 2, (
+        "each node wrote its shard"
+    )
+
+    line = [sys.executable, "run/pretrain.py", *settings(data, tmp_path / "one", schedule)]
+    done = subprocess.run(
+        line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

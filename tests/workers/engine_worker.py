@@ -1,0 +1,247 @@
+"""Launched by test_engine.py on 2 ranks: what only a real engine shows, many cases in one process
+group, found values into a JSON file.
+
+    deepspeed --num_accelerators 2 tests/workers/engine_worker.py DATA OUT.json
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+if __package__ is None:  # started as a file: import from the repository root, not from tests/
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+from glimpse.data.loader import Batches
+from glimpse.data.shards import Shards
+from glimpse.model.methods import METHODS
+from glimpse.model.methods.clip import Clip
+from glimpse.run.lib import config, distributed
+from glimpse.run.train import checkpoint, engine, load_model, optim, zero_reader
+from glimpse.tests.helpers.tiny import TINY
+
+CLIP_FLAVOUR = [
+    "model.init=clip",
+    "model.vision.positions=learned",
+    "model.vision.pool=cls",
+    "model.vision.pre_norm=true",
+    "model.text.causal=true",
+    "model.text.pool=eot",
+    "optim.no_decay=[bias, norm, cls, logit_scale]",
+]
+
+
+class Unused(Clip):
+    """A layer that no forward enters."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.forgotten = torch.nn.Linear(8, 8)
+
+
+METHODS["unused"] = Unused
+
+
+class Cases:
+    def __init__(self, data: Path):
+        self.data = data
+
+    def config(self, stage: int, *more: str, bf16: bool = False):
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+            json.dump(
+                {
+                    "zero_optimization": {
+                        "stage": stage,
+                        "stage3_param_persistence_threshold": 1000,
+                    },
+                    "bf16": {"enabled": bf16},
+                },
+                file,
+            )
+        return config.load(
+            "run/configs/quickstart.yaml",
+            [
+                f"data.train={self.data}/train",
+                f"data.tokenizer=sentencepiece({self.data}/tokenizer.model)",
+                *TINY,
+                "views.image.mask=random(0.5)",
+                "optim.lr=3e-3",
+                f"deepspeed={file.name}",
+                *more,
+            ],
+        )
+
+    def trained(self, cfg, steps: int, **how) -> engine.Engine:
+        reader = config.reader(cfg)
+        batches = Batches(
+            reader,
+            Shards(cfg.data.train),
+            batch=cfg.batch,
+            rank=distributed.rank(),
+            world=distributed.world(),
+        )
+        trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
+        for parts in batches.stream(range(0, steps * cfg.batch, cfg.batch), pin=False):
+            self.loss = float(trainer.step(parts, 3e-3)[0])
+        self.parts = batches[steps * cfg.batch]
+        return trainer
+
+    def guard(self, stage: int) -> str:
+        """What a step says of a parameter without a gradient."""
+        try:
+            self.trained(self.config(stage, "method=unused"), 1)
+        except RuntimeError as error:
+            return str(error)
+        return "nothing"
+
+    def temperature(self, stage: int) -> dict:
+        """Under bf16, after three steps: the fp32 copy, the parameter that the forward sees,
+        residual and scale; then the clamp.
+        """
+        trainer = self.trained(self.config(stage, bf16=True), 3)
+        (module,) = trainer.temperatures
+        with gathered([module.logit_scale]):
+            copy, kind = module.logit_scale.item(), str(module.logit_scale.dtype)
+        master = safe_get_full_fp32_param(module.logit_scale)
+        found = dict(
+            master=master.item(),
+            copy=copy,
+            kind=kind,
+            residual=float(module.residual),
+            scale=self.scale(trainer),
+        )
+        trainer.ds.destroy()
+        hot = self.trained(self.config(stage, bf16=True), 1, load=heat)
+        found.update(clamped=self.scale(hot), loss=self.loss)
+        hot.ds.destroy()
+        return found
+
+    def scale(self, trainer) -> float:
+        with torch.no_grad():
+            return float(
+                trainer.ds(
+                    distributed.to_device(
+                        dict(views=self.parts[0]["views"], text=self.parts[0]["text"])
+                    )
+                )["scale"]
+            )
+
+    def groups(self, *flavour: str) -> list[dict]:
+        """The optimizer's groups of a method built under zero.Init: {name: numel} each."""
+        cfg = self.config(3, *flavour)
+        with deepspeed.zero.Init(config_dict_or_path=engine.merged(cfg, distributed.world())):
+            method = METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options)
+        names = {id(p): name for name, p in method.named_parameters()}
+        return [
+            {names[id(p)]: p.ds_numel for p in group["params"]}
+            for group in optim.groups(method, cfg.optim)
+        ]
+
+    def saved(self, stage: int, bf16: bool, then: int) -> dict:
+        """Train, save thrice with two kept; read the weights from the file; load them into a new
+        engine of another stage and seed.
+        """
+        cfg = self.config(stage, "model.vision.freeze_patch=true", bf16=bf16)
+        trainer, folder = (
+            self.trained(cfg, 2),
+            self.data / f"saved-{stage}-{bf16}-{then}" / "checkpoints",
+        )
+        for _ in range(3):
+            path = checkpoint.save(trainer, folder, dict(identity={}, shards=0), keep=2)
+            trainer.step(self.parts, 3e-3)
+        path = checkpoint.save(trainer, folder, dict(identity={}, shards=0), keep=2)
+        masters = self.weights(trainer)
+        trainer.ds.destroy()
+        read = {name: value.float() for name, value in zero_reader.weights(path).items()}
+        other = self.config(then, "seed=7", "model.vision.freeze_patch=true", bf16=bf16)
+        fresh = self.trained(other, 0, load=partial(load_model.load, path=path))
+        loaded = self.weights(fresh)
+        moments = [
+            state["exp_avg"]
+            for state in fresh.ds.optimizer.optimizer.state.values()
+            if "exp_avg" in state
+        ]
+        found = dict(
+            kept=sorted(p.name for p in folder.glob("step-*")),
+            newest=checkpoint.newest(folder.parent).name,
+            missing=sorted(masters.keys() - read.keys()),
+            count=len(masters),
+            read=[n for n in masters if n in read and not torch.equal(read[n], masters[n])],
+            loaded=[n for n in masters if not torch.equal(loaded[n], masters[n])],
+            moments=max((float(m.abs().max()) for m in moments if len(m)), default=0.0),
+            steps=fresh.ds.global_steps,
+        )
+        fresh.step(self.parts, 1e-3)
+        fresh.ds.destroy()
+        return found
+
+    def weights(self, trainer) -> dict[str, torch.Tensor]:
+        """{name: the whole fp32 weight}; what is frozen has no fp32 copy."""
+        found = {}
+        for name, parameter in trainer.method.named_parameters():
+            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            with gathered([parameter]):
+                found[name] = (
+                    (parameter if master is None else master).detach().float().cpu().clone()
+                )
+        return found
+
+    def stop(self) -> list[int]:
+        """The step after which each rank hears of a signal that only rank 1 got, before its
+        third.
+        """
+        stop, at = distributed.Stop(), -1
+        for step in range(10):
+            if step == 2 and distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if stop.asked() and at < 0:
+                at = step
+                break
+        both = torch.zeros(2)
+        both[distributed.rank()] = at
+        return distributed.total(both).tolist()
+
+
+def heat(method) -> None:
+    """A logit_scale far above ln 100."""
+    with engine.whole_parameter(method.towers.temperature.logit_scale) as whole:
+        whole.fill_(6.0)
+
+
+def gathered(parameters):
+    """Whole inside `with`, where they are sharded."""
+    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")])
+
+
+def main() -> None:
+    data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
+    distributed.start()
+    cases = Cases(Path(data))
+    found = {f"guard {stage}": cases.guard(stage) for stage in range(4)}
+    found |= {f"temperature {stage}": cases.temperature(stage) for stage in (1, 2, 3)}
+    found |= {"groups flip": cases.groups(), "groups clip": cases.groups(*CLIP_FLAVOUR)}
+    for stage, bf16, then in (
+        (0, False, 3),
+        (1, False, 3),
+        (3, False, 1),
+        (3, False, 3),
+        (1, True, 3),
+        (3, True, 1),
+        (3, True, 2),
+        (3, True, 3),
+    ):
+        found[f"saved {stage} {bf16} {then}"] = cases.saved(stage, bf16, then)
+    found["stop"] = cases.stop()
+    if distributed.rank() == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    distributed.run_script(main)
