@@ -39,7 +39,7 @@ from glimpse.run.lib.cli import run_script
 from glimpse.run.train import load_model
 from glimpse.run.verify import (
     open_any,
-    reference_libs,  # noqa: E402, F401
+    reference_libs,  # noqa: F401
 )
 from glimpse.run.verify import proofs as prove
 from glimpse.run.verify.describe import architecture, describe, size_of

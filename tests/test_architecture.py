@@ -175,7 +175,7 @@ def reached(start: str) -> list[str]:
         if path in seen:
             continue
         seen.add(path)
-        todo += [parent / "__init__.py" for parent in path.relative_to(ROOT).parents[:-1]]
+        todo += [ROOT / parent / "__init__.py" for parent in path.relative_to(ROOT).parents[:-1]]
         for name, _, lazy in imports(path.read_text()):
             if within(name, "glimpse") and not lazy:
                 todo += filter(None, [module_file(name)])
