@@ -1,7 +1,7 @@
-"""Evaluation sets that are a json beside folders of images: COCO captions, nocaps, Karpathy's
-splits, VQAv2.
+"""Evaluation sets stored as a json beside folders of images.
 
-A layout is a class; data/evals/layouts.py lists them.
+COCO captions, nocaps, Karpathy's splits and VQAv2. A layout is a class; data/evals/layouts.py lists
+them.
 """
 
 import json
@@ -17,42 +17,45 @@ from glimpse.data.evals.segmentation_layouts import Files
 
 
 def found(folder: Path, pattern: str) -> Path | None:
-    """The first file of that pattern in the folder or in its annotations/."""
-    return next(
-        (
-            path
-            for place in (folder, folder / "annotations")
-            for path in sorted(place.glob(pattern))
-        ),
-        None,
-    )
+    """Return the first file that matches the pattern in the folder or in its annotations/."""
+    for place in (folder, folder / "annotations"):
+        matches = sorted(place.glob(pattern))
+        if matches:
+            return matches[0]
+    return None
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[dict]:
-    """The content of a json; what it lacks becomes one ValueError that names it."""
+    """Yield the content of a json; a key it lacks becomes one ValueError that names the file."""
     try:
         yield json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"evals: {path}: cut off, or no json ({error})") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"evals: {path}: not in the layout of its name ({type(error).__name__}: {error})"
-        ) from None
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"evals: {path}: not in the layout of its name ({why})") from None
 
 
 def located(path: Path, folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """The files of these names, all in the first of the folders that has the first of them."""
+    """Return the files of these names, all in the first of the folders that has the first name.
+
+    ValueError: `path`, the json, lists no images, or some of them are missing.
+    """
     if not names:
         raise ValueError(f"evals: {path}: no images of this split in it")
     home = next((folder for folder in folders if (folder / names[0]).exists()), None)
     if home is None:
-        raise ValueError(
-            f"evals: {path}: its images, the first is {names[0]}, are not in"
-            f" {', '.join(map(str, folders))}"
-        )
-    listing = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
-    if missing := [name for name in names if Path(name).name not in listing((home / name).parent)]:
+        places = ", ".join(map(str, folders))
+        raise ValueError(f"evals: {path}: its images, the first is {names[0]}, are not in {places}")
+
+    # One listing a folder is much faster than a call of exists() an image.
+    @cache
+    def listing(folder: Path) -> set[str]:
+        return set(os.listdir(folder)) if folder.is_dir() else set()
+
+    missing = [name for name in names if Path(name).name not in listing((home / name).parent)]
+    if missing:
         raise ValueError(
             f"evals: {home} lacks {len(missing):,} of {len(names):,} images that {path.name} lists,"
             f" the first is {missing[0]}"
@@ -70,14 +73,17 @@ class Captioned(Files):
         return self.texts[i]
 
     def said(self, path: Path, texts: list[list[str]]) -> None:
-        if silent := [
-            i for i, lines in enumerate(texts) if not any(line.strip() for line in lines)
-        ]:
+        """Keep the captions of all images, stripped.
+
+        ValueError: an image has none but empty ones.
+        """
+        self.texts = [[line.strip() for line in lines if line.strip()] for lines in texts]
+        silent = [i for i, lines in enumerate(self.texts) if not lines]
+        if silent:
             raise ValueError(
                 f"evals: {path}: {len(silent):,} of {len(texts):,} images have no caption, the"
                 f" first is {self.key(silent[0])}"
             )
-        self.texts = [[line.strip() for line in lines if line.strip()] for lines in texts]
 
 
 class CocoCaptions(Captioned):
@@ -90,10 +96,10 @@ class CocoCaptions(Captioned):
         return any(found(folder, f"captions_{part}201[47].json") for part in cls.splits.values())
 
     def open(self, part: str) -> None:
-        path = found(self.folder, f"captions_{part}2017.json") or found(
-            self.folder, f"captions_{part}2014.json"
-        )
-        if not path:
+        path = found(self.folder, f"captions_{part}2017.json")
+        if path is None:
+            path = found(self.folder, f"captions_{part}2014.json")
+        if path is None:
             raise ValueError(
                 f"evals: {self.folder}: it needs captions_{part}2017.json in annotations/"
             )
@@ -101,28 +107,28 @@ class CocoCaptions(Captioned):
         self.read(path, [self.folder / images, self.folder / "images" / images])
 
     def read(self, path: Path, folders: Sequence[Path]) -> None:
-        """COCO's json: images, and annotations that belong to them."""
+        """Read COCO's json: images, and annotations that belong to them."""
         with reading(path) as content:
             self.images = {row["id"]: row for row in content["images"]}
             texts: dict[int, list[str]] = {number: [] for number in self.images}
             for row in content["annotations"]:
-                if row["image_id"] not in texts:
+                number = row["image_id"]
+                if number not in texts:
                     raise ValueError(
-                        f"evals: {path}: a caption belongs to image {row['image_id']}, which it"
-                        " does not list"
+                        f"evals: {path}: a caption belongs to image {number}, which it does not"
+                        " list"
                     )
-                texts[row["image_id"]].append(row["caption"])
+                texts[number].append(row["caption"])
             names = [row["file_name"] for row in self.images.values()]
         self.paths = located(path, folders, names)
         self.said(path, list(texts.values()))
 
 
 class Nocaps(CocoCaptions):
-    """nocaps_val_4500_captions.json and val/ or images/; its groups are in-domain, near-domain and
-    out-domain.
+    """nocaps_val_4500_captions.json and val/ or images/.
 
-    Its captions are there to score by. What is fitted is fitted to COCO's: captions_train2017.json
-    and train2017/ in the same folder.
+    Its groups are in-domain, near-domain and out-domain. Its captions are there to score by; a
+    model is fitted to COCO's: captions_train2017.json and train2017/ in the same folder.
     """
 
     splits = {"test": "val"}
@@ -133,9 +139,8 @@ class Nocaps(CocoCaptions):
 
     def open(self, part: str) -> None:
         path = found(self.folder, "nocaps_val*.json")
-        self.read(
-            path, [self.folder / name for name in ("val", "images", "validation", "images/val")]
-        )
+        places = ("val", "images", "validation", "images/val")
+        self.read(path, [self.folder / place for place in places])
         with reading(path):
             self.domains = [row["domain"] for row in self.images.values()]
 
@@ -143,12 +148,15 @@ class Nocaps(CocoCaptions):
         return self.domains[i]
 
     def other(self, split: str) -> Images:
-        return CocoCaptions(self.folder, split) if split == "train" else super().other(split)
+        if split == "train":
+            return CocoCaptions(self.folder, split)
+        return super().other(split)
 
 
 class Karpathy(Captioned):
-    """dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json, and the images; restval
-    is training, as its users have it.
+    """dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json, and the images.
+
+    restval belongs to the train split, as is usual.
     """
 
     splits = {"test": "test", "val": "val", "train": "train"}
@@ -163,26 +171,22 @@ class Karpathy(Captioned):
 
     def open(self, part: str) -> None:
         path = self.file(self.folder)
+        parts = ("train", "restval") if part == "train" else (part,)
         with reading(path) as content:
-            rows = [
-                row
-                for row in content["images"]
-                if row["split"] in (("train", "restval") if part == "train" else (part,))
-            ]
+            rows = [row for row in content["images"] if row["split"] in parts]
             names = [str(Path(row.get("filepath", ""), row["filename"])) for row in rows]
             texts = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
-        own = path.stem.removeprefix("dataset_")
-        self.paths = located(
-            path,
-            [self.folder / name for name in ("", "images", f"{own}-images", f"{own}_images")],
-            names,
-        )
+
+        data_set = path.stem.removeprefix("dataset_")
+        places = ("", "images", f"{data_set}-images", f"{data_set}_images")
+        self.paths = located(path, [self.folder / place for place in places], names)
         self.said(path, texts)
 
 
 class Vqa(Files):
-    """VQAv2: v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and
-    val2014/; a kind is an answer_type.
+    """VQAv2: its questions, annotations and val2014/; a question's kind is its answer_type.
+
+    v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json.
     """
 
     holds = "questions"
@@ -193,34 +197,39 @@ class Vqa(Files):
         return found(folder, "v2_OpenEnded_mscoco_*_questions.json") is not None
 
     def open(self, part: str) -> None:
-        files = [f"v2_OpenEnded_mscoco_{part}_questions.json", f"v2_mscoco_{part}_annotations.json"]
-        asking, telling = (found(self.folder, name) for name in files)
-        for path, name in zip((asking, telling), files):
-            if not path:
-                raise ValueError(f"evals: {self.folder}: it needs {name}")
-        with reading(telling) as content:
-            told = {
-                row["question_id"]: (tuple(a["answer"] for a in row["answers"]), row["answer_type"])
-                for row in content["annotations"]
-            }
-        self.asked: dict[int, list[Question]] = defaultdict(list)
-        with reading(asking) as content:
+        questions_file = self.needed(f"v2_OpenEnded_mscoco_{part}_questions.json")
+        answers_file = self.needed(f"v2_mscoco_{part}_annotations.json")
+
+        # By question: its answers and its kind.
+        answered: dict[int, tuple[tuple[str, ...], str]] = {}
+        with reading(answers_file) as content:
+            for row in content["annotations"]:
+                answers = tuple(answer["answer"] for answer in row["answers"])
+                answered[row["question_id"]] = (answers, row["answer_type"])
+
+        by_image: dict[int, list[Question]] = defaultdict(list)
+        with reading(questions_file) as content:
             for row in content["questions"]:
-                if row["question_id"] not in told:
+                number = row["question_id"]
+                if number not in answered:
                     raise ValueError(
-                        f"evals: {telling}: no answers to question {row['question_id']}; do both"
-                        " files come from one split?"
+                        f"evals: {answers_file}: no answers to question {number}; do both files"
+                        " come from one split?"
                     )
-                self.asked[row["image_id"]].append(
-                    Question(row["question"], *told[row["question_id"]])
-                )
-        names = [f"COCO_{part}_{number:012d}.jpg" for number in self.asked]
-        self.paths = located(
-            asking,
-            [self.folder / part, self.folder / "images" / part, self.folder / "images"],
-            names,
-        )
-        self.asked = list(self.asked.values())
+                answers, kind = answered[number]
+                by_image[row["image_id"]].append(Question(row["question"], answers, kind))
+
+        names = [f"COCO_{part}_{number:012d}.jpg" for number in by_image]
+        places = [self.folder / part, self.folder / "images" / part, self.folder / "images"]
+        self.paths = located(questions_file, places, names)
+        self.asked = list(by_image.values())
+
+    def needed(self, name: str) -> Path:
+        """Return the file of that name; ValueError: there is none."""
+        path = found(self.folder, name)
+        if path is None:
+            raise ValueError(f"evals: {self.folder}: it needs {name}")
+        return path
 
     def questions(self, i: int) -> list[Question]:
         return self.asked[i]

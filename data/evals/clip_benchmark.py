@@ -1,5 +1,4 @@
-"""Evaluation sets: folders in CLIP_benchmark's webdataset layout, read in shares that cover every
-sample once.
+"""Evaluation sets in CLIP_benchmark's webdataset layout, read in shares over all ranks.
 
     SET/classnames.txt
         a class a line; NAME;OTHER NAME where it has several
@@ -9,21 +8,16 @@ sample once.
         where only some of the classes compete: their numbers, a line each
     SET/test/0.tar ...
         key.webp|png|jpg with key.cls (the class's number) or key.txt (captions, one a line), or
-        with
-                                key.seg.png (a label map), key.npy (0 or 1 for each class), or
-                                key.json that holds
-                                questions: [{question, answers, kind}], or anchor, offset and labels
-                                of a video frame
-    SET/train/0.tar ...         the same, for what is fitted before it is evaluated (probes,
-                                fine-tuning, heads)
+        with key.seg.png (a label map), key.npy (0 or 1 for each class), or key.json that holds
+        questions: [{question, answers, kind}], or anchor, offset and labels of a video frame
+    SET/train/0.tar ...
+        the same, for what is fitted before it is evaluated (probes, fine-tuning, heads)
 
 Other layouts are classes of their own in data/evals/layouts.py. Names: n images on this rank in
-this
-round, L patches, P patch side.
+this round, m of them assigned to it, L patches, P patch side.
 """
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,13 +57,14 @@ class Question:
 
     text: str
     answers: tuple[str, ...]
-    kind: str = ""  # e.g. what, how many; accuracies are told for each
+    kind: str = ""  # e.g. what, how many; accuracies are reported for each
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A video frame: the anchor frame that it belongs to, how many frames it is away from it (0:
-    that itself), and its classes.
+    """A video frame: its anchor frame, how many frames it is away from that, and its classes.
+
+    offset 0: the anchor frame itself.
     """
 
     anchor: str
@@ -78,8 +73,9 @@ class Frame:
 
 
 class Images(ABC):
-    """Images by number, and what is known of each: `len(images)`; what a layout holds nothing of
-    raises ValueError.
+    """Images by number, and what is known of each; there are `len(images)`.
+
+    A method for something that the layout does not hold raises ValueError.
     """
 
     folder: Path
@@ -87,7 +83,7 @@ class Images(ABC):
 
     @property
     def name(self) -> str:
-        """What results go by."""
+        """Name of the set in results."""
         return self.folder.name
 
     @abstractmethod
@@ -95,22 +91,25 @@ class Images(ABC):
 
     @abstractmethod
     def image(self, i: int) -> bytes:
-        """Image i, encoded."""
+        """Return the encoded bytes of image i."""
 
     @abstractmethod
     def key(self, i: int) -> str:
-        """What a message calls it."""
+        """Return the name of image i in messages."""
 
     def place(self, i: int) -> str:
-        """Where image i is: keys are alike in many sets."""
+        """Describe where image i is: many sets have the same keys."""
         return f"{self.folder}: {self.key(i)} of {self.split}"
 
     def view(self, i: int, pre: Preprocess) -> np.ndarray:
-        """(H, W, 3) uint8: image i as the tower sees it.  ValueError: it cannot be read."""
+        """Return image i as the tower sees it, (H, W, 3) uint8.
+
+        ValueError: it cannot be read.
+        """
         return center_view(self.image(i), pre.image_size, pre.how, pre.interpolation)
 
     def lines(self, name: str) -> list[str]:
-        """The lines of a text file of the set."""
+        """Return the lines of a text file of the set."""
         path = self.folder / name
         if not path.exists():
             raise ValueError(f"evals: {self.folder}: it needs {name}")
@@ -122,51 +121,56 @@ class Images(ABC):
             ) from None
 
     def names(self) -> list[list[str]]:
-        """All names of each class, from classnames.txt; where class_subset.txt names some, of these
-        alone.
-        """
-        found = [prompts.synonyms(line) for line in self.lines("classnames.txt")]
-        if not all(found):
+        """Return all names of each class, from classnames.txt, or of the classes of `subset`."""
+        names = [prompts.synonyms(line) for line in self.lines("classnames.txt")]
+        if not all(names):
+            empty = names.index([]) + 1
             raise ValueError(
-                f"evals: {self.folder}: classnames.txt: line {found.index([]) + 1} is empty; line i"
-                " + 1 names class i"
+                f"evals: {self.folder}: classnames.txt: line {empty} is empty; line i + 1 names"
+                " class i"
             )
-        return [found[number] for number in self.subset] if self.subset else found
+        if self.subset:
+            return [names[number] for number in self.subset]
+        return names
 
     def classes(self) -> list[str]:
-        """The first name of each class."""
+        """Return the first name of each class."""
         return [names[0] for names in self.names()]
 
     @cached_property
     def subset(self) -> list[int]:
-        """What class_subset.txt holds, lines of classnames.txt from 0: class i of the set is the
-        i-th of these. []: all compete.
+        """Content of class_subset.txt, lines of classnames.txt from 0; []: all classes compete.
+
+        Class i of the set is the i-th of these.
         """
         if not (self.folder / "class_subset.txt").exists():
             return []
-        count, lines = len(self.lines("classnames.txt")), self.lines("class_subset.txt")
-        found = [int(line) if line.strip().isdecimal() else -1 for line in lines]
-        if len(set(found)) < len(found) or not all(0 <= number < count for number in found):
+        count = len(self.lines("classnames.txt"))
+        lines = self.lines("class_subset.txt")
+        numbers = [int(line) if line.strip().isdecimal() else -1 for line in lines]
+        repeated = len(set(numbers)) < len(numbers)
+        if repeated or not all(0 <= number < count for number in numbers):
             raise ValueError(
                 f"evals: {self.folder}: class_subset.txt: it holds lines of classnames.txt by"
                 f" number, 0 to {count - 1}, each once"
             )
-        return found
+        return numbers
 
     def templates(self, which: str = "") -> list[str]:
-        """A list of data/evals/prompts.py; by default the set's own, from
-        zeroshot_classification_templates.txt.
+        """Return a list of data/evals/prompts.py, or by default the set's own templates.
+
+        Those are in its zeroshot_classification_templates.txt.
         """
-        own = "zeroshot_classification_templates.txt"
-        if not which and not (self.folder / own).exists():
+        default = "zeroshot_classification_templates.txt"
+        if not which and not (self.folder / default).exists():
             raise ValueError(
-                f"evals: {self.folder}: no templates; it needs {own}, or give templates=7, 80 or a"
-                " file"
+                f"evals: {self.folder}: no templates;"
+                f" it needs {default}, or give templates=7, 80 or a file"
             )
-        return prompts.templates(which or self.folder / own)
+        return prompts.templates(which or self.folder / default)
 
     def prompts(self, which: str = "") -> list[list[str]]:
-        """For each class, each of its names in every template."""
+        """Return for each class all of its names in every template."""
         templates = self.templates(which)
         return [
             [template.replace("{c}", name) for name in names for template in templates]
@@ -174,71 +178,74 @@ class Images(ABC):
         ]
 
     def label(self, i: int) -> int:
-        """The class's number of image i."""
+        """Return the number of the class of image i."""
         raise self.lacks("classes of images")
 
     def present(self, i: int) -> np.ndarray:
-        """(C,) bool: which classes are in image i, where it may have several."""
+        """Return which classes are in image i, (C,) bool, where it may have several."""
         raise self.lacks("lists of classes of images")
 
     def frame(self, i: int) -> Frame:
-        """Where image i lies in a video."""
+        """Return the position of image i in a video."""
         raise self.lacks("video frames")
 
     def captions(self, i: int) -> list[str]:
-        """The captions of image i, in order."""
+        """Return the captions of image i, in order."""
         raise self.lacks("captions")
 
     def label_map(self, i: int) -> np.ndarray:
-        """(H, W) uint8: the class's number of each pixel of image i, at its full size; IGNORE: of
-        none.
+        """Return the class of each pixel of image i at its full size, (H, W) uint8.
+
+        IGNORE: a pixel of no class.
         """
         raise self.lacks("label maps")
 
     def questions(self, i: int) -> list[Question]:
-        """What is asked about image i."""
+        """Return the questions about image i."""
         raise self.lacks("questions")
 
     def group(self, i: int) -> str:
-        """The part of the set that image i is in, where each has results of its own, as nocaps'
-        domains; '' where there are none.
+        """Return the part of the set that image i is in, or '' if the set has no parts.
+
+        Each part has results of its own, like nocaps' domains.
         """
         return ""
 
     def lacks(self, what: str) -> ValueError:
+        """Return the error that the set has nothing of this kind."""
         return ValueError(
             f"evals: {self.folder}: no {what} in it, or none in a layout that is known"
             " (docs/evaluating.md)"
         )
 
     def other(self, split: str) -> "Images":
-        """Another split of the same set; ValueError if it has none of that name."""
+        """Return another split of the same set; ValueError if it has none of that name."""
         return type(self)(self.folder, split)
 
     def rounds(
         self, pre: Preprocess, batch: int, mine: Sequence[int], turns: int, workers: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """`turns` rounds over the images `mine`: indices (m,), patches (n, L, 3*P*P) uint8,
-        positions (n, L); the first m <= n are its own.
+        """Yield `turns` rounds over this rank's images, `mine`.
 
-        Where its own are used up, a round shows image 0 and owns nothing: under ZeRO-3 all ranks
-        must go through the tower in step.
+        A round is indices (m,), patches (n, L, 3*P*P) uint8 and positions (n, L); its first m <= n
+        images are those of the indices. When this rank's images are used up, a round shows image 0
+        and has m = 0: under ZeRO-3 all ranks must go through the tower in step.
         """
-        yield from DataLoader(
-            _Rounds(self, pre, batch, mine, turns),
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=quiet_worker if workers else None,
-        )
+        rounds = _Rounds(self, pre, batch, mine, turns)
+        start = quiet_worker if workers else None
+        yield from DataLoader(rounds, batch_size=None, num_workers=workers, worker_init_fn=start)
 
 
 class Benchmark(Images):
-    """A set in that layout, in a folder or at a URL: its classes and templates (none for retrieval)
-    and its images.
+    """A set in that layout, in a folder or at a URL.
+
+    It has classes and templates (none for retrieval) and images.
     """
 
     def __init__(self, folder: str | Path, split: str = "test"):
-        self.source, self.folder, self.split = folder, local(folder, split), split
+        self.source = folder
+        self.folder = local(folder, split)
+        self.split = split
         if not (self.folder / split).is_dir():
             raise ValueError(
                 f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's"
@@ -268,45 +275,39 @@ class Benchmark(Images):
         return self.numbered(i, int(text))
 
     def numbered(self, i: int, label: int) -> int:
-        """A class's number as image i has it -> as it competes."""
-        if self.subset and label not in self.subset:
+        """Convert a class's number in the files of image i to its number in `names`."""
+        if not self.subset:
+            return label
+        if label not in self.subset:
             raise ValueError(
                 f"evals: {self.folder}: {self.key(i)} is of class {label}, which class_subset.txt"
                 " has not"
             )
-        return self.subset.index(label) if self.subset else label
+        return self.subset.index(label)
 
     def present(self, i: int) -> np.ndarray:
         with self.reading(i, "npy"):
-            found = np.load(BytesIO(self.member(i, "npy"))).reshape(-1) > 0  # refuses pickles
-        return found[self.subset] if self.subset else found
+            values = np.load(BytesIO(self.member(i, "npy")))  # refuses pickles
+            present = values.reshape(-1) > 0
+        return present[self.subset] if self.subset else present
 
     def frame(self, i: int) -> Frame:
         with self.reading(i, "json"):
             row = json.loads(self.member(i, "json"))
-            if (
-                not isinstance(row, dict)
-                or not {"anchor", "offset", "labels"} <= row.keys()
-                or not row["labels"]
-            ):
+            is_frame = isinstance(row, dict) and {"anchor", "offset", "labels"} <= row.keys()
+            if not is_frame or not row["labels"]:
                 raise self.lacks("video frames (json with anchor, offset and labels)")
-            return Frame(
-                str(row["anchor"]),
-                int(row["offset"]),
-                tuple(self.numbered(i, label) for label in row["labels"]),
-            )
+            anchor, offset = str(row["anchor"]), int(row["offset"])
+            return Frame(anchor, offset, tuple(self.numbered(i, label) for label in row["labels"]))
 
     def captions(self, i: int) -> list[str]:
         with self.reading(i, "captions"):
-            found = [
-                line
-                for text in self.shards.read(i, only=CAPTIONS).captions
-                for line in text.splitlines()
-                if line.strip()
-            ]
-            if not found:
+            texts = self.shards.read(i, only=CAPTIONS).captions
+            lines = [line for text in texts for line in text.splitlines()]
+            captions = [line for line in lines if line.strip()]
+            if not captions:
                 raise ValueError("none but empty ones")
-            return found
+            return captions
 
     def label_map(self, i: int) -> np.ndarray:
         with self.reading(i, "seg.png"):
@@ -317,39 +318,42 @@ class Benchmark(Images):
             row = json.loads(self.member(i, "json"))
             if not isinstance(row, dict) or "questions" not in row:
                 raise self.lacks("questions")
-            return [
-                Question(q["question"], tuple(q["answers"]), q.get("kind", ""))
-                for q in row["questions"]
-            ]
+            questions = []
+            for entry in row["questions"]:
+                answers = tuple(entry["answers"])
+                questions.append(Question(entry["question"], answers, entry.get("kind", "")))
+            return questions
 
     @contextmanager
     def reading(self, i: int, what: str) -> Iterator[None]:
-        """Whatever is wrong with a part of sample i becomes one ValueError that names it."""
+        """Turn whatever is wrong with a part of sample i into one ValueError that names it."""
         try:
             yield
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             if str(error).startswith("evals: "):
                 raise
-            why = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+            # The message of a KeyError is the key alone: it needs its type to be understood.
+            why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"evals: {self.folder}: {self.key(i)}: its {what} cannot be read ({why})"
             ) from None
 
     def member(self, i: int, extension: str) -> bytes:
-        """One file of sample i."""
+        """Return one file of sample i."""
         sample = self.shards.read(i, only=(extension,))
         if extension not in sample.parts:
+            available = ", ".join(sample.parts)
             raise ValueError(
-                f"evals: {self.folder}: {sample.shard} {sample.key} has no {extension} (has"
-                f" {', '.join(sample.parts)})"
+                f"evals: {self.folder}: {sample.shard} {sample.key} has no {extension}"
+                f" (has {available})"
             )
         return sample.parts[extension]
 
 
 def decode_map(data: bytes) -> np.ndarray:
-    """A grey or palette PNG -> (H, W) uint8 as it is stored.
+    """Return the numbers that a gray or palette PNG stores, (H, W) uint8.
 
-    ValueError: it has colours, or numbers above 255.
+    ValueError: it has colors, or numbers above 255.
     """
     with opened(data) as image:
         stored = np.array(image)
@@ -361,11 +365,18 @@ def decode_map(data: bytes) -> np.ndarray:
 
 
 class _Rounds(Dataset):
+    """The rounds of `Images.rounds`."""
+
     def __init__(
         self, images: Images, pre: Preprocess, batch: int, mine: Sequence[int], turns: int
     ):
-        self.images, self.pre, self.batch, self.mine, self.turns = images, pre, batch, mine, turns
-        self.everything = np.arange(math.prod(grid(*sides(pre.image_size), pre.patch)))
+        self.images = images
+        self.pre = pre
+        self.batch = batch
+        self.mine = mine
+        self.turns = turns
+        rows, columns = grid(*sides(pre.image_size), pre.patch)
+        self.everything = np.arange(rows * columns)
 
     def __len__(self) -> int:
         return self.turns
@@ -373,10 +384,10 @@ class _Rounds(Dataset):
     def __getitem__(self, turn: int) -> tuple[Tensor, Tensor, Tensor]:
         if turn >= self.turns:
             raise IndexError
-        mine = list(self.mine[turn * self.batch : (turn + 1) * self.batch])
-        patches = torch.from_numpy(np.stack([self.patches(i) for i in mine or [0]]))
+        indices = list(self.mine[turn * self.batch : (turn + 1) * self.batch])
+        patches = np.stack([self.patches(i) for i in indices or [0]])
         positions = torch.from_numpy(self.everything).expand(len(patches), -1)
-        return torch.tensor(mine, dtype=torch.int64), patches, positions
+        return torch.tensor(indices, dtype=torch.int64), torch.from_numpy(patches), positions
 
     def patches(self, i: int) -> np.ndarray:
         try:
