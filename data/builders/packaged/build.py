@@ -3,12 +3,11 @@ CLIP_benchmark's layout (data/evals/clip_benchmark.py).
 
     OUT/NAME/                 the set: classnames.txt, zeroshot_classification_templates.txt,
                               train/, test/; or a folder of sets, NAME_*
-    OUT/NAME/LICENSES.txt     whose it is
+    OUT/NAME/LICENSES.txt     its package, and the license
     OUT/NAME/packaged.json    the package's version, and counts
 
-data/builders/packaged/arrays.py and data/builders/packaged/pictures.py know what is in each. To add
-one: a function
-there and its row in SETS.
+data/builders/packaged/arrays.py and data/builders/packaged/pictures.py read the packages. To add a
+set, add a function there and its row in SETS.
 """
 
 import json
@@ -44,62 +43,66 @@ SETS: dict[str, Callable[[Path, Path], Found]] = dict(
 
 
 def build(name: str, out: Path, *, cache: Path, glyphs: Path = Path("datasets/glyphs")) -> dict:
-    """Make the set `name` in out/name, or find it finished there; returns what packaged.json holds.
+    """Build the set `name` in out/name unless it is finished; return the content of packaged.json.
 
     cache: where packages are kept between builds; glyphs: a finished build of
-    data/builders/glyphs/build.py, for
-    glyphs_families.
+    data/builders/glyphs/build.py, for glyphs_families.
     """
     if name not in SETS:
         raise ValueError(f"packaged: unknown {name!r}; known: {', '.join(sorted(SETS))}")
-    home, settings = out / name, dict(format=FORMAT, name=name)
+    home = out / name
+    settings = dict(format=FORMAT, name=name)
     if home.exists() and (done := finished(home, settings, "packaged")):
         say(f"{home}: already built")
         return done
+
     say(f"making {name}; what it comes in is fetched once and kept in {cache}")
-    found = SETS[name](cache, glyphs)
+    source = SETS[name](cache, glyphs)
     out.mkdir(parents=True, exist_ok=True)
-    # broken off, a build leaves no set
+
+    # Written to a temporary folder first: an interrupted build leaves no set.
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}.") as folder:
         new = Path(folder, "new")
         new.mkdir()
         sets = {}
-        for s in found.sets:
-            write_set(new if s.name == name else new / s.name, s)
-            sets[s.name] = dict(
-                classes=len(s.classes),
-                **{split: len(samples) for split, samples in s.splits.items()},
-            )
+        for eval_set in source.sets:
+            # The set of the same name is the folder itself, not a folder in it.
+            where = new if eval_set.name == name else new / eval_set.name
+            write_set(where, eval_set)
+            counts = {split: len(samples) for split, samples in eval_set.splits.items()}
+            sets[eval_set.name] = dict(classes=len(eval_set.classes), **counts)
         summary = dict(
             settings=settings,
-            package=found.package,
-            version=found.version,
-            licence=found.licence,
+            package=source.package,
+            version=source.version,
+            licence=source.licence,
             sets=sets,
         )
-        (new / "LICENSES.txt").write_text(
-            f"{name}: {found.package} {found.version}, {found.licence}\n\n{found.text.rstrip()}\n"
-        )
+        credit = f"{name}: {source.package} {source.version}, {source.licence}"
+        (new / "LICENSES.txt").write_text(f"{credit}\n\n{source.text.rstrip()}\n")
         (new / "packaged.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         os.rename(new, home)
     return summary
 
 
-def write_set(folder: Path, s: EvalSet) -> None:
-    for split, samples in s.splits.items():
+def write_set(folder: Path, eval_set: EvalSet) -> None:
+    """Write an evaluation set in CLIP_benchmark's layout."""
+    for split, samples in eval_set.splits.items():
         write_split(folder / split, samples)
-    if s.classes:
-        (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in s.classes))
-        (folder / "zeroshot_classification_templates.txt").write_text(
-            "".join(f"{template}\n" for template in s.templates)
-        )
+    if eval_set.classes:
+        classes = "".join(f"{name}\n" for name in eval_set.classes)
+        templates = "".join(f"{template}\n" for template in eval_set.templates)
+        (folder / "classnames.txt").write_text(classes)
+        (folder / "zeroshot_classification_templates.txt").write_text(templates)
     else:
         (folder / "dataset_type.txt").write_text("retrieval\n")
 
 
 def write_split(folder: Path, samples: Iterable[Sample]) -> None:
+    """Write the shards of a split, SHARD samples each, with nshards.txt and the index."""
     folder.mkdir(parents=True)
-    samples, shards = iter(samples), 0
+    samples = iter(samples)
+    shards = 0
     while first := next(samples, None):
         write_shard(folder / f"{shards}.tar", chain([first], islice(samples, SHARD - 1)))
         shards += 1

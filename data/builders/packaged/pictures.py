@@ -1,14 +1,14 @@
-"""Packaged sets of pictures, for data/builders/packaged/build.py: one function a name, from the
-cache of packages
-to evaluation sets.
+"""Packaged sets of pictures, for data/builders/packaged/build.py.
+
+Each set has one function, which turns the cache of packages into evaluation sets:
 
     tuxstamps         Debian tuxpaint-stamps-default   a retrieval set for each language: the same
-                      pictures, translated sentences
+                                                       pictures, translated sentences
     gcompris          Debian gcompris-qt-data          its photographs, named
-    glyphs_families   a glyphs set that is there       the held-out drawing styles that its own
-                      eval/ leaves out
+    glyphs_families   a finished glyphs set            the held-out drawing styles that its eval/
+                                                       leaves out
 
-Training never sees any of them: data/builders/glyphs/build.py holds them out.
+Training never sees any of these pictures: data/builders/glyphs/build.py holds them out.
 """
 
 import io
@@ -32,13 +32,11 @@ from glimpse.data.builders.packaged.arrays import EvalSet, Found
 from glimpse.data.builders.packages import copyright_of, debian
 from glimpse.data.shards import Shards
 
-NO_WORDS = Vocabulary({"en": {}}, {})  # which emoji a name means does not matter here
+NO_WORDS = Vocabulary({"en": {}}, {})  # the emoji that a name means is not used here
 
 
 def unpacked(style: str, cache: Path) -> tuple[list[Glyph], dict[str, str]]:
-    """The glyphs of one of data/builders/glyphs/extras.py's styles, and the last four fields of a
-    Found.
-    """
+    """Return the glyphs of a style of glyphs/extras.py, and the last four fields of a Found."""
     package, licence, patterns = extras.PACKAGES[style]
     folder, version = debian(cache / "debian", package, patterns)
     credit = dict(
@@ -47,51 +45,58 @@ def unpacked(style: str, cache: Path) -> tuple[list[Glyph], dict[str, str]]:
         licence=licence.partition(",")[0],
         text=copyright_of(cache / "debian", package),
     )
-    return list(getattr(extras, style)(folder, NO_WORDS)), credit
+    read_glyphs = getattr(extras, style)
+    return list(read_glyphs(folder, NO_WORDS)), credit
 
 
 # --------------------------------------------------------------------------------------------------
 # tuxstamps
 
-FEWEST = 300  # captions of a language, else it is left out: recall among few is high by chance
+# A language with fewer captions is left out: recall among few is high by chance.
+FEWEST = 300
 
 
 def tuxstamps(cache: Path, glyphs: Path) -> Found:
-    """tuxstamps_LANG, LANG as the package writes it (pt_BR): the first picture, of those that show
-    on white, of every sentence.
+    """Read one retrieval set a language, tuxstamps_LANG, LANG as the package writes it (pt_BR).
+
+    A set has the first picture of every sentence; pictures that do not show on white are left out.
     """
     stamps, credit = unpacked("tuxstamps", cache)
     images = {g.name: on_white(image_of(g), g.extension) for g in stamps}
     stamps = [g for g in stamps if not blank(images[g.name])]
+
+    # The languages with the most captions come first.
+    languages = Counter(language for g in stamps for language in g.about["captions"])
     sets = []
-    for language, _ in Counter(
-        language for g in stamps for language in g.about["captions"]
-    ).most_common():
+    for language, _ in languages.most_common():
         first: dict[str, Glyph] = {}
         for g in stamps:
-            if caption := g.about["captions"].get(language, "").strip():
+            caption = g.about["captions"].get(language, "").strip()
+            if caption:
                 first.setdefault(caption, g)
-        if len(first) >= FEWEST:
-            samples = [
-                (g.name, {g.extension: images[g.name], "txt": caption.encode()})
-                for caption, g in first.items()
-            ]
-            sets.append(EvalSet(f"tuxstamps_{language}", dict(test=samples)))
+        if len(first) < FEWEST:
+            continue
+        samples = []
+        for caption, g in first.items():
+            parts = {g.extension: images[g.name], "txt": caption.encode()}
+            samples.append((g.name, parts))
+        sets.append(EvalSet(f"tuxstamps_{language}", dict(test=samples)))
     return Found(sets, **credit)
 
 
 def blank(image: bytes) -> bool:
-    """Whether nothing is to be seen, as of a white drawing on white."""
+    """Return True if every pixel is white, as of a white drawing on white."""
     with Image.open(io.BytesIO(image)) as opened:
-        return opened.convert("L").getextrema()[0] == 255
+        darkest, _brightest = opened.convert("L").getextrema()
+    return darkest == 255
 
 
 # --------------------------------------------------------------------------------------------------
 # gcompris
 
 PHOTOS = ("categorization", "erase", "explore")  # the folders of photographs; 'lang' holds cartoons
-# what its file says -> what the photograph shows; "" leaves it out: no name, or one that fits
-# another class too
+# Caption from the file's name -> what the photograph shows; "" leaves the photograph out: it has no
+# usable name, or one that fits another class too.
 MENDED = {
     "alphabets": "letter blocks",
     "blackslate": "blackboard",
@@ -144,82 +149,88 @@ MENDED = {
 
 
 def gcompris(cache: Path, glyphs: Path) -> Found:
-    """Photographs of animals, monuments, tools and power plants; most classes have one, fish have
-    28.
+    """Read the photographs of animals, monuments, tools and power plants of GCompris.
+
+    Most classes have one photograph; fish have 28.
     """
-    found, credit = unpacked("gcompris", cache)
-    members = [
-        (g, MENDED.get(g.caption, g.caption)) for g in found if g.about["group"].startswith(PHOTOS)
-    ]
-    return Found(
-        [
-            classified(
-                "gcompris", [(g, name) for g, name in members if name], ("a photo of a {c}.", "{c}")
-            )
-        ],
-        **credit,
-    )
+    pictures, credit = unpacked("gcompris", cache)
+    members = []
+    for g in pictures:
+        name = MENDED.get(g.caption, g.caption)
+        if name and g.about["group"].startswith(PHOTOS):
+            members.append((g, name))
+    sets = [classified("gcompris", members, ("a photo of a {c}.", "{c}"))]
+    return Found(sets, **credit)
 
 
 def classified(name: str, members: list[tuple[Glyph, str]], templates: tuple[str, ...]) -> EvalSet:
-    """(glyph, the name of its class) -> a set with a test split, on white."""
-    classes = tuple(sorted({c for _, c in members}))
-    number = {c: str(i).encode() for i, c in enumerate(classes)}
-    samples = [
-        (g.name, {g.extension: on_white(image_of(g), g.extension), "cls": number[c]})
-        for g, c in members
-    ]
+    """Make a set with a test split, on white, of (glyph, name of its class)."""
+    classes = tuple(sorted({class_name for _, class_name in members}))
+    number = {class_name: str(i).encode() for i, class_name in enumerate(classes)}
+    samples = []
+    for g, class_name in members:
+        parts = {g.extension: on_white(image_of(g), g.extension), "cls": number[class_name]}
+        samples.append((g.name, parts))
     return EvalSet(name, dict(test=samples), classes, templates)
 
 
 # --------------------------------------------------------------------------------------------------
-# glyphs families
+# glyphs_families
 
 
 def glyphs_families(cache: Path, glyphs: Path) -> Found:
-    """SIDE_STYLE: of every held-out style that glyphs/eval has no sets of, the concepts that
-    training saw in other styles, or did not.
+    """Read sets SIDE_concepts_STYLE of every held-out style that glyphs/eval has no sets of.
+
+    SIDE: "seen" concepts are those that the training shards hold in other styles, "unseen" those
+    that are held out.
     """
     if not (glyphs / "glyphs.json").exists():
         raise ValueError(
             f"--glyphs: {glyphs} holds no glyphs set; make it first: python run/prepare.py glyphs"
             f" --out {glyphs}"
         )
-    train, heldout = (Shards([glyphs / split]) for split in ("train", "heldout"))
+    train = Shards([glyphs / "train"])
+    heldout = Shards([glyphs / "heldout"])
     seen = {about(train, i)["concept"] for i in range(len(train))}
+
+    # Sort the held-out emoji by set; a concept on neither side is in none.
     members: dict[str, list[Glyph]] = {}
     for i in range(len(heldout)):
-        if (
-            (told := about(heldout, i))["style"] in UNSEEN_STYLES
-            and told["style"] != UNSEEN_STYLE
-            and told["emoji"]
-            and not told["toned"]
-        ):
-            side = (
-                "unseen"
-                if told["concept_split"] == "test"
-                else "seen"
-                if told["concept"] in seen
-                else ""
-            )
-            sample = heldout[i]
-            [extension] = set(sample.parts) & set(ENCODING)
-            glyph = Glyph(told["style"], sample.key, extension, sample.caption, told, sample.image)
-            members.setdefault(f"{side}_concepts_{told['style']}", []).append(glyph)
-    sets = [
-        classified(name, [(g, g.caption) for g in by_caption(found)], (TEMPLATES.strip(),))
-        for name, found in sorted(members.items())
-        if not name.startswith("_")
-    ]
+        record = about(heldout, i)
+        side = side_of(record, seen)
+        if not in_families(record) or not side:
+            continue
+        style = record["style"]
+        sample = heldout[i]
+        [extension] = set(sample.parts) & set(ENCODING)
+        glyph = Glyph(style, sample.key, extension, sample.caption, record, sample.image)
+        members.setdefault(f"{side}_concepts_{style}", []).append(glyph)
+
+    templates = (TEMPLATES.strip(),)
+    sets = []
+    for name, pictures in sorted(members.items()):
+        captioned = [(g, g.caption) for g in by_caption(pictures)]
+        sets.append(classified(name, captioned, templates))
+
     version = json.loads((glyphs / "glyphs.json").read_text())["settings"]["format"]
-    return Found(
-        sets,
-        "run/prepare.py glyphs",
-        f"format {version}",
-        "as below",
-        (glyphs / "LICENSES.txt").read_text(),
-    )
+    text = (glyphs / "LICENSES.txt").read_text()
+    return Found(sets, "run/prepare.py glyphs", f"format {version}", "as below", text)
+
+
+def in_families(record: dict) -> bool:
+    """Return True for an emoji without skin tone, in a held-out style that eval/ leaves out."""
+    if record["style"] not in UNSEEN_STYLES or record["style"] == UNSEEN_STYLE:
+        return False
+    return bool(record["emoji"] and not record["toned"])
+
+
+def side_of(record: dict, seen: set[str]) -> str:
+    """Return "unseen" for a held-out concept, "seen" for one that training saw, or ""."""
+    if record["concept_split"] == "test":
+        return "unseen"
+    return "seen" if record["concept"] in seen else ""
 
 
 def about(shards: Shards, i: int) -> dict:
+    """Return the json member of sample number i."""
     return json.loads(shards.read(i, only=("json",)).parts["json"])
