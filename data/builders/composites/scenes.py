@@ -1,22 +1,21 @@
-"""Composites: scenes of several drawings (data/builders/glyphs/build.py) on a canvas, of which
-everything is known
-exactly.
+"""Composites: scenes of several drawings (data/builders/glyphs/build.py) on a canvas, with complete
+annotations.
 
-    OUT/train/0.tar ...          scenes to train on: key.webp, .seg.png, .json; a training set, as
-                                 its json lists the captions
-    OUT/test/0.tar ...           the same of drawings that OUT/train never shows (in styles that it
-                                 does), and .txt, a caption a line
-    OUT/unseen_style/test/...    the same of styles that it never shows; OUT/unseen_style/train is
-                                 OUT/train
+    OUT/train/0.tar ...          scenes to train on: key.webp, .seg.png, .json; as a training set,
+                                 it has its captions in the json
+    OUT/test/0.tar ...           scenes of drawings that OUT/train never shows (in styles that it
+                                 does show), and .txt, a caption a line
+    OUT/unseen_style/test/...    scenes of styles that OUT/train never shows; OUT/unseen_style/train
+                                 is a link to OUT/train
     OUT/classnames.txt, OUT/zeroshot_classification_templates.txt, OUT/composites.json,
         OUT/LICENSES.txt
 
-So OUT and OUT/unseen_style are evaluation sets (data/evals/clip_benchmark.py). key.seg.png: of each
-pixel the
-class of the uppermost drawing that covers more than half of it; IGNORE on the background. key.json:
-{caption: [...], boxes: [{name, class, box: [left, top, right, bottom]}], questions: [{question,
-answers, kind}]}, where a box just holds what is visible. A scene depends on the seed, its set and
-its number alone.
+So OUT and OUT/unseen_style are evaluation sets (data/evals/clip_benchmark.py).
+
+key.seg.png: for each pixel the class of the uppermost drawing that covers more than half of it;
+IGNORE on the background. key.json: {caption: [...], boxes: [{name, class, box: [left, top, right,
+bottom]}], questions: [{question, answers, kind}]}, where a box tightly encloses the visible part.
+A scene depends only on the seed, its set and its number.
 """
 
 import hashlib
@@ -50,14 +49,14 @@ CANVAS = 96
 # things in a scene -> their longer side, at least and at most
 SIDES = {1: (36, 72), 2: (30, 50), 3: (26, 42), 4: (24, 36)}
 HOW_MANY = (0.15, 0.35, 0.3, 0.2)  # chances of 1 .. 4 things
-TWIN = 0.3  # chance that a thing is of the same name as the one before
-OVERLAP = 0.1  # of a smaller box, that another may cover
+TWIN = 0.3  # chance that a thing has the name of the previous one
+OVERLAP = 0.1  # share of the smaller of two boxes that the other may cover
 TILT = 12  # degrees to either side
 STORED = 64  # pixels: drawings are kept at this size
-# the third of that family is bare strokes: its alpha is no mask of the thing
+# The third style of that family is bare strokes: its alpha is no mask of the thing.
 UNSEEN = ("fluent3d", "fluent-emoji-flat")
 SHARD = 1000
-Drawings = Mapping[str, list[Image.Image]]  # name -> RGBA drawings, cut to what is drawn
+Drawings = Mapping[str, list[Image.Image]]  # name -> RGBA drawings, cropped
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,13 @@ def build(
     concepts: Mapping[str, str] = CONCEPTS,
     progress: Progress = bar,
 ) -> dict:
-    """Make the set in `out`, or find it finished there; returns what composites.json holds.
+    """Build the set in `out` unless it is finished; return the content of composites.json.
 
-    glyphs: a finished glyphs set; train, test, unseen: scenes; concepts: name -> caption of its
-    glyphs.
+    glyphs: a finished glyphs set; train, test, unseen: numbers of scenes; concepts: name -> caption
+    of its glyphs.
     """
-    if not (record := glyphs / "glyphs.json").exists():
+    record = glyphs / "glyphs.json"
+    if not record.exists():
         raise ValueError(
             f"{glyphs}: no finished glyphs set; run: run/prepare.py glyphs --out {glyphs}"
         )
@@ -99,34 +99,36 @@ def build(
     )
     if out.exists() and (done := finished(out, settings, "composites")):
         return done
+
     drawings = read_drawings(glyphs, concepts)
+    counts = {}
+    for part, by_name in drawings.items():
+        counts[part] = {name: len(images) for name, images in by_name.items()}
+
+    # Written to a temporary folder first: an interrupted build leaves no `out`.
     out.parent.mkdir(parents=True, exist_ok=True)
-    # broken off, a build leaves no `out`
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         new = Path(folder, "new")
-        counts = {
-            part: {name: len(images) for name, images in by_name.items()}
-            for part, by_name in drawings.items()
-        }
-        parts = (
-            ("train", new, train),
-            ("test", new, test),
-            ("unseen", new / "unseen_style", unseen),
-        )
+        unseen_style = new / "unseen_style"
+        parts = (("train", new, train), ("test", new, test), ("unseen", unseen_style, unseen))
         for number, (part, where, scenes) in enumerate(parts):
             write_scenes(where, part, drawings[part], (seed, number), scenes, progress)
-            (where / "classnames.txt").write_text("".join(f"{name}\n" for name in concepts))
-            (where / "zeroshot_classification_templates.txt").write_text(
-                "".join(f"{line}\n" for line in TEMPLATES)
-            )
-        (new / "unseen_style" / "train").symlink_to("../train")
+            write_classes(where, concepts)
+        (unseen_style / "train").symlink_to("../train")
         shutil.copy(glyphs / "LICENSES.txt", new / "LICENSES.txt")
         summary = dict(settings=settings, drawings=counts)
-        (new / "composites.json").write_text(
-            json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-        )
+        text = json.dumps(summary, indent=1, ensure_ascii=False)
+        (new / "composites.json").write_text(text + "\n")
         os.rename(new, out)
     return summary
+
+
+def write_classes(folder: Path, concepts: Mapping[str, str]) -> None:
+    """Write the names of the classes and the templates."""
+    names = "".join(f"{name}\n" for name in concepts)
+    templates = "".join(f"{template}\n" for template in TEMPLATES)
+    (folder / "classnames.txt").write_text(names)
+    (folder / "zeroshot_classification_templates.txt").write_text(templates)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,54 +136,72 @@ def build(
 
 
 def read_drawings(glyphs: Path, concepts: Mapping[str, str]) -> dict[str, Drawings]:
-    """{train, test, unseen} -> the drawings of each: a third of the seen styles' for test, the
-    unseen styles' for unseen.
+    """Return {train, test, unseen} -> the drawings of each concept.
+
+    test has a third of the drawings in seen styles, train the others; unseen has the drawings in
+    the styles UNSEEN. ValueError: a concept has too few drawings.
     """
-    found: dict[str, dict[str, list]] = {"train": defaultdict(list), "heldout": defaultdict(list)}
-    names = {caption: name for name, caption in concepts.items()}
-    for part, by_name in found.items():
-        shards = Shards([glyphs / part])
-        for sample in map(shards.__getitem__, range(len(shards))):
-            about = json.loads(sample.parts["json"])
-            if (
-                sample.caption in names
-                and about["emoji"]
-                and not about["toned"]
-                and (part == "train" or about["style"] in UNSEEN)
-            ):
-                by_name[names[sample.caption]].append(
-                    (hashlib.md5(sample.key.encode()).digest(), sample.key, sample.image)
-                )
+    train = drawings_by_name(glyphs, "train", concepts)
+    heldout = drawings_by_name(glyphs, "heldout", concepts)
     drawings: dict[str, dict] = {"train": {}, "test": {}, "unseen": {}}
     for name, caption in concepts.items():
-        seen, unseen = sorted(found["train"][name]), sorted(found["heldout"][name])
+        # Sorted by the hash of their keys, so that the third for test mixes styles.
+        seen = sorted(train[name])
+        unseen = sorted(heldout[name])
         if len(seen) < 3 or not unseen:
+            styles = ", ".join(UNSEEN)
             raise ValueError(
                 f"{glyphs}: {caption!r} has {len(seen)} drawings to train on and {len(unseen)} in"
-                f" {', '.join(UNSEEN)}; composites need 3 and 1"
+                f" {styles}; composites need 3 and 1"
             )
-        rows = dict(train=seen[len(seen) // 3 :], test=seen[: len(seen) // 3], unseen=unseen)
+        third = len(seen) // 3
+        rows = dict(train=seen[third:], test=seen[:third], unseen=unseen)
         for part, members in rows.items():
             drawings[part][name] = [cut_out(image, key) for _, key, image in members]
     return drawings
 
 
+def drawings_by_name(
+    glyphs: Path, part: str, concepts: Mapping[str, str]
+) -> dict[str, list[tuple[bytes, str, bytes]]]:
+    """Return name -> (hash of the key, key, image) of the drawings in glyphs/train or heldout.
+
+    Skin tones are left out, and so are held-out styles other than UNSEEN.
+    """
+    names = {caption: name for name, caption in concepts.items()}
+    rows = defaultdict(list)
+    shards = Shards([glyphs / part])
+    for i in range(len(shards)):
+        sample = shards[i]
+        about = json.loads(sample.parts["json"])
+        if sample.caption not in names or not about["emoji"] or about["toned"]:
+            continue
+        if part == "heldout" and about["style"] not in UNSEEN:
+            continue
+        digest = hashlib.md5(sample.key.encode()).digest()
+        rows[names[sample.caption]].append((digest, sample.key, sample.image))
+    return rows
+
+
 def cut_out(image: bytes, key: str) -> Image.Image:
-    """An encoded drawing -> RGBA, cut to its pixels that are more than half opaque and at most
-    STORED a side.
+    """Decode a drawing as RGBA, cropped to its opaque pixels and at most STORED a side.
+
+    Opaque: more than half. ValueError: no pixel is.
     """
     with Image.open(io.BytesIO(image)) as opened:
-        opened = opened.convert("RGBA")
-    if not (box := solid(opened)):
+        drawing = opened.convert("RGBA")
+    box = solid(drawing)
+    if not box:
         raise ValueError(f"glyphs: {key} has no opaque pixel")
-    opened = opened.crop(box)
-    opened.thumbnail((STORED, STORED), Image.Resampling.LANCZOS)
-    return opened
+    drawing = drawing.crop(box)
+    drawing.thumbnail((STORED, STORED), Image.Resampling.LANCZOS)
+    return drawing
 
 
 def solid(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The box of the pixels that are more than half opaque."""
-    return image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
+    """Return the box of the pixels that are more than half opaque; None if there are none."""
+    mask = image.getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0)
+    return mask.getbbox()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,59 +209,72 @@ def solid(image: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def compose(drawings: Drawings, rng: np.random.Generator) -> Scene:
-    """One scene of one to four things, none of them hidden by more than a little."""
+    """Compose a scene of one to four things, none of them hidden by more than a little."""
+    # Choose and pose things until they fit on the canvas.
     names = list(drawings)
-    while True:
+    corners = None
+    while corners is None:
         count = int(rng.choice(len(HOW_MANY), p=HOW_MANY)) + 1
-        chosen: list[str] = []
-        for _ in range(count):
-            chosen.append(
-                chosen[-1] if chosen and rng.random() < TWIN else names[rng.integers(len(names))]
-            )
+        chosen = choose_names(names, count, rng)
         posed = [pose(drawings[name], SIDES[count], rng) for name in chosen]
-        if (corners := lay_out([image.size for image in posed], rng)) is not None:
-            break
-    canvas, owner = background(rng), np.full((CANVAS, CANVAS), -1)
+        corners = lay_out([image.size for image in posed], rng)
+
+    # Paste them in order; `owner` is the number of each pixel's uppermost thing, -1 for none.
+    canvas = background(rng)
+    owner = np.full((CANVAS, CANVAS), -1)
     for number, (image, (x, y)) in enumerate(zip(posed, corners)):
         canvas.paste(image, (x, y), image)
         covered = np.asarray(image.getchannel("A")) > 127
         owner[y : y + image.height, x : x + image.width][covered] = number
+
+    # Annotations of what is visible.
     classes = np.array([names.index(name) for name in chosen], np.uint8)
     label_map = np.where(owner < 0, np.uint8(IGNORE), classes[owner])
-    return Scene(
-        canvas,
-        label_map,
-        [Thing(name, box_of(owner == number)) for number, name in enumerate(chosen)],
-    )
+    things = [Thing(name, box_of(owner == number)) for number, name in enumerate(chosen)]
+    return Scene(canvas, label_map, things)
+
+
+def choose_names(names: list[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Return `count` random names; each repeats the previous one with the chance TWIN."""
+    chosen: list[str] = []
+    for _ in range(count):
+        if chosen and rng.random() < TWIN:
+            chosen.append(chosen[-1])
+        else:
+            chosen.append(names[rng.integers(len(names))])
+    return chosen
 
 
 def pose(
     images: list[Image.Image], sides: tuple[int, int], rng: np.random.Generator
 ) -> Image.Image:
-    """One of the drawings, tilted, perhaps mirrored, at a random size."""
+    """Return one of the drawings, tilted, perhaps mirrored, at a random size."""
     image = images[rng.integers(len(images))]
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = image.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC, expand=True)
     image = image.crop(solid(image))
-    scale = rng.integers(sides[0], sides[1] + 1) / max(image.size)
-    return image.resize(
-        [max(1, round(scale * side)) for side in image.size], Image.Resampling.LANCZOS
-    )
+    least, most = sides
+    scale = rng.integers(least, most + 1) / max(image.size)
+    size = [max(1, round(scale * side)) for side in image.size]
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def lay_out(
     sizes: list[tuple[int, int]], rng: np.random.Generator, tries: int = 40
 ) -> list[tuple[int, int]] | None:
-    """A corner (x, y) for each box of that size, so that they hardly overlap; None if there is no
-    room.
+    """Return a corner (x, y) for each box of these sizes, such that they hardly overlap.
+
+    None if a box found no room in that many tries.
     """
     placed: list[tuple[int, int, int, int]] = []
     for width, height in sizes:
         for _ in range(tries):
-            x, y = int(rng.integers(CANVAS - width + 1)), int(rng.integers(CANVAS - height + 1))
-            if all(overlap((x, y, x + width, y + height), other) <= OVERLAP for other in placed):
-                placed.append((x, y, x + width, y + height))
+            x = int(rng.integers(CANVAS - width + 1))
+            y = int(rng.integers(CANVAS - height + 1))
+            box = (x, y, x + width, y + height)
+            if all(overlap(box, other) <= OVERLAP for other in placed):
+                placed.append(box)
                 break
         else:
             return None
@@ -249,29 +282,38 @@ def lay_out(
 
 
 def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """What two boxes share, as a part of the smaller one."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    """Return the area that two boxes share, as a part of the smaller one."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    smaller = min((right - left) * (bottom - top) for left, top, right, bottom in (a, b))
     return max(0, width) * max(0, height) / smaller
 
 
 def background(rng: np.random.Generator) -> Image.Image:
-    """White, one colour, or a soft passage from one to another, in any direction."""
-    # one in five is dark
-    colours = rng.uniform(90, 255, (2, 1, 1, 3)) * (1 if rng.random() < 0.8 else 0.4)
-    kind = rng.choice(3, p=(0.2, 0.3, 0.5))
-    if kind == 0:
+    """Return a white canvas, one color, or a gradient from one to another in any direction."""
+    # Two colors; one background in five is dark.
+    colors = rng.uniform(90, 255, (2, 1, 1, 3))
+    brightness = 1 if rng.random() < 0.8 else 0.4
+    colors = colors * brightness
+    kind = rng.choice(["white", "plain", "gradient"], p=(0.2, 0.3, 0.5))
+    if kind == "white":
         return Image.new("RGB", (CANVAS, CANVAS), "white")
+
+    # The share of the second color, 0 to 1 along the direction `angle`.
     y, x = np.mgrid[:CANVAS, :CANVAS] / (CANVAS - 1) - 0.5
     angle = rng.uniform(0, 2 * np.pi)
-    passage = (0.5 + (x * np.cos(angle) + y * np.sin(angle)) / np.sqrt(2))[..., None] * (kind == 2)
-    return Image.fromarray(
-        (colours[0] + passage * (colours[1] - colours[0])).round().astype(np.uint8)
-    )
+    along = x * np.cos(angle) + y * np.sin(angle)  # at most sqrt(2) / 2
+    share = (0.5 + along / np.sqrt(2))[..., None]
+    if kind == "plain":
+        share = np.zeros_like(share)
+    pixels = colors[0] + share * (colors[1] - colors[0])
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    ys, xs = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    """Return the (left, top, right, bottom) of the True pixels; right and bottom are exclusive."""
+    ys = mask.any(1).nonzero()[0]
+    xs = mask.any(0).nonzero()[0]
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
@@ -282,56 +324,62 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
 def write_scenes(
     out: Path, part: str, drawings: Drawings, seed: tuple[int, int], count: int, progress: Progress
 ) -> None:
-    """OUT/train/*.tar or OUT/test/*.tar with that many scenes, drawn on all cores, and its
-    index.
-    """
+    """Write `count` scenes, drawn on all cores, to OUT/train or OUT/test, and their index."""
     folder = out / ("train" if part == "train" else "test")
     folder.mkdir(parents=True)
     with workers(_hold, part, drawings, seed) as results:
-        # in the order given
+        # The samples come in the order of their numbers.
         samples = iter(progress(results(_sample, range(count)), f"{part} scenes"))
         shards = -(-count // SHARD)
         for shard in range(shards):
-            write_shard(
-                folder / f"{shard}.tar",
-                (next(samples) for _ in range(min(SHARD, count - shard * SHARD))),
-            )
+            size = min(SHARD, count - shard * SHARD)
+            write_shard(folder / f"{shard}.tar", (next(samples) for _ in range(size)))
     (folder / "nshards.txt").write_text(f"{shards}\n")
     build_index(folder)
 
 
-def _hold(*held) -> None:
-    """In a worker process: what all its scenes are made of."""
+def _hold(*source) -> None:
+    """Keep in a worker process what all its scenes are made of: part, drawings, seed."""
     global _held
-    _held = held
+    _held = source
 
 
 def _sample(number: int) -> tuple[str, dict[str, bytes]]:
+    """Return (key, parts) of a scene, in a worker process."""
     part, drawings, seed = _held
-    return f"{part}_{number:06d}", sample(
-        drawings, np.random.default_rng((*seed, number)), captions_file=part != "train"
-    )
+    rng = np.random.default_rng((*seed, number))
+    return f"{part}_{number:06d}", sample(drawings, rng, captions_file=part != "train")
 
 
 def sample(drawings: Drawings, rng: np.random.Generator, captions_file: bool) -> dict[str, bytes]:
-    """The members of one scene.
+    """Return the members of a scene.
 
-    The txt lists all captions; in a training set, where a txt is one caption, the json alone has
-    them.
+    The txt lists all captions. A training set has none, as its txt would be one caption: there the
+    captions are in the json alone.
     """
-    scene, names = compose(drawings, rng), list(drawings)
-    texts = captions(scene.things, CANVAS, rng)
-    boxes = [{"name": t.name, "class": names.index(t.name), "box": t.box} for t in scene.things]
-    about = dict(caption=texts, boxes=boxes, questions=questions(scene.things, CANVAS, names, rng))
+    names = list(drawings)
+    scene = compose(drawings, rng)
+    about: dict[str, list] = dict(
+        caption=captions(scene.things, CANVAS, rng),
+        boxes=[],
+        questions=questions(scene.things, CANVAS, names, rng),
+    )
+    for thing in scene.things:
+        box = {"name": thing.name, "class": names.index(thing.name), "box": thing.box}
+        about["boxes"].append(box)
+
     parts = {
         "webp": encoded(scene.image, format="WEBP", quality=90, method=0),
         "json": json.dumps(about).encode(),
         "seg.png": encoded(Image.fromarray(scene.label_map), format="PNG"),
     }
-    return parts | ({"txt": "\n".join(texts).encode()} if captions_file else {})
+    if captions_file:
+        parts["txt"] = "\n".join(about["caption"]).encode()
+    return parts
 
 
-def encoded(image: Image.Image, **how) -> bytes:
+def encoded(image: Image.Image, **options) -> bytes:
+    """Return the bytes of the image's file; options: of PIL's Image.save."""
     file = io.BytesIO()
-    image.save(file, **how)
+    image.save(file, **options)
     return file.getvalue()
