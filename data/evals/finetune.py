@@ -1,6 +1,8 @@
-"""Labelled images for fine-tuning, strongly augmented. What is drawn for a sample follows from
-(seed, epoch, sample), for a mixed batch from (seed, step): neither the number of workers nor of
-ranks changes a crop, an erased box, or what is mixed with what.
+"""Labeled images for fine-tuning, strongly augmented.
+
+The random numbers of a sample follow from (seed, epoch, sample), those of a mixed batch from (seed,
+step): neither the number of workers nor of ranks changes a crop, an erased box, or which images are
+mixed.
 
 RandAugment, random erasing, mixup and cutmix are timm's, which is not needed otherwise. Three of
 its files are loaded by themselves: the package would import torchvision. Names: B global batch, b
@@ -30,16 +32,15 @@ Row = tuple[int, int]  # epoch, sample
 
 @cache
 def timm(name: str) -> ModuleType:
-    """timm/data/NAME.py; ValueError where timm is not installed."""
+    """Load timm/data/NAME.py; ValueError if timm is not installed."""
     package = importlib.util.find_spec("timm")
     if package is None:
         raise ValueError(
             "finetune: RandAugment, random erasing, mixup and cutmix are timm's, which is not"
             " installed; pip install timm"
         )
-    spec = importlib.util.spec_from_file_location(
-        f"timm_{name}", Path(package.origin).parent / "data" / f"{name}.py"
-    )
+    path = Path(package.origin).parent / "data" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"timm_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -48,69 +49,77 @@ def timm(name: str) -> ModuleType:
 def rand_augment(
     how: str, size: Size, mean: Sequence[float]
 ) -> Callable[[Image.Image], Image.Image]:
-    """RandAugment as timm writes it, e.g.
+    """Build RandAugment from timm's notation, e.g. rand-m9-mstd0.5-inc1, for images of this size.
 
-    rand-m9-mstd0.5-inc1, for images of this size. What is misspelt timm would pass over.
+    ValueError: the notation is misspelled, which timm itself would ignore.
     """
     if not re.fullmatch(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?)*", how):
         raise ValueError(
-            f"finetune(augment={how!r}): write it as timm does, e.g. 'rand-m9-mstd0.5-inc1', or"
-            " none"
+            f"finetune(augment={how!r}):"
+            " write it as timm does, e.g. 'rand-m9-mstd0.5-inc1', or none"
         )
     module = timm("auto_augment")
-    # Pillow refuses to keep no bits, as timm may ask
-    for name in [name for name in module.NAME_TO_OP if name.startswith("Posterize")]:
-        module.NAME_TO_OP[name] = lambda image, bits, **more: module.posterize(
-            image, max(1, bits), **more
-        )
-    # as timm's create_transform
-    fill = dict(
-        translate_const=int(0.45 * min(sides(size))), img_mean=tuple(round(255 * m) for m in mean)
-    )
-    return module.rand_augment_transform(how, fill)
+
+    # timm may ask Pillow to keep 0 bits of a color, which Pillow refuses.
+    def posterize(image: Image.Image, bits: int, **options) -> Image.Image:
+        return module.posterize(image, max(1, bits), **options)
+
+    for name in module.NAME_TO_OP:
+        if name.startswith("Posterize"):
+            module.NAME_TO_OP[name] = posterize
+
+    # The same settings as timm's create_transform.
+    longest_shift = int(0.45 * min(sides(size)))
+    fill_color = tuple(round(255 * channel) for channel in mean)
+    settings = dict(translate_const=longest_shift, img_mean=fill_color)
+    return module.rand_augment_transform(how, settings)
 
 
 @contextmanager
 def drawn_from(rng: np.random.Generator) -> Iterator[None]:
-    """timm draws from three global generators: inside they follow from this one, afterwards they
-    are as they were.
+    """Seed the three global generators from `rng` inside the block, and restore them after it.
+
+    timm draws from all three of them.
     """
-    kept = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        for begin in (random.seed, np.random.seed, torch.default_generator.manual_seed):
-            begin(int(rng.integers(2**32)))
+        for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
+            seed(int(rng.integers(2**32)))
         try:
             yield
         finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def paired(rows: Sequence[Row], rank: int, world: int) -> list[Row]:
-    """This rank's share of a batch, of whole pairs: the i-th from the front and the i-th from the
-    back, which mixup mixes, stay so.
+    """Return this rank's share of a batch, made of the pairs that mixup mixes.
+
+    The i-th row from the front and the i-th from the back are such a pair, of the batch and of the
+    share.
     """
     front = range(rank, len(rows) // 2, world)
     return [rows[i] for i in front] + [rows[-1 - i] for i in reversed(front)]
 
 
 def label(images: Images, i: int, classes: int) -> int:
-    """The class of image i; ValueError where the set does not name it."""
-    found = images.label(i)
-    if not 0 <= found < classes:
+    """Return the class of image i; ValueError if the set does not name it."""
+    number = images.label(i)
+    if not 0 <= number < classes:
         raise ValueError(
-            f"evals: {images.folder}: {images.key(i)} is of class {found}; classnames.txt names"
+            f"evals: {images.folder}: {images.key(i)} is of class {number}; classnames.txt names"
             f" {classes}, from 0"
         )
-    return found
+    return number
 
 
 class Labelled(Dataset):
-    """Item [rows]: images (b, 3, H, W) float32, normalised; their classes (b,); uniform noise (b,
-    *noise), for what a model drops.
+    """Batches by lists of rows: item [rows] is (images, classes, noise).
 
-    crop: smallest share of the image's area that a crop covers. augment: RandAugment as timm writes
-    it, or none. erase: probability.
+    Images are (b, 3, H, W) float32, normalized; classes (b,); the uniform noise (b, *noise) is for
+    what a model drops. crop: smallest share of the image's area that a crop covers. augment:
+    RandAugment in timm's notation, or none. erase: probability.
     """
 
     def __init__(
@@ -128,15 +137,14 @@ class Labelled(Dataset):
         noise: tuple[int, ...],
         seed: int,
     ):
-        self.images, self.classes, self.size, self.noise, self.seed = (
-            images,
-            classes,
-            size,
-            noise,
-            seed,
-        )
+        self.images = images
+        self.classes = classes
+        self.size = size
+        self.noise = noise
+        self.seed = seed
         self.view = View((crop, 1.0), flip=True, interpolation=interpolation)
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
         self.augment = rand_augment(augment, size, mean) if augment != "none" else None
         self.erase = timm("random_erasing").RandomErasing(erase, mode="pixel", device="cpu")
 
@@ -145,6 +153,7 @@ class Labelled(Dataset):
         return torch.stack(images), torch.tensor(labels), torch.from_numpy(np.stack(noise))
 
     def row(self, epoch: int, i: int) -> tuple[Tensor, int, np.ndarray]:
+        """Return image i as it is seen in an epoch, its class, and its noise."""
         rng = np.random.default_rng((self.seed, epoch, i, 1))
         try:
             pixels, _ = random_view(self.images.image(i), self.size, self.view, rng)
@@ -154,15 +163,15 @@ class Labelled(Dataset):
         with drawn_from(rng):
             if self.augment:
                 pixels = np.array(self.augment(Image.fromarray(pixels)))
-            pixels = self.erase(
-                (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - self.mean) / self.std
-            )
-        return pixels, label(self.images, i, self.classes), noise
+            values = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+            image = self.erase((values - self.mean) / self.std)
+        return image, label(self.images, i, self.classes), noise
 
 
 class Mix:
-    """Mixup and cutmix, one of them with one weight for the whole batch, and label smoothing; 0
-    switches either off.
+    """Mixup or cutmix, with one weight for the whole batch, and label smoothing.
+
+    0 switches any of them off.
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float, smoothing: float):
@@ -175,8 +184,9 @@ class Mix:
         )
 
     def __call__(self, images: Tensor, labels: Tensor, *key: int) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, H, W) of `paired`, which are changed, and their classes (b,) -> the images,
-        targets (b, C); drawn for the key.
+        """Mix images (b, 3, H, W) of `paired`, in place, with random numbers that follow from key.
+
+        labels: their classes (b,). Return the images and their targets (b, C).
         """
         with drawn_from(np.random.default_rng(key)):
             return self.mix(images, labels)

@@ -1,17 +1,15 @@
-"""Images as they lie, with or without captions, to be embedded: a folder of any depth, or one of
-tar shards; or lines of text alone.
+"""Images to be embedded, with or without captions, or lines of text alone.
+
+Images lie in a folder of any depth, or in a folder of tar shards.
 
     gallery = open_gallery(Path("photos"))
     len(gallery), gallery.name(i), gallery.read(i)      the image's bytes, and its caption or None
     for block in blocks(gallery, pre, starts, ...): ...
 
 Images come in one order, whoever reads: a folder's by name (data/builders/pairs.py `Folder`), those
-of
-shards as they lie in them.
-Names: m images of a block that can be read, L patches, P patch side.
+of shards as they lie in them. Names: m images of a block that can be read, L patches, P patch side.
 """
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,10 +35,11 @@ class Photos:
         try:
             self.paths = image_paths(root)
         except ValueError as error:
-            tars = next((os.path.dirname(path) for path in sorted(root.rglob("*.tar"))), "")
-            raise ValueError(
-                f"{error}; there are shards in {tars}" if tars else str(error)
-            ) from None
+            tars = sorted(root.rglob("*.tar"))
+            message = str(error)
+            if tars:
+                message = f"{error}; there are shards in {os.path.dirname(tars[0])}"
+            raise ValueError(message) from None
         self.captioned = any(captions_among(names) for _, _, names in os.walk(root))
 
     def __len__(self) -> int:
@@ -60,11 +59,10 @@ class Tars:
     def __init__(self, folder: Path):
         self.shards = Shards([folder], captions=False)
         kinds = {kind for row in read_index(folder)["shards"] for kind in row["extensions"]}
-        self.captioned = (
-            "txt" in kinds
-            or "json" in kinds
-            and caption(self.shards.read(0, only=CAPTIONS)) is not None
-        )
+        self.captioned = "txt" in kinds
+        if not self.captioned and "json" in kinds:
+            # A json need not hold a caption; the first sample's shows whether they do.
+            self.captioned = caption(self.shards.read(0, only=CAPTIONS)) is not None
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -84,17 +82,16 @@ class Texts:
 
     def __init__(self, path: Path):
         try:
-            self.lines = [
-                line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-            ]
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"--texts: {path}: not UTF-8 ({error.reason} at byte {error.start}); convert it"
             ) from None
+        self.lines = [line.strip() for line in text.rstrip().split("\n")]
         if "" in self.lines:
+            empty = self.lines.index("") + 1
             raise ValueError(
-                f"--texts: {path}: line {self.lines.index('') + 1} is empty; a text a line, so that"
-                " line i is row i"
+                f"--texts: {path}: line {empty} is empty; a text a line, so that line i is row i"
             )
 
     def __len__(self) -> int:
@@ -108,19 +105,26 @@ Gallery = Photos | Tars | Texts
 
 
 def open_gallery(folder: Path) -> Photos | Tars:
+    """Open a folder of images or of shards; ValueError: there is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images or shards")
     return Tars(folder) if any(folder.glob("*.tar")) else Photos(folder)
 
 
 def captions_among(names: list[str]) -> bool:
-    """Is there a caption's file beside an image, among the files of a folder?"""
-    captions = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in CAPTIONS}
-    return any(is_image(name) and name.rpartition(".")[0] in captions for name in names)
+    """Return True if one of these files of a folder is the caption of an image among them."""
+    captions, images = set(), set()
+    for name in names:
+        stem, _, extension = name.rpartition(".")
+        if extension in CAPTIONS:
+            captions.add(stem)
+        if is_image(name):
+            images.add(stem)
+    return not captions.isdisjoint(images)
 
 
 def caption(sample: Sample) -> str | None:
-    """The first that is not empty; None where there is none, or what there is cannot be read."""
+    """Return a sample's first caption; None if it has none, or an empty or unreadable one."""
     try:
         return without_surrogates(sample.caption) or None
     except ValueError:
@@ -128,6 +132,8 @@ def caption(sample: Sample) -> str | None:
 
 
 class Block(NamedTuple):
+    """Consecutive images of a gallery, or texts."""
+
     names: list[str]  # of the m images that can be read
     captions: list[str | None]
     patches: Tensor | None  # (m, L, 3 P P) uint8; None of texts
@@ -137,26 +143,31 @@ class Block(NamedTuple):
 def blocks(
     gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int], workers: int
 ) -> Iterator[Block]:
-    """The images starts[n] to ends[n], exclusive, for each n in turn."""
+    """Yield the images starts[n] to ends[n], exclusive, for each n in turn."""
+    dataset = _Blocks(gallery, pre, starts, ends)
+    start = quiet_worker if workers else None
     yield from DataLoader(
-        _Blocks(gallery, pre, starts, ends),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=same,
-        worker_init_fn=quiet_worker if workers else None,
+        dataset, batch_size=None, num_workers=workers, collate_fn=same, worker_init_fn=start
     )
 
 
 def same(block: Block) -> Block:
+    """Return the block unchanged: the loader's default would collate its lists."""
     return block
 
 
 class _Blocks(Dataset):
+    """The blocks of `blocks`."""
+
     def __init__(
         self, gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int]
     ):
-        self.gallery, self.pre, self.starts, self.ends = gallery, pre, starts, ends
-        self.everything = np.arange(math.prod(grid(*sides(pre.image_size), pre.patch)))
+        self.gallery = gallery
+        self.pre = pre
+        self.starts = starts
+        self.ends = ends
+        rows, columns = grid(*sides(pre.image_size), pre.patch)
+        self.everything = np.arange(rows * columns)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -165,55 +176,53 @@ class _Blocks(Dataset):
         indices = range(self.starts[n], self.ends[n])
         if isinstance(self.gallery, Texts):
             return Block([], [self.gallery.name(i) for i in indices], None, [])
-        found, left_out = [], []
+        names, captions, patches, left_out = [], [], [], []
         for i in indices:
             name = self.gallery.name(i)
             try:
                 image, text = self.gallery.read(i)
-                shown = center_view(
-                    image, self.pre.image_size, self.pre.how, self.pre.interpolation
-                )
+                view = center_view(image, self.pre.image_size, self.pre.how, self.pre.interpolation)
             except (ValueError, OSError) as error:
                 left_out.append((name, " ".join(str(error).split())))
-            else:
-                found.append((name, text, visible(shown, self.pre.patch, self.everything)))
-        names, captions, patches = zip(*found) if found else ((), (), ())
-        return Block(
-            list(names),
-            list(captions),
-            torch.from_numpy(np.stack(patches)) if found else None,
-            left_out,
-        )
+                continue
+            names.append(name)
+            captions.append(text)
+            patches.append(visible(view, self.pre.patch, self.everything))
+        stacked = torch.from_numpy(np.stack(patches)) if patches else None
+        return Block(names, captions, stacked, left_out)
 
 
-# skipped by name, not in silence
+# Formats that are not read: such a file is reported by name, not skipped in silence.
 OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jp2", "tif", "tiff")
 
 
 def is_image(name: str) -> bool:
+    """Return True if a file's name is that of an image, even of one in a format not read here."""
     return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGES + OTHER_IMAGES
 
 
 def captions_beside(path: Path) -> dict[str, bytes]:
-    """The txt and json files of an image's own name."""
-    beside = {kind: path.with_suffix(f".{kind}") for kind in CAPTIONS}
-    return {
-        kind: file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-        for kind, file in beside.items()
-        if file.exists()
-    }
+    """Read the txt and json files with an image's name; a byte order mark is left out."""
+    contents = {}
+    for kind in CAPTIONS:
+        file = path.with_suffix(f".{kind}")
+        if file.exists():
+            contents[kind] = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    return contents
 
 
 def image_paths(root: Path) -> list[str]:
-    """The images of a folder, then those of the folders in it, each in order of names."""
+    """List the images of a folder, then those of the folders in it, each in order of names.
+
+    ValueError: there are none.
+    """
     paths: list[str] = []
     for folder, below, names in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith("."))
         paths += [os.path.join(folder, name) for name in sorted(names) if is_image(name)]
     if not paths:
-        tables = sorted(
-            p.name for p in root.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".parquet")
-        )
-        hint = f"; it holds tables, name them instead, e.g. {root / tables[0]}" if tables else ""
-        raise ValueError(f"{root}: no images below it (*.{', *.'.join(IMAGES)}){hint}")
+        tables = [p for p in root.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".parquet")]
+        hint = f"; it holds tables, name them instead, e.g. {min(tables)}" if tables else ""
+        extensions = ", *.".join(IMAGES)
+        raise ValueError(f"{root}: no images below it (*.{extensions}){hint}")
     return paths

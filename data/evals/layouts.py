@@ -1,9 +1,8 @@
-"""Which layout a folder is in: `open_set(folder)` -> its images, with what the layout knows of them
-(data/evals/clip_benchmark.py `Images`).
+"""The known layouts of evaluation sets: `open_set(folder)` detects a folder's layout and opens it.
 
-To add one: a class with `fits` and `open` in data/evals/segmentation_layouts.py or
-data/evals/caption_layouts.py, and its
-place in LAYOUTS.
+The result is an `Images` of data/evals/clip_benchmark.py. To add a layout, write a class with
+`fits` and `open` in data/evals/segmentation_layouts.py or data/evals/caption_layouts.py, and give
+it its place in LAYOUTS: the first that fits is taken.
 """
 
 from pathlib import Path
@@ -32,18 +31,22 @@ LAYOUTS: tuple[type[Files], ...] = (
 
 
 def open_set(folder: str | Path, split: str = "test", reads: str = "") -> Images:
-    """The set in a folder, or at a URL: shards where it has SPLIT/*.tar, else the first of LAYOUTS
-    that fits, for `reads` if it says so.
+    """Open the set in a folder or at a URL.
 
-    reads: label_map, captions or questions, since COCO's folder may hold all three.
+    A folder with SPLIT/*.tar holds shards; any other is opened by the first of LAYOUTS that fits,
+    of those for `reads` if there are any. reads: label_map, captions or questions, since COCO's
+    folder may hold all three.
     """
     if is_url(str(folder)):
         return Benchmark(folder, split)
     folder = Path(folder)
-    fitting = (
-        []
-        if any((folder / split).glob("*.tar"))
-        else [layout for layout in LAYOUTS if layout.fits(folder)]
-    )
-    wanted = [layout for layout in fitting if layout.holds == reads] or fitting
-    return wanted[0](folder, split) if wanted else Benchmark(folder, split)
+    if any((folder / split).glob("*.tar")):
+        return Benchmark(folder, split)
+
+    fitting = [layout for layout in LAYOUTS if layout.fits(folder)]
+    for layout in fitting:
+        if layout.holds == reads:
+            return layout(folder, split)
+    if fitting:
+        return fitting[0](folder, split)
+    return Benchmark(folder, split)  # raises the error that names what a set needs

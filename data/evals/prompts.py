@@ -5,9 +5,8 @@
     synonyms("happy;smiling")    the names of a class: each goes into every template
 
 data/evals/templates/: 7, the ensemble of seven from CLIP's notebook that FLIP, SLIP, A-CLIP and
-MaskCLIP
-use for ImageNet; 80, CLIP's for ImageNet (GLIP's too); 85, the 80 and five about scenes, of
-MaskCLIP's segmentation. Sources: open_clip's OPENAI_IMAGENET_TEMPLATES and
+MaskCLIP use for ImageNet; 80, CLIP's for ImageNet (GLIP's too); 85, the 80 and five about scenes,
+of MaskCLIP's segmentation. Sources: open_clip's OPENAI_IMAGENET_TEMPLATES and
 SIMPLE_IMAGENET_TEMPLATES, and the prompts of the code of "Extract Free Dense Labels from CLIP",
 whose 85 these are.
 """
@@ -18,8 +17,9 @@ LISTS = Path(__file__).parent / "templates"
 
 
 def templates(which: str | Path) -> list[str]:
-    """The templates of a list that comes with the code, by its number, or of a file; {c} is the
-    class.
+    """Return the templates of a list that comes with the code, by its number, or of a file.
+
+    {c} in a template is the class. ValueError: there is neither such a list nor such a file.
     """
     path = LISTS / f"{which}.txt"
     if not path.is_file():
@@ -33,20 +33,20 @@ def templates(which: str | Path) -> list[str]:
 
 
 def read(path: Path) -> list[str]:
-    """The templates of a file."""
-    found = [
-        line.strip().replace("{}", "{c}") for line in path.read_text().splitlines() if line.strip()
-    ]
-    for line in found:
-        if "{c}" not in line:
-            raise ValueError(f"{path}: {line!r}: no {{c}} in it, where the class goes")
-    if not found:
+    """Read the templates of a file; empty lines are skipped, {} is the same as {c}."""
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    templates = [line.replace("{}", "{c}") for line in lines if line]
+    for template in templates:
+        if "{c}" not in template:
+            raise ValueError(f"{path}: {template!r}: no {{c}} in it, where the class goes")
+    if not templates:
         raise ValueError(f"{path}: no templates in it; one a line, {{c}} is the class")
-    return found
+    return templates
 
 
 def synonyms(line: str) -> list[str]:
-    """A class's names, separated by semicolons: no name of the usual sets holds one, while commas
-    and slashes occur.
+    """Split a class's names, which are separated by semicolons.
+
+    No name of the usual sets holds a semicolon, while commas and slashes occur.
     """
     return [name.strip() for name in line.split(";") if name.strip()]

@@ -5,10 +5,9 @@
     local("pipe:aws s3 cp s3://bucket/wds_cars/{file} -", "test")
         {file} is what is asked for, e.g. test/0.tar
 
-What webdataset opens can be a URL. A set is laid out as CLIP_benchmark lays it out: beside what
-data/evals/clip_benchmark.py reads, URL/SPLIT/ nshards.txt tells the number of shards. nshards.txt
-is kept
-last, so what was broken off goes on where it stopped.
+Whatever webdataset opens can be a URL. A set has CLIP_benchmark's layout: beside the files that
+data/evals/clip_benchmark.py reads, URL/SPLIT/nshards.txt holds the number of shards. nshards.txt is
+stored last, so an interrupted download resumes where it stopped.
 """
 
 import os
@@ -21,9 +20,9 @@ from pathlib import Path
 from glimpse.data.stream import is_url, opened_url
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "glimpse")
-# each may be absent
+# Each of these may be absent.
 TEXTS = ("classnames.txt", "zeroshot_classification_templates.txt", "class_subset.txt")
-ABSENT = 22
+ABSENT = 22  # exit status of curl --fail if the server answers with an error
 CURL = {
     6: "no such host",
     7: "the host cannot be reached",
@@ -36,64 +35,74 @@ HUGGING_FACE = re.compile(
 
 
 def local(where: str | Path, split: str) -> Path:
-    """The folder of a set at `where`: itself, or where its files were fetched to.
+    """Return the folder of a set at `where`: itself, or for a URL the folder of the fetched files.
 
     ValueError: the URL cannot be read.
     """
-    if not is_url(where := str(where)):
+    where = str(where)
+    if not is_url(where):
         return Path(where)
     base, name = address(where)
     folder = CACHE / "sets" / f"{zlib.crc32(base.encode()):08x}" / name
-    listed = folder / split / "nshards.txt"
-    if not listed.exists():
-        text = read(base, f"{split}/nshards.txt").decode(errors="replace").strip()
-        if not text.isdecimal():
-            raise ValueError(
-                f"evals: {where}: {split}/nshards.txt is {text[:40]!r}; it must be the number of"
-                " shards"
-            )
-        for file in TEXTS:
-            fetch(base, file, folder, needed=False)
-        for shard in range(int(text)):
-            fetch(base, f"{split}/{shard}.tar", folder)
-        fetch(base, f"{split}/nshards.txt", folder)
+    if (folder / split / "nshards.txt").exists():
+        return folder
+
+    text = read(base, f"{split}/nshards.txt").decode(errors="replace").strip()
+    if not text.isdecimal():
+        raise ValueError(
+            f"evals: {where}: {split}/nshards.txt is {text[:40]!r}; it must be the number of shards"
+        )
+    for file in TEXTS:
+        fetch(base, file, folder, needed=False)
+    for shard in range(int(text)):
+        fetch(base, f"{split}/{shard}.tar", folder)
+    # Last: its presence marks the split as complete.
+    fetch(base, f"{split}/nshards.txt", folder)
     return folder
 
 
 def address(where: str) -> tuple[str, str]:
-    """A URL as given -> (URL with {file} in it, the set's name)."""
-    if found := HUGGING_FACE.fullmatch(where):
-        return f"{found[1]}{found[2]}/resolve/{found[3] or 'main'}/{{file}}", found[2]
+    """Split a URL into (URL with {file} in it, the set's name)."""
+    match = HUGGING_FACE.fullmatch(where)
+    if match:
+        owner, name, revision = match.groups(default="main")
+        return f"{owner}{name}/resolve/{revision}/{{file}}", name
     base = where if "{file}" in where else where.rstrip("/") + "/{file}"
     name = re.split(r"[/\s]", base.partition("{file}")[0].rstrip("/"))[-1]
     return base, re.sub(r"[^\w.-]", "_", name) or "set"
 
 
 def read(base: str, file: str) -> bytes:
-    """A file at a URL, whole.  ValueError: it is not there, or the URL cannot be reached."""
+    """Read a file at a URL.  ValueError: it is not there, or the URL cannot be reached."""
     with tempfile.TemporaryDirectory() as folder:
         return fetch(base, file, Path(folder)).read_bytes()
 
 
 def fetch(base: str, file: str, folder: Path, needed: bool = True) -> Path:
-    """Copy a file below `folder`, whole or not at all; one that is there stays."""
-    path, url = folder / file, base.replace("{file}", file)
+    """Copy a file to `folder`, completely or not at all; an existing file is left as it is.
+
+    needed=False: a file that is absent at the URL is no error.
+    """
+    path = folder / file
+    url = base.replace("{file}", file)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # another process may fetch it, too
+    # A temporary name of its own, since another process may fetch the same file.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as part:
         try:
             with opened_url(url) as source:
                 shutil.copyfileobj(source, part)
-        except Exception as error:  # in whatever way webdataset's many openers fail
+        except Exception as error:  # webdataset's many openers fail in many ways
             os.unlink(part.name)
-            status = int(found[1]) if (found := re.search(r"exit (\d+)", str(error))) else 0
-            if needed or url.startswith("http") and status != ABSENT:
-                why = CURL.get(status) if url.startswith("http") else None
-                raise ValueError(
-                    f"evals: {url} cannot be read: {why or ' '.join(str(error).split())[:200]}"
-                ) from None
+            exit_status = re.search(r"exit (\d+)", str(error))
+            status = int(exit_status[1]) if exit_status else 0
+            by_curl = url.startswith("http")
+            # Only curl says that a file is absent; a pipe's command fails for any reason.
+            if needed or (by_curl and status != ABSENT):
+                why = CURL.get(status) if by_curl else None
+                reason = why or " ".join(str(error).split())[:200]
+                raise ValueError(f"evals: {url} cannot be read: {reason}") from None
             return path
     os.replace(part.name, path)
     return path

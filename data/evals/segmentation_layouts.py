@@ -1,9 +1,7 @@
-"""Evaluation sets that are folders of images, and of label maps with the images' names: ADE20K,
-Pascal Context, COCO-Stuff, your own.
+"""Evaluation sets stored as folders of images, and of label maps with the images' names.
 
-A layout is a class: what its label maps store, and which names the classes have.
-data/evals/layouts.py
-lists them.
+ADE20K, Pascal Context, COCO-Stuff, and sets of your own. A layout is a class, which defines the
+numbers that its label maps store and the names of the classes; data/evals/layouts.py lists them.
 Names: a map *stores* numbers, 0 to 255; the set's classes go from 0 without gaps, IGNORE is none.
 """
 
@@ -20,8 +18,8 @@ from glimpse.data.shards import IMAGES
 from glimpse.data.transforms import image_size
 
 UNKNOWN = 254  # in a table from stored numbers to classes: the layout has no such number
-# The order of SegmentationClassContext, which the Detail API's converters write: by name.
-# 59_labels.txt has another one.
+# The classes of SegmentationClassContext, which the Detail API's converters write, in its order: by
+# name. 59_labels.txt has another order.
 CONTEXT = """
 aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat
 ceiling chair cloth computer cow cup curtain dog door fence floor flower food grass ground horse
@@ -29,13 +27,13 @@ keyboard light motorbike mountain mouse person plate platform pottedplant road r
 shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor wall water window
 wood
 """.split()
-# Things of COCO's list that no image has, by their line in labels.txt: street sign, hat, shoe, eye
-# glasses, plate, mirror, window, desk, door, blender, hair brush.
+# Things of COCO's list that no image has, by their number in labels.txt: street sign, hat, shoe,
+# eye glasses, plate, mirror, window, desk, door, blender, hair brush.
 UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 
 
 class Files(Images):
-    """A set whose images are files of their own."""
+    """A set whose images are single files."""
 
     holds: str  # the method of Images that the layout is for: label_map, captions, questions
     splits: dict[str, str]  # our name of a split -> the layout's own, which is known, too
@@ -52,11 +50,11 @@ class Files(Images):
     @classmethod
     @abstractmethod
     def fits(cls, folder: Path) -> bool:
-        """Whether a folder is in this layout."""
+        """Return True if a folder is in this layout."""
 
     @abstractmethod
     def open(self, part: str) -> None:
-        """Find what the layout's split `part` holds."""
+        """Find the images of the layout's split `part`, and what is known of them."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,36 +75,43 @@ class LabelMaps(Files):
     named: list[str]
 
     def pair(self, images: Path, maps: Path, stems: Sequence[str] | None = None) -> None:
-        """Take the images of a folder, or those of the stems given, and for each its map."""
+        """Set `paths` and `maps` to the images of a folder, or those of `stems`, and their maps.
+
+        ValueError: a folder, an image or a map is missing.
+        """
         for place in (images, maps):
             if not place.is_dir():
                 raise ValueError(
                     f"evals: {self.folder}: it needs {place.relative_to(self.folder)}/"
                 )
-        found = {
-            path.stem: path
-            for path in sorted(images.iterdir())
-            if path.suffix[1:].lower() in IMAGES
-        }
-        known = {path.stem: path for path in maps.iterdir() if path.suffix.lower() == ".png"}
-        stems = list(found) if stems is None else stems
+        image_files = [path for path in images.iterdir() if path.suffix[1:].lower() in IMAGES]
+        map_files = [path for path in maps.iterdir() if path.suffix.lower() == ".png"]
+        image_by_stem = {path.stem: path for path in sorted(image_files)}
+        map_by_stem = {path.stem: path for path in map_files}
+
+        if stems is None:
+            stems = list(image_by_stem)
         if not stems:
             raise ValueError(f"evals: {images}: no images in it")
-        for place, there in ((images, found), (maps, known)):
-            if missing := [stem for stem in stems if stem not in there]:
+        for place, by_stem in ((images, image_by_stem), (maps, map_by_stem)):
+            missing = [stem for stem in stems if stem not in by_stem]
+            if missing:
                 raise ValueError(
                     f"evals: {place} has nothing for {len(missing):,} of {len(stems):,} images, the"
                     f" first is {missing[0]}"
                 )
-        self.paths, self.maps = [found[stem] for stem in stems], [known[stem] for stem in stems]
+        self.paths = [image_by_stem[stem] for stem in stems]
+        self.maps = [map_by_stem[stem] for stem in stems]
 
     def call(
         self, names: Sequence[str], stored: Sequence[int], none: Sequence[int] = (IGNORE,)
     ) -> None:
-        """Class i is called names[i] and stored as stored[i]; `none`: what is stored for no
-        class.
+        """Set `named` and `table`: class i is called names[i] and stored as stored[i].
+
+        none: the numbers that stand for no class.
         """
-        self.named, self.table = list(names), np.full(256, UNKNOWN, np.uint8)
+        self.named = list(names)
+        self.table = np.full(256, UNKNOWN, np.uint8)
         self.table[list(none)] = IGNORE
         self.table[list(stored)] = np.arange(len(stored))
 
@@ -115,43 +120,41 @@ class LabelMaps(Files):
 
     def label_map(self, i: int) -> np.ndarray:
         try:
-            stored, shape = decode_map(self.maps[i].read_bytes()), image_size(self.image(i))
+            stored = decode_map(self.maps[i].read_bytes())
+            height, width = image_size(self.image(i))
         except ValueError as error:
             raise ValueError(f"evals: {self.maps[i]} or its image: {error}") from None
-        if stored.shape != shape:
+        if stored.shape != (height, width):
             raise ValueError(
                 f"evals: {self.maps[i]} has {stored.shape[0]} x {stored.shape[1]} pixels, its image"
-                f" {shape[0]} x {shape[1]}"
+                f" {height} x {width}"
             )
-        found = self.table[stored]
-        if strange := sorted(set(stored[found == UNKNOWN].tolist())):
+        labels = self.table[stored]
+        strange = np.unique(stored[labels == UNKNOWN]).tolist()
+        if strange:
+            some = ", ".join(map(str, strange[:5]))
+            lowest, highest = min(self.known), max(self.known)
             raise ValueError(
-                f"evals: {self.maps[i]} has pixels of class {', '.join(map(str, strange[:5]))}; the"
-                f" {len(self.named)} classes of this layout are stored as {min(self.known)} to"
-                f" {max(self.known)}"
+                f"evals: {self.maps[i]} has pixels of class {some}; the {len(self.named)} classes"
+                f" of this layout are stored as {lowest} to {highest}"
             )
-        return found
+        return labels
 
     @property
     def known(self) -> list[int]:
-        return [
-            number
-            for number, label in enumerate(self.table.tolist())
-            if label not in (IGNORE, UNKNOWN)
-        ]
+        """The numbers that stand for a class."""
+        is_class = (self.table != IGNORE) & (self.table != UNKNOWN)
+        return np.flatnonzero(is_class).tolist()
 
     def listed(self, path: Path) -> dict[int, str]:
-        """The lines 'NUMBER: NAME' of a text file."""
+        """Read the lines 'NUMBER: NAME' of a text file."""
         if not path.exists():
+            name = path.relative_to(self.folder)
             raise ValueError(
-                f"evals: {self.folder}: it needs {path.relative_to(self.folder)}, the data set's"
-                " own list of classes"
+                f"evals: {self.folder}: it needs {name}, the data set's own list of classes"
             )
-        rows = [
-            re.fullmatch(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*", line)
-            for line in path.read_text().splitlines()
-            if line.strip()
-        ]
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        rows = [re.fullmatch(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*", line) for line in lines]
         if not all(rows):
             raise ValueError(f"evals: {path}: line {rows.index(None) + 1} is no 'NUMBER: NAME'")
         return {int(row[1]): row[2] for row in rows}
@@ -167,39 +170,41 @@ class Ade20k(LabelMaps):
 
     @classmethod
     def fits(cls, folder: Path) -> bool:
-        return (folder / "annotations/validation").is_dir() and (
-            folder / "images/validation"
-        ).is_dir()
+        places = ("annotations/validation", "images/validation")
+        return all((folder / place).is_dir() for place in places)
 
     def open(self, part: str) -> None:
         rows = [line.split("\t") for line in self.lines("objectInfo150.txt")[1:]]
-        if [row[0].strip() for row in rows] != [str(i + 1) for i in range(150)]:
+        numbers = [row[0].strip() for row in rows]
+        if numbers != [str(number) for number in range(1, 151)]:
             raise ValueError(
-                f"evals: {self.folder}/objectInfo150.txt: not the benchmark's table of classes 1"
-                " to 150"
+                f"evals: {self.folder}/objectInfo150.txt:"
+                " not the benchmark's table of classes 1 to 150"
             )
-        self.call([row[-1].split(",")[0].strip() for row in rows], range(1, 151), none=(0, IGNORE))
+        names = [row[-1].split(",")[0].strip() for row in rows]
+        self.call(names, range(1, 151), none=(0, IGNORE))
         self.pair(self.folder / "images" / part, self.folder / "annotations" / part)
 
 
 class PascalContext(LabelMaps):
-    """VOC2010 with Pascal Context's maps: 59 classes, 0 is stored for none; 60 where classnames.txt
-    names as many, background first.
+    """VOC2010 with Pascal Context's maps: 59 classes, 0 is stored for none.
+
+    60 classes, background first, if classnames.txt has as many names.
     """
 
     splits = {"test": "val", "train": "train"}
 
     @classmethod
     def fits(cls, folder: Path) -> bool:
-        return any(
-            (folder / maps).is_dir() for maps in ("SegmentationClassContext", "59_context_labels")
-        )
+        places = ("SegmentationClassContext", "59_context_labels")
+        return any((folder / place).is_dir() for place in places)
 
     def open(self, part: str) -> None:
-        sorted_ones = self.folder / "SegmentationClassContext"
+        # The classes: the user's names, else those of the kind of maps that is there.
+        sorted_maps = self.folder / "SegmentationClassContext"  # of classes sorted by name
         if (self.folder / "classnames.txt").exists():
             names = self.lines("classnames.txt")
-        elif sorted_ones.is_dir():
+        elif sorted_maps.is_dir():
             names = CONTEXT
         else:
             names = list(self.listed(self.folder / "59_labels.txt").values())
@@ -209,56 +214,57 @@ class PascalContext(LabelMaps):
                 " with the background"
             )
         self.call(names, range(60 - len(names), 60), none=(0, IGNORE))
-        lists = [
-            self.folder / "ImageSets" / kind / f"{part}.txt"
-            for kind in ("SegmentationContext", "Main")
-        ]
-        if not any(path.exists() for path in lists):
+
+        # The images of the split.
+        context_list = self.folder / "ImageSets" / "SegmentationContext" / f"{part}.txt"
+        main_list = self.folder / "ImageSets" / "Main" / f"{part}.txt"
+        stem_list = context_list if context_list.exists() else main_list
+        if not stem_list.exists():
+            needed = context_list.relative_to(self.folder)
             raise ValueError(
-                f"evals: {self.folder}: it needs {lists[0].relative_to(self.folder)}, or VOC's own"
-                f" {part}.txt in Main"
+                f"evals: {self.folder}: it needs {needed}, or VOC's own {part}.txt in Main"
             )
-        stems = next(path for path in lists if path.exists()).read_text().split()
-        self.pair(
-            self.folder / "JPEGImages",
-            sorted_ones if sorted_ones.is_dir() else self.folder / "59_context_labels",
-            stems,
-        )
+        stems = stem_list.read_text().split()
+        maps = sorted_maps if sorted_maps.is_dir() else self.folder / "59_context_labels"
+        self.pair(self.folder / "JPEGImages", maps, stems)
 
 
 class CocoStuff(LabelMaps):
-    """COCO-Stuff 164k: 80 things and 91 kinds of stuff, stored as one less than their lines in
-    labels.txt.
+    """COCO-Stuff 164k: 80 things and 91 kinds of stuff.
+
+    Each is stored as one less than its number in labels.txt.
     """
 
     splits = {"test": "val2017", "train": "train2017"}
 
     @classmethod
     def fits(cls, folder: Path) -> bool:
-        return any(
-            (folder / maps / "val2017").is_dir() for maps in ("stuffthingmaps", "annotations")
-        )
+        places = ("stuffthingmaps/val2017", "annotations/val2017")
+        return any((folder / place).is_dir() for place in places)
 
     def open(self, part: str) -> None:
         listed = self.listed(self.folder / "labels.txt")
         if sorted(listed) != list(range(183)):
             raise ValueError(
-                f"evals: {self.folder}/labels.txt: not COCO-Stuff's list, whose lines go from 0"
-                " to 182"
+                f"evals: {self.folder}/labels.txt:"
+                " not COCO-Stuff's list, whose lines go from 0 to 182"
             )
         used = [number for number in range(1, 183) if number not in UNUSED]
         self.call([listed[number] for number in used], [number - 1 for number in used])
+
         images = self.folder / "images" / part
+        if not images.is_dir():
+            images = self.folder / part
         maps = self.folder / "stuffthingmaps"
-        self.pair(
-            images if images.is_dir() else self.folder / part,
-            (maps if maps.is_dir() else self.folder / "annotations") / part,
-        )
+        if not maps.is_dir():
+            maps = self.folder / "annotations"
+        self.pair(images, maps / part)
 
 
 class Folders(LabelMaps):
-    """A set of your own: images/, labels/ and classnames.txt, whose line i + 1 names class i;
-    several splits are folders in both.
+    """A set of your own: images/, labels/ and classnames.txt, whose line i + 1 names class i.
+
+    Several splits are folders in images/ and labels/.
     """
 
     splits = {"test": "test", "train": "train"}
@@ -279,5 +285,6 @@ class Folders(LabelMaps):
             )
         self.call(names, range(len(names)))
         images, maps = self.folder / "images", self.folder / "labels"
-        split = (images / part).is_dir() or part != "test"
-        self.pair(images / part if split else images, maps / part if split else maps)
+        if (images / part).is_dir() or part != "test":
+            images, maps = images / part, maps / part
+        self.pair(images, maps)

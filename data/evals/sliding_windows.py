@@ -1,4 +1,4 @@
-"""Whole images under a sliding window, for evaluations that need an answer at every pixel.
+"""Sliding windows over images, for evaluations that need an answer at every pixel.
 
 An image's short side is made `size` pixels; windows of the tower's side S lie on it every `stride`
 pixels, the last of a row or column at its end, so that positions are those that the tower was
@@ -16,52 +16,57 @@ from glimpse.data.transforms import decode, image_size, resize
 
 @dataclass(frozen=True)
 class Sliding:
-    """How windows of `side` pixels lie on an image; size >= side."""
+    """Positions of windows of `side` pixels on an image; size >= side."""
 
     side: int
     size: int
     stride: int
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
-        """The sides (rows, columns) to which an image is resized; neither is below `size`."""
+        """Return the sides (rows, columns) to resize an image to; neither is below `size`."""
         short = min(height, width)
-        return max(self.size, round(height * self.size / short)), max(
-            self.size, round(width * self.size / short)
-        )
+        rows = max(self.size, round(height * self.size / short))
+        columns = max(self.size, round(width * self.size / short))
+        return rows, columns
 
     def places(self, height: int, width: int) -> list[tuple[int, int]]:
-        """The top left corners of the windows, row by row, on the canvas of an image of these
-        sides; together they cover all of it.
+        """Return the top left corners of the windows on an image's canvas, row by row.
+
+        height, width: the image's sides. The windows cover all of the canvas.
         """
         rows, columns = self.canvas(height, width)
         return [(top, left) for top in self.starts(rows) for left in self.starts(columns)]
 
     def starts(self, length: int) -> list[int]:
+        """Return the first pixels of the windows along a side of the canvas."""
         last = length - self.side
         return [*range(0, last, self.stride), last]
 
 
 class Windows(Images):
-    """The windows of some of a set's images as images of their own, to be passed through a tower:
-    window w of image `owner[w]`.
+    """The windows of some of a set's images, each an image to be passed through a tower.
+
+    Window w is a part of image `owner[w]`.
     """
 
     def __init__(self, images: Images, sliding: Sliding, chosen: Sequence[int]):
-        self.images, self.sliding, self.folder, self.split = (
-            images,
-            sliding,
-            images.folder,
-            images.split,
-        )
-        self.shapes = {}  # by image: its height and width
+        self.images = images
+        self.sliding = sliding
+        self.folder = images.folder
+        self.split = images.split
+        self.shapes: dict[int, tuple[int, int]] = {}  # by image: its height and width
         for i in chosen:
             try:
                 self.shapes[i] = image_size(images.image(i))
             except ValueError as error:
                 raise ValueError(f"evals: {images.place(i)}: {error}") from None
-        found = [(i, place) for i, shape in self.shapes.items() for place in sliding.places(*shape)]
-        self.owner, self.places = [i for i, _ in found], [place for _, place in found]
-        # neighbours ask for the same image, which is resized once
+        self.owner: list[int] = []
+        self.places: list[tuple[int, int]] = []
+        for i, shape in self.shapes.items():
+            places = sliding.places(*shape)
+            self.owner += [i] * len(places)
+            self.places += places
+        # Consecutive windows are of the same image, which is resized once.
         self.last: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -74,14 +79,11 @@ class Windows(Images):
         return self.images.key(self.owner[i])
 
     def view(self, i: int, pre: Preprocess) -> np.ndarray:
-        owner, (top, left) = self.owner[i], self.places[i]
+        owner = self.owner[i]
         if self.last is None or self.last[0] != owner:
-            self.last = (
-                owner,
-                resize(
-                    decode(self.image(i)),
-                    *self.sliding.canvas(*self.shapes[owner]),
-                    pre.interpolation,
-                ),
-            )
-        return self.last[1][top : top + self.sliding.side, left : left + self.sliding.side]
+            rows, columns = self.sliding.canvas(*self.shapes[owner])
+            pixels = resize(decode(self.image(i)), rows, columns, pre.interpolation)
+            self.last = (owner, pixels)
+        _, pixels = self.last
+        top, left = self.places[i]
+        return pixels[top : top + self.sliding.side, left : left + self.sliding.side]
