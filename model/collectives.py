@@ -5,6 +5,8 @@ Letters: `k` rows on this rank, `b` pairs.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,12 +19,26 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _agreed = weakref.WeakKeyDictionary()
 
 
+_alone = False  # see single_process
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Within it this rank is a world of one: for what a rank computes without the others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def gather(x: Tensor) -> Tensor:
@@ -50,6 +66,27 @@ def all_reduce(x: Tensor, largest: bool = False) -> Tensor:
     if world() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return x
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return scatter_sum(grad.contiguous())
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """x (k, ...) on each rank -> (k x ranks, ...), in rank order, with a gradient: each rank's rows
+    get the sum of what all ranks' losses send them.
+
+    For a new loss across ranks: compute it from gathered features as a mean over the global batch.
+    If every rank computes the same loss the summed gradient is `ranks` times that of the loss, and
+    DeepSpeed's average over ranks makes it exact.
+    """
+    return _GatherWithGrad.apply(x) if world() > 1 else x
 
 
 class _Mean(torch.autograd.Function):

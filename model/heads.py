@@ -108,7 +108,6 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         init = Init()
-        self.shape = width, depth, inputs, out
         self.inputs = Linear(inputs, width, "xavier")
         self.mask = drawn(width, std=0.02)
         self.register_buffer("positions", sincos(grid, width), persistent=False)
@@ -126,10 +125,3 @@ class Decoder(nn.Module):
     def at(self, positions: Tensor, like: Tensor) -> Tensor:
         """(B, K) -> (B, K, width)."""
         return F.embedding(positions.long(), self.positions).to(like.dtype)
-
-    def flops(self, visible: int, patches: int) -> float:
-        """Of a forward pass over K `visible` of L `patches`."""
-        width, depth, inputs, out = self.shape
-        tokens = 1 + patches
-        blocks = depth * tokens * (12 * width**2 + 2 * tokens * width)
-        return 2.0 * (blocks + (1 + visible) * inputs * width + (patches - visible) * width * out)

@@ -59,13 +59,6 @@ def contrastive(
     return loss, {"accuracy": accuracy}
 
 
-def contrastive_flops(batch: int, embed: int, exact: bool = True) -> float:
-    """FLOPs of `contrastive` for each of B pairs: a product of matrices forward, three backward
-    (six where not exact).
-    """
-    return 2.0 * batch * embed * (4 if exact else 7)
-
-
 def contrastive_memory(rows: int, batch: int, embed: int) -> float:
     """Bytes that `contrastive` holds at most beside its inputs, b x E each, for B columns: in the
     backward pass, fp32.
@@ -76,11 +69,6 @@ def contrastive_memory(rows: int, batch: int, embed: int) -> float:
         + 8 * batch
         + 3 * min(rows, TILE[0]) * min(batch, TILE[1])
     )
-
-
-def simclr_flops(batch: int, embed: int) -> float:
-    """FLOPs of `simclr` for each of B images: four products forward, twelve backward."""
-    return 2.0 * batch * embed * 16
 
 
 def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from glimpse.model.init import Linear, text_init, vision_init
-from glimpse.model.layers import hidden
 from glimpse.model.losses import unit
 from glimpse.model.text import TextConfig, TextTower
 from glimpse.model.vision import VisionConfig, VisionTower
@@ -222,50 +221,3 @@ class Towers(nn.Module):
         unit vectors.
         """
         return unit(self.text_projection(self.text(ids, lengths, longest, positions)))
-
-
-def vision_flops(cfg: ModelConfig, visible: int, only_cls: bool = False) -> float:
-    """FLOPs of a forward pass of the vision tower and its projection over K `visible` patches;
-    only_cls: see VisionTower.forward.
-    """
-    s, tokens = cfg.shape, 1 + visible
-    blocks = _blocks(tokens, s.width, s.depth, s.mlp, 1 if only_cls else tokens)
-    return 2.0 * (blocks + visible * 3 * cfg.patch**2 * s.width + s.width * s.embed)
-
-
-def text_flops(cfg: ModelConfig, tokens: float) -> float:
-    """FLOPs of a forward pass of the text tower and its projection over a caption of `tokens` (a
-    mean will do).
-    """
-    s = cfg.shape
-    return 2.0 * (
-        _blocks(tokens, s.text_width, s.text_depth, s.text_mlp, 1) + s.text_width * s.embed
-    )
-
-
-def recomputed(cfg: ModelConfig, visible: float, tokens: float, last: bool) -> tuple[float, float]:
-    """The share of each tower's forward pass, (vision, text), that checkpoint_activations runs
-    again.
-
-    last: each block's last matrix product too, whose output nobody needs. torch stops before it,
-    unless ZeRO-3's own linear layer,
-    which keeps its input only once it is done, stands in for torch's.
-    """
-    s, seen, downs = cfg.shape, 1 + visible, 2 if last else 1
-    vision = 2 * _blocks(seen, s.width, s.depth, s.mlp, seen, downs) / vision_flops(cfg, visible)
-    return vision, 2 * _blocks(
-        tokens, s.text_width, s.text_depth, s.text_mlp, 1, downs
-    ) / text_flops(cfg, tokens)
-
-
-def _blocks(
-    tokens: float, width: int, depth: int, ratio: float, only: float, products: int = 2
-) -> float:
-    """Multiply-adds of `depth` blocks, the last of which works for `only` so many tokens. Not
-    counted: norms, softmax, look-ups.
-
-    products: of the MLP, 2, or the first alone.
-    """
-    attend = 2 * tokens * width  # a token's: q k and its use of v
-    rest = width**2 + products * width * hidden(width, ratio)  # out and the MLP (qkv is for all)
-    return depth * tokens * (3 * width**2 + attend + rest) - (tokens - only) * (attend + rest)

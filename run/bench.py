@@ -40,7 +40,7 @@ from glimpse.model import losses
 from glimpse.model.methods import METHODS
 from glimpse.run.lib import cli, config
 from glimpse.run.lib.distributed import to_device
-from glimpse.run.plan import activation_memory, synthetic_batch
+from glimpse.run.plan import flops, synthetic_batch
 from glimpse.run.train.log import peak_gib
 
 RATIOS = (0.0, 0.5, 0.75)
@@ -211,7 +211,7 @@ def make_method(name: str, args, overrides: list[str]) -> Callable[[], object]:
 
 def counted(step: Callable[[], object]) -> int:
     """FLOPs of a step, by torch's counter."""
-    with activation_memory.counter() as found:
+    with flops.counter() as found:
         step()
     return found.get_total_flops()
 

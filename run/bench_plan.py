@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from glimpse.run.lib import config, distributed
-from glimpse.run.plan import activation_memory, planner, synthetic_batch
+from glimpse.run.plan import activation_memory, flops, planner, synthetic_batch
 from glimpse.run.train import engine
 
 SMALL = {
@@ -128,7 +128,7 @@ def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float, float]:
         update, passes = trainer.ds.step, []
         trainer.ds.step = lambda: passes.append(alive.peak) or update()
         # not in the step whose memory is measured: it holds on to what checkpointing would free
-        with activation_memory.counter() as counter:
+        with flops.counter() as counter:
             trainer.step([part], 1e-4)
         trainer.step([part], 1e-4)  # ZeRO-3 watches which module follows which
         gc.collect()

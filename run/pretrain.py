@@ -147,6 +147,7 @@ class Training:
         self.peak = peak_flops() * distributed.world()
         self.saved = trainer.samples
         self.examples = self.read_examples()
+        self.flops_per_sample: float | None = None
 
     def run(self) -> None:
         cfg, trainer = self.cfg, self.trainer
@@ -199,8 +200,19 @@ class Training:
             bad=distributed.total(torch.tensor(self.audit.bad)),
             **metrics,
         )
-        flops = trainer.method.flops(parts[0])
-        self.log.step(step, trainer.samples, flops, self.peak, **values)
+        self.log.step(step, trainer.samples, self.flops(parts[0]), self.peak, **values)
+
+    def flops(self, part: dict) -> float:
+        """FLOPs of a sample whose caption is as long as the mean of the first batch's; counted
+        once, on rank 0, which alone writes records.
+        """
+        if self.flops_per_sample is None and not distributed.rank():
+            from glimpse.run.plan.flops import count
+
+            text = part["text"]
+            tokens = len(text["ids"]) / len(text["lengths"])
+            self.flops_per_sample = count(self.cfg, self.tokenizer.vocab_size, tokens).model
+        return self.flops_per_sample or 0.0
 
     def save(self) -> None:
         """Write a checkpoint; one of nan is refused, since it would push the good ones out."""

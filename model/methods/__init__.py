@@ -4,9 +4,21 @@ model/methods/base.py says what a method is; to add one: a file here and its row
 """
 
 from glimpse.model.methods.aclip import Aclip
+from glimpse.model.methods.base import Method
 from glimpse.model.methods.clip import Clip
 from glimpse.model.methods.mae import Mae
 from glimpse.model.methods.maskclip import MaskClip
 from glimpse.model.methods.slip import Slip
 
-METHODS = {"clip": Clip, "slip": Slip, "mae": Mae, "maskclip": MaskClip, "aclip": Aclip}
+METHODS: dict[str, type[Method]] = {
+    "clip": Clip,
+    "slip": Slip,
+    "mae": Mae,
+    "maskclip": MaskClip,
+    "aclip": Aclip,
+}
+
+
+def build_method(cfg, vocab: int) -> Method:
+    """Build the method of a run's config (run/lib/config.py); vocab: rows of the token table."""
+    return METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)

@@ -26,10 +26,10 @@ from glimpse.model.heads import (
     simsiam_projector,
 )
 from glimpse.model.layers import Watch
-from glimpse.model.losses import byol, contrastive, simclr, simclr_flops, simsiam
+from glimpse.model.losses import byol, contrastive, simclr, simsiam
 from glimpse.model.methods.attentive import Attentive, scores_at, take
 from glimpse.model.methods.base import Averaging, above, at_least
-from glimpse.model.towers import ModelConfig, Towers, vision_flops, vision_tower
+from glimpse.model.towers import ModelConfig, Towers, vision_tower
 
 
 @dataclass(frozen=True)
@@ -215,23 +215,6 @@ class Aclip(Averaging):
             total = total + getattr(options, name) * loss
             metrics[name] = loss.detach()
         return total, metrics
-
-    def image_flops(self, visible: dict[str, int]) -> float:
-        views = len(visible) - 1
-        share = self.options.keep or 1 / views
-        student = 3 * views * self.pooled_flops(self.attentive.kept(share) * self.attentive.side**2)
-        return student + self.teacher_flops(visible)
-
-    def teacher_flops(self, visible: dict[str, int]) -> float:
-        share = self.options.keep or 1 / (len(visible) - 1)
-        return self.looks(share) * vision_flops(
-            self.cfg, visible["teacher"], self.cfg.vision.pool == "cls"
-        )
-
-    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
-        views, options = len(visible) - 1, self.options
-        pairs = (1 if options.as_released else views * (views - 1) // 2) * bool(options.simclr)
-        return views * super().loss_flops(batch, visible) + pairs * simclr_flops(batch, options.out)
 
 
 def attentive(options: Options, cfg: ModelConfig) -> Attentive:

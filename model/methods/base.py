@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glimpse.model.losses import contrastive_flops
-from glimpse.model.towers import ModelConfig, Towers, recomputed, text_flops, vision_flops
+from glimpse.model.towers import ModelConfig, Towers
 
 
 @dataclass(frozen=True)
@@ -89,49 +88,6 @@ class Method(nn.Module, ABC):
                 self.towers.image_features(view["patches"], view["positions"]) for view in views
             ]
         return list(self.towers.image_features(*map(torch.cat, columns)).chunk(len(views)))
-
-    def flops(self, part: dict) -> float:
-        """Training FLOPs of one of these samples: the student's forward x 3, the teacher's x 1; a
-        multiply-add is 2.
-
-        Not counted: norms, softmax, look-ups, the loss, the heads of SimCLR, BYOL and SimSiam (a
-        thousandth at B/16), and what checkpoint_activations and `accumulate` compute twice.
-        """
-        text = part["text"]
-        visible = {name: view["positions"].shape[1] for name, view in part["views"].items()}
-        return self.image_flops(visible) + self.text_flops(len(text["ids"]) / len(text["lengths"]))
-
-    @abstractmethod
-    def image_flops(self, visible: dict[str, int]) -> float:
-        """The images' part of it, for K `visible` patches in each view."""
-
-    def teacher_flops(self, visible: dict[str, int]) -> float:
-        """What of image_flops a teacher spends, once, without a backward pass."""
-        return 0.0
-
-    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
-        """The losses over B pairs, a pair: what `flops` leaves out because it grows with the
-        batch.
-        """
-        return contrastive_flops(batch, self.cfg.shape.embed)
-
-    def recomputed_flops(self, visible: dict[str, int], tokens: float, last: bool) -> float:
-        """What checkpoint_activations adds (recomputed in model/towers.py); a decoder counts as a
-        tower does.
-        """
-        vision, text = recomputed(self.cfg, max(visible.values()), tokens, last)
-        return (
-            (self.image_flops(visible) - self.teacher_flops(visible)) * vision
-            + self.text_flops(tokens) * text
-        ) / 3
-
-    def text_flops(self, tokens: float) -> float:
-        """The captions' part of it, for so many tokens in each."""
-        return 3 * text_flops(self.cfg, tokens)
-
-    def pooled_flops(self, visible: int) -> float:
-        """A forward pass to an image's embedding."""
-        return vision_flops(self.cfg, visible, self.cfg.vision.pool == "cls")
 
     @abstractmethod
     def forward(self, part: dict) -> dict[str, Tensor]:

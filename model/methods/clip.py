@@ -27,6 +27,3 @@ class Clip(Method):
         """InfoNCE over the pairs of all ranks (FLIP section 3)."""
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
         return loss, {**metrics, "temperature": 1 / features["scale"].detach()}
-
-    def image_flops(self, visible: dict[str, int]) -> float:
-        return 3 * self.pooled_flops(visible["image"])

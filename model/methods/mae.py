@@ -16,7 +16,7 @@ from glimpse.model.collectives import batch_mean
 from glimpse.model.heads import Decoder, check_decoder
 from glimpse.model.losses import contrastive, reconstruction
 from glimpse.model.methods.base import Method, above, at_least, whole
-from glimpse.model.towers import ModelConfig, vision_flops
+from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import normalise
 
 
@@ -87,8 +87,3 @@ class Mae(Method):
             "reconstruction": auxiliary.detach(),
             "temperature": 1 / features["scale"].detach(),
         }
-
-    def image_flops(self, visible: dict[str, int]) -> float:
-        seen, everything = visible["image"], self.cfg.grid[0] * self.cfg.grid[1]
-        extra = self.pooled_flops(everything) if self.options.contrast == "image" else 0
-        return 3 * (vision_flops(self.cfg, seen) + self.decoder.flops(seen, everything) + extra)

@@ -18,7 +18,7 @@ from glimpse.model.ema import check_momentum, linear
 from glimpse.model.heads import Decoder
 from glimpse.model.losses import contrastive, distillation
 from glimpse.model.methods.base import Averaging, above, at_least, whole
-from glimpse.model.towers import vision_flops, vision_tower
+from glimpse.model.towers import vision_tower
 
 
 @dataclass(frozen=True)
@@ -133,28 +133,3 @@ class MaskClip(Averaging):
             "distillation": auxiliary.detach(),
             "temperature": 1 / features["scale"].detach(),
         }
-
-    def image_flops(self, visible: dict[str, int]) -> float:
-        seen, everything, student = (
-            visible["image"],
-            self.cfg.grid[0] * self.cfg.grid[1],
-            self.options.teacher == "student",
-        )
-        full = (
-            vision_flops(self.cfg, everything)
-            if student
-            else self.options.contrast * self.pooled_flops(everything)
-        )
-        trained = full + vision_flops(self.cfg, seen) + self.decoder.flops(seen, everything)
-        return 3 * trained + self.teacher_flops(visible)
-
-    def teacher_flops(self, visible: dict[str, int]) -> float:
-        return (self.options.teacher != "student") * vision_flops(
-            self.cfg, self.cfg.grid[0] * self.cfg.grid[1]
-        )
-
-    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
-        return self.options.contrast * super().loss_flops(batch, visible)
-
-    def text_flops(self, tokens: float) -> float:
-        return self.options.contrast * super().text_flops(tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from glimpse.model.heads import simclr_head
-from glimpse.model.losses import contrastive, contrastive_flops, simclr, simclr_flops
+from glimpse.model.losses import contrastive, simclr
 from glimpse.model.methods.base import Method, above, at_least
 
 
@@ -65,12 +65,3 @@ class Slip(Method):
             "simclr": auxiliary.detach(),
             "temperature": 1 / features["scale"].detach(),
         }
-
-    def image_flops(self, visible: dict[str, int]) -> float:
-        return 3 * sum(map(self.pooled_flops, visible.values()))
-
-    def loss_flops(self, batch: int, visible: dict[str, int]) -> float:
-        options = self.options
-        return contrastive_flops(
-            batch, self.cfg.shape.embed, not options.as_released
-        ) + simclr_flops(batch, options.out)

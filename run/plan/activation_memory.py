@@ -18,21 +18,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from glimpse.model.methods import METHODS
+from glimpse.model.methods import build_method
 from glimpse.run.lib.config import Run
 from glimpse.run.plan import synthetic_batch
-
-aten = torch.ops.aten
-FUSED = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: (
-        2 * sdpa_flop_count(q, k, v)
-    ),
-}
 
 
 class Alive(TorchDispatchMode):
@@ -68,14 +57,6 @@ class Alive(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self.take(leaf)
         return out
-
-
-def counter() -> FlopCounterMode:
-    """torch's counter, which alone would leave out the attention of CPUs.
-
-    What fused attention computes twice is not counted.
-    """
-    return FlopCounterMode(display=False, custom_mapping=FUSED)
 
 
 @dataclass(frozen=True)
@@ -119,7 +100,7 @@ def built(cfg: Run, vocab: int, dtype: torch.dtype) -> torch.nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
+        return build_method(cfg, vocab)
     finally:
         torch.set_default_dtype(before)
 

@@ -10,7 +10,7 @@ how to fit it into a cluster.
 `python run/pretrain.py --plan` prints both. Everything is derived from the config, the DeepSpeed
 JSON and a Cluster; what cannot be is an assumption, and printed as one. Memory:
 run/plan/activation_memory.py
-and run/plan/zero_memory.py. FLOPs: model/towers.py and the methods.
+and run/plan/zero_memory.py. FLOPs: run/plan/flops.py.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,10 +19,11 @@ import torch
 
 from glimpse.data.loader import share
 from glimpse.data.tokenizer import build as build_tokenizer
-from glimpse.model.losses import contrastive_flops, contrastive_memory
+from glimpse.model.losses import contrastive_memory
 from glimpse.run.lib.config import Run
 from glimpse.run.plan import synthetic_batch
 from glimpse.run.plan.activation_memory import Trace, built, traced
+from glimpse.run.plan.flops import Flops, count
 from glimpse.run.plan.zero_memory import ADAM, Weights, Zero
 from glimpse.run.train.engine import merged
 from glimpse.run.train.log import PEAK_TFLOPS, short
@@ -179,12 +180,11 @@ def plan(
         Weights.of(method, cfg, zero.threshold),
         share(cfg.batch, cluster.ranks, cfg.accumulate),
     )
-    flops = costs(cfg, method, tokens, zero.stage == 3)
+    flops = costs(cfg, vocab, tokens, zero.stage == 3)
     model = sum(flops[what] for what in ("images", "captions", "teacher"))
     trace = remembered(cfg, vocab, tokens, micro, zero)
-    losses = method.loss_flops(cfg.batch, synthetic_batch.visible(cfg)) / contrastive_flops(
-        cfg.batch, cfg.model.shape.embed
-    )
+    # one contrastive loss is four products of rows, columns and width
+    losses = flops["loss"] / (8.0 * cfg.batch * cfg.model.shape.embed)
     # gathered, and the gradients scattered
     once = 2 * 4 * cfg.batch * cfg.model.shape.embed * (cluster.ranks - 1) / cluster.ranks
     sent = {
@@ -219,25 +219,31 @@ def vocabulary(cfg: Run) -> tuple[int, list[str]]:
         ]
 
 
-def costs(cfg: Run, method: torch.nn.Module, tokens: float, sharded: bool) -> dict[str, float]:
+def costs(cfg: Run, vocab: int, tokens: float, sharded: bool) -> dict[str, float]:
     """FLOPs of a sample by what they are for; a multiply-add is 2."""
-    visible = synthetic_batch.visible(cfg)
-    teacher = method.teacher_flops(visible)
-    images, captions = method.image_flops(visible) - teacher, method.text_flops(tokens)
-    again = (images + captions) / 3 + teacher if cfg.accumulate > 1 else 0.0
-    recomputed = (
-        method.recomputed_flops(visible, tokens, sharded)
-        if cfg.model.checkpoint_activations
-        else 0.0
-    )
+    flops = counted(cfg, vocab, tokens, sharded)
+    twice = (flops.images + flops.captions) / 3 + flops.teacher if cfg.accumulate > 1 else 0.0
     return {
-        "images": images,
-        "captions": captions,
-        "teacher": teacher,
-        "loss": method.loss_flops(cfg.batch, visible),
-        "recomputed": recomputed,
-        "embedded twice": again,
+        "images": flops.images,
+        "captions": flops.captions,
+        "teacher": flops.teacher,
+        "loss": flops.loss,
+        "recomputed": flops.recomputed,
+        "embedded twice": twice,
     }
+
+
+COUNTS: dict[str, Flops] = {}
+
+
+def counted(cfg: Run, vocab: int, tokens: float, sharded: bool) -> Flops:
+    """Flops, counted once for all plans that differ in other things."""
+    parts = (cfg.method, cfg.model, cfg.views, cfg.options, cfg.data.context, cfg.data.pad_text)
+    again = sharded and cfg.model.checkpoint_activations
+    key = repr((parts, cfg.batch, vocab, tokens, again))
+    if key not in COUNTS:
+        COUNTS[key] = count(cfg, vocab, tokens, sharded)
+    return COUNTS[key]
 
 
 TRACES: dict[tuple, Trace] = {}

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from glimpse.data.loader import share
 from glimpse.model import ema
-from glimpse.model.methods import METHODS
+from glimpse.model.methods import build_method
 from glimpse.model.towers import Temperature
 from glimpse.run.lib.config import ROOT, Run
 from glimpse.run.lib.distributed import device, rank, to_device, world
@@ -168,7 +168,7 @@ class Engine:
             if self.stage == 3
             else contextlib.nullcontext()
         ):
-            method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
+            method = build_method(cfg, vocab)
         if load:
             load(method)
         self.ds, *_ = deepspeed.initialize(

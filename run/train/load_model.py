@@ -19,7 +19,7 @@ from glimpse.data.tokenizer import Tokenizer
 from glimpse.data.tokenizer import build as build_tokenizer
 from glimpse.model import ema, tensor_files
 from glimpse.model.lazy_tensors import Tensors, more
-from glimpse.model.methods import METHODS
+from glimpse.model.methods import build_method
 from glimpse.model.portable import CONFIG, WEIGHTS, About, Portable, is_one
 from glimpse.model.towers import ModelConfig
 from glimpse.run.lib.config import Run, beside, build, merge, plain
@@ -178,7 +178,7 @@ def portable(path: Path, weights: str = "student") -> Portable:
 def averaged(path: Path, cfg: Run, vocab: int, towers: Tensors) -> Tensors:
     """The towers' tensors, with the averages instead where there are some."""
     with torch.device("meta"):
-        method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
+        method = build_method(cfg, vocab)
     pairs = {
         id(teacher): (name, teacher.shape)
         for name, (teacher, _) in ema.parameters(method.averaged()).items()
@@ -275,7 +275,7 @@ def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
     else:
         check_identity(path, identity(cfg, tokenizer.fingerprint))
         vocab, bf16 = tokenizer.vocab_size, manifest(path)["bf16"]
-    method = METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)
+    method = build_method(cfg, vocab)
     load(method, path)
     return cfg, tokenizer, place(method, bf16)
 

@@ -19,7 +19,7 @@ from glimpse.data.loader import Batches, plan
 from glimpse.data.patches import patchify
 from glimpse.data.shards import Shards
 from glimpse.data.transforms import View, center_view, decode, random_box, random_view, resize
-from glimpse.model.methods import METHODS
+from glimpse.model.methods import build_method
 from glimpse.model.towers import ModelConfig, Towers
 from glimpse.run.evals import embed, evaluate, parse
 from glimpse.run.lib import config
@@ -188,9 +188,7 @@ def test_two_steps_of_every_method(data, name, more):
     reader = config.reader(cfg)
     loader = Batches(reader, Shards(cfg.data.train), batch=8)
     torch.manual_seed(0)
-    method = METHODS[cfg.method](
-        cfg.model, reader.tokenizer.vocab_size, cfg.data.context, cfg.options
-    )
+    method = build_method(cfg, reader.tokenizer.vocab_size)
     optimizer, losses = (
         torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.01),
         [],
@@ -207,7 +205,6 @@ def test_two_steps_of_every_method(data, name, more):
         loss.backward()
         assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
         optimizer.step()
-        assert method.flops(part) > 0
         losses.append(float(loss.detach()))
     assert np.isfinite(losses).all()
     samples = [loader.shards[i] for i in range(3)]

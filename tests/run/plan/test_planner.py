@@ -15,9 +15,9 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from torch.profiler import ProfilerActivity, profile
 
 from glimpse.model import losses
-from glimpse.model.methods import METHODS
+from glimpse.model.methods import build_method
 from glimpse.run.lib import config
-from glimpse.run.plan import activation_memory, planner, synthetic_batch
+from glimpse.run.plan import activation_memory, flops, planner, synthetic_batch
 from glimpse.run.plan.zero_memory import ADAM, Zero
 from glimpse.run.pretrain import plan_text
 from glimpse.tests.helpers.tiny import launch
@@ -44,7 +44,7 @@ def made_config(*overrides: str, base: str = "flip_b16") -> config.Run:
 def step(cfg: config.Run):
     """A forward and backward pass whose gradients are dropped as they are made."""
     torch.manual_seed(0)
-    method = METHODS[cfg.method](cfg.model, VOCAB, cfg.data.context, cfg.options)
+    method = build_method(cfg, VOCAB)
     part = synthetic_batch.part(cfg, TOKENS, MICRO)
     for parameter in filter(lambda p: p.requires_grad, method.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -62,12 +62,11 @@ def step(cfg: config.Run):
 def test_flops_and_activations_are_the_measured_ones(size, mask, again):
     cfg = made_config(*size, f"views.image.mask={mask}", f"model.checkpoint_activations={again}")
     passes = step(cfg)
-    with activation_memory.counter() as counter:
+    with flops.counter() as counter:
         passes()
-    method = METHODS[cfg.method](cfg.model, VOCAB, cfg.data.context, cfg.options)
-    flops = planner.costs(cfg, method, TOKENS, sharded=False)
-    assert sum(flops.values()) - flops["loss"] == pytest.approx(
-        counter.get_total_flops() / MICRO, rel=0.02
+    parts = planner.costs(cfg, VOCAB, TOKENS, sharded=False)
+    assert sum(parts.values()) - parts["loss"] == pytest.approx(
+        counter.get_total_flops() / MICRO, rel=0.005
     )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         passes()
@@ -91,25 +90,19 @@ def test_flops_and_activations_are_the_measured_ones(size, mask, again):
 @pytest.mark.parametrize("name", ["aclip_b16", "maskclip_b16", "mae_b16", "slip_b16"])
 def test_every_method_is_planned(name):
     """The teacher, the heads and the recomputation of each, against torch's counter."""
-    # heads are no part of what MFU counts
-    narrow = ["options.hidden=32", "options.out=16"] * (name in ("aclip_b16", "slip_b16"))
-    cfg = made_config(*NANO, "model.checkpoint_activations=true", *narrow, base=name)
+    cfg = made_config(*NANO, "model.checkpoint_activations=true", base=name)
     passes = step(cfg)
-    with activation_memory.counter() as counter:
+    with flops.counter() as counter:
         passes()
     found = planner.plan(cfg, planner.Cluster.of("H100", ranks=1), TOKENS, vocab=VOCAB)
+
+    # The plan is one of ZeRO-3, which computes more again than this plain process.
+    parts = planner.costs(cfg, VOCAB, TOKENS, sharded=False)
+    assert found.flops["recomputed"] > parts["recomputed"]
+    for what in ("images", "captions", "teacher", "loss"):
+        assert found.flops[what] == parts[what]
     counted = counter.get_total_flops() / MICRO
-    flops = {
-        **found.flops,
-        "loss": 0,
-        "recomputed": planner.costs(
-            cfg,
-            METHODS[cfg.method](cfg.model, VOCAB, cfg.data.context, cfg.options),
-            TOKENS,
-            sharded=False,
-        )["recomputed"],
-    }
-    assert sum(flops.values()) == pytest.approx(counted, rel=0.03)
+    assert sum(parts.values()) - parts["loss"] == pytest.approx(counted, rel=0.005)
     assert (
         bool(found.flops["teacher"])
         == bool(found.weights.frozen)
@@ -130,9 +123,7 @@ def test_parameters_are_the_golden_ones(name, size):
 
 
 def test_the_loss():
-    """Its memory in one process, and its FLOPs, of which torch's counter leaves out the in-place
-    half of the backward pass.
-    """
+    """Its memory in one process."""
     rows, embed = 2048, 64
     image, text = (
         torch.nn.functional.normalize(torch.randn(rows, embed), dim=1).requires_grad_()
@@ -143,9 +134,6 @@ def test_the_loss():
         alive.ignore(image, text, scale)
         losses.contrastive(image, text, scale)[0].backward()
     assert losses.contrastive_memory(rows, rows, embed) == pytest.approx(alive.peak, rel=0.15)
-    with activation_memory.counter() as counter:
-        losses.contrastive(image, text, scale)[0].backward()
-    assert losses.contrastive_flops(rows, embed) == 2 * counter.get_total_flops() / rows
 
 
 def test_states_beside_deepspeeds_own_estimate():

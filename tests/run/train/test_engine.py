@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glimpse.model.methods import METHODS
+from glimpse.model.methods import build_method
 from glimpse.model.methods.base import Averaging, Method
 from glimpse.run.lib import config
 from glimpse.run.train import checkpoint
@@ -62,7 +62,7 @@ def test_groups_under_zero3(found, flavour):
         "run/configs/quickstart.yaml",
         ["model.size=nano/8", "model.image_size=32", *FLAVOURS[flavour]],
     )
-    method = METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options)
+    method = build_method(cfg, 320)
     names = {id(p): name for name, p in method.named_parameters()}
     patch_bias = {"towers.vision.patch.bias"}  # the worker's clip flavour keeps it
     for mine, theirs in zip(groups(method, cfg.optim), found[f"groups {flavour}"], strict=True):
@@ -104,7 +104,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
 @pytest.mark.parametrize(
     "base, lacks",
     [
-        (Method, "forward, image_flops, loss|'forward', 'image_flops', 'loss'"),
+        (Method, "forward, loss|'forward', 'loss'"),
         (Averaging, "momentum"),
     ],
 )

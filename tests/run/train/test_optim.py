@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from glimpse.model.methods import METHODS
+from glimpse.model.methods import build_method
 from glimpse.run.lib import config
 from glimpse.run.lib.config import KINDS, OptimConfig
 from glimpse.run.train.optim import groups, kind
@@ -35,7 +35,7 @@ def made(flavour, *more):
         "run/configs/quickstart.yaml",
         ["model.size=nano/8", "model.image_size=32", *FLAVOURS[flavour], *more],
     )
-    return METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options), cfg
+    return build_method(cfg, 320), cfg
 
 
 def free_names(method, cfg):
