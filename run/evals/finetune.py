@@ -1,12 +1,9 @@
-"""Fine-tuning: the whole vision tower and a linear classifier, trained on a set's train/, tested on
-its test/.
+"""Fine-tuning: a copy of the whole vision tower and a linear classifier.
 
-The recipes are those of BEiT (arXiv 2106.08254, its code's command for weights that saw no labels;
-SLIP's, too), MAE
-(arXiv 2111.06377, its FINETUNE.md; FLIP follows it) and MaskCLIP (arXiv 2208.12262: BEiT's, but for
-rate and decay). A copy of the
-tower is trained, under the run's own DeepSpeed JSON. Names: B images, L patches, D width, C
-classes.
+They are trained on a set's train/ and tested on its test/, under the run's DeepSpeed JSON. The
+recipes are those of BEiT (arXiv 2106.08254, its code's command for weights that saw no labels;
+SLIP's, too), MAE (arXiv 2111.06377, its FINETUNE.md; FLIP follows it) and MaskCLIP (arXiv
+2208.12262: BEiT's, but for rate and decay). Names: B images, L patches, D width, C classes.
 """
 
 import copy
@@ -35,7 +32,7 @@ from glimpse.run.lib.distributed import once, rank, to_device, world
 from glimpse.run.train.engine import wrapped
 from glimpse.run.train.optim import kind
 
-# what lies from 0 to so much
+# the options in [0, upper bound]
 SHARES = dict(decay=1, drop_path=0.99, warmup=0.99, smoothing=1, erase=1, crop=1)
 # kinds of parameters without weight decay, in both codes
 NO_DECAY = ("bias", "norm", "positions", "cls")
@@ -43,8 +40,9 @@ NO_DECAY = ("bias", "norm", "positions", "cls")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What follows from the name of a recipe and the depth of the tower; an option of the same name
-    overrides each.
+    """The settings that a recipe's name and the tower's depth determine.
+
+    An option of the same name overrides each.
     """
 
     lr: float  # the last layer's peak for 256 images of a batch
@@ -85,7 +83,7 @@ class Options:
     samples: int = 0  # of train/, drawn at random; 0: all
     accumulate: int = 1  # backward passes to a step
     seed: int = 0
-    # keep the weights in RUN/finetuned/TAG/NAME, where TAG tells the weights that it began with
+    # keep the weights in RUN/finetuned/TAG/NAME, where TAG names the weights that it began with
     save: str = ""
     lr: float | None = None
     decay: float | None = None
@@ -104,25 +102,22 @@ class Options:
 
     def __post_init__(self):
         check_choice("finetune(recipe=...)", self.recipe, RECIPES)
-        found = self.resolved(BASE)
+        recipe = self.resolved(BASE)
         for name, most in SHARES.items():
-            if not 0 <= getattr(found, name) <= most:
-                raise ValueError(
-                    f"finetune({name}={getattr(found, name)}): it must be from 0 to {most}"
-                )
+            value = getattr(recipe, name)
+            if not 0 <= value <= most:
+                raise ValueError(f"finetune({name}={value}): it must be from 0 to {most}")
         for name in ("lr", "epochs", "decay", "crop"):
-            if not getattr(found, name) > 0:
-                raise ValueError(f"finetune({name}={getattr(found, name)}): it must be above 0")
-        for name, value in (
-            ("samples", self.samples),
-            ("mixup", found.mixup),
-            ("cutmix", found.cutmix),
-        ):
+            value = getattr(recipe, name)
+            if not value > 0:
+                raise ValueError(f"finetune({name}={value}): it must be above 0")
+        at_least_0 = dict(samples=self.samples, mixup=recipe.mixup, cutmix=recipe.cutmix)
+        for name, value in at_least_0.items():
             if value < 0:
                 raise ValueError(f"finetune({name}={value}): it must be 0 or more")
-        if self.accumulate < 1 or found.batch < 1 or found.batch % (2 * self.accumulate):
+        if self.accumulate < 1 or recipe.batch < 1 or recipe.batch % (2 * self.accumulate):
             raise ValueError(
-                f"finetune(batch={found.batch}, accumulate={self.accumulate}): mixup mixes pairs,"
+                f"finetune(batch={recipe.batch}, accumulate={self.accumulate}): mixup mixes pairs,"
                 " so that the batch must be a multiple of 2 x accumulate"
             )
         if "/" in self.save:
@@ -132,16 +127,14 @@ class Options:
             )
 
     def resolved(self, depth: int) -> Recipe:
-        """The recipe for a tower of this depth, with what the options say otherwise."""
-        row = RECIPES[self.recipe][(depth > BASE) + (depth > 2 * BASE)]
-        return replace(
-            row,
-            **{
-                f.name: given
-                for f in fields(Recipe)
-                if (given := getattr(self, f.name)) is not None
-            },
-        )
+        """Return the recipe for a tower of this depth, overridden by the options."""
+        size = (depth > BASE) + (depth > 2 * BASE)
+        overrides = {}
+        for field in fields(Recipe):
+            value = getattr(self, field.name)
+            if value is not None:
+                overrides[field.name] = value
+        return replace(RECIPES[self.recipe][size], **overrides)
 
 
 def trains_tower(options: Options) -> bool:
@@ -151,7 +144,7 @@ def trains_tower(options: Options) -> bool:
 def check(images: Images, options: Options) -> None:
     train = images.other("train")
     classes = len(images.classes())
-    for i in range(len(images)):  # those of train/ are looked at as they come
+    for i in range(len(images)):  # those of train/ are checked as they are read
         label(images, i, classes)
     label(train, 0, classes)
     if len(train) < options.samples:
@@ -160,7 +153,8 @@ def check(images: Images, options: Options) -> None:
             " images"
         )
     timm("mixup")
-    if (augment := options.resolved(BASE).augment) != "none":
+    augment = options.resolved(BASE).augment
+    if augment != "none":
         rand_augment(augment, 224, (0.5, 0.5, 0.5))
 
 
@@ -171,42 +165,42 @@ def fits(model: Embedder, options: Options) -> None:
             f"finetune(batch={batch}): less than a pair of images for each of {world()} ranks x"
             f" accumulate {options.accumulate}"
         )
-    if options.save and once(kept(model, options).exists):
-        raise ValueError(
-            f"finetune(save={options.save}): {kept(model, options)} exists; give another name"
-        )
+    if options.save:
+        home = kept(model, options)
+        if once(home.exists):
+            raise ValueError(f"finetune(save={options.save}): {home} exists; give another name")
 
 
 def kept(model: Embedder, options: Options) -> Path:
-    """Where the weights go."""
+    """Return the folder for the weights."""
     return model.home / "finetuned" / model.tag / options.save
 
 
 class Classifier(nn.Module):
-    """A copy of a vision tower, and a linear layer on its pooled tokens: the class token, or the
-    mean.
+    """A copy of a vision tower, and a linear layer on its pooled tokens (class token or mean).
 
-    A mean is normalised after it is taken, by a new norm in the place of the tower's, as in both
+    A mean is normalized after it is taken, by a new norm in the place of the tower's, as in both
     codes (fc_norm); by the tower's own, where that already comes after the mean.
     """
 
     def __init__(self, vision: VisionTower, width: int, classes: int):
         super().__init__()
-        self.vision, self.norm = copy.deepcopy(vision).requires_grad_(True), nn.Identity()
+        self.vision = copy.deepcopy(vision).requires_grad_(True)
+        self.norm = nn.Identity()
         if vision.cfg.pool in ("mean", "mean_with_cls"):
-            self.vision.norm, self.norm = nn.Identity(), nn.LayerNorm(width, vision.cfg.eps)
+            self.vision.norm = nn.Identity()
+            self.norm = nn.LayerNorm(width, vision.cfg.eps)
         self.head = Linear(width, classes, 2e-5)
 
     def forward(self, patches: Tensor, positions: Tensor, paths: Tensor | None = None) -> Tensor:
-        """(B, L, 3 P P) at (B, L), paths of drop_path -> (B, C) fp32."""
-        tokens = self.vision(
-            patches, positions, only_cls=self.vision.cfg.pool == "cls", paths=paths
-        )
+        """Return logits (B, C) fp32 of patches (B, L, 3 P P) at (B, L); paths: of drop_path."""
+        only_cls = self.vision.cfg.pool == "cls"
+        tokens = self.vision(patches, positions, only_cls=only_cls, paths=paths)
         return self.head(self.norm(self.vision.pool(tokens))).float()
 
 
 def layer(name: str, depth: int) -> int:
-    """The layer of a parameter: 0 the embedding, then each block, last what comes after them."""
+    """Return the layer of a parameter: 0 the embedding, then each block, last what follows."""
     parts = name.split(".")
     if parts[:2] == ["vision", "blocks"]:
         return 1 + int(parts[2])
@@ -214,27 +208,27 @@ def layer(name: str, depth: int) -> int:
 
 
 def groups(model: Classifier, recipe: Recipe) -> list[dict]:
-    """Parameter groups by layer and weight decay; scale: by what the learning rate is multiplied,
-    decay ** (layers above).
+    """Return parameter groups by layer and weight decay.
+
+    scale: the factor of the learning rate, decay ** (layers above).
     """
-    depth, found = len(model.vision.blocks), {}
+    depth = len(model.vision.blocks)
+    parameters: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for where, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            found.setdefault(
-                (layer(f"{where}.{name}", depth), kind(module, name) in NO_DECAY), []
-            ).append(parameter)
-    return [
-        dict(
-            params=held,
-            weight_decay=0.0 if free else recipe.weight_decay,
-            scale=recipe.decay ** (depth + 1 - at),
-        )
-        for (at, free), held in sorted(found.items(), key=lambda item: item[0])
-    ]
+            key = layer(f"{where}.{name}", depth), kind(module, name) in NO_DECAY
+            parameters.setdefault(key, []).append(parameter)
+    result = []
+    for at, undecayed in sorted(parameters):
+        weight_decay = 0.0 if undecayed else recipe.weight_decay
+        scale = recipe.decay ** (depth + 1 - at)
+        params = parameters[at, undecayed]
+        result.append(dict(params=params, weight_decay=weight_decay, scale=scale))
+    return result
 
 
 def rates(depth: int, recipe: Recipe) -> str:
-    """A table of the peak learning rate of each layer."""
+    """Return a table of the peak learning rate of each layer."""
     peak = recipe.lr * recipe.batch / 256
     names = ["embedding", *[f"block {i + 1}" for i in range(depth)], "head"]
     scales = [recipe.decay ** (depth + 1 - at) for at in range(depth + 2)]
@@ -245,19 +239,22 @@ def rates(depth: int, recipe: Recipe) -> str:
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """top1, top5 and mean_per_class on test/ after training on train/, and chance: what guessing
-    would get at top1.
+    """Return top1, top5 and mean_per_class on test/ after training on train/, and chance.
+
+    chance: the top1 of guessing.
     """
-    fits(model, options)  # again: another of this command may have taken the name
-    classes, home = len(images.classes()), kept(model, options)
-    trainer, _ = tuned(model, images, options)
+    fits(model, options)  # again: another evaluation of this command may have taken the name
+    classes = len(images.classes())
+    home = kept(model, options)
+    trainer, _losses = tuned(model, images, options)
+
+    # The classifier takes the place of the model's encoders.
     trainer.eval()
-    shown = copy.copy(model)  # with the classifier as one more encoder
-    shown.encoders = {"logits": trainer}
-    indices, logits = shown.images(images, "logits")
-    labels = torch.tensor(
-        [images.label(i) for i in indices.tolist()], dtype=torch.int64, device=logits.device
-    )
+    classifying = copy.copy(model)
+    classifying.encoders = {"logits": trainer}
+    indices, logits = classifying.images(images, "logits")
+    labels = [images.label(i) for i in indices.tolist()]
+    labels = torch.tensor(labels, dtype=torch.int64, device=logits.device)
     counts = metrics.counted(logits, labels)
     results = dict(
         top1=metrics.top1(counts),
@@ -266,35 +263,38 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
         chance=1 / classes,
     )
     if options.save:
-        # its name; the weights are in the precision of training
+        # DeepSpeed's name for the method; the weights are in the precision of training
         trainer.save_16bit_model(str(home), "classifier.pt")
         if not rank():
-            (home / "finetuned.json").write_text(
-                json.dumps(dict(set=str(images.folder), **asdict(options), **results), indent=1)
-            )
+            record = dict(set=str(images.folder), **asdict(options), **results)
+            (home / "finetuned.json").write_text(json.dumps(record, indent=1))
         model.say(f"saved {home}")
     trainer.destroy()
     return results
 
 
-def tuned(model: Embedder, images: Images, options: Options) -> tuple:
-    """(the classifier, trained, under DeepSpeed; the loss of each backward pass)."""
-    train, classes = images.other("train"), len(images.classes())
+def tuned(model: Embedder, images: Images, options: Options) -> tuple[nn.Module, list[float]]:
+    """Return the trained classifier, under DeepSpeed, and the loss of each backward pass."""
+    train = images.other("train")
+    classes = len(images.classes())
     depth = model.cfg.model.shape.depth
     recipe = options.resolved(depth)
+
+    # The classifier's weights and the training images depend on the seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(options.seed)
         classifier = Classifier(model.towers.vision, model.cfg.model.shape.width, classes)
         chosen = torch.randperm(len(train))[: options.samples or None]
-    trainer = wrapped(
-        classifier, groups(classifier, recipe), model.cfg.deepspeed, accumulate=options.accumulate
-    )
+    layers = groups(classifier, recipe)
+    trainer = wrapped(classifier, layers, model.cfg.deepspeed, accumulate=options.accumulate)
     trainer.train()
     count = steps(len(chosen), recipe.batch, recipe.epochs)
     model.say(
         f"finetune {images.name}: recipe {options.recipe}, {len(chosen):,} images of {classes}"
         f" classes, {count} steps of {recipe.batch}, a rate a layer:\n{rates(depth, recipe)}"
     )
+
+    # Augmented images, with the noise of drop_path, so that it does not depend on the ranks.
     vision = model.cfg.model.vision
     data = Labelled(
         train,
@@ -309,43 +309,43 @@ def tuned(model: Embedder, images: Images, options: Options) -> tuple:
         noise=(depth, 2),
         seed=options.seed,
     )
-    mix, patch = Mix(classes, recipe.mixup, recipe.cutmix, recipe.smoothing), model.pre.patch
+    sampler = shares(chosen, recipe, options)
+    loader = DataLoader(data, batch_size=None, sampler=sampler, **ahead(model.cfg.data))
+    mix = Mix(classes, recipe.mixup, recipe.cutmix, recipe.smoothing)
 
-    def loss_of(trainer, batch: tuple) -> Tensor:
-        number, (pixels, labels, noise) = batch
-        pixels, labels, noise = map(to_device, (pixels, labels, noise))
+    def loss_of(trainer: nn.Module, batch: tuple) -> Tensor:
+        number, tensors = batch
+        pixels, labels, noise = map(to_device, tensors)
         pixels, targets = mix(pixels, labels, options.seed, number, 2)
-        patches = patchify(pixels, patch)
+        patches = patchify(pixels, model.pre.patch)
         positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
-        losses = F.cross_entropy(
-            trainer(patches, positions, drop_path(noise, recipe.drop_path)),
-            targets,
-            reduction="none",
-        )
+        logits = trainer(patches, positions, drop_path(noise, recipe.drop_path))
+        losses = F.cross_entropy(logits, targets, reduction="none")
         return mean_loss(losses, recipe.batch // options.accumulate)
 
-    loader = DataLoader(
-        data, batch_size=None, sampler=shares(chosen, recipe, options), **ahead(model.cfg.data)
-    )
+    # The learning rate changes at optimizer steps, each of `accumulate` backward passes.
     rate = cosine(recipe.lr * recipe.batch / 256, recipe.warmup, recipe.min_lr)
     passes = count * options.accumulate
 
     def of_step(progress: float) -> float:
-        # alike in all passes of a step
-        return rate(round(progress * passes) // options.accumulate / count)
+        step = round(progress * passes) // options.accumulate
+        return rate(step / count)
 
-    return trainer, fit(trainer, enumerate(loader), loss_of, of_step, passes, model.say)
+    losses = fit(trainer, enumerate(loader), loss_of, of_step, passes, model.say)
+    return trainer, losses
 
 
 def shares(chosen: Tensor, recipe: Recipe, options: Options) -> Iterator[list[Row]]:
-    """This rank's samples of each backward pass; a sample that comes again does so in another
-    epoch.
+    """Yield this rank's (epoch, sample) pairs of each backward pass.
+
+    A sample that comes again has another epoch.
     """
-    for step, samples in enumerate(order(len(chosen), recipe.batch, recipe.epochs, options.seed)):
-        places = range(step * recipe.batch, (step + 1) * recipe.batch)
-        rows = [
-            (place // len(chosen), int(chosen[i])) for place, i in zip(places, samples.tolist())
-        ]
-        size = recipe.batch // options.accumulate
+    size = recipe.batch // options.accumulate
+    batches = order(len(chosen), recipe.batch, recipe.epochs, options.seed)
+    for step, samples in enumerate(batches):
+        rows = []
+        for place, i in enumerate(samples.tolist(), step * recipe.batch):
+            epoch = place // len(chosen)
+            rows.append((epoch, int(chosen[i])))
         for first in range(0, recipe.batch, size):
             yield paired(rows[first : first + size], rank(), world())

@@ -1,8 +1,8 @@
-"""What captioning and VQA share: texts as rows of ids, patch tokens of both splits, a reader fitted
-to them, what all ranks found.
+"""Code that captioning and VQA share.
 
-A text's ids are the pieces of the run's own tokenizer that occur in the training texts, renumbered:
-a vocabulary of what can be learned.
+Texts as rows of ids, patch tokens of both splits, a reader fitted to them, and the results of all
+ranks gathered. A text's ids are the pieces of the run's tokenizer that occur in the training texts,
+renumbered, so that every id of the vocabulary can be learned.
 """
 
 import copy
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from glimpse.data.evals.clip_benchmark import Images
+from glimpse.data.tokenizer import Tokenizer
 from glimpse.model.downstream.decoders import PAD, Seeing
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import Features, features
@@ -24,29 +25,31 @@ from glimpse.run.lib.distributed import device, rank, to_device, total, world
 from glimpse.run.train.engine import unwrapped, wrapped
 
 START, UNKNOWN = 1, 2
-TOLD = 128  # samples that are read at once, whichever rank does it
-SLICE = 16  # samples of a batch whose gradient one rank makes
+TOLD = 128  # samples of an inference batch, whichever rank takes it
+SLICE = 16  # samples of a training batch whose gradient one rank computes
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a reader is built and fitted: AdamW, a tenth of warm-up, cosine, gradients clipped at
-    1.
+    """Settings of a reader and its training.
+
+    AdamW, a tenth of warm-up, cosine, gradients clipped at 1.
     """
 
     epochs: float = 10.0
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.01
-    tower: float = 0.0  # 0: it stays as it is; above: it is trained, too, at so many times the rate
+    tower: float = 0.0  # 0: it stays frozen; above: it is trained, too, at so many times the rate
     width: int = 0  # 0: as wide as the tower's tokens
     depth: int = 3
     seed: int = 0
 
     def __post_init__(self):
         for name in ("epochs", "batch", "lr", "depth"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"evals: {name}={getattr(self, name)}: it must be above 0")
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"evals: {name}={value}: it must be above 0")
         if self.tower < 0:
             raise ValueError(
                 f"evals: tower={self.tower}: 0, or by what the tower's learning rate is multiplied"
@@ -58,17 +61,22 @@ class Reading:
             )
 
     def shape(self, model: Embedder) -> dict:
-        """The keywords of a reader of its tokens."""
-        image = 1 + model.mask.visible(model.grid[0] * model.grid[1]), model.cfg.model.shape.width
-        width = self.width or -(-image[1] // 64) * 64
+        """Return the keyword arguments of a reader of this model's tokens."""
+        rows, columns = model.grid
+        token_count = 1 + model.mask.visible(rows * columns)  # with the class token
+        token_width = model.cfg.model.shape.width
+        # the tower's width, rounded up to whole attention heads of 64
+        width = self.width or -(-token_width // 64) * 64
+        image = (token_count, token_width)
         return dict(image=image, width=width, depth=self.depth, heads=width // 64)
 
 
 class Pieces:
-    """Texts to ids (begun by START, at most `context` of them) and back."""
+    """A map from texts to ids (the first is START, at most `context` of them) and back."""
 
-    def __init__(self, tokenizer, texts: Iterable[str], context: int):
-        self.tokenizer, self.context = tokenizer, context
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], context: int):
+        self.tokenizer = tokenizer
+        self.context = context
         self.known = sorted({piece for text in texts for piece in tokenizer.encode(text)})
         self.numbers = {piece: i for i, piece in enumerate(self.known, UNKNOWN + 1)}
 
@@ -80,18 +88,17 @@ class Pieces:
         return torch.tensor([START, *pieces][: self.context])
 
     def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.spell(
-            [self.known[i - UNKNOWN - 1] for i in ids if i > UNKNOWN]
-        ).strip()
+        pieces = [self.known[i - UNKNOWN - 1] for i in ids if i > UNKNOWN]
+        return self.tokenizer.spell(pieces).strip()
 
 
 def padded(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of unlike length -> (B, N) on the device."""
+    """Return rows of different lengths as one batch (B, N) on the device."""
     return to_device(pad_sequence(list(rows), batch_first=True, padding_value=PAD))
 
 
 def tokens(model: Embedder, images: Images) -> Features:
-    """The tower's patch tokens of a split, (images, K, D), the class token first.
+    """Return the tower's patch tokens of a split, (images, K, D), the class token first.
 
     All ranks must call.
     """
@@ -123,18 +130,20 @@ def fitted(
     losses_of: Callable,
     weight: Callable = len,
 ) -> tuple[nn.Module, Embedder]:
-    """A reader, trained on the samples of a split, and the model whose patch tokens it reads. All
-    ranks must call.
+    """Return a reader trained on the samples of a split, and the model whose patch tokens it reads.
+
+    All ranks must call.
 
     owner: the image of each sample. losses_of(read, samples (b,), image) -> losses (n,), where
     read(ids, image) gives the reader's logits; weight(samples (B,)) -> how many such losses a
     global batch has.
     """
-    # an evaluation during training draws nothing from the training's generator
+    # an evaluation during training must not use the training's random generator
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(how.seed)
         reader = build(**how.shape(model))
-    reader, model, losses = (tuned if how.tower else frozen)(
+    train_reader = tuned if how.tower else frozen
+    reader, model, losses = train_reader(
         model, train, how, reader, torch.tensor(owner), losses_of, weight
     )
     if not all(map(math.isfinite, losses)):
@@ -149,84 +158,97 @@ def fitted(
 
 
 def frozen(
-    model, train, how, reader, owner, losses_of, weight
+    model: Embedder,
+    train: Images,
+    how: Reading,
+    reader: nn.Module,
+    owner: Tensor,
+    losses_of: Callable,
+    weight: Callable,
 ) -> tuple[nn.Module, Embedder, list[float]]:
-    """The tower stays as it is: its tokens are made once.
+    """Train the reader on tokens of the frozen tower, which are computed once.
 
-    To the bit the same on any number of ranks.
+    Bitwise equal on any number of ranks.
     """
-    seen, reader = tokens(model, train), reader.to(device())
-    trainer = Exact(
-        reader, torch.optim.AdamW(reader.parameters(), weight_decay=how.weight_decay), clip=1.0
-    )
+    image_tokens = tokens(model, train)
+    reader = reader.to(device())
+    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=how.weight_decay)
+    trainer = Exact(reader, optimizer, clip=1.0)
 
     def loss_of(trainer: Exact, samples: Tensor) -> Tensor:
-        whole, loss = weight(samples), torch.zeros((), device=device())
+        loss_count = weight(samples)
+        loss = torch.zeros((), device=device())
         for part in samples.split(SLICE)[rank() :: world()]:
-            loss += trainer.learn(
-                losses_of(reader, part, to_device(seen.rows(owner[part]))).sum() / whole
-            )
+            image = to_device(image_tokens.rows(owner[part]))
+            loss += trainer.learn(losses_of(reader, part, image).sum() / loss_count)
         return loss * world()
 
-    count = len(owner), how.batch, how.epochs
-    return (
-        reader,
-        model,
-        fit(
-            trainer,
-            order(*count, how.seed),
-            loss_of,
-            cosine(how.lr, warmup=0.1),
-            steps(*count),
-            model.say,
-        ),
-    )
+    batches = order(len(owner), how.batch, how.epochs, how.seed)
+    step_count = steps(len(owner), how.batch, how.epochs)
+    rate = cosine(how.lr, warmup=0.1)
+    losses = fit(trainer, batches, loss_of, rate, step_count, model.say)
+    return reader, model, losses
 
 
 def tuned(
-    model, train, how, reader, owner, losses_of, weight
+    model: Embedder,
+    train: Images,
+    how: Reading,
+    reader: nn.Module,
+    owner: Tensor,
+    losses_of: Callable,
+    weight: Callable,
 ) -> tuple[nn.Module, Embedder, list[float]]:
-    """A copy of the tower is trained with the reader, at `tower` times its rate, under the run's
-    DeepSpeed JSON.
+    """Train a copy of the tower with the reader, under the run's DeepSpeed JSON.
+
+    The tower's learning rate is `tower` times the reader's.
     """
-    together = Seeing(copy.deepcopy(model.towers.vision).requires_grad_(True), reader)
-    plain = copy.deepcopy(together)
-    groups = [
-        dict(params=list(part.parameters()), weight_decay=how.weight_decay, scale=scale)
-        for part, scale in ((together.vision, how.tower), (together.reader, 1.0))
-    ]
-    trainer = wrapped(together, groups, model.cfg.deepspeed)
+    vision = copy.deepcopy(model.towers.vision).requires_grad_(True)
+    module = Seeing(vision, reader)
+    plain = copy.deepcopy(module)  # takes the trained weights, without DeepSpeed
+    groups = []
+    for part, scale in ((module.vision, how.tower), (module.reader, 1.0)):
+        parameters = list(part.parameters())
+        groups.append(dict(params=parameters, weight_decay=how.weight_decay, scale=scale))
+    trainer = wrapped(module, groups, model.cfg.deepspeed)
     trainer.train()
-    every = list(order(len(owner), how.batch, how.epochs, how.seed))
-    images = owner[torch.cat([mine(samples) for samples in every])].tolist()
+
+    # Each step's global batch, and the images of this rank's share.
+    batches = list(order(len(owner), how.batch, how.epochs, how.seed))
+    share = torch.cat([mine(samples) for samples in batches])
+    workers = min(model.cfg.data.workers, 2)
     rounds = train.rounds(
-        model.pre, how.batch // world(), images, len(every), min(model.cfg.data.workers, 2)
+        model.pre, how.batch // world(), owner[share].tolist(), len(batches), workers
     )
 
-    def loss_of(trainer, batch: tuple) -> Tensor:
+    def read(ids: Tensor, image: tuple[Tensor, Tensor]) -> Tensor:
+        return trainer(ids, *image).float()
+
+    def loss_of(_trainer: nn.Module, batch: tuple) -> Tensor:
         samples, (_, patches, positions) = batch
-        losses = losses_of(
-            lambda ids, image: trainer(ids, *image).float(),
-            mine(samples),
-            (to_device(patches), to_device(positions)),
-        )
+        image = to_device(patches), to_device(positions)
+        losses = losses_of(read, mine(samples), image)
         return mean_loss(losses, weight(samples))
 
-    losses = fit(
-        trainer, zip(every, rounds), loss_of, cosine(how.lr, warmup=0.1), len(every), model.say
-    )
+    rate = cosine(how.lr, warmup=0.1)
+    losses = fit(trainer, zip(batches, rounds), loss_of, rate, len(batches), model.say)
+
+    # The model, with the trained tower in the place of its own.
     plain.load_state_dict(unwrapped(trainer))
     trainer.destroy()
-    shown, plain = copy.copy(model), plain.to(device()).eval()
-    shown.encoders, shown.tag = model.encoders | {"tokens": plain.vision}, f"{model.tag}-tuned"
-    shown.forget()  # tokens of another tuning
-    return plain.reader, shown, losses
+    plain = plain.to(device()).eval()
+    embedder = copy.copy(model)
+    embedder.encoders = model.encoders | {"tokens": plain.vision}
+    embedder.tag = f"{model.tag}-tuned"
+    embedder.forget()  # cached tokens of another tuning
+    return plain.reader, embedder, losses
 
 
 @torch.no_grad()
 def found(count: int, width: int, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """make(samples (b,)) -> (b, width) int64, of samples 0 to count - 1, each by one rank ->
-    (count, width), whole on every rank.
+    """Return make's rows for samples 0 to count - 1, (count, width) on every rank.
+
+    make(samples (b,)) -> (b, width) int64; each sample is computed by one rank.
     """
     out = torch.zeros(count, width, dtype=torch.int64)
     for samples in torch.arange(count).split(TOLD)[rank() :: world()]:
@@ -235,8 +257,9 @@ def found(count: int, width: int, make: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def keep(model: Embedder, kind: str, images: Images, rows: Iterable[dict]) -> None:
-    """RUN/KIND/TAG-SET.jsonl: what was said about each image, a line each."""
-    if not rank():
-        path = model.home / kind / f"{model.tag}-{images.name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Write RUN/KIND/TAG-SET.jsonl, one row a line."""
+    if rank():
+        return
+    path = model.home / kind / f"{model.tag}-{images.name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

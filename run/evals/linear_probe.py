@@ -1,8 +1,8 @@
 """Linear probe: a linear classifier on frozen features of a set's train/, tested on its test/.
 
-Four recipes, an optimizer each; features are those of the images as evaluation shows them, where
-LARS and SGD of the papers see random crops and flips. What a recipe leaves open is chosen on a
-held-out tenth of train/, and fitted again to the whole.
+There are four recipes, one per optimizer. Features are computed once, without augmentation, where
+LARS and SGD of the papers see random crops and flips. A setting that a recipe leaves open is chosen
+on a held-out tenth of train/, and the classifier is then fitted again to all of train/.
 
     lbfgs   CLIP (arXiv 2103.00020, section 3.2 and appendix A.3): at most 1,000 iterations; the
             weight decay is swept
@@ -34,16 +34,16 @@ from glimpse.run.lib.distributed import device, rank, to_device, total, world
 
 ITERATIONS = 1000  # of L-BFGS
 CHUNK = 4096  # rows that go through the classifier at once
-# of an epoch, where a set allows them: smaller sets than the recipes were made for get smaller
+# steps of an epoch that a set should have: sets smaller than those of the recipes get smaller
 # batches
 STEPS = 64
-HELD_OUT = 10  # one image in so many
+HELD_OUT = 10  # one image in ten
 MOST = 96  # weight decays of the sweep: 1e-6 x 10^(i / 8), i = 0 ... 96
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What follows from the optimizer; an option of the same name overrides each."""
+    """The settings that the optimizer determines; an option of the same name overrides each."""
 
     features: str = "pooled"  # of features.KINDS
     standardize: bool = False  # batch norm without affine below the linear layer
@@ -84,12 +84,15 @@ class Options:
         check_choice("linear_probe(features=...)", self.recipe.features, KINDS)
         for name in ("lr", "epochs", "batch"):
             value = getattr(self, name)
-            if value is not None and self.optimizer == "lbfgs":
+            if value is None:
+                continue
+            if self.optimizer == "lbfgs":
                 raise ValueError(
                     f"linear_probe({name}={value}): lbfgs has none; choose"
                     f" optimizer={', '.join(OPTIMIZERS)}"
                 )
-            if value is not None and not min(value if name == "lr" else [value], default=0) > 0:
+            smallest = min(value, default=0) if name == "lr" else value
+            if not smallest > 0:
                 raise ValueError(f"linear_probe({name}={value}): it must be above 0")
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(
@@ -98,56 +101,62 @@ class Options:
 
     @property
     def recipe(self) -> Recipe:
-        given = {
-            f.name: value
-            for f in fields(Recipe)
-            if (value := getattr(self, f.name, None)) is not None
-        }
-        return replace(RECIPES[self.optimizer], **given)
+        overrides = {}
+        for field in fields(Recipe):
+            value = getattr(self, field.name, None)
+            if value is not None:
+                overrides[field.name] = value
+        return replace(RECIPES[self.optimizer], **overrides)
 
 
-check, fits = check_splits, check_view
+check = check_splits
+fits = check_view
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """top1, mean_per_class and chance, as shares."""
+    """Return top1, mean_per_class and chance, as shares."""
     recipe = options.recipe
     train, test = splits(model, images, recipe.features)
     task = Task(train, len(images.classes()), options)
-    held = (
-        torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed)) % HELD_OUT
-        == 0
-    )
-    most, few = torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
+
+    # Hold out a tenth of train/ to choose the setting that the recipe leaves open.
+    generator = torch.Generator().manual_seed(options.seed)
+    is_held_out = torch.randperm(len(train), generator=generator) % HELD_OUT == 0
+    fitting = torch.nonzero(~is_held_out).flatten()
+    held_out = torch.nonzero(is_held_out).flatten()
 
     def tried(value: float) -> float:
-        probe, how = task.fitted(most, value)
-        found = scored(probe, train, few)["top1"]
-        model.say(f"  {how}: {found:.2%} of {len(few)} held-out images")
-        return found
+        probe, how = task.fitted(fitting, value)
+        top1 = scored(probe, train, held_out)["top1"]
+        model.say(f"  {how}: {top1:.2%} of {len(held_out)} held-out images")
+        return top1
 
     model.say(f"{images.name}: a linear probe on {recipe.features} features of {len(train)} images")
     if options.optimizer == "lbfgs":
         value = swept(tried) if recipe.weight_decay is None else recipe.weight_decay
     else:
         value = max(recipe.lr, key=tried) if len(recipe.lr) > 1 else recipe.lr[0]
+
+    # Fit again, to all training images.
     probe, how = task.fitted(torch.arange(len(train)), value)
     model.say(f"  {how}, on all images")
     return scored(probe, test, torch.arange(len(test)))
 
 
 def swept(tried: Callable[[float], float]) -> float:
-    """The best of the MOST + 1 weight decays, of equal ones the largest, by CLIP's search: seven
-    over the range, then halving the steps.
+    """Return the best of the MOST + 1 weight decays, of equal ones the largest.
+
+    CLIP's search: seven values over the range, then halving the steps around the best.
     """
-    step, found = MOST // 6, {}
+    step = MOST // 6
+    scores: dict[int, float] = {}
     around: Iterable[int] = range(MOST, -1, -step)
     while step:
         for i in around:
-            if 0 <= i <= MOST and i not in found:
-                found[i] = tried(decay(i))
+            if 0 <= i <= MOST and i not in scores:
+                scores[i] = tried(decay(i))
         step //= 2
-        best = max(found, key=lambda i: (found[i], i))
+        best = max(scores, key=lambda i: (scores[i], i))
         around = (best + step, best - step)
     return decay(best)
 
@@ -157,139 +166,120 @@ def decay(i: int) -> float:
 
 
 def scored(probe: nn.Module, features: Features, indices: Tensor) -> dict[str, float]:
-    """How many of these images the probe is right about; each rank asks it about a share of
-    them.
-    """
+    """Return the probe's accuracies on these images; each rank computes a share of them."""
     probe.eval()
     share = indices[rank() :: world()]
-    kind = next(probe.parameters()).dtype
+    dtype = next(probe.parameters()).dtype
     with torch.no_grad():
-        scores = torch.cat([probe(rows(features, part).to(kind)) for part in share.split(CHUNK)])
+        chunks = [probe(rows(features, part).to(dtype)) for part in share.split(CHUNK)]
+        scores = torch.cat(chunks)
     return accuracies(scores, features.labels()[share])
 
 
 def rows(features: Features, indices: Tensor) -> Tensor:
-    """(n, D) float32, on the device."""
+    """Return the features at indices, (n, D) float32, on the device."""
     return to_device(features.rows(indices).flatten(1))
 
 
 class Task:
-    """The features of a train split, and how a classifier of C classes is fitted to some of
-    them.
-    """
+    """The features of a train split, to some of which a classifier of C classes is fitted."""
 
     def __init__(self, train: Features, classes: int, options: Options):
-        self.train, self.classes, self.options, self.recipe = (
-            train,
-            classes,
-            options,
-            options.recipe,
-        )
+        self.train = train
+        self.classes = classes
+        self.options = options
+        self.recipe = options.recipe
         self.labels = to_device(train.labels())
 
     def fitted(self, indices: Tensor, value: float) -> tuple[nn.Module, str]:
-        """A classifier of the images `indices`, with this weight decay or learning rate, and how it
-        was made.
+        """Return a classifier fitted to the images `indices`, and a description of the fit.
+
+        value: the weight decay of L-BFGS, the learning rate of the others.
         """
-        linear = nn.utils.skip_init(
-            nn.Linear, rows(self.train, indices[:1]).shape[1], self.classes, device=device()
-        )
-        with torch.no_grad():  # drawn apart, so that an evaluation changes no draw of a training
-            drawn = torch.empty(linear.weight.shape).normal_(
-                std=0.01, generator=torch.Generator().manual_seed(self.options.seed)
-            )
-            linear.weight.copy_(drawn), linear.bias.zero_()
-        norm = (
-            BatchNorm(linear.in_features).to(device()) if self.recipe.standardize else nn.Identity()
-        )
+        width = rows(self.train, indices[:1]).shape[1]
+        linear = nn.utils.skip_init(nn.Linear, width, self.classes, device=device())
+        # its own generator, so that an evaluation during training does not change the training
+        generator = torch.Generator().manual_seed(self.options.seed)
+        with torch.no_grad():
+            weight = torch.empty(linear.weight.shape).normal_(std=0.01, generator=generator)
+            linear.weight.copy_(weight)
+            linear.bias.zero_()
+        norm = BatchNorm(width).to(device()) if self.recipe.standardize else nn.Identity()
         fit_to = self.by_lbfgs if self.options.optimizer == "lbfgs" else self.by_steps
         return fit_to(nn.Sequential(norm, linear), indices, value)
 
     def by_lbfgs(
         self, probe: nn.Sequential, indices: Tensor, weight_decay: float
     ) -> tuple[nn.Module, str]:
-        share, probe = mine(indices), probe.double()
-        # what all classes' weights have in common makes no difference, and would go away slowly
+        share = mine(indices)
+        probe = probe.double()
+        # a component that all classes' weights share has no effect on the loss, and decays slowly
         nn.init.zeros_(probe[1].weight)
         x = rows(self.train, share).double()
         if self.recipe.standardize:
-            probe[0].momentum = 1.0  # the batch is the whole
+            probe[0].momentum = 1.0  # the batch is the whole training set
             x = probe[0](x)
         iterations = regression(probe[1], x, self.labels[share], len(indices), weight_decay)
         return probe, f"weight decay {weight_decay:.3g}, {iterations} iterations"
 
     def by_steps(self, probe: nn.Sequential, indices: Tensor, lr: float) -> tuple[nn.Module, str]:
-        recipe, seed = self.recipe, self.options.seed
+        recipe = self.recipe
         batch = self.options.batch or min(recipe.batch, max(len(indices) // STEPS, STEPS))
         batch = min(batch, len(indices))
-        trainer = Replicated(
-            probe,
-            OPTIMIZERS[self.options.optimizer](
-                probe.parameters(), lr=lr, weight_decay=recipe.weight_decay
-            ),
-        )
+        build = OPTIMIZERS[self.options.optimizer]
+        optimizer = build(probe.parameters(), lr=lr, weight_decay=recipe.weight_decay)
+        trainer = Replicated(probe, optimizer)
 
         def loss_of(trainer: Replicated, samples: Tensor) -> Tensor:
             share = indices[mine(samples)]
-            return mean_loss(
-                F.cross_entropy(
-                    trainer(rows(self.train, share)), self.labels[share], reduction="none"
-                ),
-                batch,
-            )
+            logits = trainer(rows(self.train, share))
+            losses = F.cross_entropy(logits, self.labels[share], reduction="none")
+            return mean_loss(losses, batch)
 
         count = steps(len(indices), batch, recipe.epochs)
-        batches, rate = (
-            order(len(indices), batch, recipe.epochs, seed),
-            cosine(lr, recipe.warmup / recipe.epochs),
-        )
+        batches = order(len(indices), batch, recipe.epochs, self.options.seed)
+        rate = cosine(lr, recipe.warmup / recipe.epochs)
         losses = fit(trainer, batches, loss_of, rate, count)
         return probe, f"lr {lr:.4g}, {count} steps of {batch}, loss {losses[-1]:.4f}"
 
 
 class BatchNorm(nn.Module):
-    """(b, D) -> (b, D): batch norm without affine over all ranks' rows, however many each has;
-    running statistics for evaluation.
+    """Batch norm (b, D) -> (b, D) without affine, over all ranks' rows, however many each has.
 
-    Its input asks for no gradient, since what lies below is frozen (model/heads.py has one for what
-    is not).
+    Evaluation uses running statistics. The input needs no gradient, since the model below is frozen
+    (model/heads.py has a batch norm with one).
     """
 
     def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-6):
         super().__init__()
-        self.momentum, self.eps = momentum, eps
+        self.momentum = momentum
+        self.eps = eps
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, var = self.mean, self.var
+        mean = self.mean
+        var = self.var
         if self.training:
-            sums = total(
-                torch.cat(
-                    [
-                        x.sum(0),
-                        x.square().sum(0),
-                        torch.full((1,), len(x), dtype=x.dtype, device=x.device),
-                    ]
-                ).double()
-            )
+            # one all-reduce for the sums and the number of rows
+            count = torch.full((1,), len(x), dtype=x.dtype, device=x.device)
+            sums = torch.cat([x.sum(0), x.square().sum(0), count])
+            sums = total(sums.double())
             mean, square = (sums[:-1] / sums[-1]).chunk(2)
             var = (square - mean**2).clamp(min=0)
-            (
-                self.mean.lerp_(mean.to(x.dtype), self.momentum),
-                self.var.lerp_(var.to(x.dtype), self.momentum),
-            )
+            self.mean.lerp_(mean.to(x.dtype), self.momentum)
+            self.var.lerp_(var.to(x.dtype), self.momentum)
         return (x - mean.to(x.dtype)) * (var + self.eps).rsqrt().to(x.dtype)
 
 
 def regression(
     linear: nn.Linear, x: Tensor, labels: Tensor, count: int, weight_decay: float
 ) -> int:
-    """Fit to this rank's share x (n, D), labels (n,) of `count` images, all float64; how many
-    iterations it took.
+    """Fit a logistic regression and return the number of iterations.
 
-    The minimum of sum of cross entropies + weight_decay / 2 |W|^2, the bias free, as scikit-learn's
-    LogisticRegression(C=1/weight_decay). Every rank takes the same steps, since all see the same
+    This rank has the share x (n, D), labels (n,) of `count` images, all float64. The minimum is of
+    the sum of cross-entropies + weight_decay / 2 |W|^2, the bias free, as scikit-learn's
+    LogisticRegression(C=1/weight_decay). Every rank takes the same steps, since all have the same
     sums.
     """
     optimizer = torch.optim.LBFGS(
@@ -300,14 +290,15 @@ def regression(
         optimizer.zero_grad()
         loss = torch.zeros(1, dtype=x.dtype, device=x.device)
         for part, numbers in zip(x.split(CHUNK), labels.split(CHUNK)):
-            some = F.cross_entropy(linear(part), numbers, reduction="sum")
-            some.backward()
-            loss += some.detach()
-        W, b = linear.weight, linear.bias
+            part_loss = F.cross_entropy(linear(part), numbers, reduction="sum")
+            part_loss.backward()
+            loss += part_loss.detach()
+        # the mean loss and its gradients over all ranks, then the weight decay
+        W = linear.weight
+        b = linear.bias
         sums = total(torch.cat([loss, W.grad.flatten(), b.grad])) / count
-        W.grad.copy_(sums[1 : 1 + W.numel()].view_as(W)).add_(
-            W.detach(), alpha=weight_decay / count
-        )
+        W.grad.copy_(sums[1 : 1 + W.numel()].view_as(W))
+        W.grad.add_(W.detach(), alpha=weight_decay / count)
         b.grad.copy_(sums[1 + W.numel() :])
         return sums[0] + weight_decay / count / 2 * W.detach().square().sum()
 

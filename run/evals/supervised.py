@@ -1,10 +1,11 @@
-"""The small supervised loop that probes, fine-tuning and heads share: fit(trainer, batches,
-loss_of, rate, steps).
+"""The small supervised loop that probes, fine-tuning and heads share.
+
+    losses = fit(trainer, batches, loss_of, rate, steps)
 
 A trainer is called like a module, and has backward(loss), step(), and an optimizer: `Replicated` or
-`Exact` for what is small, or DeepSpeed's engine. Batches are global: `order` names the samples of
-each, the same on every rank, which takes its share, so that the number of ranks does not change
-what is learned. Names: N samples, B global batch.
+`Exact` for small modules, or DeepSpeed's engine. Batches are global: `order` yields the samples of
+each, the same on every rank, and each rank takes its share, so that the number of ranks does not
+change the result. Names: N samples, B global batch.
 """
 
 import math
@@ -18,41 +19,45 @@ from glimpse.run.lib.distributed import device, rank, total, world
 
 
 class Replicated:
-    """A module that every rank holds whole; gradients are averaged over the ranks.
+    """A module replicated on every rank; gradients are averaged over the ranks.
 
     clip: the largest gradient norm, 0 for any.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float = 0.0):
-        self.module, self.optimizer, self.clip = module, optimizer, clip
-        for value in module.state_dict().values():  # drawn alike or not, they begin as rank 0's
+        self.module = module
+        self.optimizer = optimizer
+        self.clip = clip
+        # every rank begins with rank 0's weights, whatever its own initialization
+        for value in module.state_dict().values():
             dist.broadcast(value, 0)
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: Tensor) -> Tensor:
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self) -> None:
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # one all-reduce for all gradients
         mean = total(torch.cat([g.flatten() for g in gradients])) / world()
-        for p, g in zip(held, mean.split([p.numel() for p in held])):
+        sizes = [p.numel() for p in parameters]
+        for p, g in zip(parameters, mean.split(sizes)):
             p.grad = g.view_as(p)
         if self.clip:
-            nn.utils.clip_grad_norm_(held, self.clip)
+            nn.utils.clip_grad_norm_(parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 class Exact(Replicated):
-    """Replicated, but to the bit the same on any number of ranks, given the same slices of a batch,
-    each learned from by one rank.
+    """Replicated, but bitwise equal on any number of ranks, given the same slices of a batch.
 
-    Rounding depends on who adds what to what, and a long training makes much of it. So gradients
-    are added as whole numbers of 2 ** -40, whose sum no order changes; Adam's eps of 1e-8 is ten
-    thousand of them.
+    Each slice is learned from by one rank. Floating-point sums depend on the order of addition, and
+    small differences grow over a long run. So gradients are added as integer multiples of 2 ** -40,
+    whose sum does not depend on the order; Adam's eps of 1e-8 is ten thousand of them.
     """
 
     UNIT = 2.0**-40
@@ -63,41 +68,38 @@ class Exact(Replicated):
         self.sums = [torch.zeros_like(p, dtype=torch.int64) for p in self.held]
 
     def learn(self, loss: Tensor) -> Tensor:
-        """From a slice's part of the batch's loss, which comes back without its graph."""
-        for found, gradient in zip(self.sums, torch.autograd.grad(loss, self.held)):
-            found += (gradient.double() / self.UNIT).round().long()
+        """Add the gradient of a slice's part of the batch's loss; return that loss, detached."""
+        gradients = torch.autograd.grad(loss, self.held)
+        for units, gradient in zip(self.sums, gradients):
+            units.add_((gradient.double() / self.UNIT).round().long())
         return loss.detach()
 
     def backward(self, loss: Tensor) -> None:
-        """Of the batch: its slices have been learned from."""
+        """Do nothing: `learn` has added the gradients of the batch's slices."""
 
     def step(self) -> None:
-        sums = total(torch.cat([found.flatten() for found in self.sums]))
-        for p, found, gradient in zip(
-            self.held, self.sums, sums.split([p.numel() for p in self.held])
-        ):
+        sums = total(torch.cat([units.flatten() for units in self.sums]))
+        sizes = [p.numel() for p in self.held]
+        for p, units, gradient in zip(self.held, self.sums, sums.split(sizes)):
             p.grad = (gradient.double() * self.UNIT).to(p.dtype).view_as(p)
-            found.zero_()
+            units.zero_()
         if self.clip:
             nn.utils.clip_grad_norm_(self.held, self.clip)
         self.optimizer.step()
 
 
 def order(count: int, batch: int, epochs: float, seed: int) -> Iterator[Tensor]:
-    """The samples (B,) of each step, all ranks'; every epoch in a new order, its last batch filled
-    from the next.
+    """Yield the samples (B,) of each step, of all ranks together.
+
+    Every epoch has a new order, and its last batch is filled from the next epoch.
     """
-    queue, epoch = torch.empty(0, dtype=torch.int64), 0
+    queue = torch.empty(0, dtype=torch.int64)
+    epoch = 0
     for _ in range(steps(count, batch, epochs)):
         while len(queue) < batch:
-            queue = torch.cat(
-                [
-                    queue,
-                    torch.randperm(
-                        count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                    ),
-                ]
-            )
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            shuffled = torch.randperm(count, generator=generator)
+            queue = torch.cat([queue, shuffled])
             epoch += 1
         yield queue[:batch]
         queue = queue[batch:]
@@ -108,34 +110,36 @@ def steps(count: int, batch: int, epochs: float) -> int:
 
 
 def mine(samples: Tensor) -> Tensor:
-    """This rank's share of a global batch; where it does not divide, shares differ by one."""
+    """Return this rank's share of a global batch; shares differ by one where it does not divide."""
     return samples[rank() :: world()]
 
 
 def mean_loss(losses: Tensor, batch: int) -> Tensor:
-    """A share's losses (b,) -> what to give to backward, so that the mean over ranks is that over
-    the global batch of B samples.
+    """Return the value to backpropagate for a share's losses (b,).
+
+    Its mean over the ranks is the mean loss of the global batch of B samples.
     """
     return losses.sum() * world() / batch
 
 
 def fit(
-    trainer,
+    trainer: nn.Module | Replicated,
     batches: Iterable,
     loss_of: Callable,
     rate: Callable[[float], float],
     total_steps: int,
     say: Callable[[str], None] | None = None,
 ) -> list[float]:
-    """Train over the batches; loss_of(trainer, batch) -> a loss whose mean over ranks is the
-    batch's; returns these means.
+    """Train over the batches and return the mean loss of each, over all ranks.
 
-    rate(progress, from 0 to 1) -> learning rate; a group's `scale`, where it has one, multiplies it
-    (layer-wise decay).
-    say: is told the loss, at a twentieth of the steps.
+    loss_of(trainer, batch) -> a loss whose mean over ranks is the batch's.
+    rate(progress, from 0 to 1) -> learning rate; a parameter group's `scale`, if it has one,
+    multiplies it (layer-wise decay).
+    say: called with a line that has the loss, at a twentieth of the steps.
     """
-    # not a list: thousands of small tensors between large ones break memory up
-    found = torch.zeros(total_steps, device=device())
+    # not a list: thousands of small tensors between large ones fragment memory
+    losses = torch.zeros(total_steps, device=device())
+    interval = max(1, total_steps // 20)
     step = -1
     for step, batch in enumerate(batches):
         for group in trainer.optimizer.param_groups:
@@ -143,23 +147,23 @@ def fit(
         loss = loss_of(trainer, batch)
         trainer.backward(loss)
         trainer.step()
-        found[step] = loss.detach()
-        if say and (step + 1) % max(1, total_steps // 20) == 0:
-            say(
-                f"step {step + 1}/{total_steps}  loss"
-                f" {float(total(found[step].clone())) / world():.6f}"
-            )
-    return (total(found[: step + 1]) / world()).tolist()
+        losses[step] = loss.detach()
+        if say and (step + 1) % interval == 0:
+            mean = float(total(losses[step].clone())) / world()
+            say(f"step {step + 1}/{total_steps}  loss {mean:.6f}")
+    return (total(losses[: step + 1]) / world()).tolist()
 
 
 def cosine(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:
-    """A learning rate by progress: linear from 0 over the share `warmup`, then half a cosine to
-    `end`.
+    """Return a learning rate by progress: linear warm-up from 0, then half a cosine to `end`.
+
+    warmup: its share of the training.
     """
 
     def rate(progress: float) -> float:
         if progress < warmup:
             return peak * progress / warmup
-        return end + (peak - end) * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+        angle = math.pi * (progress - warmup) / (1 - warmup)
+        return end + (peak - end) * (1 + math.cos(angle)) / 2
 
     return rate

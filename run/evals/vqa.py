@@ -1,20 +1,21 @@
-"""Visual question answering: a fusion transformer, newly drawn, reads the question beside frozen
-patch tokens; a classifier answers.
+"""Visual question answering with a fusion transformer over frozen patch tokens.
 
-Its classes are the most frequent answers of the train split, trained by binary cross-entropy
-towards the soft accuracy of each (Bottom-Up and Top-Down, arXiv 1707.07998 section 3.3; METER,
-which FLIP table 7 follows). Accuracy is VQAv2's, over all questions and for each kind. Beside it
-stand three that see no image: the most frequent answer of train, that of the question's kind, that
-of the very same question. What is answered goes to RUN/vqa/TAG-SET.jsonl.
+The transformer has new weights. It reads the question beside the patch tokens, and a classifier
+answers. The classes are the most frequent answers of the train split, trained by binary
+cross-entropy towards the soft accuracy of each (Bottom-Up and Top-Down, arXiv 1707.07998 section
+3.3; METER, which FLIP table 7 follows). Accuracy is VQAv2's, over all questions and for each kind.
+Beside it stand three that see no image: the most frequent answer of train, that of the question's
+kind, that of the very same question. The answers go to RUN/vqa/TAG-SET.jsonl.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import Images, Question
@@ -34,11 +35,10 @@ from glimpse.run.evals.language import (
 from glimpse.run.lib.distributed import to_device
 
 SHOWN = 5  # answers that are printed
-# What VQAv2's evaluation takes for the same answer (vqaEval.py of github.com/GT-Vision-Lab/VQA).
-NUMBERS = {
-    word: str(n)
-    for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+# Spellings that VQAv2's evaluation treats as the same answer (vqaEval.py of
+# github.com/GT-Vision-Lab/VQA).
+DIGITS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {word: str(n) for n, word in enumerate(DIGITS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTED = """
@@ -52,10 +52,12 @@ CONTRACTED = """
     who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
     y'all'd've you'd you'd've you'll you're you've
     """.split()
-# one apostrophe is missing
-CONTRACTIONS = {
-    word[: m.start()] + word[m.end() :]: word for word in CONTRACTED for m in re.finditer("'", word)
-}
+# {a contraction without one of its apostrophes: the contraction}
+CONTRACTIONS = {}
+for word in CONTRACTED:
+    for apostrophe in re.finditer("'", word):
+        CONTRACTIONS[word[: apostrophe.start()] + word[apostrophe.end() :]] = word
+Asked = Sequence[tuple[int, Question]]  # each with its image's index
 READS = "questions"
 __all__ = ["READS", "Options", "check", "evaluate", "fits", "trains_tower"]
 
@@ -67,22 +69,27 @@ class Options(Reading):
 
 
 def check(images: Images, options: Options) -> None:
-    images.questions(0), images.other("train").questions(0)
+    images.questions(0)
+    images.other("train").questions(0)
     if options.answers < 1:
         raise ValueError(f"evals: answers={options.answers}: it must be at least 1")
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """accuracy and, of answers without an image, frequent, frequent_of_kind, frequent_of_question;
-    accuracy_KIND beside frequent_KIND.
+    """Return accuracy, and frequent, frequent_of_kind, frequent_of_question, which see no image.
+
+    accuracy_KIND and frequent_KIND are those of one kind of questions.
     """
     train = images.other("train")
-    learned, asked = questions(train), questions(images)
-    usual = [(q, Counter(q.answers).most_common(1)[0][0]) for _, q in learned]
-    classes = [
-        answer for answer, _ in ranked(Counter(answer for _, answer in usual))[: options.answers]
-    ]
+    learned = questions(train)
+    asked = questions(images)
+
+    # The classes: the most frequent of the answers that most people gave to a question.
+    usual = [(q, most_frequent(q.answers)) for _, q in learned]
+    counts = ranked(Counter(answer for _, answer in usual))
+    classes = [answer for answer, _ in counts[: options.answers]]
     numbers = {answer: n for n, answer in enumerate(classes)}
+
     context = model.cfg.data.context
     pieces = Pieces(model.tokenizer, (q.text for _, q in learned), context)
     model.say(
@@ -90,102 +97,95 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
         " pieces"
     )
 
-    def ids_of(some):
-        return padded([pieces.ids(q.text) for _, q in some])
+    def ids_of(batch: Asked) -> Tensor:
+        return padded([pieces.ids(q.text) for _, q in batch])
 
-    def losses_of(read, samples, image):
-        """(questions,)"""
-        some = [learned[s] for s in samples.tolist()]
-        wanted = torch.zeros(len(some), len(classes))
-        for row, (_, q) in zip(wanted, some):
+    def losses_of(read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Return the loss of each question, (questions,), summed over the classes."""
+        batch = [learned[s] for s in samples.tolist()]
+        targets = torch.zeros(len(batch), len(classes))
+        for row, (_, q) in zip(targets, batch):
             for answer in set(q.answers) & numbers.keys():
                 row[numbers[answer]] = soft_accuracy(answer, q.answers)
-        return F.binary_cross_entropy_with_logits(
-            read(ids_of(some), image), to_device(wanted), reduction="none"
-        ).sum(1)
+        logits = read(ids_of(batch), image)
+        losses = F.binary_cross_entropy_with_logits(logits, to_device(targets), reduction="none")
+        return losses.sum(1)
 
-    answerer, shown = fitted(
-        model,
-        train,
-        options,
-        partial(Answerer, len(pieces), context, answers=len(classes)),
-        [i for i, _ in learned],
-        losses_of,
-    )
-    seen = tokens(shown, images)
+    build = partial(Answerer, len(pieces), context, answers=len(classes))
+    owner = [i for i, _ in learned]
+    answerer, embedder = fitted(model, train, options, build, owner, losses_of)
 
-    def answered(samples):
-        some = [asked[s] for s in samples.tolist()]
-        return answerer(ids_of(some), to_device(seen.rows([i for i, _ in some]))).argmax(
-            1, keepdim=True
-        )
+    # Answer the test questions, and print a few.
+    image_tokens = tokens(embedder, images)
 
-    best = found(len(asked), 1, answered)
-    given = [classes[n] for n in best[:, 0].tolist()]
-    for (i, q), answer in list(zip(asked, given))[:SHOWN]:
-        model.say(
-            f"  {images.key(i)}: {q.text} {answer}; truth: {', '.join(dict.fromkeys(q.answers))}"
-        )
-    keep(
-        model,
-        "vqa",
-        images,
-        (
-            dict(key=images.key(i), question=q.text, answer=answer, truth=q.answers)
-            for (i, q), answer in zip(asked, given)
-        ),
-    )
-    return results(asked, given, usual)
+    def best_class(samples: Tensor) -> Tensor:
+        batch = [asked[s] for s in samples.tolist()]
+        image = to_device(image_tokens.rows([i for i, _ in batch]))
+        return answerer(ids_of(batch), image).argmax(1, keepdim=True)
+
+    best = found(len(asked), 1, best_class)
+    answers = [classes[n] for n in best[:, 0].tolist()]
+    for (i, q), answer in list(zip(asked, answers))[:SHOWN]:
+        truth = ", ".join(dict.fromkeys(q.answers))
+        model.say(f"  {images.key(i)}: {q.text} {answer}; truth: {truth}")
+
+    def records() -> Iterator[dict]:
+        for (i, q), answer in zip(asked, answers):
+            yield dict(key=images.key(i), question=q.text, answer=answer, truth=q.answers)
+
+    keep(model, "vqa", images, records())
+    return results(asked, answers, usual)
 
 
 def questions(images: Images) -> list[tuple[int, Question]]:
-    """(image, question) of a whole split, the answers normalised."""
-    found = [
-        (i, Question(q.text, tuple(map(normal, q.answers)), q.kind))
-        for i in range(len(images))
-        for q in images.questions(i)
-        if q.answers
-    ]
-    if not found:
+    """Return (image, question) of a whole split, the answers normalized."""
+    pairs = []
+    for i in range(len(images)):
+        for q in images.questions(i):
+            if q.answers:
+                answers = tuple(map(normal, q.answers))
+                pairs.append((i, Question(q.text, answers, q.kind)))
+    if not pairs:
         raise ValueError(f"evals: {images.folder}: no questions with answers in {images.split}")
-    return found
+    return pairs
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """Return the most frequent answer, of equal ones the first."""
+    return Counter(answers).most_common(1)[0][0]
 
 
 def ranked(counts: Counter) -> list[tuple[str, int]]:
-    """From the most frequent; equals by name, so that no order of reading decides."""
+    """Return the counts from the most frequent; equals by name, independent of reading order."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def results(
-    asked: Sequence[tuple[int, Question]],
+    asked: Asked,
     given: Sequence[str],
     usual: Sequence[tuple[Question, str]],
 ) -> dict[str, float]:
-    """Accuracies of answers, and of blind ones; usual: training questions and the answer most
-    people gave.
+    """Return the accuracies of the given answers, and of guesses without an image.
+
+    usual: the training questions, each with the answer that most people gave.
     """
-    blind = {
-        "": most(usual, lambda q: ""),
-        "_of_kind": most(usual, lambda q: q.kind),
-        "_of_question": most(usual, lambda q: q.text),
-    }
+    groupings = {"": lambda q: "", "_of_kind": lambda q: q.kind, "_of_question": lambda q: q.text}
+
+    # Over all questions.
     right = [soft_accuracy(answer, q.answers) for (_, q), answer in zip(asked, given)]
-    guessed = {
-        name: [soft_accuracy(guess(q), q.answers) for _, q in asked]
-        for name, guess in blind.items()
-    }
-    values = dict(accuracy=mean(right)) | {
-        f"frequent{name}": mean(each) for name, each in guessed.items()
-    }
+    values = dict(accuracy=mean(right))
+    guessed = {}
+    for name, group in groupings.items():
+        guess = most(usual, group)
+        guessed[name] = [soft_accuracy(guess(q), q.answers) for _, q in asked]
+        values[f"frequent{name}"] = mean(guessed[name])
+
+    # For each kind.
     for kind in sorted({q.kind for _, q in asked} - {""}):
-        its, name = (
-            [n for n, (_, q) in enumerate(asked) if q.kind == kind],
-            re.sub(r"\W+", "_", kind),
-        )
-        values |= {
-            f"accuracy_{name}": mean([right[n] for n in its]),
-            f"frequent_{name}": mean([guessed["_of_kind"][n] for n in its]),
-        }
+        name = re.sub(r"\W+", "_", kind)
+        indices = [n for n, (_, q) in enumerate(asked) if q.kind == kind]
+        values[f"accuracy_{name}"] = mean([right[n] for n in indices])
+        values[f"frequent_{name}"] = mean([guessed["_of_kind"][n] for n in indices])
     return values
 
 
@@ -196,41 +196,44 @@ def mean(values: Sequence[float]) -> float:
 def most(
     usual: Sequence[tuple[Question, str]], group: Callable[[Question], str]
 ) -> Callable[[Question], str]:
-    """The most frequent answer among the questions of the same group; of all, where a group is
-    new.
+    """Return a function from a question to the most frequent answer of the question's group.
+
+    Where a group is new, it is the most frequent answer of all.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
     for q, answer in usual:
         counts[group(q)][answer] += 1
-    best = {key: ranked(found)[0][0] for key, found in counts.items()}
+    best = {key: ranked(count)[0][0] for key, count in counts.items()}
     overall = ranked(Counter(answer for _, answer in usual))[0][0]
     return lambda q: best.get(group(q), overall)
 
 
 def soft_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """VQAv2's: min(n / 3, 1), n of the others having given this answer, averaged over leaving each
-    person out in turn.
+    """Return VQAv2's accuracy of an answer: min(n / 3, 1), n people having given this answer.
 
-    Of ten people who agree four times, 1. Where fewer than four were asked, all but one stand for
-    the three; an only answer is the truth.
+    It is averaged over leaving each person out in turn: 1 where four of ten people agree. Where
+    fewer than four were asked, all but one stand for the three; an only answer is the truth.
     """
     if len(answers) == 1:
         return float(answer == answers[0])
-    enough, same = min(3, len(answers) - 1), sum(a == answer for a in answers)
+    enough = min(3, len(answers) - 1)
+    same = sum(a == answer for a in answers)
     return sum(min((same - (a == answer)) / enough, 1.0) for a in answers) / len(answers)
 
 
 def normal(answer: str) -> str:
-    """An answer as VQAv2 compares it: without punctuation and articles, numbers as digits,
-    contractions with their apostrophes.
+    """Return an answer as VQAv2 compares it.
 
-    Where the original leaves answers alone on which all agree, this normalises both sides always.
+    It has no punctuation and no articles, numbers are digits, contractions have their apostrophes.
+    The original does not change answers on which all people agree; this always normalizes both
+    sides.
     """
-    text = kept = " ".join(answer.split())
-    grouped = re.search(r"\d,\d", text)  # 1,000
+    text = " ".join(answer.split())
+    has_grouped_digits = re.search(r"\d,\d", text)  # 1,000
+    bare = text
     for mark in MARKS:
-        kept = kept.replace(
-            mark, "" if grouped or f"{mark} " in text or f" {mark}" in text else " "
-        )
-    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", kept).lower().split()]
+        vanishes = has_grouped_digits or f"{mark} " in text or f" {mark}" in text
+        bare = bare.replace(mark, "" if vanishes else " ")
+    bare = re.sub(r"\.(?!\d)", "", bare)  # periods, but not decimal points
+    words = [NUMBERS.get(word, word) for word in bare.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
