@@ -1,14 +1,19 @@
-"""The papers' directional claims, held against runs: run/claims.yaml says each, `judged` tells what
-of it holds.
+"""The papers' directional claims, compared with runs.
 
-A claim says that one cell of a grid is better than another, or that it is no worse (`no_gain`: what
-the other adds does not help). It is tested by the difference of their means over seeds, with a
-bootstrap interval: reproduced where the interval lies on the claimed side of 0, opposite where it
-lies on the other, not distinguishable where it holds 0 (which is what a `no_gain` says, and so
-reproduces it), absent where runs are missing. Where both sides are of the same run, or one began
-from the other, the differences are taken seed by seed.
+run/claims.yaml lists the claims, and `judged` returns a verdict for each. A claim is that one cell
+of a grid is better than another, or that it is no worse (`no_gain`: the addition in the other cell
+does not help). It is tested by the difference of their means over seeds, with a bootstrap interval:
+
+    reproduced              the interval lies on the claimed side of 0
+    opposite                it lies on the other side
+    not distinguishable     it contains 0; this reproduces a `no_gain` claim
+    absent                  runs are missing
+
+If both sides are evaluations of the same run, or one began from the other, the differences are
+taken seed by seed.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +44,15 @@ class Claim:
     worse: str  # another
     paper: tuple[float, float]  # their figures there, in the paper's metric
     no_gain: bool = False  # the paper finds the worse one no better, not worse
-    # how the first is evaluated, as in the grid's `evaluate`; as in training where nothing is said
+    # how each is evaluated, as in the grid's `evaluate`; "": as in training
     better_as: str = ""
     worse_as: str = ""
-    learned: str = ""  # what is known of why it holds or does not, at glyphs scale
+    learned: str = ""  # the known reasons why it holds or does not, at glyphs scale
+
+    @property
+    def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """The cell and the evaluation of each side, the better one first."""
+        return (self.better, self.better_as), (self.worse, self.worse_as)
 
 
 @dataclass(frozen=True)
@@ -55,28 +65,28 @@ class Judged:
 
 
 def read(path: Path = FILE) -> list[Claim]:
-    return [
-        config.build(Claim, tree, f"{path.name}: ") for tree in yaml.safe_load(path.read_text())
-    ]
+    trees = yaml.safe_load(path.read_text())
+    return [config.build(Claim, tree, f"{path.name}: ") for tree in trees]
 
 
 def tested(
     scale: str, seeds: int, out: Path, more: Sequence[str] = ()
 ) -> dict[str, list[grid.Planned]]:
-    """{grid, cell: its runs} of all that the claims are of, each run once; as Grid.runs."""
-    cells = {
-        f"{claim.grid}, {cell}": runs
-        for claim in read()
-        for cell, runs in (
-            grid.read(claim.grid).runs(scale, [claim.better, claim.worse], seeds, out, more).items()
-        )
-    }
-    left = {run.folder: run for run in grid.once(run for runs in cells.values() for run in runs)}
-    return {
-        cell: [left.pop(run.folder) for run in runs]
-        for cell, runs in cells.items()
-        if runs[0].folder in left
-    }
+    """Return {"grid, cell": its runs} of all cells in the claims, each run once; as Grid.runs."""
+    cells: dict[str, list[grid.Planned]] = {}
+    for claim in read():
+        pair = [claim.better, claim.worse]
+        for cell, runs in grid.read(claim.grid).runs(scale, pair, seeds, out, more).items():
+            cells[f"{claim.grid}, {cell}"] = runs
+
+    # A run of several cells belongs to the first of them.
+    merged = grid.once(run for runs in cells.values() for run in runs)
+    left = {run.folder: run for run in merged}
+    result = {}
+    for cell, runs in cells.items():
+        if runs[0].folder in left:
+            result[cell] = [left.pop(run.folder) for run in runs]
+    return result
 
 
 def judged(scale: str, seeds: int, out: Path) -> list[Judged]:
@@ -84,74 +94,79 @@ def judged(scale: str, seeds: int, out: Path) -> list[Judged]:
 
 
 def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
-    one = grid.read(claim.grid)
-    metric, runs = one.scale(scale).metric, one.runs(scale, [claim.better, claim.worse], seeds, out)
-    together, sides, missing = akin(runs[claim.better][0], runs[claim.worse][0]), [], []
-    for cell, how in ((claim.better, claim.better_as), (claim.worse, claim.worse_as)):
-        name, results = metric + f" ({how})" * bool(how), [state(run.folder) for run in runs[cell]]
-        found = {
-            run.cfg.seed: result.final[name]
-            for run, result in zip(runs[cell], results)
-            if result.state == "complete" and name in result.final
-        }
-        sides.append(found)
-        if len(found) < LEAST:
-            missing.append(
-                f"{cell}: {len(found)} of {LEAST} seeds"
-                f" ({why(results, name) or f'{seeds} asked for'})"
-            )
+    claimed_in = grid.read(claim.grid)
+    metric = claimed_in.scale(scale).metric
+    runs = claimed_in.runs(scale, [claim.better, claim.worse], seeds, out)
+
+    # The values of both sides by seed, and what is missing.
+    sides: list[dict[int, float]] = []
+    missing: list[str] = []
+    for cell, how in claim.sides:
+        name = f"{metric} ({how})" if how else metric
+        results = [state(run.folder) for run in runs[cell]]
+        values = {}
+        for run, result in zip(runs[cell], results):
+            if result.state == "complete" and name in result.final:
+                values[run.cfg.seed] = result.final[name]
+        sides.append(values)
+        if len(values) < LEAST:
+            reason = why(results, name) or f"{seeds} asked for"
+            missing.append(f"{cell}: {len(values)} of {LEAST} seeds ({reason})")
     better, worse = sides
-    both = better.keys() & worse.keys()
-    if not missing and together and len(both) < LEAST:
+    paired = akin(runs[claim.better][0], runs[claim.worse][0])
+    both = sorted(better.keys() & worse.keys())
+    if not missing and paired and len(both) < LEAST:
         missing = [f"{len(both)} of {LEAST} seeds have both"]
     if missing:
         return Judged(claim, "absent", seeds=(len(better), len(worse)), reason="; ".join(missing))
-    if together:
-        better, worse = ({seed: side[seed] for seed in sorted(both)} for side in sides)
-        far, low, high = interval([better[seed] - worse[seed] for seed in better])
+
+    # The difference, with its interval.
+    if paired:
+        far, low, high = interval([better[seed] - worse[seed] for seed in both])
+        counts = (len(both), len(both))
     else:
         far, low, high = difference(list(better.values()), list(worse.values()))
-    verdict = "reproduced" if low > 0 else "opposite" if high < 0 else "not distinguishable"
-    if claim.no_gain and verdict == "not distinguishable":
-        verdict = "reproduced"
-    return Judged(claim, verdict, (far, low, high), (len(better), len(worse)))
+        counts = (len(better), len(worse))
+    return Judged(claim, verdict_of(claim, low, high), (far, low, high), counts)
+
+
+def verdict_of(claim: Claim, low: float, high: float) -> str:
+    """Return the verdict, given the interval of the difference."""
+    if low > 0:
+        return "reproduced"
+    if high < 0:
+        return "opposite"
+    return "reproduced" if claim.no_gain else "not distinguishable"
 
 
 def akin(one: grid.Planned, other: grid.Planned) -> bool:
-    """Are they the same run, or did one begin from the other?"""
+    """Return True if they are the same run, or one began from the other."""
     return one.folder == other.folder or one.folder in other.needs or other.folder in one.needs
 
 
 def markdown(rows: list[Judged], metric: str) -> str:
-    """A table of the claims, and below it what was learned of those that were tested."""
+    """Return a table of the claims, and below it the reasons known for those that were tested."""
     lines = [
         f"| claim | paper | there | here: {metric} | grid: cells | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        claim, there = row.claim, f"{row.claim.paper[0] - row.claim.paper[1]:+.1f}"
-        here = (
-            "{:+.2f} [{:+.2f}, {:+.2f}], n={}+{}".format(*(100 * x for x in row.found), *row.seeds)
-            if row.found
-            else row.reason
-        )
-        cells = " against ".join(
-            f"{cell}, {how}" if how else cell
-            for cell, how in ((claim.better, claim.better_as), (claim.worse, claim.worse_as))
-        )
+        claim = row.claim
+        there = f"{claim.paper[0] - claim.paper[1]:+.1f}"
+        here = row.reason
+        if row.found:
+            far, low, high = (100 * value for value in row.found)
+            better, worse = row.seeds
+            here = f"{far:+.2f} [{low:+.2f}, {high:+.2f}], n={better}+{worse}"
+        cells = " against ".join(f"{cell}, {how}" if how else cell for cell, how in claim.sides)
         lines.append(
             f"| {claim.says} | {claim.source} | {there} | {here} | {claim.grid}: {cells} |"
             f" {row.verdict} |"
         )
-    count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in VERDICTS}
-    lines += [
-        "",
-        ", ".join(f"{count} {verdict}" for verdict, count in count.items()) + f". {CHANCE}",
-        "",
-    ]
-    lines += [
-        f"- {row.claim.says}: {row.verdict}. {row.claim.learned}"
-        for row in rows
-        if row.found and row.claim.learned
-    ]
+    counts = Counter(row.verdict for row in rows)
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    lines += ["", f"{summary}. {CHANCE}", ""]
+    for row in rows:
+        if row.found and row.claim.learned:
+            lines.append(f"- {row.claim.says}: {row.verdict}. {row.claim.learned}")
     return "\n".join(lines)
