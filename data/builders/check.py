@@ -1,15 +1,14 @@
-"""The preflight of a folder of shards: every sample read and decoded as training will, before ranks
-are waiting for it.
+"""Check a folder of shards before training: read and decode every sample as the loader will.
 
     report = check(Path("datasets/mine"))       on all cores
     print(describe(report, max_bad=0.01, readers=8))
 
-A shard is scanned in pieces, by a pool of processes; what the pieces find adds up. `refused` and
-`stale` is what a run would not start with, `unreadable` what it would replace and, beyond its
-`data.max_bad`, stop at.
+A pool of processes scans each shard in pieces, and the findings of the pieces are added up. A run
+refuses to start with shards that are `refused` or `stale`. It replaces samples that are
+`unreadable`, and stops if their share exceeds `data.max_bad`.
 
-To add a finding: a field of Found (a Counter or a list, so that it adds up), filled in `look`, told
-in `describe`.
+To add a finding: a field of Found (a Counter, set or list, so that it adds up), filled in `look`,
+printed in `describe`.
 """
 
 import json
@@ -24,13 +23,13 @@ from glimpse.data.builders.worker_pool import workers
 from glimpse.data.shards import Sample, grouped, headers, read_index, require_pairs
 from glimpse.data.transforms import decode
 
-NAMED = 10  # samples of a kind that are named
-PIECES = 4  # for each process, so that all end at about the same time
+NAMED = 10  # samples of each kind that are listed
+PIECES = 4  # per process, so that all end at about the same time
 
 
 @dataclass
 class Found:
-    """What was found in some samples."""
+    """Findings of some samples."""
 
     counts: Counter = field(default_factory=Counter)  # seen, read, unreadable, empty, repeated
     per_shard: Counter = field(default_factory=Counter)  # samples -> shards
@@ -39,18 +38,24 @@ class Found:
     heights: Counter = field(default_factory=Counter)
     kinds: Counter = field(default_factory=Counter)  # jpg, png, webp -> images
     refused: set[str] = field(default_factory=set)  # shards that training refuses, and why
-    # where the index is not that of the shards, and what to do
+    # shards that changed since they were indexed, and what to do
     stale: set[str] = field(default_factory=set)
     unreadable: list[str] = field(default_factory=list)  # the first NAMED: shard, key, why
     empty: list[str] = field(default_factory=list)  # captions
     repeated: list[str] = field(default_factory=list)  # keys that a shard has more than once
 
     def add(self, other: "Found") -> None:
-        for name in (f.name for f in fields(self)):
-            mine, more = getattr(self, name), getattr(other, name)
-            mine.extend(more) if isinstance(mine, list) else mine.update(more)
+        """Add the findings of other samples."""
+        for f in fields(self):
+            total = getattr(self, f.name)
+            more = getattr(other, f.name)
+            if isinstance(total, list):
+                total.extend(more)
+            else:
+                total.update(more)
 
     def name(self, kind: str, shard: str, key: str, why: str = "") -> None:
+        """Count a sample of a kind, and list it among the first NAMED."""
         self.counts[kind] += 1
         if self.counts[kind] <= NAMED:
             getattr(self, kind).append(f"{shard}  {key}  {why}".rstrip())
@@ -65,19 +70,18 @@ class Report:
     found: Found
 
     def faults(self, max_bad: float) -> list[str]:
-        """Why a run on this data would not start, or not go on."""
+        """Return the reasons why a run on this data would not start, or would stop."""
+        faults = []
+        if self.found.refused:
+            faults.append(f"training refuses {counted(len(self.found.refused), 'shard')}")
+        if self.found.stale:
+            faults.append("the index is stale")
         bad = self.found.counts["unreadable"] / max(1, self.found.counts["read"])
-        faults = (
-            [f"training refuses {counted(len(self.found.refused), 'shard')}"]
-            if self.found.refused
-            else []
-        )
-        faults += ["the index is stale"] if self.found.stale else []
-        return faults + (
-            [f"{bad:.2%} of the samples cannot be read, and data.max_bad is {max_bad:.2%}"]
-            if bad > max_bad
-            else []
-        )
+        if bad > max_bad:
+            faults.append(
+                f"{bad:.2%} of the samples cannot be read, and data.max_bad is {max_bad:.2%}"
+            )
+        return faults
 
 
 def check(
@@ -85,141 +89,173 @@ def check(
     sample: int | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda pieces, total: pieces,
 ) -> Report:
-    """Read every sample of the folder's tars, or about `sample` of them, spread evenly; progress
-    wraps the pieces, given their number.
+    """Read every sample of the folder's tars, or about `sample` of them, spread evenly.
+
+    progress(pieces, total): wraps the pieces, to show progress.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"{folder}: no *.tar in it; name the folder that holds the shards")
     if sample is not None and sample < 1:
         raise ValueError(f"--sample: {sample}; it must be at least 1")
-    looked = paths if sample is None else paths[:: -(-len(paths) // sample)]
-    cores = len(os.sched_getaffinity(0))
-    # few shards: each is shared among processes
-    pieces = 1 if sample else -(-PIECES * cores // len(looked))
-    most = -(-sample // len(looked)) if sample else None
+
+    # Shards to read, pieces of each, and samples of each piece.
+    if sample is None:
+        # A few shards are each shared among processes.
+        looked = paths
+        cores = len(os.sched_getaffinity(0))
+        pieces = ceil_divide(PIECES * cores, len(looked))
+        most = None
+    else:
+        looked = paths[:: ceil_divide(len(paths), sample)]
+        pieces = 1
+        most = ceil_divide(sample, len(looked))
     indexed = (folder / "shards.index.json").exists()
     tasks = [(path, piece, pieces, most, indexed) for path in looked for piece in range(pieces)]
-    found = Found(stale=stale_index(folder) if indexed else set())
+
+    # Scan them on all cores.
+    findings = Found(stale=stale_index(folder) if indexed else set())
     with workers() as results:
-        for part in progress(results(scan, tasks), len(tasks)):
-            found.add(part)
-    return Report(folder, [path.stat().st_size for path in paths], len(looked), indexed, found)
+        for piece_findings in progress(results(scan, tasks), len(tasks)):
+            findings.add(piece_findings)
+    sizes = [path.stat().st_size for path in paths]
+    return Report(folder, sizes, len(looked), indexed, findings)
+
+
+def ceil_divide(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
 
 
 def stale_index(folder: Path) -> set[str]:
-    """What the index says that the folder's files do not."""
+    """Return a message for each shard whose size is not the one in the index."""
     try:
         rows = read_index(folder)["shards"]
     except ValueError as error:
         return {str(error)}
-    return {
-        changed(folder / row["name"])
-        for row in rows
-        if row["bytes"] != (folder / row["name"]).stat().st_size
-    }
+    stale = set()
+    for row in rows:
+        path = folder / row["name"]
+        if row["bytes"] != path.stat().st_size:
+            stale.add(changed(path))
+    return stale
 
 
 def changed(path: Path) -> str:
+    """Return the message about a shard that the index does not describe."""
     return f"{path}: changed since it was indexed; run: run/prepare.py index {path.parent}"
 
 
 def scan(task: tuple[Path, int, int, int | None, bool]) -> Found:
-    """Every `pieces`-th sample of a shard, from number `piece` on, or `most` of all; piece 0 looks
-    at the shard as a whole too.
+    """Read every `pieces`-th sample of a shard from number `piece` on, or `most` of all.
+
+    task: (path, piece, pieces, most, indexed). Piece 0 also checks the keys of the whole shard.
     """
     path, piece, pieces, most, indexed = task
-    found = Found()
+    findings = Found()
+
+    # The tar's headers, and whether training takes the shard at all.
     try:
         files = headers(path)
-        require_pairs(
-            path.parent,
-            dict(name=path.name, extensions=sorted({extension for _, extension, _, _ in files})),
-        )
+        extensions = sorted({extension for _, extension, _, _ in files})
+        require_pairs(path.parent, dict(name=path.name, extensions=extensions))
     except ValueError as error:
-        found.refused.add(str(error))
-        return found
+        findings.refused.add(str(error))
+        return findings
     samples = grouped(files)
     if piece == 0:
-        look_at_shard(path, files, samples, indexed, found)
+        look_at_shard(path, files, samples, indexed, findings)
+
+    # The samples themselves.
     step = max(1, len(samples) // most) if most else pieces
     with path.open("rb") as file:
         for key, parts in samples[piece::step][:most]:
-            content = {
-                extension: os.pread(file.fileno(), size, offset)
-                for extension, (offset, size) in parts.items()
-            }
-            look(Sample(path.name, key, content), found)
-    return found
+            content = {}
+            for extension, (offset, size) in parts.items():
+                content[extension] = os.pread(file.fileno(), size, offset)
+            look(Sample(path.name, key, content), findings)
+    return findings
 
 
 def look_at_shard(
-    path: Path, files: list[tuple], samples: list[tuple], indexed: bool, found: Found
+    path: Path, files: list[tuple], samples: list[tuple], indexed: bool, findings: Found
 ) -> None:
-    """Its keys, and whether its index still tells where they are."""
-    found.counts["seen"] += len(samples)
-    found.per_shard[len(samples)] += 1
-    groups, names = (
-        Counter(key for key, _ in samples),
-        Counter((key, extension) for key, extension, _, _ in files),
-    )
-    for key in sorted(
-        {k for k, n in groups.items() if n > 1} | {k for (k, _), n in names.items() if n > 1}
-    ):
-        found.name("repeated", path.name, key)
+    """Check a shard's keys, and whether the index still has the positions of its samples."""
+    findings.counts["seen"] += len(samples)
+    findings.per_shard[len(samples)] += 1
+
+    # A key is repeated if several samples, or several files of one kind, have it.
+    keys = Counter(key for key, _ in samples)
+    names = Counter((key, extension) for key, extension, _, _ in files)
+    repeated = {key for key, n in keys.items() if n > 1}
+    repeated |= {key for (key, _), n in names.items() if n > 1}
+    for key in sorted(repeated):
+        findings.name("repeated", path.name, key)
+
+    if indexed and not index_has(path, samples):
+        findings.stale.add(changed(path))
+
+
+def index_has(path: Path, samples: list[tuple]) -> bool:
+    """Return True if the shard's table in the index lists exactly these samples."""
     table = path.parent / "shards.index" / f"{path.name}.json"
-    if indexed and not (
-        table.exists() and json.loads(table.read_text()) == json.loads(json.dumps(samples))
-    ):
-        found.stale.add(changed(path))
+    if not table.exists():
+        return False
+    # json turns tuples into lists
+    return json.loads(table.read_text()) == json.loads(json.dumps(samples))
 
 
-def look(sample: Sample, found: Found) -> None:
-    """One sample, read as the loader reads it."""
-    found.counts["read"] += 1
+def look(sample: Sample, findings: Found) -> None:
+    """Read and decode a sample as the loader does."""
+    findings.counts["read"] += 1
     try:
-        caption, (height, width, _) = sample.caption, decode(sample.image).shape
+        caption = sample.caption
+        height, width, _channels = decode(sample.image).shape
     except (ValueError, OSError) as error:
-        found.name("unreadable", sample.shard, sample.key, " ".join(str(error).split()))
+        why = " ".join(str(error).split())
+        findings.name("unreadable", sample.shard, sample.key, why)
         return
     if not caption:
-        found.name("empty", sample.shard, sample.key)
-    found.words[len(caption.split())] += 1
-    found.widths[width] += 1
-    found.heights[height] += 1
+        findings.name("empty", sample.shard, sample.key)
+    findings.words[len(caption.split())] += 1
+    findings.widths[width] += 1
+    findings.heights[height] += 1
     try:
-        found.kinds[kind_of(sample.image)] += 1
-    except ValueError:  # e.g. a gif that calls itself jpg: it can be read
-        found.kinds["other"] += 1
+        findings.kinds[kind_of(sample.image)] += 1
+    except ValueError:  # e.g. a gif named .jpg, which can be read
+        findings.kinds["other"] += 1
 
 
 # --------------------------------------------------------------------------------------------------
-# telling
+# report
 
 
 def describe(report: Report, max_bad: float, readers: int) -> str:
-    """What a person wants to know; readers: ranks x loader workers."""
+    """Return the report as text; readers: ranks x loader workers."""
     return "\n".join(lines(report, max_bad, readers))
 
 
 def lines(report: Report, max_bad: float, readers: int) -> Iterator[str]:
-    found, counts, shards = report.found, report.found.counts, len(report.sizes)
+    """Yield the lines of the report: contents, readers, troubles, verdict."""
+    findings = report.found
+    counts = findings.counts
+    shards = len(report.sizes)
+
+    # Contents: sizes and shares over all samples that were read.
     where = "" if report.looked == shards else f" in the {report.looked:,} shards looked at"
-    yield (
-        f"{report.folder}: {counted(shards, 'shard')}, {human_bytes(sum(report.sizes))},"
-        f" {counted(counts['seen'], 'sample')}{where}"
-    )
+    size = human_bytes(sum(report.sizes))
+    samples = counted(counts["seen"], "sample")
+    yield f"{report.folder}: {counted(shards, 'shard')}, {size}, {samples}{where}"
     if counts["read"]:
-        yield (
-            f"  read         {counted(counts['read'], 'sample')}; below: smallest / median /"
-            " largest"
-        )
-        yield f"  shards       {spread(found.per_shard)} samples"
-        yield f"  captions     {spread(found.words)} words"
-        yield (
-            f"  images       {spread(found.widths)} pixels wide, {spread(found.heights)} high;"
-            f" {shares(found.kinds)}"
-        )
+        read = counted(counts["read"], "sample")
+        yield f"  read         {read}; below: smallest / median / largest"
+        yield f"  shards       {spread(findings.per_shard)} samples"
+        yield f"  captions     {spread(findings.words)} words"
+        widths = spread(findings.widths)
+        heights = spread(findings.heights)
+        yield f"  images       {widths} pixels wide, {heights} high; {shares(findings.kinds)}"
+
+    # Index and readers.
     yield f"  index        {index_state(report)}"
     yield (
         f"  readers      {readers} (ranks x workers): any number can share these shards, each reads"
@@ -230,21 +266,28 @@ def lines(report: Report, max_bad: float, readers: int) -> Iterator[str]:
         "               (streamed, without an index, every reader would need a shard of its own:"
         f" {shards:,} are {enough})"
     )
-    for kind, what, so in TROUBLES:
-        share = f" ({counts[kind] / counts['read']:.2%}){so}" if counts[kind] else ""
-        yield f"  {what:12} {counted(counts[kind], 'sample')}{share}"
-        yield from named(getattr(found, kind), counts[kind])
-    yield from (f"  refused      {why}" for why in sorted(found.refused))
-    yield from (f"  stale        {why}" for why in sorted(found.stale))
+
+    # Troubles, with the first samples of each kind.
+    for kind, name, consequence in TROUBLES:
+        share = ""
+        if counts[kind]:
+            share = f" ({counts[kind] / counts['read']:.2%}){consequence}"
+        yield f"  {name:12} {counted(counts[kind], 'sample')}{share}"
+        yield from named(getattr(findings, kind), counts[kind])
+    for why in sorted(findings.refused):
+        yield f"  refused      {why}"
+    for why in sorted(findings.stale):
+        yield f"  stale        {why}"
+
+    # Verdict.
     faults = report.faults(max_bad)
-    yield (
-        f"not ready: {'; '.join(faults)}"
-        if faults
-        else f"ready: train with --set data.train={report.folder}"
-    )
+    if faults:
+        yield f"not ready: {'; '.join(faults)}"
+    else:
+        yield f"ready: train with --set data.train={report.folder}"
 
 
-# field of Found, name, what comes of it
+# field of Found, name, consequence
 TROUBLES = (
     ("unreadable", "unreadable", "; training puts another in the place of each"),
     ("empty", "no caption", "; the caption is there, but empty: trained on like any other"),
@@ -257,22 +300,26 @@ TROUBLES = (
 
 
 def index_state(report: Report) -> str:
+    """Return a description of the index's state."""
     if not report.indexed:
         return f"none yet; the first run makes it, or: python run/prepare.py index {report.folder}"
     return "stale" if report.found.stale else "up to date"
 
 
 def named(examples: list[str], total: int) -> Iterator[str]:
-    yield from (f"               {example}" for example in examples[:NAMED])
+    """Yield a line for each of the first NAMED examples, and the number of others."""
+    for example in examples[:NAMED]:
+        yield f"               {example}"
     if total > NAMED:
         yield f"               ... and {total - NAMED:,} more"
 
 
 def spread(values: Counter) -> str:
-    """{value: how often} -> 'min / median / max'."""
-    ordered, middle = sorted(values), (values.total() - 1) // 2
+    """Return 'min / median / max' of {value: how often}."""
+    ordered = sorted(values)
     if not ordered:
         return "-"
+    middle = (values.total() - 1) // 2
     seen = 0
     for median in ordered:
         seen += values[median]
@@ -282,19 +329,21 @@ def spread(values: Counter) -> str:
 
 
 def shares(values: Counter) -> str:
-    return ", ".join(
-        f"{name} {number / values.total():.1%}" for name, number in values.most_common()
-    )
+    """Return the share of each value, the most common first: 'jpg 75.0%, png 25.0%'."""
+    total = values.total()
+    return ", ".join(f"{name} {number / total:.1%}" for name, number in values.most_common())
 
 
 def counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    """Return '1 shard', '2,000 shards'."""
+    plural = "" if number == 1 else "s"
+    return f"{number:,} {what}{plural}"
 
 
 def human_bytes(number: int) -> str:
+    """Return a size such as '999 bytes' or '1.2 GB'."""
     power = min(4, (len(str(number)) - 1) // 3)
-    return (
-        f"{number / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-        if power
-        else f"{number} bytes"
-    )
+    if power == 0:
+        return f"{number} bytes"
+    unit = ("bytes", "kB", "MB", "GB", "TB")[power]
+    return f"{number / 1000**power:.1f} {unit}"

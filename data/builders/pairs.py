@@ -1,12 +1,12 @@
-"""A user's own image-text pairs -> shards: a folder of images with captions, or a table of images
-and captions.
+"""Convert a user's image-text pairs to shards: a folder of images with captions, or a table of
+images and captions.
 
     convert([Path("photos")], Path("datasets/photos")) -> Result
 
-A *row* is one image with its caption, wherever they lie: (where, read), a name for messages and a
-function that returns (image bytes, caption) or raises ValueError or OSError. Rows are read one by
-one and images stored as they are. Sample `000000017` is the 17th row of the source, which its json
-member names; rows that cannot be used are skipped, counted and named.
+A *row* is an image with its caption: (where, read), a name for messages and a function that returns
+(image bytes, caption) or raises ValueError or OSError. Rows are read one by one, and images are
+stored unchanged. Sample `000000017` is the 17th row of the source, which its json member names;
+rows that cannot be used are skipped, counted and listed.
 
 To add a kind of source: a class with __len__ and __iter__ over rows, and a line in `open_source`.
 """
@@ -27,6 +27,7 @@ from glimpse.data.evals.gallery import captions_beside, image_paths
 from glimpse.data.shards import IMAGES, Sample, build_index, write_shard
 
 Row = tuple[str, Callable[[], tuple[bytes, str]]]
+# Usual names, looked for in this order, in upper or lower case.
 IMAGE_COLUMNS = (
     "image",
     "img",
@@ -42,7 +43,7 @@ IMAGE_COLUMNS = (
     "image_bytes",
     "bytes",
     *IMAGES,
-)  # in this order; upper or lower case
+)
 CAPTION_COLUMNS = (
     "caption",
     "text",
@@ -55,18 +56,21 @@ CAPTION_COLUMNS = (
     "prompt",
 )
 
-NAMED = 10  # skipped rows that are named
+NAMED = 10  # skipped rows that are listed
 
 
 @dataclass
 class Result:
     written: int = 0
-    skipped: Counter = field(default_factory=Counter)  # why -> how many
-    named: list[str] = field(default_factory=list)  # the first of them: where, and why
+    skipped: Counter = field(default_factory=Counter)  # reason -> rows
+    named: list[str] = field(default_factory=list)  # the first of them: row and reason
     index: dict = field(default_factory=dict)  # data.shards.build_index
 
     def skip(self, where: str, error: Exception) -> None:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        """Count a skipped row, and list it among the first NAMED."""
+        why = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            why = error.strerror
         self.skipped[why] += 1
         if len(self.named) < NAMED:
             self.named.append(f"{where}: {why}")
@@ -81,10 +85,9 @@ def convert(
     caption_column: str | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows,
 ) -> Result:
-    """Write OUT/pairs-00000.tar ...
+    """Write the shards OUT/pairs-00000.tar ... and their index.
 
-    and the index; the same sources give the same bytes. progress wraps the rows, given their
-    number.
+    The same sources give the same bytes. progress(rows, total): wraps the rows, to show progress.
     """
     if per_shard < 1:
         raise ValueError(f"--per-shard: {per_shard}; it must be at least 1")
@@ -92,11 +95,14 @@ def convert(
         raise ValueError(
             f"--out: {out} exists and is not an empty folder; remove it or name another"
         )
+
     opened = [open_source(source, image_column, caption_column) for source in sources]
+    total = sum(len(source) for source in opened)
     result = Result()
-    samples = usable(progress(chain.from_iterable(opened), sum(map(len, opened))), result)
+    samples = usable(progress(chain.from_iterable(opened), total), result)
+
+    # Written to a temporary folder first: an interrupted conversion leaves no `out`.
     out.parent.mkdir(parents=True, exist_ok=True)
-    # broken off, a conversion leaves no `out`
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         new = Path(folder, "new")
         new.mkdir()
@@ -104,29 +110,20 @@ def convert(
             first = next(samples, None)
             if first is None:
                 break
-            result.written += write_shard(
-                new / f"pairs-{shard:05d}.tar", chain([first], islice(samples, per_shard - 1))
-            )
+            members = chain([first], islice(samples, per_shard - 1))
+            result.written += write_shard(new / f"pairs-{shard:05d}.tar", members)
         if not result.written:
             names = ", ".join(map(str, sources))
-            raise ValueError(
-                "\n  ".join(
-                    [
-                        (
-                            f"{names}: nothing to write, all {result.skipped.total()} rows were"
-                            " skipped"
-                        ),
-                        *result.named,
-                    ]
-                )
-            )
+            skipped = result.skipped.total()
+            problem = f"{names}: nothing to write, all {skipped} rows were skipped"
+            raise ValueError("\n  ".join([problem, *result.named]))
         result.index = build_index(new)
         os.rename(new, out)
     return result
 
 
 def usable(rows: Iterable[Row], result: Result) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, parts) of the rows that have both an image and a caption; the others go to `result`."""
+    """Yield (key, parts) of the rows with an image and a caption; record others in `result`."""
     for number, (where, read) in enumerate(rows, start=1):
         try:
             image, caption = read()
@@ -145,7 +142,7 @@ def usable(rows: Iterable[Row], result: Result) -> Iterator[tuple[str, dict[str,
 
 
 def kind_of(image: bytes) -> str:
-    """jpg, png or webp, as the bytes themselves say."""
+    """Return jpg, png or webp, by the first bytes; ValueError for other formats."""
     if not image:
         raise ValueError("empty image")
     if image.startswith(b"\xff\xd8\xff"):
@@ -157,27 +154,33 @@ def kind_of(image: bytes) -> str:
     raise ValueError("the image is neither jpg, png nor webp")
 
 
-def open_source(source: Path, image_column: str | None, caption_column: str | None):
+def open_source(
+    source: Path, image_column: str | None, caption_column: str | None
+) -> "Folder | Csv | Parquet":
+    """Return the source that reads a folder or a table; ValueError if it is neither."""
     if source.is_dir():
         return Folder(source)
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     kinds = {".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
-    if source.suffix.lower() not in kinds:
+    kind = kinds.get(source.suffix.lower())
+    if kind is None:
         raise ValueError(
             f"{source}: not a source; it must be a folder of images with captions, or a"
             f" {', '.join(kinds)} table"
         )
-    return kinds[source.suffix.lower()](source, image_column, caption_column)
+    return kind(source, image_column, caption_column)
 
 
 class Folder:
-    """The images of a folder, in the order of `image_paths`; an image has NAME.txt or NAME.json
-    beside it.
+    """The images of a folder, in the order of `image_paths`.
+
+    Each has its caption in NAME.txt or NAME.json beside it.
     """
 
     def __init__(self, root: Path):
-        self.root, self.paths = root, image_paths(root)
+        self.root = root
+        self.paths = image_paths(root)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -188,6 +191,7 @@ class Folder:
 
 
 def read_file(path: Path) -> tuple[bytes, str]:
+    """Return an image and the caption from the file beside it."""
     parts = captions_beside(path)
     if not parts:
         raise ValueError("no caption file beside it (same name, .txt or .json)")
@@ -195,11 +199,13 @@ def read_file(path: Path) -> tuple[bytes, str]:
 
 
 class Csv:
-    """A table in UTF-8 with a header line; commas, semicolons or tabs, whichever the header has
-    most of.
+    """A table in UTF-8 with a header line.
+
+    Its separator is the comma, semicolon or tab, whichever the header has most of.
     """
 
-    second = ("caption", CAPTION_COLUMNS)  # what is looked for beside the image
+    # The column beside the image: its name in messages, and its usual names.
+    second = ("caption", CAPTION_COLUMNS)
 
     def __init__(self, path: Path, image_column: str | None, caption_column: str | None):
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
@@ -215,6 +221,7 @@ class Csv:
         return self.lines  # more than the rows, where captions hold line breaks
 
     def read(self, reader: Callable) -> Iterator:
+        """Yield the rows of csv.reader or csv.DictReader; ValueError if the table is unreadable."""
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 yield from reader(file, delimiter=self.separator)
@@ -226,14 +233,13 @@ class Csv:
             raise ValueError(f"{self.path}: {error}") from None
 
     def __iter__(self) -> Iterator[Row]:
+        image_column, caption_column = self.columns
         for number, row in enumerate(self.read(csv.DictReader), start=1):
-            yield table_row(self.path, number, *(row[column] for column in self.columns))
+            yield table_row(self.path, number, row[image_column], row[caption_column])
 
 
 class Parquet:
-    """A parquet table; an image is bytes, a path, or {bytes, path} as Hugging Face's data sets have
-    it.
-    """
+    """A parquet table; an image is bytes, a path, or Hugging Face's {bytes, path}."""
 
     def __init__(self, path: Path, image_column: str | None, caption_column: str | None):
         try:
@@ -255,13 +261,12 @@ class Parquet:
         return self.file.metadata.num_rows
 
     def __iter__(self) -> Iterator[Row]:
-        rows = (
-            row
-            for batch in self.file.iter_batches(64, columns=list(self.columns))
-            for row in batch.to_pylist()
-        )
-        for number, row in enumerate(rows, start=1):
-            yield table_row(self.path, number, *(row[column] for column in self.columns))
+        image_column, caption_column = self.columns
+        number = 0
+        for batch in self.file.iter_batches(64, columns=list(self.columns)):
+            for row in batch.to_pylist():
+                number += 1
+                yield table_row(self.path, number, row[image_column], row[caption_column])
 
 
 def pick_columns(
@@ -271,54 +276,62 @@ def pick_columns(
     other: str | None,
     second: tuple[str, tuple[str, ...]] = Csv.second,
 ) -> tuple[str, str]:
-    """The columns that hold the image and the caption, or what `second` names: those given, else
-    the first usual name that is there.
+    """Return the columns of the image and of the caption, or what `second` names.
+
+    image, other: the columns that the user names; None takes the first usual name in the table.
     """
-    picked = []
-    for given, (what, known) in ((image, ("image", IMAGE_COLUMNS)), (other, second)):
-        lower = {column.strip().lower(): column for column in reversed(columns)}
-        found = next(
-            (
-                (c for c in columns if c == given)
-                if given
-                else (lower[name] for name in known if name in lower)
-            ),
-            None,
+    first = ("image", IMAGE_COLUMNS)
+    return pick_column(path, columns, image, *first), pick_column(path, columns, other, *second)
+
+
+def pick_column(
+    path: Path, columns: list[str], name: str | None, what: str, usual: tuple[str, ...]
+) -> str:
+    """Return the column `name`, or the first with a usual name; ValueError if there is none."""
+    if name:
+        matches = [column for column in columns if column == name]
+        missing = f"no column {name!r}"
+    else:
+        # The first column wins where two differ only in case.
+        by_name = {column.strip().lower(): column for column in reversed(columns)}
+        matches = [by_name[candidate] for candidate in usual if candidate in by_name]
+        missing = f"no column with a usual name for the {what}"
+    if not matches:
+        raise ValueError(
+            f"{path}: {missing}; its columns: {', '.join(columns) or 'none'}; name one with"
+            f" --{what}-column"
         )
-        if found is None:
-            missing = (
-                f"no column {given!r}" if given else f"no column with a usual name for the {what}"
-            )
-            raise ValueError(
-                f"{path}: {missing}; its columns: {', '.join(columns) or 'none'}; name one with"
-                f" --{what}-column"
-            )
-        picked.append(found)
-    return picked[0], picked[1]
+    return matches[0]
 
 
-def table_row(path: Path, number: int, image, caption) -> Row:
-    """image: bytes, a path from the table's folder, or {bytes, path}; number: 1 for the first row
+def table_row(
+    path: Path, number: int, image: str | bytes | dict | None, caption: str | None
+) -> Row:
+    """Return the row of a table's cells.
+
+    image: bytes, a path from the table's folder, or {bytes, path}; number: 1 for the first row
     below the header.
     """
+    name = image if isinstance(image, str) else ""
     if isinstance(image, dict):
-        image, name = image.get("bytes") or image.get("path"), image.get("path") or ""
-    else:
-        name = image if isinstance(image, str) else ""
-    return f"{path.name} row {number}{name and f' ({name})'}", partial(
-        read_cells, path.parent, image, caption
-    )
+        name = image.get("path") or ""
+        image = image.get("bytes") or image.get("path")
+    where = f"{path.name} row {number}"
+    if name:
+        where += f" ({name})"
+    return where, partial(read_cells, path.parent, image, caption)
 
 
-def read_cells(folder: Path, image, caption) -> tuple[bytes, str]:
+def read_cells(folder: Path, image: str | bytes | None, caption: str | None) -> tuple[bytes, str]:
+    """Return (image bytes, caption) of a table's cells; ValueError if one cannot be used."""
     for what, value, kinds in (("caption", caption, (str,)), ("image", image, (str, bytes))):
         if value is None or value == "":
             raise ValueError(f"no {what}")
         if not isinstance(value, kinds):
-            raise ValueError(
-                f"the {what} is of type {type(value).__name__}, not"
-                f" {' or '.join(kind.__name__ for kind in kinds)}"
-            )
-    if isinstance(image, str) and "://" in image:
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"the {what} is of type {type(value).__name__}, not {expected}")
+    if isinstance(image, bytes):
+        return image, caption
+    if "://" in image:
         raise ValueError("the image is a URL; download the images first, e.g. with img2dataset")
-    return (folder / image).read_bytes() if isinstance(image, str) else image, caption
+    return (folder / image).read_bytes(), caption
