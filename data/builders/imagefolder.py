@@ -1,14 +1,14 @@
-"""Classified images of your own -> an evaluation set in CLIP_benchmark's layout: a tree with a
-folder a class, or a table.
+"""Convert classified images to an evaluation set in CLIP_benchmark's layout: a tree with a folder a
+class, or a table.
 
     build(Path("photos"), Path("datasets/mine")) -> {"classes": [...], "test": 120}
 
 A tree is CLASS/image.jpg, or train/CLASS/image.jpg and test/CLASS/image.jpg. A table (csv, tsv) has
-a column of images, paths from its
-own folder, one of classes, and perhaps one called split. Classes are numbered in order of their
-names, numbers in order of size. Folders called by WordNet numbers, as ImageNet's and its
-relatives', get CLIP's class names (data/builders/imagenet.tsv: the names are open_clip's).
-ImageNet-Vid-Robust's folder is known, too (data/builders/videos.py).
+a column of images, as paths from its folder, one of classes, and optionally one called split.
+Classes are numbered in the order of their names; names that are numbers, in order of size. If all
+folders are named by WordNet numbers, as in ImageNet and its relatives, the classes get CLIP's names
+(data/builders/imagenet.tsv, from open_clip). ImageNet-Vid-Robust's folder is recognized, too
+(data/builders/videos.py).
 """
 
 import csv
@@ -29,11 +29,11 @@ from glimpse.data.evals.prompts import templates
 from glimpse.data.transforms import decode
 
 CLASS_COLUMNS = ("class", "label", "category", "target", "class_name", "classname")
-# what a folder or a row is called
+# name of a folder, or in a row -> split
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 WORDNET = Path(__file__).parent / "imagenet.tsv"
 PROMPT = "a photo of a {c}."  # CLIP section 3.1.4
-Entries = dict[str, list[tuple[str, Path]]]  # split -> (class, image)
+Entries = dict[str, list[tuple[str, Path]]]  # split -> [(class, image)]
 
 
 def build(
@@ -46,127 +46,149 @@ def build(
     class_column: str | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows,
 ) -> dict:
-    """Write the set; the same source gives the same bytes. ValueError: an image cannot be read, or
-    a class has no name.
+    """Write the set; return its classes, and the numbers of classes left out and of images.
 
-    names: a file with a class's name a line, in order, or `FOLDER<tab>name`, which takes these
-    folders alone (ObjectNet: those that ImageNet has, too). prompts: templates as
-    data/evals/prompts.py
-    knows them.
+    The same source gives the same bytes. names: a file with a class's name a line, in order, or
+    with `FOLDER<tab>name`, which takes these folders alone (ObjectNet: those that ImageNet has,
+    too). prompts: templates as data/evals/prompts.py reads them. ValueError: an image cannot be
+    read, or a class has no name.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"--out: {out} exists and is not an empty folder; remove it or name another"
         )
     lines = templates(prompts) if prompts else [PROMPT]
+
+    # The names of the classes, the rows of each split, and the function that makes samples of them.
     if videos.is_video_set(source):
-        called, left_out, found, make = (
-            videos.classes(source),
-            0,
-            {"test": videos.frames(source)},
-            videos.samples,
-        )
+        called = videos.classes(source)
+        left_out = 0
+        entries = {"test": videos.frames(source)}
+        make = videos.samples
     else:
-        found = tree(source) if source.is_dir() else table(source, image_column, class_column)
-        every = {label for rows in found.values() for label, _ in rows}
-        taken = named(
-            sorted(every, key=int if all(label.isdecimal() for label in every) else str), names
-        )
-        called, left_out = list(taken.values()), len(every) - len(taken)
-        found = {
-            split: [(label, path) for label, path in rows if label in taken]
-            for split, rows in found.items()
-        }
+        entries = tree(source) if source.is_dir() else table(source, image_column, class_column)
+        every = sorted_classes(entries)
+        taken = named(every, names)
+        called = list(taken.values())
+        left_out = len(every) - len(taken)
+        for split, rows in entries.items():
+            entries[split] = [(label, path) for label, path in rows if label in taken]
         make = partial(samples, number={label: i for i, label in enumerate(taken)})
+
+    # Written to a temporary folder first: an interrupted build leaves no `out`.
     out.parent.mkdir(parents=True, exist_ok=True)
-    # broken off, it leaves no `out`
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         new = Path(folder, "new")
-        for split, rows in found.items():
+        for split, rows in entries.items():
             write_split(new / split, make(progress(rows, len(rows))))
-        (new / "classnames.txt").write_text("".join(f"{name}\n" for name in called))
-        (new / "zeroshot_classification_templates.txt").write_text(
-            "".join(f"{line}\n" for line in lines)
-        )
+        classnames = "".join(f"{name}\n" for name in called)
+        zeroshot_templates = "".join(f"{line}\n" for line in lines)
+        (new / "classnames.txt").write_text(classnames)
+        (new / "zeroshot_classification_templates.txt").write_text(zeroshot_templates)
         os.rename(new, out)
-    return dict(
-        classes=called, left_out=left_out, **{split: len(rows) for split, rows in found.items()}
-    )
+    counts = {split: len(rows) for split, rows in entries.items()}
+    return dict(classes=called, left_out=left_out, **counts)
+
+
+def sorted_classes(entries: Entries) -> list[str]:
+    """Return every class of any split, by name; by size if all are numbers."""
+    classes = {label for rows in entries.values() for label, _ in rows}
+    if all(label.isdecimal() for label in classes):
+        return sorted(classes, key=int)
+    return sorted(classes)
 
 
 def tree(root: Path) -> Entries:
-    """The images below each class's folder, in order; with one folder a split above them, or all
-    are test.
+    """Return the images below each class's folder, in order.
+
+    The classes are below a folder for each split, or else all are test.
     """
     folders = sorted(
         path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
-    splits = {SPLITS[path.name.lower()]: path for path in folders if path.name.lower() in SPLITS}
+    splits = {}
+    for folder in folders:
+        if folder.name.lower() in SPLITS:
+            splits[SPLITS[folder.name.lower()]] = folder
     if splits and len(splits) == len(folders):
+        # Without a test split, the validation split is the test split, or else the train split.
         if "test" not in splits:
             splits["test"] = splits.pop("val", None) or splits.pop("train")
     else:
         splits = {"test": root}
-    found = {
-        split: [
-            (folder.name, path)
-            for folder in sorted(path.iterdir())
-            if folder.is_dir()
-            for path in below(folder)
-        ]
-        for split, path in sorted(splits.items())
-    }
-    for split, rows in found.items():
+
+    entries: Entries = {split: classified_images(path) for split, path in sorted(splits.items())}
+    for split, rows in entries.items():
         if not rows:
             raise ValueError(
                 f"{splits[split]}: no images in folders in it; it must be CLASS/image.jpg, or"
                 " train/ and test/ with these"
             )
-    return found
+    return entries
+
+
+def classified_images(root: Path) -> list[tuple[str, Path]]:
+    """Return (class, image) of the images below each class's folder."""
+    rows = []
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir():
+            rows += [(folder.name, path) for path in below(folder)]
+    return rows
 
 
 def below(folder: Path) -> list[Path]:
+    """Return the images in the folder and its subfolders, in order."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path.name))
 
 
 def table(path: Path, image_column: str | None, class_column: str | None) -> Entries:
+    """Return the images of a table, in its order; ValueError if a row is incomplete."""
     if path.suffix.lower() not in (".csv", ".tsv"):
         raise ValueError(
             f"{path}: not a source; it must be a folder with a folder a class, or a .csv or .tsv"
             " table"
         )
     source = Classes(path, image_column, class_column)
-    found: Entries = {}
+    image_column, class_column = source.columns
+    entries: Entries = {}
     for line, row in enumerate(source.read(csv.DictReader), start=1):
-        image, label = (row[column] for column in source.columns)
+        image = row[image_column]
+        label = row[class_column]
         split = SPLITS.get((row.get("split") or "test").lower())
         if not image or not label or not split:
             raise ValueError(
                 f"{path}: row {line}: it needs an image, a class and, where there is a column for"
                 f" it, a split of {', '.join(SPLITS)}"
             )
-        found.setdefault(split, []).append((label, path.parent / image))
-    if "test" not in found:
+        entries.setdefault(split, []).append((label, path.parent / image))
+    if "test" not in entries:
         raise ValueError(f"{path}: no rows of the split test, on which is evaluated")
-    return found
+    return entries
 
 
 class Classes(Csv):
+    """A table of images and classes."""
+
     second = ("class", CLASS_COLUMNS)
 
 
 def named(classes: list[str], names: Path | None) -> dict[str, str]:
-    """{class: what it is called in prompts} of those that are taken, in order."""
+    """Return {class: its name in prompts} of the classes to evaluate, in order.
+
+    Without a file of names: those of ImageNet if all classes are WordNet numbers, or else the
+    classes themselves.
+    """
     if not names:
         wordnet = dict(line.split("\t") for line in WORDNET.read_text().splitlines())
-        return {
-            label: wordnet[label] if set(classes) <= set(wordnet) else label.replace("_", " ")
-            for label in classes
-        }
+        if set(classes) <= set(wordnet):
+            return {label: wordnet[label] for label in classes}
+        return {label: label.replace("_", " ") for label in classes}
+
     lines = names.read_text().rstrip("\n").splitlines()
     if all("\t" in line for line in lines):
         known = dict(line.split("\t", 1) for line in lines)
-        if unknown := [label for label in known if label not in classes]:
+        unknown = [label for label in known if label not in classes]
+        if unknown:
             raise ValueError(
                 f"--names: {names} names {', '.join(unknown[:5])}; there are no images of it"
             )
@@ -177,7 +199,9 @@ def named(classes: list[str], names: Path | None) -> dict[str, str]:
             f"--names: {names} has {len(lines)} lines; the classes are {len(classes)}:"
             f" {', '.join(classes[:5])}, ..."
         )
-    if unnamed := [label for label, name in known.items() if not name.strip()]:
+
+    unnamed = [label for label, name in known.items() if not name.strip()]
+    if unnamed:
         raise ValueError(f"--names: {names} has no name for {', '.join(unnamed[:5])}")
     return {label: known[label].strip() for label in classes if label in known}
 
@@ -185,17 +209,19 @@ def named(classes: list[str], names: Path | None) -> dict[str, str]:
 def samples(
     rows: Iterable[tuple[str, Path]], number: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, parts) of each image: as it is where it is a jpg, png or webp, else as a png."""
+    """Yield (key, parts) of each image: a jpg, png or webp unchanged, others as a png."""
     for i, (label, path) in enumerate(rows):
         data = path.read_bytes()
         try:
             kind = kind_of(data)
         except ValueError:
-            data, kind = as_png(path, data), "png"
+            data = as_png(path, data)
+            kind = "png"
         yield f"{i:07d}", {kind: data, "cls": str(number[label]).encode()}
 
 
 def as_png(path: Path, data: bytes) -> bytes:
+    """Return an image of any readable format as a PNG."""
     out = io.BytesIO()
     try:
         Image.fromarray(decode(data)).save(out, "PNG")

@@ -1,31 +1,25 @@
-"""Our tokenizers as the files that Hugging Face's libraries read, and theirs as ours.
+"""Write our tokenizers as the files that Hugging Face's libraries read, and read theirs as ours.
 
     write(tokenizer, folder)      AutoTokenizer.from_pretrained(folder) then gives the tokenizer's
                                   ids: call it with truncation=True
-    read(folder) -> "clip_bpe"    what `build` makes the folder's tokenizer of; ValueError: it is
-                                  none of ours
+    read(folder) -> "clip_bpe"    the spec from which `build` makes the folder's tokenizer;
+                                  ValueError: it is none of ours
 
-| kind
-    | becomes                 | in the files
-    |
-| clip_bpe
-    | CLIPTokenizer           | vocab.json, merges.txt, tokenizer.json
-    |
-| wordpiece
-    | PreTrainedTokenizerFast | vocab.txt, tokenizer.json, without [CLS] and [SEP]
-    |
-| sentencepiece | PreTrainedTokenizerFast | tokenizer.model, tokenizer.json
-    |
+| kind          | becomes                 | in the files                                        |
+| clip_bpe      | CLIPTokenizer           | vocab.json, merges.txt, tokenizer.json              |
+| wordpiece     | PreTrainedTokenizerFast | vocab.txt, tokenizer.json, without [CLS] and [SEP]  |
+| sentencepiece | PreTrainedTokenizerFast | tokenizer.model, tokenizer.json                     |
 
-All with tokenizer_config.json, which also has them spell out special tokens that a caption
-contains, as ours do. Captions are padded as ours are; CLIP's with the end token. Where the ids
-still differ (tests/data/builders/test_tokenizer_files.py holds it):
-- clip_bpe: CLIPTokenizer mends nothing. Ours, as OpenAI's own, first straightens what ftfy knows
-  (curly quotes, ligatures, full-width
-  letters, mojibake, control characters) and HTML entities. It lower-cases letter by letter, so not
-  a final sigma, and takes a long s for no contraction's, U+0345 for a mark.
-- wordpiece: of letters that folding makes several or others, it knows sharp s and final sigma; an
-  empty caption is empty, ours [PAD].
+All come with tokenizer_config.json. It also makes them split special tokens that a caption spells
+out, as ours do. Captions are padded as ours are; CLIP's with the end token.
+
+The ids still differ in these cases (tests/data/builders/test_tokenizer_files.py checks them):
+- clip_bpe: CLIPTokenizer repairs nothing. Ours, like OpenAI's, first repairs what ftfy recognizes
+  (curly quotes, ligatures, full-width letters, mojibake, control characters) and HTML entities.
+  CLIPTokenizer lower-cases letter by letter, so it does not know a final sigma; it does not take a
+  long s for the s of a contraction; it takes U+0345 for a mark.
+- wordpiece: of the letters that case folding changes or expands, the files handle only sharp s and
+  final sigma; an empty caption gives no ids, ours gives [PAD].
 - all: half a character (a lone surrogate) is a TypeError there.
 """
 
@@ -39,9 +33,9 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
 from glimpse.data.tokenizer import ClipBpe, SentencePiece, Tokenizer, WordPiece, build
 
-START, END = "<|startoftext|>", "<|endoftext|>"  # how CLIP's are spelled in vocab.json
+START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's special tokens in vocab.json
 SPACES = normalizers.Replace(Regex(r"\s+"), " ")
-# Captions on which a tokenizer must agree to be called the same: no cleaning touches them.
+# Captions on which two tokenizers must agree to count as the same: no cleaning changes them.
 PROBES = (
     "a photo of a cat",
     "A  2nd-hand BICYCLE, don't miss it!!! $12.50",
@@ -54,75 +48,75 @@ PROBES = (
 
 
 def write(tokenizer: Tokenizer, folder: Path) -> None:
-    """Into a folder that is there.
+    """Write the tokenizer's files into an existing folder.
 
-    ValueError where Hugging Face's libraries cannot be told to give the same ids.
+    ValueError: Hugging Face's files cannot express a tokenizer with the same ids.
     """
-    kind = {ClipBpe: clip_bpe, WordPiece: wordpiece, SentencePiece: sentencepiece}[type(tokenizer)]
+    kinds = {ClipBpe: clip_bpe, WordPiece: wordpiece, SentencePiece: sentencepiece}
+    kind = kinds[type(tokenizer)]
     backend, config, files = kind(tokenizer)
+
+    # Start and end tokens around the caption ($A).
     if tokenizer.start or tokenizer.end:
-        start, end = (
-            [(backend.id_to_token(i), i) for i in ids] for ids in (tokenizer.start, tokenizer.end)
-        )
+        start = [(backend.id_to_token(i), i) for i in tokenizer.start]
+        end = [(backend.id_to_token(i), i) for i in tokenizer.end]
         around = [*(name for name, _ in start), "$A", *(name for name, _ in end)]
         backend.post_processor = processors.TemplateProcessing(
             single=around, special_tokens=start + end
         )
-    agree(
-        tokenizer,
-        backend,
-        f"data.tokenizer: tokenizer.json cannot express this {type(tokenizer).__name__}",
-    )
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    name = type(tokenizer).__name__
+    agree(tokenizer, backend, f"data.tokenizer: tokenizer.json cannot express this {name}")
+
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
     backend.save(str(folder / "tokenizer.json"), pretty=False)
     config |= dict(model_max_length=tokenizer.context, split_special_tokens=True)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def agree(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, otherwise: str) -> None:
-    """ValueError, which begins with `otherwise`, at the first probe whose ids differ."""
+    """Raise ValueError, with `otherwise` first, if the ids of a probe differ."""
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
     for text in PROBES:
-        ours, theirs = (
-            [*tokenizer.start, *tokenizer.encode(text), *tokenizer.end],
-            backend.encode(text).ids,
-        )
-        if ours != theirs:
-            raise ValueError(f"{otherwise}: {text!r} gives {theirs[:12]} there, {ours[:12]} here")
+        ids = [*tokenizer.start, *tokenizer.encode(text), *tokenizer.end]
+        backend_ids = backend.encode(text).ids
+        if ids != backend_ids:
+            raise ValueError(
+                f"{otherwise}: {text!r} gives {backend_ids[:12]} there, {ids[:12]} here"
+            )
 
 
 def clip_bpe(tokenizer: ClipBpe) -> tuple[tokenizers.Tokenizer, dict, dict[str, bytes]]:
-    """(backend, tokenizer_config.json, other files)"""
+    """Return (backend, content of tokenizer_config.json, other files)."""
+    # Our BPE, with the special tokens in its vocabulary.
     state = json.loads(tokenizer.bpe.to_str())
     vocab = state["model"]["vocab"] | {START: tokenizer.start[0], END: tokenizer.end[0]}
     state["model"] |= dict(vocab=vocab, unk_token=END)
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), SPACES, normalizers.Lowercase()])
     backend.add_special_tokens([START, END])
+
+    config = dict(
+        tokenizer_class="CLIPTokenizer",
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+    )
     merges = "".join(" ".join(merge) + "\n" for merge in state["model"]["merges"])
     files = {
         "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
         "merges.txt": b"#version: 0.2\n" + merges.encode(),
     }
-    return (
-        backend,
-        dict(
-            tokenizer_class="CLIPTokenizer",
-            bos_token=START,
-            eos_token=END,
-            unk_token=END,
-            pad_token=END,
-        ),
-        files,
-    )
+    return backend, config, files
 
 
 def wordpiece(tokenizer: WordPiece) -> tuple[tokenizers.Tokenizer, dict, dict[str, bytes]]:
-    """The same"""
+    """Return (backend, content of tokenizer_config.json, other files)."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.pieces.to_str())
+    # Case folding, as far as it can be expressed: sharp s and final sigma.
     folded = [
         normalizers.NFKC(),
         normalizers.Lowercase(),
@@ -137,69 +131,72 @@ def wordpiece(tokenizer: WordPiece) -> tuple[tokenizers.Tokenizer, dict, dict[st
 
 
 def sentencepiece(tokenizer: SentencePiece) -> tuple[tokenizers.Tokenizer, dict, dict[str, bytes]]:
-    """The same"""
+    """Return (backend, content of tokenizer_config.json, other files).
+
+    ValueError: the model is not of type unigram, or has user-defined pieces.
+    """
     data = tokenizer.model.serialized_model_proto()
     proto = sentencepiece_model_pb2.ModelProto.FromString(data)
-    cleans = proto.normalizer_spec
-    if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM or any(
-        piece.type == piece.USER_DEFINED for piece in proto.pieces
-    ):
+    trainer = proto.trainer_spec
+    user_defined = any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
+    if trainer.model_type != trainer.UNIGRAM or user_defined:
         raise ValueError(
             "data.tokenizer: of SentencePiece models, tokenizer.json has those of type unigram"
             " without pieces of the user's"
         )
+
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    backend = tokenizers.Tokenizer(
-        models.Unigram(
-            pieces, tokenizer.model.unk_id(), byte_fallback=proto.trainer_spec.byte_fallback
-        )
-    )
-    steps = (
-        [normalizers.Precompiled(cleans.precompiled_charsmap)]
-        if cleans.precompiled_charsmap
-        else []
-    )
-    if cleans.remove_extra_whitespaces:
-        steps += [
-            normalizers.Replace(Regex(r"\A +| +\z"), ""),
-            normalizers.Replace(Regex(" {2,}"), " "),
-        ]
-    steps.append(normalizers.Replace(" ", "\u2581"))
-    if cleans.add_dummy_prefix:
-        # for Metaspace would take it for its own
-        steps.append(normalizers.Replace(Regex(r"\A\u2581"), "\u2581\u2581"))
-    # Pieces that are no text, <s> or <0x41>: where a caption spells one, it is cut after its first
-    # letter, which keeps it from being found.
-    names = [piece.piece for piece in proto.pieces if piece.type != piece.NORMAL]
-    spelled = pre_tokenizers.Split(
-        Regex("|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)),
-        "isolated",
-    )
-    begin = (
-        [pre_tokenizers.Metaspace("\u2581", "always", split=False)]
-        if cleans.add_dummy_prefix
-        else []
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*begin, spelled])
-    backend.normalizer = normalizers.Sequence(steps)
-    ids = dict(
-        pad_token=tokenizer.pad_id, unk_token=tokenizer.model.unk_id(), eos_token=tokenizer.end[0]
-    )
+    unknown_id = tokenizer.model.unk_id()
+    model = models.Unigram(pieces, unknown_id, byte_fallback=trainer.byte_fallback)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer(proto)
+    backend.normalizer = normalizer(proto)
+
+    # Special tokens by their usual names.
+    ids = dict(pad_token=tokenizer.pad_id, unk_token=unknown_id, eos_token=tokenizer.end[0])
     if tokenizer.start:
         ids["bos_token"] = tokenizer.start[0]
     names = {key: tokenizer.model.id_to_piece(i) for key, i in ids.items()}
     backend.add_special_tokens(list(dict.fromkeys(names.values())))
-    return (
-        backend,
-        dict(tokenizer_class="PreTrainedTokenizerFast", **names),
-        {"tokenizer.model": data},
-    )
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", **names)
+    return backend, config, {"tokenizer.model": data}
+
+
+def normalizer(proto: sentencepiece_model_pb2.ModelProto) -> normalizers.Sequence:
+    """Return the normalizer of a SentencePiece model."""
+    spec = proto.normalizer_spec
+    steps = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    steps.append(normalizers.Replace(" ", "\u2581"))
+    if spec.add_dummy_prefix:
+        # Doubled, because Metaspace would take a caption's first one for the dummy prefix.
+        steps.append(normalizers.Replace(Regex(r"\A\u2581"), "\u2581\u2581"))
+    return normalizers.Sequence(steps)
+
+
+def pre_tokenizer(proto: sentencepiece_model_pb2.ModelProto) -> pre_tokenizers.Sequence:
+    """Return the pre-tokenizer of a SentencePiece model."""
+    # A caption may spell a piece that is no text, <s> or <0x41>. It is split after the first
+    # letter, so that the piece is not matched.
+    patterns = []
+    for piece in proto.pieces:
+        if piece.type != piece.NORMAL:
+            first, rest = piece.piece[0], piece.piece[1:]
+            patterns.append(f"{re.escape(first)}(?={re.escape(rest)})")
+    steps = [pre_tokenizers.Split(Regex("|".join(patterns)), "isolated")]
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.insert(0, pre_tokenizers.Metaspace("\u2581", "always", split=False))
+    return pre_tokenizers.Sequence(steps)
 
 
 def read(folder: Path) -> str:
-    """The spec of the tokenizer in the folder, whose vocabulary lies there unless it is the one of
-    an installed package.
+    """Return the spec of the tokenizer in the folder.
 
+    Its vocabulary is the file in the folder, unless it is that of an installed package.
     ValueError: it is none of ours, or its files are damaged.
     """
     try:
@@ -207,65 +204,69 @@ def read(folder: Path) -> str:
     except ValueError as error:
         if not isinstance(error, json.JSONDecodeError):
             raise
-        why = error
-    # of tokenizers, whose errors are of no kind of their own; of files that hold something else
+        cause = error
+    # Errors of the library tokenizers have no class of their own; other files raise other errors.
     except Exception as error:
-        why = error
+        cause = error
+    reason = f"{type(cause).__name__}: {str(cause)[:120]}"
     raise ValueError(
         f"{folder}: its tokenizer files are damaged, or newer than tokenizers"
-        f" {tokenizers.__version__} ({type(why).__name__}: {str(why)[:120]}); --tokenizer SPEC"
-        " names one"
-    ) from why
+        f" {tokenizers.__version__} ({reason}); --tokenizer SPEC names one"
+    ) from cause
 
 
 def found_in(folder: Path) -> str:
-    """The same, with errors of any kind."""
+    """Return the spec of the tokenizer in the folder; damaged files raise errors of any kind."""
+    # The kind, by the files that are there.
     known = {"merges.txt": "clip_bpe", "vocab.txt": "wordpiece", "tokenizer.model": "sentencepiece"}
-    found = next(
-        (f"{kind}({folder / name})" for name, kind in known.items() if (folder / name).exists()),
-        None,
-    )
+    spec = None
+    for name, kind in known.items():
+        if (folder / name).exists():
+            spec = f"{kind}({folder / name})"
+            break
     state = folder / "tokenizer.json"
-    if (
-        not found
-        and state.exists()
-        and json.loads(state.read_text())["model"].get("end_of_word_suffix") == "</w>"
-    ):
-        found = "clip_bpe"  # its merges are in there alone
-    if not found:
+    if not spec and state.exists():
+        model = json.loads(state.read_text())["model"]
+        if model.get("end_of_word_suffix") == "</w>":
+            spec = "clip_bpe"  # its merges are only in tokenizer.json
+    if not spec:
         raise ValueError(
             f"{folder}: no tokenizer that we have; needed is one of {', '.join(known)}, or CLIP's"
             " tokenizer.json; --tokenizer SPEC names one, as data.tokenizer: clip_bpe, or"
             " sentencepiece(PATH)"
         )
-    tokenizer = build(found, 77)
+
+    # The tokenizer built from them must give the ids of the folder's own files.
+    tokenizer = build(spec, 77)
     if isinstance(tokenizer, ClipBpe):
         check_numbers(tokenizer, folder)
     if state.exists():
-        agree(
-            tokenizer,
-            tokenizers.Tokenizer.from_file(str(state)),
-            f"{state}: not the ids of data.tokenizer {found}",
-        )
-    return "clip_bpe" if isinstance(tokenizer, ClipBpe) and is_installed(tokenizer) else found
+        backend = tokenizers.Tokenizer.from_file(str(state))
+        agree(tokenizer, backend, f"{state}: not the ids of data.tokenizer {spec}")
+    if isinstance(tokenizer, ClipBpe) and is_installed(tokenizer):
+        return "clip_bpe"
+    return spec
 
 
 def check_numbers(tokenizer: ClipBpe, folder: Path) -> None:
-    """ValueError where vocab.json numbers the pieces otherwise than CLIP does.
+    """Raise ValueError if vocab.json numbers the pieces differently than CLIP does.
 
-    The special tokens may be called anything.
+    The special tokens may have any names.
     """
     file = folder / "vocab.json"
     if not file.exists():
         return
-    theirs, ours = json.loads(file.read_text()), tokenizer.bpe.get_vocab()
-    for piece, i in ours.items():
-        if theirs.get(piece) != i:
+    numbers = json.loads(file.read_text())
+    expected = tokenizer.bpe.get_vocab()
+    for piece, i in expected.items():
+        if numbers.get(piece) != i:
             raise ValueError(
-                f"{file}: {piece!r} is {theirs.get(piece)}, by CLIP's own numbers {i}; another"
+                f"{file}: {piece!r} is {numbers.get(piece)}, by CLIP's own numbers {i}; another"
                 " tokenizer than CLIP's"
             )
-    if extra := sorted(theirs.keys() - ours.keys(), key=theirs.get)[2:]:
+    added = sorted(numbers.keys() - expected.keys(), key=numbers.get)
+    extra = added[2:]  # after the two special tokens
+    if extra:
         raise ValueError(
             f"{file}: {extra[0]!r}: CLIP's vocabulary ends with its two special tokens; this one"
             " was extended"
@@ -273,7 +274,7 @@ def check_numbers(tokenizer: ClipBpe, folder: Path) -> None:
 
 
 def is_installed(tokenizer: ClipBpe) -> bool:
-    """Is it the tokenizer of the package that brings one?"""
+    """Return True if it is the tokenizer that an installed package has."""
     try:
         return build("clip_bpe", 77).fingerprint == tokenizer.fingerprint
     except ValueError:
