@@ -1,21 +1,22 @@
-"""Formats that models come from and go to, a file each; portable.py is what passes between them.
+"""Formats that models are converted from and to, one module each.
+
+Models pass between formats as portable.Portable. A module defines those of the following names that
+make sense for its format:
 
     load(path, **given) -> Portable
-        what lies there, read lazily; ValueError where this architecture is not ours
+        Read the model at the path lazily. ValueError if our towers cannot express its architecture.
     Given
-        a dataclass of what `given` may hold; nothing, where it is left out
+        A dataclass of the options that `load` and `peer` take. Without it there are none.
     claims(path) -> bool
-        is what lies there of this format? It looks at names and headers alone
-    save(model, folder, dtype, **options)
-        write it, and return what one should know of it, a line each, or nothing; ValueError
-                                               naming the field that the format cannot express
-    peer(path, **given) -> a function          the foreign library's own model (ImportError where it
-                                               is not installed): images
-                                               (B, 3, H, W) normalised, ids (B, context) padded ->
-                                               unit embeddings of both
+        Return True if the path holds this format. Only names and headers are read.
+    save(model, folder, dtype, **options) -> list[str]
+        Write the model; return notes for the user, one line each. ValueError naming the first field
+        that the format cannot express.
+    peer(path, **given) -> Callable
+        Return the foreign library's own model as a function: normalized images (B, 3, H, W) and
+        padded ids (B, context) -> unit embeddings of both. ImportError if the library is missing.
 
-To add one: a file with what of these makes sense, mostly a table of rules (rules.py), and its row
-in FORMATS.
+To add a format, write such a module, mostly a table of rules (rules.py), and add it to FORMATS.
 """
 
 from pathlib import Path
@@ -33,9 +34,13 @@ FORMATS: dict[str, ModuleType] = {
 
 
 def claimed(path: Path) -> str | None:
-    """The format of what lies there; None if it is of none of these: a run, or a model in Glimpse's
-    own format.
+    """Return the name of the format at the path.
+
+    None for a run or a model in Glimpse's own format. ValueError if the path does not exist.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    return next((name for name, module in FORMATS.items() if module.claims(path)), None)
+    for name, module in FORMATS.items():
+        if module.claims(path):
+            return name
+    return None

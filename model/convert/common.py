@@ -1,4 +1,4 @@
-"""What several formats share: where a model comes from, how images are cropped."""
+"""Helpers of several formats: the source of a model, and how evaluation images are cropped."""
 
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -10,60 +10,67 @@ from glimpse.model.lazy_tensors import more
 from glimpse.model.portable import CROPS
 
 # OpenAI's, the default of open_clip and HF
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-MOST = 20  # names of what was left out that are told
+MOST = 20  # the largest number of unused tensors that a note names
 
 
 def origin(
-    path: Path, format: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()
+    path: Path, format_name: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()
 ) -> dict[str, str]:
-    """The `source` of a model of another format.
+    """Return the `source` of a model of another format.
 
-    notes: what one should know of it. left_out: what of its files was not used.
+    notes: remarks for the user. left_out: entries of its files that were not used.
     """
+    notes = list(notes)
     if left_out:
-        notes = *notes, f"left out: {', '.join(left_out[:MOST])}{more(left_out[MOST - 1 :])}"
-    return dict(path=str(path), format=format, **({"notes": "; ".join(notes)} if notes else {}))
+        names = ", ".join(left_out[:MOST])
+        notes.append(f"left out: {names}{more(left_out[MOST - 1 :])}")
+    source = dict(path=str(path), format=format_name)
+    if notes:
+        source["notes"] = "; ".join(notes)
+    return source
 
 
 def newer(package: str, least: str) -> None:
-    """ImportError where another library is not installed, or is older than what a `peer` has been
-    run with.
-    """
+    """Raise ImportError if a package is missing or older than the version that `peer` needs."""
     try:
-        found = metadata.version(package)
+        version = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise ImportError(f"{package} is not installed") from None
-    if Version(found) < Version(least):
-        raise ImportError(f"{package} {found} is installed, {least} or newer is needed")
+    if Version(version) < Version(least):
+        raise ImportError(f"{package} {version} is installed, {least} or newer is needed")
 
 
 def kept_crop(crop: str) -> dict[str, dict]:
-    """What to write into a file of a format that has no field for `square`, so that `crop_in` finds
-    it; libraries pass over it.
+    """Return the entry by which `crop_in` recognizes `square` in a config that has no field for it.
+
+    Foreign libraries ignore the entry.
     """
-    return {"glimpse": {"eval_crop": crop}} if crop == "square" else {}
+    if crop != "square":
+        return {}
+    return {"glimpse": {"eval_crop": crop}}
 
 
 def crop_in(tree: dict, file: Path, says: str = CROPS[0]) -> str:
-    """What kept_crop wrote into the file's tree, if it did, else what the format's own fields
-    say.
+    """Return the crop that `kept_crop` wrote into the file's tree.
+
+    says: the crop according to the format's own fields, returned if there is no such entry.
     """
-    crop = (tree.get("glimpse") or {}).get("eval_crop", says)
+    section = tree.get("glimpse") or {}
+    crop = section.get("eval_crop", says)
     if crop not in CROPS:
         raise ValueError(f"{file}: glimpse.eval_crop {crop!r}: unknown; known: {', '.join(CROPS)}")
     return crop
 
 
 def told_crop(crop: str, whose: str) -> list[str]:
-    """What `save` says where a library prepares images otherwise."""
-    return (
-        []
-        if crop != "square"
-        else [
-            f"eval_crop {crop}: {whose} resizes images before it crops them, so pixels differ by a"
-            f" little; read again here, it is {crop}"
-        ]
+    """Return the note of `save` on a library (`whose`) that prepares images differently."""
+    if crop != "square":
+        return []
+    note = (
+        f"eval_crop {crop}: {whose} resizes images before it crops them, so pixels differ by a"
+        f" little; read again here, it is {crop}"
     )
+    return [note]

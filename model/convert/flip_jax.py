@@ -1,15 +1,17 @@
-"""FLIP's checkpoints as its release (facebookresearch/flip: JAX, t5x) writes and reads them, in and
-out; no JAX is needed for it.
+"""FLIP's checkpoints, as its release (facebookresearch/flip: JAX, t5x) writes and reads them.
+
+JAX is not needed.
 
     FOLDER/checkpoint                          msgpack: {version, optimizer: {target: tree of
                                                parameters, state: the optimizer's}}
     FOLDER/target.img_encoder.cls/.zarray ... a parameter to which the tree only refers, as zarr:
         all of them in what FLIP released
 
-FOLDER is a checkpoint_STEP, or holds such; t5x.py reads and writes it. Dense kernels are (in, out),
-a convolution's (P, P, 3, D).
-The architecture is FLIP's, our default; sizes are read from shapes, but heads are in none. Facts of
-the layout are that release's at 9bf6bf81. Letters: L patches, D width, P patch side.
+FOLDER is a checkpoint_STEP, or holds such folders; t5x.py reads and writes it. Dense kernels are
+(in, out), a convolution's (P, P, 3, D).
+The architecture is FLIP's, our default. Sizes are read from shapes; only the numbers of heads are
+in no shape. The layout is that of the release at 9bf6bf81. Letters: L patches, D width, P patch
+side.
 """
 
 import math
@@ -39,18 +41,20 @@ from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
 
-# ---- what FLIP calls its modules, by what we call ours: to be mended here should a checkpoint say
-# otherwise
+# ---- FLIP's names of our modules: correct them here if a checkpoint has others
 
 TOWERS = {"vision": "img_encoder", "text": "txt_encoder"}
-PATCH, CLS = "img_encoder/embedding", "img_encoder/cls"
+PATCH = "img_encoder/embedding"
+CLS = "img_encoder/cls"
 PLACES = {
     "vision": "img_encoder/posembed_encoder/pos_embedding",
     "text": "txt_encoder/posembed_encoder/pos_embedding",
 }
-TOKEN, SCALE = "txt_encoder/token_embedding/embedding", "logit_scale"
+TOKEN = "txt_encoder/token_embedding/embedding"
+SCALE = "logit_scale"
 PROJECTIONS = {"image_projection": "img_mlp1", "text_projection": "txt_mlp1"}
-BLOCK, LAST = "Transformer/encoderblock_{:02}", "Transformer/encoder_norm"
+BLOCK = "Transformer/encoderblock_{:02}"
+LAST = "Transformer/encoder_norm"
 QKV = [f"MultiHeadDotProductAttention_0/{name}" for name in ("query", "key", "value")]
 DENSE = {
     "attn.out": "MultiHeadDotProductAttention_0/out",
@@ -63,93 +67,132 @@ VOCAB = 30523  # of BERT's uncased vocabulary, as data.tokenizer's wordpiece has
 
 @dataclass(frozen=True)
 class Given:
-    """Of a size that is no row of SIZES; else heads are 64 wide."""
+    """Numbers of heads, for a size that is no row of SIZES; by default heads are 64 wide."""
 
     heads: int | None = None
     text_heads: int | None = None
 
 
 def rules(depth: int, text_depth: int, sincos: Tensor | None) -> Iterator[Rule]:
-    """sincos: the table (1 + L, D), where positions are fixed."""
-    yield Rule(
-        ("vision.patch.weight",),
-        (f"{PATCH}/kernel",),
-        lambda weight: as_kernel(weight).permute(2, 3, 1, 0),
-        lambda kernel: kernel.permute(3, 2, 0, 1).flatten(1),
-    )
+    """Yield the rule of each tensor; sincos: the table (1 + L, D) if positions are fixed."""
+    # Patch embedding, class token and positions of the vision tower.
+    yield Rule(("vision.patch.weight",), (f"{PATCH}/kernel",), as_flax_patch, from_flax_patch)
     yield Rule(("vision.patch.bias",), (f"{PATCH}/bias",))
-    yield Rule(("vision.cls",), (CLS,), lambda cls: cls[None, None], lambda token: token[0, 0])
-    if sincos is not None:
+    yield Rule(("vision.cls",), (CLS,), as_token, from_token)
+    if sincos is None:
+        yield Rule(("vision.positions",), (PLACES["vision"],), as_batch, patch_positions)
+    else:
         yield Rule((), (PLACES["vision"],), lambda: sincos[None], lambda table: ())
-    else:  # the class token's row is there, but not used
-        yield Rule(
-            ("vision.positions",),
-            (PLACES["vision"],),
-            lambda table: table[None],
-            lambda table: torch.cat([torch.zeros_like(table[0, :1]), table[0, 1:]]),
-        )
+
+    # Embeddings of the text tower, temperature and projections.
     yield Rule(("text.token.weight",), (TOKEN,))
-    yield Rule(
-        ("text.positions",), (PLACES["text"],), lambda table: table[None], lambda table: table[0]
-    )
+    yield Rule(("text.positions",), (PLACES["text"],), as_batch, from_batch)
     yield Rule(("temperature.logit_scale",), (SCALE,))
     for ours, theirs in PROJECTIONS.items():
         yield Rule((f"{ours}.weight",), (f"{theirs}/kernel",), transposed, transposed)
+
+    # Blocks, then all norms. The order of the rules is that of the file.
     for tower, blocks in (("vision", depth), ("text", text_depth)):
         norms = {f"{tower}.norm": f"{TOWERS[tower]}/{LAST}"}
         for i in range(blocks):
-            block, theirs = f"{tower}.blocks.{i}", f"{TOWERS[tower]}/{BLOCK.format(i)}"
-            norms |= {f"{block}.{name}": f"{theirs}/{norm}" for name, norm in NORMS.items()}
-            yield Rule(
-                (f"{block}.attn.qkv.weight",),
-                tuple(f"{theirs}/{name}/kernel" for name in QKV),
-                lambda weight: tuple(map(transposed, thirds(weight))),
-                lambda *kernels: fused(*map(transposed, kernels)),
-            )
-            yield Rule(
-                (f"{block}.attn.qkv.bias",),
-                tuple(f"{theirs}/{name}/bias" for name in QKV),
-                thirds,
-                fused,
-            )
-            for name, dense in DENSE.items():
-                yield Rule(
-                    (f"{block}.{name}.weight",),
-                    (f"{theirs}/{dense}/kernel",),
-                    transposed,
-                    transposed,
-                )
-                yield Rule((f"{block}.{name}.bias",), (f"{theirs}/{dense}/bias",))
+            block, foreign_block = f"{tower}.blocks.{i}", f"{TOWERS[tower]}/{BLOCK.format(i)}"
+            yield from block_rules(block, foreign_block)
+            for name, norm in NORMS.items():
+                norms[f"{block}.{name}"] = f"{foreign_block}/{norm}"
         for ours, theirs in norms.items():
             yield Rule((f"{ours}.weight",), (f"{theirs}/scale",))
             yield Rule((f"{ours}.bias",), (f"{theirs}/bias",))
+
+
+def block_rules(ours: str, theirs: str) -> Iterator[Rule]:
+    """Yield the rules of a block's linear layers, given its name here and in FLIP's tree."""
+    kernels = tuple(f"{theirs}/{name}/kernel" for name in QKV)
+    biases = tuple(f"{theirs}/{name}/bias" for name in QKV)
+    yield Rule((f"{ours}.attn.qkv.weight",), kernels, qkv_kernels, qkv_weight)
+    yield Rule((f"{ours}.attn.qkv.bias",), biases, thirds, fused)
+    for name, dense in DENSE.items():
+        kernel = f"{theirs}/{dense}/kernel"
+        yield Rule((f"{ours}.{name}.weight",), (kernel,), transposed, transposed)
+        yield Rule((f"{ours}.{name}.bias",), (f"{theirs}/{dense}/bias",))
+
+
+def as_flax_patch(weight: Tensor) -> Tensor:
+    """Return the patch embedding (D, 3 P P) as flax's convolution (P, P, 3, D)."""
+    return as_kernel(weight).permute(2, 3, 1, 0)
+
+
+def from_flax_patch(kernel: Tensor) -> Tensor:
+    """Invert `as_flax_patch`."""
+    return kernel.permute(3, 2, 0, 1).flatten(1)
+
+
+def as_token(cls: Tensor) -> Tensor:
+    """Return the class token (D,) as (1, 1, D)."""
+    return cls[None, None]
+
+
+def from_token(token: Tensor) -> Tensor:
+    return token[0, 0]
+
+
+def as_batch(table: Tensor) -> Tensor:
+    """Return positions (L, D) as (1, L, D)."""
+    return table[None]
+
+
+def from_batch(table: Tensor) -> Tensor:
+    return table[0]
+
+
+def patch_positions(table: Tensor) -> Tensor:
+    """Return FLIP's learned positions (1, 1 + L, D) as ours (1 + L, D).
+
+    FLIP's table has a row for the class token, but its code does not use it.
+    """
+    no_position = torch.zeros_like(table[0, :1])
+    return torch.cat([no_position, table[0, 1:]])
+
+
+def qkv_kernels(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return a fused weight (3 D, D) as the kernels (D, D) of q, k and v."""
+    return tuple(map(transposed, thirds(weight)))
+
+
+def qkv_weight(*kernels: Tensor) -> Tensor:
+    """Invert `qkv_kernels`."""
+    return fused(*map(transposed, kernels))
 
 
 # ---- in
 
 
 def claims(path: Path) -> bool:
-    """A checkpoint's folder, one that holds such, or the msgpack file in it, which begins with a
-    map.
+    """Return True for a checkpoint, a folder of checkpoints, or the msgpack file of one.
+
+    The msgpack file must begin with a map.
     """
     file = newest(path)
-    return file is not None and file.open("rb").read(1)[:1].hex().startswith("8")
+    if file is None:
+        return False
+    return file.open("rb").read(1).hex().startswith("8")
 
 
 def newest(path: Path) -> Path | None:
-    """The msgpack file of what a path names, if it is of this format: the last step's, where there
-    are several.
+    """Return the msgpack file at a path, that of the last step if there are several; None if
+    there is none.
     """
+    options = [path if path.name == "checkpoint" else path / "checkpoint"]
     steps = [
-        folder
-        for folder in path.glob("checkpoint_*/checkpoint")
-        if re.fullmatch("checkpoint_[0-9]+", folder.parent.name)
+        file
+        for file in path.glob("checkpoint_*/checkpoint")
+        if re.fullmatch("checkpoint_[0-9]+", file.parent.name)
     ]
-    options = [
-        path if path.name == "checkpoint" else path / "checkpoint",
-        *sorted(steps, key=lambda file: -int(file.parent.name.removeprefix("checkpoint_"))),
-    ]
+    options += sorted(steps, key=step_of, reverse=True)
     return next((file for file in options if file.is_file()), None)
+
+
+def step_of(file: Path) -> int:
+    return int(file.parent.name.removeprefix("checkpoint_"))
 
 
 def load(path: Path, heads: int | None = None, text_heads: int | None = None) -> Portable:
@@ -159,74 +202,84 @@ def load(path: Path, heads: int | None = None, text_heads: int | None = None) ->
             f"{path}: no checkpoint of FLIP's: no file called checkpoint in it, nor in a"
             " checkpoint_STEP below it"
         )
-    theirs = t5x.read(file)
-    depths = [
-        len(
-            {
-                name.split("/")[2]
-                for name in theirs
-                if name.startswith(f"{prefix}/{BLOCK.partition('{')[0]}")
-            }
-        )
-        for prefix in TOWERS.values()
-    ]
-    check_names(theirs, {name for rule in rules(*depths, None) for name in rule.theirs}, file)
-    cfg = architecture(theirs, *depths, file, heads, text_heads)
-    sincos, source = fixed(cfg), dict(path=str(file.parent), format="flip_jax")
-    if not is_fixed(theirs[PLACES["vision"]][0], cfg):
-        sincos, cfg = None, replace(cfg, vision=replace(cfg.vision, positions="learned"))
+
+    # The architecture, from names and shapes.
+    tensors = t5x.read(file)
+    depth, text_depth = (count_blocks(tensors, tower) for tower in TOWERS.values())
+    known = {name for rule in rules(depth, text_depth, None) for name in rule.theirs}
+    check_names(tensors, known, file)
+    cfg = architecture(tensors, depth, text_depth, file, heads, text_heads)
+
+    # Positions: fixed ones are no parameter of ours.
+    source = dict(path=str(file.parent), format="flip_jax")
+    if is_fixed(tensors[PLACES["vision"]][0], cfg):
+        sincos = fixed(cfg)
+    else:
+        sincos = None
+        cfg = replace(cfg, vision=replace(cfg.vision, positions="learned"))
         source["notes"] = (
             f"{PLACES['vision']}: other than the sin-cos positions, so it became learned ones"
         )
-    vocab, context = theirs.meta[TOKEN].shape[0], theirs.meta[PLACES["text"]].shape[1]
-    about = About(
-        tokenizer="wordpiece" if vocab == VOCAB else "", pad_text=True, crop="square", source=source
-    )
-    return Portable(cfg, vocab, context, imported(rules(*depths, sincos), theirs, str(file)), about)
+
+    vocab = tensors.meta[TOKEN].shape[0]
+    context = tensors.meta[PLACES["text"]].shape[1]
+    tokenizer = "wordpiece" if vocab == VOCAB else ""
+    about = About(tokenizer=tokenizer, pad_text=True, crop="square", source=source)
+    table = rules(depth, text_depth, sincos)
+    return Portable(cfg, vocab, context, imported(table, tensors, str(file)), about)
 
 
-def check_names(theirs: Tensors, known: set[str], whose: Path) -> None:
-    missing, unknown = sorted(known - theirs.keys()), sorted(theirs.keys() - known)
-    if missing or unknown:
-        found = "; ".join(
-            f"{what}: {', '.join(names)}"
-            for what, names in (("missing", missing), ("unknown", unknown))
-            if names
-        )
+def count_blocks(tensors: Tensors, tower: str) -> int:
+    """Return the number of blocks of a tower, named as in FLIP's tree."""
+    prefix = f"{tower}/{BLOCK.partition('{')[0]}"
+    return len({name.split("/")[2] for name in tensors if name.startswith(prefix)})
+
+
+def check_names(tensors: Tensors, known: set[str], whose: Path) -> None:
+    """Raise ValueError listing the parameters that are missing or unknown."""
+    problems = []
+    if missing := sorted(known - tensors.keys()):
+        problems.append(f"missing: {', '.join(missing)}")
+    if unknown := sorted(tensors.keys() - known):
+        problems.append(f"unknown: {', '.join(unknown)}")
+    if problems:
         raise ValueError(
-            f"{whose}: not FLIP's parameters, {found}; if it calls the same modules otherwise, mend"
-            " the names at the top of model/convert/flip_jax.py"
+            f"{whose}: not FLIP's parameters, {'; '.join(problems)}; if it calls the same modules"
+            " otherwise, mend the names at the top of model/convert/flip_jax.py"
         )
 
 
 def architecture(
-    theirs: Tensors,
+    tensors: Tensors,
     depth: int,
     text_depth: int,
     whose: Path,
     heads: int | None,
     text_heads: int | None,
 ) -> ModelConfig:
-    """What the shapes say; the flavour is FLIP's."""
+    """Return FLIP's architecture in the sizes that the shapes give."""
 
     def shape(name: str, dimensions: int) -> torch.Size:
-        if len(found := theirs.meta[name].shape) != dimensions:
+        size = tensors.meta[name].shape
+        if len(size) != dimensions:
             raise ValueError(
-                f"{whose}: {name} is {tuple(found)}; FLIP's has {dimensions} dimensions"
+                f"{whose}: {name} is {tuple(size)}; FLIP's has {dimensions} dimensions"
             )
-        return found
+        return size
+
+    def hidden_units(tower: str) -> int:
+        return shape(f"{TOWERS[tower]}/{BLOCK.format(0)}/{DENSE['mlp.up']}/bias", 1)[0]
 
     side, _, _, width = shape(f"{PATCH}/kernel", 4)
-    places, text_width = shape(PLACES["vision"], 3)[1] - 1, shape(TOKEN, 2)[1]
-    inside, text_inside = (
-        shape(f"{TOWERS[tower]}/{BLOCK.format(0)}/{DENSE['mlp.up']}/bias", 1)[0]
-        for tower in ("vision", "text")
-    )
+    places = shape(PLACES["vision"], 3)[1] - 1
+    text_width = shape(TOKEN, 2)[1]
+    inside, text_inside = hidden_units("vision"), hidden_units("text")
     shape(PLACES["text"], 3)
     if math.isqrt(places) ** 2 != places:
         raise ValueError(
             f"{whose}: {PLACES['vision']} is for {places} patches; FLIP's are a square"
         )
+
     size = sized(
         side,
         width=width,
@@ -246,48 +299,47 @@ def architecture(
 
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Write the folder, all in the msgpack file; returns what differs when FLIP's code runs it."""
-    check_flavour(cfg := model.cfg, bool(model.vocab))
+    """Write the folder, all in the msgpack file; return what differs when FLIP's code runs it."""
+    cfg = model.cfg
+    check_flavour(cfg, bool(model.vocab))
     if cfg.vision.positions == "learned" and model.tensors["vision.positions"][0].any():
         raise ValueError(
             "model.vision.positions learned: FLIP's code adds none to the class token, and this"
             " model's is not zero"
         )
-    table = rules(
-        cfg.shape.depth,
-        cfg.shape.text_depth,
-        fixed(cfg) if cfg.vision.positions == "sincos" else None,
-    )
+
+    sincos = fixed(cfg) if cfg.vision.positions == "sincos" else None
+    table = rules(cfg.shape.depth, cfg.shape.text_depth, sincos)
     folder.mkdir(parents=True)
     t5x.write(folder / "checkpoint", exported(table, model.tensors), dtype)
-    told = (
-        []
-        if model.about.pad_text
-        else [
+
+    notes = []
+    if not model.about.pad_text:
+        notes.append(
             "attention between real tokens alone: FLIP's code fills captions up and attends the"
             " padding"
-        ]
-    )
+        )
     if model.about.crop != "square":
-        told.append(
+        notes.append(
             f"eval_crop {model.about.crop}: FLIP's code crops images before it resizes them; read"
             " again here, it is square"
         )
-    return told
+    return notes
 
 
 def check_flavour(cfg: ModelConfig, text: bool) -> None:
-    """ValueError naming what FLIP's code does not have."""
+    """Raise ValueError naming the first setting that FLIP's code does not have."""
     if not text:
         raise ValueError("a vision tower alone: FLIP's checkpoints are of a pair")
-    for part, ours, theirs in (
-        ("vision", asdict(cfg.vision), asdict(VisionConfig())),
-        ("text", asdict(cfg.text), asdict(TextConfig())),
-    ):
-        for key in theirs.keys() - {"positions", "freeze_patch"}:
-            if ours[key] != theirs[key]:
+    towers = (("vision", cfg.vision, VisionConfig()), ("text", cfg.text, TextConfig()))
+    for tower, settings, reference in towers:
+        values = asdict(settings)
+        wanted = asdict(reference)
+        for key in wanted.keys() - {"positions", "freeze_patch"}:
+            value = values[key]
+            if value != wanted[key]:
                 raise ValueError(
-                    f"model.{part}.{key} {ours[key]}: FLIP's code knows {theirs[key]} alone"
+                    f"model.{tower}.{key} {value}: FLIP's code knows {wanted[key]} alone"
                 )
     if cfg.grid[0] != cfg.grid[1]:
         raise ValueError(
