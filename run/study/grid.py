@@ -1,5 +1,6 @@
-"""Grids of runs: cells that differ from a config in a few keys, at the papers' scale and at one
-that a small machine can train.
+"""Grids of runs: cells that differ from a config in a few keys.
+
+Each grid has the papers' scale, and one that a small machine can train.
 
     grid = read("flip_table8")                              run/grids/flip_table8.yaml
     runs = grid.runs("glyphs", ["baseline"], seeds=3, out=Path("runs/scaling"))
@@ -7,8 +8,8 @@ that a small machine can train.
 A cell is a list of changes: key=value, or a name that stands for some at each scale (`model` is
 H/14 on a cluster, a wider nano here); config=NAME begins from another config than the scale's.
 `{CELL}` in a value is the folder of that cell's run of the same seed, which is then trained first:
-`init={mask 50}`. A run's folder is named by a digest of what it trains, so what two grids have in
-common is trained once. To add a grid: a file beside the others.
+`init={mask 50}`. A run's folder name has a digest of its settings, so a run that two grids have in
+common is trained once. To add a grid, add a file beside the others.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,7 +28,7 @@ from glimpse.run.lib.config import ROOT, Run
 FOLDER = ROOT / "run" / "grids"
 # neither {a: b} nor a range of shards, {00000..00007}
 HOLE = re.compile(r"\{((?:(?!\.\.)[^{}:])+)\}")
-# what a run's results do not depend on
+# keys that a run's results do not depend on
 IDLE = ("run", "seed", "deepspeed", "log_every", "save_every", "keep")
 
 
@@ -35,9 +37,9 @@ class Scale:
     """A size at which the cells may be trained."""
 
     config: str  # a file of run/configs, without .yaml
-    metric: str  # what is compared: a result's name, e.g. zero_shot/imagenet/top1
+    metric: str  # the result that is compared, e.g. zero_shot/imagenet/top1
     set: tuple[str, ...] = ()  # key=value, of every cell
-    # what the names that cells use stand for
+    # {a name that cells use: its changes}
     changes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -58,14 +60,13 @@ class Planned:
 
 
 def once(runs: Iterable[Planned]) -> list[Planned]:
-    """Each run folder once, evaluated in every way that is asked of it."""
-    found: dict[Path, Planned] = {}
+    """Return each run folder once, with the evaluations of all its runs."""
+    merged: dict[Path, Planned] = {}
     for run in runs:
-        known = found.setdefault(run.folder, run)
-        found[run.folder] = replace(
-            known, evaluate=tuple(dict.fromkeys((*known.evaluate, *run.evaluate)))
-        )
-    return list(found.values())
+        known = merged.setdefault(run.folder, run)
+        evaluate = tuple(dict.fromkeys((*known.evaluate, *run.evaluate)))
+        merged[run.folder] = replace(known, evaluate=evaluate)
+    return list(merged.values())
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Grid:
     cells: dict[str, tuple[str, ...]]  # the first is what the others are compared with
     # a cell's figure there, per cent; `CELL, mask random(0.5)`: evaluated so
     paper: dict[str, float] = field(default_factory=dict)
-    # of a cell also so, as run/evaluate.py: [mask random(0.5)]
+    # further evaluations of a cell, as options of run/evaluate.py: [mask random(0.5)]
     evaluate: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -88,24 +89,17 @@ class Grid:
         for cell in self.evaluate:
             config.check_choice("cells", cell, self.cells)
         for cell, items in self.evaluate.items():
-            for item in items:  # results are told apart by what was asked
-                if item.partition(" ")[0] not in ("mask", "ensemble") or item in (
-                    "mask none",
-                    "ensemble 1",
-                ):
+            for item in items:  # a result's name has the options that differ from training's
+                option = item.partition(" ")[0]
+                as_in_training = item in ("mask none", "ensemble 1")
+                if option not in ("mask", "ensemble") or as_in_training:
                     raise ValueError(
                         f"evaluate: {cell}: {item!r}; it must be `mask STRATEGY` or `ensemble N`,"
                         " unlike training's own"
                     )
+        evaluated = [f"{cell}, {item}" for cell, items in self.evaluate.items() for item in items]
         for cell in self.paper:
-            config.check_choice(
-                "paper",
-                cell,
-                {
-                    *self.cells,
-                    *(f"{one}, {item}" for one, items in self.evaluate.items() for item in items),
-                },
-            )
+            config.check_choice("paper", cell, {*self.cells, *evaluated})
         for cell, changes in self.cells.items():
             for scale in self.scales.values():
                 for change in changes:
@@ -119,9 +113,9 @@ class Grid:
     def runs(
         self, scale: str, cells: list[str], seeds: int, out: Path, more: Sequence[str] = ()
     ) -> dict[str, list[Planned]]:
-        """{cell: a run for each seed}, and of the cells that those need.
+        """Return {cell: a run for each seed}, with the cells that those need.
 
-        more: key=value, on top of the scale's own for every cell.
+        more: key=value, on top of the scale's, for every cell.
         """
         for cell in cells:
             config.check_choice("CELL", cell, self.cells)
@@ -131,11 +125,12 @@ class Grid:
                     f"--set {change}: a grid sets it; --seeds N takes 0 to N - 1, --out says where"
                     " runs go"
                 )
-        found: dict[str, list[Planned]] = {}
-        found_at = self.scale(scale)
+        planned: dict[str, list[Planned]] = {}
+        base = self.scale(scale)
+        base = replace(base, set=(*base.set, *more))
         for cell in cells or self.cells:
-            self.add(cell, replace(found_at, set=(*found_at.set, *more)), seeds, out / scale, found)
-        return found
+            self.add(cell, base, seeds, out / scale, planned)
+        return planned
 
     def add(
         self,
@@ -143,68 +138,71 @@ class Grid:
         scale: Scale,
         seeds: int,
         out: Path,
-        found: dict[str, list[Planned]],
+        planned: dict[str, list[Planned]],
         above: tuple[str, ...] = (),
     ) -> None:
-        """above: the cells that need this one."""
-        if cell in found:
+        """Add the runs of a cell to `planned`, after those of the cells that it needs.
+
+        above: the cells that need this one.
+        """
+        if cell in planned:
             return
         if cell in above:
             raise ValueError(
                 f"cells: {' needs '.join((*above, cell))}; none of them can be trained first"
             )
+
+        # The changes: of every cell, then of this one, names replaced by what they stand for.
         changes = list(scale.set)
         for change in self.cells[cell]:
             changes += [change] if "=" in change else scale.changes[change]
+
+        # The cells whose runs this one needs come first.
         needed = list(dict.fromkeys(name for change in changes for name in HOLE.findall(change)))
         for name in needed:
             config.check_choice(f"cells: {cell}", name, self.cells)
-            self.add(name, scale, seeds, out, found, (*above, cell))
-        name = next(
-            (change.removeprefix("config=") for change in changes if change.startswith("config=")),
-            scale.config,
-        )
-        path, changes = (
-            ROOT / "run" / "configs" / f"{name}.yaml",
-            [change for change in changes if not change.startswith("config=")],
-        )
-        found[cell] = []
+            self.add(name, scale, seeds, out, planned, (*above, cell))
+
+        # The first config= names the file; it is no change of a key.
+        configs = [
+            change.removeprefix("config=") for change in changes if change.startswith("config=")
+        ]
+        changes = [change for change in changes if not change.startswith("config=")]
+        name = configs[0] if configs else scale.config
+        path = ROOT / "run" / "configs" / f"{name}.yaml"
+
+        planned[cell] = []
         for seed in range(seeds):
-            folders = {name: str(found[name][seed].folder) for name in needed}
-            own = [
-                HOLE.sub(lambda match, folders=folders: folders[match[1]], change)
-                for change in changes
-            ]
+            folders = {name: str(planned[name][seed].folder) for name in needed}
+            settings = [filled(change, folders) for change in changes]
+            settings.append(f"seed={seed}")
             try:
-                cfg = config.load(path, [*own, f"seed={seed}"])
+                cfg = config.load(path, settings)
             except ValueError as error:
                 raise ValueError(f"cells: {cell}: {error}") from None
-            run = out / f"{cfg.method}-{digest(cfg, folders.values())}-seed{seed}"
-            changed = (*own, f"seed={seed}", f"run={run}")
-            found[cell].append(
-                Planned(
-                    replace(cfg, run=str(run)),
-                    path,
-                    changed,
-                    tuple(map(Path, folders.values())),
-                    self.evaluate.get(cell, ()),
-                )
-            )
+            folder = str(out / f"{cfg.method}-{digest(cfg, folders.values())}-seed{seed}")
+            settings.append(f"run={folder}")
+            needs = tuple(map(Path, folders.values()))
+            evaluate = self.evaluate.get(cell, ())
+            run = Planned(replace(cfg, run=folder), path, tuple(settings), needs, evaluate)
+            planned[cell].append(run)
+
+
+def filled(change: str, folders: dict[str, str]) -> str:
+    """Replace each {CELL} of a change by that cell's folder."""
+    return HOLE.sub(lambda match: folders[match[1]], change)
 
 
 def digest(cfg: Run, needs: Iterable[str] = ()) -> str:
-    """Of all that a run's results depend on, but its seed; keys that are as they are by default do
-    not count, so new ones may come.
+    """Hash everything that affects a run's results except the seed.
 
-    needs: folders of other runs in it, of which their own digest counts, not where they lie or
-    their seed.
+    Default values are left out, so adding a config key does not change existing hashes.
+
+    needs: folders of other runs in it; their digests count, their location and seed do not.
     """
     tree = {key: value for key, value in stated(cfg).items() if key not in IDLE}
-    tree["data"] = {
-        key: value
-        for key, value in tree["data"].items()
-        if key not in ("workers", "prefetch", "trace")
-    }
+    for key in ("workers", "prefetch", "trace"):
+        tree["data"].pop(key, None)
     text = json.dumps(tree, sort_keys=True)
     for folder in needs:
         text = text.replace(json.dumps(folder), json.dumps(unseeded(folder)))
@@ -212,23 +210,23 @@ def digest(cfg: Run, needs: Iterable[str] = ()) -> str:
 
 
 def unseeded(folder: str) -> str:
-    """The name of a run's folder, as far as those of other seeds share it."""
+    """Return the name of a run's folder without its seed."""
     return re.sub(r"-seed\d+$", "", Path(folder).name)
 
 
-def stated(value):
-    """A config as plain containers, without what is as it is by default."""
+def stated(value: Any) -> Any:
+    """Return a config as plain containers, without its default values."""
     if isinstance(value, dict):
         return {key: stated(item) for key, item in value.items()}
     if not is_dataclass(value):
         return config.plain(value)
-    usual = {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory()
-        for f in fields(value)
-    }
-    return {
-        name: stated(getattr(value, name)) for name in usual if getattr(value, name) != usual[name]
-    }
+    tree = {}
+    for f in fields(value):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        actual = getattr(value, f.name)
+        if actual != default:
+            tree[f.name] = stated(actual)
+    return tree
 
 
 def names() -> list[str]:
@@ -236,7 +234,7 @@ def names() -> list[str]:
 
 
 def read(name: str) -> Grid:
-    """A grid by its name, or by its own file."""
+    """Return a grid by its name, or by its file."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         config.check_choice("--grid", name, names())

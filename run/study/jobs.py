@@ -1,13 +1,12 @@
-"""Training runs of a grid, one after another or several at a time: each by the deepspeed launcher,
-from where it was left.
+"""Training runs of a grid, one after another or several at a time.
 
     Jobs(planned, ranks=1, at_once=2).go()          True if all are complete
 
-A run that is complete is left alone, one that was broken off goes on. A run's lock is held here and
-by the deepspeed launcher until its rank 0 has one of its own (run/lib/run_dir.py), so that after a
-kill of some of these processes no second job starts beside the others:
-they are waited for. What a run printed is beside its folder, RUN.log; why it failed, RUN.failed,
-which the next launch removes.
+Each run is a process of the deepspeed launcher. A complete run is left alone, an interrupted one is
+resumed. A run's lock is held here and by the deepspeed launcher until its rank 0 has one of its own
+(run/lib/run_dir.py). So if some of these processes are killed, no second job starts beside the
+others, but waits for them. A run's output is beside its folder, RUN.log; the reason of a failure is
+RUN.failed, which the next launch removes.
 """
 
 import fcntl
@@ -18,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,57 +32,51 @@ from glimpse.run.train.log import clock
 
 
 def beside(run: Path, ending: str) -> Path:
-    """A file beside a run's folder, which training itself refuses to find there."""
+    """Return a path beside a run's folder; training refuses a folder with unknown files."""
     return run.with_name(f"{run.name}.{ending}")
 
 
 def state(run: Path) -> Result:
-    """What became of a run, and why, as far as its folder and its job tell."""
+    """Return the result of a run, with the reason its job failed, if it did."""
     failed = beside(run, "failed")
-    return read(run, failed.read_text().strip() if failed.exists() else "")
+    error = failed.read_text().strip() if failed.exists() else ""
+    return read(run, error)
 
 
 def why(results: list[Result], metric: str) -> str:
-    """Why some of a cell's runs have no such value, for people."""
-    lacking = [
-        result for result in results if result.state != "complete" or metric not in result.final
-    ]
-    told = [
-        (
-            result.reason or f"has no {metric}"
-            if result.state != "absent" or (result.run / "config.yaml").exists()
-            else "not trained"
-        )
-        for result in lacking
-    ]
+    """Describe why some of a cell's runs have no value of this metric."""
+    counts: Counter[str] = Counter()
+    for result in results:
+        if result.state == "complete" and metric in result.final:
+            continue
+        if result.state == "absent" and not (result.run / "config.yaml").exists():
+            counts["not trained"] += 1
+        else:
+            counts[result.reason or f"has no {metric}"] += 1
     return "; ".join(
-        f"{(n := told.count(reason))} run{'s' * (n > 1)}: {reason}"
-        for reason in dict.fromkeys(told)
+        f"{count} {'run' if count == 1 else 'runs'}: {reason}" for reason, count in counts.items()
     )
 
 
 def left_to_do(planned: Planned) -> str | None:
-    """What comes next: "" is training, then each evaluation that is not in its results; None when
-    all is done.
+    """Return the next thing to do: "" for training, an evaluation, or None when all is done.
 
-    One that failed half-way has not every metric that training's own last evaluation has.
+    An evaluation that failed half-way lacks some metric of training's last evaluation, and is done
+    again.
     """
-    found = state(planned.folder)
-    if found.state != "complete":
+    result = state(planned.folder)
+    if result.state != "complete":
         return ""
-    own = [name for name in found.final if not name.endswith(")")]
-    return next(
-        (
-            item
-            for item in planned.evaluate
-            if not own or any(f"{name} ({item})" not in found.final for name in own)
-        ),
-        None,
-    )
+    in_training = [name for name in result.final if not name.endswith(")")]
+    for item in planned.evaluate:
+        wanted = [f"{name} ({item})" for name in in_training]
+        if not wanted or any(name not in result.final for name in wanted):
+            return item
+    return None
 
 
 def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]:
-    """The command line of what left_to_do told."""
+    """Return the command line of what left_to_do returned."""
     if not what:
         return command(planned, local(ranks, slot))
     option, _, value = what.partition(" ")
@@ -97,22 +91,30 @@ def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]
 
 
 def command(planned: Planned, launcher: list[str]) -> list[str]:
-    """The command line that trains it, from the beginning or from where it was left."""
-    resume = ["--resume"] * (planned.folder / "config.yaml").exists()
+    """Return the command line that trains a run, or resumes it."""
     settings = ["--config", str(planned.source.relative_to(ROOT)), "--set", *planned.changes]
-    return [*launcher, str(ROOT / "run" / "pretrain.py"), *settings, *resume]
+    line = [*launcher, str(ROOT / "run" / "pretrain.py"), *settings]
+    if (planned.folder / "config.yaml").exists():
+        line.append("--resume")
+    return line
 
 
 def local(ranks: int, slot: int = 0) -> list[str]:
-    """The launcher on this machine, on a port that is free now; on GPUs each slot has `ranks` of
-    its own.
+    """Return the launcher's command line on this machine, with a port that is free now.
+
+    Each slot has `ranks` GPUs of its own, if there are GPUs.
     """
-    gpus = list(map(str, range(torch.cuda.device_count()))) if torch.cuda.is_available() else []
-    # which DeepSpeed passes over where it is told what to take
-    if gpus and (allowed := os.environ.get("CUDA_VISIBLE_DEVICES")):
+    gpus: list[str] = []
+    if torch.cuda.is_available():
+        gpus = list(map(str, range(torch.cuda.device_count())))
+    # DeepSpeed ignores this variable where it has --include
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus and allowed:
         gpus = allowed.split(",")
-    own = ",".join(gpus[slot * ranks : (slot + 1) * ranks])
-    devices = ["--include", f"localhost:{own}"] if own else ["--num_accelerators", str(ranks)]
+    slot_gpus = ",".join(gpus[slot * ranks : (slot + 1) * ranks])
+    devices = ["--num_accelerators", str(ranks)]
+    if slot_gpus:
+        devices = ["--include", f"localhost:{slot_gpus}"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -131,12 +133,12 @@ class Job:
     process: subprocess.Popen | None = None
     lock: int = -1  # a file handle; -1: not held
     before: int = 0  # bytes that earlier attempts wrote into its log
-    slot: int = 0  # of those that run at a time; GPUs are its own
-    doing: str = ""  # what was started last, as left_to_do tells it
+    slot: int = 0  # of those that run at a time, each with its GPUs
+    doing: str = ""  # what was started last, as left_to_do returns it
     made: tuple[str, ...] = ()  # evaluations that were started
 
     def claim(self) -> bool:
-        """Take the run's lock; False while another job has it, or its ranks train on."""
+        """Take the run's lock; return False while another job has it, or its ranks still train."""
         path = beside(self.planned.folder, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -175,18 +177,15 @@ class Job:
             )
 
     def ended(self, asked: bool) -> None:
-        """Note why it failed, if it did and was not asked to stop; free the lock."""
-        if self.process.returncode and not asked:
-            log = (
-                beside(self.planned.folder, "log")
-                .read_bytes()[self.before :]
-                .decode(errors="replace")
-                .splitlines()
-            )
-            why = [line for line in log if "rror" in line] or log or ["it printed nothing"]
-            beside(self.planned.folder, "failed").write_text(
-                f"exit code {self.process.returncode}: {why[-1].strip()[:300]}\n"
-            )
+        """Write down why it failed, if it did and was not asked to stop; free the lock."""
+        code = self.process.returncode
+        if code and not asked:
+            output = beside(self.planned.folder, "log").read_bytes()[self.before :]
+            lines = output.decode(errors="replace").splitlines()
+            errors = [line for line in lines if "rror" in line]
+            reasons = errors or lines or ["it printed nothing"]
+            failed = beside(self.planned.folder, "failed")
+            failed.write_text(f"exit code {code}: {reasons[-1].strip()[:300]}\n")
         self.free()
 
     def stop(self) -> None:
@@ -195,34 +194,40 @@ class Job:
             os.killpg(self.process.pid, signal.SIGTERM)
 
     def alive(self) -> bool:
-        """Does it, or a rank that still saves after its launcher has gone?"""
+        """Return True if it runs, or a rank still saves after its launcher has gone."""
         return self.process.poll() is None or run_dir.trained_elsewhere(self.planned.folder)
 
 
 class Jobs:
-    """Runs in an order in which what one needs comes before it."""
+    """Runs in an order in which each comes after those that it needs."""
 
     def __init__(
         self, planned: list[Planned], ranks: int, at_once: int, say: Callable[[str], None] = print
     ):
-        if torch.cuda.is_available() and ranks * at_once > (gpus := torch.cuda.device_count()):
-            raise ValueError(
-                f"--jobs {at_once}: with --ranks {ranks} each they take {ranks * at_once} GPUs;"
-                f" this machine has {gpus}"
-            )
-        self.waiting = [Job(one) for one in once(planned)]
-        self.ranks, self.at_once, self.say = ranks, at_once, say
+        if torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            needed = ranks * at_once
+            if needed > gpus:
+                raise ValueError(
+                    f"--jobs {at_once}: with --ranks {ranks} each they take {needed} GPUs;"
+                    f" this machine has {gpus}"
+                )
+        self.ranks = ranks
+        self.at_once = at_once
+        self.say = say
+        self.waiting = [Job(run) for run in once(planned)]
         self.running: list[Job] = []
         self.failed: dict[Path, str] = {}
         self.stopping = False
 
     def go(self) -> bool:
-        """Train all; False where some failed, or when asked to stop."""
+        """Train all; return False if some failed, or if asked to stop."""
 
-        def stop(*_) -> None:
+        def stop(*_: object) -> None:
             self.stopping = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, stop) for number in signals}
         try:
             while self.running or self.waiting and not self.stopping:
                 if self.stopping:
@@ -241,63 +246,67 @@ class Jobs:
         return not (self.stopping or self.failed)
 
     def fill(self) -> None:
-        """Start what can be started."""
+        """Start the jobs that can start."""
         for job in list(self.waiting):
             if len(self.running) >= self.at_once:
                 return
-            run = job.planned.folder
             if left_to_do(job.planned) is None:
                 self.waiting.remove(job)
-            elif broken := [
-                str(need)
-                for need in job.planned.needs
-                if need in self.failed and state(need).state != "complete"
-            ]:
+                continue
+            missing = [need for need in job.planned.needs if state(need).state != "complete"]
+            broken = [need for need in missing if need in self.failed]
+            if broken:
+                run = job.planned.folder
                 beside(run, "failed").write_text(f"it needs {broken[0]}, which failed\n")
                 self.end(job, state(run).reason)
-            elif all(state(need).state == "complete" for need in job.planned.needs) and job.claim():
+            elif not missing and job.claim():
                 self.begin(job)
 
     def begin(self, job: Job) -> None:
-        """Start what is left to do of a job whose lock is held; another may just have done it."""
-        run, what = job.planned.folder, left_to_do(job.planned)
+        """Start the next thing to do of a job whose lock is held."""
+        run = job.planned.folder
+        what = left_to_do(job.planned)  # again: another job may have done it before the lock
+        if what is None:
+            job.free()
+            self.waiting.remove(job)
+            return
         if what and what in job.made:
             job.free()
             self.end(job, f"was evaluated, --{what}, and has no result of that")
-        elif what is None:
-            job.free()
-            self.waiting.remove(job)
+            return
+
+        self.waiting.remove(job)
+        job.doing = what
+        job.made = (*job.made, what)
+        if what:
+            self.say(f"{run}: is evaluated, --{what}")
         else:
-            self.waiting.remove(job)
-            job.doing, job.made = what, (*job.made, what)
-            self.say(
-                f"{run}:"
-                f" {f'is evaluated, --{what}' if what else 'goes on' if run.exists() else 'begins'}"
-            )
-            job.slot = min(set(range(self.at_once)) - {other.slot for other in self.running})
-            self.running.append(job)
-            job.start(line_of(job.planned, what, self.ranks, job.slot))
+            self.say(f"{run}: {'goes on' if run.exists() else 'begins'}")
+        free_slots = set(range(self.at_once)) - {other.slot for other in self.running}
+        job.slot = min(free_slots)
+        self.running.append(job)
+        job.start(line_of(job.planned, what, self.ranks, job.slot))
 
     def reap(self) -> None:
-        for job in [job for job in self.running if not job.alive()]:
+        """Take note of the jobs that have ended."""
+        ended = [job for job in self.running if not job.alive()]
+        for job in ended:
+            run = job.planned.folder
             self.running.remove(job)
             job.ended(self.stopping)
-            found = state(job.planned.folder)
-            if found.state == "complete" and not job.process.returncode:
-                self.waiting.insert(0, job)  # there may be an evaluation to make
+            result = state(run)
+            if result.state == "complete" and not job.process.returncode:
+                self.waiting.insert(0, job)  # there may be an evaluation to run
                 if not job.doing:
-                    self.say(
-                        f"{job.planned.folder}: complete"
-                        + (f", {clock(found.seconds)} of training" if found.seconds else "")
-                    )
+                    spent = f", {clock(result.seconds)} of training" if result.seconds else ""
+                    self.say(f"{run}: complete{spent}")
             elif self.stopping:
-                self.say(f"{job.planned.folder}: {found.reason or 'stopped in an evaluation'}")
+                self.say(f"{run}: {result.reason or 'stopped in an evaluation'}")
             else:
-                self.end(
-                    job, found.reason or beside(job.planned.folder, "failed").read_text().strip()
-                )
+                self.end(job, result.reason or beside(run, "failed").read_text().strip())
 
     def end(self, job: Job, why: str) -> None:
+        """Give a job up as failed."""
         if job in self.waiting:
             self.waiting.remove(job)
         self.failed[job.planned.folder] = why

@@ -1,13 +1,12 @@
-"""What run folders tell: curves, results, cost, and how far a run came; the same of several seeds
-with intervals.
+"""The results of run folders: curves, final metrics, cost, progress; intervals over seeds.
 
-    found = read(Path("runs/flip-seed0"))
-        never raises: a run that is not there is told as absent, with the reason
-    found.final["zero_shot/shapes/top1"]
-        after the whole schedule; what was not measured is not in it, and never 0
-    by_seed([found, ...])
-        {"flip": [found of seed 0, found of seed 1]}
-    mean, low, high = interval([0.31, 0.33, 0.30])
+result = read(Path("runs/flip-seed0"))
+    never raises: a missing run has the state `absent`, with the reason
+result.final["zero_shot/shapes/top1"]
+    after the whole schedule; a metric that was not measured is missing, and never 0
+by_seed([result, ...])
+    {"flip": [result of seed 0, result of seed 1]}
+mean, low, high = interval([0.31, 0.33, 0.30])
 """
 
 import json
@@ -24,15 +23,17 @@ from glimpse.run.lib import config
 from glimpse.run.lib.config import Run
 from glimpse.run.study import grid
 
-AS_USUAL = {"weights": "student", "mask": "none", "ensemble": 1}  # how training itself evaluates
+AS_USUAL = {"weights": "student", "mask": "none", "ensemble": 1}  # evaluation during training
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run. Metrics are named KIND/SET/METRIC as in results.jsonl, `teacher/...` of the
-    average's weights, and with what was asked of run/evaluate.py in brackets:
-    `zero_shot/shapes/top1 (ensemble 2)`. Values are shares, as there.
+    """The result of one run.
+
+    Metrics are named KIND/SET/METRIC as in results.jsonl, `teacher/...` with the average's weights.
+    Options of run/evaluate.py follow in brackets: `zero_shot/shapes/top1 (ensemble 2)`. Values are
+    shares, as in that file.
     """
 
     run: Path
@@ -48,9 +49,8 @@ class Result:
     # {metric: value} after the last sample; empty where that was not reached
     final: dict[str, float] = field(default_factory=dict)
     losses: list[tuple[int, float]] = field(default_factory=list)  # (samples seen, loss)
-    samples: int = 0  # seen, as far as records go
-    # of training, over all its jobs, with that of the run that it began from; None where no speed
-    # is known
+    samples: int = 0  # seen, up to the last record
+    # of training, over all its jobs, and of the run that it began from; None if no speed is known
     seconds: float | None = None
     samples_per_s: float | None = None  # over all ranks
     mfu: float | None = None
@@ -58,122 +58,148 @@ class Result:
 
 
 def read(run: Path, error: str = "") -> Result:
-    """The run in a folder; error: why its job ended, where the caller knows it."""
+    """Return the result of the run in a folder; error: why its job ended, if the caller knows."""
+    path = run / "config.yaml"
     try:
-        cfg = config.load(run / "config.yaml")
-        provenance = yaml.safe_load((run / "config.yaml").read_text()).get("provenance", {})
+        cfg = config.load(path)
+        provenance = yaml.safe_load(path.read_text()).get("provenance", {})
     except (ValueError, OSError) as fault:
-        why = f"{run / 'config.yaml'}: {fault}"
-        if not (run / "config.yaml").exists():
-            why = (
-                f"never began: {run} has no config.yaml"
-                if run.exists()
-                else f"not run: there is no {run}"
-            )
-        return Result(run, "failed" if error else "absent", error or why)
+        state = "failed" if error else "absent"
+        return Result(run, state, error or why_without_config(run, fault))
+
+    # How far it came. If the last record of training was cut off, its evaluation still counts.
     rows = records(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     measured = records(run / "results.jsonl")
-    curve = curves(measured)
-    # of a record that was cut off, its evaluation still tells
     samples = max((row.get("samples", 0) for row in rows + measured), default=0)
-    ended = samples + cfg.batch > cfg.samples  # what is left is no whole batch
-    final = {
-        name: points[-1][1] for name, points in curve.items() if ended and points[-1][0] >= samples
-    }
-    if not ended:
-        reason = f"trained on {samples:,} of {cfg.samples:,} samples"
-    else:
-        reason = "trained, but not evaluated" if cfg.evals and not final else ""
-    state, reason = (
-        ("failed", f"{error} ({reason})")
-        if reason and error
-        else ("partial" if reason else "complete", reason)
-    )
-    command, spent = run / "command.txt", cost(steps)
-    if (before := began_from(run, cfg)) and spent.get("seconds"):
-        earlier = read(before).seconds
-        spent["seconds"] = earlier and spent["seconds"] + earlier
+    ended = samples + cfg.batch > cfg.samples  # the rest is no full batch
+
+    # Its metrics, final ones if it ended.
+    curve = curves(measured)
+    final = {}
+    for name, points in curve.items():
+        last_samples, value = points[-1]
+        if ended and last_samples >= samples:
+            final[name] = value
+
+    state, reason = state_of(cfg, samples, ended, final, error)
+    losses = [(row["samples"], row["loss"]) for row in steps if row["loss"] is not None]
+    command = run / "command.txt"
+    commands = command.read_text().splitlines() if command.exists() else []
     return Result(
         run,
         state,
         reason,
-        cfg,
-        provenance,
-        tuple(command.read_text().splitlines()) if command.exists() else (),
-        curve,
-        final,
-        [(row["samples"], row["loss"]) for row in steps if row["loss"] is not None],
-        samples,
-        **spent,
+        config=cfg,
+        provenance=provenance,
+        commands=tuple(commands),
+        curve=curve,
+        final=final,
+        losses=losses,
+        samples=samples,
+        **cost_with_start(run, cfg, steps),
     )
+
+
+def why_without_config(run: Path, fault: Exception) -> str:
+    """Describe why a run has no config; fault: raised by reading it."""
+    path = run / "config.yaml"
+    if path.exists():
+        return f"{path}: {fault}"
+    if run.exists():
+        return f"never began: {run} has no config.yaml"
+    return f"not run: there is no {run}"
+
+
+def state_of(
+    cfg: Run, samples: int, ended: bool, final: dict[str, float], error: str
+) -> tuple[str, str]:
+    """Return the state of a run that began, and the reason if it is not complete."""
+    if not ended:
+        reason = f"trained on {samples:,} of {cfg.samples:,} samples"
+    elif cfg.evals and not final:
+        reason = "trained, but not evaluated"
+    else:
+        return "complete", ""
+    if error:
+        return "failed", f"{error} ({reason})"
+    return "partial", reason
+
+
+def cost_with_start(run: Path, cfg: Run, steps: list[dict]) -> dict[str, float | None]:
+    """Return the cost of a run, its seconds with those of the run that it began from."""
+    spent = cost(steps)
+    before = began_from(run, cfg)
+    if before and spent.get("seconds"):
+        earlier = read(before).seconds
+        spent["seconds"] = earlier and spent["seconds"] + earlier
+    return spent
 
 
 def began_from(run: Path, cfg: Run) -> Path | None:
-    """The run whose weights it began with, at its path or beside it; None where there is none, or
-    it is a converted model.
+    """Return the run whose weights it began with, at its path or beside it.
+
+    None if there is none, or it is a converted model.
     """
-    places = [Path(cfg.init), run.parent / Path(cfg.init).name] if cfg.init else []
-    return next(
-        (
-            place
-            for place in places
-            if (place / "metrics.jsonl").exists() and place.resolve() != run.resolve()
-        ),
-        None,
-    )
+    if not cfg.init:
+        return None
+    for place in (Path(cfg.init), run.parent / Path(cfg.init).name):
+        if (place / "metrics.jsonl").exists() and place.resolve() != run.resolve():
+            return place
+    return None
 
 
 def records(path: Path) -> list[dict]:
-    """The records of a file, without a last line that is still being written or was cut off; none
-    where there is no file.
+    """Return the records of a file, none if there is no file.
+
+    A last line that is still being written or was cut off is left out.
     """
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    rows = []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return rows
 
 
 def curves(results: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """{metric: [(samples, value)]}, ascending; of two measurements at one place the later
-    counts.
-    """
-    found: dict[str, dict[int, float]] = {}
+    """Return {metric: [(samples, value)]}, ascending; of two values at one place the later."""
+    points: dict[str, dict[int, float]] = {}
     for row in results:
-        how = {
-            key: value
-            for key, value in row.items()
-            if "/" not in key and key not in ("step", "samples")
-        }
-        before = "" if how.get("weights", "student") == "student" else f"{how['weights']}/"
-        asked = ", ".join(
-            f"{key} {value}"
-            for key, value in how.items()
-            if key != "weights" and AS_USUAL.get(key) != value
-        )
+        if "samples" not in row:
+            continue
+        # How it was evaluated; training's own evaluation needs no mention.
+        options = {}
+        for key, value in row.items():
+            if "/" not in key and key not in ("step", "samples"):
+                options[key] = value
+        weights = options.pop("weights", "student")
+        prefix = "" if weights == "student" else f"{weights}/"
+        asked = [f"{key} {value}" for key, value in options.items() if AS_USUAL.get(key) != value]
+        suffix = f" ({', '.join(asked)})" if asked else ""
+
         for name, value in row.items():
-            if "/" in name and value is not None and "samples" in row:
-                found.setdefault(f"{before}{name}" + f" ({asked})" * bool(asked), {})[
-                    row["samples"]
-                ] = value
-    return {name: sorted(points.items()) for name, points in found.items()}
+            if "/" in name and value is not None:
+                points.setdefault(f"{prefix}{name}{suffix}", {})[row["samples"]] = value
+    return {name: sorted(at.items()) for name, at in points.items()}
 
 
 def cost(steps: list[dict]) -> dict[str, float | None]:
-    """Seconds, speed, MFU and memory of the records of training.
+    """Return seconds, speed, MFU and memory from the records of training.
 
-    The time is that of the samples at their measured speeds: evaluations, starts, and what a killed
-    job did after its last checkpoint are not in it. Samples before a record without a speed (a
-    job's first) count at the median.
+    The time is that of the samples at their measured speeds: evaluations, starts, and work that a
+    killed job did after its last checkpoint are not in it. Samples before a record without a speed
+    (a job's first) count at the median.
     """
     memory = max((row["memory_gib"] for row in steps if row.get("memory_gib")), default=None)
     speeds = [row["samples_per_s"] for row in steps if row.get("samples_per_s")]
     if not speeds:
         return dict(memory_gib=memory)
-    usual, seconds, before = median(speeds), 0.0, 0
+    usual = median(speeds)
+    seconds = 0.0
+    before = 0
     for row in steps:
         seconds += (row["samples"] - before) / (row.get("samples_per_s") or usual)
         before = row["samples"]
@@ -187,79 +213,84 @@ def cost(steps: list[dict]) -> dict[str, float | None]:
 
 
 def by_seed(results: list[Result]) -> dict[str, list[Result]]:
-    """{label: runs that differ in seed and folder alone}, in the order given; labels are what their
-    folders have in common.
+    """Return {label: runs that differ in seed and folder alone}, in the order of the results.
+
+    Labels are the common part of the runs' folders.
     """
     groups: list[list[Result]] = []
-    for one in results:
-        same = (
-            g
-            for g in groups
-            if one.config and g[0].config and unseeded(one.config) == unseeded(g[0].config)
-        )
-        # the same again is no other seed
-        if (group := next(same, None)) and one.config.seed not in [
-            other.config.seed for other in group
-        ]:
-            group.append(one)
+    for result in results:
+        group = next((group for group in groups if differ_in_seed(result, group[0])), None)
+        # two runs of one seed are no group
+        if group and result.config.seed not in [other.config.seed for other in group]:
+            group.append(result)
         else:
-            groups.append([one])
-    paths = [common([os.path.abspath(one.run) for one in group]) for group in groups]
+            groups.append([result])
+
+    # Folders as labels: their common part, as far as that tells groups apart, without the path
+    # above all of them.
+    paths = [common([os.path.abspath(result.run) for result in group]) for group in groups]
     if len(set(paths)) < len(paths):
         paths = [os.path.abspath(group[0].run) for group in groups]
     above = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     return {os.path.relpath(path, above): group for path, group in zip(paths, groups)}
 
 
+def differ_in_seed(a: Result, b: Result) -> bool:
+    """Return True if two runs differ in their seed and folder at most."""
+    if a.config is None or b.config is None:
+        return False
+    return unseeded(a.config) == unseeded(b.config)
+
+
 def common(paths: list[str]) -> str:
-    """a/flip of a/flip-seed0 and a/flip-seed1."""
-    return (
-        re.sub(r"[-_.=/]+(seed|s)?[-_.=]*\d*$", "", os.path.commonprefix(paths))
-        if len(paths) > 1
-        else paths[0]
-    )
+    """Return a/flip for a/flip-seed0 and a/flip-seed1."""
+    if len(paths) == 1:
+        return paths[0]
+    return re.sub(r"[-_.=/]+(seed|s)?[-_.=]*\d*$", "", os.path.commonprefix(paths))
 
 
 def unseeded(cfg: Run) -> Run:
-    """What runs of other seeds have in common; those that they began from or learn from differ in
-    seed, too.
+    """Return the part of a config that runs of other seeds share.
+
+    The runs that they began from or learn from differ in seed, too.
     """
     same = replace(cfg, run="", seed=0, init=grid.unseeded(cfg.init))
     teacher = getattr(cfg.options, "teacher", "")
-    return (
-        replace(same, options=replace(cfg.options, teacher=grid.unseeded(teacher)))
-        if teacher
-        else same
-    )
+    if not teacher:
+        return same
+    return replace(same, options=replace(cfg.options, teacher=grid.unseeded(teacher)))
 
 
 def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high): the 95 % percentile bootstrap interval of the mean of runs; nan, nan of
-    one run, which says nothing of its spread.
+    """Return (mean, low, high): the 95 % percentile bootstrap interval of the mean of runs.
 
-    Of two or three runs it is their range, and of few it is too narrow: for normal values the mean
-    lies in it in 50 % of the cases with
-    two runs, 75 % with three, about 84 % with five.
+    low and high are nan for one run. For two or three runs they are the range of the values. With
+    few runs the interval is too narrow: for normal values it contains the mean in 50 % of the cases
+    with two runs, 75 % with three, about 84 % with five.
     """
-    means = resampled(values, seed)
-    return float(np.mean(values)), *bounds(means)
+    low, high = bounds(resampled(values, seed))
+    return float(np.mean(values)), low, high
 
 
 def difference(a: list[float], b: list[float], seed: int = 0) -> tuple[float, float, float]:
-    """(mean of a - mean of b, low, high) of two independent groups of runs, as `interval`."""
-    return float(np.mean(a) - np.mean(b)), *bounds(resampled(a, seed) - resampled(b, seed + 1))
+    """Return (mean of a - mean of b, low, high) of two independent groups, as `interval`."""
+    low, high = bounds(resampled(a, seed) - resampled(b, seed + 1))
+    return float(np.mean(a) - np.mean(b)), low, high
 
 
 def resampled(values: list[float], seed: int) -> np.ndarray:
-    """Means of samples drawn from values with replacement; the order of values does not matter."""
+    """Return means of samples drawn with replacement, independent of the order of values."""
     if not values:
         raise ValueError(
             "values: none; an interval is of one run or more, and a run that is absent has no value"
         )
     if len(values) == 1:
         return np.full(RESAMPLES, np.nan)
-    return np.random.default_rng(seed).choice(np.sort(values), (RESAMPLES, len(values))).mean(1)
+    generator = np.random.default_rng(seed)
+    samples = generator.choice(np.sort(values), (RESAMPLES, len(values)))
+    return samples.mean(1)
 
 
 def bounds(means: np.ndarray) -> tuple[float, float]:
-    return tuple(float(edge) for edge in np.quantile(means, (0.025, 0.975)))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
