@@ -19,7 +19,7 @@ import torch
 
 from glimpse.data.loader import share
 from glimpse.data.tokenizer import build as build_tokenizer
-from glimpse.model.losses import contrastive_memory
+from glimpse.model.tiled_softmax import contrastive_memory
 from glimpse.run.lib.config import Run
 from glimpse.run.plan import synthetic_batch
 from glimpse.run.plan.activation_memory import Trace, built, traced

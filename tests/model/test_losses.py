@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glimpse.model import losses
+from glimpse.model import losses, tiled_softmax
 
 EXACT = 1e-6
 # each rank's pairs, and the width before and after the towers of the multi-rank tests
@@ -58,7 +58,7 @@ def both(leaves, kind=torch.float32):
     [(37, 1.0, 14.3), (37, 0.1, 14.3), (36, 3.0, 1.0), (2, 1.0, 14.3), (1, 1.0, 14.3)],
 )
 def test_equals_the_dense_loss(monkeypatch, tile, B, noise, scale):
-    monkeypatch.setattr(losses, "TILE", tile)
+    monkeypatch.setattr(tiled_softmax, "TILE", tile)
     (loss, dense, _), grads = both(features(B, 19, noise, scale))
     assert loss.shape == () and loss.dtype == torch.float32
     assert abs(loss.item() - dense.item()) < EXACT
@@ -68,7 +68,7 @@ def test_equals_the_dense_loss(monkeypatch, tile, B, noise, scale):
 
 
 def test_the_tile_in_use_is_crossed():
-    B = losses.TILE[1] + 3
+    B = tiled_softmax.TILE[1] + 3
     (loss, dense, _), grads = both(features(B, 16, 1.0, 14.3))
     assert abs(loss.item() - dense.item()) < EXACT
     for got, expected in grads:
@@ -76,7 +76,7 @@ def test_the_tile_in_use_is_crossed():
 
 
 def test_a_steeper_gradient_passes_through(monkeypatch):
-    monkeypatch.setattr(losses, "TILE", (5, 7))
+    monkeypatch.setattr(tiled_softmax, "TILE", (5, 7))
     ours, theirs = features(13, 8, 1.0, 5.0), doubled(features(13, 8, 1.0, 5.0))
     loss, _ = losses.contrastive(*ours)
     loss *= 3
@@ -87,7 +87,7 @@ def test_a_steeper_gradient_passes_through(monkeypatch):
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(losses, "TILE", (3, 4))
+    monkeypatch.setattr(tiled_softmax, "TILE", (3, 4))
     leaves = doubled(features(7, 5, 1.0, 3.0))
     assert torch.autograd.gradcheck(lambda *x: losses.contrastive(*x)[0], leaves)
 
@@ -97,7 +97,7 @@ def test_scale_100(monkeypatch, noise):
     """Logits to +-100, cosines near 1: fp64 is exact, fp32 as near as the rounding of such logits
     (100 / 2^24) lets it.
     """
-    monkeypatch.setattr(losses, "TILE", (16, 24))
+    monkeypatch.setattr(tiled_softmax, "TILE", (16, 24))
     leaves = features(50, 32, noise, 100.0)
     for kind, near in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         (loss, dense, _), grads = both(leaves, kind)
@@ -110,7 +110,7 @@ def test_all_alike_and_far_apart(monkeypatch):
     """Neither collapsed features nor opposite pairs overflow; a collapse is no accuracy, where >=
     would call it perfect.
     """
-    monkeypatch.setattr(losses, "TILE", (16, 24))
+    monkeypatch.setattr(tiled_softmax, "TILE", (16, 24))
     one = F.normalize(torch.ones(40, 8), dim=1)
     for text, expected in ((one, torch.tensor(40.0).log()), (-one, torch.tensor(40.0).log())):
         (loss, _, metrics), grads = both([one, text, torch.tensor([100.0])])
@@ -135,7 +135,7 @@ def test_a_solved_batch_keeps_its_small_loss():
 
 
 def test_accuracy(monkeypatch):
-    monkeypatch.setattr(losses, "TILE", (5, 7))
+    monkeypatch.setattr(tiled_softmax, "TILE", (5, 7))
     leaves = features(60, 16, 0.5, 10.0)
     (_, _, metrics), _ = both(leaves)
     logits, labels = leaves[0] @ leaves[1].t(), torch.arange(60)
@@ -169,7 +169,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_of_size_b_x_B_is_stored(monkeypatch):
-    monkeypatch.setattr(losses, "TILE", (32, 40))
+    monkeypatch.setattr(tiled_softmax, "TILE", (32, 40))
     for loss_of, size in (
         (lambda *x: losses.contrastive(*x)[0], 32 * 40),
         (losses.dense_contrastive, 300 * 300),
@@ -230,7 +230,7 @@ def detached(image, text, scale):
     gradient to the other ranks.
     """
     labels = dist.get_rank() * b + torch.arange(b)
-    images, texts = (losses.gather(x.detach()) for x in (image, text))
+    images, texts = (tiled_softmax.gather(x.detach()) for x in (image, text))
     return (
         F.cross_entropy(scale * image @ texts.t(), labels)
         + F.cross_entropy(scale * text @ images.t(), labels)
@@ -265,7 +265,7 @@ def worker(folder, world, rank):
         )
 
     start("store")
-    losses.TILE = (4, 5)
+    tiled_softmax.TILE = (4, 5)
     accuracies = []
 
     def ours(*features):
