@@ -2,16 +2,15 @@
 
     python run/scaling.py list
         the grids and their cells
-    python run/scaling.py plan
-        --grid flip_table8 --scale paper          what each cell costs
+    python run/scaling.py plan --grid flip_table8 --scale paper
+        what each cell costs
     python run/scaling.py launch --grid flip_table8 --scale glyphs
         train what is not trained yet; the same command goes on
     python run/scaling.py status --grid flip_table8 --scale glyphs
-    python run/scaling.py table  --grid flip_table8 --scale glyphs
+    python run/scaling.py table --grid flip_table8 --scale glyphs
         means over seeds beside the paper's figures
-    python run/scaling.py plot
-        --grid flip_table8 --scale glyphs         curves, cost: PNG, CSV and a page with each run's
-        config
+    python run/scaling.py plot --grid flip_table8 --scale glyphs
+        curves, cost: PNG, CSV and a page with each run's config
     python run/scaling.py claims --scale glyphs
         what of the papers' claims holds at this scale
 
@@ -19,6 +18,7 @@ A run is named by what it trains, under OUT/SCALE, so grids share what they have
 docs/scaling.md has the rest.
 """
 
+import argparse
 import shlex
 import sys
 from dataclasses import replace
@@ -38,10 +38,15 @@ from glimpse.run.study.jobs import Jobs, command, line_of, state, why
 from glimpse.run.study.results import Result, difference, interval
 from glimpse.run.train.log import clock, short
 
+TAKE_CLAIMS = ("plan", "launch", "status")  # with --grid claims: all that the claims are of
+COSTS = ("samples_per_s", "seconds", "memory_gib")  # fields of a Result that `table` shows
+
 
 def main() -> int | None:
-    args = config.parser(__doc__)
-    kinds = args.add_subparsers(required=True, metavar="list|plan|launch|status|table|plot|claims")
+    parser = config.parser(__doc__)
+    kinds = parser.add_subparsers(
+        required=True, metavar="list|plan|launch|status|table|plot|claims"
+    )
     kinds.add_parser("list", help="the grids and their cells").set_defaults(do=show)
     for name, do, text in (
         ("plan", costs, "what each cell would cost on a cluster"),
@@ -51,52 +56,22 @@ def main() -> int | None:
         ("plot", plot, "curves, results and cost: plots, tables, a page"),
     ):
         kind = kinds.add_parser(name, help=text)
-        kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
-        every = (
-            "claims: all that the claims are of; " if name in ("plan", "launch", "status") else ""
-        )
-        kind.add_argument(
-            "--grid", required=True, help=f"{every}{', '.join(grid.names())}, or a file"
-        )
-        common(kind)
-        kind.add_argument(
-            "--set",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="KEY=VALUE",
-            help="of every cell, on top of the scale's",
-        )
-        kind.set_defaults(do=do)
+        takes_claims = name in TAKE_CLAIMS
+        add_grid_arguments(kind, takes_claims)
+        kind.set_defaults(do=do, takes_claims=takes_claims)
         if name == "plan":
             config.cluster_arguments(kind)
         if name == "launch":
-            kind.add_argument(
-                "--ranks", type=config.count, default=2, help="processes, or GPUs, of each run"
-            )
-            kind.add_argument(
-                "--jobs", type=config.count, default=1, help="runs at a time, each on so many ranks"
-            )
-            kind.add_argument(
-                "--write",
-                type=Path,
-                metavar="DIR",
-                help="instead of training, write a SLURM script for each run",
-            )
-            kind.add_argument(
-                "--nodes",
-                type=config.count,
-                default=1,
-                help="of a SLURM script; each with --ranks processes",
-            )
+            add_launch_arguments(kind)
     kind = kinds.add_parser("claims", help="what of the papers' claims holds")
     common(kind)
     kind.set_defaults(do=claims)
-    found = args.parse_args()
-    return found.do(found)
+
+    args = parser.parse_args()
+    return args.do(args)
 
 
-def common(kind) -> None:
+def common(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--scale", default="glyphs", help="as the grid has them: paper, glyphs")
     kind.add_argument("--seeds", type=config.count, default=3)
     kind.add_argument(
@@ -104,8 +79,47 @@ def common(kind) -> None:
     )
 
 
-def planned(args) -> dict[str, list[grid.Planned]]:
-    if args.grid == "claims" and args.do in (costs, launch, status):
+def add_grid_arguments(kind: argparse.ArgumentParser, takes_claims: bool) -> None:
+    kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
+    grids = f"{', '.join(grid.names())}, or a file"
+    if takes_claims:
+        grids = f"claims: all that the claims are of; {grids}"
+    kind.add_argument("--grid", required=True, help=grids)
+    common(kind)
+    kind.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of every cell, on top of the scale's",
+    )
+
+
+def add_launch_arguments(kind: argparse.ArgumentParser) -> None:
+    kind.add_argument(
+        "--ranks", type=config.count, default=2, help="processes, or GPUs, of each run"
+    )
+    kind.add_argument(
+        "--jobs", type=config.count, default=1, help="runs at a time, each on so many ranks"
+    )
+    kind.add_argument(
+        "--write",
+        type=Path,
+        metavar="DIR",
+        help="instead of training, write a SLURM script for each run",
+    )
+    kind.add_argument(
+        "--nodes",
+        type=config.count,
+        default=1,
+        help="of a SLURM script; each with --ranks processes",
+    )
+
+
+def planned(args: argparse.Namespace) -> dict[str, list[grid.Planned]]:
+    """Return {cell: its runs}, one run a seed, of the cells that the command line names."""
+    if args.grid == "claims" and args.takes_claims:
         if args.cells:
             raise ValueError(
                 f"CELL: {args.cells[0]!r}: --grid claims is of all cells that are claimed of; name"
@@ -115,20 +129,29 @@ def planned(args) -> dict[str, list[grid.Planned]]:
     return grid.read(args.grid).runs(args.scale, args.cells, args.seeds, args.out, args.set)
 
 
-def show(args) -> None:
+def states(args: argparse.Namespace) -> dict[str, list[Result]]:
+    """Return {cell: what became of its runs} of the cells that the command line names."""
+    results = {}
+    for cell, runs in planned(args).items():
+        results[cell] = [state(run.folder) for run in runs]
+    return results
+
+
+def show(args: argparse.Namespace) -> None:
     for name in grid.names():
-        one = grid.read(name)
-        print(
-            f"{name}: {one.title}\n  {one.source}\n  cells: {' | '.join(one.cells)}\n  scales:"
-            f" {' | '.join(one.scales)}"
-        )
+        spec = grid.read(name)
+        print(f"{name}: {spec.title}")
+        print(f"  {spec.source}")
+        print(f"  cells: {' | '.join(spec.cells)}")
+        print(f"  scales: {' | '.join(spec.scales)}")
 
 
-def costs(args) -> None:
-    """A line a cell: the cheapest way in which one of its runs fits into the cluster, and what all
-    of them take.
+def costs(args: argparse.Namespace) -> None:
+    """Print a row for each cell: the cheapest way to fit one of its runs into the cluster.
+
+    The last columns are what such a run and all of the cell's runs take.
     """
-    cluster, total, without = planner.Cluster.asked(args), 0.0, 0
+    cluster = planner.Cluster.asked(args)
     print(
         f"{args.ranks} x {cluster.name}, MFU {cluster.mfu:.0%} as the configs are, more where less"
         " is computed twice; run/pretrain.py --plan tells a run's in full\n"
@@ -138,42 +161,58 @@ def costs(args) -> None:
         " a run | device-hours, all seeds |"
     )
     print("|---" * 10 + "|")
+
+    total = 0.0
+    without = 0
     for cell, runs in planned(args).items():
-        if not (found := planner.propose(runs[0].cfg, cluster, args.caption)):
+        plan = planner.propose(runs[0].cfg, cluster, args.caption)
+        if plan is None:
             without += 1
             print(f"| {cell} | does not fit: more ranks, or devices of more memory |" + " |" * 8)
             continue
-        total += found.device_hours * len(runs)
-        print(
-            f"| {cell} | {short(found.weights.all)} | {found.model_flops / 1e9:.3g} |"
-            f" {found.cfg.deepspeed} | {found.cfg.accumulate} |"
-            f" {'yes' if found.cfg.model.checkpoint_activations else 'no'} | {found.mfu:.0%} |"
-            f" {found.peak[1] / planner.GIB:.1f} | {found.hours:.3g} |"
-            f" {found.device_hours * len(runs):,.0f} |"
-        )
-    left_out = f", without the {without} that do not fit" * bool(without)
-    print(
-        f"\nin all {total:,.0f} device-hours{left_out}"
-        + (f", {total * cluster.price:,.0f} in money" if cluster.price else "")
-    )
+        device_hours = plan.device_hours * len(runs)
+        total += device_hours
+        print(f"| {cell} | {' | '.join(plan_columns(plan))} | {device_hours:,.0f} |")
+
+    left_out = f", without the {without} that do not fit" if without else ""
+    money = f", {total * cluster.price:,.0f} in money" if cluster.price else ""
+    print(f"\nin all {total:,.0f} device-hours{left_out}{money}")
 
 
-def launch(args) -> int:
+def plan_columns(plan: planner.Plan) -> list[str]:
+    """Return the columns of `costs` between the cell's name and the device-hours."""
+    recompute = "yes" if plan.cfg.model.checkpoint_activations else "no"
+    return [
+        short(plan.weights.all),
+        f"{plan.model_flops / 1e9:.3g}",
+        f"{plan.cfg.deepspeed}",
+        f"{plan.cfg.accumulate}",
+        recompute,
+        f"{plan.mfu:.0%}",
+        f"{plan.peak[1] / planner.GIB:.1f}",
+        f"{plan.hours:.3g}",
+    ]
+
+
+def launch(args: argparse.Namespace) -> int:
     runs = [run for cell in planned(args).values() for run in cell]
     if args.write:
         return write_scripts(runs, args)
     runs.sort(key=lambda run: run.cfg.seed)  # one seed of every cell before the next
     if not Jobs(runs, args.ranks, args.jobs).go():
         return 1
-    print("{}: {n} of {n} runs are complete".format(args.grid, n=len(grid.once(runs))))
+    count = len(grid.once(runs))
+    print(f"{args.grid}: {count} of {count} runs are complete")
     return 0
 
 
-def write_scripts(runs: list[grid.Planned], args) -> int:
-    """One sbatch script a run, for a cluster, with the launcher's processes by srun
-    (docs/running.md); and submit.sh, which submits all.
+def write_scripts(runs: list[grid.Planned], args: argparse.Namespace) -> int:
+    """Write one sbatch script a run, for a cluster, and submit.sh, which submits all.
+
+    srun starts the launcher's processes (docs/running.md).
     """
-    if (args.write / "submit.sh").exists():
+    submit_path = args.write / "submit.sh"
+    if submit_path.exists():
         raise ValueError(
             f"--write {args.write}: it has a submit.sh, which may have been edited; name another"
             " folder, or remove it"
@@ -188,10 +227,29 @@ def write_scripts(runs: list[grid.Planned], args) -> int:
         "declare -A job",
     ]
     for run in runs:
-        lines = [command(run, ["python"]), *(line_of(run, item, 1) for item in run.evaluate)]
-        train, *evaluate = (shlex.join(["python", *line[1:]]) for line in lines)
-        (args.write / f"{run.folder.name}.sbatch").write_text(
-            f"""#!/bin/bash
+        name = run.folder.name
+        (args.write / f"{name}.sbatch").write_text(sbatch_script(run, args))
+        waits = ""
+        if run.needs:
+            jobs = "".join(f":${{job[{need.name}]}}" for need in run.needs)
+            waits = f"--dependency=afterok{jobs} "
+        submit.append(f"job[{name}]=$(sbatch --parsable {waits}{name}.sbatch)")
+    submit.append(f'echo "submitted {len(runs)} jobs"')
+    submit_path.write_text("\n".join(submit) + "\n")
+    print(
+        f"{args.write}: {len(runs)} scripts; bash {submit_path} submits them, each after those that"
+        " it needs"
+    )
+    return 0
+
+
+def sbatch_script(run: grid.Planned, args: argparse.Namespace) -> str:
+    """Return a script that trains a run, or goes on with it, and then evaluates it."""
+    commands = [command(run, ["python"]), *(line_of(run, item, 1) for item in run.evaluate)]
+    # line_of begins with the path of this machine's interpreter
+    train, *evaluations = [shlex.join(["python", *line[1:]]) for line in commands]
+
+    script = f"""#!/bin/bash
 #SBATCH --job-name={run.folder.name}
 #SBATCH --chdir={ROOT}
 #SBATCH --nodes={args.nodes}
@@ -207,107 +265,94 @@ on_all() {{
 set -e
 on_all {train} $resume
 """
-            + "".join(f"on_all {line}\n" for line in evaluate)
-        )
-        after = "".join(f":${{job[{need.name}]}}" for need in run.needs)
-        waits = f"--dependency=afterok{after} " * bool(run.needs)
-        submit.append(
-            f"job[{run.folder.name}]=$(sbatch --parsable {waits}{run.folder.name}.sbatch)"
-        )
-    (args.write / "submit.sh").write_text(
-        "\n".join([*submit, f'echo "submitted {len(runs)} jobs"', ""])
-    )
-    print(
-        f"{args.write}: {len(runs)} scripts; bash {args.write / 'submit.sh'} submits them, each"
-        " after those that it needs"
-    )
-    return 0
+    return script + "".join(f"on_all {line}\n" for line in evaluations)
 
 
-def status(args) -> None:
+def status(args: argparse.Namespace) -> None:
     for cell, runs in planned(args).items():
         for run in runs:
-            found = state(run.folder)
-            took = (
-                f"{clock(found.seconds)}, {short(found.samples_per_s)}/s" if found.seconds else ""
-            )
-            print(
-                f"{cell:24} seed {run.cfg.seed}  {found.state:9} {took or found.reason} "
-                f" {run.folder}"
-            )
+            result = state(run.folder)
+            progress = result.reason
+            if result.seconds:
+                progress = f"{clock(result.seconds)}, {short(result.samples_per_s)}/s"
+            seed = run.cfg.seed
+            print(f"{cell:24} seed {seed}  {result.state:9} {progress}  {run.folder}")
 
 
-def table(args) -> None:
-    """A Markdown table: the metric with its interval, its difference to the first cell, the
-    paper's, and the cost.
+def table(args: argparse.Namespace) -> None:
+    """Print a Markdown table of the metric, its interval, and the difference to the first cell.
+
+    The paper's figures and the cost stand beside them.
     """
-    one = grid.read(args.grid)
-    metric, runs = one.scale(args.scale).metric, planned(args)
-    done = {cell: [state(run.folder) for run in found] for cell, found in runs.items()}
-    first = next(iter(one.cells))
-    base, theirs = html_report.values(done.get(first, []), metric), one.paper.get(first)
-    print(f"{one.title}\n\n{args.scale}: {metric}, per cent. The paper: {one.source}.\n")
-    print(
-        f"| cell | here | to {first} | paper | to {first} | samples/s | seconds | GiB |\n"
-        + "|---" * 8
-        + "|"
-    )
-    for cell, results in done.items():
-        for item in ("", *one.evaluate.get(cell, ())):
-            name, asked = (f"{cell}, {item}", f"{metric} ({item})") if item else (cell, metric)
-            mine, paper = html_report.values(results, asked), one.paper.get(name)
-            to = f"{paper - theirs:+.1f}" if paper and theirs and name != first else ""
-            there = f"| {paper or ''} | {to} |"
-            if not mine:
-                print(f"| {name} | absent: {why(results, asked)} | {there} | | |")
+    spec = grid.read(args.grid)
+    metric = spec.scale(args.scale).metric
+    cells = states(args)
+
+    # The first cell of the grid is the baseline, here and in the paper.
+    first = next(iter(spec.cells))
+    baseline = html_report.values(cells.get(first, []), metric)
+    paper_baseline = spec.paper.get(first)
+
+    print(f"{spec.title}\n\n{args.scale}: {metric}, per cent. The paper: {spec.source}.\n")
+    print(f"| cell | here | to {first} | paper | to {first} | samples/s | seconds | GiB |")
+    print("|---" * 8 + "|")
+    for cell, results in cells.items():
+        for item in ("", *spec.evaluate.get(cell, ())):
+            # A row for the plain evaluation, then one for each further way of evaluating.
+            name, key = cell, metric
+            if item:
+                name, key = f"{cell}, {item}", f"{metric} ({item})"
+
+            paper = spec.paper.get(name)
+            paper_gain = ""
+            if paper and paper_baseline and name != first:
+                paper_gain = f"{paper - paper_baseline:+.1f}"
+            paper_columns = f"{paper or ''} | {paper_gain}"
+
+            values = html_report.values(results, key)
+            if not values:
+                print(f"| {name} | absent: {why(results, key)} | | {paper_columns} | | | |")
                 continue
-            to = (
-                html_report.told(difference(mine, base), 100, "+.2f")
-                if base and name != first
-                else ""
-            )
-            cost = (
-                ["", "", ""]
-                if item
-                else [
-                    f"{mean(results, key):.3g}"
-                    for key in ("samples_per_s", "seconds", "memory_gib")
-                ]
-            )
-            value = html_report.told(interval(mine), 100, ".2f")
-            print(f"| {name} | {value} n={len(mine)} | {to} {there} {' | '.join(cost)} |")
+
+            value = f"{html_report.told(interval(values), 100, '.2f')} n={len(values)}"
+            gain = ""
+            if baseline and name != first:
+                gain = html_report.told(difference(values, baseline), 100, "+.2f")
+            cost = [""] * len(COSTS)
+            if not item:
+                cost = [f"{mean(results, field):.3g}" for field in COSTS]
+            print(f"| {name} | {value} | {gain} | {paper_columns} | {' | '.join(cost)} |")
 
 
-def plot(args) -> None:
-    """The grid's plots, tables and page beside its runs, without pictures of masks, which
-    run/report.py has.
+def plot(args: argparse.Namespace) -> None:
+    """Write the grid's plots, tables and page beside its runs.
+
+    Pictures of masks are left out; run/report.py has them.
     """
-    groups = {cell: [state(run.folder) for run in runs] for cell, runs in planned(args).items()}
-    one = grid.read(args.grid)
-    found, *others = html_report.write(
+    groups = states(args)
+    spec = grid.read(args.grid)
+    page, *others = html_report.write(
         args.out / args.scale / f"{Path(args.grid).stem}.html",
         groups,
-        title=one.title,
-        metric=one.scale(args.scale).metric,
+        title=spec.title,
+        metric=spec.scale(args.scale).metric,
     )
-    print(f"wrote {found}, and beside it {', '.join(path.name for path in others)}")
+    print(f"wrote {page}, and beside it {', '.join(path.name for path in others)}")
 
 
 def mean(results: list[Result], name: str) -> float:
-    known = [
-        getattr(result, name)
-        for result in results
-        if result.state == "complete" and getattr(result, name)
-    ]
-    return sum(known) / len(known) if known else float("nan")
+    """Return the mean of a field over complete runs that have it; nan if there are none."""
+    complete = [result for result in results if result.state == "complete"]
+    values = [getattr(result, name) for result in complete if getattr(result, name)]
+    return sum(values) / len(values) if values else float("nan")
 
 
-def claims(args) -> None:
-    found = judged(args.scale, args.seeds, args.out)
+def claims(args: argparse.Namespace) -> None:
+    rows = judged(args.scale, args.seeds, args.out)
     if args.scale != "glyphs":  # what was learned is of that scale
-        found = [replace(row, claim=replace(row.claim, learned="")) for row in found]
-    metrics = {grid.read(row.claim.grid).scale(args.scale).metric for row in found}
-    print(markdown(found, " | ".join(metrics)))
+        rows = [replace(row, claim=replace(row.claim, learned="")) for row in rows]
+    metrics = {grid.read(row.claim.grid).scale(args.scale).metric for row in rows}
+    print(markdown(rows, " | ".join(metrics)))
 
 
 if __name__ == "__main__":
