@@ -1,20 +1,19 @@
 """Glyphs: the default data set, 15 thousand captioned images (25 thousand with skin tones) made
 from npm packages in about a minute.
 
-What is written (`build`), from the drawings in data/builders/glyphs/sources.py and, on demand,
+Files that `build` writes, from the drawings in data/builders/glyphs/sources.py and, on demand,
 data/builders/glyphs/icons.py and data/builders/glyphs/extras.py:
 
-    OUT/train/glyphs-00000.tar ...   what may be trained on: seen styles x train concepts, styles
-                                     mixed
-    OUT/heldout/STYLE-00000.tar ... the rest: a tenth of the concepts, and three styles of one maker
-        (`UNSEEN_STYLES`)
-    OUT/eval/NAME/                   evaluation sets in CLIP_benchmark's webdataset layout, on white
-    OUT/LICENSES.txt, OUT/glyphs.json   where each style comes from; settings, versions and counts
-                                        of this build
+    OUT/train/glyphs-00000.tar ...      to train on: seen styles x train concepts, styles mixed
+    OUT/heldout/STYLE-00000.tar ...     the rest: a tenth of the concepts, and three styles of one
+                                        maker (`UNSEEN_STYLES`)
+    OUT/eval/NAME/                      evaluation sets in CLIP_benchmark's webdataset layout, on
+                                        white
+    OUT/LICENSES.txt, OUT/glyphs.json   origin and license of each style; settings, versions and
+                                        counts of this build
 
-A sample is STYLE__NAME.png|webp (transparent where the drawing is), .txt (its English name) and
-.json (`Vocabulary.about`).
-Two builds are byte-identical, whatever the number of processes.
+A sample is STYLE__NAME.png|webp (transparent around the drawing), .txt (its English name) and .json
+(`Vocabulary.about`). Two builds are byte-identical, whatever the number of processes.
 """
 
 import hashlib
@@ -50,8 +49,10 @@ from glimpse.data.builders.worker_pool import workers
 from glimpse.data.shards import build_index, write_shard
 
 FORMAT = 1  # raise it when a build of the same packages would come out otherwise
-SHARD = 1000  # samples in a shard at most
-SEEN_STYLE, UNSEEN_STYLE = "noto", "fluent3d"  # whose drawings the classification sets show
+SHARD = 1000  # most samples in a shard
+# styles of the drawings in the classification sets
+SEEN_STYLE = "noto"
+UNSEEN_STYLE = "fluent3d"
 STAMPS = "tuxstamps"
 ENCODING = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "quality": 90, "method": 0}}
 RETRIEVAL = 1000  # image-caption pairs in eval/retrieval
@@ -60,6 +61,7 @@ Progress = Callable[[Iterable, str], Iterable]
 
 
 def bar(items: Iterable, text: str) -> Iterable:
+    """Wrap items in a progress bar."""
     return tqdm(items, desc=text, file=sys.stderr, disable=None)  # None: shown on a terminal only
 
 
@@ -72,42 +74,44 @@ def build(
     icons: bool = False,
     progress: Progress = bar,
 ) -> dict:
-    """Make the data set in `out`, or find it finished there; returns what glyphs.json holds.
+    """Build the data set in `out` unless it is finished; return the content of glyphs.json.
 
     cache: where packages are kept between builds; tones: keep skin-tone variants; extras: Debian's
-    clip art, stamps and photographs too; icons: the colour sets of @iconify/json too, and training
-    shards of equal size, a multiple of five of them;
-    progress(items, text): wraps what is iterated over, to show how far it is.
+    clip art, stamps and photographs too; icons: the color sets of @iconify/json too, and training
+    shards of equal size, a multiple of five of them; progress(items, text): wraps an iterable, to
+    show progress.
     """
-    settings = dict(
-        format=FORMAT,
-        tones=tones,
-        extras=extras,
-        packages=PACKAGES | (glyphs_icons.PACKAGES if icons else {}),
-    )
+    packages = PACKAGES | (glyphs_icons.PACKAGES if icons else {})
+    settings = dict(format=FORMAT, tones=tones, extras=extras, packages=packages)
     if out.exists() and (done := finished(out, settings)):
         say(f"{out}: already built with these settings")
         return done
-    glyphs, credits = collect(cache, tones, extras, icons)
+
+    glyphs, origins = collect(cache, tones, extras, icons)
     glyphs = one_per_image(draw(glyphs, progress, "drawing"))
+
+    # Written to a temporary folder first: an interrupted build leaves no `out`.
     out.parent.mkdir(parents=True, exist_ok=True)
-    # broken off, a build leaves no `out`
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         new = Path(folder, "new")
-        summary = dict(settings=settings, credits=credits, **write(new, glyphs, progress))
-        (new / "LICENSES.txt").write_text(licences(credits))
-        for package, text in glyphs_extras.copyrights(cache / "debian").items() if extras else ():
-            (new / f"copyright-{package}.txt").write_text(text)
+        counts = write(new, glyphs, progress)
+        summary = dict(settings=settings, credits=origins, **counts)
+        (new / "LICENSES.txt").write_text(licences(origins))
+        if extras:
+            for package, text in glyphs_extras.copyrights(cache / "debian").items():
+                (new / f"copyright-{package}.txt").write_text(text)
         (new / "glyphs.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         os.rename(new, out)
     return summary
 
 
 def finished(out: Path, settings: dict, kind: str = "glyphs") -> dict | None:
-    """The summary (KIND.json) of a finished build with the same settings; None for an empty folder;
-    ValueError for anything else.
+    """Return the summary (KIND.json) of a finished build with the same settings.
+
+    None for an empty folder; ValueError for anything else.
     """
-    if (record := out / f"{kind}.json").exists():
+    record = out / f"{kind}.json"
+    if record.exists():
         summary = json.loads(record.read_text())
         if summary["settings"] == settings:
             return summary
@@ -127,60 +131,74 @@ def finished(out: Path, settings: dict, kind: str = "glyphs") -> dict | None:
 def collect(
     cache: Path, tones: bool, extras: bool, with_icons: bool
 ) -> tuple[list[Glyph], dict[str, dict]]:
-    """All drawings, not yet drawn, and style or set of icons -> {package, version, licence, author,
-    url}.
+    """Return all glyphs, before drawing, and their origins.
+
+    Origins: style or set of icons -> {package, version, licence, author, url}.
     """
+    # Emoji, the default.
     if installed(cache / "node_modules") != PACKAGES:
         say(f"fetching {len(PACKAGES)} npm packages (about 250 MB unpacked) into {cache}")
     modules = install(cache)
     glyphs, words = icons(modules, tones)
-    # an icon set's style is its package's last name
-    sources = {package.split("/")[-1]: package for package in PACKAGES}
-    sources["fluent3d"] = FLUENT3D
-    origins = {style: sources[style] for style in sorted({g.style for g in glyphs})}
-    credits = {
-        style: dict(package=p, version=PACKAGES[p], **licence(modules, p))
-        for style, p in origins.items()
-    }
+    origins = npm_origins(modules, {glyph.style for glyph in glyphs})
+
     if extras:
-        say(
-            f"unpacking {len(glyphs_extras.PACKAGES)} Debian packages (230 MB to fetch the first"
-            f" time) in {cache}"
-        )
-        more, more_credits = glyphs_extras.collect(cache / "debian", words)
-        glyphs, credits = glyphs + more, credits | more_credits
+        count = len(glyphs_extras.PACKAGES)
+        say(f"unpacking {count} Debian packages (230 MB to fetch the first time) in {cache}")
+        more, more_origins = glyphs_extras.collect(cache / "debian", words)
+        glyphs = glyphs + more
+        origins = origins | more_origins
+
     if with_icons:
-        if not (cache / "iconify/node_modules").exists():
-            say(
-                f"fetching {' '.join(glyphs_icons.PACKAGES)} (465 MB unpacked) into"
-                f" {cache / 'iconify'}"
-            )
-        more, more_credits = glyphs_icons.collect(cache / "iconify", words)
-        glyphs, credits = glyphs + more, credits | more_credits
-    return glyphs, credits
+        folder = cache / "iconify"
+        if not (folder / "node_modules").exists():
+            names = " ".join(glyphs_icons.PACKAGES)
+            say(f"fetching {names} (465 MB unpacked) into {folder}")
+        more, more_origins = glyphs_icons.collect(folder, words)
+        glyphs = glyphs + more
+        origins = origins | more_origins
+    return glyphs, origins
+
+
+def npm_origins(modules: Path, styles: set[str]) -> dict[str, dict]:
+    """Return style -> {package, version, licence, author, url}."""
+    # The style of an icon set is the last part of its package's name.
+    packages = {package.split("/")[-1]: package for package in PACKAGES}
+    packages["fluent3d"] = FLUENT3D
+    origins = {}
+    for style in sorted(styles):
+        package = packages[style]
+        credit = licence(modules, package)
+        origins[style] = dict(package=package, version=PACKAGES[package], **credit)
+    return origins
 
 
 def draw(glyphs: list[Glyph], progress: Progress, text: str) -> list[Glyph]:
-    """Get the images, on all cores; leaves out what cannot be drawn."""
+    """Return the glyphs with their images, drawn on all cores; leave out undrawable ones."""
     with workers() as results:
-        images = results(image_of, glyphs)  # in the order given
-        drawn = [replace(glyph, image=next(images)) for glyph in progress(glyphs, text)]
-    return [glyph for glyph in drawn if glyph.image]
+        images = results(image_of, glyphs)  # in the order of the glyphs
+        drawings = [replace(glyph, image=next(images)) for glyph in progress(glyphs, text)]
+    return [glyph for glyph in drawings if glyph.image]
 
 
 def image_of(glyph: Glyph) -> bytes:
+    """Return a glyph's image, drawn if it is not yet."""
     return glyph.image if isinstance(glyph.image, bytes) else glyph.image()
 
 
 def one_per_image(glyphs: Iterable[Glyph]) -> list[Glyph]:
-    """Of identical images of one style, the one with the shortest caption: 'farmer', not 'man
-    farmer'; France, not Clipperton Island.
+    """Return the glyph with the shortest caption for each of a style's identical images.
+
+    'farmer', not 'man farmer'; France, not Clipperton Island.
     """
-    return first_of(
-        glyphs,
-        same=lambda g: (g.style, hashlib.md5(g.image).digest()),
-        order=lambda g: (len(g.caption), g.caption, g.name),
-    )
+
+    def same(glyph: Glyph) -> tuple:
+        return glyph.style, hashlib.md5(glyph.image).digest()
+
+    def order(glyph: Glyph) -> tuple:
+        return len(glyph.caption), glyph.caption, glyph.name
+
+    return first_of(glyphs, same, order)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,72 +206,87 @@ def one_per_image(glyphs: Iterable[Glyph]) -> list[Glyph]:
 
 
 def trainable(glyph: Glyph) -> bool:
+    """Return True if both the style and the concept are for training."""
     return glyph.about["style_split"] == glyph.about["concept_split"] == "train"
 
 
 def write(out: Path, glyphs: list[Glyph], progress: Progress) -> dict:
-    """Write the shards and evaluation sets; returns the counts."""
+    """Write the shards and evaluation sets; return the counts."""
     assert len({g.key for g in glyphs}) == len(glyphs), (
         "two glyphs share a key: a source gives one name twice"
     )
-    files = {out / "train" / "glyphs": [g for g in glyphs if trainable(g)]}
-    for style in sorted({g.style for g in glyphs}):
-        files[out / "heldout" / style] = [
-            g for g in glyphs if g.style == style and not trainable(g)
-        ]
+
+    # Shards: all trainable glyphs together, the others by style.
+    names = sorted({g.style for g in glyphs})
+    by_style: dict[str, list[Glyph]] = {style: [] for style in names}
+    training = []
+    for g in glyphs:
+        if trainable(g):
+            training.append(g)
+        else:
+            by_style[g.style].append(g)
+    files = {out / "train" / "glyphs": training}
+    for style, members in by_style.items():
+        files[out / "heldout" / style] = members
     for stem, members in progress(list(files.items()), "writing"):
-        write_shards(
-            stem,
-            members,
-            fifths(len(members)) if any(g.style == glyphs_icons.STYLE for g in members) else SHARD,
-        )
+        # With icons the shards are in fifths of the samples.
+        has_icons = any(g.style == glyphs_icons.STYLE for g in members)
+        write_shards(stem, members, fifths(len(members)) if has_icons else SHARD)
     for folder in ("train", "heldout"):
         build_index(out / folder)
+
+    # Counts, of all styles and of each.
+    totals: Counter = Counter()
     pairs: dict[str, Counter] = defaultdict(Counter)
     for g in glyphs:
-        pairs[g.style]["train" if trainable(g) else "heldout"] += 1
-    totals = Counter("train" if trainable(g) else "heldout" for g in glyphs)
+        part = "train" if trainable(g) else "heldout"
+        totals[part] += 1
+        pairs[g.style][part] += 1
     styles = {style: dict(pairs[style]) for style in sorted(pairs)}
-    return dict(pairs=dict(totals), styles=styles, eval=write_evals(out / "eval", glyphs, progress))
+    evals = write_evals(out / "eval", glyphs, progress)
+    return dict(pairs=dict(totals), styles=styles, eval=evals)
 
 
 def fifths(samples: int) -> int:
-    """The samples in a shard, such that a fifth of the shards holds a fifth of the samples."""
-    return ceil(samples / (5 * ceil(samples / (5 * SHARD))))
+    """Return a size of shards such that a fifth of the shards holds a fifth of the samples."""
+    shards_in_fifth = ceil(samples / (5 * SHARD))
+    return ceil(samples / (5 * shards_in_fifth))
 
 
 def write_shards(stem: Path, glyphs: list[Glyph], size: int) -> None:
-    """STEM-00000.tar ...: shuffled once, always the same way, so that any of the shards are a
-    random draw of the samples.
+    """Write STEM-00000.tar ..., `size` samples each, shuffled.
+
+    The shuffle is always the same; any of the shards are a random draw of the samples.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     glyphs = sorted(glyphs, key=lambda g: g.key)
     random.Random(0).shuffle(glyphs)
     for shard, start in enumerate(range(0, len(glyphs), size)):
-        write_shard(
-            stem.with_name(f"{stem.name}-{shard:05d}.tar"),
-            map(sample, glyphs[start : start + size]),
-        )
+        path = stem.with_name(f"{stem.name}-{shard:05d}.tar")
+        write_shard(path, map(sample, glyphs[start : start + size]))
 
 
 def sample(glyph: Glyph) -> tuple[str, dict[str, bytes]]:
+    """Return (key, parts) of a glyph."""
     about = json.dumps(glyph.about, ensure_ascii=False).encode()
     return glyph.key, {glyph.extension: glyph.image, "txt": glyph.caption.encode(), "json": about}
 
 
-def licences(credits: dict[str, dict]) -> str:
+def licences(origins: dict[str, dict]) -> str:
+    """Return the text of LICENSES.txt."""
     head = (
         "The images and names of this data set come from these packages, under the licences that"
         " their own metadata state.\n"
     )
+    rows = []
+    for style, origin in origins.items():
+        package = f"{origin['package']} {origin['version']}"
+        terms = f"{origin['licence']} {origin['author']} {origin['url']}"
+        rows.append(f"{style}: {package}, {terms}".rstrip())
     names = (
         "captions, keywords, groups: cldr-annotations-full and -derived-full"
-        f" {PACKAGES['cldr-annotations-full']} (Unicode-3.0), "
-    )
-    names += f"unicode-emoji-json {PACKAGES['unicode-emoji-json']} (MIT)\n"
-    rows = (
-        f"{s}: {c['package']} {c['version']}, {c['licence']} {c['author']} {c['url']}".rstrip()
-        for s, c in credits.items()
+        f" {PACKAGES['cldr-annotations-full']} (Unicode-3.0),"
+        f" unicode-emoji-json {PACKAGES['unicode-emoji-json']} (MIT)\n"
     )
     return head + "\n" + "\n".join(rows) + "\n\n" + names
 
@@ -263,58 +296,61 @@ def licences(credits: dict[str, dict]) -> str:
 
 
 def write_evals(out: Path, glyphs: list[Glyph], progress: Progress) -> dict[str, dict]:
-    """Every evaluation set; returns name -> {images, classes?}.
+    """Write every evaluation set; return name -> {images, classes?}.
 
     'seen_concepts_seen_style' shows images that are trained on: it measures fit, not
-    generalisation.
-    A seen concept is one that the training shards hold in some style.
+    generalization. A seen concept is one that the training shards hold in some style.
     """
+    # The glyphs of all sets, on white.
+    styles = (SEEN_STYLE, UNSEEN_STYLE, STAMPS)
+    used = [g for g in glyphs if g.style in styles and not g.about["toned"]]
+    used = [replace(g, image=partial(on_white, g.image, g.extension)) for g in used]
+    used = draw(used, progress, "evaluation sets")
+    emoji = [g for g in used if g.about["emoji"] and g.style != STAMPS]
+
+    # Classification: seen and unseen concepts, each in the seen and the unseen style.
     seen = {g.about["concept"] for g in glyphs if trainable(g)}
-    shown = [
-        g for g in glyphs if g.style in (SEEN_STYLE, UNSEEN_STYLE, STAMPS) and not g.about["toned"]
-    ]
-    shown = draw(
-        [replace(g, image=partial(on_white, g.image, g.extension)) for g in shown],
-        progress,
-        "evaluation sets",
-    )
-    plain = [g for g in shown if g.about["emoji"] and g.style != STAMPS]
-    sides = {
-        "seen": [g for g in plain if g.about["concept"] in seen],
-        "unseen": [g for g in plain if g.about["concept_split"] == "test"],
-    }
+    seen_concepts = [g for g in emoji if g.about["concept"] in seen]
+    unseen_concepts = [g for g in emoji if g.about["concept_split"] == "test"]
     counts = {}
-    for side, members in sides.items():
+    for side, members in (("seen", seen_concepts), ("unseen", unseen_concepts)):
         for kind, style in (("seen", SEEN_STYLE), ("unseen", UNSEEN_STYLE)):
             name = f"{side}_concepts_{kind}_style"
-            counts[name] = write_classification(
-                out / name, [g for g in members if g.style == style]
-            )
-    hidden = [g for g in plain if g.style == UNSEEN_STYLE]
-    # unseen concepts, then others
-    hidden.sort(
-        key=lambda g: (g.about["concept_split"] != "test", hashlib.md5(g.key.encode()).digest())
-    )
-    counts["retrieval"] = write_retrieval(out / "retrieval", by_caption(hidden)[:RETRIEVAL])
-    if stamps := [g for g in shown if g.style == STAMPS]:
+            in_style = [g for g in members if g.style == style]
+            counts[name] = write_classification(out / name, in_style)
+
+    # Retrieval: the unseen style, unseen concepts first.
+    candidates = [g for g in emoji if g.style == UNSEEN_STYLE]
+    candidates.sort(key=retrieval_order)
+    counts["retrieval"] = write_retrieval(out / "retrieval", by_caption(candidates)[:RETRIEVAL])
+    stamps = [g for g in used if g.style == STAMPS]
+    if stamps:
         counts[STAMPS] = write_retrieval(out / STAMPS, by_caption(stamps))
     return counts
 
 
+def retrieval_order(glyph: Glyph) -> tuple[bool, bytes]:
+    """Return a sort key: unseen concepts first, each side in random but fixed order."""
+    seen = glyph.about["concept_split"] != "test"
+    return seen, hashlib.md5(glyph.key.encode()).digest()
+
+
 def on_white(image: bytes, extension: str) -> bytes:
-    """The image without transparency, in the same format: CLIP_benchmark's reader would show what
-    lies behind it, mostly black.
+    """Return the image without transparency, in the same format.
+
+    CLIP_benchmark's reader would show the color of transparent pixels, mostly black.
     """
     with Image.open(io.BytesIO(image)) as opened:
-        opened = opened.convert("RGBA")
-    white = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened).convert("RGB")
+        drawing = opened.convert("RGBA")
+    white = Image.new("RGBA", drawing.size, "white")
+    flat = Image.alpha_composite(white, drawing).convert("RGB")
     file = io.BytesIO()
-    white.save(file, **ENCODING[extension])
+    flat.save(file, **ENCODING[extension])
     return file.getvalue()
 
 
 def by_caption(glyphs: list[Glyph]) -> list[Glyph]:
-    """The first image of every caption."""
+    """Return the first glyph of every caption."""
     chosen: dict[str, Glyph] = {}
     for glyph in glyphs:
         chosen.setdefault(glyph.caption, glyph)
@@ -322,34 +358,35 @@ def by_caption(glyphs: list[Glyph]) -> list[Glyph]:
 
 
 def write_classification(out: Path, glyphs: list[Glyph]) -> dict:
-    """CLIP_benchmark's layout: one class for each caption, a sample is the image and .cls, the
-    class's line in classnames.txt.
+    """Write a classification set, one class for each caption; return its counts.
+
+    CLIP_benchmark's layout: a sample is the image and .cls, the class's line in classnames.txt.
     """
     members = sorted(by_caption(glyphs), key=lambda g: g.caption)
-    write_test_shard(
-        out,
-        [
-            (g.key, {g.extension: g.image, "cls": str(label).encode()})
-            for label, g in enumerate(members)
-        ],
-    )
+    samples = []
+    for label, g in enumerate(members):
+        samples.append((g.key, {g.extension: g.image, "cls": str(label).encode()}))
+    write_test_shard(out, samples)
     (out / "classnames.txt").write_text("".join(f"{g.caption}\n" for g in members))
     (out / "zeroshot_classification_templates.txt").write_text(TEMPLATES)
     return dict(images=len(members), classes=len(members))
 
 
 def write_retrieval(out: Path, glyphs: list[Glyph]) -> dict:
-    """CLIP_benchmark's layout: a sample is the image and .txt, its captions one a line (here
-    one).
+    """Write a retrieval set; return its counts.
+
+    CLIP_benchmark's layout: a sample is the image and .txt, its captions one a line (here one).
     """
-    write_test_shard(
-        out, [(g.key, {g.extension: g.image, "txt": g.caption.encode()}) for g in glyphs]
-    )
+    samples = []
+    for g in glyphs:
+        samples.append((g.key, {g.extension: g.image, "txt": g.caption.encode()}))
+    write_test_shard(out, samples)
     (out / "dataset_type.txt").write_text("retrieval\n")
     return dict(images=len(glyphs))
 
 
 def write_test_shard(out: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    """Write a test split of one shard."""
     (out / "test").mkdir(parents=True)
     write_shard(out / "test" / "0.tar", samples)
     (out / "test" / "nshards.txt").write_text("1\n")

