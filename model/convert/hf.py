@@ -1,13 +1,15 @@
 """Hugging Face's CLIPModel: a folder with config.json, preprocessor_config.json and
 model.safetensors.
 
-What it has is fixed: class-token pooling, a norm before the blocks, a causal text tower that is
-pooled at the first end-of-text token, square images. Its projections and temperature are the
+Its architecture is fixed: class-token pooling, a norm before the blocks, a causal text tower that
+is pooled at the first end-of-text token, square images. Its projections and temperature are the
 pair's. Positions and patch bias: positions.py. The defaults of configs that leave keys out are
 those of transformers 5.24's configuration_clip.py. Tokenizer files are
 data/builders/tokenizer_files.py's.
-Its image processor resizes, then crops: eval_crop square is written as that too, with a word for
-the way back that HF passes over.
+
+Its image processor resizes, then crops. eval_crop square is written as that too, with an entry for
+the way back that HF ignores.
+
 HF multiplies by exp(logit_scale) where we stop at 100: logits of a model beyond that differ by as
 much, embeddings do not.
 """
@@ -31,7 +33,8 @@ from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
 
-CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
+IMAGES = "preprocessor_config.json"
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -39,7 +42,7 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
-# 0, 1, ...: buffers of older files
+# Buffers of older files that count 0, 1, ...
 COUNTS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 VISION = dict(
@@ -64,8 +67,7 @@ TEXT = dict(
     layer_norm_eps=1e-5,
     eos_token_id=49407,
 )
-# an eos_token_id that stands for "pool at the largest id", which OpenAI's end-of-text is: what
-# older configs say
+# The eos_token_id of older configs. It means "pool at the largest id", OpenAI's end-of-text.
 ARGMAX = 2
 IMAGE = dict(
     do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True
@@ -98,34 +100,26 @@ BLOCK = {
 
 
 def rules(cfg: ModelConfig) -> list[Rule]:
-    """Of each tensor."""
-    return [
-        *(Rule((ours,), (theirs,)) for ours, theirs in NAMES.items()),
-        Rule(
-            ("vision.patch.weight",),
-            ("vision_model.embeddings.patch_embedding.weight",),
-            out=as_kernel,
-            back=as_matrix,
-        ),
-        position_rule(cfg, POSITIONS),
-        Rule(("temperature.logit_scale",), ("logit_scale",), out=scalar, back=one),
-        *blocks("vision", cfg.shape.depth),
-        *blocks("text", cfg.shape.text_depth),
-    ]
+    """Return the rules of all tensors."""
+    patch = "vision_model.embeddings.patch_embedding.weight"
+    table = [Rule((ours,), (theirs,)) for ours, theirs in NAMES.items()]
+    table.append(Rule(("vision.patch.weight",), (patch,), out=as_kernel, back=as_matrix))
+    table.append(position_rule(cfg, POSITIONS))
+    table.append(Rule(("temperature.logit_scale",), ("logit_scale",), out=scalar, back=one))
+    table += blocks("vision", cfg.shape.depth)
+    table += blocks("text", cfg.shape.text_depth)
+    return table
 
 
 def blocks(tower: str, depth: int) -> Iterator[Rule]:
+    """Yield the rules of a tower's blocks."""
     for i in range(depth):
-        ours, theirs = f"{tower}.blocks.{i}", f"{tower}_model.encoder.layers.{i}"
+        block, layer = f"{tower}.blocks.{i}", f"{tower}_model.encoder.layers.{i}"
         for kind in ("weight", "bias"):
-            yield Rule(
-                (f"{ours}.attn.qkv.{kind}",),
-                tuple(f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv"),
-                out=thirds,
-                back=fused,
-            )
-            for a, b in BLOCK.items():
-                yield Rule((f"{ours}.{a}.{kind}",), (f"{theirs}.{b}.{kind}",))
+            qkv = tuple(f"{layer}.self_attn.{name}_proj.{kind}" for name in "qkv")
+            yield Rule((f"{block}.attn.qkv.{kind}",), qkv, out=thirds, back=fused)
+            for ours, theirs in BLOCK.items():
+                yield Rule((f"{block}.{ours}.{kind}",), (f"{layer}.{theirs}.{kind}",))
 
 
 def claims(path: Path) -> bool:
@@ -136,33 +130,21 @@ def claims(path: Path) -> bool:
 
 
 def load(path: Path) -> Portable:
-    """The folder's model.  ValueError: see the package's docstring."""
+    """Load the folder's model.  ValueError: see the package's docstring."""
     try:
         return understood(path, tensor_files.read_json(path / CONFIG))
     except ValueError as error:
-        raise (
-            error if str(error).startswith(str(path)) else ValueError(f"{path / CONFIG}: {error}")
-        ) from None
+        if str(error).startswith(str(path)):
+            raise error from None
+        raise ValueError(f"{path / CONFIG}: {error}") from None
 
 
 def understood(path: Path, tree: dict) -> Portable:
-    vision, text = (
-        section(tree, key, default)
-        for key, default in (("vision_config", VISION), ("text_config", TEXT))
-    )
-    for key in ("image_size", "patch_size"):
-        if type(vision[key]) is not int:
-            raise ValueError(
-                f"vision_config.{key} {vision[key]}: a square's side, one number, is what CLIPModel"
-                " can compute with"
-            )
-    if vision["num_channels"] != 3:
-        raise ValueError(f"vision_config.num_channels {vision['num_channels']}: our towers see 3")
-    eos = text["eos_token_id"]
-    if type(eos) is not int:
-        raise ValueError(
-            f"text_config.eos_token_id {eos}: one number, the token at which captions are pooled"
-        )
+    """Load the folder's model, given the tree of its config.json."""
+    # 1. The architecture, from the config.
+    vision = section(tree, "vision_config", VISION)
+    text = section(tree, "text_config", TEXT)
+    check_config(vision, text)
     size = sized(
         vision["patch_size"],
         width=vision["hidden_size"],
@@ -176,107 +158,148 @@ def understood(path: Path, tree: dict) -> Portable:
         embed=tree.get("projection_dim", 512),
     )
     mean, std, interpolation, crop = images(path, vision["image_size"])
-    cfg = ModelConfig(
-        **size,
-        image_size=vision["image_size"],
-        init="clip",
-        vision=VisionConfig(
-            positions="learned",
-            pool="cls",
-            pre_norm=True,
-            patch_bias=False,
-            activation=activation(vision, "vision_config"),
-            eps=vision["layer_norm_eps"],
-            mean=mean,
-            std=std,
-        ),
-        text=TextConfig(
-            causal=True,
-            pool="eot",
-            activation=activation(text, "text_config"),
-            eps=text["layer_norm_eps"],
-        ),
+    vision_cfg = VisionConfig(
+        positions="learned",
+        pool="cls",
+        pre_norm=True,
+        patch_bias=False,
+        activation=activation(vision, "vision_config"),
+        eps=vision["layer_norm_eps"],
+        mean=mean,
+        std=std,
     )
-    theirs = weights(path)
+    text_cfg = TextConfig(
+        causal=True,
+        pool="eot",
+        activation=activation(text, "text_config"),
+        eps=text["layer_norm_eps"],
+    )
+    cfg = ModelConfig(
+        **size, image_size=vision["image_size"], init="clip", vision=vision_cfg, text=text_cfg
+    )
+
+    # 2. The weights, which tell whether positions are fixed.
+    tensors = weights(path)
+    eot, vocab = text["eos_token_id"], text["vocab_size"]
+    if eot == ARGMAX:
+        eot = vocab - 1
     about = About(
-        eot=text["vocab_size"] - 1 if eos == ARGMAX else eos,
+        eot=eot,
         crop=crop,
         interpolation=interpolation,
-        source=origin(path, "hf", left_out=theirs.left_out),
+        source=origin(path, "hf", left_out=tensors.left_out),
     )
-    cfg, tensors = taken(path, cfg, rules, POSITIONS, theirs, str(path))
-    return Portable(cfg, text["vocab_size"], text["max_position_embeddings"], tensors, about)
+    cfg, tensors = taken(path, cfg, rules, POSITIONS, tensors, str(path))
+    return Portable(cfg, vocab, text["max_position_embeddings"], tensors, about)
 
 
 def section(tree: dict, key: str, default: dict) -> dict:
-    """One tower's part; an old `..._dict` overrides it as a whole, as it does there."""
+    """Return the config of a tower. An old `..._dict` replaces all of it, as in transformers."""
     return default | (tree.get(f"{key}_dict") or tree.get(key) or {})
 
 
-def activation(part: dict, where: str) -> str:
+def check_config(vision: dict, text: dict) -> None:
+    """Raise ValueError naming a value of the towers' configs that is not supported."""
+    for key in ("image_size", "patch_size"):
+        if type(vision[key]) is not int:
+            raise ValueError(
+                f"vision_config.{key} {vision[key]}: a square's side, one number, is what CLIPModel"
+                " can compute with"
+            )
+    if vision["num_channels"] != 3:
+        raise ValueError(f"vision_config.num_channels {vision['num_channels']}: our towers see 3")
+    eos = text["eos_token_id"]
+    if type(eos) is not int:
+        raise ValueError(
+            f"text_config.eos_token_id {eos}: one number, the token at which captions are pooled"
+        )
+
+
+def activation(tower: dict, where: str) -> str:
+    """Return our name of a tower's activation; `where` names its config in errors."""
     for ours, theirs in ACTIVATIONS.items():
-        if part["hidden_act"] == theirs:
+        if tower["hidden_act"] == theirs:
             return ours
-    raise ValueError(
-        f"{where}.hidden_act {part['hidden_act']!r}: our towers have"
-        f" {', '.join(sorted(ACTIVATIONS.values()))}"
-    )
+    known = ", ".join(sorted(ACTIVATIONS.values()))
+    raise ValueError(f"{where}.hidden_act {tower['hidden_act']!r}: our towers have {known}")
 
 
 def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...], str, str]:
-    """(mean, std, interpolation, crop) of the folder's image processor; ValueError where it resizes
-    and crops otherwise than we do.
+    """Return (mean, std, interpolation, crop) of the folder's image processor.
+
+    ValueError if it prepares images differently from our evaluations.
     """
-    found = next(
-        (file for name in (IMAGES, "processor_config.json") if (file := path / name).exists()),
-        path / IMAGES,
-    )
-    tree = tensor_files.read_json(found) if found.exists() else {}
-    says = tree.get("image_processor", tree)
-    if not isinstance(says, dict):
-        raise ValueError(
-            f"{found}: image_processor holds a {type(says).__name__}, and should hold keys"
-        )
-    tree = (
-        IMAGE | dict(size=side, crop_size=side, resample=3, image_mean=MEAN, image_std=STD) | says
-    )
+    file, config = image_processor(path, side)
     for key in ("image_mean", "image_std"):
-        if (
-            not isinstance(tree[key], (list, tuple))
-            or [type(x) in (int, float) for x in tree[key]] != [True] * 3
-        ):
+        if not is_rgb(config[key]):
             raise ValueError(
-                f"{found}: {key} {tree[key]}: it should be three numbers, of red, green and blue"
+                f"{file}: {key} {config[key]}: it should be three numbers, of red, green and blue"
             )
+    squash = check_preparation(config, side, file)
+    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+    interpolation = interpolation_in(config, file)
+    crop = crop_in(config, file, "squash" if squash else "resize_crop")
+    return mean, std, interpolation, crop
+
+
+def image_processor(path: Path, side: int) -> tuple[Path, dict]:
+    """Return the file of the folder's image processor and its config, filled up with defaults.
+
+    side: the image size of the model, which is the default size.
+    """
+    names = (IMAGES, "processor_config.json")
+    files = [path / name for name in names if (path / name).exists()]
+    file = files[0] if files else path / IMAGES
+    tree = tensor_files.read_json(file) if files else {}
+    config = tree.get("image_processor", tree)
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{file}: image_processor holds a {type(config).__name__}, and should hold keys"
+        )
+    defaults = dict(size=side, crop_size=side, resample=3, image_mean=MEAN, image_std=STD)
+    return file, IMAGE | defaults | config
+
+
+def is_rgb(values: object) -> bool:
+    """Return True for three numbers."""
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        return False
+    return all(type(value) in (int, float) for value in values)
+
+
+def check_preparation(config: dict, side: int, file: Path) -> bool:
+    """Raise ValueError naming the first key of an image processor that our evaluations contradict.
+
+    Return True if it squashes images, False if it resizes and crops them.
+    """
     square = {"height": side, "width": side}
-    squash = tree["size"] == square
+    squash = config["size"] == square
     sides = {"size": square if squash else {"shortest_edge": side}, "crop_size": square}
-    unused = ("do_center_crop", "crop_size") if squash and not tree["do_center_crop"] else ()
-    for key, wanted in (IMAGE | sides).items():
-        if key in unused:
-            continue
-        if tree[key] != wanted and not (key in sides and tree[key] == side):
+    wanted = IMAGE | sides
+    if squash and not config["do_center_crop"]:  # the crop size is not used then
+        del wanted["do_center_crop"], wanted["crop_size"]
+    for key, value in wanted.items():
+        as_number = key in sides and config[key] == side  # older processors have one number
+        if config[key] != value and not as_number:
             raise ValueError(
-                f"{found}: {key} {tree[key]}: our evaluations resize the short side to the model's"
-                f" {side} pixels, crop the middle and normalise; write {json.dumps(wanted)} to have"
+                f"{file}: {key} {config[key]}: our evaluations resize the short side to the model's"
+                f" {side} pixels, crop the middle and normalise; write {json.dumps(value)} to have"
                 " it evaluated so"
             )
+    return squash
+
+
+def interpolation_in(config: dict, file: Path) -> str:
+    """Return the name of an image processor's interpolation."""
     for name, number in RESAMPLE.items():
-        if tree["resample"] == number:
-            return (
-                tuple(tree["image_mean"]),
-                tuple(tree["image_std"]),
-                name,
-                crop_in(tree, found, "squash" if squash else "resize_crop"),
-            )
-    raise ValueError(
-        f"{found}: resample {tree['resample']}: we have"
-        f" {', '.join(f'{n} ({name})' for name, n in RESAMPLE.items())}"
-    )
+        if config["resample"] == number:
+            return name
+    known = ", ".join(f"{number} ({name})" for name, number in RESAMPLE.items())
+    raise ValueError(f"{file}: resample {config['resample']}: we have {known}")
 
 
 def weights(path: Path) -> Tensors:
-    """The folder's tensors, without buffers that hold nothing."""
+    """Return the folder's tensors without the buffers that only count."""
     for name in WEIGHTS:
         if (path / name).exists():
             tensors = tensor_files.read(path / name)
@@ -285,41 +308,54 @@ def weights(path: Path) -> Tensors:
 
 
 def check(model: Portable) -> None:
-    """ValueError naming what CLIPModel does not have."""
-    vision, text, sides, eot = model.cfg.vision, model.cfg.text, model.cfg.sides, model.about.eot
+    """Raise ValueError naming the first setting that CLIPModel does not have."""
+    vision, text, about = model.cfg.vision, model.cfg.text, model.about
     if not model.vocab:
         raise ValueError("a vision tower alone: HF's CLIPModel has a text tower too")
-    for key, value, has in (
+    for key, value, wanted in (
         ("model.vision.pool", vision.pool, "cls"),
         ("model.vision.pre_norm", vision.pre_norm, True),
         ("model.text.causal", text.causal, True),
         ("model.text.pool", text.pool, "eot"),
-        ("data.pad_text", model.about.pad_text, False),
+        ("data.pad_text", about.pad_text, False),
     ):
-        if value != has:
+        if value != wanted:
             raise ValueError(
-                f"{key} {json.dumps(value)}: HF's CLIPModel has {json.dumps(has)} alone"
+                f"{key} {json.dumps(value)}: HF's CLIPModel has {json.dumps(wanted)} alone"
             )
-    if sides[0] != sides[1]:
-        raise ValueError(f"model.image_size {list(sides)}: HF's CLIPModel has square images alone")
-    if eot in (None, ARGMAX):
-        why = (
-            "this has none"
-            if eot is None
-            else f"this one's id, {eot}, it takes to mean a caption's largest id"
-        )
+    height, width = model.cfg.sides
+    if height != width:
         raise ValueError(
-            f"data.tokenizer {model.about.tokenizer!r}: HF's CLIPModel pools a caption at its"
-            f" end-of-text token; {why}"
+            f"model.image_size {[height, width]}: HF's CLIPModel has square images alone"
         )
+    if about.eot is None:
+        why = "this has none"
+    elif about.eot == ARGMAX:
+        why = f"this one's id, {about.eot}, it takes to mean a caption's largest id"
+    else:
+        return
+    raise ValueError(
+        f"data.tokenizer {about.tokenizer!r}: HF's CLIPModel pools a caption at its end-of-text"
+        f" token; {why}"
+    )
 
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Write the folder, without tokenizer files; returns what differs when HF's libraries run it.
+    """Write the folder without tokenizer files; return what differs when HF's libraries run it.
 
     ValueError: see `check`.
     """
     check(model)
+    config, processor = config_out(model, dtype), processor_out(model)
+    folder.mkdir(parents=True)
+    write(folder / WEIGHTS[0], model.tensors, model, rules(model.cfg), dtype)
+    for name, content in ((CONFIG, config), (IMAGES, processor)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    return told_crop(model.about.crop, "HF's image processor")
+
+
+def config_out(model: Portable, dtype: torch.dtype) -> dict:
+    """Return the content of config.json."""
     cfg, s = model.cfg, model.cfg.shape
     vision = dict(
         model_type="clip_vision_model",
@@ -349,7 +385,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
         pad_token_id=model.about.eot,
         bos_token_id=None,
     )
-    tree = dict(
+    return dict(
         architectures=["CLIPModel"],
         model_type="clip",
         projection_dim=s.embed,
@@ -357,30 +393,31 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
         vision_config=vision,
         text_config=text,
     )
-    square = dict.fromkeys(("height", "width"), vision["image_size"])
-    pictures = dict(
+
+
+def processor_out(model: Portable) -> dict:
+    """Return the content of preprocessor_config.json."""
+    cfg, about = model.cfg, model.about
+    side = cfg.sides[0]
+    square = dict(height=side, width=side)
+    size = square if about.crop == "squash" else {"shortest_edge": side}
+    return dict(
         image_processor_type="CLIPImageProcessor",
         processor_class="CLIPProcessor",
         **IMAGE,
         do_convert_rgb=True,
-        size=square if model.about.crop == "squash" else {"shortest_edge": vision["image_size"]},
+        size=size,
         crop_size=square,
-        resample=RESAMPLE[model.about.interpolation],
+        resample=RESAMPLE[about.interpolation],
         image_mean=list(cfg.vision.mean),
         image_std=list(cfg.vision.std),
-        **kept_crop(model.about.crop),
+        **kept_crop(about.crop),
     )
-    folder.mkdir(parents=True)
-    table = rules(cfg)
-    write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
-    for name, content in ((CONFIG, tree), (IMAGES, pictures)):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
-    return told_crop(model.about.crop, "HF's image processor")
 
 
 def peer(path: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """transformers' own model: (images (B, 3, H, W) normalised, ids (B, N) padded) -> unit vectors
-    (B, E) of images and of texts.
+    """Return transformers' own model: (images (B, 3, H, W) normalized, ids (B, N) padded) -> unit
+    vectors (B, E) of images and of texts.
     """
     newer("transformers", "4.56")
     from transformers import CLIPModel

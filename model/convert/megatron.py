@@ -1,34 +1,32 @@
 """megatron-core's distributed checkpoints (0.16.1: torch_dist) of both towers, split for any number
 of tensor-parallel ranks.
 
-    vision_model.       what CLIPViTModel holds, and beside it final_layernorm and head
-    text_model.         what GPTModel holds without an output layer (post_process=False), and beside
-                        it final_layernorm and head
+    vision_model.       the parameters of CLIPViTModel, and beside them final_layernorm and head
+    text_model.         those of GPTModel without an output layer (post_process=False), and beside
+                        them final_layernorm and head
     logit_scale         0-dim
 
 CLIPViTModel ends before the last norm and has no projection; final_layernorm and head are where
 NVIDIA's NeMo puts them in CLIP (nemo/collections/vlm/clip/model/base.py). Both towers are stacks of
-megatron-core's TransformerLayer: the same matrices as ours, the
-rows of qkv in another order, one tensor of all layers for each of a layer's. What is no weight
-(pooling, the mask of attention, the activation, eps) is for whoever builds the modules;
-config.json, ours, says it, with the arguments that the modules take.
+megatron-core's TransformerLayer: the same matrices as ours, the rows of qkv in another order, one
+tensor for all layers. Settings that are no weights (pooling, the attention mask, the activation,
+eps) are up to the code that builds the modules; our config.json holds them, with the arguments of
+the modules.
 
 A tower with pre_norm is CLIPViTModel's subtype clip, which has no bias of the patch embedding: if
-ours has one, it is added to the positions (positions.py). One without is its subtype internvit,
-which has one: zeros, where ours has none.
+ours has one, it is added to the positions (positions.py). A tower without pre_norm is its subtype
+internvit, which has that bias: zeros if ours has none.
 
 The names of norms depend on how megatron-core builds a layer: GPTModel's two specs give them the
-same names, the vision tower's two do
-not; `spec` says which are written. Either is read, in either tower; so are layers that are not
-stacked, a prefix `module.`, a final
-norm inside the decoder, and a checkpoint of training, of which the optimizer is left alone. A job
-with Transformer Engine's norms may
-ask for states of theirs that hold no weight; it loads with strict="log_all".
+same names, the vision tower's two do not; `spec` selects which are written. Either is read, in
+either tower; so are layers that are not stacked, a prefix `module.`, a final norm inside the
+decoder, and a training checkpoint, whose optimizer is ignored. A job with Transformer Engine's
+norms may ask for their extra states, which hold no weight; it loads with strict="log_all".
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,17 +46,16 @@ from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size
 from glimpse.model.vision import VisionConfig
 
-VISION, TEXT, LAYERS = "vision_model.", "text_model.", "decoder.layers."
-POSITIONS, KERNEL, WORDS = (
-    f"{VISION}position_embeddings.weight",
-    f"{VISION}conv1.",
-    f"{TEXT}embedding.word_embeddings.weight",
-)
+VISION, TEXT = "vision_model.", "text_model."
+LAYERS = "decoder.layers."
+POSITIONS = f"{VISION}position_embeddings.weight"
+KERNEL = f"{VISION}conv1."
+WORDS = f"{TEXT}embedding.word_embeddings.weight"
 NORMS = {
     "local": ("input_layernorm.", "pre_mlp_layernorm."),  # before attention, before the MLP
     "te": ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"),
 }
-# The linear layers that ranks share: along which axis they split the weight, and the bias.
+# The linear layers that are split over ranks: the axis of the weight, and that of the bias.
 SPLIT = {
     "self_attention.linear_qkv": (0, 0),
     "self_attention.linear_proj": (1, None),
@@ -77,31 +74,31 @@ def save(
     tp: int = 1,
     spec: str = "local",
 ) -> list[str]:
-    """Write the checkpoint as `tp` tensor-parallel ranks would; a job of another number of ranks
-    may load it, too.
+    """Write the checkpoint as `tp` tensor-parallel ranks would; a job of any number of ranks can
+    load it.
 
     spec: the vision tower's layers are built by get_vit_layer_with_local_spec (local) or
-    ..._transformer_engine_spec (te). The
-    vocabulary is padded with zeros, as Megatron-LM does it; another padding may be asked for. The
-    model is read tensor by tensor, once a rank: H/14, 3.9 GB in fp32, takes 0.4 GB of memory and 20
-    to 30 s, written for 1 rank or 8.
+    ..._transformer_engine_spec (te).
+
+    The vocabulary is padded with zeros, as Megatron-LM does it; a job may ask for another padding.
+    The model is read tensor by tensor, once for each rank: H/14, 3.9 GB in fp32, takes 0.4 GB of
+    memory and 20 to 30 s, written for 1 rank or 8.
     """
     cfg = model.cfg
     check(cfg, bool(model.vocab), tp, spec)
-    padded = -(-model.vocab // (MULTIPLE * tp)) * MULTIPLE * tp
+
+    # Weights under megatron-core's names, and the layers' extra states, which are empty.
+    multiple = MULTIPLE * tp
+    padded = -(-model.vocab // multiple) * multiple
     table = rules(cfg, model.vocab, padded, (spec, "te"))
     tensors = exported(table, model.tensors)
     places = {name: place(cfg, name) for name in tensors}
-    states = {
-        f"{tower}{LAYERS}{layer}._extra_state/shard_{i}_{depth}": [None]
-        for tower, depth in depths(cfg, model.vocab).items()
-        for layer in SPLIT
-        for i in range(depth)
-    }
-    content = {
+    states = extra_states(cfg, model.vocab)
+    common = {
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}
     }
-    folder.mkdir(parents=True)
+
+    # Our config.json, what folding loses, and the checkpoint.
     tree = dict(
         format="megatron",
         model=asdict(cfg),
@@ -110,14 +107,24 @@ def save(
         about=asdict(model.about),
         megatron=dict(tp=tp, spec=spec, **arguments(cfg, padded, model.context)),
     )
+    folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
     keep(folder, model, table)
-    torch_dist.write(folder, tensors, places, states, content, tp, dtype)
-    return (
-        [f"in {tp} pieces, a tensor-parallel rank each; a job of any number loads them"]
-        if tp > 1
-        else []
-    )
+    torch_dist.write(folder, tensors, places, states, common, tp, dtype)
+
+    if tp == 1:
+        return []
+    return [f"in {tp} pieces, a tensor-parallel rank each; a job of any number loads them"]
+
+
+def extra_states(cfg: ModelConfig, vocab: int) -> dict[str, list[None]]:
+    """Return the extra states that megatron-core saves for each linear layer, all of them empty."""
+    states = {}
+    for tower, depth in depths(cfg, vocab).items():
+        for layer in SPLIT:
+            for i in range(depth):
+                states[f"{tower}{LAYERS}{layer}._extra_state/shard_{i}_{depth}"] = [None]
+    return states
 
 
 def claims(path: Path) -> bool:
@@ -126,101 +133,79 @@ def claims(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Given:
-    """What a checkpoint may be told that lies alone."""
+    """Options for a checkpoint that lies apart from its config.json."""
 
-    # the config.json that `save` wrote, where it does not lie beside the checkpoint
+    # the config.json that `save` wrote
     config: str = ""
 
 
 def load(path: Path, config: str = "") -> Portable:
-    """A checkpoint of any number of ranks, perhaps after training elsewhere; config: as in
-    Given.
+    """Load a checkpoint of any number of ranks, perhaps after training elsewhere.
+
+    config: as in Given.
     """
     cfg, vocab, context, about = described(Path(config or path / CONFIG))
-    theirs = named(Folder(path))
+    tensors = named(Folder(path))
+
+    # A bias of zeros stands for none, until it is trained.
     bias = f"{KERNEL}bias"
-    # zeros stand for none, until they are trained
-    patch_bias = bias in theirs and (cfg.vision.patch_bias or bool(theirs[bias].any()))
+    patch_bias = bias in tensors and (cfg.vision.patch_bias or bool(tensors[bias].any()))
     cfg = replace(cfg, vision=replace(cfg.vision, positions="learned", patch_bias=patch_bias))
-    specs = [
-        "te" if f"{tower}{LAYERS}0.{NORMS['te'][0]}weight" in theirs else "local"
-        for tower in (VISION, TEXT)
-    ]
-    padded = theirs.meta[WORDS].shape[0] if WORDS in theirs else 0
-    cfg, tensors = taken(
-        path, cfg, lambda c: rules(c, vocab, padded, specs), POSITIONS, theirs, str(path)
-    )
-    return Portable(
-        cfg,
-        vocab,
-        context,
-        tensors,
-        replace(about, source={**about.source, "path": str(path), "format": "megatron"}),
-    )
+
+    specs = [spec_of(tensors, tower) for tower in (VISION, TEXT)]
+    padded = tensors.meta[WORDS].shape[0] if WORDS in tensors else 0
+
+    def rules_of(cfg: ModelConfig) -> list[Rule]:
+        return rules(cfg, vocab, padded, specs)
+
+    cfg, tensors = taken(path, cfg, rules_of, POSITIONS, tensors, str(path))
+    source = {**about.source, "path": str(path), "format": "megatron"}
+    return Portable(cfg, vocab, context, tensors, replace(about, source=source))
+
+
+def spec_of(tensors: Tensors, tower: str) -> str:
+    """Return the spec, a key of NORMS, that gave a tower's norms their names."""
+    first_norm = f"{tower}{LAYERS}0.{NORMS['te'][0]}weight"
+    return "te" if first_norm in tensors else "local"
 
 
 def check(cfg: ModelConfig, text: bool, tp: int, spec: str) -> None:
-    """ValueError naming the first thing in which it cannot be written so."""
+    """Raise ValueError naming the first reason why the model cannot be written with these options.
+
+    text: there is a text tower.
+    """
     if spec not in NORMS:
         raise ValueError(f"spec {spec!r}: unknown; known: {', '.join(sorted(NORMS))}")
     s = cfg.shape
-    parts = {
-        "heads": s.heads,
-        "mlp": hidden(s.width, s.mlp),
-        "text_heads": s.text_heads,
-        "text_mlp": hidden(s.text_width, s.text_mlp),
-    }
-    for key, count in parts.items():
-        if (text or not key.startswith("text")) and (tp < 1 or count % tp):
+    counts = {"heads": s.heads, "mlp": hidden(s.width, s.mlp)}
+    if text:
+        counts |= {"text_heads": s.text_heads, "text_mlp": hidden(s.text_width, s.text_mlp)}
+    for key, count in counts.items():
+        if tp < 1 or count % tp:
+            units = "hidden units" if "mlp" in key else "heads"
             raise ValueError(
-                f"tp {tp}: the {count} {'hidden units' if 'mlp' in key else 'heads'} of model.size"
-                f" {cfg.size!r} ({key}) cannot be split evenly over so many ranks"
+                f"tp {tp}: the {count} {units} of model.size {cfg.size!r} ({key}) cannot be split"
+                " evenly over so many ranks"
             )
 
 
-def rules(cfg: ModelConfig, vocab: int, padded: int, specs: tuple[str, str]) -> list[Rule]:
-    """Theirs layer by layer.  specs: of the vision and of the text tower."""
-    s, bare = cfg.shape, replace(cfg, vision=replace(cfg.vision, patch_bias=False))
+def rules(cfg: ModelConfig, vocab: int, padded: int, specs: Sequence[str]) -> list[Rule]:
+    """Return the rules of all tensors, megatron-core's layer by layer.
+
+    padded: the rows of its vocabulary. specs: of the vision and of the text tower.
+    """
+    s = cfg.shape
     table = [
-        Rule(
-            ("vision.cls",),
-            (f"{VISION}class_token",),
-            out=lambda x: x.reshape(1, 1, -1),
-            back=lambda x: x.reshape(-1),
-        ),
+        Rule(("vision.cls",), (f"{VISION}class_token",), as_token, from_token),
         *tower("vision", VISION, s.depth, s.heads, NORMS[specs[0]]),
+        *patch_rules(cfg),
     ]
-    if cfg.vision.pre_norm:
-        table += [
-            Rule(("vision.patch.weight",), (f"{KERNEL}weight",), out=as_kernel, back=as_matrix),
-            position_rule(cfg, POSITIONS),
-            *both("vision.pre_norm.", f"{VISION}ln_pre."),
-        ]
-    elif cfg.vision.patch_bias:
-        table += [
-            Rule(("vision.patch.weight",), (f"{KERNEL}weight",), out=as_kernel, back=as_matrix),
-            position_rule(bare, POSITIONS),
-            Rule(("vision.patch.bias",), (f"{KERNEL}bias",)),
-        ]
-    else:
-        table += [
-            Rule(
-                ("vision.patch.weight",),
-                (f"{KERNEL}weight", f"{KERNEL}bias"),
-                back=lambda kernel, zeros: as_matrix(kernel),
-                out=lambda weight: (as_kernel(weight), weight.new_zeros(len(weight))),
-            ),
-            position_rule(bare, POSITIONS),
-        ]
     if vocab:
+        positions = f"{TEXT}embedding.position_embeddings.weight"
+        pad, cut = partial(padded_to, padded), partial(cut_to, vocab)
         table += [
-            Rule(
-                ("text.token.weight",),
-                (WORDS,),
-                out=lambda x: F.pad(x, (0, 0, 0, padded - len(x))),
-                back=lambda x: x[:vocab],
-            ),
-            Rule(("text.positions",), (f"{TEXT}embedding.position_embeddings.weight",)),
+            Rule(("text.token.weight",), (WORDS,), pad, cut),
+            Rule(("text.positions",), (positions,)),
             *tower("text", TEXT, s.text_depth, s.text_heads, NORMS[specs[1]]),
             Rule(("image_projection.weight",), (f"{VISION}head.weight",)),
             Rule(("text_projection.weight",), (f"{TEXT}head.weight",)),
@@ -229,130 +214,185 @@ def rules(cfg: ModelConfig, vocab: int, padded: int, specs: tuple[str, str]) -> 
     return table
 
 
+def patch_rules(cfg: ModelConfig) -> list[Rule]:
+    """Return the rules of the patch embedding, the positions and the norm before the blocks."""
+    weight, bias = (f"{KERNEL}weight",), (f"{KERNEL}bias",)
+    patch = Rule(("vision.patch.weight",), weight, out=as_kernel, back=as_matrix)
+    if cfg.vision.pre_norm:  # subtype clip: a bias is folded into the positions
+        return [
+            patch,
+            position_rule(cfg, POSITIONS),
+            *both("vision.pre_norm.", f"{VISION}ln_pre."),
+        ]
+
+    # Subtype internvit has a bias.
+    unbiased = replace(cfg, vision=replace(cfg.vision, patch_bias=False))
+    positions = position_rule(unbiased, POSITIONS)
+    if cfg.vision.patch_bias:
+        return [patch, positions, Rule(("vision.patch.bias",), bias)]
+    patch = Rule(("vision.patch.weight",), weight + bias, out=kernel_and_zeros, back=without_zeros)
+    return [patch, positions]
+
+
+def as_token(cls: Tensor) -> Tensor:
+    """Return the class token (D,) as (1, 1, D)."""
+    return cls.reshape(1, 1, -1)
+
+
+def from_token(token: Tensor) -> Tensor:
+    return token.reshape(-1)
+
+
+def kernel_and_zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the patch embedding (D, 3 P P) as a convolution with a bias of zeros."""
+    return as_kernel(weight), weight.new_zeros(len(weight))
+
+
+def without_zeros(kernel: Tensor, zeros: Tensor) -> Tensor:
+    """Invert `kernel_and_zeros`."""
+    return as_matrix(kernel)
+
+
+def padded_to(rows: int, table: Tensor) -> Tensor:
+    """Return a vocabulary (V, D) padded with zeros to (rows, D)."""
+    return F.pad(table, (0, 0, 0, rows - len(table)))
+
+
+def cut_to(rows: int, table: Tensor) -> Tensor:
+    return table[:rows]
+
+
 def tower(ours: str, theirs: str, depth: int, heads: int, norms: tuple[str, str]) -> list[Rule]:
-    """A tower's blocks and its last norm."""
+    """Return the rules of a tower's blocks and of its last norm."""
+    qkv_out, qkv_back = partial(by_head, heads), partial(by_kind, heads)
     table = both(f"{ours}.norm.", f"{theirs}final_layernorm.")
     for i in range(depth):
-        a, b = f"{ours}.blocks.{i}.", f"{theirs}{LAYERS}{i}."
-        table += [
-            *both(f"{a}norm1.", f"{b}{norms[0]}"),
-            *both(f"{a}norm2.", f"{b}{norms[1]}"),
-            *both(
-                f"{a}attn.qkv.",
-                f"{b}self_attention.linear_qkv.",
-                partial(by_head, heads),
-                partial(by_kind, heads),
-            ),
-            *both(f"{a}attn.out.", f"{b}self_attention.linear_proj."),
-            *both(f"{a}mlp.up.", f"{b}mlp.linear_fc1."),
-            *both(f"{a}mlp.down.", f"{b}mlp.linear_fc2."),
-        ]
+        block, layer = f"{ours}.blocks.{i}.", f"{theirs}{LAYERS}{i}."
+        qkv = f"{layer}self_attention.linear_qkv."
+        table += both(f"{block}norm1.", f"{layer}{norms[0]}")
+        table += both(f"{block}norm2.", f"{layer}{norms[1]}")
+        table += both(f"{block}attn.qkv.", qkv, qkv_out, qkv_back)
+        table += both(f"{block}attn.out.", f"{layer}self_attention.linear_proj.")
+        table += both(f"{block}mlp.up.", f"{layer}mlp.linear_fc1.")
+        table += both(f"{block}mlp.down.", f"{layer}mlp.linear_fc2.")
     return table
 
 
-def both(ours: str, theirs: str, *how: Callable) -> list[Rule]:
-    """A weight and a bias."""
-    return [Rule((ours + kind,), (theirs + kind,), *how) for kind in ("weight", "bias")]
+def both(ours: str, theirs: str, *transforms: Callable) -> list[Rule]:
+    """Return the rules of a weight and a bias, given the prefixes of their names."""
+    return [Rule((ours + kind,), (theirs + kind,), *transforms) for kind in ("weight", "bias")]
 
 
 def by_head(heads: int, qkv: Tensor) -> Tensor:
-    """Rows of a fused qkv (3 D, ...), all of q first, as megatron-core has them: q, k and v of the
-    first head, then of the next.
+    """Return the rows of a fused qkv (3 D, ...) in megatron-core's order.
+
+    Ours has all of q first; megatron-core has q, k and v of the first head, then of the next.
     """
     return qkv.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def by_kind(heads: int, qkv: Tensor) -> Tensor:
-    """Its inverse."""
+    """Invert `by_head`."""
     return qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def depths(cfg: ModelConfig, vocab: int) -> dict[str, int]:
-    return (
-        {VISION: cfg.shape.depth, TEXT: cfg.shape.text_depth}
-        if vocab
-        else {VISION: cfg.shape.depth}
-    )
+    """Return {tower: number of layers}."""
+    counts = {VISION: cfg.shape.depth}
+    if vocab:
+        counts[TEXT] = cfg.shape.text_depth
+    return counts
 
 
 def place(cfg: ModelConfig, name: str) -> Place:
-    """Where a tensor of `rules` lies: a layer's as a row of that of all layers, as
-    sharded_state_dict has it.
+    """Return where a tensor of `rules` lies in the checkpoint.
+
+    A layer's tensor is a row of the tensor of all layers, as in sharded_state_dict.
     """
-    if not (match := re.fullmatch(rf"(.*{re.escape(LAYERS)})(\d+)\.(.*)", name)):
+    match = re.fullmatch(rf"(.*{re.escape(LAYERS)})(\d+)\.(.*)", name)
+    if not match:
         return Place(name, axis=0 if name == WORDS else None)
     before, row, after = match.groups()
     layer, _, kind = after.rpartition(".")
-    axis = SPLIT[layer][kind == "bias"] if layer in SPLIT and kind in ("weight", "bias") else None
-    return Place(before + after, int(row), depths(cfg, 1)[before.removesuffix(LAYERS)], axis)
+    axis = None
+    if layer in SPLIT and kind in ("weight", "bias"):
+        weight_axis, bias_axis = SPLIT[layer]
+        axis = bias_axis if kind == "bias" else weight_axis
+    depth = depths(cfg, 1)[before.removesuffix(LAYERS)]
+    return Place(before + after, int(row), depth, axis)
 
 
 def named(folder: Folder) -> Tensors:
-    """Its tensors under the names of `rules`, layers one by one."""
+    """Return the folder's tensors under the names of `rules`, layers one by one."""
     meta, where = {}, {}
     for key, tensor in folder.meta.items():
         if key.startswith("optimizer."):
             continue
         name = key.removeprefix("module.").replace("decoder.final_layernorm.", "final_layernorm.")
-        match = re.fullmatch(rf"(.*{re.escape(LAYERS)})(\D.*)", name)
-        for row in range(len(tensor)) if match else [None]:
-            own = name if row is None else f"{match[1]}{row}.{match[2]}"
-            meta[own], where[own] = tensor if row is None else tensor[row], (key, row)
+        stacked = re.fullmatch(rf"(.*{re.escape(LAYERS)})(\D.*)", name)
+        if not stacked:
+            meta[name], where[name] = tensor, (key, None)
+            continue
+        before, after = stacked.groups()
+        for row in range(len(tensor)):
+            layer_name = f"{before}{row}.{after}"
+            meta[layer_name], where[layer_name] = tensor[row], (key, row)
     return Tensors(meta, lambda name: folder.read(*where[name]))
 
 
 def arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
-    """What the modules are built with, in megatron-core's words; activation_func in ours."""
-    s, v, t = cfg.shape, cfg.vision, cfg.text
-    built = {
-        "vision": dict(
-            num_layers=s.depth,
-            hidden_size=s.width,
-            num_attention_heads=s.heads,
-            ffn_hidden_size=hidden(s.width, s.mlp),
-            layernorm_epsilon=v.eps,
-            activation_func=v.activation,
-            attn_mask_type="no_mask",
-            model_subtype="clip" if v.pre_norm else "internvit",
-            patch_dim=cfg.patch,
-            class_token_len=1,
-            img_h=cfg.sides[0],
-            img_w=cfg.sides[1],
-        )
-    }
-    if padded:
-        built["vision"]["output_dim"] = s.embed
-        built["text"] = dict(
-            num_layers=s.text_depth,
-            hidden_size=s.text_width,
-            num_attention_heads=s.text_heads,
-            ffn_hidden_size=hidden(s.text_width, s.text_mlp),
-            layernorm_epsilon=t.eps,
-            activation_func=t.activation,
-            attn_mask_type="causal" if t.causal else "no_mask",
-            vocab_size=padded,
-            max_sequence_length=context,
-            output_dim=s.embed,
-        )
-    return built
+    """Return the arguments that the modules are built with, under megatron-core's names.
+
+    The value of activation_func is our name of it.
+    """
+    s = cfg.shape
+    subtype = "clip" if cfg.vision.pre_norm else "internvit"
+    text_mask = "causal" if cfg.text.causal else "no_mask"
+    vision = dict(
+        num_layers=s.depth,
+        hidden_size=s.width,
+        num_attention_heads=s.heads,
+        ffn_hidden_size=hidden(s.width, s.mlp),
+        layernorm_epsilon=cfg.vision.eps,
+        activation_func=cfg.vision.activation,
+        attn_mask_type="no_mask",
+        model_subtype=subtype,
+        patch_dim=cfg.patch,
+        class_token_len=1,
+        img_h=cfg.sides[0],
+        img_w=cfg.sides[1],
+    )
+    if not padded:
+        return {"vision": vision}
+    vision["output_dim"] = s.embed
+    text = dict(
+        num_layers=s.text_depth,
+        hidden_size=s.text_width,
+        num_attention_heads=s.text_heads,
+        ffn_hidden_size=hidden(s.text_width, s.text_mlp),
+        layernorm_epsilon=cfg.text.eps,
+        activation_func=cfg.text.activation,
+        attn_mask_type=text_mask,
+        vocab_size=padded,
+        max_sequence_length=context,
+        output_dim=s.embed,
+    )
+    return {"vision": vision, "text": text}
 
 
 def described(path: Path) -> tuple[ModelConfig, int, int, About]:
-    """What a config.json of `save` says: architecture, vocab, context, about."""
+    """Return (architecture, vocab, context, about) from a config.json of `save`."""
     try:
         tree = json.loads(path.read_text())
-        given = tupled(tree["model"])
-        parts = dict(
-            custom=Size(**given["custom"]) if given["custom"] else None,
-            vision=VisionConfig(**given["vision"]),
-            text=TextConfig(**given["text"]),
-        )
-        return (
-            ModelConfig(**{**given, **parts}),
-            tree["vocab"],
-            tree["context"],
-            About(**tree["about"]),
-        )
+        fields = tupled(tree["model"])
+        if fields["custom"]:
+            fields["custom"] = Size(**fields["custom"])
+        else:
+            fields["custom"] = None
+        fields["vision"] = VisionConfig(**fields["vision"])
+        fields["text"] = TextConfig(**fields["text"])
+        cfg = ModelConfig(**fields)
+        return cfg, tree["vocab"], tree["context"], About(**tree["about"])
     except FileNotFoundError:
         raise ValueError(
             f"{path}: missing; megatron-core keeps no architecture, so add --given config=PATH of"
@@ -365,8 +405,13 @@ def described(path: Path) -> tuple[ModelConfig, int, int, About]:
 
 
 def tupled(tree: dict) -> dict:
-    """With json's lists as the tuples that they were."""
-    return {
-        key: tupled(x) if isinstance(x, dict) else tuple(x) if isinstance(x, list) else x
-        for key, x in tree.items()
-    }
+    """Return the tree with json's lists as the tuples that they were."""
+    fields = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            fields[key] = tupled(value)
+        elif isinstance(value, list):
+            fields[key] = tuple(value)
+        else:
+            fields[key] = value
+    return fields

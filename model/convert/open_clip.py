@@ -1,12 +1,13 @@
-"""open_clip's CLIP, both ways: a folder that
-`open_clip.create_model_and_transforms('local-dir:FOLDER')` takes; and OpenAI's state dicts.
+"""open_clip's CLIP, both ways; and OpenAI's state dicts, which have the same names.
+
+A folder is as `open_clip.create_model_and_transforms('local-dir:FOLDER')` takes it:
 
     FOLDER/open_clip_config.json        {model_cfg, preprocess_cfg}
     FOLDER/open_clip_model.safetensors  (in: open_clip_pytorch_model.bin, too)
 
-A file of weights alone tells no architecture but OpenAI's, whose own entries do; for another,
-`given` names the config: a json file, or a name of open_clip's (ViT-B-32), looked up in the
-installed package.
+A file of weights alone determines no architecture except OpenAI's, whose own entries do. For
+another, `--given config=` names the config: a json file, or a name of open_clip's (ViT-B-32),
+looked up in the installed package.
 """
 
 import json
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from glimpse.model import tensor_files
 from glimpse.model.convert import open_clip_trunk as trunk
@@ -44,7 +46,7 @@ RESIZE = {"shortest": "resize_crop", "squash": "squash"}  # a resize_mode as we 
 
 @dataclass(frozen=True)
 class Given:
-    """What a file of weights may be told; a folder tells it itself."""
+    """Options for a file of weights; a folder needs none."""
 
     config: str = ""  # see the head of this file
     mean: tuple[float, ...] | None = None
@@ -52,192 +54,202 @@ class Given:
 
 
 def claims(path: Path) -> bool:
-    return (
-        (path / CONFIG).is_file()
-        or path.is_file()
-        and not MARKS.isdisjoint(tensor_files.metas(path))
-    )
+    if (path / CONFIG).is_file():
+        return True
+    return path.is_file() and not MARKS.isdisjoint(tensor_files.metas(path))
 
 
 # --- in
 
 
 def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Portable:
-    """A folder as above, or a file of weights; the rest as in Given."""
+    """Load a folder as above, or a file of weights.
+
+    config, statistics (mean, std): as in Given.
+    """
+    # 1. The config and the weights.
     if path.is_dir():
         if config or statistics:
             raise ValueError(
                 f"--given: {path / CONFIG} tells everything; leave it out, or name the file of"
                 " weights"
             )
-        tree, weights = (
-            tensor_files.read_json(path / CONFIG),
-            next((path / name for name in WEIGHTS if (path / name).is_file()), None),
-        )
-        if weights is None:
-            raise ValueError(f"{path}: has {CONFIG}, but none of {', '.join(WEIGHTS)}")
+        tree = tensor_files.read_json(path / CONFIG)
+        file, config_file = weights_of(path), path / CONFIG
+        tensors = tensor_files.read(file)
     else:
-        tree, weights = {}, path
-    theirs = tensor_files.read(weights)
-    if path.is_file():
-        tree = config_of(theirs, path, config)
-    model, preprocess = tree.get("model_cfg", tree), tree.get("preprocess_cfg", {}) | statistics
+        file, config_file = path, Path(config)
+        tensors = tensor_files.read(file)
+        tree = config_of(tensors, path, config)
+    left_out = tensors.left_out
+
+    # 2. The architecture.
+    model = tree.get("model_cfg", tree)
+    preprocess = tree.get("preprocess_cfg", {}) | statistics
     cfg = config_in(model, preprocess, path)
-    theirs = plain_names(theirs)
+    tensors = plain_names(tensors)
     timms = bool(model["vision_cfg"].get("timm_model_name"))
-    if timms and trunk.is_fixed(theirs, cfg):
+    if timms and trunk.is_fixed(tensors, cfg):
         cfg = replace(cfg, vision=replace(cfg.vision, positions="sincos"))
-    cfg, tensors = positions.taken(
-        weights.parent, cfg, partial(rules, timms=timms), PLACES, theirs, str(weights)
-    )
+    table = partial(rules, timms=timms)
+    cfg, tensors = positions.taken(file.parent, cfg, table, PLACES, tensors, str(file))
+
+    # 3. The tokenizer and the preparation of images.
     text = model["text_cfg"]
-    if (mode := preprocess.get("resize_mode") or "shortest") not in RESIZE:
+    mode = preprocess.get("resize_mode") or "shortest"
+    if mode not in RESIZE:
         raise ValueError(
             f"{path}: preprocess_cfg.resize_mode {mode!r}: ours are {' or '.join(RESIZE)}; write"
             " one of them"
         )
-    # than CLIP's tokenizer
-    other = any(
-        text.get(key) for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
-    )
+    interpolation = preprocess.get("interpolation") or "bicubic"
     about = About(
-        tokenizer="" if other else "clip_bpe",
+        tokenizer=tokenizer_in(text),
         eot=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
         pad_text=not cfg.text.causal,
-        crop=crop_in(tree, path / CONFIG if path.is_dir() else Path(config), RESIZE[mode]),
-        interpolation=RESAMPLE.get(
-            resample := preprocess.get("interpolation") or "bicubic", resample
-        ),
-        source=origin(path, "open_clip", assumed(config, preprocess), theirs.left_out),
+        crop=crop_in(tree, config_file, RESIZE[mode]),
+        interpolation=RESAMPLE.get(interpolation, interpolation),
+        source=origin(path, "open_clip", assumed(config, preprocess), left_out),
     )
-    return Portable(
-        cfg, text.get("vocab_size", 49408), text.get("context_length", 77), tensors, about
-    )
+    vocab, context = text.get("vocab_size", 49408), text.get("context_length", 77)
+    return Portable(cfg, vocab, context, tensors, about)
 
 
-def plain_names(theirs: Tensors) -> Tensors:
-    """The weights by the names of open_clip's CLIP; CustomTextCLIP has `text.` before those of the
-    text tower.
+def weights_of(folder: Path) -> Path:
+    """Return the folder's file of weights."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: has {CONFIG}, but none of {', '.join(WEIGHTS)}")
+
+
+def tokenizer_in(text: dict) -> str:
+    """Return the tokenizer of a text_cfg: clip_bpe, or "" if it names another."""
+    keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
+    return "" if any(text.get(key) for key in keys) else "clip_bpe"
+
+
+def plain_names(tensors: Tensors) -> Tensors:
+    """Return the weights under the names of open_clip's CLIP.
+
+    CustomTextCLIP has `text.` before the names of the text tower.
     """
-    return theirs.renamed(
-        {name.removeprefix("text."): name for name in theirs if name not in (*OPENAI, "attn_mask")}
-    )
+    unused = (*OPENAI, "attn_mask")
+    names = [name for name in tensors if name not in unused]
+    return tensors.renamed({name.removeprefix("text."): name for name in names})
 
 
 def assumed(config: str, preprocess: dict) -> list[str]:
-    """What nobody says of a file of weights whose config is named: OpenAI's have their own numbers,
-    LAION's not always.
+    """Return a note on the statistics that a named config leaves out.
+
+    OpenAI's models have their own mean and std, LAION's not always.
     """
-    lacking = [
-        f"{key} {list(usual)}"
-        for key, usual in (("mean", MEAN), ("std", STD))
-        if not preprocess.get(key)
-    ]
-    return (
-        [
-            f"assumed, as config={config} does not say it: {', '.join(lacking)}; --given mean=..."
-            " std=..."
-        ]
-        if config and lacking
-        else []
+    missing = []
+    for key, usual in (("mean", MEAN), ("std", STD)):
+        if not preprocess.get(key):
+            missing.append(f"{key} {list(usual)}")
+    if not config or not missing:
+        return []
+    note = (
+        f"assumed, as config={config} does not say it: {', '.join(missing)}; --given mean=..."
+        " std=..."
     )
+    return [note]
 
 
-def config_of(theirs: Tensors, path: Path, config: str) -> dict:
-    """The config of a file of weights."""
-    own = set(OPENAI) <= theirs.meta.keys()
-    if own and config:
+def config_of(tensors: Tensors, path: Path, config: str) -> dict:
+    """Return the config of a file of weights; config: its file or name, for all but OpenAI's."""
+    is_openais = set(OPENAI) <= tensors.meta.keys()
+    if is_openais and config:
         raise ValueError(
             f"--given config={config}: {path} is OpenAI's, which tells everything itself; leave"
             " it out"
         )
-    return openai(theirs, path) if own or not config else named(config)
+    if is_openais or not config:
+        return openai(tensors, path)
+    return named(config)
 
 
 def named(config: str) -> dict:
-    """A config by its file, or by its name in the installed package."""
+    """Return a config by its file, or by its name in the installed package."""
     if Path(config).is_file():
         return tensor_files.read_json(Path(config))
-    found = find_spec("open_clip")
-    folder = Path(found.submodule_search_locations[0]) / "model_configs" if found else None
-    if not folder or not (folder / f"{config}.json").is_file():
-        known = (
-            f"; its names: ls {folder}"
-            if folder
-            else ", which is not installed (pip install open-clip-torch)"
-        )
-        raise ValueError(
-            f"--given config={config}: neither a json file nor a model of open_clip's{known}"
-        )
-    return tensor_files.read_json(folder / f"{config}.json")
+    package = find_spec("open_clip")
+    if package is None:
+        hint = ", which is not installed (pip install open-clip-torch)"
+    else:
+        folder = Path(package.submodule_search_locations[0]) / "model_configs"
+        if (folder / f"{config}.json").is_file():
+            return tensor_files.read_json(folder / f"{config}.json")
+        hint = f"; its names: ls {folder}"
+    raise ValueError(
+        f"--given config={config}: neither a json file nor a model of open_clip's{hint}"
+    )
 
 
-def openai(theirs: Tensors, path: Path) -> dict:
-    """The config of OpenAI's state dicts, read off the shapes."""
-    if not set(OPENAI) <= theirs.meta.keys():
+def openai(tensors: Tensors, path: Path) -> dict:
+    """Return the config of OpenAI's state dicts, from the shapes."""
+    if not set(OPENAI) <= tensors.meta.keys():
         raise ValueError(
             f"{path}: weights alone, which do not tell the activation; add --given config=NAME,"
             " e.g. ViT-B-32, or a json file"
         )
-
-    if not any(name.startswith("visual.transformer.") for name in theirs):
+    if not any(name.startswith("visual.transformer.") for name in tensors):
         raise ValueError(f"{path}: {RESNET}")
 
-    def depth(prefix: str) -> int:
-        return 1 + max(
-            int(name.split(".")[prefix.count(".")]) for name in theirs if name.startswith(prefix)
-        )
+    width, _, patch, _ = tensors.meta["visual.conv1.weight"].shape
+    vocab, text_width = tensors.meta["token_embedding.weight"].shape
+    vision = dict(
+        image_size=int(tensors["input_resolution"]),
+        layers=count_layers(tensors, "visual.transformer.resblocks."),
+        width=width,
+        patch_size=patch,
+    )
+    text = dict(
+        context_length=int(tensors["context_length"]),
+        vocab_size=vocab,
+        width=text_width,
+        heads=text_width // 64,
+        layers=count_layers(tensors, "transformer.resblocks."),
+    )
+    embed = tensors.meta["text_projection"].shape[1]
+    return dict(embed_dim=embed, quick_gelu=True, vision_cfg=vision, text_cfg=text)
 
-    kernel, text = (
-        theirs.meta["visual.conv1.weight"].shape,
-        theirs.meta["token_embedding.weight"].shape,
-    )
-    return dict(
-        embed_dim=theirs.meta["text_projection"].shape[1],
-        quick_gelu=True,
-        vision_cfg=dict(
-            image_size=int(theirs["input_resolution"]),
-            layers=depth("visual.transformer.resblocks."),
-            width=kernel[0],
-            patch_size=kernel[2],
-        ),
-        text_cfg=dict(
-            context_length=int(theirs["context_length"]),
-            vocab_size=text[0],
-            width=text[1],
-            heads=text[1] // 64,
-            layers=depth("transformer.resblocks."),
-        ),
-    )
+
+def count_layers(tensors: Tensors, prefix: str) -> int:
+    """Return the number of layers whose names begin with the prefix and an index."""
+    layers = (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
+    return 1 + max(int(name.partition(".")[0]) for name in layers)
 
 
 # --- out
 
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """A folder as above; returns what differs when open_clip runs it.
+    """Write a folder as above; return what differs when open_clip runs it.
 
-    ValueError naming what open_clip's CLIP cannot be.
+    ValueError naming the first setting that open_clip's CLIP does not have.
     """
-    prepared = dict(
-        mean=model.cfg.vision.mean,
-        std=model.cfg.vision.std,
+    cfg, crop = model.cfg, model.about.crop
+    preprocess = dict(
+        mean=cfg.vision.mean,
+        std=cfg.vision.std,
         interpolation=model.about.interpolation,
-        resize_mode="squash" if model.about.crop == "squash" else "shortest",
+        resize_mode="squash" if crop == "squash" else "shortest",
     )
-    tree = dict(model_cfg=config_out(model), preprocess_cfg=prepared, **kept_crop(model.about.crop))
-    table = rules(model.cfg, is_timms(model.cfg))
+    tree = dict(model_cfg=config_out(model), preprocess_cfg=preprocess, **kept_crop(crop))
+    table = rules(cfg, is_timms(cfg))
     folder.mkdir(parents=True)
     positions.write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
-    return told_crop(model.about.crop, "open_clip")
+    return told_crop(crop, "open_clip")
 
 
 # --- both
 
 
 def rules(cfg: ModelConfig, timms: bool) -> list[Rule]:
-    """What of our tensors is what of open_clip's; timms: the vision tower is one of timm's."""
+    """Return the rules of all tensors; timms: the vision tower is one of timm's."""
     return [
         *(trunk.rules(cfg) if timms else tower(cfg)),
         Rule(("text.token.weight",), ("token_embedding.weight",)),
@@ -250,7 +262,7 @@ def rules(cfg: ModelConfig, timms: bool) -> list[Rule]:
 
 
 def tower(cfg: ModelConfig) -> list[Rule]:
-    """Of its own vision tower, and the image projection."""
+    """Return the rules of open_clip's own vision tower and of the image projection."""
     return [
         Rule(("vision.patch.weight",), ("visual.conv1.weight",), as_kernel, as_matrix),
         Rule(("vision.cls",), ("visual.class_embedding",)),
@@ -267,6 +279,7 @@ def norm(ours: str, theirs: str) -> Iterator[Rule]:
 
 
 def blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
+    """Yield the rules of a tower's blocks, given the prefixes of the tower's names."""
     pairs = {
         "norm1.": "ln_1.",
         "attn.qkv.": "attn.in_proj_",
@@ -275,17 +288,17 @@ def blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
         "mlp.up.": "mlp.c_fc.",
         "mlp.down.": "mlp.c_proj.",
     }
-    return (
-        Rule((f"{ours}blocks.{i}.{a}{kind}",), (f"{theirs}transformer.resblocks.{i}.{b}{kind}",))
-        for i in range(depth)
-        for a, b in pairs.items()
-        for kind in ("weight", "bias")
-    )
+    for i in range(depth):
+        block, foreign_block = f"{ours}blocks.{i}.", f"{theirs}transformer.resblocks.{i}."
+        for layer, foreign_layer in pairs.items():
+            for kind in ("weight", "bias"):
+                name, foreign_name = f"{layer}{kind}", f"{foreign_layer}{kind}"
+                yield Rule((block + name,), (foreign_block + foreign_name,))
 
 
 def peer(path: Path, config: str = "", **_) -> Callable:
-    """open_clip's own model: (images (B, 3, H, W) normalised, ids (B, context)) -> unit embeddings
-    of both.
+    """Return open_clip's own model: (images (B, 3, H, W) normalized, ids (B, context)) -> unit
+    embeddings of both.
     """
     newer("open-clip-torch", "3.0")
     import open_clip
@@ -293,18 +306,18 @@ def peer(path: Path, config: str = "", **_) -> Callable:
     if path.is_dir():
         model = open_clip.create_model(f"local-dir:{path}")
     else:
-        theirs = tensor_files.read(path)
-        tree = config_of(theirs, path, config)
-        model = open_clip.CLIP(
-            **{
-                key: value
-                for key, value in tree.get("model_cfg", tree).items()
-                if key != "custom_text"
-            }
-        )
-        model.load_state_dict(dict(plain_names(theirs)))
+        tensors = tensor_files.read(path)
+        tree = config_of(tensors, path, config)
+        options = dict(tree.get("model_cfg", tree))
+        options.pop("custom_text", None)
+        model = open_clip.CLIP(**options)
+        model.load_state_dict(dict(plain_names(tensors)))
     model.eval()
-    return lambda images, ids: (
-        model.encode_image(images, normalize=True),
-        model.encode_text(ids, normalize=True),
-    )
+
+    def embed(images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            model.encode_image(images, normalize=True),
+            model.encode_text(ids, normalize=True),
+        )
+
+    return embed
