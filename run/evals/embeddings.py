@@ -1,22 +1,25 @@
-"""Embeddings of a gallery (data/evals/gallery.py) in part files, in the folders that clip-retrieval
-writes and autofaiss reads.
+"""Embeddings of a gallery (data/evals/gallery.py) in part files.
 
-    OUT/embed.json                        of what they are; --resume goes on with nothing else
+The folders are those that clip-retrieval writes and autofaiss reads:
+
+    OUT/embed.json                        the model and the source; --resume needs the same ones
     OUT/img_emb/img_emb_00000.npy         (n, E) unit vectors
     OUT/text_emb/text_emb_00000.npy       the same of the captions; zeros where an image has none
     OUT/metadata/metadata_00000.parquet   image_path and caption of each of the rows
     OUT/left_out/left_out_00000.tsv       images that cannot be read, which have no row, and why
 
-or, as parquet, OUT/parquet/part_00000.parquet with all four columns. A part is so many images of
-the gallery, whoever makes them: all ranks do, a block each in turn, so that any number of ranks
-writes the same bytes. It is there whole or not at all.
+or, as parquet, OUT/parquet/part_00000.parquet with all four columns. A part is a fixed number of
+images of the gallery. All ranks embed it, a block each in turn, so that any number of ranks writes
+the same bytes. A part's files are complete, or there are none.
 Names: n rows of a part, m rows of a block, E embedding width.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import BufferedWriter
 from itertools import chain
 from pathlib import Path
@@ -33,13 +36,15 @@ from glimpse.run.lib.cli import bar
 from glimpse.run.lib.distributed import gathered, rank, told, world
 
 PART = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
-ROWS = 8192  # to a row group of a parquet file, which readers take at once
-BROKEN = 0.5  # a share of a part's images above which it is not the images that are at fault
+ROWS = 8192  # rows of a row group of a parquet file, which readers load at once
+BROKEN = 0.5  # if more of a part's images cannot be read, it is not the images that are at fault
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 FORMATS = ("npy", "parquet")
 
 
 class Rows(NamedTuple):
+    """The embeddings of a block."""
+
     names: list[str]
     captions: list[str | None]
     images: np.ndarray | None  # (m, E); None of texts alone
@@ -49,26 +54,26 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class About:
-    """What a folder holds."""
+    """The model and the source of a folder of embeddings, and its format."""
 
     model: str  # its path
     weights: str
-    checksum: str  # of them and of what else matters: another model may since lie at that path
+    checksum: str  # of weights, config and tokenizer: the path may hold another model by now
     source: str
     count: int  # images, or texts, of the source
-    last: str  # its last one's name
+    last: str  # the name of its last image or text
     format: str
     dtype: str
     part: int
 
 
 def agree(about: About) -> About:
-    """The same.  ValueError: this rank sees other images than rank 0, which would shift rows.
+    """Return `about` if it is the same on all ranks, which must all call.
 
-    All ranks must call.
+    ValueError: this rank sees other images than rank 0, which would shift rows.
     """
-    mine = json.dumps(asdict(about))
-    if told(lambda: mine) != mine:
+    text = json.dumps(asdict(about))
+    if told(lambda: text) != text:
         raise ValueError(
             f"{about.source}: {about.count} here, the last {about.last}; rank 0 sees others: is it"
             " still written to?"
@@ -80,50 +85,58 @@ class Output:
     """A folder of embeddings."""
 
     def __init__(self, folder: Path, about: About):
-        self.folder, self.about, self.parts = folder, about, -(-about.count // about.part)
+        self.folder = folder
+        self.about = about
+        self.parts = math.ceil(about.count / about.part)
 
     def begin(self, resume: bool) -> list[int]:
-        """The parts that are still to be made.
+        """Return the parts that are still to be made; only one rank must call.
 
-        ValueError: something lies there that must not be touched. By one rank alone.
+        ValueError: the folder has content that must not be touched.
         """
-        file, now = self.folder / "embed.json", asdict(self.about)
-        if not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir()):
+        file = self.folder / "embed.json"
+        about = asdict(self.about)
+        empty = self.folder.is_dir() and not any(self.folder.iterdir())
+        if empty or not self.folder.exists():
+            content = json.dumps(about, indent=1).encode()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.put(file, lambda opened: opened.write(json.dumps(now, indent=1).encode()))
+            self.put(file, lambda opened: opened.write(content))
         elif not resume:
             raise ValueError(
-                f"--out: {self.folder} exists; go on with it by --resume, remove it, or name"
-                " another"
+                f"--out: {self.folder} exists;"
+                " go on with it by --resume, remove it, or name another"
             )
         elif not file.is_file():
             raise ValueError(
                 f"--out: {self.folder} has no embed.json, so nothing to go on with; name another"
             )
-        was = json.loads(file.read_text())
-        for key in now:
-            if was.get(key) != now[key]:
+
+        # A resumed folder must hold embeddings of the same model and source.
+        stored = json.loads(file.read_text())
+        for key, value in about.items():
+            if stored.get(key) != value:
                 raise ValueError(
-                    f"--resume: {self.folder} was begun with {key} {was.get(key)!r}, not"
-                    f" {now[key]!r}; name another --out"
+                    f"--resume: {self.folder} was begun with {key} {stored.get(key)!r},"
+                    f" not {value!r}; name another --out"
                 )
         return [part for part in range(self.parts) if not self.file(part).exists()]
 
     def span(self, part: int) -> tuple[int, int]:
-        """The images of a part: the first, and the one after the last."""
-        return part * self.about.part, min((part + 1) * self.about.part, self.about.count)
+        """Return the images of a part: the first, and the one after the last."""
+        first = part * self.about.part
+        return first, min(first + self.about.part, self.about.count)
 
     def file(self, part: int, kind: str = "", suffix: str = "parquet") -> Path:
-        """OUT/KIND/KIND_00000.SUFFIX; by default the file whose presence says that the part is
-        whole.
-        """
+        """Return OUT/KIND/KIND_00000.SUFFIX; by default the file that a complete part ends with."""
         kind = kind or {"npy": "metadata", "parquet": "parquet"}[self.about.format]
-        number = f"{part:0{max(5, len(str(self.parts - 1)))}d}"  # so that names sort as numbers do
-        return self.folder / kind / f"{'part' if kind == 'parquet' else kind}_{number}.{suffix}"
+        stem = "part" if kind == "parquet" else kind
+        digits = max(5, len(str(self.parts - 1)))  # the same for all, so names sort as numbers do
+        return self.folder / kind / f"{stem}_{part:0{digits}d}.{suffix}"
 
     def put(self, path: Path, write: Callable[[BufferedWriter], object]) -> None:
-        """A file, there whole or not at all; what is unfinished lies where no reader of a folder
-        meets it.
+        """Write a file, completely or not at all.
+
+        While it is unfinished it lies in OUT, where no reader of the folders sees it.
         """
         path.parent.mkdir(exist_ok=True)
         unfinished = self.folder / f".{path.name}.unfinished"
@@ -132,114 +145,123 @@ class Output:
         os.replace(unfinished, path)
 
     def write(self, part: int, every: Sequence[Rows]) -> None:
-        """The rows of a part, in order."""
+        """Write the rows of a part, given block by block in order."""
         names, captions, images, texts, left_out = zip(*every)
-        table, found = {}, {}
+        table: dict[str, pa.Array] = {}
+        embeddings: dict[str, np.ndarray] = {}
         if images[0] is not None:
-            table["image_path"], found["image"] = strings(names), np.concatenate(images)
+            table["image_path"] = strings(names)
+            embeddings["image"] = np.concatenate(images)
         if texts[0] is not None:
-            table["caption"], found["text"] = strings(captions), np.concatenate(texts)
-        if lines := [f"{name}\t{why}\n" for name, why in chain.from_iterable(left_out)]:
-            self.put(
-                self.file(part, "left_out", "tsv"), lambda file: file.write("".join(lines).encode())
-            )
-        for what, values in found.items():
+            table["caption"] = strings(captions)
+            embeddings["text"] = np.concatenate(texts)
+
+        # The images without a row.
+        lines = [f"{name}\t{why}\n" for name, why in chain.from_iterable(left_out)]
+        if lines:
+            content = "".join(lines).encode()
+            self.put(self.file(part, "left_out", "tsv"), lambda file: file.write(content))
+
+        # The embeddings: a file each, or columns of the table.
+        for what, values in embeddings.items():
             if self.about.format == "npy":
-                short = {"image": "img_emb", "text": "text_emb"}[what]
-                self.put(
-                    self.file(part, short, "npy"), lambda file, values=values: np.save(file, values)
-                )
+                folder = {"image": "img_emb", "text": "text_emb"}[what]
+                self.put(self.file(part, folder, "npy"), partial(np.save, arr=values))
             else:
                 missing = table["caption"].is_null() if what == "text" else None
-                table[f"{what}_embedding"] = pa.FixedSizeListArray.from_arrays(
-                    pa.array(values.reshape(-1)), values.shape[1], mask=missing
-                )
-        self.put(
-            self.file(part),
-            lambda file: parquet.write_table(pa.table(table), file, row_group_size=ROWS),
-        )
+                numbers = pa.array(values.reshape(-1))
+                column = pa.FixedSizeListArray.from_arrays(numbers, values.shape[1], mask=missing)
+                table[f"{what}_embedding"] = column
+
+        # The table last: its presence marks the part as complete.
+        rows = pa.table(table)
+        self.put(self.file(part), lambda file: parquet.write_table(rows, file, row_group_size=ROWS))
 
     def written(self) -> tuple[int, int]:
-        """(rows, images left out) of all parts."""
-        rows = sum(parquet.read_metadata(self.file(part)).num_rows for part in range(self.parts))
-        left_out = [
-            file
-            for part in range(self.parts)
-            if (file := self.file(part, "left_out", "tsv")).exists()
-        ]
-        return rows, sum(len(file.read_text().splitlines()) for file in left_out)
+        """Count (rows, images left out) of all parts."""
+        rows, left_out = 0, 0
+        for part in range(self.parts):
+            rows += parquet.read_metadata(self.file(part)).num_rows
+            file = self.file(part, "left_out", "tsv")
+            if file.exists():
+                left_out += len(file.read_text().splitlines())
+        return rows, left_out
 
 
-def strings(several: Iterable[list[str | None]]) -> pa.Array:
-    return pa.array(list(chain.from_iterable(several)), pa.string())
+def strings(blocks: Iterable[list[str | None]]) -> pa.Array:
+    """Return the strings of all blocks as one column."""
+    return pa.array(list(chain.from_iterable(blocks)), pa.string())
 
 
 def embeddings(
     model: Embedder, gallery: Gallery, out: Output, todo: Sequence[int], batch: int, workers: int
 ) -> None:
-    """Make and write the parts `todo`. ValueError: most images of a part cannot be read. All ranks
-    must call.
+    """Embed and write the parts `todo`; all ranks must call.
 
-    batch: images that a rank embeds at once. Blocks begin anew with each part, and are the same
-    ones on any number of ranks.
+    batch: images that a rank embeds at once. Blocks begin anew with each part, and are the same on
+    any number of ranks. ValueError: most images of a part cannot be read.
     """
     if not todo:
         return
-    starts = {part: np.arange(*out.span(part), batch) for part in todo}
-    mine = np.concatenate([some[rank() :: world()] for some in starts.values()])
-    ends = np.concatenate(
-        [
-            np.minimum(some + batch, out.span(part)[1])[rank() :: world()]
-            for part, some in starts.items()
-        ]
-    )
-    made = blocks(gallery, model.pre, mine, ends, workers)
-    if not rank():
-        made = iter(bar(made, "embedding", " rows", len(mine), scale=batch * world()))
-    for part, some in starts.items():
-        writes, rows = part % world() == rank(), []
-        for turn in range(0, len(some), world()):
-            row = (
-                [embedded(model, next(made), gallery, out.about.dtype)]
-                if turn + rank() < len(some)
-                else []
-            )
-            rows += [
-                row if writes else row._replace(images=None, texts=None) for row in gathered(row)
-            ]
+
+    # This rank's blocks of all parts: the blocks of each part are dealt out to the ranks in turn.
+    starts: dict[int, np.ndarray] = {}  # by part: the first image of each of its blocks
+    mine, ends = [], []
+    for part in todo:
+        first, last = out.span(part)
+        starts[part] = np.arange(first, last, batch)
+        share = starts[part][rank() :: world()]
+        mine.append(share)
+        ends.append(np.minimum(share + batch, last))
+    mine, ends = np.concatenate(mine), np.concatenate(ends)
+    loaded = blocks(gallery, model.pre, mine, ends, workers)
+    if rank() == 0:
+        loaded = iter(bar(loaded, "embedding", " rows", len(mine), scale=batch * world()))
+
+    for part, firsts in starts.items():
+        # Every rank embeds a block a turn; the rank that writes the part keeps them all.
+        writes = part % world() == rank()
+        rows: list[Rows] = []
+        for turn in range(0, len(firsts), world()):
+            has_block = turn + rank() < len(firsts)
+            block = [embedded(model, next(loaded), gallery, out.about.dtype)] if has_block else []
+            for row in gathered(block):
+                rows.append(row if writes else row._replace(images=None, texts=None))
+
+        # All ranks keep the images left out, so all of them stop here if any does.
         first, last = out.span(part)
         broken = [image for row in rows for image in row.left_out]
         if len(broken) > BROKEN * (last - first):
+            name, why = broken[0]
             raise ValueError(
                 f"{out.about.source}: {len(broken):,} of {last - first:,} images cannot be read,"
-                f" the first {broken[0][0]} ({broken[0][1]}); --resume goes on when that is mended"
+                f" the first {name} ({why}); --resume goes on when that is mended"
             )
         if writes:
             out.write(part, rows)
-    next(made, None)  # the bar's end
+    next(loaded, None)  # ends the progress bar
 
 
 @torch.no_grad()
 def embedded(model: Embedder, block: Block, gallery: Gallery, dtype: str) -> Rows:
-    images, texts = (
-        np.zeros((len(block.captions), model.cfg.model.shape.embed), DTYPES[dtype])
-        for _ in range(2)
-    )
+    """Embed a block's images and captions; rows without a caption are zeros in `texts`."""
+    shape = (len(block.captions), model.cfg.model.shape.embed)
+    images = np.zeros(shape, DTYPES[dtype])
+    texts = np.zeros(shape, DTYPES[dtype])
+
     if block.patches is not None:
-        m, count = block.patches.shape[:2]
-        images[:] = (
-            model.encode(
-                "embedded", torch.arange(m), block.patches, torch.arange(count).expand(m, -1)
-            )
-            .cpu()
-            .numpy()
-        )
-    if has := [i for i, caption in enumerate(block.captions) if caption]:
-        texts[has] = model.read([block.captions[i] for i in has]).cpu().numpy()
-    return Rows(
-        block.names,
-        block.captions,
-        None if isinstance(gallery, Texts) else images,
-        texts if gallery.captioned else None,
-        block.left_out,
-    )
+        count, patches = block.patches.shape[:2]
+        positions = torch.arange(patches).expand(count, -1)
+        outputs = model.encode("embedded", torch.arange(count), block.patches, positions)
+        images[:] = outputs.cpu().numpy()
+
+    with_caption = [i for i, caption in enumerate(block.captions) if caption]
+    if with_caption:
+        captions = [block.captions[i] for i in with_caption]
+        texts[with_caption] = model.read(captions).cpu().numpy()
+
+    if isinstance(gallery, Texts):
+        images = None
+    if not gallery.captioned:
+        texts = None
+    return Rows(block.names, block.captions, images, texts, block.left_out)

@@ -1,14 +1,17 @@
-"""Features of a whole set, made once by all ranks and kept on disk, so that what is fitted to them
-can be broken off and done again.
+"""Features of a set's images, computed once by all ranks and kept on disk.
+
+An evaluation that fits something to them can be interrupted and repeated without another pass
+through the tower.
 
     RUN/features/TAG/SET-SPLIT-WHAT-DIGEST/00000.npy ...
         CHUNK images each, float32 or float16; 00000.label.npy their classes
 
-TAG tells the weights, DIGEST the set and how its images are shown. A chunk is there whole or not at
-all; any number of ranks goes on.
-The run's folder must be one that all ranks see.  Names: N images, D width.
+TAG identifies the weights, DIGEST the set and how its images are shown. A chunk is complete or
+absent, so any number of ranks can resume. The run's folder must be visible to all ranks.  Names: N
+images, D width.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Iterable
@@ -23,115 +26,125 @@ from glimpse.run.evals.embed import BATCH, Embedder
 from glimpse.run.lib.distributed import barrier, once, rank, told, world
 
 CHUNK = 16 * BATCH
-KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, as Embedder.passed has them
-HALF = ("tokens", "grid", "pixels")  # kept as float16: many numbers, of few bits
+KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, see Embedder.passed
+HALF = ("tokens", "grid", "pixels")  # stored as float16: many numbers, of few bits
 
 
 class Features:
-    """The features of a set's images, (N, ...), by number; the whole on every rank, read from disk
-    as they are asked for.
+    """The features of a set's images, (N, ...), by number.
+
+    Every rank has all of them; they are read from disk when they are needed.
     """
 
     def __init__(self, folder: Path, count: int):
-        self.folder, self.count = folder, count
+        self.folder = folder
+        self.count = count
         self.parts = [mapped(part(folder, c)) for c in range(chunks(count))]
 
     def __len__(self) -> int:
         return self.count
 
     def rows(self, indices: Iterable[int] | Tensor) -> Tensor:
-        """(n, ...) float32, in the order asked for."""
+        """Return the features of these images, (n, ...) float32, in the order of `indices`."""
         indices = np.asarray(indices)
+        chunk_of = indices // CHUNK
         out = np.empty((len(indices), *self.parts[0].shape[1:]), np.float32)
-        for chunk in np.unique(indices // CHUNK):
-            here = np.nonzero(indices // CHUNK == chunk)[0]
+        for chunk in np.unique(chunk_of):
+            here = np.nonzero(chunk_of == chunk)[0]
             out[here] = self.parts[chunk][indices[here] % CHUNK]
         return torch.from_numpy(out)
 
     def all(self) -> Tensor:
+        """Return the features of all images, (N, ...) float32."""
         return torch.from_numpy(np.concatenate(self.parts).astype(np.float32, copy=False))
 
     def labels(self) -> Tensor:
-        """(N,) int64."""
-        return torch.from_numpy(
-            np.concatenate(
-                [np.load(part(self.folder, c, ".label")) for c in range(chunks(self.count))]
-            )
-        )
+        """Return the classes of all images, (N,) int64."""
+        files = [part(self.folder, c, ".label") for c in range(chunks(self.count))]
+        return torch.from_numpy(np.concatenate([np.load(file) for file in files]))
 
 
 def features(model: Embedder, images: Images, what: str, labels: bool = False) -> Features:
-    """`what` as Embedder.passed has it; labels: the classes of the images too.
+    """Return the features of a set's images, computing those that are missing on disk.
 
-    All ranks must call.
+    what: as in Embedder.passed. labels: store the classes of the images too. All ranks must call.
     """
-    last = images.key(len(images) - 1)
-    how = repr(
-        (
-            model.pre,
-            model.mask,
-            model.ensemble,
-            str(images.folder.resolve()),
-            type(images).__name__,
-            len(images),
-            last,
-        )
-    )
-    folder = (
-        model.home
-        / "features"
-        / model.tag
-        / f"{images.name}-{images.split}-{what}-{zlib.crc32(how.encode()):08x}"
-    )
+    folder = features_folder(model, images, what)
     once(lambda: folder.mkdir(parents=True, exist_ok=True))
-    missing = told(
-        lambda: " ".join(
-            str(c)
-            for c in range(chunks(len(images)))
-            if not part(folder, c).exists() or labels and not part(folder, c, ".label").exists()
-        )
-    )
-    missing = [int(c) for c in missing.split()]
+
+    count = len(images)
+    kinds = ("", ".label") if labels else ("",)
+
+    def missing_chunks() -> str:
+        missing = []
+        for chunk in range(chunks(count)):
+            if not all(part(folder, chunk, kind).exists() for kind in kinds):
+                missing.append(str(chunk))
+        return " ".join(missing)
+
+    # Chunks still to be made, as rank 0 sees the folder; they are dealt out to the ranks in turn.
+    missing = [int(chunk) for chunk in told(missing_chunks).split()]
     mine = missing[rank() :: world()]
-    samples = [i for c in mine for i in range(c * CHUNK, min((c + 1) * CHUNK, len(images)))]
-    turns = -(-len(missing) // world()) * (CHUNK // BATCH)
-    made, waiting = iter(mine), []
-    for indices, x in model.passed(images, what, samples, turns):
-        waiting.append((indices, x.to(torch.float16 if what in HALF else torch.float32).cpu()))
-        have = sum(len(i) for i, _ in waiting)
-        if have and (have == CHUNK or int(indices[-1]) == len(images) - 1):
-            chunk, order = next(made), torch.cat([i for i, _ in waiting]).tolist()
+    samples: list[int] = []
+    for chunk in mine:
+        samples += range(chunk * CHUNK, min((chunk + 1) * CHUNK, count))
+    most_chunks = math.ceil(len(missing) / world())  # of any rank
+    turns = most_chunks * (CHUNK // BATCH)
+
+    # Batches wait until they fill a chunk, or end with the set's last image.
+    dtype = torch.float16 if what in HALF else torch.float32
+    todo = iter(mine)
+    order: list[int] = []
+    waiting: list[Tensor] = []
+    for indices, batch in model.passed(images, what, samples, turns):
+        order += indices.tolist()
+        waiting.append(batch.to(dtype).cpu())
+        if order and (len(order) == CHUNK or order[-1] == count - 1):
+            chunk = next(todo)
             if labels:
                 write(part(folder, chunk, ".label"), numbers(images, order))
-            write(part(folder, chunk), torch.cat([x for _, x in waiting]).numpy())
-            waiting.clear()
+            write(part(folder, chunk), torch.cat(waiting).numpy())
+            order, waiting = [], []
     barrier()
-    return Features(folder, len(images))
+    return Features(folder, count)
+
+
+def features_folder(model: Embedder, images: Images, what: str) -> Path:
+    """Return the folder of a set's features, whose name has a digest of all that they depend on."""
+    last = images.key(len(images) - 1)
+    place = str(images.folder.resolve())
+    layout = type(images).__name__
+    how = (model.pre, model.mask, model.ensemble, place, layout, len(images), last)
+    digest = zlib.crc32(repr(how).encode())
+    name = f"{images.name}-{images.split}-{what}-{digest:08x}"
+    return model.home / "features" / model.tag / name
 
 
 def numbers(images: Images, indices: list[int]) -> np.ndarray:
-    """The classes of images, int64.
+    """Return the classes of images, int64.
 
-    ValueError: there is none of that number; nothing is kept of it, so that it can be mended.
+    ValueError: a class has no name; no labels are stored, so the set can be corrected.
     """
-    found, classes = [images.label(i) for i in indices], len(images.classes())
-    if wrong := [i for i, label in zip(indices, found) if not 0 <= label < classes]:
-        raise ValueError(
-            f"evals: {images.folder}: {images.key(wrong[0])} of {images.split} is of class"
-            f" {images.label(wrong[0])}; classnames.txt names {classes}, from 0"
-        )
-    return np.array(found, np.int64)
+    labels = [images.label(i) for i in indices]
+    classes = len(images.classes())
+    for i, label in zip(indices, labels):
+        if not 0 <= label < classes:
+            raise ValueError(
+                f"evals: {images.folder}: {images.key(i)} of {images.split} is of class {label};"
+                f" classnames.txt names {classes}, from 0"
+            )
+    return np.array(labels, np.int64)
 
 
 def check_splits(images: Images, options: object) -> None:
-    """ValueError unless the set has classes, and images of them in its test and train splits."""
-    images.classes(), images.label(0), images.other("train").label(0)
+    """Raise ValueError unless the set has classes, and images of them in test and train."""
+    images.classes()
+    images.label(0)
+    images.other("train").label(0)
 
 
 def check_view(model: Embedder, options: object) -> None:
-    """ValueError where options.features are of all patches in their places, and the model sees
-    some.
-    """
+    """Raise ValueError if options.features need all patches and the model sees only some."""
     if options.features in ("grid", "pixels") and not model.whole:
         raise ValueError(
             f"--mask, --ensemble: features={options.features} are of whole images; leave them out"
@@ -139,31 +152,34 @@ def check_view(model: Embedder, options: object) -> None:
 
 
 def splits(model: Embedder, images: Images, what: str) -> tuple[Features, Features]:
-    """(train, test) features of a set, with labels.  All ranks must call."""
-    return features(model, images.other("train"), what, labels=True), features(
-        model, images, what, labels=True
-    )
+    """Return (train, test) features of a set, with labels.  All ranks must call."""
+    train = features(model, images.other("train"), what, labels=True)
+    test = features(model, images, what, labels=True)
+    return train, test
 
 
 def mapped(path: Path) -> np.ndarray:
-    """A .npy file, read as it is asked for.
+    """Map a .npy file into memory.
 
     numpy's own map keeps the file open, and ImageNet's 1,252 are more than a process may have.
     """
-    found = np.load(path, mmap_mode="r")
-    held = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
-    return held[found.offset :].view(found.dtype).reshape(found.shape)
+    header = np.load(path, mmap_mode="r")
+    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
+    return content[header.offset :].view(header.dtype).reshape(header.shape)
 
 
 def chunks(count: int) -> int:
-    return -(-count // CHUNK)
+    """Return the number of chunks of so many images."""
+    return math.ceil(count / CHUNK)
 
 
 def part(folder: Path, chunk: int, kind: str = "") -> Path:
+    """Return the file of a chunk."""
     return folder / f"{chunk:05d}{kind}.npy"
 
 
 def write(path: Path, values: np.ndarray) -> None:
+    """Write a .npy file, completely or not at all."""
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("wb") as file:
         np.save(file, values)

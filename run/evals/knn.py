@@ -1,13 +1,11 @@
-"""k nearest neighbours: an image's class is what those of the train split's images that lie nearest
-vote for; nothing is fitted.
+"""k nearest neighbors: the nearest images of the train split vote for an image's class.
 
-The vote is weighted as in Wu et al. 2018 (arXiv 1805.01978, section 3.4) and DINO: a neighbour of
-cosine s counts exp(s / temperature),
-k = 20, temperature 0.07; temperature=inf is a plain majority. Names: N train images, n queries of
-this rank, D width, C classes.
+Nothing is fitted. The vote is weighted as in Wu et al. 2018 (arXiv 1805.01978, section 3.4) and
+DINO: a neighbor of cosine s counts exp(s / temperature), k = 20, temperature 0.07; temperature=inf
+is a plain majority. Names: N train images, n queries of this rank, D width, C classes.
 
-The train split's features stay on disk and pass by in chunks, so that ImageNet's 1.28M x 768 take 4
-GB there and megabytes in memory.
+The train split's features stay on disk and are read in chunks, so that ImageNet's 1.28M x 768 take
+4 GB there and megabytes in memory.
 """
 
 from dataclasses import dataclass
@@ -25,13 +23,13 @@ from glimpse.run.lib.distributed import rank, to_device, world
 
 CHUNK = 4096  # train images compared at once
 QUERIES = 256  # with so many test images
-PLACES = 31  # bits of a key for the train image's number, below those for its cosine
+PLACES = 31  # low bits of a key: the train image's number; its cosine is in the bits above
 
 
 @dataclass(frozen=True)
 class Options:
     features: str = "pooled"  # of features.KINDS
-    k: int = 20  # neighbours that vote
+    k: int = 20  # neighbors that vote
     temperature: float = 0.07
 
     def __post_init__(self):
@@ -46,53 +44,62 @@ check, fits = check_splits, check_view
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """top1, mean_per_class and chance, as shares."""
+    """Return top1, mean_per_class and chance, as shares."""
     train, test = splits(model, images, options.features)
-    classes, labels = len(images.classes()), train.labels()
+    classes = len(images.classes())
+    labels = train.labels()
     mine = torch.arange(len(test)).split(QUERIES)[rank() :: world()]
-    found = [torch.empty(0, classes)]  # of a rank without a share
-    for cosines, numbers in neighbours(train, [test.rows(block) for block in mine], options.k):
+    queries = [test.rows(block) for block in mine]
+
+    predictions = [torch.empty(0, classes)]  # for a rank without a share
+    for cosines, numbers in neighbours(train, queries, options.k):
         votes = vote(cosines.cpu(), labels[numbers.cpu()], classes, options.temperature)
-        # argmax: of equal votes, the first class's
-        found.append(F.one_hot(votes.argmax(1), classes).float())
-    return accuracies(
-        torch.cat(found), test.labels()[torch.cat([*mine, torch.empty(0, dtype=torch.int64)])]
-    )
+        # argmax takes the first class of equal votes.
+        predictions.append(F.one_hot(votes.argmax(1), classes).float())
+
+    indices = torch.cat([*mine, torch.empty(0, dtype=torch.int64)])
+    return accuracies(torch.cat(predictions), test.labels()[indices])
 
 
 def neighbours(train: Features, queries: list[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
-    """For each block of queries (n, D): the cosines (n, k), largest first, and the numbers (n, k)
-    of the nearest train images.
+    """Return the nearest train images of each block of queries (n, D).
 
-    The same on any device and however queries are shared out: cosines are made in float64 and kept
-    to 30 bits, in one integer with the image's number, so that equal ones fall in order of their
-    numbers.
+    For each block: their cosines (n, k), largest first, and their numbers (n, k). These are the
+    same on any device and for any split of the queries: cosines are computed in float64 and rounded
+    to 30 bits, in one integer with the image's number, which orders equal cosines.
     """
     queries = [directions(block) for block in queries]
-    best = [torch.empty(len(block), 0, dtype=torch.int64, device=block.device) for block in queries]
+    best = [block.new_empty(len(block), 0, dtype=torch.int64) for block in queries]  # keys
+    last = 2**PLACES - 1
     for chunk in torch.arange(len(train)).split(CHUNK):
         bank = directions(train.rows(chunk))
-        place = 2**PLACES - 1 - to_device(chunk)
+        place = last - to_device(chunk)  # of equal cosines, the lower number has the larger key
         for i, block in enumerate(queries):
             cosine = (block @ bank.T).nan_to_num(-1.0).clamp(-1, 1)
-            keys = torch.cat([best[i], (cosine * 2**30).round().long() * 2**PLACES + place], dim=1)
+            new = (cosine * 2**30).round().long() * 2**PLACES + place
+            keys = torch.cat([best[i], new], dim=1)
             best[i] = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return [
-        ((keys >> PLACES).double() / 2**30, 2**PLACES - 1 - (keys & (2**PLACES - 1)))
-        for keys in best
-    ]
+
+    # Take the keys apart again.
+    results = []
+    for keys in best:
+        cosines = (keys >> PLACES).double() / 2**30
+        numbers = last - (keys & last)
+        results.append((cosines, numbers))
+    return results
 
 
 def directions(features: Tensor) -> Tensor:
-    """(n, ...) -> unit vectors (n, D), float64, on the device."""
+    """Normalize (n, ...) to unit vectors (n, D), float64, on the device."""
     return F.normalize(to_device(features).flatten(1).double(), dim=1)
 
 
 def vote(cosines: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
-    """Neighbours (n, k) -> votes (n, C), float64."""
+    """Sum the votes of neighbors (n, k), as (n, C) float64."""
     votes = torch.zeros(len(labels), classes, dtype=torch.float64)
     weights = ((cosines - 1) / temperature).exp()  # less 1, so that none overflows
-    # one after another: the order of a sum is part of its value
-    for one, weight in zip(labels.T, weights.T):
-        votes[torch.arange(len(votes)), one] += weight
+    # One neighbor after another: the order of a sum is part of its value.
+    rows = torch.arange(len(votes))
+    for label, weight in zip(labels.T, weights.T):
+        votes[rows, label] += weight
     return votes

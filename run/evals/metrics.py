@@ -1,5 +1,4 @@
-"""What classification is measured by: exact sums over all ranks in float64, from this rank's share
-of the images.
+"""Metrics of classification: exact sums over all ranks in float64, from each rank's images.
 
     top1, top5       share of images whose class is the nearest, among the five nearest
     mean_per_class   top1 of each class that has images, averaged over these classes
@@ -9,8 +8,8 @@ of the images.
     map              several classes an image: mean over the classes of the 11-point average
                      precision (VOC2007)
     pm               of video frames, pm_0: share of anchor frames that are right; pm_10: right with
-                     all frames at most 10 away
-                     (ImageNet-Vid-Robust, YTBB-Robust: Shankar et al. 2019, section 3)
+                     all frames at most 10 away (ImageNet-Vid-Robust, YTBB-Robust: Shankar et al.
+                     2019, section 3)
 
 Names: n images on this rank, N on all, C classes.
 """
@@ -25,20 +24,16 @@ MAIN = {name: name for name in METRICS} | {"pm": "pm_10"}  # the one number that
 
 
 def counted(scores: Tensor, labels: Tensor) -> Tensor:
-    """(3, C) float64 over all ranks: of each class its images, and how many of these are right at 1
-    and at 5.
+    """Count each class's images over all ranks, and those right at 1 and at 5: (3, C) float64.
 
     scores (n, C), labels (n,).
     """
-    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    rows = torch.stack(
-        [torch.ones_like(labels, dtype=torch.float64), hits[:, 0].double(), hits.any(1).double()]
-    )
-    return total(
-        torch.zeros(3, scores.shape[1], dtype=torch.float64, device=scores.device).index_add_(
-            1, labels, rows
-        )
-    )
+    classes = scores.shape[1]
+    hits = scores.topk(min(5, classes), dim=1).indices == labels[:, None]
+    images = torch.ones_like(labels, dtype=torch.float64)
+    rows = torch.stack([images, hits[:, 0].double(), hits.any(1).double()])
+    counts = torch.zeros(3, classes, dtype=torch.float64, device=scores.device)
+    return total(counts.index_add_(1, labels, rows))
 
 
 def top1(counts: Tensor) -> float:
@@ -55,8 +50,9 @@ def mean_per_class(counts: Tensor) -> float:
 
 
 def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of a classifier that was fitted: top1, mean_per_class and chance, over all ranks; scores (n,
-    C), labels (n,).
+    """Return a fitted classifier's top1, mean_per_class and chance, over all ranks.
+
+    scores (n, C), labels (n,).
     """
     counts = counted(to_device(scores), to_device(labels))
     return dict(
@@ -65,52 +61,56 @@ def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def everyone(indices: Tensor, values: Tensor, count: int) -> Tensor:
-    """(N, ...) float64 on every rank, from each rank's values (n, ...) of the images of these
-    numbers.
+    """Gather the values of all images on every rank, (N, ...) float64.
+
+    values (n, ...): those of this rank's images, `indices`. count: N.
     """
-    whole = torch.zeros(count, *values.shape[1:], dtype=torch.float64, device=values.device)
-    whole[indices.to(values.device)] = values.double()
-    return total(whole)
+    everything = torch.zeros(count, *values.shape[1:], dtype=torch.float64, device=values.device)
+    everything[indices.to(values.device)] = values.double()
+    return total(everything)
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float:
-    """scores (N,), positive (N,) bool: the area under the curve, by the rank sum of the positives
-    (Mann-Whitney U).
+    """Return the area under the curve, by the rank sum of the positives (Mann-Whitney U).
+
+    scores (N,), positive (N,) bool.
     """
-    scores = scores.nan_to_num(0)  # of a model that has no numbers: all alike, which is chance
+    scores = scores.nan_to_num(0)  # scores that are all nan become equal, which is chance
     _, which, times = scores.unique(return_inverse=True, return_counts=True)
-    # from 1; those that are alike share the mean of theirs
+    # Places count from 1; equal scores share the mean of their places.
     places = (times.cumsum(0) - (times - 1) / 2)[which].double()
-    P, N = positive.sum().double(), (~positive).sum().double()
-    return float((places[positive].sum() - P * (P + 1) / 2) / (P * N))
+    positives = positive.sum().double()
+    negatives = (~positive).sum().double()
+    lowest_sum = positives * (positives + 1) / 2  # of the places, if all positives score lowest
+    return float((places[positive].sum() - lowest_sum) / (positives * negatives))
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> float:
-    """scores (N,), positive (N,) bool: the mean over recalls of 0, 0.1, ... 1 of the best precision
-    at that recall or above (VOC2007).
+    """Return the mean over recalls of 0, 0.1, ... 1 of the best precision at that recall or above.
+
+    This is VOC2007's average precision. scores (N,), positive (N,) bool.
     """
     right = positive[scores.nan_to_num(0).argsort(descending=True, stable=True)].double()
-    found, seen = (
-        right.cumsum(0),
-        torch.arange(1, len(right) + 1, dtype=torch.float64, device=right.device),
-    )
-    precision = found / seen
-    # 10 x found >= step x positives, in whole numbers: 3 of 10 is a recall of 0.3, whatever its
-    # rounding
-    best = [precision[10 * found >= step * right.sum()].max() for step in range(11)]
+    hits = right.cumsum(0)
+    seen = torch.arange(1, len(right) + 1, dtype=torch.float64, device=right.device)
+    precision = hits / seen
+    # 10 x hits >= step x positives, in whole numbers: 3 of 10 is a recall of 0.3, whatever its
+    # rounding.
+    best = [precision[10 * hits >= step * right.sum()].max() for step in range(11)]
     return float(torch.stack(best).mean())
 
 
 def mean_average_precision(scores: Tensor, positive: Tensor) -> float:
-    """(N, C) each; classes without an image do not count."""
-    return sum(
-        values := [average_precision(s, p) for s, p in zip(scores.T, positive.T) if p.any()]
-    ) / len(values)
+    """Return the mean average precision of (N, C) each; classes without an image do not count."""
+    pairs = zip(scores.T, positive.T)
+    values = [average_precision(score, images) for score, images in pairs if images.any()]
+    return sum(values) / len(values)
 
 
 def perturbed(right: Tensor, anchors: list[str], offsets: Tensor, within: int) -> float:
-    """right (N,) bool, the anchor that each frame belongs to, and how many frames it is away (N,):
-    PM-`within`.
+    """Return PM-`within`: the share of anchors whose frames at most so far away are all right.
+
+    right (N,) bool; anchors: that of each frame; offsets (N,): its distance from it in frames.
     """
     number = {name: i for i, name in enumerate(dict.fromkeys(anchors))}
     owner = torch.tensor([number[name] for name in anchors], device=right.device)

@@ -1,10 +1,10 @@
 """Retrieval both ways: recall at 1, 5, 10, with one or several captions to an image.
 
-A query counts as found at K if any of its matches is among its K nearest; a tie is a miss, so that
-a model whose embeddings are all
-alike (or nan) finds nothing. Similarities are held a tile at a time. Of a million pairs and 512
-numbers an embedding, each rank holds images and captions whole: 2 GB each in fp32 (five captions an
-image: 10 GB), and the captions' text. Names: N images, M captions.
+A query is a hit at K if any of its matches is among its K nearest; a tie is a miss, so that a model
+whose embeddings are all alike (or nan) has no hits. Similarities are computed a tile at a time, but
+each rank holds the embeddings of all images and captions, and the captions' text: of a million
+pairs with 512 numbers an embedding 2 GB each in fp32 (five captions an image: 10 GB). Names: N
+images, M captions.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.distributed import rank, total, world
 
 AT = (1, 5, 10)
-CHUNK, TILE = 1024, 8192  # queries and targets whose similarities are held at once
+CHUNK = 1024  # queries whose similarities are held at once
+TILE = 8192  # targets of these
 READS = "captions"
 
 
@@ -32,16 +33,20 @@ def check(benchmark: Benchmark, options: Options) -> None:
 
 
 def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[str, float]:
-    """image_to_text and text_to_image R@K (shares), from raw captions without a prompt."""
+    """Return image_to_text and text_to_image R@K (shares), from raw captions without a prompt."""
     captions = [benchmark.captions(i) for i in range(len(benchmark))]
     # (M,): the image of each caption
     owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
     texts = model.texts([text for texts in captions for text in texts])  # (M, E)
-    indices, mine = model.images(benchmark)
+
+    # (N, E): every rank embeds its share of the images, and gets all of them.
+    indices, embeddings = model.images(benchmark)
     images = torch.zeros(len(captions), texts.shape[1])
-    images[indices] = mine.cpu()
-    images = total(images)  # (N, E), the whole on every rank
-    every, owner = torch.arange(len(images), device=images.device), owner.to(images.device)
+    images[indices] = embeddings.cpu()
+    images = total(images)
+
+    every = torch.arange(len(images), device=images.device)
+    owner = owner.to(images.device)
     return {
         **recalls("image_to_text", images, every, texts, owner),
         **recalls("text_to_image", texts, owner, images, every),
@@ -51,35 +56,45 @@ def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[st
 def recalls(
     name: str, queries: Tensor, query_ids: Tensor, targets: Tensor, target_ids: Tensor
 ) -> dict[str, float]:
-    """R@K over all queries, each rank blocks of them; query q matches target t if their ids, which
-    ascend, agree.
+    """Return R@K over all queries; each rank takes blocks of them.
+
+    Query q matches target t if their ids, which ascend, are equal.
     """
-    found = torch.zeros(len(AT), dtype=torch.float64, device=queries.device)
+    hits = torch.zeros(len(AT), dtype=torch.float64, device=queries.device)
     tiles = list(zip(targets.split(TILE), target_ids.split(TILE)))
     spans = [(int(ids[0]), int(ids[-1])) for _, ids in tiles]
     for first in range(rank() * CHUNK, len(queries), world() * CHUNK):
-        block, ids = queries[first : first + CHUNK], query_ids[first : first + CHUNK]
+        block = queries[first : first + CHUNK]
+        ids = query_ids[first : first + CHUNK]
         lowest, highest = int(ids[0]), int(ids[-1])
+
+        # 1. The similarity of each query's nearest match, (queries, 1).
         best = torch.full((len(block), 1), -torch.inf, device=queries.device)
-        for (tile, of), (low, high) in zip(tiles, spans):
-            if low <= highest and lowest <= high:  # else no match is in it
-                best = best.maximum(
-                    similar(block, tile)
-                    .masked_fill(ids[:, None] != of, -torch.inf)
-                    .amax(1, keepdim=True)
-                )
-        # others as near as the nearest match, or nearer
+        for (tile, tile_ids), (low, high) in zip(tiles, spans):
+            if high < lowest or highest < low:  # no match is in it
+                continue
+            is_other = ids[:, None] != tile_ids
+            matches = similar(block, tile).masked_fill(is_other, -torch.inf)
+            best = best.maximum(matches.amax(1, keepdim=True))
+
+        # 2. The number of other targets that are as near as it, or nearer. "Not less than" counts
+        # nan, too.
         nearer = torch.zeros(len(block), dtype=torch.int64, device=queries.device)
-        for tile, of in tiles:
-            nearer += (~(similar(block, tile) < best) & (ids[:, None] != of)).sum(1)
-        found += torch.stack([(nearer < k).sum() for k in AT])
-    found = total(found) / len(queries)
-    return {f"{name}_r{k}": float(value) for k, value in zip(AT, found)}
+        for tile, tile_ids in tiles:
+            is_other = ids[:, None] != tile_ids
+            nearer += (~(similar(block, tile) < best) & is_other).sum(1)
+        hits += torch.stack([(nearer < k).sum() for k in AT])
+
+    recall = total(hits) / len(queries)
+    return {f"{name}_r{k}": float(value) for k, value in zip(AT, recall)}
 
 
 def similar(block: Tensor, tile: Tensor) -> Tensor:
-    """(queries, targets) of a block and a tile, always multiplied at their full size: then what is
-    alike gives the same bits anywhere.
+    """Return the similarities (queries, targets) of a block and a tile.
+
+    They are always multiplied at full size: equal embeddings then give the same bits anywhere.
     """
-    whole = F.pad(block, (0, 0, 0, CHUNK - len(block))) @ F.pad(tile, (0, 0, 0, TILE - len(tile))).T
-    return whole[: len(block), : len(tile)]
+    queries = F.pad(block, (0, 0, 0, CHUNK - len(block)))
+    targets = F.pad(tile, (0, 0, 0, TILE - len(tile)))
+    products = queries @ targets.T
+    return products[: len(block), : len(tile)]

@@ -1,9 +1,9 @@
-"""Segmentation without annotation: each patch is of the class whose prompts' mean embedding lies
-nearest (MaskCLIP section 4, table 8).
+"""Segmentation without annotation (MaskCLIP section 4, table 8).
 
-Class embeddings are a 1x1 classifier on patch tokens under a sliding window; overlapping windows
-are averaged, and the similarities brought to the label map's own size, bilinearly. What is counted
-is a confusion matrix, so sums over ranks are exact.
+Each patch is of the class whose prompts' mean embedding lies nearest. Class embeddings are a 1x1
+classifier on patch tokens under a sliding window; overlapping windows are averaged, and the
+similarities resized to the label map, bilinearly. The scores come from a confusion matrix of pixel
+counts, so sums over ranks are exact.
 Names: C classes, (rows, columns) a window's grid of patches, (H, W) an image's label map.
 """
 
@@ -31,14 +31,14 @@ READS = "label_map"
 class Options:
     # 7, 80, 85 (data/evals/prompts.py; MaskCLIP: 85) or a file; default: the set's own
     templates: str = ""
-    # pixels that an image's short side is brought to; 0: twice the tower's side (MaskCLIP: 512,
+    # pixels that an image's short side is resized to; 0: twice the tower's side (MaskCLIP: 512,
     # Pascal Context 480, at 224)
     size: int = 0
     stride: int = 0  # pixels from window to window; 0: half the tower's side
-    # tokens: the tower's; values: of a last block that mixes no tokens; auto: values where cls is
-    # pooled
+    # tokens: the tower's; values: of a last block that mixes no tokens; auto: values if the tower
+    # pools cls
     features: str = "auto"
-    picture: int = 8  # so many images with truth and prediction go to RUN/pictures
+    picture: int = 8  # number of images drawn in RUN/pictures, with truth and prediction
 
     def __post_init__(self):
         if self.features not in FEATURES:
@@ -54,18 +54,19 @@ def check(images: Images, options: Options) -> None:
 
 
 def check_map(images: Images, i: int, classes: int) -> Tensor:
-    """The label map of image i, (H, W) int64.
+    """Return the label map of image i, (H, W) int64.
 
     ValueError: it has a class that the set does not name.
     """
-    found = torch.from_numpy(images.label_map(i)).long()
-    highest = int(found[found != IGNORE].max()) if (found != IGNORE).any() else 0
+    truth = torch.from_numpy(images.label_map(i)).long()
+    known = truth[truth != IGNORE]
+    highest = int(known.max()) if len(known) else 0
     if highest >= classes:
         raise ValueError(
             f"evals: {images.folder}: the label map of {images.key(i)} has class {highest}; only"
             f" {classes} are named"
         )
-    return found
+    return truth
 
 
 def fits(model: Embedder, options: Options) -> None:
@@ -73,76 +74,86 @@ def fits(model: Embedder, options: Options) -> None:
         raise ValueError(
             "--mask, --ensemble: segmentation asks every patch of one view; leave them out"
         )
-    side, width = model.cfg.model.sides
-    if side != width:
+    height, width = model.cfg.model.sides
+    if height != width:
         raise ValueError(
             "evals: segmentation lays square windows on an image, and model.image_size is"
-            f" {[side, width]}; leave it out"
+            f" {[height, width]}; leave it out"
         )
-    if 0 < options.size < side:
+    if 0 < options.size < height:
         raise ValueError(
-            f"evals: segmentation(size={options.size}): the tower sees windows of {side} pixels; at"
-            " least that"
+            f"evals: segmentation(size={options.size}): the tower sees windows of {height} pixels;"
+            " at least that"
         )
 
 
 @torch.no_grad()
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """mean_iou and mean_accuracy over the classes that occur, accuracy over pixels; shares."""
+    """Return mean_iou and mean_accuracy over the classes that occur, and accuracy over pixels.
+
+    All are shares.
+    """
     side = model.cfg.model.sides[0]
-    sliding = Sliding(side, options.size or 2 * side, min(options.stride or side // 2, side))
-    values = (
-        options.features == "values"
-        or options.features == "auto"
-        and model.towers.vision.cfg.pool == "cls"
-    )
+    size = options.size or 2 * side
+    stride = min(options.stride or side // 2, side)  # no pixel between windows is left out
+    sliding = Sliding(side, size, stride)
+    what = options.features
+    if what == "auto":
+        what = "values" if model.towers.vision.cfg.pool == "cls" else "tokens"
     classes = class_embeddings(model, images, options.templates)  # (C, E)
-    counts, shown = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device()), []
-    for i, similar in similarities(
-        model, images, sliding, "values" if values else "tokens", classes
-    ):
+
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device())
+    samples = []  # for the picture: number, image, label map and prediction
+    for i, similar in similarities(model, images, sliding, what, classes):
         truth = check_map(images, i, len(classes))
-        found = resized(similar, truth.shape).argmax(0)
-        counts += confusion(truth.to(found.device), found, len(classes))
+        prediction = resized(similar, truth.shape).argmax(0)
+        counts += confusion(truth.to(prediction.device), prediction, len(classes))
         if i < options.picture:
-            shown.append((i, decode(images.image(i)), truth.numpy(), found.cpu().numpy()))
-    picture(model, images, f"{'values' if values else 'tokens'}-{sliding.size}", shown)
+            pixels = decode(images.image(i))
+            samples.append((i, pixels, truth.numpy(), prediction.cpu().numpy()))
+    picture(model, images, f"{what}-{size}", samples)
     return scores(total(counts))
 
 
 def similarities(
     model: Embedder, images: Images, sliding: Sliding, what: str, classes: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
-    """This rank's images one by one: (number, cosines (C, rows, columns) of its canvas's patches);
-    all ranks in step.
+    """Yield this rank's images one by one, all ranks in step: (number, cosines).
+
+    The cosines to each class are (C, canvas rows, canvas columns), a pixel of the canvas each.
     """
     mine = range(rank(), len(images), world())
-    # a rank without images goes through the tower in step
+    # A rank without images goes through the tower in step.
     windows = Windows(images, sliding, mine or [0])
-    own = range(len(windows)) if mine else []
-    turns = -least(-math.ceil(len(own) / BATCH))
-    waiting: list[Tensor] = []
-    for indices, tokens in model.passed(windows, what, own, turns):
+    every_window = range(len(windows)) if mine else []
+    turns = -least(-math.ceil(len(every_window) / BATCH))  # of the rank with the most windows
+
+    waiting: list[Tensor] = []  # windows of the current image
+    for indices, tokens in model.passed(windows, what, every_window, turns):
         if not len(indices):
             continue
-        # (m, rows * columns, E)
-        embedded = model.towers.embed_image(tokens[:, 1:].flatten(0, 1)).unflatten(
-            0, (len(tokens), -1)
-        )
-        for index, row in zip(indices.tolist(), embedded @ classes.T.to(embedded.device)):
+        # Patch tokens (m, 1 + rows * columns, D) -> cosines (m, rows * columns, C).
+        embedded = model.towers.embed_image(tokens[:, 1:].flatten(0, 1))
+        embedded = embedded.unflatten(0, (len(tokens), -1))
+        cosines = embedded @ classes.T.to(embedded.device)
+
+        for index, row in zip(indices.tolist(), cosines):
             waiting.append(row.T.unflatten(1, model.grid))
             owner = windows.owner[index]
-            if index + 1 == len(own) or windows.owner[index + 1] != owner:
+            is_last = index + 1 == len(every_window) or windows.owner[index + 1] != owner
+            if is_last:
                 yield owner, joined(waiting, sliding, windows.shapes[owner])
                 waiting = []
 
 
 def joined(parts: list[Tensor], sliding: Sliding, shape: tuple[int, int]) -> Tensor:
-    """The windows' (C, rows, columns) on their canvas of pixels, (C, canvas rows, canvas columns):
-    the mean where they overlap.
+    """Join an image's windows on its canvas, with their mean where they overlap.
+
+    parts: (C, rows, columns) of each window. Return (C, canvas rows, canvas columns).
     """
     rows, columns = sliding.canvas(*shape)
-    sums, seen = parts[0].new_zeros(len(parts[0]), rows, columns), parts[0].new_zeros(rows, columns)
+    sums = parts[0].new_zeros(len(parts[0]), rows, columns)
+    seen = parts[0].new_zeros(rows, columns)  # windows over each pixel
     for part, (top, left) in zip(parts, sliding.places(*shape), strict=True):
         here = slice(top, top + sliding.side), slice(left, left + sliding.side)
         sums[:, *here] += resized(part, (sliding.side, sliding.side))
@@ -151,37 +162,43 @@ def joined(parts: list[Tensor], sliding: Sliding, shape: tuple[int, int]) -> Ten
 
 
 def resized(similar: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(C, h, w) -> (C, *shape), bilinear."""
+    """Resize (C, h, w) to (C, *shape), bilinearly."""
     return F.interpolate(similar[None], tuple(shape), mode="bilinear", align_corners=False)[0]
 
 
 def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
-    """(C, C) int64: pixels of each class, row, that were taken for each class, column; those of no
-    class are left out.
+    """Count the pixels of each class (row) that are predicted as each class (column), (C, C) int64.
+
+    Pixels of no class are left out.
     """
     known = truth != IGNORE
-    return torch.bincount(truth[known] * classes + found[known], minlength=classes**2).view(
-        classes, classes
-    )
+    pairs = truth[known] * classes + found[known]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def scores(counts: Tensor) -> dict[str, float]:
-    """From a confusion matrix (C, C); a class that neither occurs nor is found does not count, as
-    in mmsegmentation.
+    """Compute the scores from a confusion matrix (C, C).
+
+    A class that neither occurs nor is predicted does not count, as in mmsegmentation.
     """
     counts = counts.double()
-    right, there, said = counts.diag(), counts.sum(1), counts.sum(0)
-    union = there + said - right
+    right = counts.diag()
+    pixels = counts.sum(1)  # of each class
+    predicted = counts.sum(0)
+    union = pixels + predicted - right
     return dict(
         mean_iou=float((right / union)[union > 0].mean()),
-        mean_accuracy=float((right / there)[there > 0].mean()),
+        mean_accuracy=float((right / pixels)[pixels > 0].mean()),
         accuracy=float(right.sum() / counts.sum()),
         chance=1 / len(counts),
     )
 
 
 def picture(model: Embedder, images: Images, how: str, shown: list) -> None:
-    """Write the shown images of all ranks to RUN/pictures/TAG-SET-HOW.png."""
+    """Write the images of all ranks to RUN/pictures/TAG-SET-HOW.png.
+
+    shown: (number, image, label map, prediction) of each.
+    """
     shown = sorted(gathered(shown), key=lambda row: row[0])
     if rank() or not shown:
         return

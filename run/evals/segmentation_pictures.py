@@ -1,4 +1,4 @@
-"""Pictures of segmentations: images, their label maps, and what was found."""
+"""Pictures of segmentations: images, their label maps, and the predictions."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -11,50 +11,54 @@ GREY = 128
 def segmentations(
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str], side: int = 144
 ) -> Image.Image:
-    """Rows of image (H, W, 3), label map and found map (H, W) as one picture, each `side` high,
-    with the names of the classes in it.
+    """Draw rows of image (H, W, 3), label map and predicted map (H, W) as one picture.
 
-    What the label map leaves open is grey in both maps, so that they can be compared.
+    Each row is `side` high, with the names of the classes in it. Pixels of no class in the label
+    map are gray in both maps, so that they can be compared.
     """
-    strips = []
-    for image, truth, found in rows:
-        known = truth != IGNORE
-        maps = [
-            np.where(known[..., None], colours(values), GREY).astype(np.uint8)
-            for values in (truth, found)
-        ]
-        wide = round(side * image.shape[1] / image.shape[0])
-        parts = [Image.fromarray(image).resize((wide, side))]
-        parts += [
-            Image.fromarray(values).resize((wide, side), Image.Resampling.NEAREST)
-            for values in maps
-        ]
-        strip = Image.new("RGB", (3 * wide + 8 + 260, side + 4), "white")
-        for n, part in enumerate(parts):
-            strip.paste(part, (n * (wide + 4), 0))
-        draw = ImageDraw.Draw(strip)
-        for n, (title, values) in enumerate((("is", truth[known]), ("found", found[known]))):
-            draw.text((3 * wide + 16 + 130 * n, 2), title, fill="black")
-            numbers, counts = np.unique(values, return_counts=True)
-            # the largest first
-            for line, c in enumerate(numbers[np.argsort(-counts)][: (side - 16) // 13]):
-                draw.text(
-                    (3 * wide + 16 + 130 * n, 16 + 13 * line),
-                    classes[c][:20],
-                    fill=tuple(colours(np.array(c)).tolist()),
-                )
-        strips.append(strip)
-    whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    strips = [strip(*row, classes, side) for row in rows]
+    width = max(image.width for image in strips)
+    height = sum(image.height for image in strips)
+    picture = Image.new("RGB", (width, height), "white")
     top = 0
-    for strip in strips:
-        whole.paste(strip, (0, top))
-        top += strip.height
-    return whole
+    for image in strips:
+        picture.paste(image, (0, top))
+        top += image.height
+    return picture
+
+
+def strip(
+    image: np.ndarray, truth: np.ndarray, found: np.ndarray, classes: list[str], side: int
+) -> Image.Image:
+    """Draw one row of the picture."""
+    known = truth != IGNORE
+    width = round(side * image.shape[1] / image.shape[0])
+    result = Image.new("RGB", (3 * width + 8 + 260, side + 4), "white")
+
+    # The image and its two maps, side by side.
+    result.paste(Image.fromarray(image).resize((width, side)), (0, 0))
+    for n, values in enumerate((truth, found), start=1):
+        colored = np.where(known[..., None], colours(values), GREY).astype(np.uint8)
+        part = Image.fromarray(colored).resize((width, side), Image.Resampling.NEAREST)
+        result.paste(part, (n * (width + 4), 0))
+
+    # The names of the classes in each map, in their colors; the largest first, as many as fit in.
+    draw = ImageDraw.Draw(result)
+    for n, (title, values) in enumerate((("is", truth[known]), ("found", found[known]))):
+        left = 3 * width + 16 + 130 * n
+        draw.text((left, 2), title, fill="black")
+        numbers, counts = np.unique(values, return_counts=True)
+        largest = numbers[np.argsort(-counts)][: (side - 16) // 13]
+        for line, number in enumerate(largest):
+            color = tuple(colours(np.array(number)).tolist())
+            draw.text((left, 16 + 13 * line), classes[number][:20], fill=color)
+    return result
 
 
 def colours(numbers: np.ndarray) -> np.ndarray:
-    """A colour (..., 3) uint8 for each class's number: hues a golden angle apart, in three degrees
-    of darkness.
+    """Return a color (..., 3) uint8 for each class's number.
+
+    Hues are a golden angle apart, in three degrees of darkness.
     """
     hue = numbers[..., None] * 0.618034 * 6 + np.array([0, 4, 2])
     level = np.array([1.0, 0.75, 0.5])[numbers % 3][..., None]

@@ -1,5 +1,6 @@
-"""Zero-shot classification: an image's class is the one whose prompts' mean embedding lies nearest
-(CLIP section 3.1.4).
+"""Zero-shot classification (CLIP section 3.1.4).
+
+An image's class is the one whose prompts' mean embedding lies nearest.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from glimpse.run.lib.config import check_choice
 @dataclass(frozen=True)
 class Options:
     templates: str = ""  # 7, 80, 85 (data/evals/prompts.py) or a file; default: the set's own
-    # a row of run.evals.metrics.METRICS; top1 and top5 are told beside it where images have one
-    # class
+    # one of run.evals.metrics.METRICS; if images have one class, top1 and top5 are reported too
     metric: str = "top1"
 
     def __post_init__(self):
@@ -28,12 +28,11 @@ class Options:
 
 
 def check(benchmark: Benchmark, options: Options) -> set[int]:
-    """Every label is read, so that a set whose labels do not fit its names is refused before
-    anything is computed.
+    """Read every label and return the classes that have images.
 
-    Returns the classes that have images.
+    ValueError: the labels do not fit the set's names or the metric; so such a set is refused before
+    anything is computed.
     """
-    seen: set[int] = set()
     classes = len(benchmark.prompts(options.templates))
     try:
         decode(benchmark.image(0))
@@ -44,31 +43,14 @@ def check(benchmark: Benchmark, options: Options) -> set[int]:
             f"evals: {benchmark.folder}: roc_auc is for two classes; {classes} are named"
         )
     if options.metric == "pm":
-        frames = [benchmark.frame(i) for i in range(len(benchmark))]
-        if lone := {frame.anchor for frame in frames} - {
-            frame.anchor for frame in frames if frame.offset == 0
-        }:
-            raise ValueError(
-                f"evals: {benchmark.folder}: frames of the anchor {min(lone)!r}, but not itself"
-                " (offset 0)"
-            )
+        check_anchors(benchmark)
+
+    seen: set[int] = set()
     for i in range(len(benchmark)):
-        if options.metric == "map":
-            if len(row := benchmark.present(i)) != classes:
-                raise ValueError(
-                    f"evals: {benchmark.folder}: {benchmark.key(i)} tells of {len(row)} classes;"
-                    f" {classes} are named"
-                )
-            seen.update(np.nonzero(row)[0].tolist())
-            continue
-        labels = benchmark.frame(i).labels if options.metric == "pm" else [benchmark.label(i)]
-        if max(labels) >= classes:
-            raise ValueError(
-                f"evals: {benchmark.folder}: {benchmark.key(i)} is of class {max(labels)}; "
-                f"classnames.txt names {classes}, from 0"
-            )
-        seen.update(labels)
-    if not seen or options.metric == "roc_auc" and len(seen) < 2:
+        seen.update(labels_of(benchmark, i, options.metric, classes))
+
+    needed = 2 if options.metric == "roc_auc" else 1
+    if len(seen) < needed:
         raise ValueError(
             f"evals: {benchmark.folder}: its images are of {len(seen)} classes; {options.metric}"
             " needs more"
@@ -76,58 +58,109 @@ def check(benchmark: Benchmark, options: Options) -> set[int]:
     return seen
 
 
+def check_anchors(benchmark: Benchmark) -> None:
+    """Raise ValueError if the anchor frame of a frame is not in the set."""
+    frames = [benchmark.frame(i) for i in range(len(benchmark))]
+    anchors = {frame.anchor for frame in frames if frame.offset == 0}
+    lone = {frame.anchor for frame in frames} - anchors
+    if lone:
+        raise ValueError(
+            f"evals: {benchmark.folder}: frames of the anchor {min(lone)!r}, but not itself"
+            " (offset 0)"
+        )
+
+
+def labels_of(benchmark: Benchmark, i: int, metric: str, classes: int) -> list[int]:
+    """Return the classes of image i as the metric needs them.
+
+    ValueError: one of them has no name; `classes` have.
+    """
+    if metric == "map":
+        present = benchmark.present(i)
+        if len(present) != classes:
+            raise ValueError(
+                f"evals: {benchmark.folder}: {benchmark.key(i)} tells of {len(present)} classes;"
+                f" {classes} are named"
+            )
+        return np.nonzero(present)[0].tolist()
+    labels = list(benchmark.frame(i).labels) if metric == "pm" else [benchmark.label(i)]
+    if max(labels) >= classes:
+        raise ValueError(
+            f"evals: {benchmark.folder}: {benchmark.key(i)} is of class {max(labels)};"
+            f" classnames.txt names {classes}, from 0"
+        )
+    return labels
+
+
 def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[str, float]:
-    """The metric, and for images of one class top1, top5 and chance: what guessing would get at
-    top1; all are shares.
+    """Return the metric, as a share.
+
+    For images of one class also top1, top5 and chance: the top1 of guessing.
     """
     classes = class_embeddings(model, benchmark, options.templates)
     indices, images = model.images(benchmark)
     scores = images @ classes.T.to(images.device)  # (n, C)
     if options.metric == "map":
-        present = torch.from_numpy(
-            np.stack([benchmark.present(i) for i in indices.tolist()] or [np.zeros(len(classes))])
-        )[: len(indices)]
-        scores, present = (
-            metrics.everyone(indices, x.to(scores.device), len(benchmark))
-            for x in (scores, present)
-        )
-        return dict(map=metrics.mean_average_precision(scores, present > 0))
+        return dict(map=multilabel_map(benchmark, indices, scores))
     if options.metric == "pm":
-        frames = [benchmark.frame(i) for i in range(len(benchmark))]
-        right = [
-            best in frames[i].labels for i, best in zip(indices.tolist(), scores.argmax(1).tolist())
-        ]
-        right = (
-            metrics.everyone(indices, torch.tensor(right, device=scores.device), len(benchmark)) > 0
-        )
-        offsets = torch.tensor([frame.offset for frame in frames], device=scores.device)
-        anchors = [frame.anchor for frame in frames]
-        return {f"pm_{k}": metrics.perturbed(right, anchors, offsets, k) for k in (0, 10)} | dict(
-            chance=1 / len(classes)
-        )
-    labels = torch.tensor(
-        [benchmark.label(i) for i in indices.tolist()], dtype=torch.int64, device=images.device
-    )
+        return video_accuracies(benchmark, indices, scores)
+
+    labels = [benchmark.label(i) for i in indices.tolist()]
+    labels = torch.tensor(labels, dtype=torch.int64, device=images.device)
     counts = metrics.counted(scores, labels)
-    found = dict(top1=metrics.top1(counts), top5=metrics.top5(counts), chance=1 / len(classes))
+    results = dict(top1=metrics.top1(counts), top5=metrics.top5(counts), chance=1 / len(classes))
     if options.metric == "mean_per_class":
-        found["mean_per_class"] = metrics.mean_per_class(counts)
+        results["mean_per_class"] = metrics.mean_per_class(counts)
     if options.metric == "top1_top5":
-        found["top1_top5"] = (found["top1"] + found["top5"]) / 2
+        results["top1_top5"] = (results["top1"] + results["top5"]) / 2
     if options.metric == "roc_auc":
-        above = metrics.everyone(indices, scores[:, 1] - scores[:, 0], len(benchmark))
-        found["roc_auc"] = metrics.roc_auc(
-            above, metrics.everyone(indices, labels, len(benchmark)) > 0
-        )
-    return found
+        margins = metrics.everyone(indices, scores[:, 1] - scores[:, 0], len(benchmark))
+        positive = metrics.everyone(indices, labels, len(benchmark)) > 0
+        results["roc_auc"] = metrics.roc_auc(margins, positive)
+    return results
+
+
+def multilabel_map(benchmark: Benchmark, indices: Tensor, scores: Tensor) -> float:
+    """Return the mean average precision over all ranks.
+
+    scores (n, C): those of this rank's images, `indices`.
+    """
+    present = np.zeros((len(indices), scores.shape[1]))
+    for row, i in enumerate(indices.tolist()):
+        present[row] = benchmark.present(i)
+    present = torch.from_numpy(present).to(scores.device)
+
+    count = len(benchmark)
+    all_scores = metrics.everyone(indices, scores, count)
+    all_present = metrics.everyone(indices, present, count)
+    return metrics.mean_average_precision(all_scores, all_present > 0)
+
+
+def video_accuracies(benchmark: Benchmark, indices: Tensor, scores: Tensor) -> dict[str, float]:
+    """Return pm_0, pm_10 and chance over all ranks.
+
+    scores (n, C): those of this rank's frames, `indices`.
+    """
+    frames = [benchmark.frame(i) for i in range(len(benchmark))]
+    offsets = torch.tensor([frame.offset for frame in frames], device=scores.device)
+    anchors = [frame.anchor for frame in frames]
+
+    predictions = zip(indices.tolist(), scores.argmax(1).tolist())
+    hits = [prediction in frames[i].labels for i, prediction in predictions]
+    hits = torch.tensor(hits, device=scores.device)
+    right = metrics.everyone(indices, hits, len(benchmark)) > 0
+
+    results = {f"pm_{k}": metrics.perturbed(right, anchors, offsets, k) for k in (0, 10)}
+    return results | dict(chance=1 / scores.shape[1])
 
 
 def class_embeddings(model: Embedder, benchmark: Images, templates: str = "") -> Tensor:
-    """(C, E): of each class the mean of its prompts' embeddings, of length 1; all names of a class
-    weigh the same.
+    """Return the mean of each class's prompt embeddings, (C, E), of length 1.
+
+    All names of a class weigh the same.
     """
     prompts = benchmark.prompts(templates)
     texts = model.texts([text for several in prompts for text in several])
-    return F.normalize(
-        torch.stack([part.mean(0) for part in texts.split(list(map(len, prompts)))]), dim=-1
-    )
+    parts = texts.split([len(several) for several in prompts])
+    means = torch.stack([part.mean(0) for part in parts])
+    return F.normalize(means, dim=-1)
