@@ -1,13 +1,13 @@
-"""Which tokens of a caption the text tower sees: FLIP's ablation (arXiv 2212.00794, section 3 and
-table 1c) and CLIPA's (2305.07017).
+"""Text masks: which tokens of a caption the text tower sees; FLIP's ablation (arXiv 2212.00794,
+section 3 and table 1c) and CLIPA's (2305.07017).
 
-    mask = parse("prioritised(0.5)")                  # as a config writes it, under data.text_mask
+    mask = parse("prioritised(0.5)")                  as a config writes it, under data.text_mask
     ids, places = mask(ids, real, caption, rng)
 
 FLIP drops tokens that have their positions already, so the places of those that stay travel with
-them. CLIPA cuts the ids of captions
-that are too long, and numbers them anew (places None). A mask is a function of the caption and of a
-random generator alone.
+them. CLIPA cuts captions that are too long, and numbers their tokens anew (places None). A mask is
+a function of the caption and of a random generator alone.
+
 To add one: a class here, decorated with @strategy.
 """
 
@@ -17,24 +17,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glimpse.data.masking import named
+from glimpse.data.spec import build_strategy
 
 STRATEGIES: dict[str, type["TextMask"]] = {}
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a mask must know of all captions: the context, how many special tokens stand around one,
-    the index of the pooled token.
+    """What all captions of a run have in common.
 
-    FLIP's masks keep that one always; CLIPA's keep the special tokens, which it is unless a
-    vocabulary has none.
+    FLIP's masks always keep the pooled token; CLIPA's keep the special tokens, of which it is one
+    unless a vocabulary has none.
     """
 
     context: int
-    start: int
-    end: int
-    pooled: int  # 0, the first, or -1, the last
+    start: int  # special tokens before the words
+    end: int  # special tokens after the words
+    pooled: int  # the index of the pooled token: 0, the first, or -1, the last
 
 
 def strategy(name: str) -> Callable[[type["TextMask"]], type["TextMask"]]:
@@ -57,16 +56,13 @@ class TextMask(ABC):
 
 @dataclass(frozen=True)
 class Dropped(TextMask):
-    """FLIP's: of the slots of the context a share is hidden."""
+    """Hide a share of the context's slots (FLIP)."""
 
     ratio: float
 
     def __post_init__(self):
-        if (
-            isinstance(self.ratio, bool)
-            or not isinstance(self.ratio, int | float)
-            or not 0 <= self.ratio < 1
-        ):
+        is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
+        if not is_number or not 0 <= self.ratio < 1:
             raise ValueError(
                 f"ratio is {self.ratio!r}; it must be in [0, 1): the share of the context's slots"
                 " to hide"
@@ -74,14 +70,16 @@ class Dropped(TextMask):
 
     @abstractmethod
     def rank(self, noise: np.ndarray, real: int) -> np.ndarray:
-        """(context,), the smallest stay."""
+        """Scores (context,) of the slots; the smallest stay."""
 
     def __call__(self, ids, real, caption, rng):
         score = self.rank(rng.random(caption.context), real)
-        score[0 if caption.pooled == 0 else len(ids) - 1] = -1
+        pooled = 0 if caption.pooled == 0 else len(ids) - 1
+        score[pooled] = -1  # always stays
         count = max(1, int(round(caption.context * (1 - self.ratio), 6)))
-        places = [int(i) for i in np.sort(np.argsort(score, kind="stable")[:count]) if i < len(ids)]
-        return [ids[i] for i in places], places
+        slots = np.sort(np.argsort(score, kind="stable")[:count])
+        places = [int(slot) for slot in slots if slot < len(ids)]
+        return [ids[place] for place in places], places
 
 
 @strategy("random")
@@ -102,7 +100,7 @@ class Prioritised(Dropped):
 
 @dataclass(frozen=True)
 class Cut(TextMask):
-    """CLIPA's: a caption of more than so many tokens loses some between its special ones."""
+    """Cut a caption of more than `tokens` tokens, between its special ones (CLIPA)."""
 
     tokens: int
 
@@ -115,18 +113,15 @@ class Cut(TextMask):
 
     @abstractmethod
     def choose(self, words: int, count: int, rng: np.random.Generator) -> np.ndarray:
-        """(count,) indices into so many words."""
+        """Indices (count,) of the words that stay."""
 
     def __call__(self, ids, real, caption, rng):
         count = self.tokens - caption.start - caption.end
         words = ids[caption.start : real - caption.end]
         if len(words) <= count:
             return ids[: max(real, self.tokens)], None
-        return [
-            *ids[: caption.start],
-            *(words[i] for i in self.choose(len(words), count, rng)),
-            *ids[real - caption.end : real],
-        ], None
+        chosen = [words[i] for i in self.choose(len(words), count, rng)]
+        return ids[: caption.start] + chosen + ids[real - caption.end : real], None
 
 
 @strategy("first")
@@ -155,8 +150,7 @@ class Shuffled(Cut):
 
 def parse(spec: str) -> TextMask | None:
     """'prioritised(0.5)' -> Prioritised(0.5); 'none' -> None."""
-    return (
-        None
-        if spec == "none"
-        else named(spec, STRATEGIES, "data.text_mask", "prioritised(0.5) or first(16)")
-    )
+    if spec == "none":
+        return None
+    form = "prioritised(0.5) or first(16)"
+    return build_strategy(spec, STRATEGIES, "data.text_mask", form)

@@ -1,68 +1,62 @@
-"""The evaluations: a table of kinds, and what they share. All ranks run them in step, each a share
-of the data; sums are exact.
+"""The evaluations: a table of kinds, and what they share. All ranks run them in step, each on a
+share of the data; sums are exact.
 
     parse(["zero_shot:datasets/glyphs/eval/seen_concepts_seen_style",
-    "linear_probe(optimizer=lars):datasets/benchmarks/fashion"]) evaluate(Embedder(...), parsed) ->
-    {"zero_shot/seen_concepts_seen_style/top1": 0.43, ...}
+           "linear_probe(optimizer=lars):datasets/benchmarks/fashion"])
+    evaluate(Embedder(...), parsed)
+        {"zero_shot/seen_concepts_seen_style/top1": 0.43, ...}
 
 `suite:aclip` is the sets of a paper (suites.py), each of them a zero_shot, and their averages.
 
-Each kind is one file here; to add one, write the file and its row in EVALS:
+Each kind is one file here, imported when it is used; to add one, write the file and its row in
+EVALS:
 
-    Options                                what the parentheses may hold: a frozen dataclass
-    check(images, options)                 ValueError where the set lacks what the kind reads, or
-                                           the options do not fit it
-    fits(model, options)                   where it is so: ValueError if this model, or how it is
-                                           shown images, cannot be asked that
-    evaluate(model, images, options)       {metric: value}, the same on every rank; no printing but
-                                           by model.say
-    READS                                  where it matters which of a folder's layouts is meant:
-                                           label_map, captions or questions
-    trains_tower(options)                  only where it may be so: those are refused during
-                                           training
+    Options                            a frozen dataclass: what the parentheses may hold
+    check(images, options)             ValueError where the set lacks what the kind reads, or the
+                                       options do not fit it
+    fits(model, options)               optional: ValueError if this model, or how it is shown
+                                       images, cannot be evaluated so
+    evaluate(model, images, options)   {metric: value}, the same on every rank; prints by model.say
+    READS                              where it matters which of a folder's layouts is meant:
+                                       label_map, captions or questions
+    trains_tower(options)              optional: True refuses it during training
 """
 
-import ast
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from types import ModuleType
 
 from glimpse.data.evals.clip_benchmark import Images
 from glimpse.data.evals.layouts import open_set
-from glimpse.run.evals import (
-    captioning,
-    finetune,
-    knn,
-    linear_probe,
-    retrieval,
-    segmentation,
-    suites,
-    vqa,
-    zero_shot,
-)
+from glimpse.data.spec import UnreadableSpec, read_spec
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.config import build, check_choice
 from glimpse.run.lib.distributed import say
 
-EVALS = {
-    "zero_shot": zero_shot,
-    "retrieval": retrieval,
-    "segmentation": segmentation,
-    "knn": knn,
-    "linear_probe": linear_probe,
-    "finetune": finetune,
-    "captioning": captioning,
-    "vqa": vqa,
-    "suite": suites,
+EVALS = {  # kind: its file
+    "zero_shot": "zero_shot",
+    "retrieval": "retrieval",
+    "segmentation": "segmentation",
+    "knn": "knn",
+    "linear_probe": "linear_probe",
+    "finetune": "finetune",
+    "captioning": "captioning",
+    "vqa": "vqa",
+    "suite": "suites",
 }
-WORDS = {"true": True, "false": False}  # as YAML has them; other bare words are strings
+
+
+def module_of(kind: str) -> ModuleType:
+    return importlib.import_module(f"glimpse.run.evals.{EVALS[kind]}")
 
 
 @dataclass(frozen=True)
 class Eval:
     kind: str
-    options: object  # of a suite: what was found of it
+    options: object  # of a suite: its sets, and what is missing or broken
     images: Images | None
-    label: str  # what its results go by: KIND/SET, with the options that were given
+    label: str  # its results' name: KIND/SET, with the options that were given
 
 
 def parse(specs: Iterable[str], training: bool = False, data: str = "", **defaults) -> list[Eval]:
@@ -72,105 +66,105 @@ def parse(specs: Iterable[str], training: bool = False, data: str = "", **defaul
     data: where the sets of suites lie. defaults: values of options that are not given, for the
     kinds that have them.
     """
-    found: list[Eval] = []
+    evals: list[Eval] = []
     for spec in specs:
         call, colon, folder = spec.partition(":")
-        kind, options, given = read_call(call, spec, defaults)
+        kind, options, arguments = read_call(call, spec, defaults)
         if not colon or not folder:
             raise ValueError(f"evals: {spec!r}; write {kind}:FOLDER")
-        module = EVALS[kind]
-        if training and getattr(module, "trains_tower", lambda options: False)(options):
+        module = module_of(kind)
+        if training and trains_tower(module, options):
             raise ValueError(
                 f"evals: {spec!r} trains the tower; ask for it after the training, with"
                 " run/evaluate.py"
             )
+        labels = {e.label for e in evals}
         if kind == "suite":
-            found += [
-                e
-                for e in of_suite(suites.look(folder, data, options, given), training)
-                if e.label not in {f.label for f in found}
-            ]
+            suite = module.look(folder, data, options, arguments)
+            evals += [e for e in evals_of_suite(suite, training) if e.label not in labels]
             continue
         images = open_set(folder, reads=getattr(module, "READS", ""))
         module.check(images, options)
-        label = f"{kind}{given}/{images.name}"
-        if label in {e.label for e in found}:
+        label = f"{kind}{arguments}/{images.name}"
+        if label in labels:
             raise ValueError(
                 f"evals: {spec!r}: a second set is called {images.name!r}, and results go by that"
                 " name; rename its folder"
             )
-        found.append(Eval(kind, options, images, label))
-    return found
+        evals.append(Eval(kind, options, images, label))
+    return evals
 
 
-def of_suite(suite: suites.Suite, training: bool) -> list[Eval]:
-    """The sets of a suite, and last the suite, for its averages.
+def trains_tower(module: ModuleType, options: object) -> bool:
+    return hasattr(module, "trains_tower") and module.trains_tower(options)
+
+
+def evals_of_suite(suite, training: bool) -> list[Eval]:
+    """The sets of a suite (suites.Suite), and last the suite, for its averages.
 
     Its broken sets stop a training before it starts.
     """
     say(str(suite))
     if training and suite.faults:
         raise ValueError("\n  ".join([f"evals: suite:{suite.name}: mend or remove", *suite.faults]))
-    sets = [
+    evals = [
         Eval("zero_shot", options, images, f"{suite.kind}/{name}")
         for name, (images, options) in suite.sets.items()
     ]
-    return [
-        *sets,
-        Eval("suite", suite, None, f"{suite.kind.replace('zero_shot', 'suite')}/{suite.name}"),
-    ]
+    label = f"{suite.kind.replace('zero_shot', 'suite')}/{suite.name}"
+    return [*evals, Eval("suite", suite, None, label)]
 
 
 def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
     """'KIND(option=value)' -> (kind, its Options, '(option=value)')."""
+    form = "write KIND:FOLDER or KIND(option=value):FOLDER"
     try:
-        tree = ast.parse(call.strip(), mode="eval").body
-        name, keywords = (
-            (tree.func.id, tree.keywords)
-            if isinstance(tree, ast.Call) and not tree.args
-            else (tree.id, [])
-        )
-        given = {
-            k.arg: (
-                WORDS.get(k.value.id, k.value.id)
-                if isinstance(k.value, ast.Name)
-                else ast.literal_eval(k.value)
-            )
-            for k in keywords
-        }
-    except (SyntaxError, AttributeError, ValueError, TypeError):
-        raise ValueError(
-            f"evals: {spec!r} cannot be read; write KIND:FOLDER or KIND(option=value):FOLDER"
-        ) from None
-    check_choice("evals", name, EVALS)
-    shown = ", ".join(f"{key}={str(value).rpartition('/')[2]}" for key, value in given.items())
-    Options = EVALS[name].Options
-    known = {
-        key: value for key, value in defaults.items() if key in {f.name for f in fields(Options)}
-    }
-    return name, build(Options, known | given, f"evals: {name}."), f"({shown})" * bool(shown)
+        parsed = read_spec(call, bare_words=True)
+    except UnreadableSpec:
+        raise ValueError(f"evals: {spec!r} cannot be read; {form}") from None
+    except ValueError as error:
+        raise ValueError(f"evals: {spec!r} cannot be read ({error}); {form}") from None
+    if parsed.args:
+        raise ValueError(f"evals: {spec!r} cannot be read; {form}")
+    check_choice("evals", parsed.name, EVALS)
+    options_type = module_of(parsed.name).Options
+    known = {f.name for f in fields(options_type)}
+    values = {key: value for key, value in defaults.items() if key in known} | parsed.options
+    options = build(options_type, values, f"evals: {parsed.name}.")
+
+    # Results are named by the options that were given, paths by their last part.
+    shown = [f"{key}={str(value).rpartition('/')[2]}" for key, value in parsed.options.items()]
+    return parsed.name, options, f"({', '.join(shown)})" if shown else ""
 
 
 def evaluate(
-    model: Embedder, evals: list[Eval], each: Callable[[str, dict], None] = lambda label, made: None
+    model: Embedder,
+    evals: list[Eval],
+    each: Callable[[str, dict], None] | None = None,
 ) -> dict[str, float]:
     """Run evaluations (from `parse`) on a model, sharded or not, and name their metrics
     kind/set/metric.
 
-    each(label, its metrics): is told what is done, so that hours of it are not lost by what fails
-    later.
+    each(label, its metrics) is called after each, so that hours of results are not lost by what
+    fails later.
     """
-    for e in evals:  # before anything is computed
-        getattr(EVALS[e.kind], "fits", lambda model, options: None)(model, e.options)
-    results, was_training = {}, model.towers.training
+    # Refuse what does not fit before anything is computed.
+    for e in evals:
+        module = module_of(e.kind)
+        if hasattr(module, "fits"):
+            module.fits(model, e.options)
+
+    results: dict[str, float] = {}
+    was_training = model.towers.training
     model.towers.eval()
     for e in evals:
-        made = (
-            suites.averages(e.options, results)
-            if e.kind == "suite"
-            else EVALS[e.kind].evaluate(model, e.images, e.options)
-        )
-        each(e.label, made)
-        results |= {f"{e.label}/{metric}": value for metric, value in made.items()}
+        module = module_of(e.kind)
+        if e.kind == "suite":
+            metrics = module.averages(e.options, results)
+        else:
+            metrics = module.evaluate(model, e.images, e.options)
+        if each:
+            each(e.label, metrics)
+        results |= {f"{e.label}/{metric}": value for metric, value in metrics.items()}
     model.towers.train(was_training)
     return results
