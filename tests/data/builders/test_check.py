@@ -39,22 +39,22 @@ def faults(folder, **options):
 
 
 def test_a_clean_folder_is_ready(folder):
-    report, found, text = faults(folder)
-    assert found == [] and f"ready: train with --set data.train={folder}" in text
+    report, problems, text = faults(folder)
+
+    assert problems == []
+    assert f"ready: train with --set data.train={folder}" in text
     assert report.found.counts == Counter(seen=10, read=10)
-    assert (
-        report.found.kinds == dict(png=4, jpg=4, webp=2)
-        and report.found.widths == {48: 10}
-        and report.found.heights == {40: 10}
-    )
-    assert report.found.words == {1: 5, 2: 3, 3: 2} and report.found.per_shard == {4: 2, 2: 1}
+    assert report.found.kinds == dict(png=4, jpg=4, webp=2)
+    assert report.found.widths == {48: 10}
+    assert report.found.heights == {40: 10}
+    assert report.found.words == {1: 5, 2: 3, 3: 2}
+    assert report.found.per_shard == {4: 2, 2: 1}
     assert report.sizes == [(folder / f"{i}.tar").stat().st_size for i in range(3)]
-    assert (
-        "2 / 4 / 4 samples" in text
-        and "1 / 1 / 3 words" in text
-        and "48 / 48 / 48 pixels wide, 40 / 40 / 40 high" in text
-    )
-    assert "index        up to date" in text and "3 are too few" in text
+    assert "2 / 4 / 4 samples" in text
+    assert "1 / 1 / 3 words" in text
+    assert "48 / 48 / 48 pixels wide, 40 / 40 / 40 high" in text
+    assert "index        up to date" in text
+    assert "3 are too few" in text
 
 
 def test_unreadable_samples_are_named_and_counted_against_the_limit(folder):
@@ -70,15 +70,15 @@ def test_unreadable_samples_are_named_and_counted_against_the_limit(folder):
         ],
     )
     build_index(folder)
-    report, found, text = faults(folder)
+    report, problems, text = faults(folder)
+
     assert [line.split()[:2] for line in sorted(report.found.unreadable)] == [
         ["1.tar", key] for key in ("alone", "cut", "html", "list")
     ]
-    assert (
-        found == ["36.36% of the samples cannot be read, and data.max_bad is 1.00%"]
-        and "1.tar  html  cannot read the image" in text
-    )
-    assert text.endswith(f"not ready: {found[0]}") and report.faults(0.37) == []
+    assert problems == ["36.36% of the samples cannot be read, and data.max_bad is 1.00%"]
+    assert "1.tar  html  cannot read the image" in text
+    assert text.endswith(f"not ready: {problems[0]}")
+    assert report.faults(0.37) == []
 
 
 def test_empty_captions_and_repeated_keys_are_told_but_pass(folder):
@@ -86,13 +86,13 @@ def test_empty_captions_and_repeated_keys_are_told_but_pass(folder):
     # 6 comes back later, 8 follows itself
     write_shard(folder / "0.tar", [("e", empty), pair(6), pair(7), pair(6), pair(8), pair(8)])
     build_index(folder)
-    report, found, text = faults(folder)
-    assert (
-        found == []
-        and report.found.empty == ["0.tar  e"]
-        and sorted(report.found.repeated) == ["0.tar  0006", "0.tar  0008"]
-    )
-    assert "no caption   1 sample" in text and "repeated key 2 samples" in text
+    report, problems, text = faults(folder)
+
+    assert problems == []
+    assert report.found.empty == ["0.tar  e"]
+    assert sorted(report.found.repeated) == ["0.tar  0006", "0.tar  0008"]
+    assert "no caption   1 sample" in text
+    assert "repeated key 2 samples" in text
 
 
 def test_a_gif_that_calls_itself_jpg_counts_as_other(folder):
@@ -100,6 +100,7 @@ def test_a_gif_that_calls_itself_jpg_counts_as_other(folder):
     Image.new("RGB", (9, 9)).save(path)
     write_shard(folder / "2.tar", [("gif", {"jpg": path.read_bytes(), "txt": b"x"})])
     build_index(folder)
+
     assert faults(folder)[0].found.kinds["other"] == 1
 
 
@@ -122,53 +123,53 @@ def test_a_gif_that_calls_itself_jpg_counts_as_other(folder):
 )
 def test_a_shard_that_training_refuses_is_named(folder, spoil, expected):
     spoil(folder / "1.tar")
-    report, found, text = faults(folder)
-    assert (
-        len(report.found.refused) == 1
-        and expected in next(iter(report.found.refused))
-        and "1.tar" in text
-    )
-    assert "training refuses 1 shard" in found
+    report, problems, text = faults(folder)
+
+    assert len(report.found.refused) == 1
+    assert expected in next(iter(report.found.refused))
+    assert "1.tar" in text
+    assert "training refuses 1 shard" in problems
 
 
 def test_an_index_that_is_not_that_of_the_files(folder):
     # the same number of samples, elsewhere
     write_shard(folder / "1.tar", [pair(i, "jpg") for i in (1, 0, 2, 3)])
-    report, found, text = faults(folder)
-    assert (
-        found == ["the index is stale"]
-        and "1.tar: changed since it was indexed; run: run/prepare.py index" in text
-    )
+    report, problems, text = faults(folder)
+
+    assert problems == ["the index is stale"]
+    assert "1.tar: changed since it was indexed; run: run/prepare.py index" in text
+
     (folder / "1.tar").unlink()
+
     assert faults(folder)[1] == ["the index is stale"]
+
     index = json.loads((folder / "shards.index.json").read_text())
     (folder / "shards.index.json").write_text(json.dumps(index | dict(version=0)))
+
     assert "version 0" in faults(folder)[2]
 
 
 def test_no_index_is_no_fault_and_none_is_made(folder):
     (folder / "shards.index.json").unlink()
-    report, found, text = faults(folder)
-    assert (
-        found == []
-        and "index        none yet" in text
-        and not (folder / "shards.index.json").exists()
-    )
+    report, problems, text = faults(folder)
+
+    assert problems == []
+    assert "index        none yet" in text
+    assert not (folder / "shards.index.json").exists()
 
 
 def test_a_sample_is_spread_over_the_shards(folder):
-    report, found, text = faults(folder, sample=3)
-    assert (
-        report.found.counts == Counter(seen=10, read=3)
-        and report.looked == 3
-        and report.found.kinds == dict(png=1, jpg=1, webp=1)
-    )
-    report, found, text = faults(folder, sample=2)
-    assert (
-        report.looked == 2
-        and report.found.counts["read"] == 2
-        and "6 samples in the 2 shards looked at" in text
-    )
+    report, problems, text = faults(folder, sample=3)
+
+    assert report.found.counts == Counter(seen=10, read=3)
+    assert report.looked == 3
+    assert report.found.kinds == dict(png=1, jpg=1, webp=1)
+
+    report, problems, text = faults(folder, sample=2)
+
+    assert report.looked == 2
+    assert report.found.counts["read"] == 2
+    assert "6 samples in the 2 shards looked at" in text
     assert check(folder, sample=8).found.counts["read"] == 3 + 3 + 2
     assert check(folder, sample=1000).found.counts["read"] == 10
     with pytest.raises(ValueError, match="--sample: 0"):
@@ -181,10 +182,8 @@ def test_a_folder_without_shards(tmp_path):
 
 
 def test_figures():
-    assert (
-        spread(Counter({5: 3, 1: 1, 9: 2})) == "1 / 5 / 9"
-        and spread(Counter({2: 1})) == "2 / 2 / 2"
-    )
+    assert spread(Counter({5: 3, 1: 1, 9: 2})) == "1 / 5 / 9"
+    assert spread(Counter({2: 1})) == "2 / 2 / 2"
     assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 5 * 10**14)] == [
         "0 bytes",
         "999 bytes",

@@ -30,7 +30,7 @@ from glimpse.data.builders.composites.texts import (
 from glimpse.data.evals.clip_benchmark import IGNORE, Benchmark
 from glimpse.data.shards import Shards, build_index, write_shard
 
-COLOURS = {
+COLORS = {
     "ant": (255, 0, 0),
     "bus": (0, 255, 0),
     "owl": (0, 0, 255),
@@ -50,7 +50,7 @@ def quiet(items, text):
 def drawing(name, style):
     image = Image.new("RGBA", (40, 40))
     shape = ImageDraw.Draw(image).ellipse if len(style) % 2 else ImageDraw.Draw(image).rectangle
-    shape((6, 8, 33, 30), fill=(*COLOURS[name], 255))
+    shape((6, 8, 33, 30), fill=(*COLORS[name], 255))
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -62,7 +62,7 @@ def glyphs(tmp_path_factory):
     for part, styles in STYLES.items():
         rows = []
         for style in styles:
-            for name in COLOURS:
+            for name in COLORS:
                 about = dict(style=style, emoji="x", toned=False)
                 texts = {"txt": f"the {name}".encode(), "json": json.dumps(about).encode()}
                 rows.append((f"{style}__{name}", {"png": drawing(name, style), **texts}))
@@ -79,14 +79,14 @@ def make(glyphs, out, **more):
         out,
         glyphs=glyphs,
         **dict(
-            train=20, test=12, unseen=5, concepts={n: f"the {n}" for n in COLOURS}, progress=quiet
+            train=20, test=12, unseen=5, concepts={n: f"the {n}" for n in COLORS}, progress=quiet
         )
         | more,
     )
 
 
 @pytest.fixture(scope="module")
-def made(glyphs, tmp_path_factory):
+def composites(glyphs, tmp_path_factory):
     out = tmp_path_factory.mktemp("made") / "composites"
     make(glyphs, out)
     return out
@@ -104,22 +104,22 @@ def test_label_maps_agree_with_alpha(glyphs):
     """Where the map says red things are, the picture is red (but for soft edges), and nowhere
     else.
     """
-    drawings = scenes.read_drawings(glyphs, {n: f"the {n}" for n in COLOURS})["train"]
+    drawings = scenes.read_drawings(glyphs, {n: f"the {n}" for n in COLORS})["train"]
     for number in range(30):
         scene = compose(drawings, np.random.default_rng(number))
         pixels = np.asarray(scene.image, int)
-        for label, colour in enumerate(COLOURS.values()):
+        for label, color in enumerate(COLORS.values()):
             inside = scene.label_map == label
-            near = np.abs(pixels - colour).sum(-1)
+            near = np.abs(pixels - color).sum(-1)
             assert (near[inside] < 30).sum() >= 0.7 * inside.sum()
             assert not (near[~inside] < 30).any()
         assert set(np.unique(scene.label_map)) - {IGNORE} == {
-            list(COLOURS).index(t.name) for t in scene.things
+            list(COLORS).index(t.name) for t in scene.things
         }
 
 
-def test_boxes_just_hold_what_is_visible(made):
-    images = Benchmark(made)
+def test_boxes_just_hold_what_is_visible(composites):
+    images = Benchmark(composites)
     for i in range(len(images)):
         labels, boxes = images.label_map(i), json.loads(images.member(i, "json"))["boxes"]
         assert labels.shape == (CANVAS, CANVAS)
@@ -128,9 +128,8 @@ def test_boxes_just_hold_what_is_visible(made):
             assert images.classes()[row["class"]] == row["name"]
             left, top, right, bottom = row["box"]
             inside = labels[top:bottom, left:right] == row["class"]
-            assert inside.any(0)[[0, -1]].all() and inside.any(1)[[0, -1]].all(), (
-                "the box is larger than what it holds"
-            )
+            assert inside.any(0)[[0, -1]].all(), "the box is larger than what it holds"
+            assert inside.any(1)[[0, -1]].all(), "the box is larger than what it holds"
             union[top:bottom, left:right] = True
         assert (labels[~union] == IGNORE).all()
 
@@ -149,20 +148,22 @@ def read_back(caption, names):
     return found
 
 
-def test_captions_name_what_is_there(made):
+def test_captions_name_what_is_there(composites):
     relational = 0
+
     for split in ("train", "test"):
-        images = Benchmark(made, split)
+        images = Benchmark(composites, split)
         for i in range(len(images)):
             boxes = json.loads(images.member(i, "json"))["boxes"]
             texts = images.captions(i)
-            assert 2 <= len(texts) <= 5 and len(set(texts)) == len(texts)
-            centres = {
+            assert 2 <= len(texts) <= 5
+            assert len(set(texts)) == len(texts)
+            centers = {
                 row["name"]: [row["box"][0] + row["box"][2], row["box"][1] + row["box"][3]]
                 for row in boxes
             }
             for text in texts:
-                assert read_back(text, COLOURS) == Counter(row["name"] for row in boxes), text
+                assert read_back(text, COLORS) == Counter(row["name"] for row in boxes), text
                 for a, which, b in re.findall(
                     r"an? (\w+) (to the left of|to the right of|above|below) an? (\w+)", text
                 ):
@@ -170,14 +171,16 @@ def test_captions_name_what_is_there(made):
                         ("left" not in which and "right" not in which),
                         which in ("to the left of", "above"),
                     )
-                    assert (centres[a][axis] < centres[b][axis]) == smaller
+                    assert (centers[a][axis] < centers[b][axis]) == smaller
                     relational += 1
     assert relational > 3
 
 
-def test_a_training_set_draws_one_of_the_captions(made):
-    sample = Shards([made / "train"])[0]
-    assert len(sample.captions) >= 2 and not any("\n" in caption for caption in sample.captions)
+def test_a_training_set_draws_one_of_the_captions(composites):
+    sample = Shards([composites / "train"])[0]
+
+    assert len(sample.captions) >= 2
+    assert not any("\n" in caption for caption in sample.captions)
 
 
 SCENE = [
@@ -193,7 +196,7 @@ def asked(things):
     rows = [
         row
         for seed in range(300)
-        for row in questions(things, 96, [*COLOURS], np.random.default_rng(seed))
+        for row in questions(things, 96, [*COLORS], np.random.default_rng(seed))
     ]
     assert all(len(row["answers"]) == 10 and len(set(row["answers"])) == 1 for row in rows)
     return {row["question"]: row["answers"][0] for row in rows}
@@ -217,20 +220,18 @@ def test_questions_of_a_scene_by_hand():
         "is there a mouse?": "no",
         "is there a key?": "no",
     }
+
     two = asked(SCENE[:2])
-    assert (
-        two["what is to the left of the bus?"] == "ant"
-        and two["what is there besides the ant?"] == "bus"
-    )
-    assert (
-        asked(SCENE[:1])["what is in the picture?"] == "ant"
-        and asked(SCENE[2:])["what are these?"] == "owls"
-    )
+
+    assert two["what is to the left of the bus?"] == "ant"
+    assert two["what is there besides the ant?"] == "bus"
+    assert asked(SCENE[:1])["what is in the picture?"] == "ant"
+    assert asked(SCENE[2:])["what are these?"] == "owls"
     assert "where is the owl?" not in asked(SCENE)
 
 
-def test_questions_of_built_scenes_are_true(made):
-    images, kinds = Benchmark(made), Counter()
+def test_questions_of_built_scenes_are_true(composites):
+    images, kinds = Benchmark(composites), Counter()
     for i in range(len(images)):
         counts = Counter(row["name"] for row in json.loads(images.member(i, "json"))["boxes"])
         for question in images.questions(i):
@@ -249,9 +250,10 @@ def test_questions_of_built_scenes_are_true(made):
                 )
             if question.kind == "what":
                 assert answer in counts or answer in map(plural, counts)
-    assert (
-        kinds["is there"] == kinds["how many"] == len(images) and kinds["where"] and kinds["what"]
-    )
+
+    assert kinds["is there"] == kinds["how many"] == len(images)
+    assert kinds["where"]
+    assert kinds["what"]
 
 
 def test_sides_and_places():
@@ -259,53 +261,60 @@ def test_sides_and_places():
         "on the slant: neither above nor left"
     )
     assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (5, 0, 15, 10))], 96) == [], "too near"
-    assert (
-        place(Thing("a", (40, 40, 54, 54)), 96) == "middle"
-        and place(Thing("a", (0, 80, 10, 90)), 96) == "bottom left"
-    )
+    assert place(Thing("a", (40, 40, 54, 54)), 96) == "middle"
+    assert place(Thing("a", (0, 80, 10, 90)), 96) == "bottom left"
+
     texts = {
         text
         for seed in range(50)
         for text in captions([Thing("ant", (0, 0, 9, 9))], 96, np.random.default_rng(seed))
     }
+
     assert {"an ant at the top left", "there is an ant", "an ant"} <= texts
 
 
 def test_drawings_of_test_are_not_those_of_train(glyphs):
     drawings = scenes.read_drawings(glyphs, {"ant": "the ant"})
+
     assert {part: len(by_name["ant"]) for part, by_name in drawings.items()} == {
         "train": 2,
         "test": 1,
         "unseen": 1,
     }
+
     unseen = cut_out(drawing("ant", "fluent3d"), "x")
+
     assert drawings["unseen"]["ant"][0].tobytes() == unseen.tobytes(), (
         "neither strokes alone nor a seen style's held-out concept"
     )
 
 
-def test_same_seed_same_bytes(glyphs, made, tmp_path):
+def test_same_seed_same_bytes(glyphs, composites, tmp_path):
     make(glyphs, tmp_path / "again")
     make(glyphs, tmp_path / "other", seed=1)
-    assert contents(tmp_path / "again") == contents(made)
+
+    assert contents(tmp_path / "again") == contents(composites)
+
     other = contents(tmp_path / "other")
+
     assert all(
-        other[f"{folder}/0.tar"] != contents(made)[f"{folder}/0.tar"]
+        other[f"{folder}/0.tar"] != contents(composites)[f"{folder}/0.tar"]
         for folder in ("train", "test", "unseen_style/test")
     )
-    assert (
-        len(Benchmark(made / "unseen_style", "train")) == 20
-        and len(Benchmark(made / "unseen_style")) == 5
-    )
+    assert len(Benchmark(composites / "unseen_style", "train")) == 20
+    assert len(Benchmark(composites / "unseen_style")) == 5
 
 
-def test_an_existing_folder_is_kept(glyphs, made, tmp_path):
-    before = contents(made)
-    assert make(glyphs, made)["settings"]["scenes"] == [20, 12, 5]
+def test_an_existing_folder_is_kept(glyphs, composites, tmp_path):
+    before = contents(composites)
+
+    assert make(glyphs, composites)["settings"]["scenes"] == [20, 12, 5]
     with pytest.raises(ValueError, match="holds a composites set built with other seed"):
-        make(glyphs, made, seed=3)
-    assert contents(made) == before
+        make(glyphs, composites, seed=3)
+    assert contents(composites) == before
+
     (tmp_path / "mine.txt").write_text("mine")
+
     with pytest.raises(ValueError, match="something else than a finished composites set"):
         make(glyphs, tmp_path)
 
@@ -331,7 +340,9 @@ def test_names_can_be_said():
         == len(set(CONCEPTS.values()))
         >= 90
     )
+
     spoken = ("fox", "butterfly", "key", "bus", "watch", "mouse")
+
     assert [plural(n) for n in spoken] == [
         "foxes",
         "butterflies",

@@ -90,11 +90,10 @@ def test_evaluation_images_lie_on_white(extension):
     file = io.BytesIO()
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(file, extension)
     image = Image.open(io.BytesIO(glyphs.on_white(file.getvalue(), extension)))
-    assert (
-        image.format.lower() == extension
-        and image.mode == "RGB"
-        and image.getpixel((3, 3)) == (255, 255, 255)
-    )
+
+    assert image.format.lower() == extension
+    assert image.mode == "RGB"
+    assert image.getpixel((3, 3)) == (255, 255, 255)
 
 
 def test_classification_is_in_clip_benchmarks_layout(tmp_path):
@@ -103,6 +102,7 @@ def test_classification_is_in_clip_benchmarks_layout(tmp_path):
         glyph("2", "ape", b"a"),
         glyph("3", "ape", b"b", extension="webp"),
     ]
+
     assert write_classification(tmp_path, members) == {"images": 2, "classes": 2}
     assert (tmp_path / "classnames.txt").read_text() == "ape\nzebra\n"
     assert (tmp_path / "zeroshot_classification_templates.txt").read_text().splitlines()[0].format(
@@ -137,9 +137,9 @@ def cache(tmp_path_factory):
     for number, package in enumerate(PACKAGES):
         put(f"{package}/package.json", {"license": "MIT", "author": {"name": "Some One"}})
         if package.startswith("@iconify-json/"):
-            colour = f"{number + 1:03d}"
+            color = f"{number + 1:03d}"
             icons = {
-                name.replace(" ", "-"): f'<circle fill="#{colour}" r="{i + 8}"/>'
+                name.replace(" ", "-"): f'<circle fill="#{color}" r="{i + 8}"/>'
                 for i, name in enumerate(NAMES.values())
             }
             icons |= {
@@ -197,19 +197,22 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def built(cache, tmp_path_factory):
+def default_build(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("built") / "glyphs"
     return out, build(out, cache=cache, progress=quiet)
 
 
-def test_nothing_held_out_is_trained_on(built):
-    out, summary = built
+def test_nothing_held_out_is_trained_on(default_build):
+    out, summary = default_build
     train, heldout = read(out / "train"), read(out / "heldout")
+
     assert not set(train) & set(heldout)
-    assert len(train) == summary["pairs"]["train"] and len(heldout) == summary["pairs"]["heldout"]
+    assert len(train) == summary["pairs"]["train"]
+    assert len(heldout) == summary["pairs"]["heldout"]
     for sample in train.values():
         about = json.loads(sample["json"])
-        assert about["style"] not in UNSEEN_STYLES and about["concept"] not in UNSEEN
+        assert about["style"] not in UNSEEN_STYLES
+        assert about["concept"] not in UNSEEN
     for sample in heldout.values():
         about = json.loads(sample["json"])
         assert about["style"] in UNSEEN_STYLES or about["concept"] in UNSEEN
@@ -217,32 +220,37 @@ def test_nothing_held_out_is_trained_on(built):
     assert {json.loads(s["json"])["emoji"] for s in train.values()} == {*ANIMALS, "👋", ""} - set(
         UNSEEN
     )
-    assert (out / "train/shards.index.json").exists() and (
-        out / "heldout/shards.index.json"
-    ).exists()
+    assert (out / "train/shards.index.json").exists()
+    assert (out / "heldout/shards.index.json").exists()
 
 
-def test_a_sample_is_image_caption_and_what_is_known(built):
-    sample = read(built[0] / "train")["noto__rat"]
-    assert Image.open(io.BytesIO(sample["png"])).mode == "RGBA" and sample["txt"] == b"rat"
+def test_a_sample_is_image_caption_and_what_is_known(default_build):
+    sample = read(default_build[0] / "train")["noto__rat"]
+
+    assert Image.open(io.BytesIO(sample["png"])).mode == "RGBA"
+    assert sample["txt"] == b"rat"
+
     about = json.loads(sample["json"])
-    assert (
-        about["emoji"] == about["concept"] == "🐀"
-        and about["license"] == "MIT"
-        and about["group"] == "Animals"
-    )
-    assert about["captions"]["de"] == "de rat" and len(about["captions"]) == 10
+
+    assert about["emoji"] == about["concept"] == "🐀"
+    assert about["license"] == "MIT"
+    assert about["group"] == "Animals"
+    assert about["captions"]["de"] == "de rat"
+    assert len(about["captions"]) == 10
 
 
-def test_duplicates_hidden_icons_and_unreadable_names_are_left_out(built):
-    keys = set(read(built[0] / "train")) | set(read(built[0] / "heldout"))
-    assert "noto__flying-saucer" in keys and "fxemoji__flying-saucer" not in keys
+def test_duplicates_hidden_icons_and_unreadable_names_are_left_out(default_build):
+    keys = set(read(default_build[0] / "train")) | set(read(default_build[0] / "heldout"))
+
+    assert "noto__flying-saucer" in keys
+    assert "fxemoji__flying-saucer" not in keys
     assert not [k for k in keys if k.endswith(("__second-rat", "__gone", "skin-tone"))]
 
 
-def test_evaluation_sets_ask_for_what_their_name_says(built):
-    out, summary = built
+def test_evaluation_sets_ask_for_what_their_name_says(default_build):
+    out, summary = default_build
     trained = {sample["txt"].decode() for sample in read(out / "train").values()}
+
     for name, style in (
         ("unseen_concepts_seen_style", "noto"),
         ("unseen_concepts_unseen_style", "fluent3d"),
@@ -264,48 +272,52 @@ def test_evaluation_sets_ask_for_what_their_name_says(built):
     }
 
 
-def test_licences_name_every_style(built):
-    text = (built[0] / "LICENSES.txt").read_text()
-    for style in built[1]["styles"]:
+def test_licences_name_every_style(default_build):
+    text = (default_build[0] / "LICENSES.txt").read_text()
+
+    for style in default_build[1]["styles"]:
         assert f"\n{style}: " in text
     assert f"@iconify-json/noto {PACKAGES['@iconify-json/noto']}, MIT Artist about:artist" in text
 
 
 def test_a_build_is_the_same_bytes_with_any_number_of_processes(
-    built, cache, tmp_path, monkeypatch
+    default_build, cache, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     build(tmp_path / "again", cache=cache, progress=quiet)
-    assert contents(tmp_path / "again") == contents(built[0])
+
+    assert contents(tmp_path / "again") == contents(default_build[0])
 
 
-def test_skin_tones_are_kept_on_demand(built, cache, tmp_path):
+def test_skin_tones_are_kept_on_demand(default_build, cache, tmp_path):
     summary = build(tmp_path / "toned", cache=cache, tones=True, progress=quiet)
     toned = [
         k
         for k, s in (read(tmp_path / "toned/train") | read(tmp_path / "toned/heldout")).items()
         if json.loads(s["json"])["toned"]
     ]
+
     assert sorted(toned) == sorted(
         f"{p.split('/')[1]}__waving-hand-medium-skin-tone"
         for p in PACKAGES
         if "@iconify-json/" in p
     )
-    assert summary["eval"] == built[1]["eval"]  # they are in no class list
+    assert summary["eval"] == default_build[1]["eval"]  # they are in no class list
 
 
-def test_icons_are_taken_on_demand(built, cache, tmp_path):
+def test_icons_are_taken_on_demand(default_build, cache, tmp_path):
     imitation(cache / "iconify")
     out, summary = (
         tmp_path / "icons",
         build(tmp_path / "icons", cache=cache, icons=True, progress=quiet),
     )
-    train, before = read(out / "train"), read(built[0] / "train")
-    assert {key: train[key] for key in before} == before and {
-        key.split("__")[0] for key in set(train) - set(before)
-    } == {"iconify"}
+    train, before = read(out / "train"), read(default_build[0] / "train")
+
+    assert {key: train[key] for key in before} == before
+    assert {key.split("__")[0] for key in set(train) - set(before)} == {"iconify"}
     assert summary["styles"]["iconify"]["train"] == len(train) - len(before)
-    assert len(list((out / "train").glob("*.tar"))) == 5 and summary["eval"] == built[1]["eval"]
+    assert len(list((out / "train").glob("*.tar"))) == 5
+    assert summary["eval"] == default_build[1]["eval"]
     assert (
         f"\nplain: @iconify/json {glyphs_icons.PACKAGES['@iconify/json']}, MIT Some One about:one"
         in (out / "LICENSES.txt").read_text()
@@ -314,15 +326,18 @@ def test_icons_are_taken_on_demand(built, cache, tmp_path):
         build(out, cache=cache)
 
 
-def test_a_finished_build_is_found_and_anything_else_refused(built, cache, tmp_path):
+def test_a_finished_build_is_found_and_anything_else_refused(default_build, cache, tmp_path):
     def drawn_again(items, text):
         raise AssertionError("built again")
 
-    out, summary = built
+    out, summary = default_build
+
     assert build(out, cache=cache, progress=drawn_again) == summary
     with pytest.raises(ValueError, match="built with other tones; remove it"):
         build(out, cache=cache, tones=True)
+
     (tmp_path / "mine.txt").write_text("precious")
+
     with pytest.raises(ValueError, match="holds something else"):
         build(tmp_path, cache=cache)
 
@@ -349,7 +364,11 @@ def test_the_real_packages_build(tmp_path):
         summary = build(tmp_path / "out", cache=tmp_path / "cache", progress=quiet)
     except ValueError as error:
         pytest.skip(str(error))
-    assert 8800 < summary["pairs"]["train"] < 9000 and 5900 < summary["pairs"]["heldout"] < 6100
+
+    assert 8800 < summary["pairs"]["train"] < 9000
+    assert 5900 < summary["pairs"]["heldout"] < 6100
     assert summary["eval"]["unseen_concepts_unseen_style"]["classes"] > 170
+
     french_fries = read(tmp_path / "out/train")["noto__french-fries"]
+
     assert json.loads(french_fries["json"])["captions"]["de"] == "Pommes frites"

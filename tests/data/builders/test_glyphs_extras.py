@@ -22,9 +22,9 @@ def vocabulary():
     return Vocabulary({"en": known}, dict.fromkeys(known, "Animals"))
 
 
-def picture(colour, mode="RGBA"):
+def picture(color, mode="RGBA"):
     file = io.BytesIO()
-    Image.new(mode, (8, 8), colour).save(file, "PNG")
+    Image.new(mode, (8, 8), color).save(file, "PNG")
     return file.getvalue()
 
 
@@ -48,12 +48,15 @@ def rcc(files):
 
 def test_qt_resources_are_read(tmp_path):
     path = tmp_path / "a.rcc"
-    packed = struct.pack(">I", 4) + zlib.compress(b"long")
+    compressed = struct.pack(">I", 4) + zlib.compress(b"long")
     path.write_bytes(
-        rcc({"plain.webp": (0, b"abc"), "packed.svg": (1, packed), "other": (4, b"zstd")})
+        rcc({"plain.webp": (0, b"abc"), "packed.svg": (1, compressed), "other": (4, b"zstd")})
     )
+
     assert list(extras.read_rcc(path)) == [("/plain.webp", b"abc"), ("/packed.svg", b"long")]
+
     path.write_bytes(b"nonsense")
+
     with pytest.raises(ValueError, match="not a Qt resource file"):
         extras.read_rcc(path)
 
@@ -81,9 +84,10 @@ def test_clip_art_is_named_by_its_title_or_its_file(tmp_path):
     for stem, title in titles.items():
         (base / f"{stem}.svg").write_text(drawing(title))
     (base / "saucer.svg").write_text("<svg>")
-    found = {g.name: g for g in extras.openclipart(tmp_path, vocabulary())}
-    captions = {name.removeprefix("food-"): g.caption for name, g in found.items()}
+    glyphs = {g.name: g for g in extras.openclipart(tmp_path, vocabulary())}
+    captions = {name.removeprefix("food-"): g.caption for name, g in glyphs.items()}
     series = {f"series_{c}": f"series {c}" for c in "abcd"}
+
     assert captions == {
         "old_dog": "A dog & a cat",
         "apple2": "apple",
@@ -93,12 +97,12 @@ def test_clip_art_is_named_by_its_title_or_its_file(tmp_path):
         **series,
     }
     # the split holds monkeys out
-    assert [name for name, g in found.items() if not trainable(g)] == ["food-monkey"]
-    images = {name: g.image() for name, g in found.items()}
-    assert (
-        images["food-saucer"] == b""
-        and max(Image.open(io.BytesIO(images["food-monkey"])).size) == 128
-    )
+    assert [name for name, g in glyphs.items() if not trainable(g)] == ["food-monkey"]
+
+    images = {name: g.image() for name, g in glyphs.items()}
+
+    assert images["food-saucer"] == b""
+    assert max(Image.open(io.BytesIO(images["food-monkey"])).size) == 128
 
 
 def test_stamps_have_sentences_and_one_image_each(tmp_path):
@@ -109,11 +113,10 @@ def test_stamps_have_sentences_and_one_image_each(tmp_path):
     (base / "lion.png").write_bytes(picture("red"))
     (base / "nameless.png").write_bytes(picture("red"))
     [stamp] = extras.tuxstamps(tmp_path, vocabulary())
-    assert (
-        stamp.key == "tuxstamps__animals-lion"
-        and stamp.caption == "A lion."
-        and not trainable(stamp)
-    )
+
+    assert stamp.key == "tuxstamps__animals-lion"
+    assert stamp.caption == "A lion."
+    assert not trainable(stamp)
     assert stamp.about["captions"] == {"en": "A lion.", "de": "Ein Löwe."}
     assert max(Image.open(io.BytesIO(stamp.image())).size) == 224
 

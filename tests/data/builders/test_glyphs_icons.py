@@ -87,8 +87,9 @@ def cache(tmp_path):
 
 
 def test_icons_are_named_and_held_out(cache):
-    glyphs, credits = collect(cache, vocabulary())
+    glyphs, origins = collect(cache, vocabulary())
     captions = {g.name: g.caption for g in glyphs}
+
     assert captions == {
         "plain_credit-card-5-flat": "credit card",
         "plain_goat": "goat",
@@ -109,11 +110,11 @@ def test_icons_are_named_and_held_out(cache):
         "logos_monkey",
         "cif_br",
     }
+
     about = {g.name: g.about for g in glyphs}
-    assert (
-        trainable(next(g for g in glyphs if g.name == "plain_goat"))
-        and about["plain_goat"]["emoji"] == "🐐"
-    )
+
+    assert trainable(next(g for g in glyphs if g.name == "plain_goat"))
+    assert about["plain_goat"]["emoji"] == "🐐"
     assert about["logos_goat-icon"]["emoji"] == "", "a brand of that name is no goat"
     assert [about[name]["group"] for name in ("plain_goat", "plain_goat-2")] == [
         "Animals",
@@ -125,8 +126,8 @@ def test_icons_are_named_and_held_out(cache):
         "license": "MIT",
         "concept": "🇫🇷",
     }
-    assert set(credits) == {"plain", "logos", "cif", "thesvg-color"}
-    assert credits["cif"] == dict(
+    assert set(origins) == {"plain", "logos", "cif", "thesvg-color"}
+    assert origins["cif"] == dict(
         package="@iconify/json",
         version="2.2.535",
         licence="MIT",
@@ -138,8 +139,11 @@ def test_icons_are_named_and_held_out(cache):
 def test_identical_drawings_once_and_what_is_nothing_on_white_not_at_all(cache):
     glyphs, _ = collect(cache, vocabulary())
     drawn = [Glyph(g.style, g.name, g.extension, g.caption, g.about, g.image()) for g in glyphs]
+
     assert [g.name for g in drawn if not g.image] == ["plain_blind-light"]
+
     kept = one_per_image(g for g in drawn if g.image)
+
     assert {g.name for g in drawn} - {g.name for g in kept} == {
         "plain_blind-light",
         "plain_goat-2-flat",
@@ -180,19 +184,16 @@ def test_a_caption_follows_its_sets_convention(icon, name, category, caption):
 
 
 def test_flags():
-    assert (
-        flag("fr") == "🇫🇷"
-        and flag("gb-eng") == "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
-    )
+    assert flag("fr") == "🇫🇷"
+    assert flag("gb-eng") == "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
 
 
 def test_held_out_names_are_whole_words():
     secret = held_out(vocabulary())
-    assert (
-        secret.search("a monkey logo")
-        and not secret.search("monkeys")
-        and not secret.search("brazil goat key")
-    )
+
+    assert secret.search("a monkey logo")
+    assert not secret.search("monkeys")
+    assert not secret.search("brazil goat key")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,9 @@ def test_held_out_names_are_whole_words():
 )
 def test_a_fifth_of_the_shards_is_a_fifth_of_the_samples(samples, size):
     assert fifths(samples) == size <= 1000
+
     shards = -(-samples // size)
+
     assert samples == 1 or shards % 5 == 0 and abs(shards // 5 * size / samples - 0.2) < 0.005
 
 
@@ -211,5 +214,7 @@ def test_any_fifth_of_the_shards_is_a_random_draw(tmp_path):
     ]
     write_shards(tmp_path / "glyphs", many, fifths(len(many)))
     fifth = Shards([f"{tmp_path}/glyphs-{{00003..00003}}.tar"])
-    assert len(Shards([tmp_path])) == 2000 and len(fifth) == 400
+
+    assert len(Shards([tmp_path])) == 2000
+    assert len(fifth) == 400
     assert 0.2 < sum("b_" in fifth[i].key for i in range(400)) / 400 < 0.3

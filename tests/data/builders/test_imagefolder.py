@@ -23,9 +23,9 @@ def image(path, shade, kind=None):
     return path
 
 
-def shades(found):
+def shades(images):
     """(class, shade of the picture) of each image."""
-    return [(found.label(i), int(decode(found.image(i))[0, 0, 0])) for i in range(len(found))]
+    return [(images.label(i), int(decode(images.image(i))[0, 0, 0])) for i in range(len(images))]
 
 
 def test_a_tree_without_splits(tmp_path):
@@ -39,18 +39,19 @@ def test_a_tree_without_splits(tmp_path):
             (tmp_path / "in" / name).write_text("not an image")
         else:
             image(tmp_path / "in" / name, shade, "WEBP" if "webp" in name else None)
+
     assert build(tmp_path / "in", tmp_path / "out") == {
         "classes": ["ape", "red panda"],
         "left_out": 0,
         "test": 3,
     }
-    found = parse([f"zero_shot:{tmp_path}/out"])[0].images
-    assert found.prompts() == [["a photo of a ape."], ["a photo of a red panda."]]
-    assert shades(found) == [(0, 10), (1, 20), (1, pytest.approx(30, abs=2))]
-    assert (
-        found.image(0).startswith(b"\x89PNG")
-        and found.image(1) == (tmp_path / "in/red_panda/b.png").read_bytes()
-    )
+
+    images = parse([f"zero_shot:{tmp_path}/out"])[0].images
+
+    assert images.prompts() == [["a photo of a ape."], ["a photo of a red panda."]]
+    assert shades(images) == [(0, 10), (1, 20), (1, pytest.approx(30, abs=2))]
+    assert images.image(0).startswith(b"\x89PNG")
+    assert images.image(1) == (tmp_path / "in/red_panda/b.png").read_bytes()
 
 
 def test_a_tree_with_splits_and_numbers(tmp_path):
@@ -65,17 +66,26 @@ def test_a_tree_with_splits_and_numbers(tmp_path):
     ):
         image(tmp_path / "in" / split / label / "x.png", shade)
     (tmp_path / "names.txt").write_text("two;deux\nten\n")
-    done = build(tmp_path / "in", tmp_path / "out", names=tmp_path / "names.txt", prompts="7")
-    assert done == {"classes": ["two;deux", "ten"], "left_out": 0, "test": 2, "train": 2}
+    result = build(tmp_path / "in", tmp_path / "out", names=tmp_path / "names.txt", prompts="7")
+
+    assert result == {"classes": ["two;deux", "ten"], "left_out": 0, "test": 2, "train": 2}
+
     test = Benchmark(tmp_path / "out")
-    assert shades(test) == [(1, 3), (0, 4)] and shades(test.other("train")) == [(1, 1), (0, 2)]
-    assert test.names() == [["two", "deux"], ["ten"]] and len(test.templates()) == 7
+
+    assert shades(test) == [(1, 3), (0, 4)]
+    assert shades(test.other("train")) == [(1, 1), (0, 2)]
+    assert test.names() == [["two", "deux"], ["ten"]]
+    assert len(test.templates()) == 7
+
     (tmp_path / "names.txt").write_text("10\tten\n2\ttwo\n")
+
     assert build(tmp_path / "in", tmp_path / "again", names=tmp_path / "names.txt")["classes"] == [
         "two",
         "ten",
     ]
+
     (tmp_path / "names.txt").write_text("10\tten\n")
+
     assert build(tmp_path / "in", tmp_path / "one", names=tmp_path / "names.txt") == dict(
         classes=["ten"], left_out=1, test=1, train=1
     )
@@ -84,14 +94,15 @@ def test_a_tree_with_splits_and_numbers(tmp_path):
 
 def test_wordnet_numbers_in_imagenets_order(tmp_path):
     rows = [line.split("\t") for line in WORDNET.read_text().splitlines()]
-    assert (
-        len(rows) == 1000
-        and rows == sorted(rows)
-        and rows[0] == ["n01440764", "tench"]
-        and rows[999] == ["n15075141", "toilet paper"]
-    )
+
+    assert len(rows) == 1000
+    assert rows == sorted(rows)
+    assert rows[0] == ["n01440764", "tench"]
+    assert rows[999] == ["n15075141", "toilet paper"]
+
     for wordnet in ("n02099601", "n01443537", "n15075141"):  # a subset, as ImageNet-A has
         image(tmp_path / "in" / wordnet / "x.png", 5)
+
     assert build(tmp_path / "in", tmp_path / "out")["classes"] == [
         "goldfish",
         "Golden Retriever",
@@ -105,6 +116,7 @@ def test_a_table(tmp_path):
     (tmp_path / "in.csv").write_text(
         "file,label,split\n0.jpg,dog,test\n1.jpg,cat,train\n2.jpg,cat,TEST\n3.jpg,dog,train\n"
     )
+
     assert build(tmp_path / "in.csv", tmp_path / "out") == {
         "classes": ["cat", "dog"],
         "left_out": 0,
@@ -112,9 +124,13 @@ def test_a_table(tmp_path):
         "train": 2,
     }
     assert [label for label, _ in shades(Benchmark(tmp_path / "out"))] == [1, 0]
+
     (tmp_path / "two.tsv").write_text("where\twhat\n0.jpg\tdog\n")
-    done = build(tmp_path / "two.tsv", tmp_path / "two", image_column="where", class_column="what")
-    assert done == {"classes": ["dog"], "left_out": 0, "test": 1}
+    result = build(
+        tmp_path / "two.tsv", tmp_path / "two", image_column="where", class_column="what"
+    )
+
+    assert result == {"classes": ["dog"], "left_out": 0, "test": 1}
 
 
 def test_image_net_vid_robust_as_it_is_unpacked(tmp_path):
@@ -147,19 +163,24 @@ def test_image_net_vid_robust_as_it_is_unpacked(tmp_path):
     ):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(json.dumps(value))
+
     assert build(root, tmp_path / "out") == {
         "classes": ["airplane", "giant panda"],
         "left_out": 0,
         "test": 4,
     }
-    found = parse([f"zero_shot(metric=pm):{tmp_path}/out"])[0].images
-    assert [found.frame(i) for i in range(4)] == [
+
+    images = parse([f"zero_shot(metric=pm):{tmp_path}/out"])[0].images
+
+    assert [images.frame(i) for i in range(4)] == [
         Frame(first, 0, (1,)),
         Frame(first, -9, (0,)),
         Frame(first, 5, (1, 0)),
         Frame("val/v2/000007.JPEG", 0, (0,)),
     ]
+
     (root / "metadata/labels.json").write_text(json.dumps({first: [1]}))
+
     with pytest.raises(ValueError, match="labels.json: no classes of val/v1/000011.JPEG"):
         build(root, tmp_path / "again")
 
@@ -214,12 +235,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         image(tmp_path / "in" / label / "x.png", i)
     arguments = ["set", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--templates", "80"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+
     assert prepare.main() is None
-    said = capsys.readouterr().out
-    assert (
-        f"{tmp_path}/out: 2 classes: another, one thing\n  test: 2 images\n" in said
-        and f"zero_shot:{tmp_path}/out" in said
-    )
+
+    output = capsys.readouterr().out
+
+    assert f"{tmp_path}/out: 2 classes: another, one thing\n  test: 2 images\n" in output
+    assert f"zero_shot:{tmp_path}/out" in output
     assert len(Benchmark(tmp_path / "out").templates()) == 80
 
 
@@ -228,5 +250,6 @@ def test_many_images_in_several_shards(tmp_path, monkeypatch):
     for i in range(7):
         image(tmp_path / "in" / "x" / f"{i}.png", i)
     build(tmp_path / "in", tmp_path / "out")
+
     assert (tmp_path / "out/test/nshards.txt").read_text() == "3\n"
     assert [shade for _, shade in shades(Benchmark(tmp_path / "out"))] == list(range(7))

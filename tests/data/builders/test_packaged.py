@@ -48,6 +48,7 @@ def pixels(data):
 def test_idx_files_are_read(tmp_path):
     values, path = np.arange(24).reshape(2, 3, 4), tmp_path / "a.gz"
     path.write_bytes(gzip.compress(idx(values)))
+
     assert (sources.read_idx(path, sha(idx(values))) == values).all()
 
 
@@ -65,12 +66,14 @@ def test_idx_files_are_read(tmp_path):
 def test_a_spoilt_idx_file_is_named(tmp_path, spoil, complaint):
     data, path = idx(np.arange(24).reshape(2, 3, 4)), tmp_path / "a.gz"
     path.write_bytes(spoil(data))
+
     with pytest.raises(ValueError, match=f"a.gz: .*{complaint}"):
         sources.read_idx(path, sha(data))
 
 
 def test_images_and_labels_must_belong_together():
     images = np.zeros((3, 2, 2), np.uint8)
+
     with pytest.raises(ValueError, match="3 images and 2 labels"):
         sources.labelled(images, np.array([0, 1]), ("a", "b"), "here")
     with pytest.raises(ValueError, match=r"here: labels \[0, 2\]; they should be 0 to 1"):
@@ -100,20 +103,18 @@ def test_fashion_mnist_becomes_a_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "FASHION_SHA256", hashes)
     monkeypatch.setattr(packaged, "SHARD", 8)
     done = packaged.build("fashion_mnist", tmp_path / "out", cache=tmp_path / "cache")
-    assert (
-        done["sets"] == dict(fashion_mnist=dict(classes=10, train=20, test=10))
-        and done["version"] == "1.0"
-    )
+
+    assert done["sets"] == dict(fashion_mnist=dict(classes=10, train=20, test=10))
+    assert done["version"] == "1.0"
+
     train, test = (Benchmark(tmp_path / "out/fashion_mnist", split) for split in ("train", "test"))
-    assert (len(train), len(test)) == (20, 10) and (
-        tmp_path / "out/fashion_mnist/train/nshards.txt"
-    ).read_text() == "3\n"
-    assert [test.label(i) for i in range(10)] == list(range(10))[::-1] and test.classes()[
-        train.label(11)
-    ] == "trouser"
-    assert (pixels(train.image(17)) == images["train"][17]).all() and test.prompts()[5][
-        0
-    ] == "a photo of a sandal."
+
+    assert (len(train), len(test)) == (20, 10)
+    assert (tmp_path / "out/fashion_mnist/train/nshards.txt").read_text() == "3\n"
+    assert [test.label(i) for i in range(10)] == list(range(10))[::-1]
+    assert test.classes()[train.label(11)] == "trouser"
+    assert (pixels(train.image(17)) == images["train"][17]).all()
+    assert test.prompts()[5][0] == "a photo of a sandal."
     assert (
         "terms of dataset-fashion-mnist"
         in (tmp_path / "out/fashion_mnist/LICENSES.txt").read_text()
@@ -130,18 +131,23 @@ def test_what_is_finished_is_left_and_what_is_broken_off_is_not_there(tmp_path, 
         "",
     )
     monkeypatch.setitem(packaged.SETS, "x", lambda cache, glyphs: found)
+
     with pytest.raises(ValueError, match="has a dot"):
         packaged.build("x", tmp_path, cache=tmp_path)
     assert not list(tmp_path.iterdir())
+
     found.sets[0].splits["test"][0] = ("ab", {"png": b"", "cls": b"0"})
     done = packaged.build("x", tmp_path, cache=tmp_path)
     monkeypatch.setitem(packaged.SETS, "x", None)  # not asked again
+
     assert (
         packaged.build("x", tmp_path, cache=tmp_path)
         == done
         == json.loads((tmp_path / "x/packaged.json").read_text())
     )
+
     monkeypatch.setattr(packaged, "FORMAT", 99)
+
     with pytest.raises(ValueError, match="holds a packaged set built with other format"):
         packaged.build("x", tmp_path, cache=tmp_path)
     with pytest.raises(ValueError, match="packaged: unknown 'cifar'; known: "):
@@ -160,13 +166,17 @@ def test_wheels_are_fetched_once_and_known_by_their_hash(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(packages.subprocess, "run", pip)
+
     for _ in range(2):
         assert packages.wheel(tmp_path / "cache", "a==1.0", sha(data)).read_bytes() == data
-    assert asked == ["a==1.0"] and [p.name for p in (tmp_path / "cache").iterdir()] == ["a-1.0.whl"]
+    assert asked == ["a==1.0"]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["a-1.0.whl"]
     with pytest.raises(ValueError, match=r"a-1.0.whl: sha256 .*remove it"):
         packages.wheel(tmp_path / "cache", "a==1.0", sha(b"another"))
+
     monkeypatch.undo()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+
     with pytest.raises(ValueError, match="no-such==1: `pip download` failed"):
         packages.wheel(tmp_path / "cache", "no-such==1", "")
 
@@ -219,13 +229,17 @@ def test_debian_packages_are_unpacked_once_and_whole_or_not_at_all(tmp_path, mon
 
     monkeypatch.setattr(packages, "download", download)
     served.append(whole[:-60])
+
     with pytest.raises(ValueError, match="tiny: "):
         packages.debian(tmp_path, "tiny", ("*.png",))
     assert not (tmp_path / "tiny.version").exists()
+
     served.append(whole)
+
     for _ in range(2):  # the second finds it unpacked
         folder, version = packages.debian(tmp_path, "tiny", ("*.png",))
-        assert version == "2.0-1" and [p.name for p in folder.rglob("*.*")] == ["a.png"]
+        assert version == "2.0-1"
+        assert [p.name for p in folder.rglob("*.*")] == ["a.png"]
     assert not list(tmp_path.glob("*.deb"))
 
 
@@ -242,8 +256,11 @@ class Boom:
 def test_pickled_arrays_are_read_and_never_unpickled():
     values = np.arange(600, dtype="<i8").reshape(2, 300)
     data = pickle.dumps(values, protocol=4)
+
     assert (sources.pickled_array(data, (2, 300), np.dtype("<i8"), "x") == values).all()
+
     trap = pickle.dumps((Boom(), values.tobytes()), protocol=4)
+
     assert (sources.pickled_array(trap, (2, 300), np.dtype("<i8"), "x") == values).all()
     for spoilt, complaint in (
         (data[:-20], "no whole pickle"),
@@ -264,6 +281,7 @@ def test_what_comes_undivided_is_split_by_class_without_repeats():
         split: [int(pixels(parts["png"])[0, 0]) for _, parts in samples]
         for split, samples in found.items()
     }
+
     assert values == dict(train=list(range(16)), test=[16, 17, 18, 19])
     assert [parts["cls"] for _, parts in found["test"]] == [b"0", b"1", b"0", b"1"]
 
@@ -271,11 +289,14 @@ def test_what_comes_undivided_is_split_by_class_without_repeats():
 def test_digits_come_from_scikit_learn_or_say_so(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     [found] = sources.digits(tmp_path, tmp_path).sets
+
     assert {split: len(samples) for split, samples in found.splits.items()} == dict(
         train=1442, test=355
     )
     assert pixels(found.splits["train"][0][1]["png"]).max() == 239  # 15 of 16
+
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+
     with pytest.raises(ValueError, match="digits: .*pip install scikit-learn"):
         sources.digits(tmp_path, tmp_path)
 
@@ -288,17 +309,20 @@ def test_stamps_become_a_retrieval_set_for_each_language(tmp_path, monkeypatch):
         ("bear", "green", "A bear.\nde.utf8=Ein Bär.\n"),
         ("ghost", "white", "A ghost.\nde.utf8=Ein Geist.\n"),
     )
-    for name, colour, text in stamps:
-        (base / f"{name}.png").write_bytes(picture(colour))
+    for name, color, text in stamps:
+        (base / f"{name}.png").write_bytes(picture(color))
         (base / f"{name}.txt").write_text(text)
     monkeypatch.setattr(pictures, "FEWEST", 2)
     packaged.build("tuxstamps", tmp_path / "out", cache=tmp_path / "cache")
     languages = sorted(p.name for p in (tmp_path / "out/tuxstamps").iterdir() if p.is_dir())
+
     assert languages == ["tuxstamps_de", "tuxstamps_en"]  # there is but one sentence in Swahili
+
     german = Benchmark(tmp_path / "out/tuxstamps/tuxstamps_de")
     told = {
         german.captions(i)[0]: pixels(german.image(i))[0, 0].argmax() for i in range(len(german))
     }
+
     assert told == {"Ein Bär.": 1, "Ein Löwe.": 2}  # its first picture is the cub's
     assert "terms of tuxpaint" in (tmp_path / "out/tuxstamps/LICENSES.txt").read_text()
 
@@ -318,6 +342,7 @@ def test_photographs_are_named_by_what_they_show(tmp_path):
         )
     packaged.build("gcompris", tmp_path / "out", cache=tmp_path / "cache")
     found = Benchmark(tmp_path / "out/gcompris")
+
     assert found.classes() == ["hammer", "pliers", "statue of liberty"]
     assert [found.label(i) for i in range(len(found))] == [0, 0, 1, 2]
 
@@ -350,10 +375,12 @@ def test_families_of_glyphs_are_split_by_what_training_saw(tmp_path):
         (tmp_path / "glyphs" / split).mkdir(parents=True)
         write_shard(tmp_path / "glyphs" / split / "0.tar", samples)
         build_index(tmp_path / "glyphs" / split)
+
     with pytest.raises(ValueError, match="--glyphs: .* holds no glyphs set; make it first"):
         packaged.build(
             "glyphs_families", tmp_path / "out", cache=tmp_path, glyphs=tmp_path / "glyphs"
         )
+
     (tmp_path / "glyphs/glyphs.json").write_text('{"settings": {"format": 1}}')
     (tmp_path / "glyphs/LICENSES.txt").write_text("MIT")
     packaged.build("glyphs_families", tmp_path / "out", cache=tmp_path, glyphs=tmp_path / "glyphs")
@@ -362,6 +389,7 @@ def test_families_of_glyphs_are_split_by_what_training_saw(tmp_path):
         for p in (tmp_path / "out/glyphs_families").iterdir()
         if p.is_dir()
     }
+
     assert found == {
         "seen_concepts_fluent-emoji-flat": ["a cat"],
         "unseen_concepts_fluent-emoji-flat": ["a owl"],

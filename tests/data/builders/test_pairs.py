@@ -61,6 +61,7 @@ def folder(tmp_path):
 
 def test_a_folder_is_stored_as_it_is(folder, tmp_path):
     result = convert([folder], tmp_path / "out", per_shard=2)
+
     assert samples(tmp_path / "out") == [
         ("000000001", image("jpg", 0), "a caption with a BOM", "a.JPG"),
         ("000000002", image("png", 1), "Käse, zwei", "b/c.v2.png"),
@@ -80,7 +81,9 @@ def test_two_conversions_are_identical(folder, tmp_path):
     first, second = (
         {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} for out in outs
     )
-    assert first == second and len(first) == 5  # two tars, their tables, the index
+
+    assert first == second
+    assert len(first) == 5  # two tars, their tables, the index
 
 
 def test_the_order_of_a_folder_is_that_of_names(tmp_path):
@@ -89,6 +92,7 @@ def test_the_order_of_a_folder_is_that_of_names(tmp_path):
         (tmp_path / f"in/{name}.png").write_bytes(image())
         (tmp_path / f"in/{name}.txt").write_text(name)
     convert([tmp_path / "in"], tmp_path / "out")
+
     assert [caption for _, _, caption, _ in samples(tmp_path / "out")] == [
         "y",
         "a/x",
@@ -116,6 +120,7 @@ def test_what_cannot_be_used_is_counted_and_named(folder, tmp_path):
     (folder / "l.png").write_bytes(image())
     (folder / "l.json").write_text("[1]")
     result = convert([folder], tmp_path / "out")
+
     assert result.written == 3
     assert [line.split(": ")[:2] for line in result.named] == [
         ["e.png", "empty image"],
@@ -144,6 +149,7 @@ def test_a_table_of_paths(folder, tmp_path, delimiter, name):
         ["short row"],
     ]
     result = convert([write_csv(folder / name, rows, delimiter)], tmp_path / "out")
+
     assert [s[1:3] for s in samples(tmp_path / "out")] == [
         (image("jpg", 0), caption),
         (image("webp", 2), "absolute"),
@@ -167,6 +173,7 @@ def test_parquet_tables_hold_bytes_paths_or_both(folder, tmp_path):
         {"image": images, "caption": ["struct", "struct with a path", "no image"]},
     )
     result = convert([plain, face], tmp_path / "out")
+
     assert [s[1:] for s in samples(tmp_path / "out")] == [
         (image("png", 5), "bytes", "a.parquet row 1"),
         (image("png", 6), "struct", "b.parquet row 1 (x.png)"),
@@ -181,6 +188,7 @@ def test_columns_by_name(folder, tmp_path):
         [["image", "caption", "photo", "alt"], ["none.png", "wrong", "a.JPG", "right"]],
     )
     convert([table], tmp_path / "out", image_column="photo", caption_column="alt")
+
     assert [s[1:3] for s in samples(tmp_path / "out")] == [(image("jpg", 0), "right")]
 
 
@@ -198,7 +206,9 @@ def test_progress_sees_every_row(folder, tmp_path):
         tmp_path / "out",
         progress=progress,
     )
-    assert seen == ["a.JPG", "b/c.v2.png", "b/d.webp", "t.csv row 1 (a.JPG)"] and totals == [4]
+
+    assert seen == ["a.JPG", "b/c.v2.png", "b/d.webp", "t.csv row 1 (a.JPG)"]
+    assert totals == [4]
 
 
 def bad_inputs(folder):
@@ -236,6 +246,7 @@ def test_bad_settings_are_told(folder, tmp_path, monkeypatch):
     table = write_csv(folder / "t.csv", [["image", "caption"], ["a.JPG", "x"]])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious").write_text("")
+
     for options, expected in (
         (dict(caption_column="words"), "no column 'words'; its columns: image, caption"),
         (dict(per_shard=0), "--per-shard: 0"),
@@ -244,8 +255,10 @@ def test_bad_settings_are_told(folder, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=expected):
             convert([table], **{"out": tmp_path / "out", **options})
     assert (tmp_path / "full/precious").exists()
+
     parquet = write_parquet(folder / "a.parquet", {"image": ["a.JPG"], "caption": ["x"]})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+
     with pytest.raises(ValueError, match="pip install pyarrow"):
         convert([parquet], tmp_path / "out")
 
@@ -253,6 +266,7 @@ def test_bad_settings_are_told(folder, tmp_path, monkeypatch):
 def test_an_empty_folder_is_filled_and_a_broken_off_conversion_leaves_none(folder, tmp_path):
     (tmp_path / "out").mkdir()
     convert([folder], tmp_path / "out")
+
     assert len(samples(tmp_path / "out")) == 3
 
     def break_off(rows, total):

@@ -41,7 +41,7 @@ HARD = [
     "_a_ <b> [c] {d} a|b",
     "\u0130stanbul \u1e9e \u0440\u0443\u0441\u0441\u043a\u0438\u0439",
 ]
-MENDED = [  # caption, and that which ours reads instead; theirs reads the first as it is
+REPAIRED = [  # caption, and that which ours reads instead; theirs reads the first as it is
     ("\u201ccurly\u201d don\u2019t", '"curly" don\'t'),
     ("tom &amp; jerry &#39;90s &lt;3", "tom & jerry '90s <3"),
     ("&amp;amp;", "&"),
@@ -87,7 +87,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def theirs(folders):
+def hf_tokenizers(folders):
     """{kind: transformers' tokenizer}"""
     transformers = pytest.importorskip("transformers")
     return {
@@ -103,51 +103,60 @@ def of(kind, table):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_ids(folders, theirs, kind):
-    ours, hf_one = of(kind, folders)[0], of(kind, theirs)
-    assert type(hf_one).__name__ == (
+def test_the_same_ids(folders, hf_tokenizers, kind):
+    ours, hf_tokenizer = of(kind, folders)[0], of(kind, hf_tokenizers)
+
+    assert type(hf_tokenizer).__name__ == (
         "CLIPTokenizer" if isinstance(ours, ClipBpe) else "TokenizersBackend"
     )
-    assert hf_one.model_max_length == ours.context
+    assert hf_tokenizer.model_max_length == ours.context
     for text in HARD:
-        assert hf_one(text, truncation=True)["input_ids"] == ours(text), text
-    batch = hf_one(HARD, truncation=True, padding="max_length", return_tensors="pt")
+        assert hf_tokenizer(text, truncation=True)["input_ids"] == ours(text), text
+
+    batch = hf_tokenizer(HARD, truncation=True, padding="max_length", return_tensors="pt")
+
     assert batch["input_ids"].shape == (len(HARD), ours.context)
     assert batch["attention_mask"].sum(1).tolist() == [len(ours(text)) for text in HARD]
+
     if ours.end:
         full = ours("cat " * 200)
-        assert len(full) == ours.context and full[-1] == ours.end[0] == hf_one.eos_token_id
+        assert len(full) == ours.context
+        assert full[-1] == ours.end[0] == hf_tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_in_captions_are_spelled(folders, theirs, kind):
-    ours, hf_one = of(kind, folders)[0], of(kind, theirs)
+def test_special_tokens_in_captions_are_spelled(folders, hf_tokenizers, kind):
+    ours, hf_tokenizer = of(kind, folders)[0], of(kind, hf_tokenizers)
     for text in ("a <|endoftext|>", "<s>a</s> <pad> <0x41>", "[PAD] [MASK]"):
-        assert hf_one(text)["input_ids"] == ours(text)
-        assert len(set(hf_one(text)["input_ids"]) & set(ours.end)) == bool(ours.end)
+        assert hf_tokenizer(text)["input_ids"] == ours(text)
+        assert len(set(hf_tokenizer(text)["input_ids"]) & set(ours.end)) == bool(ours.end)
 
 
 @pytest.mark.parametrize("kind", ["clip_bpe", "small clip_bpe"])
-def test_what_clips_tokenizer_mends_and_theirs_does_not(folders, theirs, kind):
-    ours, hf_one = of(kind, folders)[0], of(kind, theirs)
-    for text, mended in MENDED:
+def test_what_clips_tokenizer_mends_and_theirs_does_not(folders, hf_tokenizers, kind):
+    ours, hf_tokenizer = of(kind, folders)[0], of(kind, hf_tokenizers)
+
+    for text, repaired in REPAIRED:
         assert (
             ours(text)
-            == hf_one(mended, truncation=True)["input_ids"]
-            != hf_one(text, truncation=True)["input_ids"]
+            == hf_tokenizer(repaired, truncation=True)["input_ids"]
+            != hf_tokenizer(text, truncation=True)["input_ids"]
         ), text
     with pytest.raises(TypeError):
-        hf_one("\ud83d")
+        hf_tokenizer("\ud83d")
 
 
-def test_where_wordpiece_differs(folders, theirs):
-    ours, hf_one = folders["wordpiece"][0], theirs["wordpiece"]
+def test_where_wordpiece_differs(folders, hf_tokenizers):
+    ours, hf_tokenizer = folders["wordpiece"][0], hf_tokenizers["wordpiece"]
+
     for text in ("Stra\xdfe", "STRASSE", "STRA\u1e9eE"):
-        assert ours(text) == hf_one(text)["input_ids"] == [len(WORDPIECES)]
-    assert ours("\u0391\u03a3") == hf_one("\u0391\u03a3")["input_ids"] == [len(WORDPIECES) + 1]
-    assert (ours(" "), hf_one(" ")["input_ids"]) == ([0], [])
+        assert ours(text) == hf_tokenizer(text)["input_ids"] == [len(WORDPIECES)]
+    assert (
+        ours("\u0391\u03a3") == hf_tokenizer("\u0391\u03a3")["input_ids"] == [len(WORDPIECES) + 1]
+    )
+    assert (ours(" "), hf_tokenizer(" ")["input_ids"]) == ([0], [])
     # alpha with a iota below
-    assert (ours("\u1f80"), hf_one("\u1f80")["input_ids"]) == (
+    assert (ours("\u1f80"), hf_tokenizer("\u1f80")["input_ids"]) == (
         [len(WORDPIECES) + 3],
         [len(WORDPIECES) + 2],
     )
@@ -157,16 +166,21 @@ def test_where_wordpiece_differs(folders, theirs):
 def test_read_again(folders, kind):
     ours, folder = of(kind, folders)
     spec = read(folder)
+
     assert build(spec, ours.context).fingerprint == ours.fingerprint
     # no copy is needed of what a package brings
     assert (spec == "clip_bpe") == (kind == "clip_bpe")
 
 
-def test_read_what_transformers_saves(folders, theirs, tmp_path):
+def test_read_what_transformers_saves(folders, hf_tokenizers, tmp_path):
     """tokenizer.json alone, if it is CLIP's own."""
-    of("clip_bpe", theirs).save_pretrained(tmp_path / "clip")
-    assert not (tmp_path / "clip" / "merges.txt").exists() and read(tmp_path / "clip") == "clip_bpe"
-    theirs["small clip_bpe"].save_pretrained(tmp_path / "small")
+    of("clip_bpe", hf_tokenizers).save_pretrained(tmp_path / "clip")
+
+    assert not (tmp_path / "clip" / "merges.txt").exists()
+    assert read(tmp_path / "clip") == "clip_bpe"
+
+    hf_tokenizers["small clip_bpe"].save_pretrained(tmp_path / "small")
+
     with pytest.raises(
         ValueError,
         match=(
@@ -193,10 +207,12 @@ def test_what_is_none_of_ours(folders, tmp_path):
         ),
     ):
         read(tmp_path)
+
     bert = copied(folders["wordpiece"][1], tmp_path / "bert")
     tree = json.loads((bert / "tokenizer.json").read_text())
     tree["post_processor"] = {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}
     (bert / "tokenizer.json").write_text(json.dumps(tree))
+
     with pytest.raises(
         ValueError,
         match=(
@@ -232,6 +248,7 @@ def test_what_is_none_of_ours(folders, tmp_path):
 def test_damaged_files_are_told_in_a_line(folders, tmp_path, kind, name, content):
     folder = copied(folders[kind][1], tmp_path / "odd") if kind else tmp_path
     (folder / name).write_text(content)
+
     with pytest.raises(
         ValueError,
         match=(
@@ -252,6 +269,7 @@ def test_sentencepiece_models_that_cannot_be_told(tmp_path, how):
         minloglevel=2,
         **how,
     )
+
     with pytest.raises(ValueError, match="has those of type unigram without pieces of the user's"):
         write(build(f"sentencepiece({tmp_path}/m.model)", 32), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
@@ -289,10 +307,12 @@ def test_the_whole_folder(folders, tmp_path, interpolation):
     hf.save(model, tmp_path / "hf")
     write(tokenizer, tmp_path / "hf")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+
     assert isinstance(processor, transformers.CLIPProcessor)
+
     pictures = [png(96, 96), png(200, 300), png(375, 500), png(60, 40)]
     texts = ["a green cat", "an old drawing of one", "", "harbour " * 40]
-    theirs = processor(
+    hf_tokenizers = processor(
         images=[Image.open(io.BytesIO(p)) for p in pictures],
         text=texts,
         return_tensors="pt",
@@ -308,17 +328,19 @@ def test_the_whole_folder(folders, tmp_path, interpolation):
         CLIP.vision.std,
         torch.float32,
     )
+
     # the same kernel: not a level of 255 apart
-    assert (patches_of(theirs["pixel_values"], 32) - patches).abs().max() < 1e-6
+    assert (patches_of(hf_tokenizers["pixel_values"], 32) - patches).abs().max() < 1e-6
+
     ids = [torch.tensor(tokenizer(text)) for text in texts]
     towers = model.towers()
     with torch.no_grad():
-        out = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()(**theirs)
+        out = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()(**hf_tokenizers)
         images = towers.encode_image(patches, torch.arange(9).expand(4, -1))
         captions = towers.encode_text(torch.cat(ids), torch.tensor([len(i) for i in ids]))
-    assert (out.image_embeds - images).abs().max() < 1e-5 and (
-        out.text_embeds - captions
-    ).abs().max() < 1e-5
+
+    assert (out.image_embeds - images).abs().max() < 1e-5
+    assert (out.text_embeds - captions).abs().max() < 1e-5
 
 
 def test_a_central_square_becomes_resize_and_crop(tmp_path):
@@ -328,13 +350,14 @@ def test_a_central_square_becomes_resize_and_crop(tmp_path):
     transformers = pytest.importorskip("transformers")
     hf.save(made(CLIP, crop="square"), tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", do_normalize=False)
+
     for height, width, levels in ((96, 96, 0), (300, 300, 0), (200, 300, 0.1), (375, 500, 1.5)):
         picture = png(height, width)
-        theirs = (
+        hf_tokenizers = (
             255
             * processor(Image.open(io.BytesIO(picture)), return_tensors="pt")["pixel_values"][0]
             .permute(1, 2, 0)
             .numpy()
         )
-        apart = np.abs(theirs - center_view(picture, 96, "square"))
+        apart = np.abs(hf_tokenizers - center_view(picture, 96, "square"))
         assert apart.mean() <= levels + 1e-4
