@@ -1,5 +1,4 @@
-"""Sets in CLIP_benchmark's layout: what is wrong with one is told in a line that names the set, the
-sample and the part.
+"""Sets in CLIP_benchmark's layout: an error names the set, the sample and the part, in one line.
 
 Run: pytest tests/data/evals/test_clip_benchmark.py
 """
@@ -20,19 +19,12 @@ def png():
 
 
 def made(folder, **parts):
+    """A set of one sample, a, with a png and the parts; seg_png is for seg.png."""
+    content = {"png": png()}
+    for name, part in parts.items():
+        content[name.replace("_", ".")] = part
     (folder / "set/test").mkdir(parents=True)
-    write_shard(
-        folder / "set/test/0.tar",
-        [
-            (
-                "a",
-                {
-                    "png": png(),
-                    **{name.replace("_", "."): content for name, content in parts.items()},
-                },
-            )
-        ],
-    )
+    write_shard(folder / "set/test/0.tar", [("a", content)])
     return Benchmark(folder / "set")
 
 
@@ -85,6 +77,7 @@ def made(folder, **parts):
 )
 def test_what_is_wrong_with_a_sample_is_named(tmp_path, parts, method, complaint):
     images = made(tmp_path, **parts)
+
     with pytest.raises(ValueError, match=f"^evals: {tmp_path}/set: {complaint}"):
         getattr(images, method)(0)
 
@@ -92,5 +85,6 @@ def test_what_is_wrong_with_a_sample_is_named(tmp_path, parts, method, complaint
 def test_class_names_that_are_not_utf8(tmp_path):
     images = made(tmp_path, cls=b"0")
     (tmp_path / "set/classnames.txt").write_bytes("café".encode("latin-1"))
+
     with pytest.raises(ValueError, match="classnames.txt: not UTF-8"):
         images.classes()

@@ -1,5 +1,6 @@
-"""Augmented images of fine-tuning: pure functions of (seed, epoch, sample), mixed alike on any
-number of ranks, targets that sum to one.
+"""Augmented images of fine-tuning are functions of (seed, epoch, sample) alone.
+
+They are mixed alike on any number of ranks, with targets that sum to one.
 
     bash run/test.sh tests/data/evals/test_finetune_data.py
 """
@@ -26,101 +27,116 @@ HOW = dict(
     seed=0,
 )
 STRONG = dict(crop=0.08, augment="rand-m9-mstd0.5-inc1", erase=0.5)
+ALL = [(0, i) for i in range(24)]  # rows: every image, in the first epoch
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("supervised"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("supervised")
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(24):
+        samples.append((f"{i:04d}", {"png": picture(NAMES[i], rng), "cls": b"%d" % i}))
     (folder / "train").mkdir()
-    write_shard(
-        folder / "train" / "0.tar",
-        [(f"{i:04d}", {"png": picture(NAMES[i], rng), "cls": b"%d" % i}) for i in range(24)],
-    )
+    write_shard(folder / "train" / "0.tar", samples)
     return Benchmark(folder, "train")
 
 
-def test_what_is_drawn_follows_from_seed_epoch_and_sample(images):
-    """Not from what was read before, nor from the global generators, which stay as they were."""
-    rows = [(0, i) for i in range(24)] + [(1, 3)]
-    first, labels, noise = Labelled(images, 24, **HOW, **STRONG)[rows]
-    for begin in (random.seed, np.random.seed, torch.manual_seed):
-        begin(7)
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    again, *_, moved = Labelled(images, 24, **HOW, **STRONG)[rows[::-1]]
-    assert states == (
+def random_states():
+    """The states of the three global generators."""
+    return (
         random.getstate(),
         np.random.get_state()[1].tolist(),
         torch.get_rng_state().tolist(),
     )
+
+
+def test_what_is_drawn_follows_from_seed_epoch_and_sample(images):
+    """Not from what was read before, nor from the global generators, which stay as they were."""
+    rows = [*ALL, (1, 3)]
+
+    first, labels, noise = Labelled(images, 24, **HOW, **STRONG)[rows]
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(7)
+    states = random_states()
+    again, _, noise_again = Labelled(images, 24, **HOW, **STRONG)[rows[::-1]]
+    other, _, _ = Labelled(images, 24, **{**HOW, "seed": 1}, **STRONG)[rows]
+
+    assert states == random_states()
     torch.testing.assert_close(again.flip(0), first, rtol=0, atol=0)
-    torch.testing.assert_close(moved.flip(0), noise, rtol=0, atol=0)
-    assert (
-        labels.tolist() == [*range(24), 3]
-        and first.shape == (25, 3, 32, 32)
-        and noise.shape == (25, 4, 2)
-    )
+    torch.testing.assert_close(noise_again.flip(0), noise, rtol=0, atol=0)
+    assert labels.tolist() == [*range(24), 3]
+    assert first.shape == (25, 3, 32, 32)
+    assert noise.shape == (25, 4, 2)
     assert not torch.equal(first[24], first[3]), "another epoch, another draw"
-    other, *_ = Labelled(images, 24, **{**HOW, "seed": 1}, **STRONG)[rows]
     assert not torch.equal(other, first)
 
 
 def test_the_whole_image_without_augmentation(images):
-    """Normalised by channel; mirrored at random, which is all that is left."""
-    made, *_ = Labelled(images, 24, **HOW, crop=1.0, augment="none", erase=0.0)[
-        [(0, i) for i in range(24)]
-    ]
-    pixels = (made * 0.2 + torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) * 255
-    assert pixels.min() >= -1e-3 and pixels.max() <= 255 + 1e-3
+    """Normalized by channel; mirrored at random, which is all that is left."""
+    mean = torch.tensor(HOW["mean"]).view(3, 1, 1)
+
+    normalized, _, _ = Labelled(images, 24, **HOW, crop=1.0, augment="none", erase=0.0)[ALL]
+
+    pixels = (normalized * 0.2 + mean) * 255
+    assert pixels.min() >= -1e-3
+    assert pixels.max() <= 255 + 1e-3
     torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
 
 
 def test_erasing_draws_noise_after_normalisation(images):
-    plain, *_ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=0.0)[
-        [(0, i) for i in range(24)]
-    ]
-    erased, *_ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=1.0)[
-        [(0, i) for i in range(24)]
-    ]
+    plain, _, _ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=0.0)[ALL]
+    erased, _, _ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=1.0)[ALL]
+
     changed = (plain != erased).float().mean((1, 2, 3))
-    assert (changed > 0.01).all() and (changed < 0.4).all(), "a third of an image at most"
+    assert (changed > 0.01).all()
+    assert (changed < 0.4).all(), "a third of an image at most"
     assert abs(float(erased[plain != erased].std()) - 1) < 0.05
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_pairs_stay_on_a_rank(world):
     rows = [(0, i) for i in range(10)]
+
     shares = [paired(rows, rank, world) for rank in range(world)]
+
     assert sorted(sum(shares, [])) == rows
-    assert all(a[1] + b[1] == 9 for share in shares for a, b in zip(share, share[::-1]))
+    for share in shares:
+        for (_, front), (_, back) in zip(share, share[::-1]):
+            assert front + back == 9
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_shares_are_mixed_as_the_whole(mixup, cutmix):
-    pixels, labels = (
-        torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-        torch.arange(10) % 4,
-    )
+    pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10) % 4
+    rows = [(0, i) for i in range(10)]
     mix = Mix(4, mixup, cutmix, 0.1)
+
     for step in range(4):
-        whole, targets = mix(pixels.clone(), labels, 0, step)
+        mixed, targets = mix(pixels.clone(), labels, 0, step)
         torch.testing.assert_close(targets.sum(1), torch.ones(10))
-        assert not torch.equal(whole, pixels)
+        assert not torch.equal(mixed, pixels)
+
         for rank in range(3):
-            mine = [i for _, i in paired([(0, i) for i in range(10)], rank, 3)]
-            part, of = mix(pixels[mine], labels[mine], 0, step)
-            torch.testing.assert_close(part, whole[mine], rtol=0, atol=0)
-            torch.testing.assert_close(of, targets[mine], rtol=0, atol=0)
+            share = [i for _, i in paired(rows, rank, 3)]
+            mixed_share, targets_share = mix(pixels[share], labels[share], 0, step)
+            torch.testing.assert_close(mixed_share, mixed[share], rtol=0, atol=0)
+            torch.testing.assert_close(targets_share, targets[share], rtol=0, atol=0)
 
 
 def test_targets_by_hand():
-    """Two classes, smoothing 0.2: 0.9 and 0.1; mixed with weight w, an image of each class has w of
-    its own.
-    """
+    """Two classes, smoothing 0.2: 0.9 and 0.1; mixed with weight w, an image has w of its class."""
     pixels = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    same, targets = Mix(2, 0.0, 0.0, 0.2)(pixels.clone(), torch.tensor([0, 1]), 0, 0)
+    labels = torch.tensor([0, 1])
+
+    same, targets = Mix(2, 0.0, 0.0, 0.2)(pixels.clone(), labels, 0, 0)
+
     assert torch.equal(same, pixels)
     torch.testing.assert_close(targets, torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
-    mixed, targets = Mix(2, 0.8, 0.0, 0.0)(pixels.clone(), torch.tensor([0, 1]), 0, 0)
+
+    mixed, targets = Mix(2, 0.8, 0.0, 0.0)(pixels.clone(), labels, 0, 0)
+
     weight = 1 - float(mixed[0, 0, 0, 0])
     assert 0 < weight < 1
     torch.testing.assert_close(targets, torch.tensor([[weight, 1 - weight], [1 - weight, weight]]))
@@ -135,16 +151,18 @@ def test_randaugment_is_refused_where_timm_cannot_read_it():
     for how in ("auto-m9", "rand-x9", "rand-mnine"):
         with pytest.raises(ValueError, match="finetune.augment=.*write it as timm does"):
             rand_augment(how, 32, (0.5, 0.5, 0.5))
+
     transform = rand_augment("rand-m9-n1-p1-inc1", 32, (0.5, 0.5, 0.5))
     strongest = timm("auto_augment").NAME_TO_OP["PosterizeIncreasing"]
-    assert (
-        strongest(Image.new("RGB", (4, 4), (200, 100, 50)), 0).getpixel((0, 0)) == (128, 0, 0)
-        and transform
-    )
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
+
+    assert transform
+    assert strongest(image, 0).getpixel((0, 0)) == (128, 0, 0)
 
 
 def test_timm_is_asked_for(monkeypatch):
     timm.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
     with pytest.raises(ValueError, match="pip install timm"):
         timm("mixup")
