@@ -1,38 +1,25 @@
-"""The training loader: samples -> views -> masked patches -> batch.
+"""The training loader: samples -> views -> masked patches -> micro-batches.
 
-A batch is a list of `accumulate` parts (one, unless GradCache is on), each a dict of what b images
-need:
-
-    views: {name: {patches (b, K, 3*P*P) uint8, positions (b, K) int16}}
-        only the visible patches, as a mask left them
-                   box (b, 4) float32
-                       (top, left, height, width) in the source's pixels, where one view encloses
-                       others
-                   hidden (b, L-K, 3*P*P), hidden_positions (b, L-K)
-                       the other patches, for methods that predict them
-                   noise (b, L) float32
-                       uniform, for methods that choose patches themselves
-    text:  {ids (T,) int32, lengths (b,) int32, longest int}
-        captions packed, no padding
-           positions (T,) int32    the tokens' places, where a text mask dropped some
-    samples (b, 2) int64                                                     (epoch, sample), which
-                                                                             Shards names
-    bad: [(shard, key, why)]                                                 samples that could not
-                                                                             be read, and were
-                                                                             replaced
+A batch on one rank is a list of `accumulate` micro-batches (one, unless GradCache is on), each a
+MicroBatch of b samples: only the visible patches of their views, as a mask left them, and their
+captions, packed without padding.
 
 Everything drawn for a sample comes from a generator of (seed, epoch, sample, view): neither the
-number of workers or ranks nor a resume changes a crop or a mask. Names: B global batch, b a part's
-share on one rank, K visible patches, P patch side, T tokens.
+number of workers or ranks nor a resume changes a crop or a mask.
+
+Names: B global batch, b samples of a micro-batch on one rank, L patches of a grid, K visible
+patches, P patch side, T tokens.
 """
 
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from glimpse.data import patches, text_masking
@@ -43,6 +30,52 @@ from glimpse.data.tokenizer import pack
 from glimpse.data.transforms import Box, Size, View, draws, expanded, random_views, sides
 
 SUBSTITUTES = 20  # tries to replace a broken sample before the data are called broken
+Bad = tuple[str, str, str]  # (shard, key, why): a sample that could not be read
+
+
+class ViewBatch(TypedDict):
+    """One view of the samples of a micro-batch."""
+
+    patches: Tensor  # (b, K, 3 P P) uint8: the visible patches alone
+    positions: Tensor  # (b, K) int16: their places in the grid
+    # (b, 4) float32: top, left, height, width in pixels of the source, where one view encloses
+    # others
+    box: NotRequired[Tensor]
+    # (b, L - K, 3 P P) uint8 and (b, L - K) int16: the other patches, for methods that predict them
+    hidden: NotRequired[Tensor]
+    hidden_positions: NotRequired[Tensor]
+    noise: NotRequired[
+        Tensor
+    ]  # (b, L) float32, uniform: for methods that choose patches themselves
+
+
+class TextBatch(TypedDict):
+    """The captions of a micro-batch, end to end."""
+
+    ids: Tensor  # (T,) int32
+    lengths: Tensor  # (b,) int32
+    longest: int
+    positions: NotRequired[Tensor]  # (T,) int32: the tokens' places, where a text mask dropped some
+
+
+class MicroBatch(TypedDict):
+    views: dict[str, ViewBatch]
+    text: TextBatch
+    samples: Tensor  # (b, 2) int64: (epoch, sample), which Shards names
+    bad: list[Bad]  # samples that could not be read, and were replaced
+    # of streams: (epoch, shard, key) of each sample, the worker, the oldest shard that it needs
+    keys: NotRequired[Sequence[tuple[int, str, str]]]
+    worker: NotRequired[int]
+    oldest: NotRequired[int]
+
+
+class Row(NamedTuple):
+    """One sample, ready to be stacked."""
+
+    sample: tuple[int, int]  # (epoch, number)
+    ids: list[int]  # the caption's tokens
+    places: list[int] | None  # their places; None: 0, 1, ...
+    views: dict[str, dict[str, np.ndarray]]  # as ViewBatch, without the b
 
 
 @dataclass(frozen=True)
@@ -62,8 +95,10 @@ class DataConfig:
     trace: bool = False  # write the sample keys of every step to RUN/trace/
 
     def fill(self, ids: list[int], pad: int) -> list[int]:
-        """A caption's tokens, filled to the context where pad_text asks."""
-        return ids + [pad] * (self.context - len(ids)) if self.pad_text else ids
+        """Fill a caption's tokens to the context, where pad_text asks for it."""
+        if not self.pad_text:
+            return ids
+        return ids + [pad] * (self.context - len(ids))
 
     def __post_init__(self):
         if not self.train:
@@ -81,15 +116,23 @@ class DataConfig:
                 raise ValueError(f"data.{name}: {getattr(self, name)}; it must be at least 1")
 
 
-def plan(
-    views: dict[str, View], image_size: Size, patch: int
-) -> list[tuple[str, View, Mask, tuple[int, int]]]:
-    """(name, view, mask, grid) of every draw of every view; what cannot be cut into patches, or a
-    mask that hides all, is refused.
+class Draw(NamedTuple):
+    """One draw of a view: what is made of each image under one name."""
+
+    name: str
+    view: View
+    mask: Mask
+    grid: tuple[int, int]
+
+
+def plan(views: dict[str, View], image_size: Size, patch: int) -> list[Draw]:
+    """Every draw of every view; ValueError for what cannot be cut into patches, or a mask that
+    hides all.
     """
-    found = []
+    planned = []
     for name, view in expanded(views).items():
-        mask, (height, width) = parse(view.mask), sides(image_size)
+        mask = parse(view.mask)
+        height, width = sides(image_size)
         try:
             if view.size and height != width:
                 raise ValueError(
@@ -100,12 +143,12 @@ def plan(
             mask.visible(grid[0] * grid[1])
         except ValueError as error:
             raise ValueError(f"views.{name}: {error}") from None
-        found.append((name, view, mask, grid))
-    return found
+        planned.append(Draw(name, view, mask, grid))
+    return planned
 
 
 class Reader:
-    """Samples into rows (tokens and visible patches), rows into a part of a batch.
+    """Turn samples into rows (tokens and visible patches), and rows into micro-batches.
 
     hidden, noise: the names of the views of which a method wants the hidden patches, or noise.
     pool: first or eot, the caption's token that a text mask leaves.
@@ -126,85 +169,78 @@ class Reader:
         self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
         self.views = plan(views, image_size, patch)
         self.boxes = any(view.encloses for view in views.values())
-        self.hidden, self.noise = (
-            {draw for name in some for draw in draws(name, views[name])} for some in (hidden, noise)
-        )
+        self.hidden = {draw for name in hidden for draw in draws(name, views[name])}
+        self.noise = {draw for name in noise for draw in draws(name, views[name])}
         self.tokenizer = build_tokenizer(cfg.tokenizer, cfg.context)
         self.text_mask = text_masking.parse(cfg.text_mask)
-        special = len(self.tokenizer.start), len(self.tokenizer.end)
         self.caption = text_masking.Caption(
-            cfg.context, *special, pooled=0 if pool == "first" else -1
+            cfg.context,
+            start=len(self.tokenizer.start),
+            end=len(self.tokenizer.end),
+            pooled=0 if pool == "first" else -1,
         )
 
-    def row(
-        self, sample: Sample, epoch: int, number: int
-    ) -> tuple[tuple[int, int], list[int], dict]:
-        """((epoch, number), (token ids, their places), {view: its arrays}) of a sample; ValueError
-        or OSError if it cannot be read.
-        """
-        rng, captions = np.random.default_rng((self.seed, epoch, number, 0)), sample.captions
-        # one of several, as SLIP's code does
-        ids = self.tokenizer(captions[rng.integers(len(captions)) if len(captions) > 1 else 0])
-        text = self.cfg.fill(ids, self.tokenizer.pad_id), None
-        if self.text_mask:
-            text = self.text_mask(text[0], len(ids), self.caption, rng)
+    def row(self, sample: Sample, epoch: int, number: int) -> Row:
+        """The row of a sample; ValueError or OSError if it cannot be read."""
+        ids, places = self.text(sample.captions, epoch, number)
         rngs = {
-            name: np.random.default_rng((self.seed, epoch, number, 1 + n))
-            for n, (name, *_) in enumerate(self.views)
+            draw.name: np.random.default_rng((self.seed, epoch, number, 1 + n))
+            for n, draw in enumerate(self.views)
         }
-        made = random_views(
-            sample.image, self.image_size, {name: view for name, view, *_ in self.views}, rngs
-        )
-        return (
-            (epoch, number),
-            text,
-            {
-                name: self.view(name, mask, grid, *made[name], rngs[name])
-                for name, _, mask, grid in self.views
-            },
-        )
+        views = {draw.name: draw.view for draw in self.views}
+        images = random_views(sample.image, self.image_size, views, rngs)
+        arrays = {
+            draw.name: self.view(draw, *images[draw.name], rngs[draw.name]) for draw in self.views
+        }
+        return Row((epoch, number), ids, places, arrays)
+
+    def text(
+        self, captions: list[str], epoch: int, number: int
+    ) -> tuple[list[int], list[int] | None]:
+        """Token ids of one of the captions, drawn as SLIP's code does, and their places."""
+        rng = np.random.default_rng((self.seed, epoch, number, 0))
+        chosen = rng.integers(len(captions)) if len(captions) > 1 else 0
+        real = self.tokenizer(captions[chosen])
+        ids = self.cfg.fill(real, self.tokenizer.pad_id)
+        if self.text_mask is None:
+            return ids, None
+        return self.text_mask(ids, len(real), self.caption, rng)
 
     def view(
-        self,
-        name: str,
-        mask: Mask,
-        grid: tuple[int, int],
-        image: np.ndarray,
-        box: Box,
-        rng: np.random.Generator,
-    ) -> dict:
-        """What travels of a view, by the names of the module's docstring."""
-        count = grid[0] * grid[1]
-        keep = mask(torch.from_numpy(rng.random((1, count), dtype=np.float32)), grid)[0].numpy()
-        row = dict(
+        self, draw: Draw, image: np.ndarray, box: Box, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """The arrays of one view of one image, under the names of ViewBatch."""
+        count = draw.grid[0] * draw.grid[1]
+        noise = torch.from_numpy(rng.random((1, count), dtype=np.float32))
+        keep = draw.mask(noise, draw.grid)[0].numpy()
+        arrays = dict(
             patches=patches.visible(image, self.patch, keep), positions=keep.astype(np.int16)
         )
         if self.boxes:
-            row["box"] = np.array(box, np.float32)
-        if name in self.hidden:
+            arrays["box"] = np.array(box, np.float32)
+        if draw.name in self.hidden:
             rest = np.setdiff1d(np.arange(count), keep)
-            row |= dict(
-                hidden=patches.visible(image, self.patch, rest),
-                hidden_positions=rest.astype(np.int16),
-            )
-        if name in self.noise:
-            row["noise"] = rng.random(count, dtype=np.float32)
-        return row
+            arrays["hidden"] = patches.visible(image, self.patch, rest)
+            arrays["hidden_positions"] = rest.astype(np.int16)
+        if draw.name in self.noise:
+            arrays["noise"] = rng.random(count, dtype=np.float32)
+        return arrays
 
-    def part(self, rows: list[tuple], bad: list[tuple]) -> dict:
-        samples, texts, views = zip(*rows)
-        ids, places = zip(*texts)
-        packed, lengths = pack(ids)
-        stacked = {
-            name: {
-                key: torch.from_numpy(np.stack([row[name][key] for row in views])) for key in first
+    def part(self, rows: list[Row], bad: list[Bad]) -> MicroBatch:
+        """Stack the views of rows, and pack their captions."""
+        views = {}
+        for name, arrays in rows[0].views.items():
+            views[name] = {
+                key: torch.from_numpy(np.stack([row.views[name][key] for row in rows]))
+                for key in arrays
             }
-            for name, first in views[0].items()
-        }
-        text = dict(ids=packed, lengths=lengths, longest=int(lengths.max()))
-        if places[0] is not None:
+        ids, lengths = pack([row.ids for row in rows])
+        text = TextBatch(ids=ids, lengths=lengths, longest=int(lengths.max()))
+        places = [row.places for row in rows if row.places is not None]
+        if places:  # a text mask gives places to all captions or to none
             text["positions"] = pack(places)[0]
-        return dict(views=stacked, text=text, samples=torch.tensor(samples), bad=bad)
+        samples = torch.tensor([row.sample for row in rows])
+        return MicroBatch(views=views, text=text, samples=samples, bad=bad)
 
 
 def share(batch: int, world: int, accumulate: int) -> int:
@@ -237,20 +273,20 @@ class Batches(Dataset):
     ):
         self.reader, self.shards, self.rank = reader, shards, rank
         self.order = Order(shards.counts, reader.seed, reader.cfg.window)
-        self.size, self.parts = share(batch, world, accumulate), accumulate
+        self.size = share(batch, world, accumulate)
+        self.parts = accumulate
 
-    def __getitem__(self, start: int) -> list[dict]:
+    def __getitem__(self, start: int) -> list[MicroBatch]:
         first = start + self.rank * self.size * self.parts
-        return [
-            self.part(range(first + i * self.size, first + (i + 1) * self.size))
-            for i in range(self.parts)
-        ]
+        begins = [first + n * self.size for n in range(self.parts)]
+        return [self.part(range(begin, begin + self.size)) for begin in begins]
 
-    def part(self, positions: range) -> dict:
-        bad: list[tuple] = []
-        return self.reader.part([self.row(position, bad) for position in positions], bad)
+    def part(self, positions: range) -> MicroBatch:
+        bad: list[Bad] = []
+        rows = [self.row(position, bad) for position in positions]
+        return self.reader.part(rows, bad)
 
-    def row(self, position: int, bad: list[tuple]) -> tuple:
+    def row(self, position: int, bad: list[Bad]) -> Row:
         """The row of a position or, when its sample cannot be read, of one drawn in its place:
         every rank needs a full batch.
         """
@@ -260,22 +296,21 @@ class Batches(Dataset):
                 return self.reader.row(self.shards[i], epoch, i)
             except (ValueError, OSError) as error:
                 bad.append((*self.shards.name(i), " ".join(str(error).split())))
-            i = int(
-                np.random.default_rng((self.reader.seed, epoch, position, attempt, 1)).integers(
-                    len(self.shards)
-                )
-            )
+            rng = np.random.default_rng((self.reader.seed, epoch, position, attempt, 1))
+            i = int(rng.integers(len(self.shards)))
         raise ValueError(
             f"data.train: {SUBSTITUTES} samples in a row cannot be read, the last"
             f" {' '.join(bad[-1])}; run: run/prepare.py check DIR"
         )
 
-    def keys(self, part: dict) -> list[tuple[int, str, str]]:
-        """(epoch, shard, key) of each sample of a part."""
+    def keys(self, part: MicroBatch) -> list[tuple[int, str, str]]:
+        """(epoch, shard, key) of each sample of a micro-batch."""
         return [(epoch, *self.shards.name(i)) for epoch, i in part["samples"].tolist()]
 
     def fingerprint(self) -> dict:
-        """What the order of the samples follows from: a run that goes on must have the same."""
+        """Everything that the order of the samples follows from: a run that is resumed must have
+        the same.
+        """
         names = [(path.name, count) for path, count in zip(self.shards.paths, self.shards.counts)]
         digest = f"{zlib.crc32(repr(names).encode()):08x}"
         return dict(
@@ -286,34 +321,29 @@ class Batches(Dataset):
         )
 
     def begin(self, cursor: int) -> None:
-        """Go on: the number of samples says where."""
+        """Do nothing: the number of samples says where to go on."""
 
     def position(self) -> int:
-        """Nothing but the number of samples is needed to go on."""
+        """Return 0: nothing but the number of samples is needed to go on."""
         return 0
 
-    def stream(self, starts: range, pin: bool) -> Iterator[list[dict]]:
+    def stream(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
         """The batches that begin at `starts`, prepared ahead by worker processes; pin: into
         page-locked memory, for a GPU.
         """
-        return iter(
-            DataLoader(
-                self, batch_size=None, sampler=starts, pin_memory=pin, **ahead(self.reader.cfg)
-            )
-        )
+        settings = ahead(self.reader.cfg)
+        return iter(DataLoader(self, batch_size=None, sampler=starts, pin_memory=pin, **settings))
 
 
 def ahead(cfg: DataConfig) -> dict:
     """DataLoader's settings for worker processes, none where workers is 0."""
-    return (
-        dict(num_workers=cfg.workers, prefetch_factor=cfg.prefetch, worker_init_fn=quiet_worker)
-        if cfg.workers
-        else {}
-    )
+    if not cfg.workers:
+        return {}
+    return dict(num_workers=cfg.workers, prefetch_factor=cfg.prefetch, worker_init_fn=quiet_worker)
 
 
 def quiet_worker(_: int) -> None:
-    """A worker computes on one thread, and leaves signals to its parent, which ends it after
+    """Compute on one thread, and leave signals to the parent, which ends its workers after
     saving.
     """
     torch.set_num_threads(1)

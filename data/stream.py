@@ -3,9 +3,10 @@
 `data.train: "https://host/{00000..00099}.tar"` or `"pipe:aws s3 cp s3://.../{0000..0099}.tar -"`
 comes here instead of data/loader.py's index. The shards of all epochs form one sequence, each
 epoch in an order of its own; reader r of R (ranks x workers) takes every R-th.
+
 A resumed run begins at the first shard that some reader had not used up: every sample is seen at
-least once, some of them again.
-For exactly once, on any number of ranks, use local shards with an index.
+least once, some of them again. For exactly once, on any number of ranks, use local shards with an
+index.
 """
 
 import zlib
@@ -16,14 +17,14 @@ import numpy as np
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from glimpse.data.loader import SUBSTITUTES, Reader, ahead, share
+from glimpse.data.loader import SUBSTITUTES, Bad, MicroBatch, Reader, Row, ahead, share
 from glimpse.data.shards import Sample, split_name
 
 BUFFER = 1000  # samples that a reader mixes
 
 
 def is_url(path: str) -> bool:
-    """Does webdataset read this, instead of the file system?"""
+    """Return True if webdataset reads this, and not the file system."""
     return "://" in path or path.startswith("pipe:")
 
 
@@ -35,12 +36,12 @@ def opened_url(url: str):
 
 
 def is_stream(train: tuple[str, ...]) -> bool:
-    """Do these name streams?  Folders and streams cannot be mixed."""
+    """Return True if these name streams; ValueError where folders and streams are mixed."""
     streams = [path for path in train if is_url(path)]
-    if streams and len(streams) < len(train):
+    folders = [path for path in train if not is_url(path)]
+    if streams and folders:
         raise ValueError(
-            f"data.train: {streams[0]} is a stream and {next(p for p in train if p not in streams)}"
-            " a folder; give one kind"
+            f"data.train: {streams[0]} is a stream and {folders[0]} a folder; give one kind"
         )
     return bool(streams)
 
@@ -59,17 +60,10 @@ class Stream(IterableDataset):
         world: int = 1,
         cursor: int = 0,
     ):
-        self.reader, self.urls = (
-            reader,
-            [url for path in train for url in webdataset.shardlists.expand_urls(path)],
-        )
-        self.size, self.parts, self.rank, self.world, self.cursor = (
-            share(batch, world, accumulate),
-            accumulate,
-            rank,
-            world,
-            cursor,
-        )
+        self.reader, self.rank, self.world, self.cursor = reader, rank, world, cursor
+        self.urls = [url for path in train for url in webdataset.shardlists.expand_urls(path)]
+        self.size = share(batch, world, accumulate)
+        self.parts = accumulate
         # by worker: the oldest shard that it still needs
         self.behind = [cursor] * max(1, reader.cfg.workers)
         readers = world * max(1, reader.cfg.workers)
@@ -82,46 +76,46 @@ class Stream(IterableDataset):
     def __len__(self) -> int:
         raise TypeError("a stream does not know its samples")
 
-    def __iter__(self) -> Iterator[list[dict]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        bad: list[tuple] = []
+        bad: list[Bad] = []
         rows = self.rows(workers, worker, bad)
         while True:
             parts = []
             for _ in range(self.parts):
                 oldest, mixed, keys = zip(*islice(rows, self.size))
-                parts.append(
-                    self.reader.part(mixed, list(bad))
-                    | dict(keys=keys, worker=worker, oldest=oldest[-1])
-                )
+                part = self.reader.part(list(mixed), list(bad))
+                part["keys"] = keys
+                part["worker"] = worker
+                part["oldest"] = oldest[-1]
+                parts.append(part)
                 bad.clear()
             yield parts
 
     def rows(
-        self, workers: int, worker: int, bad: list[tuple]
-    ) -> Iterator[tuple[int, tuple, tuple]]:
-        """(oldest shard still in the buffer, row, key) without end; what cannot be read goes to
-        `bad`.
+        self, workers: int, worker: int, bad: list[Bad]
+    ) -> Iterator[tuple[int, Row, tuple[int, str, str]]]:
+        """Yield (oldest shard still in the buffer, row, key) without end; what cannot be read goes
+        to `bad`.
         """
-        rng, buffer, failed = (
-            np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker)),
-            [],
-            0,
-        )
-        for sample, epoch, ordinal in self.samples(
-            self.rank * workers + worker, self.world * workers, bad
-        ):
-            buffer.append((sample, epoch, ordinal))
+        rng = np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker))
+        buffer: list[tuple[Sample, int, int]] = []
+        failed = 0
+        reader, readers = self.rank * workers + worker, self.world * workers
+        for newest in self.samples(reader, readers, bad):
+            # 1. Fill the buffer, then exchange a random sample of it for each new one.
+            buffer.append(newest)
             if len(buffer) < BUFFER:
                 continue
             i = int(rng.integers(len(buffer)))
             buffer[i], buffer[-1] = buffer[-1], buffer[i]
             sample, epoch, _ = buffer.pop()
+
+            # 2. Read it; many failures in a row are no accident.
+            number = zlib.crc32(f"{sample.shard}/{sample.key}".encode())
             try:
-                row = self.reader.row(
-                    sample, epoch, zlib.crc32(f"{sample.shard}/{sample.key}".encode())
-                )
+                row = self.reader.row(sample, epoch, number)
             except (ValueError, OSError) as error:
                 bad.append((sample.shard, sample.key, " ".join(str(error).split())))
                 failed += 1
@@ -132,41 +126,31 @@ class Stream(IterableDataset):
                     ) from None
                 continue
             failed = 0
-            yield (
-                min((o for _, _, o in buffer), default=ordinal),
-                row,
-                (epoch, sample.shard, sample.key),
-            )
+            oldest = min((ordinal for _, _, ordinal in buffer), default=newest[2])
+            yield oldest, row, (epoch, sample.shard, sample.key)
 
     def samples(
-        self, reader: int, readers: int, bad: list[tuple]
+        self, reader: int, readers: int, bad: list[Bad]
     ) -> Iterator[tuple[Sample, int, int]]:
-        """(sample, epoch, shard's place in the sequence) of this reader's shards; ValueError where
-        one after another is empty.
+        """Yield (sample, epoch, shard's place in the sequence) of this reader's shards; ValueError
+        where one after another is empty.
         """
         empty = 0
         for ordinal in count(self.cursor + reader, readers):
             epoch, place = divmod(ordinal, len(self.urls))
-            url = self.urls[
-                np.random.default_rng((self.reader.seed, epoch)).permutation(len(self.urls))[place]
-            ]
-            name, found = url.rstrip(" -").rpartition("/")[2], 0
+            order = np.random.default_rng((self.reader.seed, epoch)).permutation(len(self.urls))
+            url = self.urls[order[place]]
+            name = url.rstrip(" -").rpartition("/")[2]
+            found = 0
             try:
-                for parts in webdataset.DataPipeline(
-                    webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples()
-                ):
+                for sample in read_shard(url, name):
                     found += 1
-                    files = {
-                        split_name(f"x.{ext}")[1]: data
-                        for ext, data in parts.items()
-                        if isinstance(data, bytes)
-                    }
-                    yield Sample(name, parts["__key__"], files), epoch, ordinal
+                    yield sample, epoch, ordinal
             # a transfer or a tar that breaks off, in whatever way its library says so
             except Exception as error:
                 bad.append((name, f"after {found} samples", " ".join(str(error).split())))
             empty = 0 if found else empty + 1
-            # else a server that is down would be asked for ever, while the ranks wait
+            # A server that is down would be asked forever, while the ranks wait.
             if empty == min(SUBSTITUTES, len(self.urls)):
                 why = bad[-1][2] if bad else "empty shards"
                 raise ValueError(
@@ -174,12 +158,13 @@ class Stream(IterableDataset):
                     f" {why}"
                 )
 
-    def keys(self, part: dict) -> list[tuple[int, str, str]]:
-        """(epoch, shard, key) of each sample of a part."""
-        return [tuple(key) for key in part["keys"]]  # the loader makes lists of tuples
+    def keys(self, part: MicroBatch) -> list[tuple[int, str, str]]:
+        """(epoch, shard, key) of each sample of a micro-batch."""
+        # the loader makes lists of tuples
+        return [(epoch, shard, key) for epoch, shard, key in part["keys"]]
 
-    def stream(self, starts: range, pin: bool) -> Iterator[list[dict]]:
-        """As many batches as `starts` names."""
+    def stream(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
+        """Yield as many batches as `starts` names."""
         batches = iter(DataLoader(self, batch_size=None, pin_memory=pin, **ahead(self.reader.cfg)))
         for _ in starts:
             parts = next(batches)
@@ -187,7 +172,9 @@ class Stream(IterableDataset):
             yield parts
 
     def fingerprint(self) -> dict:
-        """What the order of the shards follows from: a run that goes on must have the same."""
+        """Everything that the order of the shards follows from: a run that is resumed must have the
+        same.
+        """
         return dict(seed=self.reader.seed, shards=f"{zlib.crc32(repr(self.urls).encode()):08x}")
 
     def begin(self, cursor: int) -> None:
@@ -199,3 +186,15 @@ class Stream(IterableDataset):
         needs an earlier shard.
         """
         return min(self.behind)
+
+
+def read_shard(url: str, name: str) -> Iterator[Sample]:
+    """Yield the samples of one streamed shard."""
+    shards = webdataset.SimpleShardList([url])
+    for parts in webdataset.DataPipeline(shards, webdataset.tarfile_to_samples()):
+        files = {
+            split_name(f"x.{extension}")[1]: data
+            for extension, data in parts.items()
+            if isinstance(data, bytes)
+        }
+        yield Sample(name, parts["__key__"], files)
