@@ -1,6 +1,5 @@
-"""data/builders/check.py: each fault put into a folder of shards is found and named, the figures
-are exact,
-and a clean folder is called ready.
+"""data/builders/check.py: each fault in a folder of shards is reported, the figures are exact, and
+a clean folder is ready.
 """
 
 import json
@@ -59,22 +58,21 @@ def test_a_clean_folder_is_ready(folder):
 
 def test_unreadable_samples_are_named_and_counted_against_the_limit(folder):
     cut = picture("red cross", np.random.default_rng(0), "jpg")[:200]
-    write_shard(
-        folder / "1.tar",
-        [
-            pair(0),
-            ("cut", {"jpg": cut, "txt": b"x"}),
-            ("alone", {"jpg": cut}),
-            ("list", {"json": b"[]", "png": pair(1)[1]["png"]}),
-            ("html", {"jpg": b"<html>", "txt": b"x"}),
-        ],
-    )
+    samples = [
+        pair(0),
+        ("cut", {"jpg": cut, "txt": b"x"}),
+        ("alone", {"jpg": cut}),
+        ("list", {"json": b"[]", "png": pair(1)[1]["png"]}),
+        ("html", {"jpg": b"<html>", "txt": b"x"}),
+    ]
+    write_shard(folder / "1.tar", samples)
     build_index(folder)
+
     report, problems, text = faults(folder)
 
-    assert [line.split()[:2] for line in sorted(report.found.unreadable)] == [
-        ["1.tar", key] for key in ("alone", "cut", "html", "list")
-    ]
+    shards_and_keys = [line.split()[:2] for line in sorted(report.found.unreadable)]
+    expected_keys = ("alone", "cut", "html", "list")
+    assert shards_and_keys == [["1.tar", key] for key in expected_keys]
     assert problems == ["36.36% of the samples cannot be read, and data.max_bad is 1.00%"]
     assert "1.tar  html  cannot read the image" in text
     assert text.endswith(f"not ready: {problems[0]}")
@@ -101,7 +99,9 @@ def test_a_gif_that_calls_itself_jpg_counts_as_other(folder):
     write_shard(folder / "2.tar", [("gif", {"jpg": path.read_bytes(), "txt": b"x"})])
     build_index(folder)
 
-    assert faults(folder)[0].found.kinds["other"] == 1
+    report, _problems, _text = faults(folder)
+
+    assert report.found.kinds["other"] == 1
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,10 @@ def test_a_shard_that_training_refuses_is_named(folder, spoil, expected):
 
 
 def test_an_index_that_is_not_that_of_the_files(folder):
-    # the same number of samples, elsewhere
+    # the same number of samples, at other positions
     write_shard(folder / "1.tar", [pair(i, "jpg") for i in (1, 0, 2, 3)])
-    report, problems, text = faults(folder)
+
+    _report, problems, text = faults(folder)
 
     assert problems == ["the index is stale"]
     assert "1.tar: changed since it was indexed; run: run/prepare.py index" in text
@@ -151,7 +152,8 @@ def test_an_index_that_is_not_that_of_the_files(folder):
 
 def test_no_index_is_no_fault_and_none_is_made(folder):
     (folder / "shards.index.json").unlink()
-    report, problems, text = faults(folder)
+
+    _report, problems, text = faults(folder)
 
     assert problems == []
     assert "index        none yet" in text
@@ -159,13 +161,13 @@ def test_no_index_is_no_fault_and_none_is_made(folder):
 
 
 def test_a_sample_is_spread_over_the_shards(folder):
-    report, problems, text = faults(folder, sample=3)
+    report, _problems, _text = faults(folder, sample=3)
 
     assert report.found.counts == Counter(seen=10, read=3)
     assert report.looked == 3
     assert report.found.kinds == dict(png=1, jpg=1, webp=1)
 
-    report, problems, text = faults(folder, sample=2)
+    report, _problems, text = faults(folder, sample=2)
 
     assert report.looked == 2
     assert report.found.counts["read"] == 2
@@ -184,10 +186,8 @@ def test_a_folder_without_shards(tmp_path):
 def test_figures():
     assert spread(Counter({5: 3, 1: 1, 9: 2})) == "1 / 5 / 9"
     assert spread(Counter({2: 1})) == "2 / 2 / 2"
-    assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 5 * 10**14)] == [
-        "0 bytes",
-        "999 bytes",
-        "1.0 kB",
-        "1.2 MB",
-        "500.0 TB",
-    ]
+    assert human_bytes(0) == "0 bytes"
+    assert human_bytes(999) == "999 bytes"
+    assert human_bytes(1000) == "1.0 kB"
+    assert human_bytes(1_234_567) == "1.2 MB"
+    assert human_bytes(5 * 10**14) == "500.0 TB"

@@ -1,8 +1,8 @@
-"""Proves that composites are what their labels say: label maps are the drawings' alpha, boxes hold
-them, captions and answers are true.
+"""Composites match their labels: label maps are the drawings' alpha, boxes enclose them, captions
+and answers are true.
 
-The drawings are discs and squares of one colour a concept, so that the picture itself tells what
-was drawn where.
+The drawings are discs and squares of one color a concept, so that the picture itself shows which
+concept is where.
 Run: pytest tests/data/builders/test_composites.py
 """
 
@@ -75,14 +75,12 @@ def glyphs(tmp_path_factory):
 
 
 def make(glyphs, out, **more):
-    return build(
-        out,
-        glyphs=glyphs,
-        **dict(
-            train=20, test=12, unseen=5, concepts={n: f"the {n}" for n in COLORS}, progress=quiet
-        )
-        | more,
-    )
+    options = dict(train=20, test=12, unseen=5, concepts=concepts(), progress=quiet)
+    return build(out, glyphs=glyphs, **options | more)
+
+
+def concepts():
+    return {name: f"the {name}" for name in COLORS}
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +91,14 @@ def composites(glyphs, tmp_path_factory):
 
 
 def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_label_maps_agree_with_alpha(glyphs):
-    """Where the map says red things are, the picture is red (but for soft edges), and nowhere
-    else.
-    """
-    drawings = scenes.read_drawings(glyphs, {n: f"the {n}" for n in COLORS})["train"]
+    """The picture is red (but for soft edges) where the map has a red thing, and nowhere else."""
+    drawings = scenes.read_drawings(glyphs, concepts())["train"]
+    names = list(COLORS)
     for number in range(30):
         scene = compose(drawings, np.random.default_rng(number))
         pixels = np.asarray(scene.image, int)
@@ -113,66 +107,79 @@ def test_label_maps_agree_with_alpha(glyphs):
             near = np.abs(pixels - color).sum(-1)
             assert (near[inside] < 30).sum() >= 0.7 * inside.sum()
             assert not (near[~inside] < 30).any()
-        assert set(np.unique(scene.label_map)) - {IGNORE} == {
-            list(COLORS).index(t.name) for t in scene.things
-        }
+        labels = set(np.unique(scene.label_map)) - {IGNORE}
+        assert labels == {names.index(t.name) for t in scene.things}
 
 
 def test_boxes_just_hold_what_is_visible(composites):
     images = Benchmark(composites)
     for i in range(len(images)):
-        labels, boxes = images.label_map(i), json.loads(images.member(i, "json"))["boxes"]
+        labels = images.label_map(i)
+        boxes = json.loads(images.member(i, "json"))["boxes"]
         assert labels.shape == (CANVAS, CANVAS)
+
         union = np.zeros_like(labels, bool)
         for row in boxes:
             assert images.classes()[row["class"]] == row["name"]
             left, top, right, bottom = row["box"]
             inside = labels[top:bottom, left:right] == row["class"]
-            assert inside.any(0)[[0, -1]].all(), "the box is larger than what it holds"
-            assert inside.any(1)[[0, -1]].all(), "the box is larger than what it holds"
+            # The first and the last column and row of the box have pixels of the thing.
+            message = "the box is larger than what it holds"
+            assert inside.any(0)[[0, -1]].all(), message
+            assert inside.any(1)[[0, -1]].all(), message
             union[top:bottom, left:right] = True
         assert (labels[~union] == IGNORE).all()
 
 
 def read_back(caption, names):
-    """What a caption says there is: a Counter of names."""
-    numbers = {"two": 2, "three": 3, "four": 4}
-    words = {one(n): (n, 1) for n in names} | {
-        f"{word} {plural(n)}": (n, c) for n in names for word, c in numbers.items()
-    }
-    found = Counter()
-    for phrase in re.findall(
-        "|".join(rf"\b{w}\b" for w in sorted(words, key=len, reverse=True)), caption
-    ):
-        found[words[phrase][0]] += words[phrase][1]
-    return found
+    """Return how many things of each name a caption mentions, as a Counter."""
+    # phrase -> (name, number)
+    words = {}
+    for name in names:
+        words[one(name)] = (name, 1)
+        for word, number in {"two": 2, "three": 3, "four": 4}.items():
+            words[f"{word} {plural(name)}"] = (name, number)
+
+    # longer phrases first
+    alternatives = [rf"\b{phrase}\b" for phrase in sorted(words, key=len, reverse=True)]
+    counts = Counter()
+    for phrase in re.findall("|".join(alternatives), caption):
+        name, number = words[phrase]
+        counts[name] += number
+    return counts
+
+
+def check_relations(text, boxes):
+    """Check every "an ant above a bus" in a caption; return how many there are."""
+    # Twice the centers, by name.
+    centers = {}
+    for row in boxes:
+        left, top, right, bottom = row["box"]
+        centers[row["name"]] = [left + right, top + bottom]
+
+    pattern = r"an? (\w+) (to the left of|to the right of|above|below) an? (\w+)"
+    matches = re.findall(pattern, text)
+    for a, relation, b in matches:
+        axis = 1 if relation in ("above", "below") else 0
+        smaller = relation in ("to the left of", "above")
+        assert (centers[a][axis] < centers[b][axis]) == smaller
+    return len(matches)
 
 
 def test_captions_name_what_is_there(composites):
     relational = 0
-
     for split in ("train", "test"):
         images = Benchmark(composites, split)
         for i in range(len(images)):
             boxes = json.loads(images.member(i, "json"))["boxes"]
+            names = Counter(row["name"] for row in boxes)
             texts = images.captions(i)
             assert 2 <= len(texts) <= 5
             assert len(set(texts)) == len(texts)
-            centers = {
-                row["name"]: [row["box"][0] + row["box"][2], row["box"][1] + row["box"][3]]
-                for row in boxes
-            }
             for text in texts:
-                assert read_back(text, COLORS) == Counter(row["name"] for row in boxes), text
-                for a, which, b in re.findall(
-                    r"an? (\w+) (to the left of|to the right of|above|below) an? (\w+)", text
-                ):
-                    axis, smaller = (
-                        ("left" not in which and "right" not in which),
-                        which in ("to the left of", "above"),
-                    )
-                    assert (centers[a][axis] < centers[b][axis]) == smaller
-                    relational += 1
+                assert read_back(text, COLORS) == names, text
+                relational += check_relations(text, boxes)
+
     assert relational > 3
 
 
@@ -192,14 +199,14 @@ SCENE = [
 
 
 def asked(things):
-    """Everything that can be asked, over many draws: {question: answer}."""
-    rows = [
-        row
-        for seed in range(300)
-        for row in questions(things, 96, [*COLORS], np.random.default_rng(seed))
-    ]
-    assert all(len(row["answers"]) == 10 and len(set(row["answers"])) == 1 for row in rows)
-    return {row["question"]: row["answers"][0] for row in rows}
+    """Return every question and its answer, over many draws: {question: answer}."""
+    answers = {}
+    for seed in range(300):
+        for row in questions(things, 96, [*COLORS], np.random.default_rng(seed)):
+            assert len(row["answers"]) == 10
+            assert len(set(row["answers"])) == 1
+            answers[row["question"]] = row["answers"][0]
+    return answers
 
 
 def test_questions_of_a_scene_by_hand():
@@ -231,59 +238,58 @@ def test_questions_of_a_scene_by_hand():
 
 
 def test_questions_of_built_scenes_are_true(composites):
-    images, kinds = Benchmark(composites), Counter()
+    images = Benchmark(composites)
+    kinds = Counter()
     for i in range(len(images)):
-        counts = Counter(row["name"] for row in json.loads(images.member(i, "json"))["boxes"])
+        boxes = json.loads(images.member(i, "json"))["boxes"]
+        counts = Counter(row["name"] for row in boxes)
         for question in images.questions(i):
             kinds[question.kind] += 1
-            answer = question.answers[0]
-            if question.kind == "is there":
-                assert answer == (
-                    "yes" if counts[re.match(r"is there an? (.*)\?", question.text)[1]] else "no"
-                )
-            if question.kind == "how many":
-                name = re.match("how many (.*) are there", question.text)[1]
-                assert int(answer) == (
-                    counts.total()
-                    if name == "things"
-                    else sum(c for n, c in counts.items() if plural(n) == name)
-                )
-            if question.kind == "what":
-                assert answer in counts or answer in map(plural, counts)
+            check_answer(question, counts)
 
     assert kinds["is there"] == kinds["how many"] == len(images)
     assert kinds["where"]
     assert kinds["what"]
 
 
+def check_answer(question, counts):
+    """Check an answer by the numbers of things in the scene."""
+    answer = question.answers[0]
+    if question.kind == "is there":
+        name = re.match(r"is there an? (.*)\?", question.text)[1]
+        assert answer == ("yes" if counts[name] else "no")
+    if question.kind == "how many":
+        name = re.match("how many (.*) are there", question.text)[1]
+        of_name = [count for n, count in counts.items() if name in ("things", plural(n))]
+        assert int(answer) == sum(of_name)
+    if question.kind == "what":
+        assert answer in counts or answer in map(plural, counts)
+
+
 def test_sides_and_places():
-    assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (30, 30, 40, 40))], 96) == [], (
-        "on the slant: neither above nor left"
-    )
-    assert relations([Thing("a", (0, 0, 10, 10)), Thing("b", (5, 0, 15, 10))], 96) == [], "too near"
+    corner = Thing("a", (0, 0, 10, 10))
+    slanting = Thing("b", (30, 30, 40, 40))
+    beside = Thing("b", (5, 0, 15, 10))
+
+    assert relations([corner, slanting], 96) == [], "on the slant: neither above nor left"
+    assert relations([corner, beside], 96) == [], "too near"
     assert place(Thing("a", (40, 40, 54, 54)), 96) == "middle"
     assert place(Thing("a", (0, 80, 10, 90)), 96) == "bottom left"
 
-    texts = {
-        text
-        for seed in range(50)
-        for text in captions([Thing("ant", (0, 0, 9, 9))], 96, np.random.default_rng(seed))
-    }
+    ant = Thing("ant", (0, 0, 9, 9))
+    texts = set()
+    for seed in range(50):
+        texts.update(captions([ant], 96, np.random.default_rng(seed)))
 
     assert {"an ant at the top left", "there is an ant", "an ant"} <= texts
 
 
 def test_drawings_of_test_are_not_those_of_train(glyphs):
     drawings = scenes.read_drawings(glyphs, {"ant": "the ant"})
-
-    assert {part: len(by_name["ant"]) for part, by_name in drawings.items()} == {
-        "train": 2,
-        "test": 1,
-        "unseen": 1,
-    }
-
     unseen = cut_out(drawing("ant", "fluent3d"), "x")
 
+    counts = {part: len(by_name["ant"]) for part, by_name in drawings.items()}
+    assert counts == {"train": 2, "test": 1, "unseen": 1}
     assert drawings["unseen"]["ant"][0].tobytes() == unseen.tobytes(), (
         "neither strokes alone nor a seen style's held-out concept"
     )
@@ -293,14 +299,11 @@ def test_same_seed_same_bytes(glyphs, composites, tmp_path):
     make(glyphs, tmp_path / "again")
     make(glyphs, tmp_path / "other", seed=1)
 
-    assert contents(tmp_path / "again") == contents(composites)
-
+    first = contents(composites)
     other = contents(tmp_path / "other")
-
-    assert all(
-        other[f"{folder}/0.tar"] != contents(composites)[f"{folder}/0.tar"]
-        for folder in ("train", "test", "unseen_style/test")
-    )
+    assert contents(tmp_path / "again") == first
+    for folder in ("train", "test", "unseen_style/test"):
+        assert other[f"{folder}/0.tar"] != first[f"{folder}/0.tar"]
     assert len(Benchmark(composites / "unseen_style", "train")) == 20
     assert len(Benchmark(composites / "unseen_style")) == 5
 
@@ -334,15 +337,11 @@ def test_what_is_missing_is_told(glyphs, tmp_path):
 
 
 def test_names_can_be_said():
-    assert (
-        len({plural(name) for name in CONCEPTS})
-        == len(CONCEPTS)
-        == len(set(CONCEPTS.values()))
-        >= 90
-    )
-
+    plurals = {plural(name) for name in CONCEPTS}
     spoken = ("fox", "butterfly", "key", "bus", "watch", "mouse")
 
+    assert len(plurals) == len(CONCEPTS) == len(set(CONCEPTS.values()))
+    assert len(CONCEPTS) >= 90
     assert [plural(n) for n in spoken] == [
         "foxes",
         "butterflies",

@@ -1,8 +1,8 @@
-"""Proves that glyphs names its drawings rightly, keeps what is held out away from training, and
-writes the same bytes every time.
+"""Glyphs: drawings get the right names, held-out ones stay out of training, and two builds are the
+same bytes.
 
-No network: the packages are a small imitation made in the test; a slow test builds from the real
-ones where npm reaches its registry.
+No network: the packages are a small imitation made in the test. A slow test builds from the real
+ones if npm reaches its registry.
 Run: pytest tests/data/builders/test_glyphs.py
 """
 
@@ -29,7 +29,7 @@ from glimpse.tests.data.builders.test_glyphs_icons import imitation
 
 # rat .. pig nose: one emoji, one name each
 ANIMALS = [chr(code) for code in range(0x1F400, 0x1F43D)]
-UNSEEN = ["🐒", "🐟", "🐡", "🐨", "🐸"]  # those that the split holds out
+UNSEEN = ["🐒", "🐟", "🐡", "🐨", "🐸"]  # held out by the split
 NAMES = {animal: unicodedata.name(animal).lower() for animal in ANIMALS}
 SHORT = {
     **NAMES,
@@ -56,7 +56,7 @@ def glyph(
 
 
 def read(folder):
-    """key -> {extension: content} of every tar below a folder; a key in two tars is an error."""
+    """Return key -> {extension: content} of every tar below a folder; a key is in one tar only."""
     samples = {}
     for path in sorted(folder.rglob("*.tar")):
         with tarfile.open(path) as tar:
@@ -68,11 +68,8 @@ def read(folder):
 
 
 def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_one_caption_for_an_image_in_a_style():
@@ -103,11 +100,12 @@ def test_classification_is_in_clip_benchmarks_layout(tmp_path):
         glyph("3", "ape", b"b", extension="webp"),
     ]
 
-    assert write_classification(tmp_path, members) == {"images": 2, "classes": 2}
+    counts = write_classification(tmp_path, members)
+
+    templates = (tmp_path / "zeroshot_classification_templates.txt").read_text().splitlines()
+    assert counts == {"images": 2, "classes": 2}
     assert (tmp_path / "classnames.txt").read_text() == "ape\nzebra\n"
-    assert (tmp_path / "zeroshot_classification_templates.txt").read_text().splitlines()[0].format(
-        c="ape"
-    ) == "ape"
+    assert templates[0].format(c="ape") == "ape"
     assert (tmp_path / "test/nshards.txt").read_text().strip() == "1"
     assert read(tmp_path / "test") == {
         "noto__2": {"png": b"a", "cls": b"0"},
@@ -116,84 +114,88 @@ def test_classification_is_in_clip_benchmarks_layout(tmp_path):
 
 
 def test_retrieval_is_in_clip_benchmarks_layout(tmp_path):
-    assert write_retrieval(tmp_path, [glyph("1", "a zebra", b"z")]) == {"images": 1}
+    counts = write_retrieval(tmp_path, [glyph("1", "a zebra", b"z")])
+
+    assert counts == {"images": 1}
     assert (tmp_path / "dataset_type.txt").read_text().strip() == "retrieval"
     assert read(tmp_path / "test") == {"noto__1": {"png": b"z", "txt": b"a zebra"}}
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """An imitation of what npm installs: every icon set draws every animal (in its own colour),
-    some draw more.
+    """An imitation of npm's packages: every icon set draws every animal in a color of its own.
+
+    Each also has a hand in two skin tones, and drawings to be left out.
     """
     root = tmp_path_factory.mktemp("cache")
     modules = root / "node_modules"
 
-    def put(path, value):
-        path = modules / path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value))
-
+    # Icon sets.
     for number, package in enumerate(PACKAGES):
-        put(f"{package}/package.json", {"license": "MIT", "author": {"name": "Some One"}})
-        if package.startswith("@iconify-json/"):
-            color = f"{number + 1:03d}"
-            icons = {
-                name.replace(" ", "-"): f'<circle fill="#{color}" r="{i + 8}"/>'
-                for i, name in enumerate(NAMES.values())
-            }
-            icons |= {
-                "waving-hand": "<path d='M0 0h9v9z'/>",
-                "waving-hand-medium-skin-tone": "<path d='M0 0h8v9z'/>",
-            }
-            icons |= {
-                "second-rat": icons["rat"],
-                "flying-saucer": "<path d='M0 0h7v9z'/>",
-                "gone": "<path/>",
-            }
-            icons = {name: {"body": body, "hidden": name == "gone"} for name, body in icons.items()}
-            put(
-                f"{package}/icons.json",
-                {"prefix": package.split("/")[1], "icons": icons, "width": 64, "height": 64},
-            )
-            put(
-                f"{package}/info.json",
-                {"license": {"spdx": "MIT"}, "author": {"name": "Artist", "url": "about:artist"}},
-            )
-            put(f"{package}/chars.json", {"1f44b-1f3fd": "waving-hand-medium-skin-tone"})
-    (modules / "@lobehub/fluent-emoji-3d/assets").mkdir(parents=True)
-    for i, animal in enumerate(ANIMALS):
-        Image.new("RGBA", (8, 8), (4 * i, 0, 0, 99)).save(
-            modules / f"@lobehub/fluent-emoji-3d/assets/{ord(animal):x}.webp", lossless=True
+        put(
+            modules / package / "package.json",
+            {"license": "MIT", "author": {"name": "Some One"}},
         )
+        if package.startswith("@iconify-json/"):
+            put_icon_set(modules / package, color=f"{number + 1:03d}")
+
+    # The unseen style.
+    assets = modules / "@lobehub/fluent-emoji-3d/assets"
+    assets.mkdir(parents=True)
+    for i, animal in enumerate(ANIMALS):
+        image = Image.new("RGBA", (8, 8), (4 * i, 0, 0, 99))
+        image.save(assets / f"{ord(animal):x}.webp", lossless=True)
+
+    # CLDR's names, and Unicode's groups.
     english = {emoji: {"tts": [name], "default": [name]} for emoji, name in SHORT.items()}
     for language in sources.LANGUAGES:
-        known = (
-            {emoji: {"tts": [f"{language} {entry['tts'][0]}"]} for emoji, entry in english.items()}
-            if language != "en"
-            else english
+        annotations = english
+        if language != "en":
+            annotations = {emoji: {"tts": [f"{language} {SHORT[emoji]}"]} for emoji in english}
+        put(
+            modules / f"cldr-annotations-full/annotations/{language}/annotations.json",
+            {"annotations": {"annotations": annotations}},
         )
         put(
-            f"cldr-annotations-full/annotations/{language}/annotations.json",
-            {"annotations": {"annotations": known}},
-        )
-        put(
-            f"cldr-annotations-derived-full/annotationsDerived/{language}/annotations.json",
+            modules
+            / f"cldr-annotations-derived-full/annotationsDerived/{language}/annotations.json",
             {"annotationsDerived": {"annotations": {}}},
         )
-    put(
-        "unicode-emoji-json/data-by-emoji.json",
-        {e: {"group": "Animals"} for e in SHORT if not sources.TONE.search(e)},
-    )
-    put(
-        ".package-lock.json",
-        {
-            "packages": {
-                f"node_modules/{name}": {"version": version} for name, version in PACKAGES.items()
-            }
-        },
-    )
+    groups = {emoji: {"group": "Animals"} for emoji in SHORT if not sources.TONE.search(emoji)}
+    put(modules / "unicode-emoji-json/data-by-emoji.json", groups)
+
+    # npm's record of a finished installation.
+    versions = {f"node_modules/{name}": {"version": v} for name, v in PACKAGES.items()}
+    put(modules / ".package-lock.json", {"packages": versions})
     return root
+
+
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def put_icon_set(folder, color):
+    bodies = {}
+    for i, name in enumerate(NAMES.values()):
+        bodies[name.replace(" ", "-")] = f'<circle fill="#{color}" r="{i + 8}"/>'
+    bodies |= {
+        "waving-hand": "<path d='M0 0h9v9z'/>",
+        "waving-hand-medium-skin-tone": "<path d='M0 0h8v9z'/>",
+        "second-rat": bodies["rat"],
+        "flying-saucer": "<path d='M0 0h7v9z'/>",
+        "gone": "<path/>",
+    }
+    icons = {name: {"body": body, "hidden": name == "gone"} for name, body in bodies.items()}
+    put(
+        folder / "icons.json",
+        {"prefix": folder.name, "icons": icons, "width": 64, "height": 64},
+    )
+    put(
+        folder / "info.json",
+        {"license": {"spdx": "MIT"}, "author": {"name": "Artist", "url": "about:artist"}},
+    )
+    put(folder / "chars.json", {"1f44b-1f3fd": "waving-hand-medium-skin-tone"})
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +206,8 @@ def default_build(cache, tmp_path_factory):
 
 def test_nothing_held_out_is_trained_on(default_build):
     out, summary = default_build
-    train, heldout = read(out / "train"), read(out / "heldout")
+    train = read(out / "train")
+    heldout = read(out / "heldout")
 
     assert not set(train) & set(heldout)
     assert len(train) == summary["pairs"]["train"]
@@ -216,22 +219,21 @@ def test_nothing_held_out_is_trained_on(default_build):
     for sample in heldout.values():
         about = json.loads(sample["json"])
         assert about["style"] in UNSEEN_STYLES or about["concept"] in UNSEEN
-    # '': the flying saucer
-    assert {json.loads(s["json"])["emoji"] for s in train.values()} == {*ANIMALS, "👋", ""} - set(
-        UNSEEN
-    )
+
+    emoji = {json.loads(sample["json"])["emoji"] for sample in train.values()}
+    # '' is the flying saucer
+    assert emoji == {*ANIMALS, "👋", ""} - set(UNSEEN)
     assert (out / "train/shards.index.json").exists()
     assert (out / "heldout/shards.index.json").exists()
 
 
 def test_a_sample_is_image_caption_and_what_is_known(default_build):
-    sample = read(default_build[0] / "train")["noto__rat"]
+    out, _summary = default_build
+    sample = read(out / "train")["noto__rat"]
+    about = json.loads(sample["json"])
 
     assert Image.open(io.BytesIO(sample["png"])).mode == "RGBA"
     assert sample["txt"] == b"rat"
-
-    about = json.loads(sample["json"])
-
     assert about["emoji"] == about["concept"] == "🐀"
     assert about["license"] == "MIT"
     assert about["group"] == "Animals"
@@ -240,7 +242,8 @@ def test_a_sample_is_image_caption_and_what_is_known(default_build):
 
 
 def test_duplicates_hidden_icons_and_unreadable_names_are_left_out(default_build):
-    keys = set(read(default_build[0] / "train")) | set(read(default_build[0] / "heldout"))
+    out, _summary = default_build
+    keys = set(read(out / "train")) | set(read(out / "heldout"))
 
     assert "noto__flying-saucer" in keys
     assert "fxemoji__flying-saucer" not in keys
@@ -249,33 +252,34 @@ def test_duplicates_hidden_icons_and_unreadable_names_are_left_out(default_build
 
 def test_evaluation_sets_ask_for_what_their_name_says(default_build):
     out, summary = default_build
-    trained = {sample["txt"].decode() for sample in read(out / "train").values()}
+    evals = out / "eval"
+    train = read(out / "train")
+    trained_captions = {sample["txt"].decode() for sample in train.values()}
+    unseen_names = {NAMES[emoji] for emoji in UNSEEN}
 
-    for name, style in (
-        ("unseen_concepts_seen_style", "noto"),
-        ("unseen_concepts_unseen_style", "fluent3d"),
-    ):
-        assert (out / "eval" / name / "classnames.txt").read_text().splitlines() == sorted(
-            NAMES[e] for e in UNSEEN
-        )
-        assert not trained & set((out / "eval" / name / "classnames.txt").read_text().splitlines())
-        assert {key.split("__")[0] for key in read(out / "eval" / name)} == {style}
+    def classes(name):
+        return (evals / name / "classnames.txt").read_text().splitlines()
+
+    styles = {"unseen_concepts_seen_style": "noto", "unseen_concepts_unseen_style": "fluent3d"}
+    for name, style in styles.items():
+        assert classes(name) == sorted(unseen_names)
+        assert not trained_captions & set(classes(name))
+        assert {key.split("__")[0] for key in read(evals / name)} == {style}
     for name in ("seen_concepts_seen_style", "seen_concepts_unseen_style"):
-        assert set((out / "eval" / name / "classnames.txt").read_text().splitlines()) <= trained
-    assert set(read(out / "eval/seen_concepts_seen_style")) <= set(read(out / "train"))
-    assert (
-        len(read(out / "eval/retrieval")) == len(ANIMALS) == summary["eval"]["retrieval"]["images"]
-    )
-    # unseen concepts first
-    assert next(iter(read(out / "eval/retrieval").values()))["txt"].decode() in {
-        NAMES[e] for e in UNSEEN
-    }
+        assert set(classes(name)) <= trained_captions
+    assert set(read(evals / "seen_concepts_seen_style")) <= set(train)
+
+    retrieval = read(evals / "retrieval")
+    first = next(iter(retrieval.values()))
+    assert len(retrieval) == len(ANIMALS) == summary["eval"]["retrieval"]["images"]
+    assert first["txt"].decode() in unseen_names, "unseen concepts come first"
 
 
 def test_licences_name_every_style(default_build):
-    text = (default_build[0] / "LICENSES.txt").read_text()
+    out, summary = default_build
+    text = (out / "LICENSES.txt").read_text()
 
-    for style in default_build[1]["styles"]:
+    for style in summary["styles"]:
         assert f"\n{style}: " in text
     assert f"@iconify-json/noto {PACKAGES['@iconify-json/noto']}, MIT Artist about:artist" in text
 
@@ -283,56 +287,55 @@ def test_licences_name_every_style(default_build):
 def test_a_build_is_the_same_bytes_with_any_number_of_processes(
     default_build, cache, tmp_path, monkeypatch
 ):
+    out, _summary = default_build
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+
     build(tmp_path / "again", cache=cache, progress=quiet)
 
-    assert contents(tmp_path / "again") == contents(default_build[0])
+    assert contents(tmp_path / "again") == contents(out)
 
 
 def test_skin_tones_are_kept_on_demand(default_build, cache, tmp_path):
-    summary = build(tmp_path / "toned", cache=cache, tones=True, progress=quiet)
-    toned = [
-        k
-        for k, s in (read(tmp_path / "toned/train") | read(tmp_path / "toned/heldout")).items()
-        if json.loads(s["json"])["toned"]
-    ]
+    _out, default_summary = default_build
 
-    assert sorted(toned) == sorted(
-        f"{p.split('/')[1]}__waving-hand-medium-skin-tone"
-        for p in PACKAGES
-        if "@iconify-json/" in p
-    )
-    assert summary["eval"] == default_build[1]["eval"]  # they are in no class list
+    summary = build(tmp_path / "toned", cache=cache, tones=True, progress=quiet)
+
+    samples = read(tmp_path / "toned/train") | read(tmp_path / "toned/heldout")
+    toned_keys = [key for key, s in samples.items() if json.loads(s["json"])["toned"]]
+    styles = [p.split("/")[1] for p in PACKAGES if "@iconify-json/" in p]
+    assert sorted(toned_keys) == sorted(f"{s}__waving-hand-medium-skin-tone" for s in styles)
+    assert summary["eval"] == default_summary["eval"]  # they are in no class list
 
 
 def test_icons_are_taken_on_demand(default_build, cache, tmp_path):
+    default_out, default_summary = default_build
+    before = read(default_out / "train")
     imitation(cache / "iconify")
-    out, summary = (
-        tmp_path / "icons",
-        build(tmp_path / "icons", cache=cache, icons=True, progress=quiet),
-    )
-    train, before = read(out / "train"), read(default_build[0] / "train")
+    out = tmp_path / "icons"
 
+    summary = build(out, cache=cache, icons=True, progress=quiet)
+
+    train = read(out / "train")
+    new_keys = set(train) - set(before)
+    version = glyphs_icons.PACKAGES["@iconify/json"]
+    credit = f"\nplain: @iconify/json {version}, MIT Some One about:one"
     assert {key: train[key] for key in before} == before
-    assert {key.split("__")[0] for key in set(train) - set(before)} == {"iconify"}
+    assert {key.split("__")[0] for key in new_keys} == {"iconify"}
     assert summary["styles"]["iconify"]["train"] == len(train) - len(before)
     assert len(list((out / "train").glob("*.tar"))) == 5
-    assert summary["eval"] == default_build[1]["eval"]
-    assert (
-        f"\nplain: @iconify/json {glyphs_icons.PACKAGES['@iconify/json']}, MIT Some One about:one"
-        in (out / "LICENSES.txt").read_text()
-    )
+    assert summary["eval"] == default_summary["eval"]
+    assert credit in (out / "LICENSES.txt").read_text()
     with pytest.raises(ValueError, match="built with other packages"):
         build(out, cache=cache)
 
 
 def test_a_finished_build_is_found_and_anything_else_refused(default_build, cache, tmp_path):
-    def drawn_again(items, text):
+    def fail(items, text):
         raise AssertionError("built again")
 
     out, summary = default_build
 
-    assert build(out, cache=cache, progress=drawn_again) == summary
+    assert build(out, cache=cache, progress=fail) == summary
     with pytest.raises(ValueError, match="built with other tones; remove it"):
         build(out, cache=cache, tones=True)
 
@@ -343,13 +346,14 @@ def test_a_finished_build_is_found_and_anything_else_refused(default_build, cach
 
 
 def test_a_broken_off_build_leaves_nothing(cache, tmp_path):
-    def broken_off(items, text):
+    def interrupt(items, text):
         if text == "writing":
             raise KeyboardInterrupt
         return items
 
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "out", cache=cache, progress=broken_off)
+        build(tmp_path / "out", cache=cache, progress=interrupt)
+
     assert list(tmp_path.iterdir()) == []
 
 
