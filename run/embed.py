@@ -1,5 +1,6 @@
-"""Embed images and their captions, or texts, with a run or a converted model: unit vectors as npy
-or parquet.
+"""Embed images and their captions, or texts, with a run or a converted model.
+
+Embeddings are unit vectors, written as npy or parquet.
 
     python run/embed.py runs/quickstart photos/ --out embeddings
         a folder of any depth; NAME.jpg, NAME.txt
@@ -7,8 +8,8 @@ or parquet.
         tar shards
     python run/embed.py models/b32 --texts prompts.txt --out embeddings
         a text a line
-    deepspeed --num_accelerators 8 run/embed.py models/b32 /data/laion400m --out embeddings --batch
-        256 --workers 12
+    deepspeed --num_accelerators 8 run/embed.py models/b32 /data/laion400m --out embeddings \\
+        --batch 256 --workers 12
 
 Row i is the same on any number of ranks. docs/evaluating.md ("Embeddings") has the files, which
 clip-retrieval and autofaiss read.
@@ -20,6 +21,7 @@ from pathlib import Path
 if __package__ is None:  # started as a file: import from the repository root, not from run/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import argparse
 import json
 import os
 import time
@@ -32,107 +34,124 @@ from glimpse.run.train import load_model
 
 
 def main() -> None:
-    args = config.parser(__doc__)
-    args.add_argument(
+    args = arguments()
+    path = load_model.find(Path(args.model).resolve())
+    distributed.start()
+
+    # What is embedded, and with which weights: all ranks, and a run that is resumed, must agree.
+    gallery = distributed.once(
+        lambda: Texts(args.texts) if args.texts else open_gallery(args.images)
+    )
+    cfg, tokenizer, method = load_model.opened(path)
+    checksum = load_model.checksum(method.shown(args.weights), cfg, tokenizer)
+    source = args.texts or args.images
+    about = agree(
+        About(
+            str(path),
+            args.weights,
+            checksum,
+            str(source),
+            len(gallery),
+            gallery.name(len(gallery) - 1),
+            args.format,
+            args.dtype,
+            args.part,
+        )
+    )
+    out = Output(args.out, about)
+
+    # The parts that are left to do, as rank 0 finds them.
+    todo = json.loads(distributed.told(lambda: json.dumps(out.begin(args.resume))))
+    model = Embedder(
+        method, cfg, tokenizer, home=load_model.home(path), tag=path.name, weights=args.weights
+    )
+    workers = args.workers
+    if workers is None:
+        workers = min(cfg.data.workers, len(os.sched_getaffinity(0)))
+    begin = time.perf_counter()
+    embeddings(model, gallery, out, todo, args.batch, workers)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        seconds = time.perf_counter() - begin
+        report(out, cfg.model.shape.embed, todo, seconds, not args.texts)
+
+
+def arguments() -> argparse.Namespace:
+    """Return the checked command line."""
+    parser = config.parser(__doc__)
+    parser.add_argument(
         "model", help="a run folder, one of its checkpoints, or a folder that run/convert.py wrote"
     )
-    args.add_argument("images", nargs="?", type=Path, help="a folder of images, or of tar shards")
-    args.add_argument("--texts", type=Path, metavar="FILE", help="instead of images: a text a line")
-    args.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args.add_argument("--resume", action="store_true", help="go on with what was begun there")
-    args.add_argument(
+    parser.add_argument("images", nargs="?", type=Path, help="a folder of images, or of tar shards")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE", help="instead of images: a text a line"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on with what was begun there")
+    parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
         default="student",
         help="teacher: the moving average",
     )
-    args.add_argument("--format", choices=FORMATS, default="npy")
-    args.add_argument(
+    parser.add_argument("--format", choices=FORMATS, default="npy")
+    parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="what embeddings are stored as"
     )
-    args.add_argument(
+    parser.add_argument(
         "--batch", type=int, default=BATCH, metavar="N", help="images that a rank embeds at once"
     )
-    args.add_argument(
+    parser.add_argument(
         "--part", type=int, default=PART, metavar="N", help=f"images to a part file, {PART}"
     )
-    args.add_argument(
+    parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
         help="loader processes a rank; default: data.workers, at most one a core",
     )
-    args.add_argument("--local_rank", type=int, help="from the launcher")
-    found = args.parse_intermixed_args()  # the images may stand behind options
-    if (found.images is None) == (found.texts is None):
+    parser.add_argument("--local_rank", type=int, help="from the launcher")
+    args = parser.parse_intermixed_args()  # the images may stand behind options
+    if (args.images is None) == (args.texts is None):
         raise ValueError("give a folder of images, or --texts FILE")
     for name, least in (("batch", 1), ("part", 1), ("workers", 0)):
-        if (value := getattr(found, name)) is not None and value < least:
+        value = getattr(args, name)
+        if value is not None and value < least:
             raise ValueError(f"--{name} {value}: it must be at least {least}")
-    path = load_model.find(Path(found.model).resolve())
-    distributed.start()
-    gallery = distributed.once(
-        lambda: Texts(found.texts) if found.texts else open_gallery(found.images)
-    )
-    cfg, tokenizer, method = load_model.opened(path)
-    checksum = load_model.checksum(method.shown(found.weights), cfg, tokenizer)
-    about = agree(
-        About(
-            str(path),
-            found.weights,
-            checksum,
-            str(found.texts or found.images),
-            len(gallery),
-            gallery.name(len(gallery) - 1),
-            found.format,
-            found.dtype,
-            found.part,
-        )
-    )
-    model = Embedder(
-        method, cfg, tokenizer, home=load_model.home(path), tag=path.name, weights=found.weights
-    )
-    out = Output(found.out, about)
-    todo = json.loads(distributed.told(lambda: json.dumps(out.begin(found.resume))))
-    begun = time.perf_counter()
-    workers = (
-        min(cfg.data.workers, len(os.sched_getaffinity(0)))
-        if found.workers is None
-        else found.workers
-    )
-    embeddings(model, gallery, out, todo, found.batch, workers)
-    distributed.barrier()
-    if not distributed.rank():
-        report(out, cfg.model.shape.embed, todo, time.perf_counter() - begun, not found.texts)
+    return args
 
 
 def report(out: Output, width: int, todo: list[int], seconds: float, images: bool) -> None:
-    (rows, left_out), what, folder = out.written(), "images" if images else "texts", out.folder
-    made = sum(last - first for first, last in map(out.span, todo))
+    """Print what was written, how fast, and Python lines that read it.
+
+    todo: the parts that this run embedded; images: whether the rows are images or texts.
+    """
+    rows, left_out = out.written()
+    what = "images" if images else "texts"
+    several = "s" if out.parts > 1 else ""
     print(
-        f"{folder}: {rows:,} {what}, {width} numbers each in {out.about.dtype}, {out.parts}"
-        f" part{'s' * (out.parts > 1)}"
+        f"{out.folder}: {rows:,} {what}, {width} numbers each in {out.about.dtype},"
+        f" {out.parts} part{several}"
     )
     if left_out:
-        print(
-            f"{left_out:,} images could not be read and have no row: {folder / 'left_out'} names"
-            " them"
-        )
+        names = out.folder / "left_out"
+        print(f"{left_out:,} images could not be read and have no row: {names} names them")
     if todo:
-        print(f"{made:,} {what} now, in {seconds:.1f} s: {made / seconds:,.1f} a second")
+        spans = [out.span(part) for part in todo]
+        count = sum(last - first for first, last in spans)
+        print(f"{count:,} {what} now, in {seconds:.1f} s: {count / seconds:,.1f} a second")
+
+    # How the first part is read, and the nearest neighbors of its first row.
     name, column = ("image", "image_path") if images else ("text", "caption")
     table = f'pq.read_table("{out.file(0)}")'
     if out.about.format == "npy":
-        kind = {"image": "img_emb", "text": "text_emb"}[name]
+        kind = "img_emb" if images else "text_emb"
         print(f'  x, names = np.load("{out.file(0, kind, "npy")}"), {table}["{column}"]')
     else:
-        print(
-            f'  t = {table}; x, names = np.stack(t["{name}_embedding"].to_numpy()), t["{column}"]'
-        )
-    print(
-        "  [str(names[i]) for i in np.argsort(-(x @ x[0]))[:10].tolist()]    # the"
-        f" nearest{' of part 0' * (out.parts > 1)} to row 0"
-    )
+        embedding = f'np.stack(t["{name}_embedding"].to_numpy())'
+        print(f'  t = {table}; x, names = {embedding}, t["{column}"]')
+    nearest = "the nearest of part 0 to row 0" if out.parts > 1 else "the nearest to row 0"
+    print(f"  [str(names[i]) for i in np.argsort(-(x @ x[0]))[:10].tolist()]    # {nearest}")
 
 
 if __name__ == "__main__":
