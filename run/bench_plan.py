@@ -1,16 +1,17 @@
-"""Measure what run/plan/planner.py predicts: bytes on a rank and FLOPs of a sample, over sizes,
-ZeRO
-stages, masks and checkpointing.
+"""Measure what run/plan/planner.py predicts: bytes on a rank and FLOPs of a sample.
 
-    python run/bench_plan.py                                               one rank
-    deepspeed --num_accelerators 2 run/bench_plan.py --sizes nano/8 S/16   two
+The cases are all combinations of sizes, ZeRO stages, masks and checkpointing.
+
+    python run/bench_plan.py
+        one rank
+    deepspeed --num_accelerators 2 run/bench_plan.py --sizes nano/8 S/16
+        two
 
 Each case is a real engine that takes three steps on made-up batches; the last is measured. Bytes
 are of rank 0's tensors that live (Alive in run/plan/activation_memory.py), from before the engine
-is built:
-between steps, at most until the backward pass is over, and at most in a whole step. What a kernel
-allocates inside itself is not seen. Bytes sent are those of each collective's tensors, as a ring
-sends them.
+is built: between steps, at most until the backward pass is over, and at most in a whole step. What
+a kernel allocates inside itself is not seen. Bytes sent are those of each collective's tensors, as
+a ring sends them.
 DeepSpeed's `destroy` leaves much of an engine behind: on a small machine measure B/16 a stage at a
 time.
 """
@@ -22,6 +23,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import gc
+import itertools
 import json
 import tempfile
 
@@ -57,76 +59,92 @@ class Sent(TorchDispatchMode):
         name = str(func)
         if name.startswith("c10d."):
             sizes = [leaf.nbytes for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)]
-            # what a gather makes, what a scatter is given
-            whole = 2 * sum(sizes) if "allreduce" in name else max(sizes, default=0)
-            self.bytes += whole * (distributed.world() - 1) / distributed.world()
+            if "allreduce" in name:
+                size = 2 * sum(sizes)
+            else:  # what a gather makes, what a scatter is given
+                size = max(sizes, default=0)
+            self.bytes += size * (distributed.world() - 1) / distributed.world()
         return func(*args, **(kwargs or {}))
 
 
 def case(
     folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, micro: int
 ) -> list:
-    """A row of the table: what is predicted and what is measured."""
-    file = folder / f"{stage}-{kind}.json"
-    tree = {"zero_optimization": {"stage": stage, **SMALL}} | (
-        {"bf16": {"enabled": True}} if kind == "bf16" else {}
+    """Return a row of the table: what is predicted and what is measured."""
+    world = distributed.world()
+    cfg = load_config(folder, size, stage, kind, mask, recompute, micro * world)
+    cluster = planner.Cluster.of("A100-40", ranks=world)
+    plan = planner.plan(cfg, cluster, TOKENS, adam=planner.ADAM["cpu"], vocab=VOCAB)
+    held, passes, peak, flop_count, sent = measured(cfg, micro)
+
+    # Pairs of (predicted, measured).
+    predicted_held = sum(plan.zero.held(plan.weights, world).values())
+    predicted_passes = max(
+        sum(parts.values()) for moment, parts in plan.moments.items() if moment != "optimizer step"
     )
-    distributed.once(lambda: distributed.rank() or file.write_text(json.dumps(tree)))
+    predicted_sent = sum(plan.sent.values())
+    pairs = [
+        (predicted_held / 2**20, held / 2**20),
+        (predicted_passes / 2**20, passes / 2**20),
+        (plan.peak[1] / 2**20, peak / 2**20),
+        (plan.hardware_flops / 1e9, flop_count / 1e9),
+        (predicted_sent / 1e6, sent / 1e6),
+    ]
+    row = [size, world, stage, kind, f"{mask:.0%}", "yes" if recompute else "no"]
+    for predicted, real in pairs:
+        off = f"{predicted / real - 1:+.1%}" if real else ""
+        row += [f"{predicted:.4g}", f"{real:.4g}", off]
+    return row
+
+
+def load_config(
+    folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, batch: int
+) -> config.Run:
+    """Return the config of a case, whose DeepSpeed JSON rank 0 writes into the folder."""
+    file = folder / f"{stage}-{kind}.json"
+    tree = {"zero_optimization": {"stage": stage, **SMALL}}
+    if kind == "bf16":
+        tree["bf16"] = {"enabled": True}
+
+    def write() -> None:
+        if distributed.rank() == 0:
+            file.write_text(json.dumps(tree))
+
+    distributed.once(write)
     spec = f"random({mask})" if mask else "none"
-    cfg = config.load(
+    return config.load(
         config.ROOT / "run/configs/flip_b16.yaml",
         [
             f"model.size={size}",
-            f"batch={micro * distributed.world()}",
+            f"batch={batch}",
             f"deepspeed={file}",
             f"views.image.mask={spec}",
             f"model.checkpoint_activations={str(recompute).lower()}",
         ],
     )
-    found = planner.plan(
-        cfg,
-        planner.Cluster.of("A100-40", ranks=distributed.world()),
-        TOKENS,
-        adam=planner.ADAM["cpu"],
-        vocab=VOCAB,
-    )
-    held, passes, peak, flops, sent = measured(cfg, micro)
-    until = max(
-        sum(parts.values()) for moment, parts in found.moments.items() if moment != "optimizer step"
-    )
-    columns = [
-        (sum(found.zero.held(found.weights, distributed.world()).values()) / 2**20, held / 2**20),
-        (until / 2**20, passes / 2**20),
-        (found.peak[1] / 2**20, peak / 2**20),
-        (found.hardware_flops / 1e9, flops / 1e9),
-        (sum(found.sent.values()) / 1e6, sent / 1e6),
-    ]
-    numbers = [
-        text
-        for mine, real in columns
-        for text in (f"{mine:.4g}", f"{real:.4g}", f"{mine / real - 1:+.1%}" if real else "")
-    ]
-    return [
-        size,
-        distributed.world(),
-        stage,
-        kind,
-        f"{mask:.0%}",
-        "yes" if recompute else "no",
-        *numbers,
-    ]
 
 
 def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float, float]:
-    """(bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a
-    sample, bytes sent).
+    """Train three steps, and return what the last takes.
+
+    (bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a
+    sample, bytes sent)
     """
-    part, linear = synthetic_batch.part(cfg, TOKENS, micro), torch.nn.functional.linear
+    part = synthetic_batch.part(cfg, TOKENS, micro)
+    linear = torch.nn.functional.linear
     gc.collect()
     with activation_memory.Alive() as alive:
         trainer = engine.Engine(cfg, VOCAB)
-        update, passes = trainer.ds.step, []
-        trainer.ds.step = lambda: passes.append(alive.peak) or update()
+
+        # The peak when the optimizer's step begins is that of the forward and backward passes.
+        update = trainer.ds.step
+        passes = []
+
+        def step():
+            passes.append(alive.peak)
+            return update()
+
+        trainer.ds.step = step
         # not in the step whose memory is measured: it holds on to what checkpointing would free
         with flops.counter() as counter:
             trainer.step([part], 1e-4)
@@ -152,27 +170,16 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=8, help="samples on a rank")
     parser.add_argument("--local_rank", type=int, help="from the launcher")
     args = parser.parse_args()
+
     distributed.start()
     distributed.say("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     folder = Path(distributed.told(lambda: tempfile.mkdtemp()))
-    for size in args.sizes:
-        for stage in args.stages:
-            for kind in args.types:
-                if stage or kind == "fp32":
-                    for mask in args.masks:
-                        for recompute in (False, True):
-                            distributed.say(
-                                "| "
-                                + " | ".join(
-                                    map(
-                                        str,
-                                        case(
-                                            folder, size, stage, kind, mask, recompute, args.micro
-                                        ),
-                                    )
-                                )
-                                + " |"
-                            )
+    cases = itertools.product(args.sizes, args.stages, args.types, args.masks, (False, True))
+    for size, stage, kind, mask, recompute in cases:
+        if stage == 0 and kind != "fp32":
+            continue
+        row = case(folder, size, stage, kind, mask, recompute, args.micro)
+        distributed.say("| " + " | ".join(map(str, row)) + " |")
 
 
 if __name__ == "__main__":
