@@ -1,8 +1,8 @@
-"""Proves that each layout's folder is recognised and read as its makers mean it, and that a set
-that is not so is named in one clear line.
+"""Each layout's folder is recognized and read correctly, and a broken set is named in one line.
 
-Every layout is made in small (tests/helpers/tiny_layouts.py). Run: pytest
-tests/data/evals/test_layouts.py
+The tests make a small set of every layout (tests/helpers/tiny_layouts.py).
+
+Run: pytest tests/data/evals/test_layouts.py
 """
 
 import json
@@ -33,8 +33,16 @@ from glimpse.tests.helpers.tiny_layouts import (
 
 
 def seen(images, i):
-    """What the first pixels of label map i are."""
+    """The classes of the first pixels of label map i."""
     return images.label_map(i).reshape(-1)[:5].tolist()
+
+
+def raises_at_once(folder, complaint):
+    """Opening the folder raises an error of one line with this complaint."""
+    with pytest.raises(ValueError, match="^evals: ") as error:
+        open_set(folder)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -43,39 +51,39 @@ def seen(images, i):
 
 def test_ade20k(tmp_path):
     images = open_set(ade20k(tmp_path))
-    assert type(images) is segmentation_layouts.Ade20k and [images.key(i) for i in range(2)] == [
-        f"images/validation/ADE_val_{n}.jpg" for n in "12"
-    ]
-    assert (
-        seen(images, 0) == [IGNORE, 0, 1, 149, 149]
-        and images.label_map(0).shape == (4, 6)
-        and images.label_map(0).dtype == np.uint8
-    )
-    assert images.classes()[:3] == ["wall", "building", "thing 3"] and len(images.names()) == 150
+
+    assert type(images) is segmentation_layouts.Ade20k
+    assert images.key(0) == "images/validation/ADE_val_1.jpg"
+    assert images.key(1) == "images/validation/ADE_val_2.jpg"
     assert images.image(0) == (tmp_path / "images/validation/ADE_val_1.jpg").read_bytes()
-    assert (
-        images.other("train").key(0) == "images/training/ADE_train_1.jpg"
-        and len(images.other("validation")) == 2
-    )
+    assert seen(images, 0) == [IGNORE, 0, 1, 149, 149]
+    assert images.label_map(0).shape == (4, 6)
+    assert images.label_map(0).dtype == np.uint8
+    assert images.classes()[:3] == ["wall", "building", "thing 3"]
+    assert len(images.names()) == 150
     assert images.prompts("7")[1][0].count("building") == 1
+    assert images.other("train").key(0) == "images/training/ADE_train_1.jpg"
+    assert len(images.other("validation")) == 2
     with pytest.raises(ValueError, match="no split 'extra' in it; it has test, train"):
         images.other("extra")
 
 
 def test_pascal_context(tmp_path):
     images = open_set(context(tmp_path))
-    assert type(images) is segmentation_layouts.PascalContext and [
-        images.key(i)[-5] for i in range(len(images))
-    ] == ["3", "1"]
+
+    assert type(images) is segmentation_layouts.PascalContext
+    assert [images.key(i)[-5] for i in range(len(images))] == ["3", "1"]
     assert seen(images, 0) == [IGNORE, 0, 1, 58, 58]
-    assert (
-        len(images.classes()) == 59
-        and images.classes()[:3] == ["aeroplane", "bag", "bed"] == sorted(images.classes())[:3]
-    )
+    classes = images.classes()
+    assert len(classes) == 59
+    assert classes[:3] == ["aeroplane", "bag", "bed"] == sorted(classes)[:3]
+
+    # With the background as a class.
     tell(tmp_path / "classnames.txt", "\n".join(["background", *segmentation_layouts.CONTEXT]))
-    assert (
-        seen(open_set(tmp_path), 0) == [0, 1, 2, 59, 59] and len(open_set(tmp_path).classes()) == 60
-    )
+    images = open_set(tmp_path)
+    assert seen(images, 0) == [0, 1, 2, 59, 59]
+    assert len(images.classes()) == 60
+
     tell(tmp_path / "classnames.txt", "one\ntwo")
     with pytest.raises(
         ValueError, match="2 names of classes; Pascal Context has 59, or 60 with the background"
@@ -89,60 +97,56 @@ def test_pascal_context_as_it_was_published(tmp_path):
         ValueError, match="it needs 59_labels.txt, the data set's own list of classes"
     ):
         open_set(context(tmp_path, "59_context_labels"))
+
     tell(tmp_path / "59_labels.txt", "\n".join(f"{i}: name {i}" for i in range(1, 60)))
-    assert open_set(tmp_path).classes()[0] == "name 1" and seen(open_set(tmp_path), 1) == [
-        IGNORE,
-        0,
-        1,
-        58,
-        58,
-    ]
+    images = open_set(tmp_path)
+
+    assert images.classes()[0] == "name 1"
+    assert seen(images, 1) == [IGNORE, 0, 1, 58, 58]
 
 
 @pytest.mark.parametrize("maps, where", [("stuffthingmaps", "."), ("annotations", "images")])
 def test_coco_stuff(tmp_path, maps, where):
     images = open_set(coco_stuff(tmp_path, maps, where), reads="label_map")
-    assert (
-        type(images) is segmentation_layouts.CocoStuff
-        and len(images) == 2
-        and len(images.other("train")) == 1
-    )
+
+    assert type(images) is segmentation_layouts.CocoStuff
+    assert len(images) == 2
+    assert len(images.other("train")) == 1
     names = images.classes()
-    assert (
-        len(names) == 171
-        and names[0] == "class 1"
-        and names[-1] == "class 182"
-        and "class 12" not in names
-    )
-    assert seen(images, 0) == [IGNORE, 0, 10, 11, 170] and names[11] == "class 13"
+    assert len(names) == 171
+    assert names[0] == "class 1"
+    assert names[-1] == "class 182"
+    assert "class 12" not in names
+    assert names[11] == "class 13"
+    assert seen(images, 0) == [IGNORE, 0, 10, 11, 170]
+
+    # 11 is what class 12 would be stored as.
     label_map(tmp_path / maps / "val2017/000000000139.png", (11, 0))
-    with pytest.raises(
-        ValueError,
-        match=(
-            "000000000139.png has pixels of class 11; the 171 classes of this layout are stored as"
-            " 0 to 181"
-        ),
-    ):
+    complaint = (
+        "000000000139.png has pixels of class 11;"
+        " the 171 classes of this layout are stored as 0 to 181"
+    )
+    with pytest.raises(ValueError, match=complaint):
         images.label_map(0)
 
 
 def test_folders_of_ones_own(tmp_path):
     images = open_set(folders(tmp_path))
-    assert type(images) is segmentation_layouts.Folders and images.classes() == [
-        "cat",
-        "dog",
-        "tree",
-    ]
-    assert seen(images, 2) == [0, 1, 2, IGNORE, IGNORE] and images.names()[0] == ["cat", "pussycat"]
+
+    assert type(images) is segmentation_layouts.Folders
+    assert images.classes() == ["cat", "dog", "tree"]
+    assert images.names()[0] == ["cat", "pussycat"]
+    assert seen(images, 2) == [0, 1, 2, IGNORE, IGNORE]
     with pytest.raises(ValueError, match="it needs images/train/"):
         images.other("train")
+
+    # With several splits.
     for part in ("train", "test"):
         picture(tmp_path / f"images/{part}/x.jpg")
         label_map(tmp_path / f"labels/{part}/x.png", (1, 1))
-    assert (
-        open_set(tmp_path).key(0) == "images/test/x.jpg"
-        and open_set(tmp_path).other("train").key(0) == "images/train/x.jpg"
-    )
+    images = open_set(tmp_path)
+    assert images.key(0) == "images/test/x.jpg"
+    assert images.other("train").key(0) == "images/train/x.jpg"
 
 
 @pytest.mark.parametrize(
@@ -184,9 +188,12 @@ def test_folders_of_ones_own(tmp_path):
 )
 def test_a_bad_map_is_named(tmp_path, spoil, complaint):
     spoil(folders(tmp_path))
-    with pytest.raises(ValueError, match="^evals: ") as told:
+
+    with pytest.raises(ValueError, match="^evals: ") as error:
         open_set(tmp_path).label_map(1)
-    assert complaint in str(told.value) and "\n" not in str(told.value)
+
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +235,11 @@ def test_a_bad_map_is_named(tmp_path, spoil, complaint):
 )
 def test_a_bad_set_is_named_when_opened(tmp_path, make, spoil, complaint):
     spoil(make(tmp_path))
-    if not complaint:
+
+    if complaint:
+        raises_at_once(tmp_path, complaint)
+    else:
         assert len(open_set(tmp_path)) == 1, "a map without its image is not evaluated"
-        return
-    with pytest.raises(ValueError, match="^evals: ") as told:
-        open_set(tmp_path)
-    assert complaint in str(told.value) and "\n" not in str(told.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,62 +249,67 @@ def test_a_bad_set_is_named_when_opened(tmp_path, make, spoil, complaint):
 @pytest.mark.parametrize("year", ["2017", "2014"])
 def test_coco_captions(tmp_path, year):
     images = open_set(coco(tmp_path, year))
-    assert type(images) is caption_layouts.CocoCaptions and [images.key(i) for i in range(3)] == [
-        f"val{year}/{i:012d}.jpg" for i in (2, 1, 0)
-    ]
-    assert images.captions(0) == ["val 2 one", "val 2 two"] and images.other("train").captions(
-        0
-    ) == ["train 0 one", "train 0 two"]
-    assert images.image(0) == (tmp_path / images.key(0)).read_bytes() and images.group(0) == ""
+
+    assert type(images) is caption_layouts.CocoCaptions
+    assert images.key(0) == f"val{year}/000000000002.jpg"
+    assert images.key(1) == f"val{year}/000000000001.jpg"
+    assert images.key(2) == f"val{year}/000000000000.jpg"
+    assert images.captions(0) == ["val 2 one", "val 2 two"]
+    assert images.other("train").captions(0) == ["train 0 one", "train 0 two"]
+    assert images.image(0) == (tmp_path / images.key(0)).read_bytes()
+    assert images.group(0) == ""
     with pytest.raises(ValueError, match="no label maps in it"):
         images.label_map(0)
 
 
 def test_nocaps(tmp_path):
     images = open_set(nocaps(tmp_path))
-    assert type(images) is caption_layouts.Nocaps and [images.group(i) for i in range(3)] == [
-        "in-domain",
-        "out-domain",
-        "near-domain",
-    ]
-    assert (
-        images.captions(1) == ["caption 1"]
-        and images.key(1) == "val/bb.jpg"
-        and len(images.other("val")) == 3
-    )
+
+    assert type(images) is caption_layouts.Nocaps
+    groups = [images.group(i) for i in range(3)]
+    assert groups == ["in-domain", "out-domain", "near-domain"]
+    assert images.captions(1) == ["caption 1"]
+    assert images.key(1) == "val/bb.jpg"
+    assert len(images.other("val")) == 3
     with pytest.raises(ValueError, match="it needs captions_train2017.json"):
         images.other("train")
+
+    # What is trained is trained on COCO's captions.
     coco(tmp_path)
     assert open_set(tmp_path).other("train").captions(0) == ["train 0 one", "train 0 two"]
 
 
 @pytest.mark.parametrize("name", ["coco", "flickr30k"])
 def test_karpathys_splits(tmp_path, name):
+    first = {
+        "coco": "val2014/COCO_val2014_000000000000.jpg",
+        "flickr30k": "flickr30k-images/0.jpg",
+    }
+
     images = open_set(karpathy(tmp_path, name))
-    assert type(images) is caption_layouts.Karpathy and [images.captions(i) for i in range(2)] == [
-        ["0 a", "0 b"],
-        ["4 a", "4 b"],
-    ]
-    assert [images.other("train").captions(i)[0] for i in range(2)] == [
-        "1 a",
-        "2 a",
-    ] and images.other("val").captions(0)[0] == "3 a"
-    assert images.key(0) == (
-        "val2014/COCO_val2014_000000000000.jpg" if name == "coco" else "flickr30k-images/0.jpg"
-    )
+
+    assert type(images) is caption_layouts.Karpathy
+    assert images.captions(0) == ["0 a", "0 b"]
+    assert images.captions(1) == ["4 a", "4 b"]
+    assert images.other("train").captions(0)[0] == "1 a"
+    assert images.other("train").captions(1)[0] == "2 a"
+    assert images.other("val").captions(0)[0] == "3 a"
+    assert images.key(0) == first[name]
 
 
 def test_vqa(tmp_path):
+    questions = []
+    for i, kind in enumerate(("yes/no", "number", "other")):
+        answers = tuple(f"{kind} {a}" for a in range(10))
+        questions.append(Question(f"val2014 {i}?", answers, kind))
+
     images = open_set(vqa(tmp_path))
-    assert type(images) is caption_layouts.Vqa and [images.key(i) for i in range(2)] == [
-        f"val2014/COCO_val2014_{n:012d}.jpg" for n in (42, 9)
-    ]
-    ten = [tuple(f"{kind} {a}" for a in range(10)) for kind in ("yes/no", "number", "other")]
-    assert images.questions(0) == [
-        Question("val2014 0?", ten[0], "yes/no"),
-        Question("val2014 2?", ten[2], "other"),
-    ]
-    assert images.questions(1) == [Question("val2014 1?", ten[1], "number")]
+
+    assert type(images) is caption_layouts.Vqa
+    assert images.key(0) == "val2014/COCO_val2014_000000000042.jpg"
+    assert images.key(1) == "val2014/COCO_val2014_000000000009.jpg"
+    assert images.questions(0) == [questions[0], questions[2]]
+    assert images.questions(1) == [questions[1]]
     assert images.other("train").questions(1)[0].text == "train2014 1?"
 
 
@@ -309,7 +320,8 @@ def change(path, edit):
 
 
 CAPTIONS = "annotations/captions_val2017.json"
-ASKED, TOLD = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+ANSWERS = "v2_mscoco_val2014_annotations.json"
 
 
 @pytest.mark.parametrize(
@@ -369,21 +381,21 @@ ASKED, TOLD = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_a
             lambda f: change(f / "dataset_coco.json", lambda c: c.update(images=[])),
             "no images of this split in it",
         ),
-        (vqa, lambda f: (f / TOLD).unlink(), f"it needs {TOLD}"),
+        (vqa, lambda f: (f / ANSWERS).unlink(), f"it needs {ANSWERS}"),
         (
             vqa,
-            lambda f: change(f / TOLD, lambda c: c["annotations"].pop()),
+            lambda f: change(f / ANSWERS, lambda c: c["annotations"].pop()),
             "no answers to question 0; do both files come from one split?",
         ),
         (
             vqa,
-            lambda f: change(f / TOLD, lambda c: c["annotations"][0].pop("answers")),
+            lambda f: change(f / ANSWERS, lambda c: c["annotations"][0].pop("answers")),
             "(KeyError: 'answers')",
         ),
         (
             vqa,
             lambda f: change(
-                f / ASKED, lambda c: c["questions"].append(dict(c["questions"][0], image_id=5))
+                f / QUESTIONS, lambda c: c["questions"].append(dict(c["questions"][0], image_id=5))
             ),
             "val2014 lacks 1 of 3 images",
         ),
@@ -391,13 +403,12 @@ ASKED, TOLD = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_a
 )
 def test_a_bad_json_is_named(tmp_path, make, spoil, complaint):
     spoil(make(tmp_path))
-    with pytest.raises(ValueError, match="^evals: ") as told:
-        open_set(tmp_path)
-    assert complaint in str(told.value) and "\n" not in str(told.value)
+
+    raises_at_once(tmp_path, complaint)
 
 
 # --------------------------------------------------------------------------------------------------
-# recognised
+# recognized
 
 
 MAKERS = (karpathy, nocaps, coco, vqa, ade20k, context, coco_stuff, folders)
@@ -407,10 +418,12 @@ MAKERS = (karpathy, nocaps, coco, vqa, ade20k, context, coco_stuff, folders)
 def test_each_is_recognised_alone(tmp_path, layout, make):
     make(tmp_path)
     tell(tmp_path / "dataset_infos.json", {})  # Hugging Face's
+
     assert [other for other in LAYOUTS if other.fits(tmp_path)] == [layout]
 
 
 def several(folder, *makers):
+    """Put sets of several layouts into one folder, with COCO-Stuff's maps of all its images."""
     for make in makers:
         make(folder)
     for image in (folder / "val2017").iterdir():
@@ -418,22 +431,20 @@ def several(folder, *makers):
 
 
 def test_a_folder_that_holds_several(tmp_path):
-    """As COCO's own: what an evaluation reads decides; Karpathy's split goes before val2017; shards
-    before all.
-    """
+    """`reads` decides, as for COCO's folder; Karpathy goes before val2017; shards before all."""
     several(tmp_path, coco, vqa, coco_stuff)
-    kinds = {
-        reads: type(open_set(tmp_path, reads=reads)).__name__
-        for reads in ("captions", "questions", "label_map", "")
+    expected = {
+        "captions": caption_layouts.CocoCaptions,
+        "questions": caption_layouts.Vqa,
+        "label_map": segmentation_layouts.CocoStuff,
+        "": caption_layouts.CocoCaptions,
     }
-    assert kinds == {
-        "captions": "CocoCaptions",
-        "questions": "Vqa",
-        "label_map": "CocoStuff",
-        "": "CocoCaptions",
-    }
+    for reads, layout in expected.items():
+        assert type(open_set(tmp_path, reads=reads)) is layout
+
     karpathy(tmp_path)
     assert type(open_set(tmp_path, reads="captions")) is caption_layouts.Karpathy
+
     (tmp_path / "test").mkdir()
     write_shard(tmp_path / "test/0.tar", [("a", {"jpg": b"x", "txt": b"y"})])
     assert type(open_set(tmp_path, reads="captions")) is Benchmark
@@ -442,11 +453,13 @@ def test_a_folder_that_holds_several(tmp_path):
 def test_evaluations_open_what_they_read(tmp_path):
     several(tmp_path, coco, coco_stuff)
     tell(tmp_path / "zeroshot_classification_templates.txt", "a {c}")
-    found = parse([f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"])
-    assert [type(e.images).__name__ for e in found] == ["CocoCaptions", "CocoStuff"]
-    assert [e.label for e in found] == [
-        f"{kind}/{tmp_path.name}" for kind in ("retrieval", "segmentation")
-    ]
+
+    retrieval, segmentation = parse([f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"])
+
+    assert type(retrieval.images) is caption_layouts.CocoCaptions
+    assert type(segmentation.images) is segmentation_layouts.CocoStuff
+    assert retrieval.label == f"retrieval/{tmp_path.name}"
+    assert segmentation.label == f"segmentation/{tmp_path.name}"
     with pytest.raises(
         ValueError,
         match="is no evaluation set; it needs test/.*, or another layout of docs/evaluating.md",

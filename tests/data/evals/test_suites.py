@@ -1,7 +1,6 @@
-"""Suites: the table is that of the papers; what lies in a folder is evaluated, what is missing or
-broken is named.
+"""Suites: the table agrees with the papers; missing and broken sets of a folder are reported.
 
-    bash run/test.sh tests/data/evals/test_suites.py
+bash run/test.sh tests/data/evals/test_suites.py
 """
 
 import json
@@ -23,10 +22,9 @@ TEN = "\n".join(NAMES[:10])
 
 
 def test_the_suites_are_those_of_the_papers():
-    counts = {
-        suite: {name: len(sets) for name, sets in groups.items()}
-        for suite, groups in table.SUITES.items()
-    }
+    counts = {}
+    for suite, groups in table.SUITES.items():
+        counts[suite] = {name: len(sets) for name, sets in groups.items()}
     assert counts == {
         "slip": {"average": 26},
         "aclip": {"average": 26},
@@ -35,107 +33,94 @@ def test_the_suites_are_those_of_the_papers():
         "glip": {"object": 14, "other": 11, "average": 25},
         "robustness": {"average": 6, "": 2},
     }
-    assert all(name in table.SETS for suite in table.SUITES for name in table.members(suite))
-    assert {row.name for row in table.SETS.values()} == {
-        name for suite in table.SUITES for name in table.members(suite)
-    }
-    assert set(table.SUITES["slip"]["average"]) - set(table.SUITES["flip"]["average"]) == {
-        "cub",
-        "fer2013",
-        "imagenet",
-    }
-    assert set(table.SUITES["flip"]["average"]) - set(table.SUITES["slip"]["average"]) == {
-        "birdsnap",
-        "voc2007",
-    }
-    by = {
-        metric: {row.name for row in table.SETS.values() if row.metric == metric}
-        for metric in METRICS
-    }
-    assert by["mean_per_class"] == {"aircraft", "pets", "caltech101", "flowers"} and by[
-        "roc_auc"
-    ] == {"hateful_memes"}
-    assert (
-        by["top1_top5"] == {"kinetics700"}
-        and by["map"] == {"voc2007"}
-        and by["pm"] == {"imagenet_vid", "ytbb"}
-    )
-    assert sum(map(len, by.values())) == len(table.SETS) and MAIN["pm"] == "pm_10"
+
+    members = {name for suite in table.SUITES for name in table.members(suite)}
+    assert members <= table.SETS.keys()
+    assert {row.name for row in table.SETS.values()} == members
+    slip = set(table.SUITES["slip"]["average"])
+    flip = set(table.SUITES["flip"]["average"])
+    assert slip - flip == {"cub", "fer2013", "imagenet"}
+    assert flip - slip == {"birdsnap", "voc2007"}
+
+    by_metric = {metric: set() for metric in METRICS}
+    for row in table.SETS.values():
+        by_metric[row.metric].add(row.name)
+    assert by_metric["mean_per_class"] == {"aircraft", "pets", "caltech101", "flowers"}
+    assert by_metric["roc_auc"] == {"hateful_memes"}
+    assert by_metric["top1_top5"] == {"kinetics700"}
+    assert by_metric["map"] == {"voc2007"}
+    assert by_metric["pm"] == {"imagenet_vid", "ytbb"}
+    assert sum(map(len, by_metric.values())) == len(table.SETS)
+    assert MAIN["pm"] == "pm_10"
 
 
 def test_the_table_of_the_documentation_is_this_one():
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in (ROOT / "docs/evaluating.md").read_text().splitlines()
-        if line.count("|") == 10
-    ]
-    told = {row[0]: row[1:] for row in cells if row[0] in table.SETS}
-    for row in table.SETS.values():
-        inside = [
-            "x" if row.name in table.members(suite) else ""
-            for suite in ("slip", "maskclip", "flip")
-        ]
-        group = next(
-            (name for name in ("object", "other") if row.name in table.SUITES["glip"][name]), ""
-        )
-        robust = next(
-            (
-                word
-                for name, word in (("average", "in the average"), ("", "x"))
-                if row.name in table.SUITES["robustness"][name]
-            ),
-            "",
-        )
-        assert told[row.name] == [
-            str(row.classes),
-            row.metric,
-            " or ".join(row.folders),
-            *inside,
-            group,
-            robust,
-        ]
+    documented = {}
+    for line in (ROOT / "docs/evaluating.md").read_text().splitlines():
+        if line.count("|") == 10:
+            name, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+            documented[name] = cells
+    glip, robustness = table.SUITES["glip"], table.SUITES["robustness"]
+
+    for name, row in table.SETS.items():
+        cells = [str(row.classes), row.metric, " or ".join(row.folders)]
+        for suite in ("slip", "maskclip", "flip"):
+            cells.append("x" if name in table.members(suite) else "")
+        groups = [group for group in ("object", "other") if name in glip[group]]
+        cells.append(groups[0] if groups else "")
+        if name in robustness["average"]:
+            cells.append("in the average")
+        else:
+            cells.append("x" if name in robustness[""] else "")
+        assert documented[name] == cells
 
 
 @pytest.mark.parametrize("folder", ["dtd", "wds_dtd", "vtab-dtd", "wds_vtab-dtd", "vtab/dtd"])
 def test_a_set_by_any_of_its_names(tmp_path, folder):
     (tmp_path / folder).mkdir(parents=True)
+
     assert table.found(tmp_path, table.SETS["dtd"]) == tmp_path / folder
     assert table.found(tmp_path, table.SETS["mnist"]) is None
 
 
 def rows(classes, count=30):
+    """So many images, with the classes in turn."""
     rng = np.random.default_rng(classes)
-    return [
-        {"png": picture(NAMES[i % classes], rng), "cls": b"%d" % (i % classes)}
-        for i in range(count)
-    ]
+    samples = []
+    for i in range(count):
+        label = i % classes
+        samples.append({"png": picture(NAMES[label], rng), "cls": b"%d" % label})
+    return samples
+
+
+def numbered(classes):
+    """Names of so many classes: their numbers."""
+    return "\n".join(str(i) for i in range(classes))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three sets that are whole, one that is not but can be evaluated, five that are not, one that
-    is in no suite.
-    """
+    """Sets of a suite that are complete, incomplete or broken, and one that is in no suite."""
     folder = tmp_path_factory.mktemp("sets")
+    two = "\n".join(NAMES[:2])
+
+    # Three that are complete, and one that is not but can be evaluated.
     evaluation_set(folder / "wds_mnist", rows(10), TEN)
     evaluation_set(folder / "wds_vtab-eurosat", rows(10), TEN)
-    evaluation_set(
-        folder / "wds_vtab-caltech101", rows(10)[1:3], "\n".join(str(i) for i in range(102))
-    )
-    evaluation_set(folder / "hateful_memes", rows(2), "\n".join(NAMES[:2]))
+    evaluation_set(folder / "hateful_memes", rows(2), two)
+    evaluation_set(folder / "wds_vtab-caltech101", rows(10)[1:3], numbered(102))
+
+    # Five that are broken: cut off, classes counted from one, too few classes, no templates, and
+    # no image.
     cut = evaluation_set(folder / "wds_vtab-cifar10", rows(10), TEN) / "test" / "0.tar"
     cut.write_bytes(cut.read_bytes()[:20000])
-    evaluation_set(folder / "wds_stl10", [*rows(10), {"cls": b"10"}], TEN)  # counted from one
+    evaluation_set(folder / "wds_stl10", [*rows(10), {"cls": b"10"}], TEN)
     evaluation_set(folder / "wds_fer2013", rows(6), "\n".join(NAMES[:6]))
-    (
-        evaluation_set(folder / "wds_renderedsst2", rows(2), "\n".join(NAMES[:2]))
-        / "zeroshot_classification_templates.txt"
-    ).unlink()
-    evaluation_set(
-        folder / "wds_gtsrb",
-        [{"png": b"no image", "cls": b"0"}],
-        "\n".join(str(i) for i in range(43)),
-    )
+    sst2 = evaluation_set(folder / "wds_renderedsst2", rows(2), two)
+    (sst2 / "zeroshot_classification_templates.txt").unlink()
+    no_image = {"png": b"no image", "cls": b"0"}
+    evaluation_set(folder / "wds_gtsrb", [no_image], numbered(43))
+
     evaluation_set(folder / "shapes", rows(10), TEN)
     return folder
 
@@ -151,27 +136,24 @@ FAULTS = (
 
 def test_what_is_there_what_is_missing_what_is_broken(data):
     suite = look("aclip", str(data), Options())
-    assert (
-        list(suite.sets) == ["caltech101", "mnist", "eurosat", "hateful_memes"]
-        and suite.sets["hateful_memes"][1].metric == "roc_auc"
-    )
-    assert len(suite.missing) == 17 and {"imagenet", "food101"} < set(suite.missing)
+
+    assert list(suite.sets) == ["caltech101", "mnist", "eurosat", "hateful_memes"]
+    assert suite.sets["hateful_memes"][1].metric == "roc_auc"
+    assert len(suite.missing) == 17
+    assert {"imagenet", "food101"} < set(suite.missing)
     assert len(suite.faults) == 5
     for fault in FAULTS:
         assert len([line for line in suite.faults if re.match(fault, line)]) == 1, fault
-    said = str(suite).splitlines()
-    assert (
-        said[0].startswith("suite:aclip: 4 of 26 sets in ")
-        and said[1].startswith("  missing: food101, ")
-        and len(said) == 8
-    )
-    assert re.match(
-        "  in doubt: caltech101: .*100 of its 102 classes have no image, e.g. 0; is it whole",
-        said[-1],
-    )
-    assert "sst2" in look("aclip", str(data), Options(templates="7")).sets, (
-        "with templates from elsewhere it can be evaluated"
-    )
+
+    lines = str(suite).splitlines()
+    assert len(lines) == 8
+    assert lines[0].startswith("suite:aclip: 4 of 26 sets in ")
+    assert lines[1].startswith("  missing: food101, ")
+    doubt = "  in doubt: caltech101: .*100 of its 102 classes have no image, e.g. 0; is it whole"
+    assert re.match(doubt, lines[-1])
+
+    with_templates = look("aclip", str(data), Options(templates="7"))
+    assert "sst2" in with_templates.sets, "with templates from elsewhere it can be evaluated"
 
 
 def test_what_cannot_be_a_suite(data, tmp_path):
@@ -185,12 +167,13 @@ def test_what_cannot_be_a_suite(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             parse([spec], data=str(folder))
+
     with pytest.raises(ValueError, match="mend or remove\n  cifar10: "):
         parse(["suite:aclip"], data=str(data), training=True)
 
 
 def test_averages():
-    """Over what is there, under a name that says over how many."""
+    """They are over the sets that are there, under a name with their number."""
     suite = Suite("glip", None, "zero_shot", dict.fromkeys(["mnist", "aircraft", "pcam"]))
     results = {
         "zero_shot/mnist/top1": 0.5,
@@ -198,36 +181,36 @@ def test_averages():
         "zero_shot/aircraft/mean_per_class": 0.1,
         "zero_shot/pcam/top1": 0.6,
     }
-    assert averages(suite, results) == {
-        "object_of_2": 0.3,
-        "other_of_1": 0.6,
-        "average_of_3": pytest.approx(0.4),
-    }
+    expected = {"object_of_2": 0.3, "other_of_1": 0.6, "average_of_3": pytest.approx(0.4)}
+    assert averages(suite, results) == expected
+
+    # All sets of one of a suite's averages.
     sets = table.SUITES["glip"]["other"]
-    whole = Suite("glip", None, "zero_shot", dict.fromkeys(sets))
-    found = averages(
-        whole,
-        {
-            f"zero_shot/{name}/{MAIN[table.SETS[name].metric]}": i / 10
-            for i, name in enumerate(sets)
-        },
-    )
-    assert found == {"other": pytest.approx(0.5), "average_of_11": pytest.approx(0.5)}
+    suite = Suite("glip", None, "zero_shot", dict.fromkeys(sets))
+    results = {}
+    for i, name in enumerate(sets):
+        metric = MAIN[table.SETS[name].metric]
+        results[f"zero_shot/{name}/{metric}"] = i / 10
+    expected = {"other": pytest.approx(0.5), "average_of_11": pytest.approx(0.5)}
+    assert averages(suite, results) == expected
+
+    # A set that is in no average.
     videos = Suite("robustness", None, "zero_shot", {"ytbb": None})
     assert averages(videos, {"zero_shot/ytbb/pm_10": 0.5}) == {}
 
 
 def test_two_suites_share_their_sets(data, monkeypatch):
-    """Each set is evaluated once, and both have their averages; every image is white, so what is
-    nearest is known: class 0.
-    """
-    evals = parse(
-        ["suite:aclip", "suite:maskclip", f"zero_shot:{data}/shapes"], data=str(data), templates="7"
-    )
-    labels = [e.label for e in evals]
-    sets = ["caltech101", "mnist", "eurosat", "hateful_memes", "sst2"]
-    assert labels == [
-        *(f"zero_shot/{name}" for name in sets),
+    """Each set is evaluated once, and both suites have their averages."""
+    specs = ["suite:aclip", "suite:maskclip", f"zero_shot:{data}/shapes"]
+
+    evals = parse(specs, data=str(data), templates="7")
+
+    assert [e.label for e in evals] == [
+        "zero_shot/caltech101",
+        "zero_shot/mnist",
+        "zero_shot/eurosat",
+        "zero_shot/hateful_memes",
+        "zero_shot/sst2",
         "suite/aclip",
         "suite/maskclip",
         "zero_shot/shapes",
@@ -235,62 +218,61 @@ def test_two_suites_share_their_sets(data, monkeypatch):
     assert all(e.options.templates == "7" for e in evals if e.kind == "zero_shot")
 
     class Model:
+        """All images have the embedding of class 0, whose prompts are the first seven texts."""
+
         towers = torch.nn.Identity()
-        texts = staticmethod(lambda texts: torch.eye(2)[[0] * 7 + [1] * (len(texts) - 7)])
-        images = staticmethod(
-            lambda images: (torch.arange(len(images)), torch.eye(2)[[0] * len(images)])
-        )
+
+        @staticmethod
+        def texts(texts):
+            return torch.eye(2)[[0] * 7 + [1] * (len(texts) - 7)]
+
+        @staticmethod
+        def images(images):
+            return torch.arange(len(images)), torch.eye(2)[[0] * len(images)]
 
     with ranks(monkeypatch, 1, 4) as run:
-        (found,) = run(lambda: evaluate(Model, evals))
-    assert found["zero_shot/mnist/top1"] == 0.1 and found["zero_shot/hateful_memes/roc_auc"] == 0.5
-    assert found["suite/aclip/average_of_5"] == pytest.approx((0.1 + 0.1 + 0.5 + 0.5) / 5)
-    assert found["suite/maskclip/average_of_4"] == pytest.approx((0.1 + 0.1 + 0.5) / 4)
+        (results,) = run(lambda: evaluate(Model, evals))
+
+    assert results["zero_shot/mnist/top1"] == 0.1
+    assert results["zero_shot/hateful_memes/roc_auc"] == 0.5
+    assert results["suite/aclip/average_of_5"] == pytest.approx((0.1 + 0.1 + 0.5 + 0.5) / 5)
+    assert results["suite/maskclip/average_of_4"] == pytest.approx((0.1 + 0.1 + 0.5) / 4)
 
 
 @pytest.mark.slow
 def test_a_suite_from_the_command_line(data, tmp_path):
-    """Two ranks train and evaluate what is whole; then run/evaluate.py names the broken ones, and
-    tells by its status.
-    """
-    tiny, run = make_shards(tmp_path / "data"), tmp_path / "run"
+    """Two ranks train and evaluate complete sets; then run/evaluate.py reports the broken ones."""
+    tiny = make_shards(tmp_path / "data")
+    run = tmp_path / "run"
     good = tmp_path / "good"
     good.mkdir()
     for name in ("wds_vtab-caltech101", "wds_mnist", "wds_vtab-eurosat", "hateful_memes"):
         (good / name).symlink_to(data / name)
-    done = launch(
-        2,
-        "run/pretrain.py",
-        *settings(tiny, run, "evals=[suite:aclip]", f"eval_data={good}", "samples=32"),
-    )
+
+    # 1. The suite's evaluation after a training.
+    options = settings(tiny, run, "evals=[suite:aclip]", f"eval_data={good}", "samples=32")
+    done = launch(2, "run/pretrain.py", *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    # 2. The same by run/evaluate.py, with the broken sets: its exit status is an error.
     done = launch(2, "run/evaluate.py", "--run", str(run), "--data", str(data))
     assert done.returncode != 0
     for fault in FAULTS:
-        assert (
-            len(re.findall(fault, done.stdout)) == 1 and len(re.findall(fault, done.stderr)) == 1
-        ), fault
-    assert (
-        "missing: food101" in done.stdout
-        and "5 of the sets could not be evaluated; all others are" in done.stderr
-    )
+        assert len(re.findall(fault, done.stdout)) == 1, fault
+        assert len(re.findall(fault, done.stderr)) == 1, fault
+    assert "missing: food101" in done.stdout
+    assert "5 of the sets could not be evaluated; all others are" in done.stderr
     trained, after = map(json.loads, (run / "results.jsonl").read_text().splitlines())
-    assert (
-        after == {**trained, "mask": "none", "ensemble": 1} and "suite/aclip/average_of_4" in after
-    )
+    assert after == {**trained, "mask": "none", "ensemble": 1}
+    assert "suite/aclip/average_of_4" in after
+
+    # 3. A set that breaks an evaluation: the results before it are kept.
     broken = [*rows(10, 2), {"png": b"no picture", "cls": b"0"}]
     evaluation_set(tmp_path / "broken", broken, TEN)
-    done = launch(
-        1,
-        "run/evaluate.py",
-        "--run",
-        str(run),
-        "--evals",
-        f"zero_shot:{data}/wds_mnist",
-        f"zero_shot:{tmp_path}/broken",
-    )
-    assert done.returncode == 2 and "cannot read the image" in done.stderr
-    kept = json.loads((run / "results.jsonl").read_text().splitlines()[2])
-    assert "zero_shot/wds_mnist/top1" in kept and not any("broken" in name for name in kept), (
-        "what was done before is kept"
-    )
+    evals = [f"zero_shot:{data}/wds_mnist", f"zero_shot:{tmp_path}/broken"]
+    done = launch(1, "run/evaluate.py", "--run", str(run), "--evals", *evals)
+    assert done.returncode == 2
+    assert "cannot read the image" in done.stderr
+    results = json.loads((run / "results.jsonl").read_text().splitlines()[2])
+    assert "zero_shot/wds_mnist/top1" in results, "what was done before is kept"
+    assert not any("broken" in name for name in results)
