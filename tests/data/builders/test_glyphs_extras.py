@@ -1,5 +1,5 @@
-"""Proves that Qt resources are read, that clip art and stamps get the caption that is theirs, and
-that a held-out concept stays held out.
+"""Extras for glyphs: Qt resources are read, clip art and stamps get their captions, and a held-out
+concept stays held out.
 
 No network and no Debian tools.  Run: pytest tests/data/builders/test_glyphs_extras.py
 """
@@ -18,8 +18,8 @@ from glimpse.data.builders.glyphs.sources import Vocabulary
 
 
 def vocabulary():
-    known = {"🐒": {"tts": ["monkey"]}, "🐐": {"tts": ["goat"]}}
-    return Vocabulary({"en": known}, dict.fromkeys(known, "Animals"))
+    names = {"🐒": {"tts": ["monkey"]}, "🐐": {"tts": ["goat"]}}
+    return Vocabulary({"en": names}, dict.fromkeys(names, "Animals"))
 
 
 def picture(color, mode="RGBA"):
@@ -29,7 +29,7 @@ def picture(color, mode="RGBA"):
 
 
 def rcc(files):
-    """A version 1 Qt resource: a root folder with files {name: (flags, content)}."""
+    """Return a version 1 Qt resource: a root folder with files {name: (flags, content)}."""
     names = data = b""
     nodes = [struct.pack(">IHII", 0, 2, len(files), 1)]
     for name, (flags, content) in files.items():
@@ -37,21 +37,19 @@ def rcc(files):
         names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
         data += struct.pack(">I", len(content)) + content
     tree = b"".join(nodes)
-    return (
-        b"qres"
-        + struct.pack(">IIII", 1, 20, 20 + len(tree), 20 + len(tree) + len(data))
-        + tree
-        + data
-        + names
-    )
+
+    # The header: version, then the offsets of the tree, the contents and the names.
+    contents_offset = 20 + len(tree)
+    names_offset = contents_offset + len(data)
+    header = b"qres" + struct.pack(">IIII", 1, 20, contents_offset, names_offset)
+    return header + tree + data + names
 
 
 def test_qt_resources_are_read(tmp_path):
     path = tmp_path / "a.rcc"
     compressed = struct.pack(">I", 4) + zlib.compress(b"long")
-    path.write_bytes(
-        rcc({"plain.webp": (0, b"abc"), "packed.svg": (1, compressed), "other": (4, b"zstd")})
-    )
+    files = {"plain.webp": (0, b"abc"), "packed.svg": (1, compressed), "other": (4, b"zstd")}
+    path.write_bytes(rcc(files))
 
     assert list(extras.read_rcc(path)) == [("/plain.webp", b"abc"), ("/packed.svg", b"long")]
 
@@ -63,10 +61,8 @@ def test_qt_resources_are_read(tmp_path):
 
 def drawing(title):
     work = f"<cc:Work xmlns:cc='c' xmlns:dc='d'><dc:title>{title}</dc:title></cc:Work>"
-    return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='9mm' height='9mm'>{work}<rect width='20'"
-        " height='20'/></svg>"
-    )
+    square = "<rect width='20' height='20'/>"
+    return f"<svg xmlns='http://www.w3.org/2000/svg' width='9mm' height='9mm'>{work}{square}</svg>"
 
 
 def test_clip_art_is_named_by_its_title_or_its_file(tmp_path):
@@ -84,7 +80,9 @@ def test_clip_art_is_named_by_its_title_or_its_file(tmp_path):
     for stem, title in titles.items():
         (base / f"{stem}.svg").write_text(drawing(title))
     (base / "saucer.svg").write_text("<svg>")
+
     glyphs = {g.name: g for g in extras.openclipart(tmp_path, vocabulary())}
+
     captions = {name.removeprefix("food-"): g.caption for name, g in glyphs.items()}
     series = {f"series_{c}": f"series {c}" for c in "abcd"}
 
@@ -112,6 +110,7 @@ def test_stamps_have_sentences_and_one_image_each(tmp_path):
     (base / "lion.svg").write_text(drawing("x"))
     (base / "lion.png").write_bytes(picture("red"))
     (base / "nameless.png").write_bytes(picture("red"))
+
     [stamp] = extras.tuxstamps(tmp_path, vocabulary())
 
     assert stamp.key == "tuxstamps__animals-lion"

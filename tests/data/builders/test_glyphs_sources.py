@@ -1,5 +1,5 @@
-"""Proves that names find their emoji, that a concept falls on one side of the split, and that
-drawings and npm's failures come out right.
+"""Sources of glyphs: names find their emoji, a concept is on one side of the split, icons are
+drawn, and npm's errors are quoted.
 
 No network.  Run: pytest tests/data/builders/test_glyphs_sources.py
 """
@@ -35,13 +35,14 @@ KISS = "🧑🏻‍❤‍💋‍🧑🏼"  # its form without tones is no emoji
 
 
 def vocabulary(*icon_sets):
-    english = {
-        emoji: {"tts": [name], "default": [name.split()[0]]} for emoji, name in SHORT.items()
-    }
+    english = {}
+    for emoji, name in SHORT.items():
+        english[emoji] = {"tts": [name], "default": [name.split()[0]]}
     english[KISS] = {"tts": ["kiss: person, person, light skin tone, medium-light skin tone"]}
     english["#"] = {"tts": ["hash sign"]}  # named by CLDR, but no emoji
+    german = {"🐀": {"tts": ["Ratte"]}}
     groups = {emoji: "Some group" for emoji in SHORT if not sources.TONE.search(emoji)}
-    return Vocabulary({"en": english, "de": {"🐀": {"tts": ["Ratte"]}}}, groups, icon_sets)
+    return Vocabulary({"en": english, "de": german}, groups, icon_sets)
 
 
 @pytest.mark.parametrize(
@@ -96,19 +97,13 @@ def test_a_concept_has_no_skin_tone():
 
 
 def test_the_split_is_stable_and_a_tenth():
-    assert [animal for animal in map(chr, range(0x1F400, 0x1F43D)) if split(animal) == "test"] == [
-        "🐒",
-        "🐟",
-        "🐡",
-        "🐨",
-        "🐸",
-    ]
-    assert 0.08 < sum(split(str(i)) == "test" for i in range(5000)) / 5000 < 0.12
-    assert (
-        len({split(c) for c in ("🧑‍🌾", "👨‍🌾", "👩‍🌾")})
-        == len({split(c) for c in ("🏃", "🏃‍♀", "🏃‍♂")})
-        == 1
-    )
+    animals = map(chr, range(0x1F400, 0x1F43D))
+    test_share = sum(split(str(i)) == "test" for i in range(5000)) / 5000
+
+    assert [a for a in animals if split(a) == "test"] == ["🐒", "🐟", "🐡", "🐨", "🐸"]
+    assert 0.08 < test_share < 0.12
+    assert len({split(concept) for concept in ("🧑‍🌾", "👨‍🌾", "👩‍🌾")}) == 1
+    assert len({split(concept) for concept in ("🏃", "🏃‍♀", "🏃‍♂")}) == 1
 
 
 def test_code_points_become_bare_emoji():
@@ -117,9 +112,8 @@ def test_code_points_become_bare_emoji():
 
 
 def drawing(name, emoji, style="noto"):
-    return Glyph(
-        style, name, "png", SHORT[emoji], vocabulary().about(style, emoji, SHORT[emoji], "MIT"), b""
-    )
+    about = vocabulary().about(style, emoji, SHORT[emoji], "MIT")
+    return Glyph(style, name, "png", SHORT[emoji], about, b"")
 
 
 def test_one_drawing_of_a_concept_and_tone_in_a_style():
@@ -136,13 +130,11 @@ def test_one_drawing_of_a_concept_and_tone_in_a_style():
 
 def test_an_icon_is_drawn_transparent_and_in_any_unit():
     body = '<path fill="currentColor" d="M0 0h8v16h-8z"/>'
-    source = sources.svg({"body": body}, (16, 16))
+    in_pixels = sources.svg({"body": body}, (16, 16))
+    in_mm = in_pixels.replace('width="16"', 'width="4mm"').replace('height="16"', 'height="4mm"')
 
-    for text in (
-        source,
-        source.replace('width="16"', 'width="4mm"').replace('height="16"', 'height="4mm"'),
-    ):
-        image = Image.open(io.BytesIO(draw_svg(text)))
+    for source in (in_pixels, in_mm):
+        image = Image.open(io.BytesIO(draw_svg(source)))
         assert image.size == (64, 64)
         assert image.getpixel((16, 32)) == (0, 0, 0, 255)
         assert image.getpixel((48, 32))[3] == 0
@@ -150,13 +142,14 @@ def test_an_icon_is_drawn_transparent_and_in_any_unit():
 
 def test_a_failing_npm_is_quoted(tmp_path, monkeypatch):
     stderr = "npm warn old\nnpm error code ENOTFOUND\nnpm error network no way to the registry\n"
-    monkeypatch.setattr(
-        sources, "npm", lambda arguments: subprocess.CompletedProcess(arguments, 1, "", stderr)
-    )
 
-    with pytest.raises(
-        ValueError, match=r"npm install failed \(code ENOTFOUND \| network no way to the registry\)"
-    ):
+    def npm(arguments):
+        return subprocess.CompletedProcess(arguments, 1, "", stderr)
+
+    monkeypatch.setattr(sources, "npm", npm)
+    message = r"npm install failed \(code ENOTFOUND \| network no way to the registry\)"
+
+    with pytest.raises(ValueError, match=message):
         sources.install(tmp_path)
 
 
