@@ -197,6 +197,9 @@ def test_held_out_names_are_whole_words():
     assert not secret.search("brazil goat key")
 
 
+@pytest.mark.parametrize(
+    "samples, size", [(1, 1), (50, 10), (5000, 1000), (5001, 501), (39273, 982)]
+)
 def test_a_fifth_of_the_shards_is_a_fifth_of_the_samples(samples, size):
     assert fifths(samples) == size <= 1000
 
