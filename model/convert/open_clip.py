@@ -103,10 +103,12 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
             " one of them"
         )
     interpolation = preprocess.get("interpolation") or "bicubic"
+    eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
+    attends_padding = not cfg.text.causal
     about = About(
         tokenizer=tokenizer_in(text),
-        eot=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
-        pad_text=not cfg.text.causal,
+        eot=eot,
+        pad_text=attends_padding,
         crop=crop_in(tree, config_file, RESIZE[mode]),
         interpolation=RESAMPLE.get(interpolation, interpolation),
         source=origin(path, "open_clip", assumed(config, preprocess), left_out),
@@ -197,19 +199,19 @@ def openai(tensors: Tensors, path: Path) -> dict:
     if not any(name.startswith("visual.transformer.") for name in tensors):
         raise ValueError(f"{path}: {RESNET}")
 
-    width, _, patch, _ = tensors.meta["visual.conv1.weight"].shape
-    vocab, text_width = tensors.meta["token_embedding.weight"].shape
+    kernel = tensors.meta["visual.conv1.weight"].shape
+    tokens = tensors.meta["token_embedding.weight"].shape
     vision = dict(
         image_size=int(tensors["input_resolution"]),
         layers=count_layers(tensors, "visual.transformer.resblocks."),
-        width=width,
-        patch_size=patch,
+        width=kernel[0],
+        patch_size=kernel[2],
     )
     text = dict(
         context_length=int(tensors["context_length"]),
-        vocab_size=vocab,
-        width=text_width,
-        heads=text_width // 64,
+        vocab_size=tokens[0],
+        width=tokens[1],
+        heads=tokens[1] // 64,
         layers=count_layers(tensors, "transformer.resblocks."),
     )
     embed = tensors.meta["text_projection"].shape[1]
@@ -231,11 +233,12 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     ValueError naming the first setting that open_clip's CLIP does not have.
     """
     cfg, crop = model.cfg, model.about.crop
+    resize_mode = "squash" if crop == "squash" else "shortest"
     preprocess = dict(
         mean=cfg.vision.mean,
         std=cfg.vision.std,
         interpolation=model.about.interpolation,
-        resize_mode="squash" if crop == "squash" else "shortest",
+        resize_mode=resize_mode,
     )
     tree = dict(model_cfg=config_out(model), preprocess_cfg=preprocess, **kept_crop(crop))
     table = rules(cfg, is_timms(cfg))
@@ -250,28 +253,31 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
 
 def rules(cfg: ModelConfig, timms: bool) -> list[Rule]:
     """Return the rules of all tensors; timms: the vision tower is one of timm's."""
-    return [
-        *(trunk.rules(cfg) if timms else tower(cfg)),
-        Rule(("text.token.weight",), ("token_embedding.weight",)),
-        Rule(("text.positions",), ("positional_embedding",)),
-        *blocks("text.", "", cfg.shape.text_depth),
-        *norm("text.norm", "ln_final"),
-        Rule(("text_projection.weight",), ("text_projection",), transposed, transposed),
-        Rule(("temperature.logit_scale",), ("logit_scale",), scalar, one),
-    ]
+    table = list(trunk.rules(cfg)) if timms else tower(cfg)
+    table.append(Rule(("text.token.weight",), ("token_embedding.weight",)))
+    table.append(Rule(("text.positions",), ("positional_embedding",)))
+    table += blocks("text.", "", cfg.shape.text_depth)
+    table += norm("text.norm", "ln_final")
+    projection = ("text_projection.weight",), ("text_projection",)
+    table.append(Rule(*projection, transposed, transposed))
+    table.append(Rule(("temperature.logit_scale",), ("logit_scale",), scalar, one))
+    return table
 
 
 def tower(cfg: ModelConfig) -> list[Rule]:
     """Return the rules of open_clip's own vision tower and of the image projection."""
-    return [
+    table = [
         Rule(("vision.patch.weight",), ("visual.conv1.weight",), as_kernel, as_matrix),
         Rule(("vision.cls",), ("visual.class_embedding",)),
         positions.position_rule(cfg, PLACES),
-        *(norm("vision.pre_norm", "visual.ln_pre") if cfg.vision.pre_norm else ()),
-        *blocks("vision.", "visual.", cfg.shape.depth),
-        *norm("vision.norm", "visual.ln_post"),
-        Rule(("image_projection.weight",), ("visual.proj",), transposed, transposed),
     ]
+    if cfg.vision.pre_norm:
+        table += norm("vision.pre_norm", "visual.ln_pre")
+    table += blocks("vision.", "visual.", cfg.shape.depth)
+    table += norm("vision.norm", "visual.ln_post")
+    projection = ("image_projection.weight",), ("visual.proj",)
+    table.append(Rule(*projection, transposed, transposed))
+    return table
 
 
 def norm(ours: str, theirs: str) -> Iterator[Rule]:

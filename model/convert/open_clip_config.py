@@ -1,7 +1,6 @@
-"""What an open_clip_config.json says of a CLIP's architecture, in its `model_cfg`, as ours and the
-other way round.
-"""
+"""The `model_cfg` of an open_clip_config.json as our architecture, and the other way round."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from glimpse.model.convert import open_clip_trunk as trunk
@@ -14,8 +13,8 @@ from glimpse.model.vision import VisionConfig
 
 RESNET = "a ResNet; Glimpse's towers are vision transformers"
 POOLS = {"cls": ("tok", False), "mean": ("avg", False), "mean_then_norm": ("avg", True)}
-# The keys of a model_cfg and of its towers: those that are read here, those that change nothing,
-# and what others must say to be ours.
+# The keys of a model_cfg and of its towers. READ: those that are read here. HARMLESS: those that
+# change nothing. ONLY: those that must have one of these values.
 READ = {
     "embed_dim",
     "vision_cfg",
@@ -77,13 +76,13 @@ ONLY = {
     "scale_attn_inner": (False,),
     "scale_attn": (False,),
     "scale_fc": (False,),
-    # both are tables
     "init_logit_bias": (None,),
     "multimodal_cfg": (None,),
-    "pos_embed_type": ("learnable", "sin_cos_2d"),
+    "pos_embed_type": ("learnable", "sin_cos_2d"),  # both are tables
+    # of older versions
     "input_patchnorm": (False,),
     "global_average_pool": (False,),
-}  # of older versions
+}
 WHY = {
     "init_logit_bias": "a sigmoid loss's model (SigLIP); Glimpse's have no bias of the logits",
     "global_average_pool": (
@@ -93,49 +92,44 @@ WHY = {
 
 
 def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
-    """Our architecture for a model_cfg; positions learned, no patch bias, which is what a config
-    can tell.
+    """Return our architecture for a model_cfg; path: where it lies, for errors.
+
+    Positions are learned and there is no patch bias, as far as a config can tell.
     """
     vision, text = model["vision_cfg"], model["text_cfg"]
     check_keys(model, path)
     if isinstance(vision.get("layers"), list):
         raise ValueError(f"{path}: model_cfg.vision_cfg.layers {vision['layers']}: {RESNET}")
-    pool = {theirs: ours for ours, theirs in POOLS.items()} | {("tok", True): "cls"}
-    kind = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool"))
-    text_pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask")
-    if (
-        kind not in pool
-        or text_pool not in ("argmax", "eos", "first")
-        or text.get("final_ln_after_pool")
-    ):
-        raise ValueError(
-            f"{path}: model_cfg: vision_cfg.pool_type {kind[0]!r}, text_cfg.pool_type"
-            f" {text_pool!r}: Glimpse has tok and avg; argmax, eos and first"
-        )
-    sides, width = vision.get("image_size", 224), vision.get("width", 768)
-    act = [
-        activation(model, tree, f"{path}: model_cfg.{where}")
-        for where, tree in (("vision_cfg", vision), ("text_cfg", text))
-    ]
-    eps = [(tree.get("norm_kwargs") or {}).get("eps", 1e-5) for tree in (vision, text)]
+
+    # 1. Settings of both towers.
+    pool, text_pool = pools_in(vision, text, path)
+    vision_activation = activation(model, vision, f"{path}: model_cfg.vision_cfg")
+    text_activation = activation(model, text, f"{path}: model_cfg.text_cfg")
+    vision_eps, text_eps = eps_in(vision), eps_in(text)
+
+    # 2. The vision tower: open_clip's own, or one of timm's.
+    width = vision.get("width", 768)
     if vision.get("timm_model_name"):
-        tower, says = trunk.tower_in(vision, f"{path}: model_cfg.vision_cfg")
+        tower, settings = trunk.tower_in(vision, f"{path}: model_cfg.vision_cfg")
     else:
+        heads = width // vision.get("head_width", 64)
         tower = dict(
             patch=vision.get("patch_size", 16),
             width=width,
             depth=vision.get("layers", 12),
-            heads=width // vision.get("head_width", 64),
+            heads=heads,
             mlp=vision.get("mlp_ratio", 4.0),
         )
-        says = dict(
-            pool=pool[kind],
+        settings = dict(
+            pool=pool,
             pre_norm=not vision.get("no_ln_pre"),
             patch_bias=False,
-            activation=act[0],
-            eps=eps[0],
+            activation=vision_activation,
+            eps=vision_eps,
         )
-    shape = sized(
+
+    # 3. Both together.
+    size = sized(
         **tower,
         text_width=text.get("width", 512),
         text_depth=text.get("layers", 12),
@@ -143,57 +137,73 @@ def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
         text_mlp=text.get("mlp_ratio", 4.0),
         embed=model["embed_dim"],
     )
-    return ModelConfig(
-        **shape,
-        image_size=tuple(sides) if isinstance(sides, list) else sides,
-        init="clip",
-        vision=VisionConfig(
-            positions="learned",
-            **says,
-            mean=tuple(preprocess.get("mean") or MEAN),
-            std=tuple(preprocess.get("std") or STD),
-        ),
-        text=TextConfig(
-            causal=causal,
-            pool="first" if text_pool == "first" else "eot",
-            activation=act[1],
-            eps=eps[1],
-        ),
-    )
+    image_size = vision.get("image_size", 224)
+    if isinstance(image_size, list):
+        image_size = tuple(image_size)
+    mean = tuple(preprocess.get("mean") or MEAN)
+    std = tuple(preprocess.get("std") or STD)
+    vision_cfg = VisionConfig(positions="learned", **settings, mean=mean, std=std)
+    causal = not text.get("no_causal_mask")
+    text_cfg = TextConfig(causal=causal, pool=text_pool, activation=text_activation, eps=text_eps)
+    return ModelConfig(**size, image_size=image_size, init="clip", vision=vision_cfg, text=text_cfg)
+
+
+def pools_in(vision: dict, text: dict, path: Path) -> tuple[str, str]:
+    """Return our names of the pools of a vision_cfg and a text_cfg."""
+    pools = {theirs: ours for ours, theirs in POOLS.items()}
+    pools["tok", True] = "cls"
+    pool = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool"))
+    text_pool = text.get("pool_type", "argmax")
+    text_known = text_pool in ("argmax", "eos", "first") and not text.get("final_ln_after_pool")
+    if pool not in pools or not text_known:
+        raise ValueError(
+            f"{path}: model_cfg: vision_cfg.pool_type {pool[0]!r}, text_cfg.pool_type"
+            f" {text_pool!r}: Glimpse has tok and avg; argmax, eos and first"
+        )
+    return pools[pool], "first" if text_pool == "first" else "eot"
+
+
+def eps_in(tower: dict) -> float:
+    return (tower.get("norm_kwargs") or {}).get("eps", 1e-5)
 
 
 def check_keys(model: dict, path: Path) -> None:
-    """ValueError naming the first key of a model_cfg that says what is not ours; else the first
-    that nothing here knows.
+    """Raise ValueError naming the first key of a model_cfg with a value that is not ours; if there
+    is none, the first unknown key.
     """
-    places = {
-        f"{path}: model_cfg": model,
-        **{f"{path}: model_cfg.{tower}": model[tower] for tower in ("vision_cfg", "text_cfg")},
-    }
+    places = {f"{path}: model_cfg": model}
+    for tower in ("vision_cfg", "text_cfg"):
+        places[f"{path}: model_cfg.{tower}"] = model[tower]
     for where, tree in places.items():
-        for key, value in tree.items():
-            if key in ONLY and value not in ONLY[key]:
-                why = WHY.get(key, "Glimpse's towers have no such thing")
-                raise ValueError(
-                    f"{where}.{key} {value!r}: {why} (only {' or '.join(map(repr, ONLY[key]))})"
-                )
-    parts = {
-        f"{where}.{key}": (tree.get(key) or {}, known)
-        for where, tree in places.items()
-        for key, known in (("norm_kwargs", {"eps"}), ("act_kwargs", {"approximate"}))
-    }
-    for where, (tree, known) in (
-        {where: (tree, READ | HARMLESS | ONLY.keys()) for where, tree in places.items()} | parts
-    ).items():
-        for key, value in tree.items():
-            if key not in known:
-                raise ValueError(
-                    f"{where}.{key} {value!r}: unknown here, so the model may be another than"
-                    " Glimpse would make of it; remove the key if it changes nothing"
-                )
+        check_values(tree, where)
+    for where, tree in places.items():
+        check_known(tree, READ | HARMLESS | ONLY.keys(), where)
+    for where, tree in places.items():
+        for key, known in (("norm_kwargs", {"eps"}), ("act_kwargs", {"approximate"})):
+            check_known(tree.get(key) or {}, known, f"{where}.{key}")
+
+
+def check_values(tree: dict, where: str) -> None:
+    """Raise ValueError naming the first key of a tree with a value that is not ours."""
+    for key, value in tree.items():
+        if key in ONLY and value not in ONLY[key]:
+            why = WHY.get(key, "Glimpse's towers have no such thing")
+            allowed = " or ".join(map(repr, ONLY[key]))
+            raise ValueError(f"{where}.{key} {value!r}: {why} (only {allowed})")
+
+
+def check_known(tree: dict, known: Collection[str], where: str) -> None:
+    """Raise ValueError naming the first key of a tree that is not known."""
+    for key, value in tree.items():
+        if key not in known:
+            raise ValueError(
+                f"{where}.{key} {value!r}: unknown here, so the model may be another than"
+                " Glimpse would make of it; remove the key if it changes nothing"
+            )
 
 
 def activation(model: dict, tower: dict, where: str) -> str:
+    """Return our name of a tower's activation; `where` names its config in errors."""
     if model.get("quick_gelu"):
         return "quick_gelu"
     known = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -206,6 +216,7 @@ def activation(model: dict, tower: dict, where: str) -> str:
 
 
 def config_out(model: Portable) -> dict:
+    """Return the model_cfg.  ValueError naming the first setting that open_clip does not have."""
     cfg, shape, vision, text = model.cfg, model.cfg.shape, model.cfg.vision, model.cfg.text
     if not model.vocab:
         raise ValueError(
@@ -223,7 +234,7 @@ def config_out(model: Portable) -> dict:
         )
     if shape.width % shape.heads:
         raise ValueError(f"open_clip: {shape.heads} heads do not divide a width of {shape.width}")
-    words = dict(
+    text_cfg = dict(
         context_length=model.context,
         vocab_size=model.vocab,
         width=shape.text_width,
@@ -238,25 +249,16 @@ def config_out(model: Portable) -> dict:
         embed_dim=shape.embed,
         quick_gelu=text.activation == "quick_gelu",
         vision_cfg=tower_out(cfg),
-        text_cfg=words,
+        text_cfg=text_cfg,
     )
 
 
 def tower_out(cfg: ModelConfig) -> dict:
-    """The vision_cfg: open_clip's own tower, or one of timm's."""
+    """Return the vision_cfg: open_clip's own tower, or one of timm's."""
     if is_timms(cfg):
-        try:
-            return trunk.tower_out(cfg)
-        except ValueError as error:
-            kinds = (
-                f"model.vision.activation {cfg.vision.activation!r}, model.text.activation"
-                f" {cfg.text.activation!r}"
-            )
-            raise ValueError(
-                f"open_clip: {kinds}: it has quick_gelu in both or neither, or a tower of timm's,"
-                f" and {error}"
-            ) from None
-    shape, (pool, last) = cfg.shape, POOLS[cfg.vision.pool]
+        return timms_tower_out(cfg)
+    shape = cfg.shape
+    pool, norm_after_pool = POOLS[cfg.vision.pool]
     return dict(
         image_size=cfg.image_size,
         patch_size=cfg.patch,
@@ -266,35 +268,53 @@ def tower_out(cfg: ModelConfig) -> dict:
         mlp_ratio=shape.mlp,
         no_ln_pre=not cfg.vision.pre_norm,
         pool_type=pool,
-        final_ln_after_pool=last,
+        final_ln_after_pool=norm_after_pool,
         **inside(cfg.vision),
     )
 
 
+def timms_tower_out(cfg: ModelConfig) -> dict:
+    """Return the vision_cfg of a tower of timm's."""
+    try:
+        return trunk.tower_out(cfg)
+    except ValueError as error:
+        activations = (
+            f"model.vision.activation {cfg.vision.activation!r}, model.text.activation"
+            f" {cfg.text.activation!r}"
+        )
+        raise ValueError(
+            f"open_clip: {activations}: it has quick_gelu in both or neither, or a tower of timm's,"
+            f" and {error}"
+        ) from None
+
+
 def is_timms(cfg: ModelConfig) -> bool:
-    """Is its vision tower one of timm's there? open_clip's own cannot have another activation than
-    the text tower.
+    """Return True if the vision tower becomes one of timm's.
+
+    open_clip's own cannot have quick_gelu in one tower alone.
     """
     return (cfg.vision.activation == "quick_gelu") != (cfg.text.activation == "quick_gelu")
 
 
 def inside(tower: VisionConfig | TextConfig) -> dict[str, dict]:
-    """What a tower's norms and MLPs are told."""
-    return dict(
-        norm_kwargs=dict(eps=tower.eps),
-        **({"act_kwargs": {"approximate": "tanh"}} if tower.activation == "gelu_tanh" else {}),
-    )
+    """Return the settings of a tower's norms and MLPs."""
+    settings = dict(norm_kwargs=dict(eps=tower.eps))
+    if tower.activation == "gelu_tanh":
+        settings["act_kwargs"] = {"approximate": "tanh"}
+    return settings
 
 
 def pooled(model: Portable) -> dict:
-    """How the text is pooled, and the tokenizer: CLIP's is open_clip's own, another lies in the
-    folder as Hugging Face's files.
+    """Return the settings of the text's pooling, and of the tokenizer.
+
+    CLIP's tokenizer is open_clip's own; another lies in the folder as Hugging Face's files.
     """
-    tokenizer = (
-        {} if model.about.tokenizer.startswith("clip_bpe") else dict(hf_tokenizer_name="tokenizer")
-    )
     if model.cfg.text.pool == "first":
-        return dict(pool_type="first", **tokenizer)
-    if model.about.eot in (None, model.vocab - 1):  # CLIP's is the largest id
-        return dict(pool_type="argmax", **tokenizer)
-    return dict(pool_type="eos", eos_id=model.about.eot, **tokenizer)
+        settings = dict(pool_type="first")
+    elif model.about.eot in (None, model.vocab - 1):  # CLIP's is the largest id
+        settings = dict(pool_type="argmax")
+    else:
+        settings = dict(pool_type="eos", eos_id=model.about.eot)
+    if not model.about.tokenizer.startswith("clip_bpe"):
+        settings["hf_tokenizer_name"] = "tokenizer"
+    return settings

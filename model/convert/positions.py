@@ -2,20 +2,21 @@
 first, and no bias: open_clip, Hugging Face.
 
 Fixed sin-cos positions become such a table, with zeros for the class token; a bias of the patch
-embedding is added to every patch's row. That is the same model, but a sum cannot be taken apart. So
-what was added up is kept in glimpse.safetensors beside what is written:
+embedding is added to every patch's row. That is the same model, but a sum cannot be taken apart.
+Therefore the terms of the sum are kept in glimpse.safetensors beside the foreign file:
 
     write(file, tensors, model, rules, dtype)
-        theirs, such a table in fp32 whatever `dtype` is; and what was lost
-    cfg, tensors = taken(folder, cfg, rules, name, theirs)
-        instead of `imported`
+        Write the foreign tensors, the table in fp32 whatever `dtype` is, and the terms.
+    cfg, tensors = taken(folder, cfg, rules, name, tensors, whose)
+        Read them, in place of `imported`.
 
-On the way in it counts only where adding up again gives the foreign table bit for bit; after a
-fine-tuning elsewhere it does not, and the table is taken as it is: learned positions, no bias.
-`rules`: ModelConfig -> its table of rules, one of which is position_rule's.
+On the way in the terms count only if their sum equals the foreign table bit for bit. After a
+fine-tuning elsewhere it does not; then the table is taken as it is: learned positions, no bias.
+`rules` is a function: ModelConfig -> its table of rules, one of which is position_rule's.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,40 +36,48 @@ Rules = Callable[[ModelConfig], list[Rule]]
 
 
 def position_rule(cfg: ModelConfig, name: str) -> Rule:
-    """Our positions and patch bias, as many of them as `cfg` has -> the foreign table `name` (1 +
-    L, D).
+    """Return the rule of our positions and patch bias, as far as `cfg` has them, and the foreign
+    table `name` (1 + L, D).
     """
     bias = ("vision.patch.bias",) if cfg.vision.patch_bias else ()
     if cfg.vision.positions == "sincos":
-        return Rule(
-            bias,
-            (name,),
-            out=lambda *bias: folded(fixed(cfg), *bias),
-            back=lambda table: (),
-            folded=cfg.vision.patch_bias,
-        )
+
+        def fold(*bias: Tensor) -> Tensor:
+            return folded(fixed(cfg), *bias)
+
+        return Rule(bias, (name,), out=fold, back=no_tensors, folded=cfg.vision.patch_bias)
     if bias:
         return Rule(("vision.positions", *bias), (name,), out=folded, folded=True)
     return Rule(("vision.positions",), (name,))
 
 
+def no_tensors(table: Tensor) -> tuple[()]:
+    """Return nothing: fixed positions are no tensor of ours."""
+    return ()
+
+
 def fixed(cfg: ModelConfig) -> Tensor:
-    """Sin-cos positions as a table, (1 + L, D)."""
-    return torch.cat([torch.zeros(1, cfg.shape.width), sincos(cfg.grid, cfg.shape.width)])
+    """Return sin-cos positions as a table, (1 + L, D)."""
+    width = cfg.shape.width
+    return torch.cat([torch.zeros(1, width), sincos(cfg.grid, width)])
 
 
 def is_fixed(table: Tensor, cfg: ModelConfig) -> bool:
-    """Are these (1 + L, D) the sin-cos ones, as near as rounding leaves them? FLIP computes them in
-    fp32, 2e-6 off; MAE's are equal.
+    """Return True if the positions (1 + L, D) are the sin-cos ones, up to rounding.
+
+    FLIP computes them in fp32, 2e-6 off; MAE's are equal.
     """
-    eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0
-    if cfg.shape.width % 4 or table.shape != (wanted := fixed(cfg)).shape:
+    if cfg.shape.width % 4:
         return False
+    wanted = fixed(cfg)
+    if table.shape != wanted.shape:
+        return False
+    eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0
     return torch.allclose(table.float(), wanted, rtol=eps, atol=4e-6)
 
 
 def folded(table: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(1 + L, D) with the bias (D,), if there is one, added to the patches' rows."""
+    """Return the table (1 + L, D) with the bias (D,), if any, added to the patches' rows."""
     if bias is None:
         return table
     table = table.float().to(bias.device)
@@ -78,81 +87,98 @@ def folded(table: Tensor, bias: Tensor | None = None) -> Tensor:
 def write(
     file: Path, tensors: Tensors, model: Portable, rules: list[Rule], dtype: torch.dtype
 ) -> None:
-    """A format's file of weights, `tensors` as its rules make them, and beside it what is lost in
-    folding.
+    """Write a format's file of weights, as its rules make them, and beside it the tensors that
+    folding loses.
 
-    What is computed stays in fp32: rounded, a library that has but the table would give other
-    embeddings than we do.
+    Computed tensors stay in fp32. If they were rounded, a library that has only the table would
+    give other embeddings than ours.
     """
-    computed = [name for rule in rules if rule.folded or not rule.ours for name in rule.theirs]
+    computed = []
+    for rule in rules:
+        if rule.folded or not rule.ours:
+            computed += rule.theirs
     tensor_files.write(file, exported(rules, tensors), dtype, exact=computed)
     keep(file.parent, model, rules)
 
 
 def keep(folder: Path, model: Portable, rules: list[Rule]) -> None:
-    """Write into the folder those of our tensors that are lost in folding."""
-    lost = [name for rule in rules if rule.folded for name in rule.ours]
+    """Write those of our tensors that folding loses into the folder."""
+    lost = []
+    for rule in rules:
+        if rule.folded:
+            lost += rule.ours
     if lost:
-        tensor_files.write(
-            folder / KEPT,
-            model.tensors.renamed({name: name for name in lost}),
-            about={"model": json.dumps(asdict(model.cfg))},
-        )
+        tensors = model.tensors.renamed({name: name for name in lost})
+        about = {"model": json.dumps(asdict(model.cfg))}
+        tensor_files.write(folder / KEPT, tensors, about=about)
 
 
 def taken(
-    folder: Path, cfg: ModelConfig, rules: Rules, name: str, theirs: Tensors, whose: str
+    folder: Path, cfg: ModelConfig, rules: Rules, name: str, tensors: Tensors, whose: str
 ) -> tuple[ModelConfig, Tensors]:
-    """Foreign tensors as ours, and the architecture with what only tensors tell: `cfg` is what
-    their files say, learned and unbiased.
+    """Return the architecture, completed from the tensors, and the foreign tensors as ours.
 
-    name: the foreign table of positions.  ValueError: see `imported`.
+    cfg: the architecture that their files give, with learned positions and no bias. name: the
+    foreign table of positions.  ValueError: see `imported`.
     """
-    if (folder / KEPT).exists() and (found := unfolded(folder / KEPT, cfg, rules, theirs, whose)):
-        return found
-    if name in theirs and theirs.meta[name].shape == (
-        1 + cfg.grid[0] * cfg.grid[1],
-        cfg.shape.width,
-    ):
-        table = theirs[name]
-        if is_fixed(table, cfg):
-            cfg = replace(cfg, vision=replace(cfg.vision, positions="sincos"))
-    return cfg, imported(rules(cfg), theirs, whose)
+    if (folder / KEPT).exists():
+        result = unfolded(folder / KEPT, cfg, rules, tensors, whose)
+        if result is not None:
+            return result
+    shape = (1 + math.prod(cfg.grid), cfg.shape.width)
+    has_table = name in tensors and tensors.meta[name].shape == shape
+    if has_table and is_fixed(tensors[name], cfg):
+        cfg = replace(cfg, vision=replace(cfg.vision, positions="sincos"))
+    return cfg, imported(rules(cfg), tensors, whose)
 
 
 def unfolded(
-    path: Path, cfg: ModelConfig, rules: Rules, theirs: Tensors, whose: str
+    path: Path, cfg: ModelConfig, rules: Rules, tensors: Tensors, whose: str
 ) -> tuple[ModelConfig, Tensors] | None:
-    """With the tensors of the file at `path`; None where they do not add up to theirs."""
-    kept = tensor_files.read(path)
+    """Return architecture and tensors with the terms in the file at `path`; None if their sums
+    differ from the foreign tensors.
+    """
+    # The terms, and the architecture that they belong to.
+    terms = tensor_files.read(path)
     try:
-        was = json.loads(tensor_files.metadata(path)["model"])
-        lost = {key: was["vision"][key] for key in ("positions", "patch_bias", "freeze_patch")}
+        source = json.loads(tensor_files.metadata(path)["model"])
+        vision = source["vision"]
+        lost = {key: vision[key] for key in ("positions", "patch_bias", "freeze_patch")}
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path}: not what a conversion wrote; remove it, and the positions are taken as"
             " they are"
         ) from None
-    cfg = replace(cfg, init=was["init"], vision=replace(cfg.vision, **lost))
-    table, rest = rules(cfg), dict(theirs.meta)
+    cfg = replace(cfg, init=source["init"], vision=replace(cfg.vision, **lost))
+
+    # The foreign tensors that are sums of them are replaced by the terms.
+    table = rules(cfg)
+    rest = dict(tensors.meta)
     for rule in table:
         if rule.folded:
-            if not all(name in kept for name in rule.ours) or not all(
-                name in theirs for name in rule.theirs
-            ):
-                return None
-            try:
-                sums = as_tuple(rule.out(*(kept[name] for name in rule.ours)))
-            except RuntimeError:  # of torch: of another model's shapes
-                return None
-            if not all(
-                torch.equal(made.to(theirs.meta[name].dtype), theirs[name])
-                for name, made in zip(rule.theirs, sums)
-            ):
+            if not is_sum(rule, terms, tensors):
                 return None
             for name in rule.theirs:
                 del rest[name]
-    ours = imported([rule for rule in table if not rule.folded], Tensors(rest, theirs.get), whose)
-    return cfg, Tensors(
-        ours.meta | kept.meta, lambda name: kept[name] if name in kept else ours[name]
-    )
+    plain_rules = [rule for rule in table if not rule.folded]
+    ours = imported(plain_rules, Tensors(rest, tensors.get), whose)
+
+    def get(name: str) -> Tensor:
+        return terms[name] if name in terms else ours[name]
+
+    return cfg, Tensors(ours.meta | terms.meta, get)
+
+
+def is_sum(rule: Rule, terms: Tensors, tensors: Tensors) -> bool:
+    """Return True if the foreign tensors of a folded rule equal those computed from the terms."""
+    complete = all(name in terms for name in rule.ours)
+    if not complete or not all(name in tensors for name in rule.theirs):
+        return False
+    try:
+        sums = as_tuple(rule.out(*(terms[name] for name in rule.ours)))
+    except RuntimeError:  # of torch: the shapes are of another model
+        return False
+    for name, total in zip(rule.theirs, sums):
+        if not torch.equal(total.to(tensors.meta[name].dtype), tensors[name]):
+            return False
+    return True

@@ -1,15 +1,15 @@
-"""A model for images of another size, or for patches of another side: FLIP's L/14 is its L/16 tuned
-on (section 4.2, footnote 3).
+"""A model for images of another size, or for patches of another side: FLIP's L/14 is its L/16,
+trained on (section 4.2, footnote 3).
 
 Learned positions are interpolated bicubically to the new grid, as the tower itself does for one
-forward pass; sin-cos ones are computed anew. FLIP does not say what becomes of the patch embedding;
-here it is resized by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013, section 3.4):
-where patches grow, the new embedding of a resized patch is the old one's of the patch; where they
-shrink, it
-is as near as can be.
+forward pass; sin-cos ones are computed anew. FLIP does not describe how the patch embedding is
+resized; here it is multiplied by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013,
+section 3.4): if patches grow, the new embedding of a resized patch is the old embedding of the
+patch; if they shrink, it is as near as possible.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,43 +24,47 @@ from glimpse.model.vision import resized as resized_grid
 def resized(
     model: Portable, image_size: int | tuple[int, int] | None = None, patch: int | None = None
 ) -> Portable:
-    """The same towers for other images or patches, in pixels; what is None stays."""
+    """Return the same towers for other images or patches, in pixels; None leaves them as they
+    are.
+    """
+    # The architecture; a patch side that no row of SIZES has makes the size a custom one.
     old = model.cfg
+    patch = old.patch if patch is None else patch
+    image_size = old.image_size if image_size is None else image_size
     name, custom = old.size.partition("/")[0], old.custom
-    if patch not in (None, *PATCHES) and not custom:
+    if patch != old.patch and patch not in PATCHES and not custom:
         name, custom = "custom", old.shape
-    cfg = replace(
-        old,
-        size=f"{name}/{old.patch if patch is None else patch}",
-        custom=custom,
-        image_size=old.image_size if image_size is None else image_size,
-    )
+    cfg = replace(old, size=f"{name}/{patch}", custom=custom, image_size=image_size)
+
+    # The tensors that change.
     changed = {}
     if cfg.patch != old.patch:
-        changed["vision.patch.weight"] = lambda weight: kernel(weight, old.patch, cfg.patch)
+        changed["vision.patch.weight"] = partial(kernel, old=old.patch, new=cfg.patch)
     if cfg.grid != old.grid and cfg.vision.positions == "learned":
-        changed["vision.positions"] = lambda table: torch.cat(
-            [table[:1], resized_grid(table[1:], old.grid, cfg.grid)]
-        )
-    meta = {
-        name: changed[name](tensor.float()) if name in changed else tensor
-        for name, tensor in model.tensors.meta.items()
-    }
+        changed["vision.positions"] = partial(positions, old=old.grid, new=cfg.grid)
 
-    def get(name: str) -> Tensor:
-        tensor = model.tensors[name]
+    def change(name: str, tensor: Tensor) -> Tensor:
         return changed[name](tensor.float()) if name in changed else tensor
 
+    def get(name: str) -> Tensor:
+        return change(name, model.tensors[name])
+
+    meta = {name: change(name, tensor) for name, tensor in model.tensors.meta.items()}
     return replace(model, cfg=cfg, tensors=Tensors(meta, get))
 
 
+def positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Return positions (1 + L, D) for another grid; the class token's is unchanged."""
+    return torch.cat([table[:1], resized_grid(table[1:], old, new)])
+
+
 def kernel(weight: Tensor, old: int, new: int) -> Tensor:
-    """A linear layer over patches (D, 3 P P) for patches of another side."""
+    """Return a linear layer over patches (D, 3 P P) for patches of another side."""
     if weight.is_meta:
         return weight.new_empty(len(weight), 3 * new * new)
     basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
-    # (old^2, new^2): a patch times it is resized
+    # (old^2, new^2): a patch times it is the resized patch
     resize = F.interpolate(basis, (new, new), mode="bicubic", antialias=True).flatten(1)
     inverse = torch.linalg.pinv(resize)  # (new^2, old^2)
-    made = weight.double().unflatten(1, (3, old * old)) @ inverse.t()
-    return made.flatten(1).float()
+    channels = weight.double().unflatten(1, (3, old * old))
+    return (channels @ inverse.t()).flatten(1).float()

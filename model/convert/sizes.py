@@ -1,5 +1,5 @@
-"""The numbers of a foreign architecture as a config states them: a row of SIZES where one fits,
-else a size of its own.
+"""The numbers of a foreign architecture as fields of a config: a row of SIZES if one fits, else a
+custom size.
 
     ModelConfig(**sized(14, width=1024, depth=24, mlp=ratio(1024, 4096)), image_size=224)
 """
@@ -11,27 +11,29 @@ from glimpse.model.towers import PATCHES, SIZES, Size
 
 
 def sized(patch: int, **known: float | None) -> dict[str, object]:
-    """`size` and `custom` of a ModelConfig. known: columns of Size; one that is left out, or None,
-    is as in the first row that fits.
+    """Return `size` and `custom` of a ModelConfig.
 
-    Where none fits: heads of 64, and text columns, which a vision tower alone has not, like the
-    vision tower's.
+    known: columns of Size. A column that is left out, or None, is that of the first row that fits.
+    If no row fits, heads are 64 wide, and the text columns, which a vision tower alone does not
+    have, are those of the vision tower.
     """
     known = {key: value for key, value in known.items() if value is not None}
-    for name, row in SIZES.items():
-        if patch in PATCHES and all(getattr(row, key) == value for key, value in known.items()):
-            return {"size": f"{name}/{patch}"}
-    for text in ("", "text_"):
-        known.setdefault(f"{text}width", known["width"])
-        known.setdefault(f"{text}depth", known["depth"])
-        known.setdefault(f"{text}heads", max(1, known[f"{text}width"] // 64))
+    if patch in PATCHES:
+        for name, row in SIZES.items():
+            if all(getattr(row, key) == value for key, value in known.items()):
+                return {"size": f"{name}/{patch}"}
+    for tower in ("", "text_"):
+        width = known.setdefault(f"{tower}width", known["width"])
+        known.setdefault(f"{tower}depth", known["depth"])
+        known.setdefault(f"{tower}heads", max(1, width // 64))
     known.setdefault("embed", known["width"])
     return {"size": f"custom/{patch}", "custom": Size(**known)}
 
 
 def ratio(width: int, inside: int) -> float:
-    """The `mlp` of a Size whose MLPs are `inside` wide: what `hidden` turns into it again, though
-    it rounds down.
+    """Return the `mlp` of a Size whose MLPs are `inside` wide.
+
+    `hidden` turns it into `inside` again, although it rounds down.
     """
-    found = inside / width
-    return found if hidden(width, found) == inside else math.nextafter(found, math.inf)
+    mlp = inside / width
+    return mlp if hidden(width, mlp) == inside else math.nextafter(mlp, math.inf)

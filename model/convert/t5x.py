@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from glimpse.model.lazy_tensors import Tensors
 
-# bytes of a tensor, for msgpack counts in 32 bits, and its shape and type are counted too
+# The most bytes of a tensor: msgpack counts them in 32 bits, together with its shape and type.
 LARGEST = 2**32 - 2**10
 
 
 class Packed(NamedTuple):
-    """A tensor as it stands in the msgpack file."""
+    """A tensor in the msgpack file."""
 
     shape: list[int]
     dtype: bytes
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 
 
 class Zarr(NamedTuple):
-    """A tensor in a folder beside it."""
+    """A tensor in a folder beside the msgpack file."""
 
     shape: list[int]
     dtype: bytes
@@ -41,51 +41,58 @@ class Zarr(NamedTuple):
 
 
 def read(file: Path) -> Tensors:
-    """The parameters by their names, a/b/c.
+    """Return the parameters by their names, a/b/c.
 
-    Those beside the file are read when they are asked for, those in it are in memory.
+    Tensors beside the file are read on demand; those in it are in memory.
     """
-    try:
-        with (
-            file.open("rb") as opened,
-            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            content = msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=False)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ValueError(
-            f"{file}: truncated or no msgpack file ({type(error).__name__}: {str(error)[:80]});"
-            " fetch it again"
-        ) from None
+    content = unpacked(file)
     tree = content.get("optimizer", content) if isinstance(content, dict) else {}
     if not isinstance(tree.get("target"), dict):
         raise ValueError(
             f"{file}: no parameters in it: it should hold optimizer.target, as t5x writes since its"
             " version 2"
         )
-    found = dict(leaves(tree["target"], file.parent))
+    parameters = dict(leaves(tree["target"], file.parent))
     meta = {}
-    for name, leaf in found.items():
-        dtype = getattr(torch, leaf.dtype.decode(), None) if leaf else None
+    for name, leaf in parameters.items():
+        kind = leaf.dtype.decode() if leaf else "no tensor"
+        dtype = getattr(torch, kind, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(
-                f"{file}: {name} is {leaf.dtype.decode() if leaf else 'no tensor'}; parameters are"
-                " floats"
-            )
+            raise ValueError(f"{file}: {name} is {kind}; parameters are floats")
         check(leaf, dtype, f"{file}: {name}")
         meta[name] = torch.empty(leaf.shape, dtype=dtype, device="meta")
-    return Tensors(meta, lambda name: value(found[name], meta[name].dtype, f"{file}: {name}"))
+
+    def get(name: str) -> Tensor:
+        return value(parameters[name], meta[name].dtype, f"{file}: {name}")
+
+    return Tensors(meta, get)
+
+
+def unpacked(file: Path) -> object:
+    """Return the content of a msgpack file."""
+    try:
+        with (
+            file.open("rb") as opened,
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            return msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(
+            f"{file}: truncated or no msgpack file ({type(error).__name__}: {str(error)[:80]});"
+            " fetch it again"
+        ) from None
 
 
 def check(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> None:
-    """ValueError where a tensor is not of the shape that the tree says."""
-    if not isinstance(leaf.shape, list) or not all(type(n) is int and n >= 0 for n in leaf.shape):
+    """Raise ValueError if the stored tensor does not have the shape that the tree gives."""
+    if not is_shape(leaf.shape):
         raise ValueError(f"{what} has the shape {leaf.shape}, which is none; fetch it again")
     if isinstance(leaf, Packed):
-        size, has = math.prod(leaf.shape) * dtype.itemsize, len(leaf.data)
-        if size != has:
+        size, stored = math.prod(leaf.shape) * dtype.itemsize, len(leaf.data)
+        if size != stored:
             raise ValueError(
                 f"{what} {tuple(leaf.shape)} {leaf.dtype.decode()} takes {size:,} bytes, and has"
-                f" {has:,}; fetch it again"
+                f" {stored:,}; fetch it again"
             )
         return
     try:
@@ -102,37 +109,47 @@ def check(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> None:
         )
 
 
+def is_shape(shape: object) -> bool:
+    """Return True for a list of sizes."""
+    if not isinstance(shape, list):
+        return False
+    return all(type(size) is int and size >= 0 for size in shape)
+
+
 def extension(code: int, data: bytes) -> object:
-    return (
-        Packed(*msgpack.unpackb(data, raw=True)) if code in (1, 3) else msgpack.ExtType(code, data)
-    )
+    """Decode an extension of msgpack: flax's arrays, others as they are."""
+    if code in (1, 3):
+        return Packed(*msgpack.unpackb(data, raw=True))
+    return msgpack.ExtType(code, data)
 
 
 def leaves(
     tree: dict, folder: Path, prefix: str = ""
 ) -> Iterator[tuple[str, Packed | Zarr | None]]:
-    """(name, tensor) of a tree; None for what is none."""
+    """Yield (name, tensor) for each leaf of a tree; None for a leaf that is no tensor."""
     for key, node in tree.items():
         name = f"{prefix}{key}"
         if not isinstance(node, dict):
             yield name, node if isinstance(node, Packed) else None
-        # what tensorstore calls a Spec: the path is relative, or a bucket's that is no more
-        elif "kvstore" in node:
+        elif "kvstore" in node:  # tensorstore's Spec
+            # The path is relative, or that of a bucket that no longer exists.
             path = node["kvstore"].get("path") or node.get("path", name)
-            yield (
-                name,
-                Zarr(node["metadata"]["shape"], node["dtype"].encode(), folder / Path(path).name),
-            )
+            shape, dtype = node["metadata"]["shape"], node["dtype"].encode()
+            yield name, Zarr(shape, dtype, folder / Path(path).name)
         elif "__msgpack_chunked_array__" in node:  # flax's form of arrays above 1 GiB
-            shape, chunks = (
-                [node[part][str(i)] for i in range(len(node[part]))] for part in ("shape", "chunks")
-            )
+            shape, chunks = in_order(node["shape"]), in_order(node["chunks"])
             yield name, Packed(shape, chunks[0].dtype, b"".join(chunk.data for chunk in chunks))
         else:
             yield from leaves(node, folder, f"{name}/")
 
 
+def in_order(items: dict) -> list:
+    """Return a list that flax stores as {"0": ..., "1": ...}."""
+    return [items[str(i)] for i in range(len(items))]
+
+
 def value(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> Tensor:
+    """Read a tensor; `what` names it in errors."""
     if isinstance(leaf, Packed):
         return torch.frombuffer(bytearray(leaf.data), dtype=dtype).reshape(leaf.shape)
     try:
@@ -143,75 +160,88 @@ def value(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> Tensor:
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": str(leaf.folder)},
         "dtype": leaf.dtype.decode(),
-        # a chunk that is not there is no chunk of zeros
         "metadata": {"shape": leaf.shape},
+        # a missing chunk is an error, not a chunk of zeros
         "fill_missing_data_reads": False,
     }
     try:
         array = tensorstore.open(spec, open=True, read=True).result().read().result()
-    # of tensorstore: folder, description or chunk missing, or not what the tree says
+    # of tensorstore: folder, description or chunk is missing or contradicts the tree
     except ValueError as error:
         raise ValueError(
             f"{what}: {leaf.folder} is incomplete or broken ({str(error).split(' [')[0][:200]});"
             " fetch it again"
         ) from None
-    return (
-        torch.from_numpy(np.ascontiguousarray(array).view(np.uint8)).view(dtype).reshape(leaf.shape)
-    )
+    content = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8))
+    return content.view(dtype).reshape(leaf.shape)
 
 
 def write(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
-    """The tree of parameters as t5x's version 3, with no optimizer's state, one tensor in memory at
-    a time.
+    """Write the tree of parameters as t5x's version 3, without an optimizer's state.
+
+    One tensor is in memory at a time.
     """
+    check_sizes(tensors, dtype)
+    target = nested(tensors)
+    state = {"step": 0, "param_states": {}}
+    tree = {"version": 3, "optimizer": {"target": target, "state": state}}
+    part = path.with_name("checkpoint.part")
+    with part.open("wb") as file:
+        file.writelines(packed(tree, tensors, dtype))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def check_sizes(tensors: Tensors, dtype: torch.dtype) -> None:
+    """Raise ValueError naming the first tensor that is too large for msgpack."""
     for name, meta in tensors.meta.items():
-        if (size := meta.numel() * dtype.itemsize) > LARGEST:
+        size = meta.numel() * dtype.itemsize
+        if size > LARGEST:
             kind = str(dtype).removeprefix("torch.")
             raise ValueError(
                 f"{name} {tuple(meta.shape)} takes {size:,} bytes as {kind}: FLIP's file has room"
                 f" for {LARGEST:,}; --dtype bf16 takes half of what fp32 does, and other formats"
                 " have no such limit"
             )
+
+
+def nested(names: Iterable[str]) -> dict:
+    """Return the tree {a: {b: a/b}} of names a/b."""
     tree: dict = {}
-    for name in tensors:
+    for name in names:
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = name
-    pack = msgpack.Packer()
+    return tree
 
-    def put(node: dict | str | int) -> Iterator[bytes]:
-        if isinstance(node, dict):
-            yield pack.pack_map_header(len(node))
-            for key, below in node.items():
-                yield pack.pack(key)
-                yield from put(below)
-        elif isinstance(node, str):
-            data = tensors[node].detach().to(dtype).contiguous().cpu()
-            body = memoryview(data.reshape(-1).view(torch.uint8).numpy())
-            head = (
-                pack.pack_array_header(3)
-                + pack.pack(list(data.shape))
-                + pack.pack(str(dtype).removeprefix("torch."))
-            )
-            # bytes, as many; msgpack itself would hold them several times over
-            head += b"\xc6" + struct.pack(">I", len(body))
-            yield b"\xc9" + struct.pack(">IB", len(head) + len(body), 1) + head
-            yield body
-        else:
-            yield pack.pack(node)
 
-    part = path.with_name("checkpoint.part")
-    with part.open("wb") as file:
-        file.writelines(
-            put(
-                {
-                    "version": 3,
-                    "optimizer": {"target": tree, "state": {"step": 0, "param_states": {}}},
-                }
-            )
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def packed(node: dict | str | int, tensors: Tensors, dtype: torch.dtype) -> Iterator[bytes]:
+    """Yield the msgpack form of a tree, piece by piece; its strings are names of tensors."""
+    packer = msgpack.Packer()
+    if isinstance(node, dict):
+        yield packer.pack_map_header(len(node))
+        for key, below in node.items():
+            yield packer.pack(key)
+            yield from packed(below, tensors, dtype)
+    elif isinstance(node, str):
+        yield from packed_tensor(tensors[node].detach().to(dtype).contiguous().cpu())
+    else:
+        yield packer.pack(node)
+
+
+def packed_tensor(tensor: Tensor) -> Iterator[bytes]:
+    """Yield flax's extension 1: (shape, type, bytes).
+
+    Its parts are put together here, because msgpack itself would hold the bytes several times.
+    """
+    packer = msgpack.Packer()
+    body = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    head = packer.pack_array_header(3)
+    head += packer.pack(list(tensor.shape))
+    head += packer.pack(str(tensor.dtype).removeprefix("torch."))
+    head += b"\xc6" + struct.pack(">I", len(body))  # bytes, and their number
+    yield b"\xc9" + struct.pack(">IB", len(head) + len(body), 1) + head
+    yield body
