@@ -169,8 +169,8 @@ class Reader:
         self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
         self.views = plan(views, image_size, patch)
         self.boxes = any(view.encloses for view in views.values())
-        self.hidden = {draw for name in hidden for draw in draws(name, views[name])}
-        self.noise = {draw for name in noise for draw in draws(name, views[name])}
+        self.hidden = draws_of(hidden, views)
+        self.noise = draws_of(noise, views)
         self.tokenizer = build_tokenizer(cfg.tokenizer, cfg.context)
         self.text_mask = text_masking.parse(cfg.text_mask)
         self.caption = text_masking.Caption(
@@ -183,15 +183,15 @@ class Reader:
     def row(self, sample: Sample, epoch: int, number: int) -> Row:
         """The row of a sample; ValueError or OSError if it cannot be read."""
         ids, places = self.text(sample.captions, epoch, number)
-        rngs = {
-            draw.name: np.random.default_rng((self.seed, epoch, number, 1 + n))
-            for n, draw in enumerate(self.views)
-        }
-        views = {draw.name: draw.view for draw in self.views}
+        views, rngs = {}, {}
+        for n, draw in enumerate(self.views):
+            views[draw.name] = draw.view
+            rngs[draw.name] = np.random.default_rng((self.seed, epoch, number, 1 + n))
         images = random_views(sample.image, self.image_size, views, rngs)
-        arrays = {
-            draw.name: self.view(draw, *images[draw.name], rngs[draw.name]) for draw in self.views
-        }
+        arrays = {}
+        for draw in self.views:
+            pixels, box = images[draw.name]
+            arrays[draw.name] = self.view(draw, pixels, box, rngs[draw.name])
         return Row((epoch, number), ids, places, arrays)
 
     def text(
@@ -228,12 +228,7 @@ class Reader:
 
     def part(self, rows: list[Row], bad: list[Bad]) -> MicroBatch:
         """Stack the views of rows, and pack their captions."""
-        views = {}
-        for name, arrays in rows[0].views.items():
-            views[name] = {
-                key: torch.from_numpy(np.stack([row.views[name][key] for row in rows]))
-                for key in arrays
-            }
+        views = {name: stack([row.views[name] for row in rows]) for name in rows[0].views}
         ids, lengths = pack([row.ids for row in rows])
         text = TextBatch(ids=ids, lengths=lengths, longest=int(lengths.max()))
         places = [row.places for row in rows if row.places is not None]
@@ -241,6 +236,17 @@ class Reader:
             text["positions"] = pack(places)[0]
         samples = torch.tensor([row.sample for row in rows])
         return MicroBatch(views=views, text=text, samples=samples, bad=bad)
+
+
+def draws_of(names: Sequence[str], views: dict[str, View]) -> set[str]:
+    """Names of all draws of some views."""
+    return {draw for name in names for draw in draws(name, views[name])}
+
+
+def stack(samples: list[dict[str, np.ndarray]]) -> ViewBatch:
+    """Stack one view of several samples, array by array."""
+    batch = {key: np.stack([arrays[key] for arrays in samples]) for key in samples[0]}
+    return ViewBatch(**{key: torch.from_numpy(array) for key, array in batch.items()})
 
 
 def share(batch: int, world: int, accumulate: int) -> int:

@@ -1,14 +1,14 @@
-"""Encoded images -> views: decoded, cropped, resized and mirrored in one pass; uint8 (H, W, 3),
-normalised later, on the device.
+"""One encoded image into views: decode, crop, resize, flip, color; uint8 (H, W, 3), normalized
+later, on the device.
 
 A box is (top, left, height, width) in pixels of the source; H x W are the sides of a view, one
 number where it is square.
+
 JPEGs are decoded by simplejpeg (the same pixels as Pillow's, without its copies) and, where a crop
 is at least twice as large as the view, at a half, a quarter or an eighth of their size:
 libjpeg-turbo's other scales take longer than the whole image. Everything else, and every JPEG that
-simplejpeg refuses, is Pillow's.
-Resizing is torch's antialiased kernel for bytes, Pillow's algorithm in vector instructions (within
-one level of 255 at 99.9 % of pixels).
+simplejpeg refuses, is Pillow's. Resizing is torch's antialiased kernel for bytes, Pillow's
+algorithm in vector instructions (within one level of 255 at 99.9 % of pixels).
 
 Three choices where released code differs. As in open_clip and torchvision, EXIF orientation is
 ignored. Transparency is laid on white, where they drop the alpha channel and show what lies
@@ -24,9 +24,8 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 
-from glimpse.data.color import recolour
 from glimpse.data.masking import parse
 
 try:
@@ -109,32 +108,40 @@ class View:
 
 
 def draws(name: str, view: View) -> list[str]:
-    """What the draws of a view are called."""
-    return [name] if view.count == 1 else [f"{name}{n + 1}" for n in range(view.count)]
+    """Names of the draws of a view: NAME, or NAME1, NAME2, ... where there are several."""
+    if view.count == 1:
+        return [name]
+    return [f"{name}{n + 1}" for n in range(view.count)]
 
 
 def expanded(views: dict[str, View]) -> dict[str, View]:
     """Every draw of every view under its own name, in alphabetical order."""
     names = {name: draws(name, view) for name, view in views.items()}
-    found = {}
+    result: dict[str, View] = {}
     for name, view in views.items():
+        inside: list[str] = []
         for other in view.encloses:
-            if other not in views or views[other].encloses:
-                raise ValueError(
-                    f"views.{name}.encloses: {other!r}; name views with a crop: "
-                    f"{', '.join(sorted(n for n, v in views.items() if not v.encloses))}"
-                )
-            if views[other].flip:
-                raise ValueError(
-                    f"views.{other}.flip: {name} encloses it and looks places up by its box; set it"
-                    " to false"
-                )
-        inside = tuple(draw for other in view.encloses for draw in names[other])
+            check_enclosed(name, other, views)
+            inside += names[other]
         for draw in names[name]:
-            if draw in found:
+            if draw in result:
                 raise ValueError(f"views: two are called {draw!r}; rename one")
-            found[draw] = replace(view, count=1, encloses=inside)
-    return dict(sorted(found.items()))
+            result[draw] = replace(view, count=1, encloses=tuple(inside))
+    return dict(sorted(result.items()))
+
+
+def check_enclosed(name: str, other: str, views: dict[str, View]) -> None:
+    """Raise ValueError unless view `name` can enclose the view `other`."""
+    if other not in views or views[other].encloses:
+        with_crop = sorted(key for key, view in views.items() if not view.encloses)
+        raise ValueError(
+            f"views.{name}.encloses: {other!r}; name views with a crop: {', '.join(with_crop)}"
+        )
+    if views[other].flip:
+        raise ValueError(
+            f"views.{other}.flip: {name} encloses it and looks places up by its box; set it to"
+            " false"
+        )
 
 
 def sides(size: Size) -> tuple[int, int]:
@@ -154,41 +161,53 @@ def random_views(
 
     ValueError: it cannot be read.
     """
+    # 1. Draw the boxes in the whole image.
     height, width = image_size(data)
-    wanted = {name: sides(view.size or size) for name, view in views.items()}
-    boxes = {
-        name: random_box(height, width, view, rngs[name], wanted[name][1] / wanted[name][0])
-        for name, view in views.items()
-        if not view.encloses
-    }
+    targets = {name: sides(view.size or size) for name, view in views.items()}
+    boxes = {}
+    for name, view in views.items():
+        if not view.encloses:
+            shape = targets[name][1] / targets[name][0]
+            boxes[name] = random_box(height, width, view, rngs[name], shape)
     flips = {name: view.flip and rngs[name].random() < 0.5 for name, view in views.items()}
-    least = boxes | {
-        name: enclosing([boxes[other] for other in view.encloses])
-        for name, view in views.items()
-        if view.encloses
-    }
-    # how much smaller the tightest view is
-    room = min(side / own for name in views for side, own in zip(least[name][2:], wanted[name]))
-    shrink = next((s for s in (8, 4, 2) if room >= s and is_jpeg(data)), 1)
-    # a shift of less than one pixel of the view
-    cuts = {name: tuple(side // shrink for side in box) for name, box in boxes.items()}
+
+    # 2. A JPEG is decoded at a half, a quarter or an eighth, where every view is smaller still.
+    #    Boxes shift by less than one pixel of the view.
+    shrink = shrink_for(views, boxes, targets) if is_jpeg(data) else 1
+    cuts = {name: shrunk(box, shrink) for name, box in boxes.items()}
     for name, view in views.items():
         if view.encloses:
             cuts[name] = enclosing([cuts[other] for other in view.encloses])
             if view.enlarge:
                 cuts[name] = enlarged(cuts[name], height // shrink, width // shrink, rngs[name])
-    image, made = decode(data, shrink), {}
+
+    # 3. Cut, resize and recolor.
+    image = decode(data, shrink)
+    results = {}
     for name, view in views.items():
         top, left, rows, columns = cuts[name]
-        cut = resize(
-            image[top : top + rows, left : left + columns],
-            *wanted[name],
-            view.interpolation,
-            flips[name],
-        )
-        cut = recolour(cut, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
-        made[name] = cut, (top * shrink, left * shrink, rows * shrink, columns * shrink)
-    return made
+        crop = image[top : top + rows, left : left + columns]
+        pixels = resize(crop, *targets[name], view.interpolation, flips[name])
+        pixels = recolour(pixels, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
+        results[name] = pixels, (top * shrink, left * shrink, rows * shrink, columns * shrink)
+    return results
+
+
+def shrink_for(
+    views: dict[str, View], boxes: dict[str, Box], targets: dict[str, tuple[int, int]]
+) -> int:
+    """8, 4, 2 or 1: by how much the image may shrink before the tightest view would be enlarged."""
+    room = math.inf
+    for name, view in views.items():
+        box = enclosing([boxes[other] for other in view.encloses]) if view.encloses else boxes[name]
+        rows, columns = targets[name]
+        room = min(room, box[2] / rows, box[3] / columns)
+    return next((shrink for shrink in (8, 4, 2) if room >= shrink), 1)
+
+
+def shrunk(box: Box, shrink: int) -> Box:
+    top, left, rows, columns = box
+    return top // shrink, left // shrink, rows // shrink, columns // shrink
 
 
 def random_view(
@@ -200,30 +219,27 @@ def random_view(
 
 def enclosing(boxes: list[Box]) -> Box:
     """The smallest box around the boxes."""
-    top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
-    return (
-        top,
-        left,
-        max(box[0] + box[2] for box in boxes) - top,
-        max(box[1] + box[3] for box in boxes) - left,
-    )
+    top = min(box[0] for box in boxes)
+    left = min(box[1] for box in boxes)
+    bottom = max(box[0] + box[2] for box in boxes)
+    right = max(box[1] + box[3] for box in boxes)
+    return top, left, bottom - top, right - left
 
 
 def enlarged(box: Box, height: int, width: int, rng: np.random.Generator) -> Box:
     """The box with each side moved outwards, by a uniform share of what the image leaves it."""
-    top, left = int(rng.integers(box[0] + 1)), int(rng.integers(box[1] + 1))
-    bottom, right = (
-        int(rng.integers(box[0] + box[2], height + 1)),
-        int(rng.integers(box[1] + box[3], width + 1)),
-    )
+    top = int(rng.integers(box[0] + 1))
+    left = int(rng.integers(box[1] + 1))
+    bottom = int(rng.integers(box[0] + box[2], height + 1))
+    right = int(rng.integers(box[1] + box[3], width + 1))
     return top, left, bottom - top, right - left
 
 
 def random_box(
     height: int, width: int, view: View, rng: np.random.Generator, shape: float = 1.0
 ) -> Box:
-    """A box of random area and shape, as torchvision and FLIP draw it; after TRIES that do not fit,
-    the largest central one in shape.
+    """Draw a box of random area and shape, as torchvision and FLIP do; after TRIES that do not fit,
+    take the largest central one in shape.
 
     shape: width : height of the view that is made of it, which view.ratio multiplies, so that a
     view that is not square is distorted no more than a square one. Only images far wider or taller
@@ -236,12 +252,9 @@ def random_box(
         ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
         rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < rows <= height and 0 < columns <= width:
-            return (
-                int(rng.integers(height - rows + 1)),
-                int(rng.integers(width - columns + 1)),
-                rows,
-                columns,
-            )
+            top = int(rng.integers(height - rows + 1))
+            left = int(rng.integers(width - columns + 1))
+            return top, left, rows, columns
     rows = min(height, max(1, round(width / narrowest)))
     columns = min(width, max(1, round(height * widest)))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
@@ -250,36 +263,41 @@ def random_box(
 def center_view(
     data: bytes, size: Size, how: str = "resize_crop", interpolation: str = "bicubic"
 ) -> np.ndarray:
-    """The view for evaluation, (H, W, 3), from the image at its full size. ValueError: the image
-    cannot be read.
+    """The view for evaluation, (H, W, 3), from the image at its full size.
 
     resize_crop: the short side to `size`, then the central square (CLIP, SLIP, open_clip); square:
     the central square, then resized (FLIP); squash: all of the image, distorted (DFN's models in
     open_clip).
-    Of a view that is not square: the image, made just large enough to cover H x W, then its centre;
-    the largest central box in the shape
-    of H x W, then resized; all of the image.
+
+    Of a view that is not square: the image, made just large enough to cover H x W, then its center;
+    the largest central box in the shape of H x W, then resized; all of the image.
+
+    ValueError: the image cannot be read.
     """
     if how not in CROPS:
         raise ValueError(f"how: {how!r}; known: {', '.join(CROPS)}")
     image = decode(data)
-    (height, width), (H, W) = image.shape[:2], sides(size)
+    height, width = image.shape[:2]
+    H, W = sides(size)
     if how == "squash":
         return resize(image, H, W, interpolation)
+
     tall = height * W >= width * H  # for its width, so that it is the width that must fit
     if how == "square":
-        rows, columns = (
-            (max(1, round(width * H / W)), width)
-            if tall
-            else (height, max(1, round(height * W / H)))
-        )
+        if tall:
+            rows, columns = max(1, round(width * H / W)), width
+        else:
+            rows, columns = height, max(1, round(height * W / H))
         top, left = (height - rows + 1) // 2, (width - columns + 1) // 2
         return resize(image[top : top + rows, left : left + columns], H, W, interpolation)
-    rows, columns = (int(W * height / width), W) if tall else (H, int(H * width / height))
+
+    if tall:
+        rows, columns = int(W * height / width), W
+    else:
+        rows, columns = H, int(H * width / height)
     top, left = round((rows - H) / 2), round((columns - W) / 2)
-    return np.ascontiguousarray(
-        resize(image, rows, columns, interpolation)[top : top + H, left : left + W]
-    )
+    resized = resize(image, rows, columns, interpolation)
+    return np.ascontiguousarray(resized[top : top + H, left : left + W])
 
 
 def resize(
@@ -293,7 +311,9 @@ def resize(
     pixels = torch.nn.functional.interpolate(
         pixels, (height, width), mode=interpolation, antialias=True
     )
-    return (pixels.flip(3) if flip else pixels)[0].permute(1, 2, 0).numpy()
+    if flip:
+        pixels = pixels.flip(3)
+    return pixels[0].permute(1, 2, 0).numpy()
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -305,8 +325,8 @@ def image_size(data: bytes) -> tuple[int, int]:
 
     ValueError: no image, or one larger than Pillow allows.
     """
-    if found := jpeg_header(data):
-        return found
+    if size := jpeg_header(data):
+        return size
     with opened(data) as image:
         return image.height, image.width
 
@@ -331,8 +351,8 @@ def decode(data: bytes, shrink: int = 1) -> np.ndarray:
 
     ValueError: the image cannot be read.
     """
-    if found := jpeg_header(data):
-        height, width = (-(-side // shrink) for side in found)
+    if header := jpeg_header(data):
+        height, width = (-(-side // shrink) for side in header)
         try:
             return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
         except ValueError:  # truncated, or a flaw that Pillow forgives: Pillow decides
@@ -366,3 +386,59 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+# ---- color and sharpness of self-supervised views, as SLIP and A-CLIP make them: jitter, gray,
+# blur, solarize, in this order; Pillow does the work, in torchvision's terms
+
+JITTERED = 0.8  # of the images; the other probabilities are the view's
+SIGMA = (0.1, 2.0)  # of the blur, pixels
+
+
+def recolour(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    jitter: tuple[float, ...],
+    grey: float,
+    blur: float,
+    solarize: float,
+) -> np.ndarray:
+    """(H, W, 3) uint8 -> the same, changed at random.
+
+    jitter: of brightness, contrast, saturation, hue; x draws a factor from 1 - x to 1 + x, for the
+    hue a shift from -x to x. The others are probabilities. All 0: unchanged.
+    """
+    if not (any(jitter) or grey or blur or solarize):
+        return image
+    picture = Image.fromarray(image)
+    if any(jitter) and rng.random() < JITTERED:
+        picture = jittered(picture, jitter, rng)
+    if rng.random() < grey:
+        picture = picture.convert("L").convert("RGB")
+    if rng.random() < blur:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*SIGMA)))
+    if rng.random() < solarize:
+        picture = ImageOps.solarize(picture, 128)
+    return np.asarray(picture)
+
+
+def jittered(
+    picture: Image.Image, jitter: tuple[float, ...], rng: np.random.Generator
+) -> Image.Image:
+    """Change brightness, contrast, saturation and hue, in random order."""
+    for i in rng.permutation(4):
+        if not jitter[i]:
+            continue
+        if i == 3:
+            picture = turned(picture, rng.uniform(-jitter[3], jitter[3]))
+        else:
+            kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
+            picture = kind(picture).enhance(rng.uniform(max(0.0, 1 - jitter[i]), 1 + jitter[i]))
+    return picture
+
+
+def turned(picture: Image.Image, shift: float) -> Image.Image:
+    """Move every hue along the circle by `shift` of it, -0.5 to 0.5."""
+    hue, saturation, value = picture.convert("HSV").split()
+    hue = hue.point([(level + round(shift * 255)) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")

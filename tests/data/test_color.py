@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import glimpse.data.color as colour
-from glimpse.data.color import recolour, turned
+import glimpse.data.transforms as colour
+from glimpse.data.transforms import recolour, turned
 from glimpse.data.transforms import View, random_view
 from glimpse.tests.data.test_transforms import encode, picture
 
