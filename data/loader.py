@@ -15,7 +15,7 @@ import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -246,7 +246,7 @@ def draws_of(names: Sequence[str], views: dict[str, View]) -> set[str]:
 def stack(samples: list[dict[str, np.ndarray]]) -> ViewBatch:
     """Stack one view of several samples, array by array."""
     batch = {key: np.stack([arrays[key] for arrays in samples]) for key in samples[0]}
-    return ViewBatch(**{key: torch.from_numpy(array) for key, array in batch.items()})
+    return cast(ViewBatch, {key: torch.from_numpy(array) for key, array in batch.items()})
 
 
 def share(batch: int, world: int, accumulate: int) -> int:
