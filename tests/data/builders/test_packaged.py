@@ -1,5 +1,5 @@
-"""Packaged sets: their files are parsed as their formats say, damage is named, a set appears whole
-or not at all. No network.
+"""Packaged sets: their files are parsed, damage is reported, and a set is written completely or
+not at all. No network.
 
 Run: pytest tests/data/builders/test_packaged.py
 """
@@ -31,10 +31,8 @@ from glimpse.tests.data.builders.test_glyphs_extras import picture, rcc
 
 
 def idx(values):
-    return (
-        struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-        + values.astype(np.uint8).tobytes()
-    )
+    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+    return header + values.astype(np.uint8).tobytes()
 
 
 def sha(data):
@@ -46,7 +44,8 @@ def pixels(data):
 
 
 def test_idx_files_are_read(tmp_path):
-    values, path = np.arange(24).reshape(2, 3, 4), tmp_path / "a.gz"
+    values = np.arange(24).reshape(2, 3, 4)
+    path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(idx(values)))
 
     assert (sources.read_idx(path, sha(idx(values))) == values).all()
@@ -64,7 +63,8 @@ def test_idx_files_are_read(tmp_path):
     ],
 )
 def test_a_spoilt_idx_file_is_named(tmp_path, spoil, complaint):
-    data, path = idx(np.arange(24).reshape(2, 3, 4)), tmp_path / "a.gz"
+    data = idx(np.arange(24).reshape(2, 3, 4))
+    path = tmp_path / "a.gz"
     path.write_bytes(spoil(data))
 
     with pytest.raises(ValueError, match=f"a.gz: .*{complaint}"):
@@ -81,7 +81,7 @@ def test_images_and_labels_must_belong_together():
 
 
 def unpacked(home, package, folder):
-    """A folder of a Debian package, as if unpacked: nothing is fetched."""
+    """Return a folder of a Debian package, as if unpacked: nothing is fetched."""
     base = home / "cache/debian" / package
     (base / "usr/share/doc" / package).mkdir(parents=True)
     (base / "usr/share/doc" / package / "copyright").write_text(f"terms of {package}")
@@ -91,60 +91,55 @@ def unpacked(home, package, folder):
 
 
 def test_fashion_mnist_becomes_a_benchmark(tmp_path, monkeypatch):
+    # A package with random images, and the hashes of its files.
     base = unpacked(tmp_path, "dataset-fashion-mnist", "datasets/fashion-mnist")
-    rng, hashes = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
     labels = {"train": np.arange(20) % 10, "t10k": np.arange(10)[::-1]}
-    images = {stem: rng.integers(0, 256, (len(y), 28, 28), np.uint8) for stem, y in labels.items()}
+    images = {}
     for stem, y in labels.items():
-        for kind, values in (("images-idx3", images[stem]), ("labels-idx1", y)):
+        images[stem] = rng.integers(0, 256, (len(y), 28, 28), np.uint8)
+    hashes = {}
+    for stem in labels:
+        for kind, values in (("images-idx3", images[stem]), ("labels-idx1", labels[stem])):
             name = f"{stem}-{kind}-ubyte"
             (base / f"{name}.gz").write_bytes(gzip.compress(idx(values)))
             hashes[name] = sha(idx(values))
     monkeypatch.setattr(sources, "FASHION_SHA256", hashes)
     monkeypatch.setattr(packaged, "SHARD", 8)
-    done = packaged.build("fashion_mnist", tmp_path / "out", cache=tmp_path / "cache")
 
-    assert done["sets"] == dict(fashion_mnist=dict(classes=10, train=20, test=10))
-    assert done["version"] == "1.0"
+    summary = packaged.build("fashion_mnist", tmp_path / "out", cache=tmp_path / "cache")
 
-    train, test = (Benchmark(tmp_path / "out/fashion_mnist", split) for split in ("train", "test"))
-
+    folder = tmp_path / "out/fashion_mnist"
+    train = Benchmark(folder, "train")
+    test = Benchmark(folder, "test")
+    assert summary["sets"] == dict(fashion_mnist=dict(classes=10, train=20, test=10))
+    assert summary["version"] == "1.0"
     assert (len(train), len(test)) == (20, 10)
-    assert (tmp_path / "out/fashion_mnist/train/nshards.txt").read_text() == "3\n"
+    assert (folder / "train/nshards.txt").read_text() == "3\n"
     assert [test.label(i) for i in range(10)] == list(range(10))[::-1]
     assert test.classes()[train.label(11)] == "trouser"
     assert (pixels(train.image(17)) == images["train"][17]).all()
     assert test.prompts()[5][0] == "a photo of a sandal."
-    assert (
-        "terms of dataset-fashion-mnist"
-        in (tmp_path / "out/fashion_mnist/LICENSES.txt").read_text()
-    )
+    assert "terms of dataset-fashion-mnist" in (folder / "LICENSES.txt").read_text()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["fashion_mnist"]
 
 
 def test_what_is_finished_is_left_and_what_is_broken_off_is_not_there(tmp_path, monkeypatch):
-    found = sources.Found(
-        [sources.EvalSet("x", dict(test=[("a.b", {"png": b"", "cls": b"0"})]), ("c",), ("{c}",))],
-        "p",
-        "1",
-        "MIT",
-        "",
-    )
-    monkeypatch.setitem(packaged.SETS, "x", lambda cache, glyphs: found)
+    samples = [("a.b", {"png": b"", "cls": b"0"})]
+    eval_set = sources.EvalSet("x", dict(test=samples), ("c",), ("{c}",))
+    source = sources.Found([eval_set], "p", "1", "MIT", "")
+    monkeypatch.setitem(packaged.SETS, "x", lambda cache, glyphs: source)
 
     with pytest.raises(ValueError, match="has a dot"):
         packaged.build("x", tmp_path, cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
-    found.sets[0].splits["test"][0] = ("ab", {"png": b"", "cls": b"0"})
-    done = packaged.build("x", tmp_path, cache=tmp_path)
-    monkeypatch.setitem(packaged.SETS, "x", None)  # not asked again
+    samples[0] = ("ab", {"png": b"", "cls": b"0"})
+    summary = packaged.build("x", tmp_path, cache=tmp_path)
+    monkeypatch.setitem(packaged.SETS, "x", None)  # not called again
 
-    assert (
-        packaged.build("x", tmp_path, cache=tmp_path)
-        == done
-        == json.loads((tmp_path / "x/packaged.json").read_text())
-    )
+    assert packaged.build("x", tmp_path, cache=tmp_path) == summary
+    assert json.loads((tmp_path / "x/packaged.json").read_text()) == summary
 
     monkeypatch.setattr(packaged, "FORMAT", 99)
 
@@ -157,10 +152,11 @@ def test_what_is_finished_is_left_and_what_is_broken_off_is_not_there(tmp_path, 
 def test_wheels_are_fetched_once_and_known_by_their_hash(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "made.whl", "w") as archive:
         archive.writestr("a/b.txt", "hello")
-    data, asked = (tmp_path / "made.whl").read_bytes(), []
+    data = (tmp_path / "made.whl").read_bytes()
+    requests = []
 
     def pip(command, **options):
-        asked.append(command[-1])
+        requests.append(command[-1])
         with open(f"{command[-2]}/a-1.0-py3-none-any.whl", "wb") as file:
             file.write(data)
         return subprocess.CompletedProcess(command, 0)
@@ -169,7 +165,7 @@ def test_wheels_are_fetched_once_and_known_by_their_hash(tmp_path, monkeypatch):
 
     for _ in range(2):
         assert packages.wheel(tmp_path / "cache", "a==1.0", sha(data)).read_bytes() == data
-    assert asked == ["a==1.0"]
+    assert requests == ["a==1.0"]
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["a-1.0.whl"]
     with pytest.raises(ValueError, match=r"a-1.0.whl: sha256 .*remove it"):
         packages.wheel(tmp_path / "cache", "a==1.0", sha(b"another"))
@@ -182,60 +178,56 @@ def test_wheels_are_fetched_once_and_known_by_their_hash(tmp_path, monkeypatch):
 
 
 def deb(files):
-    """A Debian package: an ar archive of three members."""
-
-    def tar(members):
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w:gz") as archive:
-            for name, content in members.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-        return out.getvalue()
-
-    control = tar(
-        {
-            "./control": (
-                b"Package: tiny\nVersion: 2.0-1\nArchitecture: all\nMaintainer: a"
-                b" <a@b.c>\nDescription: d\n"
-            )
-        }
+    """Return a Debian package: an ar archive of three members."""
+    description = (
+        b"Package: tiny\nVersion: 2.0-1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: d\n"
     )
-    out = b"!<arch>\n"
-    for name, content in (
-        ("debian-binary", b"2.0\n"),
-        ("control.tar.gz", control),
-        ("data.tar.gz", tar(files)),
-    ):
-        out += (
-            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
-            + content
-            + b"\n" * (len(content) % 2)
-        )
-    return out
+    members = {
+        "debian-binary": b"2.0\n",
+        "control.tar.gz": tar({"./control": description}),
+        "data.tar.gz": tar(files),
+    }
+    archive = b"!<arch>\n"
+    for name, content in members.items():
+        header = f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n"
+        padding = b"\n" if len(content) % 2 else b""
+        archive += header.encode() + content + padding
+    return archive
+
+
+def tar(members):
+    """Return a gzipped tar of {name: content}."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
 
 
 def test_debian_packages_are_unpacked_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
-    whole, served = deb({"./usr/a.png": bytes(5000), "./usr/b.ogg": b"sound"}), []
-    # elsewhere than on Debian that is said, and there is no more to it
+    # Without Debian's tools there is only the message to test.
     if not all(map(shutil.which, ("apt-get", "dpkg"))):
         with pytest.raises(ValueError, match="tiny: no (apt-get|dpkg) here"):
             packages.debian(tmp_path, "tiny")
         return
 
+    complete = deb({"./usr/a.png": bytes(5000), "./usr/b.ogg": b"sound"})
+    downloads = []
+
     def download(cache, package):
-        (cache / "tiny_2.0.deb").write_bytes(served.pop())
+        (cache / "tiny_2.0.deb").write_bytes(downloads.pop())
         return cache / "tiny_2.0.deb"
 
     monkeypatch.setattr(packages, "download", download)
-    served.append(whole[:-60])
 
+    downloads.append(complete[:-60])
     with pytest.raises(ValueError, match="tiny: "):
         packages.debian(tmp_path, "tiny", ("*.png",))
     assert not (tmp_path / "tiny.version").exists()
 
-    served.append(whole)
-
+    downloads.append(complete)
     for _ in range(2):  # the second finds it unpacked
         folder, version = packages.debian(tmp_path, "tiny", ("*.png",))
         assert version == "2.0-1"
@@ -254,46 +246,48 @@ class Boom:
 
 
 def test_pickled_arrays_are_read_and_never_unpickled():
-    values = np.arange(600, dtype="<i8").reshape(2, 300)
+    shape = (2, 300)
+    dtype = np.dtype("<i8")
+    values = np.arange(600, dtype=dtype).reshape(shape)
     data = pickle.dumps(values, protocol=4)
-
-    assert (sources.pickled_array(data, (2, 300), np.dtype("<i8"), "x") == values).all()
-
     trap = pickle.dumps((Boom(), values.tobytes()), protocol=4)
+    too_short = pickle.dumps(values[:1], protocol=4)
 
-    assert (sources.pickled_array(trap, (2, 300), np.dtype("<i8"), "x") == values).all()
-    for spoilt, complaint in (
+    assert (sources.pickled_array(data, shape, dtype, "x") == values).all()
+    assert (sources.pickled_array(trap, shape, dtype, "x") == values).all()
+    for damaged, complaint in (
         (data[:-20], "no whole pickle"),
         (b"", "no whole pickle"),
         (pickle.dumps(3), "0 bytes of values"),
-        (pickle.dumps(values[:1], protocol=4), "2,400 bytes of values, not the 4,800"),
+        (too_short, "2,400 bytes of values, not the 4,800"),
     ):
         with pytest.raises(ValueError, match=f"x: {complaint}"):
-            sources.pickled_array(spoilt, (2, 300), np.dtype("<i8"), "x")
+            sources.pickled_array(damaged, shape, dtype, "x")
 
 
 def test_what_comes_undivided_is_split_by_class_without_repeats():
     images = np.arange(22, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
     images[20:] = images[:2]  # two are there twice
     labels = np.array([0, 1] * 11)
-    found = sources.split_classes(images, labels, ("a", "b"), "x")
-    values = {
-        split: [int(pixels(parts["png"])[0, 0]) for _, parts in samples]
-        for split, samples in found.items()
-    }
 
+    splits = sources.split_classes(images, labels, ("a", "b"), "x")
+
+    values = {}
+    for split, samples in splits.items():
+        values[split] = [int(pixels(parts["png"])[0, 0]) for _, parts in samples]
     assert values == dict(train=list(range(16)), test=[16, 17, 18, 19])
-    assert [parts["cls"] for _, parts in found["test"]] == [b"0", b"1", b"0", b"1"]
+    assert [parts["cls"] for _, parts in splits["test"]] == [b"0", b"1", b"0", b"1"]
 
 
 def test_digits_come_from_scikit_learn_or_say_so(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    [found] = sources.digits(tmp_path, tmp_path).sets
 
-    assert {split: len(samples) for split, samples in found.splits.items()} == dict(
-        train=1442, test=355
-    )
-    assert pixels(found.splits["train"][0][1]["png"]).max() == 239  # 15 of 16
+    [eval_set] = sources.digits(tmp_path, tmp_path).sets
+
+    sizes = {split: len(samples) for split, samples in eval_set.splits.items()}
+    _key, first = eval_set.splits["train"][0]
+    assert sizes == dict(train=1442, test=355)
+    assert pixels(first["png"]).max() == 239  # 15 of 16
 
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
 
@@ -313,18 +307,19 @@ def test_stamps_become_a_retrieval_set_for_each_language(tmp_path, monkeypatch):
         (base / f"{name}.png").write_bytes(picture(color))
         (base / f"{name}.txt").write_text(text)
     monkeypatch.setattr(pictures, "FEWEST", 2)
+
     packaged.build("tuxstamps", tmp_path / "out", cache=tmp_path / "cache")
-    languages = sorted(p.name for p in (tmp_path / "out/tuxstamps").iterdir() if p.is_dir())
 
-    assert languages == ["tuxstamps_de", "tuxstamps_en"]  # there is but one sentence in Swahili
-
-    german = Benchmark(tmp_path / "out/tuxstamps/tuxstamps_de")
-    told = {
-        german.captions(i)[0]: pixels(german.image(i))[0, 0].argmax() for i in range(len(german))
-    }
-
-    assert told == {"Ein Bär.": 1, "Ein Löwe.": 2}  # its first picture is the cub's
-    assert "terms of tuxpaint" in (tmp_path / "out/tuxstamps/LICENSES.txt").read_text()
+    folder = tmp_path / "out/tuxstamps"
+    languages = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert languages == ["tuxstamps_de", "tuxstamps_en"]  # Swahili has only one sentence
+    german = Benchmark(folder / "tuxstamps_de")
+    channels = {}
+    for i in range(len(german)):
+        [caption] = german.captions(i)
+        channels[caption] = pixels(german.image(i))[0, 0].argmax()
+    assert channels == {"Ein Bär.": 1, "Ein Löwe.": 2}  # its first picture is the cub's
+    assert "terms of tuxpaint" in (folder / "LICENSES.txt").read_text()
 
 
 def test_photographs_are_named_by_what_they_show(tmp_path):
@@ -337,60 +332,57 @@ def test_photographs_are_named_by_what_they_show(tmp_path):
         explore_monuments=("statueofLiberty",),
     )
     for resource in RESOURCES:
-        (base / f"{resource}.rcc").write_bytes(
-            rcc({f"{name}.webp": (0, image.getvalue()) for name in names.get(resource, ())})
-        )
-    packaged.build("gcompris", tmp_path / "out", cache=tmp_path / "cache")
-    found = Benchmark(tmp_path / "out/gcompris")
+        files = {f"{name}.webp": (0, image.getvalue()) for name in names.get(resource, ())}
+        (base / f"{resource}.rcc").write_bytes(rcc(files))
 
-    assert found.classes() == ["hammer", "pliers", "statue of liberty"]
-    assert [found.label(i) for i in range(len(found))] == [0, 0, 1, 2]
+    packaged.build("gcompris", tmp_path / "out", cache=tmp_path / "cache")
+
+    images = Benchmark(tmp_path / "out/gcompris")
+    assert images.classes() == ["hammer", "pliers", "statue of liberty"]
+    assert [images.label(i) for i in range(len(images))] == [0, 0, 1, 2]
+
+
+def glyph_sample(style, name, concept_split="train", toned=False):
+    """Return (key, parts) of a glyph."""
+    about = dict(style=style, concept=name, emoji=name, toned=toned, concept_split=concept_split)
+    parts = {
+        "png": picture("red"),
+        "txt": f"a {name}".encode(),
+        "json": json.dumps(about).encode(),
+    }
+    return f"{style}__{name}", parts
 
 
 def test_families_of_glyphs_are_split_by_what_training_saw(tmp_path):
-    def sample(style, name, concept_split="train", **more):
-        told = (
-            dict(style=style, concept=name, emoji=name, toned=False, concept_split=concept_split)
-            | more
-        )
-        return f"{style}__{name}", {
-            "png": picture("red"),
-            "txt": f"a {name}".encode(),
-            "json": json.dumps(told).encode(),
-        }
-
+    glyphs = tmp_path / "glyphs"
+    out = tmp_path / "out"
     rows = dict(
-        train=[sample("noto", "cat"), sample("noto", "dog")],
+        train=[glyph_sample("noto", "cat"), glyph_sample("noto", "dog")],
         heldout=[
-            sample("noto", "owl", "test"),
-            sample("fluent3d", "cat"),
-            sample("fluent-emoji-flat", "cat"),
-            sample("fluent-emoji-flat", "rare"),
-            sample("fluent-emoji-flat", "owl", "test"),
-            sample("fluent-emoji-flat", "dog", toned=True),
-            sample("fluent-emoji-high-contrast", "dog"),
+            glyph_sample("noto", "owl", "test"),
+            glyph_sample("fluent3d", "cat"),
+            glyph_sample("fluent-emoji-flat", "cat"),
+            glyph_sample("fluent-emoji-flat", "rare"),
+            glyph_sample("fluent-emoji-flat", "owl", "test"),
+            glyph_sample("fluent-emoji-flat", "dog", toned=True),
+            glyph_sample("fluent-emoji-high-contrast", "dog"),
         ],
     )
     for split, samples in rows.items():
-        (tmp_path / "glyphs" / split).mkdir(parents=True)
-        write_shard(tmp_path / "glyphs" / split / "0.tar", samples)
-        build_index(tmp_path / "glyphs" / split)
+        (glyphs / split).mkdir(parents=True)
+        write_shard(glyphs / split / "0.tar", samples)
+        build_index(glyphs / split)
 
     with pytest.raises(ValueError, match="--glyphs: .* holds no glyphs set; make it first"):
-        packaged.build(
-            "glyphs_families", tmp_path / "out", cache=tmp_path, glyphs=tmp_path / "glyphs"
-        )
+        packaged.build("glyphs_families", out, cache=tmp_path, glyphs=glyphs)
 
-    (tmp_path / "glyphs/glyphs.json").write_text('{"settings": {"format": 1}}')
-    (tmp_path / "glyphs/LICENSES.txt").write_text("MIT")
-    packaged.build("glyphs_families", tmp_path / "out", cache=tmp_path, glyphs=tmp_path / "glyphs")
-    found = {
-        p.name: Benchmark(p).classes()
-        for p in (tmp_path / "out/glyphs_families").iterdir()
-        if p.is_dir()
-    }
+    (glyphs / "glyphs.json").write_text('{"settings": {"format": 1}}')
+    (glyphs / "LICENSES.txt").write_text("MIT")
+    packaged.build("glyphs_families", out, cache=tmp_path, glyphs=glyphs)
 
-    assert found == {
+    folders = [path for path in (out / "glyphs_families").iterdir() if path.is_dir()]
+    classes = {folder.name: Benchmark(folder).classes() for folder in folders}
+    assert classes == {
         "seen_concepts_fluent-emoji-flat": ["a cat"],
         "unseen_concepts_fluent-emoji-flat": ["a owl"],
         "seen_concepts_fluent-emoji-high-contrast": ["a dog"],

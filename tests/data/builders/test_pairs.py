@@ -1,8 +1,7 @@
-"""data/builders/pairs.py: folders and tables become shards, byte for byte and always the same; what
-cannot
-be used is skipped and named.
+"""data/builders/pairs.py: folders and tables become shards, byte for byte and always the same; rows
+that cannot be used are skipped and listed.
 
-A conversion that fails or is broken off leaves nothing behind.
+A conversion that fails or is interrupted leaves nothing behind.
 """
 
 import csv
@@ -22,11 +21,14 @@ def image(kind="png", seed=0):
 
 
 def samples(folder):
+    """Return (key, image, caption, source) of each sample."""
     shards = Shards([folder])
-    return [
-        (s.key, s.image, s.caption, json.loads(s.parts["json"])["source"])
-        for s in (shards[i] for i in range(len(shards)))
-    ]
+    rows = []
+    for i in range(len(shards)):
+        sample = shards[i]
+        source = json.loads(sample.parts["json"])["source"]
+        rows.append((sample.key, sample.image, sample.caption, source))
+    return rows
 
 
 def write_csv(path, rows, delimiter=","):
@@ -46,17 +48,15 @@ def write_parquet(path, columns):
 @pytest.fixture
 def folder(tmp_path):
     """Three good pairs below a folder, in the order of their paths."""
-    (tmp_path / "in/b").mkdir(parents=True)
-    for name, kind, seed in (
-        ("in/a.JPG", "jpg", 0),
-        ("in/b/c.v2.png", "png", 1),
-        ("in/b/d.webp", "webp", 2),
-    ):
-        (tmp_path / name).write_bytes(image(kind, seed))
-    (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf a caption with a BOM\n")
-    (tmp_path / "in/b/c.v2.txt").write_text("Käse, zwei")
-    (tmp_path / "in/b/d.json").write_text('{"text": "from json", "licence": "CC0"}')
-    return tmp_path / "in"
+    folder = tmp_path / "in"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.JPG").write_bytes(image("jpg", 0))
+    (folder / "b/c.v2.png").write_bytes(image("png", 1))
+    (folder / "b/d.webp").write_bytes(image("webp", 2))
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf a caption with a BOM\n")
+    (folder / "b/c.v2.txt").write_text("Käse, zwei")
+    (folder / "b/d.json").write_text('{"text": "from json", "licence": "CC0"}')
+    return folder
 
 
 def test_a_folder_is_stored_as_it_is(folder, tmp_path):
@@ -68,61 +68,61 @@ def test_a_folder_is_stored_as_it_is(folder, tmp_path):
         ("000000003", image("webp", 2), "from json", "b/d.webp"),
     ]
     assert (result.written, result.skipped.total()) == (3, 0)
-    assert [(row["name"], row["samples"]) for row in result.index["shards"]] == [
-        ("pairs-00000.tar", 2),
-        ("pairs-00001.tar", 1),
-    ]
+    shards = [(row["name"], row["samples"]) for row in result.index["shards"]]
+    assert shards == [("pairs-00000.tar", 2), ("pairs-00001.tar", 1)]
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_two_conversions_are_identical(folder, tmp_path):
-    outs = tmp_path / "one", tmp_path / "two"
-    for out in outs:
-        convert([folder], out, per_shard=2)
-    first, second = (
-        {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} for out in outs
-    )
+    for out in ("one", "two"):
+        convert([folder], tmp_path / out, per_shard=2)
 
-    assert first == second
+    first = contents(tmp_path / "one")
+    assert first == contents(tmp_path / "two")
     assert len(first) == 5  # two tars, their tables, the index
 
 
 def test_the_order_of_a_folder_is_that_of_names(tmp_path):
-    for name in ("z/b", "z/a", "m/q/1", "m/c", "k/x", "a/x", "y"):  # made in another order
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"in/{name}.png").write_bytes(image())
-        (tmp_path / f"in/{name}.txt").write_text(name)
+    for name in ("z/b", "z/a", "m/q/1", "m/c", "k/x", "a/x", "y"):  # written in another order
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".png").write_bytes(image())
+        path.with_suffix(".txt").write_text(name)
+
     convert([tmp_path / "in"], tmp_path / "out")
 
-    assert [caption for _, _, caption, _ in samples(tmp_path / "out")] == [
-        "y",
-        "a/x",
-        "k/x",
-        "m/c",
-        "m/q/1",
-        "z/a",
-        "z/b",
-    ]
+    captions = [caption for _, _, caption, _ in samples(tmp_path / "out")]
+    assert captions == ["y", "a/x", "k/x", "m/c", "m/q/1", "z/a", "z/b"]
 
 
 def test_what_cannot_be_used_is_counted_and_named(folder, tmp_path):
-    for name, content in (
-        ("e.png", b""),
-        ("g.gif", b"GIF89a"),
-        ("h.jpg", b"<html>404"),
-        ("n.png", image()),
-        ("w.png", image()),
-        ("._a.jpg", b"resource fork"),
-        ("notes.md", b""),
-    ):
+    files = {
+        "e.png": b"",
+        "g.gif": b"GIF89a",
+        "h.jpg": b"<html>404",
+        "n.png": image(),
+        "w.png": image(),
+        "._a.jpg": b"resource fork",
+        "notes.md": b"",
+        "e.txt": b"x",
+        "g.txt": b"x",
+        "h.txt": b"x",
+        "w.txt": b" \n",
+        "l.png": image(),
+        "l.json": b"[1]",
+    }
+    for name, content in files.items():
         (folder / name).write_bytes(content)
-    for name, caption in (("e", "x"), ("g", "x"), ("h", "x"), ("w", " \n")):
-        (folder / f"{name}.txt").write_text(caption)
-    (folder / "l.png").write_bytes(image())
-    (folder / "l.json").write_text("[1]")
+
     result = convert([folder], tmp_path / "out")
 
     assert result.written == 3
-    assert [line.split(": ")[:2] for line in result.named] == [
+    skipped = [line.split(": ")[:2] for line in result.named]
+    assert skipped == [
         ["e.png", "empty image"],
         ["g.gif", "the image is neither jpg, png nor webp"],
         ["h.jpg", "the image is neither jpg, png nor webp"],
@@ -148,19 +148,20 @@ def test_a_table_of_paths(folder, tmp_path, delimiter, name):
         ["u", "link", "https://host/x.png"],
         ["short row"],
     ]
-    result = convert([write_csv(folder / name, rows, delimiter)], tmp_path / "out")
+    table = write_csv(folder / name, rows, delimiter)
 
-    assert [s[1:3] for s in samples(tmp_path / "out")] == [
+    result = convert([table], tmp_path / "out")
+
+    pairs = [sample[1:3] for sample in samples(tmp_path / "out")]
+    assert pairs == [
         (image("jpg", 0), caption),
         (image("webp", 2), "absolute"),
     ]
+    url_message = "the image is a URL; download the images first, e.g. with img2dataset"
     assert result.named == [
         f"{name} row 3 (none.png): No such file or directory",
         f"{name} row 4 (a.JPG): no caption",
-        (
-            f"{name} row 5 (https://host/x.png): the image is a URL; download the images first,"
-            " e.g. with img2dataset"
-        ),
+        f"{name} row 5 (https://host/x.png): {url_message}",
         f"{name} row 6: no caption",
     ]
 
@@ -168,13 +169,13 @@ def test_a_table_of_paths(folder, tmp_path, delimiter, name):
 def test_parquet_tables_hold_bytes_paths_or_both(folder, tmp_path):
     plain = write_parquet(folder / "a.parquet", {"img": [image("png", 5)], "text": ["bytes"]})
     images = [{"bytes": image("png", 6), "path": "x.png"}, {"bytes": None, "path": "a.JPG"}, None]
-    face = write_parquet(
-        folder / "b.parquet",
-        {"image": images, "caption": ["struct", "struct with a path", "no image"]},
-    )
+    captions = ["struct", "struct with a path", "no image"]
+    face = write_parquet(folder / "b.parquet", {"image": images, "caption": captions})
+
     result = convert([plain, face], tmp_path / "out")
 
-    assert [s[1:] for s in samples(tmp_path / "out")] == [
+    rows = [sample[1:] for sample in samples(tmp_path / "out")]
+    assert rows == [
         (image("png", 5), "bytes", "a.parquet row 1"),
         (image("png", 6), "struct", "b.parquet row 1 (x.png)"),
         (image("jpg", 0), "struct with a path", "b.parquet row 2 (a.JPG)"),
@@ -183,31 +184,30 @@ def test_parquet_tables_hold_bytes_paths_or_both(folder, tmp_path):
 
 
 def test_columns_by_name(folder, tmp_path):
-    table = write_csv(
-        folder / "t.csv",
-        [["image", "caption", "photo", "alt"], ["none.png", "wrong", "a.JPG", "right"]],
-    )
+    rows = [["image", "caption", "photo", "alt"], ["none.png", "wrong", "a.JPG", "right"]]
+    table = write_csv(folder / "t.csv", rows)
+
     convert([table], tmp_path / "out", image_column="photo", caption_column="alt")
 
-    assert [s[1:3] for s in samples(tmp_path / "out")] == [(image("jpg", 0), "right")]
+    [sample] = samples(tmp_path / "out")
+    assert sample[1:3] == (image("jpg", 0), "right")
 
 
 def test_progress_sees_every_row(folder, tmp_path):
-    seen, totals = [], []
+    names = []
+    totals = []
 
     def progress(rows, total):
         totals.append(total)
         for row in rows:
-            seen.append(row[0])
+            names.append(row[0])
             yield row
 
-    convert(
-        [folder, write_csv(folder / "t.csv", [["image", "caption"], ["a.JPG", "x"]])],
-        tmp_path / "out",
-        progress=progress,
-    )
+    table = write_csv(folder / "t.csv", [["image", "caption"], ["a.JPG", "x"]])
 
-    assert seen == ["a.JPG", "b/c.v2.png", "b/d.webp", "t.csv row 1 (a.JPG)"]
+    convert([folder, table], tmp_path / "out", progress=progress)
+
+    assert names == ["a.JPG", "b/c.v2.png", "b/d.webp", "t.csv row 1 (a.JPG)"]
     assert totals == [4]
 
 
@@ -238,7 +238,9 @@ def test_bad_sources_are_told_and_leave_nothing(folder, tmp_path):
     for name, expected in bad_inputs(folder).items():
         with pytest.raises(ValueError) as error:
             convert([folder / name], tmp_path / "out")
-        assert all(part in str(error.value) for part in expected), (name, str(error.value))
+        message = str(error.value)
+        for part in expected:
+            assert part in message, name
         assert sorted(p.name for p in tmp_path.iterdir()) == ["in"], name
 
 
@@ -247,13 +249,13 @@ def test_bad_settings_are_told(folder, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious").write_text("")
 
-    for options, expected in (
-        (dict(caption_column="words"), "no column 'words'; its columns: image, caption"),
-        (dict(per_shard=0), "--per-shard: 0"),
-        (dict(out=tmp_path / "full"), "not an empty folder"),
-    ):
-        with pytest.raises(ValueError, match=expected):
-            convert([table], **{"out": tmp_path / "out", **options})
+    missing_column = "no column 'words'; its columns: image, caption"
+    with pytest.raises(ValueError, match=missing_column):
+        convert([table], tmp_path / "out", caption_column="words")
+    with pytest.raises(ValueError, match="--per-shard: 0"):
+        convert([table], tmp_path / "out", per_shard=0)
+    with pytest.raises(ValueError, match="not an empty folder"):
+        convert([table], tmp_path / "full")
     assert (tmp_path / "full/precious").exists()
 
     parquet = write_parquet(folder / "a.parquet", {"image": ["a.JPG"], "caption": ["x"]})

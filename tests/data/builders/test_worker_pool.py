@@ -1,7 +1,6 @@
-"""Proves that worker processes end when their pool does, however long they took to begin, and that
-a killed one is told.
+"""Worker processes end with their pool, however long they took to begin; a killed one is an error.
 
-    bash run/test.sh tests/data/builders/test_worker_pool.py
+bash run/test.sh tests/data/builders/test_worker_pool.py
 """
 
 import os
@@ -20,7 +19,7 @@ from glimpse.data.builders.worker_pool import workers
 from glimpse.run.lib.cli import run_script
 
 def main():
-    # a busy machine: the pool is left before its workers are there
+    # A busy machine: the pool is left before its workers have begun.
     os.register_at_fork(after_in_child=lambda: time.sleep(0.5))
     with workers():
         pass
@@ -31,8 +30,9 @@ run_script(main)
 
 
 def test_a_pool_may_be_left_before_its_workers_have_begun():
-    """The signal that ends a worker comes while it is forked, from a parent that has a handler of
-    its own (run_script).
+    """The signal that ends a worker comes while it is forked, from a parent with its own handler.
+
+    The handler is run_script's.
     """
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
