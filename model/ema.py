@@ -1,14 +1,15 @@
-"""The moving average of a student's weights, which is its teacher: kept in fp32, by each rank for
-its own shard, with no gathering.
+"""The moving average of a student's weights, its teacher: kept in fp32, by each rank for its own
+shard, without gathering.
 
     average = Average(parameters(modules), part, source, written)
     average.update(cosine(0.996, 1.0, progress))
 
-Functions tell what this rank holds, since ZeRO-3 keeps shards: `part(teacher parameter)` the tensor
-to write, `source(student parameter)` the student's newest values in fp32, of the same elements;
-`written(teacher parameter)` hears that it has changed. Where weights are
-fp32 the teacher's own memory is the average; under bf16, whose steps are coarser than 1 - momentum,
-an fp32 copy stands beside it.
+Under ZeRO-3 a rank holds shards, which three functions hide: `part(teacher parameter)` returns the
+tensor to write, `source(student parameter)` the student's newest values of the same elements in
+fp32, and `written(teacher parameter)` is called after a change.
+
+Where weights are fp32 the teacher's own memory is the average; under bf16, whose steps are coarser
+than 1 - momentum, an fp32 copy stands beside it.
 """
 
 import math
@@ -39,17 +40,15 @@ def parameters(
     modules: Iterable[tuple[nn.Module, nn.Module]],
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """{i.name: (teacher's, student's)} of pairs of modules that are built alike."""
-    pairs = {}
+    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for i, (teacher, student) in enumerate(modules):
-        mine, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
-        assert mine.keys() == theirs.keys(), (
-            f"teacher and student differ in {sorted(mine.keys() ^ theirs.keys())[0]}"
-        )
-        assert all(shape(mine[name]) == shape(theirs[name]) for name in mine), (
-            "teacher and student differ in a shape"
-        )
-        assert not any(p.requires_grad for p in mine.values()), "a teacher's parameters are frozen"
-        pairs |= {f"{i}.{name}": (mine[name], theirs[name]) for name in mine}
+        averages, sources = dict(teacher.named_parameters()), dict(student.named_parameters())
+        differing = sorted(averages.keys() ^ sources.keys())
+        assert not differing, f"teacher and student differ in {differing[0]}"
+        for name, average in averages.items():
+            assert shape(average) == shape(sources[name]), "teacher and student differ in a shape"
+            assert not average.requires_grad, "a teacher's parameters are frozen"
+            pairs[f"{i}.{name}"] = average, sources[name]
     return pairs
 
 
@@ -75,13 +74,14 @@ class Average:
     def update(self, momentum: float) -> None:
         """average = momentum * average + (1 - momentum) * student; momentum 0 copies."""
         for name, (_, student) in self.pairs.items():
-            kept = self.kept[name]
-            kept.lerp_(self.source(student).view(-1)[: kept.numel()].to(kept), 1 - momentum)
+            average = self.kept[name]
+            newest = self.source(student).view(-1)[: average.numel()].to(average)
+            average.lerp_(newest, 1 - momentum)
         self.write()
 
     @torch.no_grad()
     def write(self) -> None:
-        """The averages into the teacher's weights."""
+        """Copy the averages into the teacher's weights."""
         for name, (teacher, _) in self.pairs.items():
             part = self.part(teacher)
             if part.data_ptr() != self.kept[name].data_ptr():

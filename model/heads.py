@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glimpse.model.collectives import mean
-from glimpse.model.init import Init, Linear
-from glimpse.model.layers import Blocks, drawn, sincos
+from glimpse.model.init import Init
+from glimpse.model.layers import Blocks, Linear, drawn, sincos
 
 
 class BatchNorm(nn.Module):
@@ -28,15 +28,16 @@ class BatchNorm(nn.Module):
     def __init__(self, width: int, affine: bool = True, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = (
-            (nn.Parameter(f(width)) for f in (torch.ones, torch.zeros)) if affine else (None, None)
-        )
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         kind, x = x.dtype, x.float()
         x = x - mean(x.mean(0))
         x = x * (mean(x.square().mean(0)) + self.eps).rsqrt()
-        return (x if self.weight is None else x * self.weight + self.bias).to(kind)
+        if self.weight is not None and self.bias is not None:
+            x = x * self.weight + self.bias
+        return x.to(kind)
 
 
 def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
@@ -47,7 +48,10 @@ def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
     for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
         last = i == len(widths) - 2
         layers.append(Linear(inputs, outputs, "uniform", "uniform" if bias else None))
-        layers += [BatchNorm(outputs)] * (last_norm or not last) + [nn.ReLU()] * (not last)
+        if last_norm or not last:
+            layers.append(BatchNorm(outputs))
+        if not last:
+            layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 
 
@@ -117,9 +121,10 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
         x = self.inputs(tokens)
-        seen, guessed = x[:, 1:] + self.at(positions, x), self.mask + self.at(hidden, x)
+        visible = x[:, 1:] + self.at(positions, x)
+        masked = self.mask + self.at(hidden, x)
         # the class token has no position, as in MAE
-        x = self.blocks(torch.cat([x[:, :1], seen, guessed.to(x.dtype)], dim=1))
+        x = self.blocks(torch.cat([x[:, :1], visible, masked.to(x.dtype)], dim=1))
         return self.out(self.norm(x[:, -hidden.shape[1] :]))
 
     def at(self, positions: Tensor, like: Tensor) -> Tensor:

@@ -1,50 +1,17 @@
-"""Linear layers and the draw of their weights: the one place where tensor parallelism enters the
-towers.
+"""How a tower draws its weights: a recipe for each kind of parameter.
 
-The layers of a block are made here in pairs: `column_linear` widens (qkv, the MLP's first),
-`row_linear` comes back. Both are
-plain today; a tensor-parallel pair splits the first by outputs and the second by inputs and needs
-no change elsewhere.
-Weights are drawn inside the layer's own __init__: sharded construction (ZeRO-3's zero.Init)
-partitions a module's parameters
-as soon as its __init__ ends, so no parent can draw them again.  Letters: D width.
-To add a recipe: one more function that returns an `Init`.
+Weights are drawn inside the layer's own __init__ (Linear and Embedding in model/layers.py): sharded
+construction (ZeRO-3's zero.Init) partitions a module's parameters as soon as its __init__ ends, so
+that no parent can draw them again.
+
+Letters: D width. To add a recipe: one more function that returns an `Init`.
 """
 
 from dataclasses import dataclass
 
-from torch import nn
-
 # 'xavier': U(+-sqrt(6 / (in + out))); 'uniform': torch's default, U(+-in ** -0.5); a number: normal
 # of that std
 Draw = str | float
-
-
-class Linear(nn.Linear):
-    """(..., inputs) -> (..., outputs).
-
-    `bias`: 'zeros', 'uniform' (torch's default) or None for no bias.
-    """
-
-    def __init__(self, inputs: int, outputs: int, weight: Draw, bias: str | None = "zeros"):
-        self.draw = weight, bias  # before super().__init__, which calls reset_parameters
-        super().__init__(inputs, outputs, bias=bias is not None)
-
-    def reset_parameters(self) -> None:
-        (weight, bias), bound = self.draw, self.in_features**-0.5
-        if weight == "xavier":
-            nn.init.xavier_uniform_(self.weight)
-        elif weight == "uniform":
-            nn.init.uniform_(self.weight, -bound, bound)
-        else:
-            nn.init.normal_(self.weight, std=weight)
-        if bias == "zeros":
-            nn.init.zeros_(self.bias)
-        elif bias == "uniform":
-            nn.init.uniform_(self.bias, -bound, bound)
-
-
-column_linear = row_linear = Linear
 
 
 @dataclass(frozen=True)
@@ -65,12 +32,12 @@ class Init:
 
 
 def vision_init(init: str, width: int) -> Init:
-    """For 'clip', what open_clip trains with: torch's defaults (fused Xavier for qkv) in all linear
-    layers, std D ** -0.5 in the rest.
+    """The recipe of a vision tower; for 'clip', what open_clip trains with: torch's defaults (fused
+    Xavier for qkv) in all linear layers, std D ** -0.5 in the rest.
     """
-    std = width**-0.5
     if init == "flip":
         return Init()
+    std = width**-0.5
     return Init(
         out="uniform",
         up="uniform",
@@ -84,13 +51,13 @@ def vision_init(init: str, width: int) -> Init:
 
 
 def text_init(init: str, width: int, depth: int) -> Init:
-    """For 'clip', the stds of the CLIP paper's text tower; its MLP biases stay at torch's
-    default.
+    """The recipe of a text tower; for 'clip', the stds of the CLIP paper's, whose MLP biases stay
+    at torch's default.
     """
-    # `residual` keeps the sum of 2 * depth branches at the scale of one
-    std, residual = width**-0.5, (2 * depth) ** -0.5
     if init == "flip":
         return Init()
+    std = width**-0.5
+    residual = (2 * depth) ** -0.5  # keeps the sum of 2 * depth branches at the scale of one
     return Init(
         qkv=std,
         out=std * residual,

@@ -1,10 +1,11 @@
-"""Transformer parts shared by the towers: attention, MLP, pre-norm block, stack of blocks,
-positions, packed sequences.
+"""Transformer parts shared by the towers: linear layers, attention, MLP, pre-norm block, stack of
+blocks, positions, packed sequences.
 
 Letters: B batch, N tokens of a sequence, T tokens of a packed batch, D width, H heads, E = D / H.
-To add an activation: one row in ACTIVATIONS.  Linear layers are made in model/init.py.
+To add an activation: one row in ACTIVATIONS.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -13,22 +14,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from glimpse.model.init import Init, column_linear, row_linear
+from glimpse.model.init import Draw, Init
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # flax's default, so FLIP's
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
 }
 
 
-# all tokens | so many leading ones of each sequence | these of a packed batch, one a sequence, (B,)
+# The tokens that a block computes: all (None), the first n of each sequence (int), or, in a packed
+# batch, these indices, one per sequence, (B,).
 Only = int | Tensor | None
 
 
+class Linear(nn.Linear):
+    """(..., inputs) -> (..., outputs).
+
+    `bias`: 'zeros', 'uniform' (torch's default) or None for no bias.
+    """
+
+    def __init__(self, inputs: int, outputs: int, weight: Draw, bias: str | None = "zeros"):
+        # before super().__init__, which calls reset_parameters
+        self.draw_weight, self.draw_bias = weight, bias
+        super().__init__(inputs, outputs, bias=bias is not None)
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        if isinstance(self.draw_weight, float):
+            nn.init.normal_(self.weight, std=self.draw_weight)
+        elif self.draw_weight == "xavier":
+            nn.init.xavier_uniform_(self.weight)
+        elif self.draw_weight == "uniform":
+            nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            raise ValueError(f"weight {self.draw_weight!r}: xavier, uniform or a float")
+        if self.draw_bias == "zeros":
+            nn.init.zeros_(self.bias)
+        elif self.draw_bias == "uniform":
+            nn.init.uniform_(self.bias, -bound, bound)
+
+
 class Watch:
-    """Takes up how the class token attends, layer after layer: `layers`, each (B, N), the mean over
-    heads.
+    """Record the attention of the class token: `layers`, one (B, N) per layer, mean over heads.
 
     Not a list: ZeRO-3's hooks hand lists to a module as copies.
     """
@@ -38,8 +66,8 @@ class Watch:
 
 
 class Packed:
-    """B sequences of unlike length laid end to end, T tokens, and how attention alone sees them
-    padded, as (B, N).
+    """B sequences of different lengths laid end to end, T tokens, which only attention sees padded,
+    as (B, N).
 
     Nothing waits for the device when `longest` is given (any int >= the longest length); without it
     one read of `lengths` does.
@@ -48,38 +76,43 @@ class Packed:
     def __init__(self, lengths: Tensor, tokens: int, longest: int | None, causal: bool):
         """`lengths` (B,): int, each at least 1, sum `tokens`."""
         longest = int(lengths.max()) if longest is None else longest
+        device = lengths.device
         self.shape = len(lengths), longest
         self.causal = causal
+
+        # (B,): the first and the last token of each sequence
         ends = lengths.cumsum(0)
-        # (T,)
-        rows = torch.repeat_interleave(
-            torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens
-        )
-        # (B,): where a sequence begins, and its last token
         self.first, self.last = ends - lengths, ends - 1
-        # (T,): place in the own sequence
-        self.positions = torch.arange(tokens, device=lengths.device) - self.first[rows]
-        # no pads: packed and padded are the same memory
+
+        # (T,): the sequence of each token, its place in the sequence and in the padded layout
+        sequences = torch.arange(len(lengths), device=device)
+        rows = torch.repeat_interleave(sequences, lengths, output_size=tokens)
+        self.positions = torch.arange(tokens, device=device) - self.first[rows]
+        self.slots = rows * longest + self.positions
+
+        # Without pads, packed and padded are the same memory. With causal attention every pad comes
+        # after the real tokens, so that no mask is needed when all tokens are queries.
         self.full = tokens == len(lengths) * longest
-        self.slots = rows * longest + self.positions  # (T,): place in the padded layout
-        # (B, 1, 1, N), True where there is a token.  Where all ask, a causal one never sees the
-        # pads, which come after it.
-        self.keys = (
-            None
-            if self.full
-            else (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None]
-        )
+        self.keys = None if self.full else real_tokens(lengths, longest)
         self.mask = None if causal else self.keys
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, D) -> (B, N, D), zeros in the pads."""
         if not self.full:
-            x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy_(0, self.slots, x)
+            padded = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1])
+            x = padded.index_copy_(0, self.slots, x)
         return x.unflatten(0, self.shape)
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (T, D)."""
-        return x.flatten(0, 1) if self.full else x.flatten(0, 1).index_select(0, self.slots)
+        x = x.flatten(0, 1)
+        return x if self.full else x.index_select(0, self.slots)
+
+
+def real_tokens(lengths: Tensor, longest: int) -> Tensor:
+    """(B,) -> (B, 1, 1, N): True where a padded sequence has a token, as a mask of keys."""
+    places = torch.arange(longest, device=lengths.device)
+    return (places < lengths[:, None])[:, None, None]
 
 
 class Attention(nn.Module):
@@ -90,8 +123,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, init: Init):
         super().__init__()
         self.head = width // heads
-        self.qkv = column_linear(width, 3 * width, init.qkv)
-        self.out = row_linear(width, width, init.out)
+        self.qkv = Linear(width, 3 * width, init.qkv)
+        self.out = Linear(width, width, init.out)
 
     def forward(
         self,
@@ -101,19 +134,17 @@ class Attention(nn.Module):
         watch: Watch | None = None,
         alone: bool = False,
     ) -> Tensor:
-        """only: the tokens that ask, and are returned.
+        """only: the tokens that are queries, and are returned.
 
-        alone: each token attends to itself, so its own value is what it gets.
+        alone: each token attends to itself alone, so that it gets its own value.
         """
         x = self.qkv(x)
         x = x if packed is None else packed.pad(x)
         q, k, v = x.unflatten(2, (3, -1, self.head)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
         if watch is not None:
-            watch.layers.append(
-                (q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head**-0.5)
-                .softmax(3)
-                .mean(1)[:, 0]
-            )
+            scores = q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head**-0.5
+            watch.layers.append(scores.softmax(3).mean(1)[:, 0])
+
         if alone:
             x = v
         elif packed is None:
@@ -122,9 +153,9 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=packed.mask, is_causal=packed.causal
             )
-        # of each sequence its first token, which attends to all (not causal), or its last, which
-        # may
         else:
+            # One query per sequence: its first token (not causal), or its last, which may attend to
+            # all tokens in either case.
             place = packed.positions[only].view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, self.head)
             x = F.scaled_dot_product_attention(q.gather(2, place), k, v, attn_mask=packed.keys)
             return self.out(x.flatten(1))
@@ -142,9 +173,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, activation: str, init: Init, ratio: float = 4.0):
         super().__init__()
-        self.up = column_linear(width, hidden(width, ratio), init.up, init.bias)
+        self.up = Linear(width, hidden(width, ratio), init.up, init.bias)
         self.act = ACTIVATIONS[activation]
-        self.down = row_linear(hidden(width, ratio), width, init.down, init.bias)
+        self.down = Linear(hidden(width, ratio), width, init.down, init.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
@@ -174,12 +205,14 @@ class Block(nn.Module):
         alone: bool = False,
         paths: Tensor | None = None,
     ) -> Tensor:
-        attend, think = (None, None) if paths is None else paths
-        seen = self.attn(self.norm1(x), packed, only, watch, alone)
-        x = (
-            x if only is None else x[:, :only] if packed is None else x.index_select(0, only)
-        ) + times(seen, attend)
-        return x + times(self.mlp(self.norm2(x)), think)
+        attended = self.attn(self.norm1(x), packed, only, watch, alone)
+        if isinstance(only, Tensor):
+            x = x.index_select(0, only)
+        elif only is not None:
+            x = x[:, :only]
+        attention_path, mlp_path = (None, None) if paths is None else paths
+        x = x + times(attended, attention_path)
+        return x + times(self.mlp(self.norm2(x)), mlp_path)
 
 
 def times(branch: Tensor, factors: Tensor | None) -> Tensor:
@@ -200,8 +233,8 @@ def drop_path(noise: Tensor, rate: float) -> Tensor:
 
 
 class Blocks(nn.ModuleList):
-    """`depth` blocks. The one place that trades compute for memory: `recompute` drops a block's
-    activations until its backward.
+    """`depth` blocks; `recompute` drops a block's activations until its backward pass, the one
+    place that trades compute for memory.
     """
 
     def __init__(
@@ -227,14 +260,15 @@ class Blocks(nn.ModuleList):
         alone: bool = False,
         paths: Tensor | None = None,
     ) -> Tensor:
-        """only: the tokens that are needed, so that the last block works for these. alone: in the
-        last block each attends to itself.
+        """only: the tokens that are needed: the last block computes these alone. alone: in the last
+        block each token attends to itself.
 
         paths: (depth, 2, B), of drop_path; for sequences of one length.
         """
         for i, block in enumerate(self):
             last = i == len(self) - 1
-            how = (
+            arguments = (
+                x,
                 packed,
                 only if last else None,
                 watch,
@@ -244,9 +278,9 @@ class Blocks(nn.ModuleList):
             if self.recompute and torch.is_grad_enabled():
                 # No layer draws random numbers (paths are drawn before), so no generator is saved.
                 # DeepSpeed's own non-reentrant form fails under ZeRO-3.
-                x = checkpoint(block, x, *how, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, *how)
+                x = block(*arguments)
         return x
 
 
@@ -276,6 +310,5 @@ def sincos(grid: tuple[int, int], width: int) -> Tensor:
     y, x = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     omega = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # 2 x (L, D / 4)
-    return torch.from_numpy(
-        np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
-    )
+    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    return torch.from_numpy(np.concatenate(waves, axis=1).astype(np.float32))

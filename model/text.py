@@ -75,11 +75,9 @@ class TextTower(nn.Module):
         positions (T,): the tokens' places in captions of which a mask dropped some.
         """
         packed = Packed(lengths, len(ids), longest, self.cfg.causal)
-        x = self.token(ids) + F.embedding(
-            packed.positions if positions is None else positions.long(), self.positions
-        )
+        places = packed.positions if positions is None else positions.long()
+        x = self.token(ids) + F.embedding(places, self.positions)
         # The last token, never the largest id: a caption that was cut, or another vocabulary, has
         # its EOT elsewhere.
-        return self.norm(
-            self.blocks(x, packed, only=packed.last if self.cfg.pool == "eot" else packed.first)
-        )
+        pooled = packed.last if self.cfg.pool == "eot" else packed.first
+        return self.norm(self.blocks(x, packed, only=pooled))

@@ -5,20 +5,22 @@ Letters: B batch, L patches of the grid, K visible patches, P patch side, D widt
 To add a kind of pooling: one row in POOLS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.init import Init, Linear
-from glimpse.model.layers import ACTIVATIONS, Blocks, Watch, drawn, sincos
+from glimpse.model.init import Init
+from glimpse.model.layers import ACTIVATIONS, Blocks, Linear, Watch, drawn, sincos
 
-POOLS = {  # the tower's tokens (B, 1 + K, D) -> (B, D)
+# the tower's tokens (B, 1 + K, D) -> (B, D)
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens[:, 1:].mean(1),
     "mean_with_cls": lambda tokens: tokens.mean(1),
-    # the tower has put it there: its norm is whole in its own forward alone
+    # The tower has put the mean there: its norm's parameters are gathered in its own forward only.
     "mean_then_norm": lambda tokens: tokens[:, 0],
 }
 
@@ -78,9 +80,8 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         self.cfg, self.grid = cfg, grid
-        self.patch = Linear(
-            3 * patch * patch, width, init.patch, init.bias if cfg.patch_bias else None
-        )
+        bias = init.bias if cfg.patch_bias else None
+        self.patch = Linear(3 * patch * patch, width, init.patch, bias)
         self.patch.requires_grad_(not cfg.freeze_patch)
         self.cls = drawn(width, std=init.cls)
         if cfg.positions == "learned":
@@ -101,29 +102,33 @@ class VisionTower(nn.Module):
         alone: bool = False,
         paths: Tensor | None = None,
     ) -> Tensor:
-        """(B, K, 3 P P), uint8 pixels or normalised floats, at (B, K) -> tokens (B, 1 + K, D), the
+        """(B, K, 3 P P), uint8 pixels or normalized floats, at (B, K) -> tokens (B, 1 + K, D), the
         class token first.
 
-        Where mean_then_norm is pooled, the normalised mean stands in the class token's place.
+        Where mean_then_norm is pooled, the normalized mean stands in the class token's place.
+
         grid: the positions are those of another grid, to which the tower's own are interpolated.
-        only_cls: (B, 1, D), the class token alone, exact for less. watch: takes up how the class
-        token attends. alone: in the last block each token attends to itself, so that it tells of
-        its own place where the tower is pooled by its class token (Zhou et al. 2022, Extract Free
-        Dense Labels from CLIP, 3.2). paths: (depth, 2, B), model/layers.py's drop_path, in
-        fine-tuning.
+        only_cls: compute the class token alone, (B, 1, D), exactly and for less. watch: records the
+        attention of the class token. alone: in the last block each token attends to itself, so that
+        it describes its own place where the tower is pooled by its class token (Zhou et al. 2022,
+        Extract Free Dense Labels from CLIP, 3.2). paths: (depth, 2, B), model/layers.py's
+        drop_path, in fine-tuning.
         """
+        # 1. Embed the patches and add their positions; row 0 of learned ones is the class token's.
         learned = self.cfg.positions == "learned"
         x = self.patch(normalise(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
-        # row 0 of learned positions is the class token's
         table = self.positions[1:] if learned else self.positions
-        if grid not in (None, self.grid):
+        if grid is not None and grid != self.grid:
             table = resized(table, self.grid, grid)
         x = x + F.embedding(positions.long(), table).to(x.dtype)
+
+        # 2. Put the class token first.
         cls = self.cls + self.positions[0] if learned else self.cls
         x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        x = self.blocks(
-            self.pre_norm(x), only=1 if only_cls else None, watch=watch, alone=alone, paths=paths
-        )
+
+        # 3. The transformer.
+        only = 1 if only_cls else None
+        x = self.blocks(self.pre_norm(x), only=only, watch=watch, alone=alone, paths=paths)
         if self.cfg.pool == "mean_then_norm" and not only_cls:
             x = torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], dim=1)
         return self.norm(x)
@@ -134,16 +139,12 @@ class VisionTower(nn.Module):
 
 
 def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions (L, D) of one grid (rows, columns) at the places of another's patches, bicubic
-    (A-CLIP section 4.1).
+    """Interpolate the positions (L, D) of one grid (rows, columns) at the places of another's
+    patches, bicubic (A-CLIP section 4.1).
     """
     image = table.t().unflatten(1, old)[None].float()  # (1, D, rows, columns)
-    return (
-        F.interpolate(image, new, mode="bicubic", align_corners=False)[0]
-        .flatten(1)
-        .t()
-        .to(table.dtype)
-    )
+    image = F.interpolate(image, new, mode="bicubic", align_corners=False)
+    return image[0].flatten(1).t().to(table.dtype)
 
 
 def normalise(
@@ -158,10 +159,7 @@ def normalise(
     if patches.dtype != torch.uint8:
         return patches.to(dtype)
     channels = patches.unflatten(2, (3, -1)).unbind(2)
-    return torch.cat(
-        [
-            ((x.float() / 255 - m) / s).to(dtype)
-            for x, m, s in zip(channels, mean, std, strict=True)
-        ],
-        dim=2,
-    )
+    normalized = [
+        ((x.float() / 255 - m) / s).to(dtype) for x, m, s in zip(channels, mean, std, strict=True)
+    ]
+    return torch.cat(normalized, dim=2)
