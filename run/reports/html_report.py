@@ -1,17 +1,16 @@
-"""Groups of runs as one page to look at, without network, and as PNG and CSV beside it.
+"""Groups of runs as one HTML page, which needs no network, and as PNG and CSV beside it.
 
     write(Path("report.html"), {"baseline": [read(run), ...], "model scaling": [...]}, galleries)
 
-The runs of a group differ in their seed alone (run/study/results.py), and the first group is what
-the
-others are compared with. What was
-not measured is told as absent, with the reason.
+The runs of a group differ in their seed alone (run/study/results.py), and the first group is the
+baseline for the others. Results that were not measured are marked as absent, with the reason.
 """
 
 import csv
 import io
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,10 +33,10 @@ from glimpse.run.study.results import Result, difference, interval
 from glimpse.run.train.log import clock, short
 
 Groups = dict[str, list[Result]]
-# what run/reports/pictures.py `gallery` made, and the captions of its rows
+# the columns of run/reports/pictures.py `gallery`, and the captions of its rows
 Gallery = tuple[dict[str, Tensor], list[str]]
 
-# The metrics of a set that a table has room for; of a suite all.
+# The metrics of a set that a table has room for; a suite shows all of its metrics.
 MAIN = {
     "zero_shot": ("top1", "map", "pm_10", "roc_auc"),
     "retrieval": ("image_to_text_r1", "text_to_image_r1"),
@@ -75,27 +74,27 @@ def write(
     title: str = "Runs compared",
     metric: str = "",
 ) -> list[Path]:
-    """Write the page, and beside it OUT-PLOT.png, OUT-curves.csv and OUT-runs.csv; returns all
-    paths, the page first.
+    """Write the page, and beside it OUT-PLOT.png, OUT-curves.csv and OUT-runs.csv.
 
-    galleries: {label: what masks keep and towers look at, or why there is no picture}; metric: what
-    stands first, whatever its kind.
+    Return all paths, the page first.
+
+    galleries: {label: the columns and captions of a gallery, or the reason why there is none};
+    metric: the one that comes first, whatever its kind.
     """
+    galleries = galleries or {}
     names = metrics(groups, metric)
     figures = drawn(groups, names)
     files = {
-        out: page(groups, names, figures, galleries or {}, title).encode(),
+        out: page(groups, names, figures, galleries, title).encode(),
         beside(out, "curves.csv"): curves_csv(groups),
         beside(out, "runs.csv"): runs_csv(groups),
     }
-    files |= {
-        beside(out, f"{slug(name)}.png"): plots.png(figure) for name, figure in figures.items()
-    }
-    files |= {
-        beside(out, f"masks_{slug(label)}.png"): encoded(sheet(found[0]), "png")
-        for label, found in (galleries or {}).items()
-        if not isinstance(found, str)
-    }
+    for name, figure in figures.items():
+        files[beside(out, f"{slug(name)}.png")] = plots.png(figure)
+    for label, gallery in galleries.items():
+        if not isinstance(gallery, str):
+            columns, _captions = gallery
+            files[beside(out, f"masks_{slug(label)}.png")] = encoded(sheet(columns), "png")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         path.write_bytes(content)
@@ -109,306 +108,346 @@ def page(
     galleries: dict[str, Gallery | str],
     title: str,
 ) -> str:
-    body = [
-        f"<h1>{escape(title)}</h1><p>{escape(headline(groups))}</p><h2>Results</h2>",
-        results_table(groups, names),
-    ]
-    for name in names:
-        body.append(
-            shown(
-                figures,
-                {
-                    f"{name} by samples": (
-                        "By samples seen in training."
-                        + " Dashed: the longer schedule, rescaled along x." * bool(longer(groups))
-                    ),
-                    f"{name} by time": (
-                        "After training, by the time that training took. Grey: one recipe, trained"
-                        " for longer."
-                    ),
-                },
-            )
-        )
-    body.append(
-        "<h2>Cost</h2>"
-        + cost_table(groups)
-        + shown(
-            figures,
-            {
-                "speed": "Training throughput.",
-                "memory": "Peak memory of rank 0.",
-                "loss": "Loss by samples seen.",
-            },
-        )
+    """Return the page as HTML; names: the metrics in it."""
+    body = [f"<h1>{escape(title)}</h1><p>{escape(headline(groups))}</p>"]
+
+    # Results: the table, and two plots a metric.
+    body += ["<h2>Results</h2>", results_table(groups, names)]
+    by_samples = "By samples seen in training."
+    if longer(groups):
+        by_samples += " Dashed: the longer schedule, rescaled along x."
+    by_time = (
+        "After training, by the time that training took. Grey: one recipe, trained for longer."
     )
+    for name in names:
+        captions = {f"{name} by samples": by_samples, f"{name} by time": by_time}
+        body.append(shown(figures, captions))
+
+    # Cost.
+    captions = {
+        "speed": "Training throughput.",
+        "memory": "Peak memory of rank 0.",
+        "loss": "Loss by samples seen.",
+    }
+    body += ["<h2>Cost</h2>", cost_table(groups), shown(figures, captions)]
+
+    # Pictures.
     if galleries:
         body.append(f"<h2>What masks keep and towers look at</h2><p>{KEY} Of the first seed.</p>")
-        body += [
-            f"<h3>{escape(label)}</h3>"
-            + (
-                f'<p class="absent">absent: {escape(found)}</p>'
-                if isinstance(found, str)
-                else gallery_table(*found)
-            )
-            for label, found in galleries.items()
-        ]
-    body.append(
-        "<h2>Runs</h2>"
-        + "".join(
-            run_details(label, one, first(groups))
-            for label, group in groups.items()
-            for one in group
-        )
-    )
+    for label, gallery in galleries.items():
+        body.append(f"<h3>{escape(label)}</h3>")
+        if isinstance(gallery, str):
+            body.append(f'<p class="absent">absent: {escape(gallery)}</p>')
+        else:
+            body.append(gallery_table(*gallery))
+
+    # Each run.
+    body.append("<h2>Runs</h2>")
+    base = first(groups)
+    for label, group in groups.items():
+        body += [run_details(label, result, base) for result in group]
     return document(title, "".join(body))
 
 
 def headline(groups: Groups) -> str:
-    runs = [one for group in groups.values() for one in group]
-    whole = sum(one.state == "complete" for one in runs)
-    compared = f" A second line is the difference to {next(iter(groups))}." * (len(groups) > 1)
-    return (
-        f"Groups: {len(groups)}. Runs: {len(runs)}, {whole} of them complete; those of a group"
+    runs = [result for group in groups.values() for result in group]
+    complete = sum(result.state == "complete" for result in runs)
+    text = (
+        f"Groups: {len(groups)}. Runs: {len(runs)}, {complete} of them complete; those of a group"
         " differ in their seed alone. [low, high] and bands: 95 % bootstrap intervals of the mean"
-        f" over n seeds; of two or three seeds that is their range.{compared}"
+        " over n seeds; of two or three seeds that is their range."
     )
+    if len(groups) > 1:
+        text += f" A second line is the difference to {next(iter(groups))}."
+    return text
 
 
 def metrics(groups: Groups, before: str = "") -> list[str]:
-    """The metrics for tables and plots that some run has, `before` and zero-shot first."""
-    found = dict.fromkeys(name for group in groups.values() for one in group for name in one.curve)
+    """Return the metrics for tables and plots that some run has, `before` and zero-shot first."""
+    measured: dict[str, None] = {}  # in the order of the runs
+    for group in groups.values():
+        for result in group:
+            measured |= dict.fromkeys(result.curve)
+
     kinds = list(MAIN)
-    chosen = {}
-    for name in found:
+    ranks = {}
+    for name in measured:
         bare = name.removeprefix("teacher/").partition(" (")[0]
-        kind, metric = re.split(r"[(/]", bare)[0], bare.rpartition("/")[2]
-        if name == before or kind == "suite" and metric != "chance" or metric in MAIN.get(kind, ()):
-            chosen[name] = -2 if name == before else kinds.index(kind) if kind in MAIN else -1
-    return sorted(chosen, key=chosen.get)
+        kind = re.split(r"[(/]", bare)[0]
+        metric = bare.rpartition("/")[2]
+        if name == before:
+            ranks[name] = -2
+        elif kind == "suite" and metric != "chance":
+            ranks[name] = -1
+        elif metric in MAIN.get(kind, ()):
+            ranks[name] = kinds.index(kind)
+    return sorted(ranks, key=ranks.get)
 
 
 def spoken(name: str) -> tuple[str, str]:
-    """What a metric measures, and of what: ("zero-shot top-1 (%)", "shapes, teacher")."""
+    """Return a metric and its set as text: ("zero-shot top-1 (%)", "shapes, teacher")."""
     bare, _, asked = name.partition(" (")
     kind, of, metric = bare.removeprefix("teacher/").split("/")
     kind, _, options = kind.partition("(")
-    how = ["teacher"] * bare.startswith("teacher/") + [
-        each.removesuffix(")") for each in (options, asked) if each
-    ]
-    what = (
-        f"{WORDS.get(kind, kind.replace('_', ' '))}"
-        f" {WORDS.get(metric, metric.replace('_', ' '))} (%)"
-    )
-    return what.lstrip(), ", ".join([of.replace("_", " "), *how])
+    kind_words = WORDS.get(kind, kind.replace("_", " "))
+    metric_words = WORDS.get(metric, metric.replace("_", " "))
+    what = f"{kind_words} {metric_words} (%)".lstrip()
+
+    where = [of.replace("_", " ")]
+    if bare.startswith("teacher/"):
+        where.append("teacher")
+    where += [text.removesuffix(")") for text in (options, asked) if text]
+    return what, ", ".join(where)
 
 
 def values(group: list[Result], metric: str) -> list[float]:
-    return [one.final[metric] for one in group if metric in one.final]
+    return [result.final[metric] for result in group if metric in result.final]
 
 
 def why(group: list[Result]) -> str:
-    """Why a group lacks results."""
-    reasons = [
-        f"{one.run.name}: " * (len(group) > 1) + "failed: " * (one.state == "failed") + one.reason
-        for one in group
-        if one.reason
-    ]
-    return "; ".join(reasons) or ("not evaluated" if group else "not run")
+    """Describe why a group lacks results."""
+    reasons = []
+    for result in group:
+        if not result.reason:
+            continue
+        name = f"{result.run.name}: " if len(group) > 1 else ""
+        failed = "failed: " if result.state == "failed" else ""
+        reasons.append(f"{name}{failed}{result.reason}")
+    if reasons:
+        return "; ".join(reasons)
+    return "not evaluated" if group else "not run"
 
 
 def results_table(groups: Groups, names: list[str]) -> str:
-    """A row a group: of each metric mean, interval and number of seeds, and the difference to the
-    first group.
+    """Return a table with a row a group.
+
+    A cell has a metric's mean, interval and number of seeds, and the difference to the first group.
     """
     if not names:
         return '<p class="absent">absent: no run was evaluated</p>'
-    lost = [
-        f"<li>{escape(label)}: {escape(why(group))}</li>"
-        for label, group in groups.items()
-        if any(one.reason for one in group) and any(one.final for one in group)
-    ]
-    tables = [
-        some_results(groups, names[at : at + ABREAST]) for at in range(0, len(names), ABREAST)
-    ]
-    return "".join(tables) + f"<p>Left out:</p><ul>{''.join(lost)}</ul>" * bool(lost)
+    parts = []
+    for at in range(0, len(names), ABREAST):
+        parts.append(some_results(groups, names[at : at + ABREAST]))
+
+    # The runs without results in groups that have some.
+    left_out = []
+    for label, group in groups.items():
+        incomplete = any(result.reason for result in group)
+        if incomplete and any(result.final for result in group):
+            left_out.append(f"<li>{escape(label)}: {escape(why(group))}</li>")
+    if left_out:
+        parts.append(f"<p>Left out:</p><ul>{''.join(left_out)}</ul>")
+    return "".join(parts)
 
 
 def some_results(groups: Groups, names: list[str]) -> str:
-    """Of as many metrics as a page has room for."""
-    rows, (base, *_) = [], groups.values()
+    """Return a table of as many metrics as fit beside each other."""
+    base = next(iter(groups.values()))
+    rows = []
     for label, group in groups.items():
         if not any(values(group, name) for name in names):
-            rows.append(
-                (
-                    label,
-                    [
-                        f'<td class="absent" colspan="{len(names)}"><div>absent:'
-                        f" {escape(why(group))}</div></td>"
-                    ],
-                )
-            )
+            rows.append((label, [absent_row(group, len(names))]))
             continue
-        cells = []
-        for name in names:
-            mine, theirs = values(group, name), values(base, name)
-            if not mine:
-                cells.append('<td class="absent">absent: not evaluated</td>')
-                continue
-            cell = f"{told(interval(mine), 100)} <small>n = {len(mine)}</small>"
-            if theirs and group is not base:
-                change = told(difference(mine, theirs), 100, "+.1f")
-                cell += f'<small class="to">{change}</small>'
-            cells.append(f"<td>{cell}</td>")
+        cells = [result_cell(group, base, name) for name in names]
         rows.append((label, cells))
-    return table(["{1}: {0}".format(*spoken(name)) for name in names], rows)
+    heads = []
+    for name in names:
+        what, where = spoken(name)
+        heads.append(f"{where}: {what}")
+    return table(heads, rows)
+
+
+def result_cell(group: list[Result], base: list[Result], metric: str) -> str:
+    """Return the <td> of a metric, with the difference to `base` in a second line."""
+    group_values = values(group, metric)
+    base_values = values(base, metric)
+    if not group_values:
+        return '<td class="absent">absent: not evaluated</td>'
+    cell = f"{told(interval(group_values), 100)} <small>n = {len(group_values)}</small>"
+    if base_values and group is not base:
+        change = told(difference(group_values, base_values), 100, "+.1f")
+        cell += f'<small class="to">{change}</small>'
+    return f"<td>{cell}</td>"
+
+
+def absent_row(group: list[Result], columns: int) -> str:
+    """Return one <td> over all columns, with the reason why a group has no values."""
+    reason = escape(why(group))
+    return f'<td class="absent" colspan="{columns}"><div>absent: {reason}</div></td>'
 
 
 def cost_table(groups: Groups) -> str:
+    heads = ["runs", "samples seen", "training time", "samples/s", "MFU", "peak memory, GiB"]
+    forms = {
+        "seconds": clock,
+        "samples_per_s": short,
+        "mfu": lambda share: f"{share:.0%}",
+        "memory_gib": lambda gib: f"{gib:.2f}",
+    }
     rows = []
     for label, group in groups.items():
-        if not any(one.samples for one in group):
-            rows.append(
-                (
-                    label,
-                    [
-                        '<td class="absent" colspan="6"><div>absent:'
-                        f" {escape(why(group))}</div></td>"
-                    ],
-                )
-            )
+        samples = [f"{result.samples:,}" for result in group if result.samples]
+        if not samples:
+            rows.append((label, [absent_row(group, len(heads))]))
             continue
-        cells = []
-        for key, form in (
-            ("seconds", lambda s: clock(s)),
-            ("samples_per_s", short),
-            ("mfu", lambda share: f"{share:.0%}"),
-            ("memory_gib", lambda gib: f"{gib:.2f}"),
-        ):
-            point = spread(group, key)
-            if point is None:
-                cells.append('<td class="absent">not known</td>')
-                continue
-            _, middle, low, high = point
-            interval = "" if math.isnan(low) else f" [{form(low)}, {form(high)}]"
-            cells.append(f"<td>{form(middle)}{interval}</td>")
-        seen = "; ".join(dict.fromkeys(f"{one.samples:,}" for one in group if one.samples))
-        rows.append((label, [f"<td>{len(group)}</td><td>{seen}</td>", *cells]))
-    return table(
-        ["runs", "samples seen", "training time", "samples/s", "MFU", "peak memory, GiB"], rows
-    )
+        seen = "; ".join(dict.fromkeys(samples))
+        cells = [f"<td>{len(group)}</td><td>{seen}</td>"]
+        cells += [cost_cell(group, key, form) for key, form in forms.items()]
+        rows.append((label, cells))
+    return table(heads, rows)
+
+
+def cost_cell(group: list[Result], key: str, form: Callable[[float], str]) -> str:
+    """Return the <td> of a cost; form(value) -> text."""
+    point = spread(group, key)
+    if point is None:
+        return '<td class="absent">not known</td>'
+    _, mean, low, high = point
+    bounds = "" if math.isnan(low) else f" [{form(low)}, {form(high)}]"
+    return f"<td>{form(mean)}{bounds}</td>"
 
 
 def told(found: tuple[float, float, float], by: float, form: str = ".1f") -> str:
+    """Return mean and interval as text, multiplied by `by`."""
     mean, low, high = (by * value for value in found)
-    return f"{mean:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+    bounds = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+    return f"{mean:{form}}{bounds}"
 
 
 def of_first(name: str) -> bool:
-    """Is this metric the one that `chance` is of?"""
+    """Return True if `chance` is the level of guessing of this metric."""
     return name.rpartition("/")[2].split(" ")[0] == "top1"
 
 
 def drawn(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
-    """{name: plot} of what there is to draw of these metrics, and of cost."""
-    labels, found = list(groups), {}
-    longest = max(
-        (one.seconds for group in groups.values() for one in group if one.seconds), default=0
-    )
-    unit, per = ("hours", 3600) if longest >= 3600 else ("minutes", 60)
+    """Return {name: plot} of these metrics and of cost; a plot without any data is left out."""
+    figures: dict[str, plots.Figure | None] = {}
     for name in names:
-        what, where = spoken(name)
-        if lines := {
-            label: points for label, group in groups.items() if (points := line(group, name))
-        }:
-            key = f"{name.rpartition('/')[0]}/chance"
-            chance = [
-                points[0][1]
-                for group in groups.values()
-                for one in group
-                if (points := one.curve.get(key)) and of_first(name)
-            ]
-            scaled = {label: factor for label, factor in longer(groups).items() if label in lines}
-            found[f"{name} by samples"] = plots.curves(
-                where, lines, "samples seen", what, labels, scaled, level=next(iter(chance), None)
-            )
-        ended = {
-            label: [one for one in group if name in one.final and one.seconds]
-            for label, group in groups.items()
-        }
-        if ended := {label: group for label, group in ended.items() if group}:
-            points = {
-                label: (spread(group, "seconds", per), (0.0, *interval(values(group, name))))
-                for label, group in ended.items()
-            }
-            recipes: dict[str, list[str]] = {}
-            for label, group in ended.items():
-                recipes.setdefault(repr(recipe(group[0].config)), []).append(label)
-            found[f"{name} by time"] = plots.trade_off(
-                where,
-                points,
-                [chain for chain in recipes.values() if len(chain) > 1],
-                f"training time ({unit})",
-                what,
-                labels,
-            )
-    for name, key, what in (
-        ("speed", "samples_per_s", "samples a second"),
-        ("memory", "memory_gib", "peak memory (GiB)"),
-    ):
-        if any(spread(group, key) for group in groups.values()):
-            found[name] = plots.bars(
-                {label: spread(group, key) for label, group in groups.items()}, what, labels
-            )
-    if losses := {
-        label: points
-        for label, group in groups.items()
-        if (points := mean_line([one.losses for one in group]))
-    }:
-        found["loss"] = plots.curves("", losses, "samples seen", "loss", labels, share=False)
-    return found
+        figures[f"{name} by samples"] = plot_by_samples(groups, name)
+        figures[f"{name} by time"] = plot_by_time(groups, name)
+    figures["speed"] = cost_plot(groups, "samples_per_s", "samples a second")
+    figures["memory"] = cost_plot(groups, "memory_gib", "peak memory (GiB)")
+    figures["loss"] = loss_plot(groups)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def plot_by_samples(groups: Groups, metric: str) -> plots.Figure | None:
+    """Return the curves of a metric by samples seen, None if no run has it."""
+    what, where = spoken(metric)
+    lines = {label: line(group, metric) for label, group in groups.items()}
+    lines = {label: points for label, points in lines.items() if points}
+    if not lines:
+        return None
+    scaled = {label: factor for label, factor in longer(groups).items() if label in lines}
+    level = chance(groups, metric)
+    return plots.curves(where, lines, "samples seen", what, list(groups), scaled, level=level)
+
+
+def chance(groups: Groups, metric: str) -> float | None:
+    """Return the level of guessing of a metric, if some run has it."""
+    if not of_first(metric):
+        return None
+    key = f"{metric.rpartition('/')[0]}/chance"
+    for group in groups.values():
+        for result in group:
+            points = result.curve.get(key)
+            if points:
+                return points[0][1]
+    return None
+
+
+def plot_by_time(groups: Groups, metric: str) -> plots.Figure | None:
+    """Return a metric after training by training time, None if no run has both."""
+    what, where = spoken(metric)
+    unit, per = time_unit(groups)
+    points: dict[str, tuple[plots.Point, plots.Point]] = {}
+    by_recipe: dict[str, list[str]] = {}  # {recipe: labels}
+    for label, group in groups.items():
+        ended = [result for result in group if metric in result.final and result.seconds]
+        if ended:
+            mean = (0.0, *interval(values(ended, metric)))
+            points[label] = (spread(ended, "seconds", per), mean)
+            by_recipe.setdefault(repr(recipe(ended[0].config)), []).append(label)
+    if not points:
+        return None
+    chains = [labels for labels in by_recipe.values() if len(labels) > 1]
+    x = f"training time ({unit})"
+    return plots.trade_off(where, points, chains, x, what, list(groups))
+
+
+def time_unit(groups: Groups) -> tuple[str, int]:
+    """Return the unit for training times, and its length in seconds."""
+    longest = 0.0
+    for group in groups.values():
+        for result in group:
+            longest = max(longest, result.seconds or 0.0)
+    return ("hours", 3600) if longest >= 3600 else ("minutes", 60)
+
+
+def cost_plot(groups: Groups, key: str, what: str) -> plots.Figure | None:
+    """Return bars of a cost, None if no run has it."""
+    points = {label: spread(group, key) for label, group in groups.items()}
+    if not any(points.values()):
+        return None
+    return plots.bars(points, what, list(groups))
+
+
+def loss_plot(groups: Groups) -> plots.Figure | None:
+    lines = {}
+    for label, group in groups.items():
+        points = mean_line([result.losses for result in group])
+        if points:
+            lines[label] = points
+    if not lines:
+        return None
+    return plots.curves("", lines, "samples seen", "loss", list(groups), share=False)
 
 
 def spread(group: list[Result], key: str, per: float = 1) -> plots.Point | None:
-    """A cost of a group; its time is that of whole runs."""
-    found = [
-        getattr(one, key) / per
-        for one in group
-        if getattr(one, key) is not None and (key != "seconds" or one.state == "complete")
-    ]
-    return (0.0, *interval(found)) if found else None
+    """Return a cost of a group, divided by `per`; the time is that of complete runs."""
+    costs = []
+    for result in group:
+        value = getattr(result, key)
+        if value is not None and (key != "seconds" or result.state == "complete"):
+            costs.append(value / per)
+    return (0.0, *interval(costs)) if costs else None
 
 
 def line(group: list[Result], metric: str) -> list[plots.Point]:
-    return mean_line([one.curve.get(metric, []) for one in group])
+    return mean_line([result.curve.get(metric, []) for result in group])
 
 
 def mean_line(runs: list[list[tuple[int, float]]]) -> list[plots.Point]:
-    """(samples, mean, low, high) at all places where some run was measured."""
+    """Return (samples, mean, low, high) at all places where some run was measured."""
     at: dict[int, list[float]] = {}
     for points in runs:
         for samples, value in points:
             at.setdefault(samples, []).append(value)
-    return [(samples, *interval(found)) for samples, found in sorted(at.items())]
+    return [(samples, *interval(at[samples])) for samples in sorted(at)]
 
 
 def first(groups: Groups) -> Run | None:
-    """The config that others are compared with."""
-    return next((one.config for group in groups.values() for one in group if one.config), None)
+    """Return the config that others are compared with."""
+    for group in groups.values():
+        for result in group:
+            if result.config:
+                return result.config
+    return None
 
 
 def longer(groups: Groups) -> dict[str, float]:
-    """{label: factor} of the groups that are the first one's recipe with a longer schedule."""
+    """Return {label: factor} of the groups that are the first recipe with a longer schedule."""
     base = first(groups)
-    cfgs = {label: group[0].config for label, group in groups.items() if group and group[0].config}
-    return {
-        label: base.samples / cfg.samples
-        for label, cfg in cfgs.items()
-        if recipe(cfg) == recipe(base) and cfg.samples > base.samples
-    }
+    factors = {}
+    for label, group in groups.items():
+        cfg = group[0].config if group else None
+        if cfg and recipe(cfg) == recipe(base) and cfg.samples > base.samples:
+            factors[label] = base.samples / cfg.samples
+    return factors
 
 
 def recipe(cfg: Run) -> Run:
-    """A config without what a longer schedule changes."""
+    """Return a config without the settings that a longer schedule changes."""
     return replace(
         cfg,
         run="",
@@ -422,72 +461,79 @@ def recipe(cfg: Run) -> Run:
 
 
 def run_details(label: str, one: Result, base: Run | None) -> str:
+    """Return a run's state, command, provenance and config, the last three folded."""
     name = one.run.name if label in str(one.run) else f"{label}: {one.run.name}"
-    head = f"{escape(name)}, {one.state}" + (
-        f' <span class="absent">({escape(one.reason)})</span>' if one.reason else ""
-    )
+    head = f"{escape(name)}, {one.state}"
+    if one.reason:
+        head += f' <span class="absent">({escape(one.reason)})</span>'
     if one.config is None:
         return f"<details class='run'><summary>{head}</summary></details>"
-    whole = plain(asdict(one.config))
-    there, mine = flat(plain(asdict(base))), flat(whole)
-    changed = [
-        f"{key}: {value}" for key, value in mine.items() if key != "run" and there.get(key) != value
-    ]
-    changed += [f"{key}: none" for key in there if key not in mine]
-    parts = [
-        f"<pre>{escape(chr(10).join(one.commands)) or 'no command recorded'}</pre>",
-        "<p>"
-        + escape(", ".join(f"{key} {value}" for key, value in one.provenance.items()))
-        + "</p>",
-        f"<p>Unlike the first: {escape('; '.join(changed)) or 'nothing'}.</p>",
-        "<details><summary>whole config</summary>"
-        f"<pre>{escape(yaml.safe_dump(whole, sort_keys=False))}</pre></details>",
-    ]
-    return f'<details class="run"><summary>{head}</summary>{"".join(parts)}</details>'
+
+    # The keys that differ from the first config.
+    tree = plain(asdict(one.config))
+    base_keys = flat(plain(asdict(base)))
+    run_keys = flat(tree)
+    changed = []
+    for key, value in run_keys.items():
+        if key != "run" and base_keys.get(key) != value:
+            changed.append(f"{key}: {value}")
+    changed += [f"{key}: none" for key in base_keys if key not in run_keys]
+
+    commands = escape("\n".join(one.commands)) or "no command recorded"
+    provenance = ", ".join(f"{key} {value}" for key, value in one.provenance.items())
+    differences = escape("; ".join(changed)) or "nothing"
+    config = escape(yaml.safe_dump(tree, sort_keys=False))
+    return (
+        f'<details class="run"><summary>{head}</summary>'
+        f"<pre>{commands}</pre>"
+        f"<p>{escape(provenance)}</p>"
+        f"<p>Unlike the first: {differences}.</p>"
+        f"<details><summary>whole config</summary><pre>{config}</pre></details>"
+        "</details>"
+    )
 
 
 def flat(tree: dict, before: str = "") -> dict:
-    """{'a.b': value} of nested mappings."""
-    found = {}
+    """Return {'a.b': value} of nested mappings."""
+    keys = {}
     for key, value in tree.items():
-        found |= (
-            flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
-        )
-    return found
+        if isinstance(value, dict):
+            keys |= flat(value, f"{before}{key}.")
+        else:
+            keys[f"{before}{key}"] = value
+    return keys
 
 
 def curves_csv(groups: Groups) -> bytes:
-    rows = [
-        (label, one.run, one.config.seed, metric, samples, value)
-        for label, group in groups.items()
-        for one in group
-        if one.config
-        for metric, points in {"loss": one.losses, **one.curve}.items()
-        for samples, value in points
-    ]
+    """Return a row a measurement."""
+    rows = []
+    for label, group in groups.items():
+        for result in group:
+            if result.config is None:
+                continue
+            run = (label, result.run, result.config.seed)
+            curves = {"loss": result.losses, **result.curve}
+            for metric, points in curves.items():
+                rows += [(*run, metric, samples, value) for samples, value in points]
     return table_csv(("group", "run", "seed", "metric", "samples", "value"), rows)
 
 
 def runs_csv(groups: Groups) -> bytes:
-    """A row a run; what is not known is empty."""
+    """Return a row a run; unknown values are empty."""
     keys = ("state", "reason", "samples", "seconds", "samples_per_s", "mfu", "memory_gib")
-    rows = [
-        (
-            label,
-            one.run,
-            one.config and one.config.seed,
-            *(getattr(one, key) for key in keys),
-            one.provenance.get("commit"),
-        )
-        for label, group in groups.items()
-        for one in group
-    ]
+    rows = []
+    for label, group in groups.items():
+        for result in group:
+            seed = result.config.seed if result.config else None
+            known = [getattr(result, key) for key in keys]
+            rows.append((label, result.run, seed, *known, result.provenance.get("commit")))
     return table_csv(("group", "run", "seed", *keys, "commit"), rows)
 
 
 def table_csv(head: tuple[str, ...], rows: list[tuple]) -> bytes:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([head, *rows])
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([head, *rows])
     return out.getvalue().encode()
 
 

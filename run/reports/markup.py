@@ -1,6 +1,4 @@
-"""The pieces of a page that needs no network: its frame and style, tables, plots, galleries of
-pictures.
-"""
+"""The pieces of an HTML page that needs no network: frame, style, tables, plots, galleries."""
 
 import base64
 import html
@@ -50,6 +48,7 @@ details.run::details-content{content-visibility:visible;height:auto}
 
 
 def document(title: str, body: str) -> str:
+    """Return a whole page; body: its HTML, title: text."""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}</style>{body}</html>
@@ -57,11 +56,14 @@ def document(title: str, body: str) -> str:
 
 
 def table(heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """rows: (label, <td> elements)."""
-    head = "".join(
-        f"<th>{escape(name).replace('/', '/<wbr>').replace('_', '_<wbr>')}</th>" for name in heads
-    )
-    body = "".join(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>" for label, cells in rows)
+    """Return a table; rows: (label, <td> elements)."""
+    head = ""
+    for name in heads:
+        breakable = escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
+        head += f"<th>{breakable}</th>"
+    body = ""
+    for label, cells in rows:
+        body += f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>"
     return (
         '<div class="wide"><table class="values">'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -69,47 +71,53 @@ def table(heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
 
 
 def shown(figures: dict[str, Figure], captions: dict[str, str]) -> str:
-    """Plots side by side where there is room; the captions of those that are there."""
-    made = "".join(
-        f'<figure role="img" aria-label="{escape(name)}">{svg(figures[name], slug(name))}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for name, caption in captions.items()
-        if name in figures
-    )
-    return f'<div class="plots">{made}</div>'
+    """Return plots with their captions, side by side where there is room.
+
+    Captions without a figure are left out.
+    """
+    elements = ""
+    for name, caption in captions.items():
+        if name in figures:
+            plot = svg(figures[name], slug(name))
+            elements += (
+                f'<figure role="img" aria-label="{escape(name)}">{plot}'
+                f"<figcaption>{escape(caption)}</figcaption></figure>"
+            )
+    return f'<div class="plots">{elements}</div>'
 
 
 def gallery_table(found: dict[str, Tensor], captions: list[str]) -> str:
+    """Return a table of pictures; found: {column: (n, 3, H, W) uint8}, captions: of its n rows."""
     head = "".join(f"<th>{escape(name)}</th>" for name in ("caption", *found))
     rows = ""
     for i, caption in enumerate(captions):
         cells = "".join(f"<td>{inline(column[i], name)}</td>" for name, column in found.items())
         rows += f'<tr><td class="caption">{escape(caption)}</td>{cells}</tr>'
     return (
-        '<div class="wide"><table'
-        f' class="gallery"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        '<div class="wide"><table class="gallery">'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
 def inline(image: Tensor, name: str) -> str:
-    """(3, H, W) uint8 as an <img> that carries its pixels: exact where they are few, else
-    compressed.
+    """Return an <img> of (3, H, W) uint8 that contains its pixels.
+
+    They are exact where they are few, else compressed.
     """
     kind = "png" if max(image.shape) <= 128 else "webp"
-    return (
-        f'<img alt="{escape(name)}"'
-        f' src="data:image/{kind};base64,{base64.b64encode(encoded(image, kind)).decode()}">'
-    )
+    data = base64.b64encode(encoded(image, kind)).decode()
+    return f'<img alt="{escape(name)}" src="data:image/{kind};base64,{data}">'
 
 
 def encoded(image: Tensor, kind: str) -> bytes:
-    """(3, H, W) uint8 as a png or webp."""
+    """Return (3, H, W) uint8 as the bytes of a png or webp file."""
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, kind)
     return out.getvalue()
 
 
 def slug(name: str) -> str:
+    """Return a name as part of a file name or id."""
     return re.sub(r"\W+", "_", name).strip("_")
 
 

@@ -1,5 +1,4 @@
-"""Pictures: the visible patches of a batch; what each mask keeps of the same images, what a model
-attends to, what resembles a caption.
+"""Pictures of masked inputs, masks, attention, and the resemblance of patches to a caption.
 
 Letters: n images, L patches, (rows, columns) their grid, P patch side, H x W image sides.
 """
@@ -13,147 +12,170 @@ from glimpse.data.loader import plan
 from glimpse.data.masking import parse
 from glimpse.data.patches import patchify, unpatchify
 from glimpse.data.shards import Shards
-from glimpse.data.tokenizer import pack
+from glimpse.data.tokenizer import Tokenizer, pack
 from glimpse.data.transforms import center_view, decode
 from glimpse.model.layers import Watch
 from glimpse.model.methods.attentive import Attentive, take
+from glimpse.model.methods.base import Method
 from glimpse.run.lib.config import Run
 from glimpse.run.lib.distributed import to_device
 
-GREY, IMAGES, COLUMNS = 128, 16, 8
+GRAY, IMAGES, COLUMNS = 128, 16, 8
 MASKS = ("random(0.5)", "gaussian(0.5)", "inverse_gaussian(0.5)")
 # dark to bright: Matplotlib's inferno
 HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
 
 
 def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | None:
-    """The images and captions of so many samples, spread over the shards; what cannot be read is
-    left out, None where that is all.
+    """Return the images and captions of `count` samples, spread over the shards.
+
+    Samples that cannot be read are left out; None if none is left.
     """
-    found = []
+    samples = []
     for i in range(count):
         try:
             sample = shards[i * len(shards) // count]
             decode(sample.image)
-            found.append((sample.image, sample.caption))
+            samples.append((sample.image, sample.caption))
         except (ValueError, OSError):
             continue
-    return tuple(map(list, zip(*found))) or None
+    if not samples:
+        return None
+    images, captions = zip(*samples)
+    return list(images), list(captions)
 
 
 def masked_inputs(part: dict, cfg: Run) -> Tensor:
-    """The first images of each view of a part as one picture, (3, H, W) uint8; a row of eight
-    images under another.
+    """Return the first images of each view of a part as one picture, (3, H, W) uint8.
+
+    It has rows of eight images.
     """
-    rows = []
-    for name, _, _, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
+    rows: list[Tensor] = []
+    views = plan(cfg.views, cfg.model.image_size, cfg.model.patch)
+    for name, _, _, grid in views:
         view = part["views"][name]
-        patches, positions = view["patches"][:IMAGES].cpu(), view["positions"][:IMAGES].cpu().long()
+        patches = view["patches"][:IMAGES].cpu()  # (n, K, 3 P P)
+        positions = view["positions"][:IMAGES].cpu().long()  # (n, K)
         images = framed(placed(patches, positions, cfg.model.patch, grid))
-        short = -len(images) % COLUMNS
-        images = torch.cat([images, images.new_full((short, *images.shape[1:]), 255)])
-        rows += [torch.cat(list(row), dim=2) for row in images.split(COLUMNS)]
-    wide = max(row.shape[2] for row in rows)
-    return torch.cat([F.pad(row, (0, wide - row.shape[2]), value=255) for row in rows], dim=1)
+        # white images fill the last row
+        missing = -len(images) % COLUMNS
+        blank = images.new_full((missing, *images.shape[1:]), 255)
+        for row in torch.cat([images, blank]).split(COLUMNS):
+            rows.append(torch.cat(list(row), dim=2))
+    # views may differ in width
+    width = max(row.shape[2] for row in rows)
+    padded = []
+    for row in rows:
+        gap = width - row.shape[2]
+        padded.append(F.pad(row, (0, gap), value=255))
+    return torch.cat(padded, dim=1)
 
 
 def placed(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """(n, K, 3 P P) uint8 at (n, K) -> images (n, 3, H, W), grey where no patch is."""
-    whole = torch.full((len(patches), grid[0] * grid[1], patches.shape[2]), GREY, dtype=torch.uint8)
-    return unpatchify(
-        whole.scatter_(1, positions[:, :, None].expand_as(patches), patches), patch, grid
-    )
+    """Return images (n, 3, H, W) of patches (n, K, 3 P P) uint8 at (n, K), gray elsewhere."""
+    n, _, pixels = patches.shape
+    canvas = torch.full((n, grid[0] * grid[1], pixels), GRAY, dtype=torch.uint8)
+    canvas.scatter_(1, positions[:, :, None].expand_as(patches), patches)
+    return unpatchify(canvas, patch, grid)
 
 
 def framed(images: Tensor) -> Tensor:
-    """With a white line to the right of and below each."""
+    """Return the images with a white line to the right of and below each."""
     return F.pad(images, (0, 2, 0, 2), value=255)
 
 
 @torch.no_grad()
 def gallery(
-    method, cfg: Run, tokenizer, images: list[bytes], captions: list[str]
+    method: Method, cfg: Run, tokenizer: Tokenizer, images: list[bytes], captions: list[str]
 ) -> dict[str, Tensor]:
-    """{column: (n, 3, H, W) uint8} for encoded images; all ranks must call, with the same
-    images.
+    """Return {column: (n, 3, H, W) uint8} for encoded images.
+
+    All ranks must call, with the same images.
     """
+    # The images and what the model computes of them.
     view = next(iter(cfg.views.values()))
     pixels = [
         center_view(image, cfg.model.image_size, cfg.eval_crop, view.interpolation)
         for image in images
     ]
-    whole = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    patches, grid = patchify(whole, cfg.model.patch), cfg.model.grid
+    originals = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    patches = patchify(originals, cfg.model.patch)
+    grid = cfg.model.grid
     positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
     scores, tokens = looked(method, **to_device(dict(patches=patches, positions=positions)))
     similar = resemblance(method, cfg, tokenizer, tokens, captions)
-    noise = torch.from_numpy(np.random.default_rng(0).random(positions.shape, dtype=np.float32))
+
+    # The patches that each mask keeps, with the same noise for all.
+    noise = np.random.default_rng(0).random(positions.shape, dtype=np.float32)
+    noise = torch.from_numpy(noise)
     keeps = {spec: parse(spec)(noise, grid) for spec in MASKS}
-    # A-CLIP's own, or 2 x 2 patches
-    block = getattr(
-        cfg.options, "block", cfg.model.patch * (1 + (not any(side % 2 for side in grid)))
-    )
+    # blocks as in A-CLIP's options, or of 2 x 2 patches where the grid can be divided so
+    even = all(side % 2 == 0 for side in grid)
+    usual_block = 2 * cfg.model.patch if even else cfg.model.patch
+    block = getattr(cfg.options, "block", usual_block)
     for strategy in ("low", "high"):
-        keeps[f"attentive, {strategy}, blocks of {block} px"] = Attentive(
-            strategy, block, cfg.model.patch, grid
-        ).choose(scores, 0.5)
-    columns = {
-        name: placed(take(patches, keep), keep, cfg.model.patch, grid)
-        for name, keep in keeps.items()
-    }
-    return {
-        "image": whole,
-        **columns,
-        "attention": heat(scores, grid, whole),
-        "resemblance": heat(similar, grid, whole),
-    }
+        mask = Attentive(strategy, block, cfg.model.patch, grid)
+        keeps[f"attentive, {strategy}, blocks of {block} px"] = mask.choose(scores, 0.5)
+
+    columns = {"image": originals}
+    for name, keep in keeps.items():
+        columns[name] = placed(take(patches, keep), keep, cfg.model.patch, grid)
+    columns["attention"] = heat(scores, grid, originals)
+    columns["resemblance"] = heat(similar, grid, originals)
+    return columns
 
 
-def looked(method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of the class token (n, L), of the teacher where there is one, and the student's
-    patch tokens (n, L, D).
+def looked(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the class token's attention (n, L) and the student's patch tokens (n, L, D).
+
+    The attention is that of the teacher if the method has one.
     """
-    student, teacher = Watch(), Watch()
+    student = Watch()
+    teacher = Watch()
     tokens = method.towers.vision(patches, positions, watch=student)
     if hasattr(method, "teacher"):
         method.teacher.vision(patches, positions, watch=teacher)
     layers = teacher.layers or student.layers
-    last = getattr(method.options, "layers", "all") == "last"
-    return torch.stack(layers[-1:] if last else layers).mean(0)[:, 1:].float().cpu(), tokens[:, 1:]
+    if getattr(method.options, "layers", "all") == "last":
+        layers = layers[-1:]
+    attention = torch.stack(layers).mean(0)[:, 1:]
+    return attention.float().cpu(), tokens[:, 1:]
 
 
-def resemblance(method, cfg: Run, tokenizer, tokens: Tensor, captions: list[str]) -> Tensor:
-    """(n, L): cosine of each patch's embedding and its image's caption's (MaskCLIP's figure 2)."""
-    ids, lengths = pack(
-        [cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions]
-    )
-    text = method.towers.encode_text(
-        **to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max())))
-    )
+def resemblance(
+    method: Method, cfg: Run, tokenizer: Tokenizer, tokens: Tensor, captions: list[str]
+) -> Tensor:
+    """Return the cosine of each patch and its image's caption, (n, L) (MaskCLIP's figure 2)."""
+    rows = [cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions]
+    ids, lengths = pack(rows)
+    inputs = to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max())))
+    text = method.towers.encode_text(**inputs)
     embedded = method.towers.embed_image(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
     return torch.einsum("nle,ne->nl", embedded, text).float().cpu()
 
 
 def heat(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
-    """(n, L) -> (n, 3, H, W): each row from its smallest, dark, to its largest, bright, over the
-    greyed image.
+    """Return (n, 3, H, W): values (n, L) as colors over the gray image.
+
+    In each row the smallest value is dark, the largest is bright.
     """
-    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    # Each pixel's place on the color scale.
+    low = values.amin(1, keepdim=True)
+    high = values.amax(1, keepdim=True)
     level = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid)[:, None]
     level = F.interpolate(level, images.shape[2:], mode="nearest")[:, 0] * (len(HEAT) - 1)
+
+    # The color between the two nearest of the scale.
     lower = level.floor().clamp(max=len(HEAT) - 2).long()
     part = (level - lower)[..., None]
-    colour = HEAT[lower] * (1 - part) + HEAT[lower + 1] * part  # (n, H, W, 3)
-    grey = images.float().mean(1)[..., None]
-    return (0.75 * colour + 0.25 * grey).round().to(torch.uint8).permute(0, 3, 1, 2)
+    color = HEAT[lower] * (1 - part) + HEAT[lower + 1] * part  # (n, H, W, 3)
+    gray = images.float().mean(1)[..., None]
+    blended = 0.75 * color + 0.25 * gray
+    return blended.round().to(torch.uint8).permute(0, 3, 1, 2)
 
 
 def sheet(columns: dict[str, Tensor]) -> Tensor:
-    """A gallery as one picture (3, H, W): a row an image, a column a mask."""
-    return torch.cat(
-        [
-            torch.cat(list(row), dim=2)
-            for row in zip(*(framed(images) for images in columns.values()))
-        ],
-        dim=1,
-    )
+    """Return a gallery as one picture (3, H, W): a row an image, a column a mask."""
+    columns_framed = [framed(images) for images in columns.values()]
+    rows = [torch.cat(row, dim=2) for row in zip(*columns_framed)]
+    return torch.cat(rows, dim=1)

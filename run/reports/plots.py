@@ -1,25 +1,27 @@
-"""Plots of groups of runs, as SVG for a page and as PNG: Matplotlib's only door.
+"""Plots of groups of runs, as SVG for a page and as PNG; only this module uses Matplotlib.
 
     figure = curves("seen concepts", {"flip": [(3200, 0.10, 0.09, 0.11), ...]}, "samples seen",
         "zero-shot top-1 (%)")
-    svg(figure, "curves")        text that a page can hold beside others; png(figure) bytes
+    svg(figure, "curves")        text for a page that may have other plots; png(figure): bytes
 
 A point is (x, mean, low, high); low and high are nan where one run gives no interval. Shares are
-drawn in per cent. A group's line has the id NAME-line-LABEL in the SVG, with _ for spaces. Colours
+plotted in per cent. A group's line has the id NAME-line-LABEL in the SVG, with _ for spaces. Colors
 and marks follow the order of groups, the same in all plots.
 """
 
 import io
 import math
 import re
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 Point = tuple[float, float, float, float]
-# Okabe and Ito's, told apart by all eyes
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe and Ito's, which color-blind people can tell apart
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKS = "osD^vPX"
 STYLE = {
     "text.parse_math": False,
@@ -39,7 +41,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-# inches: of a plot that is read on a phone's width; of a line of its legend
+# inches: width and height of a plot that fits a phone, height of a line of its legend
 WIDE, HIGH, LEGEND = 4.3, 2.9, 0.2
 
 
@@ -48,44 +50,38 @@ def curves(
     lines: dict[str, list[Point]],
     x: str,
     y: str,
-    colours: list[str],
+    colors: list[str],
     scaled: dict[str, float] | None = None,
     share: bool = True,
     level: float | None = None,
 ) -> Figure:
-    """Means with a band from low to high.
+    """Return a plot of means with a band from low to high.
 
-    colours: labels of all groups, in their order. scaled: groups to draw a second time, dashed,
-    with x multiplied so (FLIP, figure 4c). level: a dotted line across, of chance.
+    colors: labels of all groups, in their order. scaled: {group: factor}, to plot a second time,
+    dashed, with x multiplied (FLIP, figure 4c). share: values are shares, plotted in per cent.
+    level: of chance, a dotted line across.
     """
-    figure, axes = blank(title, x, y, len(lines) + len(scaled or ()) + (level is not None))
+    scaled = scaled or {}
+    legend_entries = len(lines) + len(scaled) + (level is not None)
+    figure, axes = blank(title, x, y, legend_entries)
     for label, points in lines.items():
-        colour, mark = look(label, colours)
+        color, mark = look(label, colors)
         xs, means, lows, highs = columns(points, 100 if share else 1)
-        axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)
-        # a loss has a point a record: marks only where they can be told apart
-        axes.plot(
-            xs,
-            means,
-            color=colour,
-            marker=mark if len(xs) <= 40 else None,
-            label=label,
-            gid=named("line", label),
-        )
-        if factor := (scaled or {}).get(label):
-            axes.plot(
-                [factor * at for at in xs],
-                means,
-                color=colour,
-                linestyle="--",
-                linewidth=1.2,
-                gid=named("scaled", label),
-                label=f"{label}, x scaled by {factor:.3g}",
-            )
+        axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
+        # a loss has a point a record, too many for marks
+        marker = mark if len(xs) <= 40 else None
+        gid = named("line", label)
+        axes.plot(xs, means, color=color, marker=marker, label=label, gid=gid)
+        factor = scaled.get(label)
+        if factor:
+            scaled_xs = [factor * at for at in xs]
+            scaled_label = f"{label}, x scaled by {factor:.3g}"
+            dashed = dict(color=color, linestyle="--", linewidth=1.2)
+            gid = named("scaled", label)
+            axes.plot(scaled_xs, means, label=scaled_label, gid=gid, **dashed)
     if level is not None:
-        axes.axhline(
-            100 * level, color="#888888", linestyle=":", linewidth=1, label="chance", gid="chance"
-        )
+        dotted = dict(color="#888888", linestyle=":", linewidth=1)
+        axes.axhline(100 * level, label="chance", gid="chance", **dotted)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     return finished(figure)
@@ -97,77 +93,58 @@ def trade_off(
     chains: list[list[str]],
     x: str,
     y: str,
-    colours: list[str],
+    colors: list[str],
 ) -> Figure:
-    """A mark a group with intervals in x and y: {label: ((.., x, low, high), (.., y, low, high))}.
+    """Return a plot of a mark a group, with intervals in x and y.
 
-    chains: groups that a line joins, as one recipe trained for longer and longer (FLIP, figure 1).
+    points: {label: ((.., x, low, high), (.., y, low, high))}, y as shares. chains: groups joined by
+    a line, as one recipe trained for longer and longer (FLIP, figure 1).
     """
     figure, axes = blank(title, x, y, len(points))
     for chain in chains:
-        joined = sorted((points[label][0][1], 100 * points[label][1][1]) for label in chain)
-        axes.plot(*zip(*joined), color="#999999", linewidth=1, zorder=1)
+        joined = []
+        for label in chain:
+            (_, mean_x, *_), (_, mean_y, *_) = points[label]
+            joined.append((mean_x, 100 * mean_y))
+        xs, ys = zip(*sorted(joined))
+        axes.plot(xs, ys, color="#999999", linewidth=1, zorder=1)
     for label, (across, up) in points.items():
-        colour, mark = look(label, colours)
-        axes.errorbar(
-            across[1],
-            100 * up[1],
-            xerr=arms(across),
-            yerr=arms(up, 100),
-            fmt="none",
-            ecolor=colour,
-            capsize=2,
-            elinewidth=1,
-        )
-        axes.plot(
-            across[1],
-            100 * up[1],
-            color=colour,
-            marker=mark,
-            markersize=6,
-            linestyle="none",
-            label=label,
-            gid=named("line", label),
-        )
+        color, mark = look(label, colors)
+        x_mean = across[1]
+        y_mean = 100 * up[1]
+        caps = dict(fmt="none", ecolor=color, capsize=2, elinewidth=1)
+        axes.errorbar(x_mean, y_mean, xerr=arms(across), yerr=arms(up, 100), **caps)
+        style = dict(color=color, marker=mark, markersize=6, linestyle="none")
+        axes.plot(x_mean, y_mean, label=label, gid=named("line", label), **style)
     axes.margins(0.12)
     axes.set_xlim(left=0)
     return finished(figure)
 
 
-def bars(values: dict[str, Point | None], x: str, colours: list[str]) -> Figure:
-    """A bar a group, with its interval; a group without a value has no bar and says so."""
+def bars(values: dict[str, Point | None], x: str, colors: list[str]) -> Figure:
+    """Return a bar a group, with its interval; a group without a value is marked as absent."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDE, 0.7 + 0.28 * len(values)), layout="constrained")
         axes = figure.subplots()
+    beside = dict(textcoords="offset points", va="center")
     for row, (label, point) in enumerate(values.items()):
         if point is None:
-            axes.annotate(
-                "absent",
-                (0, row),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                color="#888888",
-                style="italic",
-            )
+            axes.annotate("absent", (0, row), (4, 0), color="#888888", style="italic", **beside)
             continue
+        _, mean, _, high = point
+        color, _mark = look(label, colors)
         axes.barh(
             row,
-            point[1],
+            mean,
             xerr=arms(point),
-            color=look(label, colours)[0],
+            color=color,
             height=0.6,
             error_kw=dict(elinewidth=1, capsize=2),
             gid=named("line", label),
         )
-        axes.annotate(
-            f" {point[1]:.3g}",
-            (point[3] if point[3] == point[3] else point[1], row),
-            (2, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+        # the value stands to the right of the bar and its interval
+        end = mean if math.isnan(high) else high
+        axes.annotate(f" {mean:.3g}", (end, row), (2, 0), fontsize=8, **beside)
     axes.set(xlabel=x, yticks=range(len(values)), yticklabels=list(values))
     axes.margins(x=0.15)
     axes.set_xlim(left=0)
@@ -176,9 +153,11 @@ def bars(values: dict[str, Point | None], x: str, colours: list[str]) -> Figure:
     return figure
 
 
-def blank(title: str, x: str, y: str, named: int):
+def blank(title: str, x: str, y: str, named: int) -> tuple[Figure, Axes]:
+    """Return an empty plot with room for a legend of `named` entries in two columns."""
+    height = HIGH + LEGEND * math.ceil(named / 2)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDE, HIGH + LEGEND * math.ceil(named / 2)), layout="constrained")
+        figure = Figure((WIDE, height), layout="constrained")
         axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
@@ -192,26 +171,35 @@ def finished(figure: Figure) -> Figure:
     return figure
 
 
-def look(label: str, colours: list[str]) -> tuple[str, str]:
-    """A group's colour and mark."""
-    at = colours.index(label)
-    return COLOURS[at % len(COLOURS)], MARKS[(at + at // len(COLOURS)) % len(MARKS)]
+def look(label: str, colors: list[str]) -> tuple[str, str]:
+    """Return a group's color and mark."""
+    at = colors.index(label)
+    color = COLORS[at % len(COLORS)]
+    # when the colors begin again, each has another mark than before
+    mark = MARKS[(at + at // len(COLORS)) % len(MARKS)]
+    return color, mark
 
 
 def named(kind: str, label: str) -> str:
-    """An id, which holds no spaces."""
+    """Return an id, without spaces."""
     return f"{kind}-" + re.sub(r"\s", "_", label)
 
 
 def columns(points: list[Point], by: float) -> list[list[float]]:
+    """Return the lists of x, mean, low and high, the last three multiplied by `by`."""
     xs, *rest = zip(*points)
-    return [list(xs), *([by * value for value in column] for column in rest)]
+    result = [list(xs)]
+    for column in rest:
+        result.append([by * value for value in column])
+    return result
 
 
 def arms(point: Point, by: float = 1) -> list[list[float]] | None:
-    """What error bars are told: the distances from the mean to low and high."""
+    """Return the lengths of error bars: the distances from the mean to low and high."""
     _, mean, low, high = point
-    return None if math.isnan(low) else [[by * (mean - low)], [by * (high - mean)]]
+    if math.isnan(low):
+        return None
+    return [[by * (mean - low)], [by * (high - mean)]]
 
 
 def png(figure: Figure) -> bytes:
@@ -219,23 +207,20 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """As an element of a page.
+    """Return the plot as an element of a page.
 
-    Ids begin with `name`, so that those of several plots do not meet.
+    Ids begin with `name`, so that no two plots of a page share one.
     """
     text = saved(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    return re.sub(
-        r'<svg (.*?)width="[\d.]+pt" ',
-        r"<svg \1",
-        re.sub(r' height="[\d.]+pt"', "", text, count=1),
-        count=1,
-    )
+    # the page sets the size
+    text = re.sub(r' height="[\d.]+pt"', "", text, count=1)
+    return re.sub(r'<svg (.*?)width="[\d.]+pt" ', r"<svg \1", text, count=1)
 
 
-def saved(figure: Figure, **how) -> bytes:
+def saved(figure: Figure, **how: Any) -> bytes:
     out = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(out, **how)
