@@ -1,8 +1,8 @@
-"""A tokenizer's files give its ids in transformers' hands, but for the differences named here; what
-is read is what was written.
+"""transformers reads a tokenizer's files and gives its ids, except for the differences listed here;
+the files that were written can be read.
 
-And the whole folder that a conversion writes: transformers' processor and model on pictures and
-captions, ours on the same.
+The complete folder that a conversion writes: transformers' processor and model give the same as
+ours on pictures and captions.
 """
 
 import io
@@ -41,7 +41,8 @@ HARD = [
     "_a_ <b> [c] {d} a|b",
     "\u0130stanbul \u1e9e \u0440\u0443\u0441\u0441\u043a\u0438\u0439",
 ]
-REPAIRED = [  # caption, and that which ours reads instead; theirs reads the first as it is
+# caption, and the text that our tokenizer repairs it to; transformers does not repair it
+REPAIRED = [
     ("\u201ccurly\u201d don\u2019t", '"curly" don\'t'),
     ("tom &amp; jerry &#39;90s &lt;3", "tom & jerry '90s <3"),
     ("&amp;amp;", "&"),
@@ -58,13 +59,12 @@ REPAIRED = [  # caption, and that which ours reads instead; theirs reads the fir
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{kind: (tokenizer, folder)}; CLIP's own where open_clip brings it."""
+    """Return {kind: (tokenizer, folder)}; with CLIP's own if open_clip is installed."""
+    # Small vocabularies.
     top = tmp_path_factory.mktemp("vocabularies")
+    pieces = [*WORDPIECES, "strasse", "\u03b1\u03c3", "\u03b1", "\u03b1\u03b9"]
     (top / "merges.txt").write_text("a title\nc a\nca t</w>\na t</w>\n")
-    (top / "vocab.txt").write_text(
-        "\n".join([*WORDPIECES, "strasse", "\u03b1\u03c3", "\u03b1", "\u03b1\u03b9"]) + "\n",
-        encoding="utf-8",
-    )
+    (top / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     train_sentencepiece(TEXTS, top / "words.model", 340)
     specs = {
         "small clip_bpe": f"clip_bpe({top}/merges.txt)",
@@ -76,24 +76,26 @@ def folders(tmp_path_factory):
         specs["clip_bpe"] = "clip_bpe"
     except ValueError:
         pass
-    made = {}
+
+    tokenizers = {}
     for kind, spec in specs.items():
+        tokenizer = build(spec, 77 if kind == "clip_bpe" else 32)
         folder = top / kind.replace(" ", "_")
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "clip"}')
-        made[kind] = build(spec, 77 if kind == "clip_bpe" else 32), folder
-        write(*made[kind])
-    return made
+        write(tokenizer, folder)
+        tokenizers[kind] = tokenizer, folder
+    return tokenizers
 
 
 @pytest.fixture(scope="module")
 def hf_tokenizers(folders):
-    """{kind: transformers' tokenizer}"""
+    """Return {kind: transformers' tokenizer}."""
     transformers = pytest.importorskip("transformers")
-    return {
-        kind: transformers.AutoTokenizer.from_pretrained(folder)
-        for kind, (_, folder) in folders.items()
-    }
+    tokenizers = {}
+    for kind, (_, folder) in folders.items():
+        tokenizers[kind] = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizers
 
 
 def of(kind, table):
@@ -104,76 +106,78 @@ def of(kind, table):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_ids(folders, hf_tokenizers, kind):
-    ours, hf_tokenizer = of(kind, folders)[0], of(kind, hf_tokenizers)
+    tokenizer, _folder = of(kind, folders)
+    hf_tokenizer = of(kind, hf_tokenizers)
 
-    assert type(hf_tokenizer).__name__ == (
-        "CLIPTokenizer" if isinstance(ours, ClipBpe) else "TokenizersBackend"
-    )
-    assert hf_tokenizer.model_max_length == ours.context
+    class_name = "CLIPTokenizer" if isinstance(tokenizer, ClipBpe) else "TokenizersBackend"
+    assert type(hf_tokenizer).__name__ == class_name
+    assert hf_tokenizer.model_max_length == tokenizer.context
     for text in HARD:
-        assert hf_tokenizer(text, truncation=True)["input_ids"] == ours(text), text
+        assert hf_tokenizer(text, truncation=True)["input_ids"] == tokenizer(text), text
 
     batch = hf_tokenizer(HARD, truncation=True, padding="max_length", return_tensors="pt")
 
-    assert batch["input_ids"].shape == (len(HARD), ours.context)
-    assert batch["attention_mask"].sum(1).tolist() == [len(ours(text)) for text in HARD]
-
-    if ours.end:
-        full = ours("cat " * 200)
-        assert len(full) == ours.context
-        assert full[-1] == ours.end[0] == hf_tokenizer.eos_token_id
+    lengths = [len(tokenizer(text)) for text in HARD]
+    assert batch["input_ids"].shape == (len(HARD), tokenizer.context)
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    if tokenizer.end:
+        full = tokenizer("cat " * 200)
+        assert len(full) == tokenizer.context
+        assert full[-1] == tokenizer.end[0] == hf_tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_in_captions_are_spelled(folders, hf_tokenizers, kind):
-    ours, hf_tokenizer = of(kind, folders)[0], of(kind, hf_tokenizers)
+    tokenizer, _folder = of(kind, folders)
+    hf_tokenizer = of(kind, hf_tokenizers)
+
     for text in ("a <|endoftext|>", "<s>a</s> <pad> <0x41>", "[PAD] [MASK]"):
-        assert hf_tokenizer(text)["input_ids"] == ours(text)
-        assert len(set(hf_tokenizer(text)["input_ids"]) & set(ours.end)) == bool(ours.end)
+        ids = hf_tokenizer(text)["input_ids"]
+        assert ids == tokenizer(text)
+        assert len(set(ids) & set(tokenizer.end)) == bool(tokenizer.end)
 
 
 @pytest.mark.parametrize("kind", ["clip_bpe", "small clip_bpe"])
 def test_what_clips_tokenizer_mends_and_theirs_does_not(folders, hf_tokenizers, kind):
-    ours, hf_tokenizer = of(kind, folders)[0], of(kind, hf_tokenizers)
+    tokenizer, _folder = of(kind, folders)
+    hf_tokenizer = of(kind, hf_tokenizers)
 
     for text, repaired in REPAIRED:
-        assert (
-            ours(text)
-            == hf_tokenizer(repaired, truncation=True)["input_ids"]
-            != hf_tokenizer(text, truncation=True)["input_ids"]
-        ), text
+        ids = tokenizer(text)
+        assert ids == hf_tokenizer(repaired, truncation=True)["input_ids"], text
+        assert ids != hf_tokenizer(text, truncation=True)["input_ids"], text
     with pytest.raises(TypeError):
         hf_tokenizer("\ud83d")
 
 
 def test_where_wordpiece_differs(folders, hf_tokenizers):
-    ours, hf_tokenizer = folders["wordpiece"][0], hf_tokenizers["wordpiece"]
+    tokenizer, _folder = folders["wordpiece"]
+    hf_tokenizer = hf_tokenizers["wordpiece"]
+    size = len(WORDPIECES)
 
     for text in ("Stra\xdfe", "STRASSE", "STRA\u1e9eE"):
-        assert ours(text) == hf_tokenizer(text)["input_ids"] == [len(WORDPIECES)]
-    assert (
-        ours("\u0391\u03a3") == hf_tokenizer("\u0391\u03a3")["input_ids"] == [len(WORDPIECES) + 1]
-    )
-    assert (ours(" "), hf_tokenizer(" ")["input_ids"]) == ([0], [])
+        assert tokenizer(text) == hf_tokenizer(text)["input_ids"] == [size]
+    assert tokenizer("\u0391\u03a3") == hf_tokenizer("\u0391\u03a3")["input_ids"] == [size + 1]
+    assert tokenizer(" ") == [0]
+    assert hf_tokenizer(" ")["input_ids"] == []
     # alpha with a iota below
-    assert (ours("\u1f80"), hf_tokenizer("\u1f80")["input_ids"]) == (
-        [len(WORDPIECES) + 3],
-        [len(WORDPIECES) + 2],
-    )
+    assert tokenizer("\u1f80") == [size + 3]
+    assert hf_tokenizer("\u1f80")["input_ids"] == [size + 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_read_again(folders, kind):
-    ours, folder = of(kind, folders)
+    tokenizer, folder = of(kind, folders)
+
     spec = read(folder)
 
-    assert build(spec, ours.context).fingerprint == ours.fingerprint
-    # no copy is needed of what a package brings
+    assert build(spec, tokenizer.context).fingerprint == tokenizer.fingerprint
+    # a package's vocabulary needs no copy
     assert (spec == "clip_bpe") == (kind == "clip_bpe")
 
 
 def test_read_what_transformers_saves(folders, hf_tokenizers, tmp_path):
-    """tokenizer.json alone, if it is CLIP's own."""
+    """tokenizer.json alone is enough for CLIP's tokenizer."""
     of("clip_bpe", hf_tokenizers).save_pretrained(tmp_path / "clip")
 
     assert not (tmp_path / "clip" / "merges.txt").exists()
@@ -181,12 +185,10 @@ def test_read_what_transformers_saves(folders, hf_tokenizers, tmp_path):
 
     hf_tokenizers["small clip_bpe"].save_pretrained(tmp_path / "small")
 
-    with pytest.raises(
-        ValueError,
-        match=(
-            "small/tokenizer.json: not the ids of data.tokenizer clip_bpe: 'a photo of a cat' gives"
-        ),
-    ):
+    message = (
+        "small/tokenizer.json: not the ids of data.tokenizer clip_bpe: 'a photo of a cat' gives"
+    )
+    with pytest.raises(ValueError, match=message):
         read(tmp_path / "small")
 
 
@@ -198,40 +200,41 @@ def copied(folder, to):
 
 
 def test_what_is_none_of_ours(folders, tmp_path):
-    with pytest.raises(
-        ValueError,
-        match=(
-            "no tokenizer that we have; needed is one of merges.txt, vocab.txt, tokenizer.model, or"
-            " CLIP's tokenizer.json; --tokenizer SPEC names one, as data.tokenizer: clip_bpe, or"
-            " sent"
-        ),
-    ):
+    # no files of a tokenizer
+    message = (
+        "no tokenizer that we have; needed is one of merges.txt, vocab.txt, tokenizer.model, or"
+        " CLIP's tokenizer.json; --tokenizer SPEC names one, as data.tokenizer: clip_bpe, or"
+        " sent"
+    )
+    with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
-    bert = copied(folders["wordpiece"][1], tmp_path / "bert")
+    # BERT's, with special tokens around a caption
+    _tokenizer, folder = folders["wordpiece"]
+    bert = copied(folder, tmp_path / "bert")
     tree = json.loads((bert / "tokenizer.json").read_text())
     tree["post_processor"] = {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}
     (bert / "tokenizer.json").write_text(json.dumps(tree))
 
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"tokenizer.json: not the ids of .*'a photo of a cat' gives \[2, 5, .* 3\] there, \[5, "
-        ),
-    ):
+    message = (
+        r"tokenizer.json: not the ids of .*'a photo of a cat' gives \[2, 5, .* 3\] there, \[5, "
+    )
+    with pytest.raises(ValueError, match=message):
         read(bert)
-    for change, complaint in (
-        (lambda v: v | {"cat</w>": 7}, "'cat</w>' is 7, by CLIP's own numbers 513"),
-        (
-            lambda v: v | {"<new>": len(v)},
-            "'<new>': CLIP's vocabulary ends with its two special tokens",
-        ),
-    ):
-        small = copied(folders["small clip_bpe"][1], tmp_path / complaint[1:5].strip("/<>"))
-        vocab = json.loads((small / "vocab.json").read_text())
-        (small / "vocab.json").write_text(json.dumps(change(vocab)))
-        with pytest.raises(ValueError, match=complaint):
-            read(small)
+
+    # CLIP's with another number of a piece, and with one more piece
+    _tokenizer, folder = folders["small clip_bpe"]
+    vocab = json.loads((folder / "vocab.json").read_text())
+    renumbered = copied(folder, tmp_path / "renumbered")
+    extended = copied(folder, tmp_path / "extended")
+    (renumbered / "vocab.json").write_text(json.dumps(vocab | {"cat</w>": 7}))
+    (extended / "vocab.json").write_text(json.dumps(vocab | {"<new>": len(vocab)}))
+
+    with pytest.raises(ValueError, match="'cat</w>' is 7, by CLIP's own numbers 513"):
+        read(renumbered)
+    message = "'<new>': CLIP's vocabulary ends with its two special tokens"
+    with pytest.raises(ValueError, match=message):
+        read(extended)
 
 
 @pytest.mark.parametrize(
@@ -246,45 +249,46 @@ def test_what_is_none_of_ours(folders, tmp_path):
     ],
 )
 def test_damaged_files_are_told_in_a_line(folders, tmp_path, kind, name, content):
-    folder = copied(folders[kind][1], tmp_path / "odd") if kind else tmp_path
+    folder = tmp_path
+    if kind:
+        _tokenizer, source = folders[kind]
+        folder = copied(source, tmp_path / "odd")
     (folder / name).write_text(content)
 
-    with pytest.raises(
-        ValueError,
-        match=(
-            f"^{folder}: its tokenizer files are damaged, or newer than tokenizers .*; --tokenizer"
-            " SPEC "
-        ),
-    ):
+    message = (
+        f"^{folder}: its tokenizer files are damaged, or newer than tokenizers .*; --tokenizer"
+        " SPEC "
+    )
+    with pytest.raises(ValueError, match=message):
         read(folder)
 
 
-@pytest.mark.parametrize("how", [dict(model_type="bpe"), dict(user_defined_symbols=["green"])])
-def test_sentencepiece_models_that_cannot_be_told(tmp_path, how):
+@pytest.mark.parametrize("options", [dict(model_type="bpe"), dict(user_defined_symbols=["green"])])
+def test_sentencepiece_models_that_cannot_be_told(tmp_path, options):
     glimpse.data.tokenizer.sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
         model_prefix=str(tmp_path / "m"),
         vocab_size=100,
         hard_vocab_limit=False,
         minloglevel=2,
-        **how,
+        **options,
     )
+    tokenizer = build(f"sentencepiece({tmp_path}/m.model)", 32)
 
     with pytest.raises(ValueError, match="has those of type unigram without pieces of the user's"):
-        write(build(f"sentencepiece({tmp_path}/m.model)", 32), tmp_path)
+        write(tokenizer, tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
 
 
 def png(height, width):
-    """A smooth picture with edges and noise, as bytes."""
+    """Return a smooth picture with edges and noise, as bytes."""
     rng = np.random.default_rng(height)
     y, x = np.mgrid[:height, :width] / 50
-    image = (
-        128
-        + 60 * np.sin(x * 3)[..., None] * [1, 0.5, -1]
-        + 40 * (np.cos(y * 5) > 0)[..., None]
-        + rng.normal(0, 8, (height, width, 3))
-    )
+    waves = 60 * np.sin(x * 3)[..., None] * [1, 0.5, -1]
+    edges = 40 * (np.cos(y * 5) > 0)[..., None]
+    noise = rng.normal(0, 8, (height, width, 3))
+    image = 128 + waves + edges + noise
+
     out = io.BytesIO()
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(out, "PNG")
     return out.getvalue()
@@ -292,11 +296,10 @@ def png(height, width):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_the_whole_folder(folders, tmp_path, interpolation):
-    """Captions and pictures of any size through transformers' processor and model: what ours makes
-    of them.
-    """
+    """transformers' processor and model give the same as ours, on pictures of any size."""
     transformers = pytest.importorskip("transformers")
-    tokenizer = folders["sentencepiece"][0]
+    tokenizer, _folder = folders["sentencepiece"]
+    folder = tmp_path / "hf"
     model = made(
         CLIP,
         tokenizer.vocab_size,
@@ -304,48 +307,49 @@ def test_the_whole_folder(folders, tmp_path, interpolation):
         eot=tokenizer.end[0],
         interpolation=interpolation,
     )
-    hf.save(model, tmp_path / "hf")
-    write(tokenizer, tmp_path / "hf")
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
-
-    assert isinstance(processor, transformers.CLIPProcessor)
-
+    hf.save(model, folder)
+    write(tokenizer, folder)
     pictures = [png(96, 96), png(200, 300), png(375, 500), png(60, 40)]
     texts = ["a green cat", "an old drawing of one", "", "harbour " * 40]
-    hf_tokenizers = processor(
-        images=[Image.open(io.BytesIO(p)) for p in pictures],
+
+    # transformers' inputs.
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    hf_images = [Image.open(io.BytesIO(picture)) for picture in pictures]
+    hf_inputs = processor(
+        images=hf_images,
         text=texts,
         return_tensors="pt",
         padding=True,
         truncation=True,
     )
-    views = torch.stack(
-        [torch.from_numpy(center_view(p, 96, "resize_crop", interpolation)) for p in pictures]
-    ).permute(0, 3, 1, 2)
-    patches = normalise(
-        patches_of(views.float(), 32).to(torch.uint8),
-        CLIP.vision.mean,
-        CLIP.vision.std,
-        torch.float32,
-    )
 
-    # the same kernel: not a level of 255 apart
-    assert (patches_of(hf_tokenizers["pixel_values"], 32) - patches).abs().max() < 1e-6
-
+    # Our inputs.
+    views = [center_view(picture, 96, "resize_crop", interpolation) for picture in pictures]
+    images = torch.stack([torch.from_numpy(view) for view in views]).permute(0, 3, 1, 2)
+    patches = patches_of(images.float(), 32).to(torch.uint8)
+    patches = normalise(patches, CLIP.vision.mean, CLIP.vision.std, torch.float32)
     ids = [torch.tensor(tokenizer(text)) for text in texts]
+    lengths = torch.tensor([len(i) for i in ids])
+
+    assert isinstance(processor, transformers.CLIPProcessor)
+    # the same kernel: not a level of 255 apart
+    assert (patches_of(hf_inputs["pixel_values"], 32) - patches).abs().max() < 1e-6
+
+    hf_model = transformers.CLIPModel.from_pretrained(folder).eval()
     towers = model.towers()
     with torch.no_grad():
-        out = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()(**hf_tokenizers)
-        images = towers.encode_image(patches, torch.arange(9).expand(4, -1))
-        captions = towers.encode_text(torch.cat(ids), torch.tensor([len(i) for i in ids]))
+        hf_outputs = hf_model(**hf_inputs)
+        image_features = towers.encode_image(patches, torch.arange(9).expand(4, -1))
+        text_features = towers.encode_text(torch.cat(ids), lengths)
 
-    assert (out.image_embeds - images).abs().max() < 1e-5
-    assert (out.text_embeds - captions).abs().max() < 1e-5
+    assert (hf_outputs.image_embeds - image_features).abs().max() < 1e-5
+    assert (hf_outputs.text_embeds - text_features).abs().max() < 1e-5
 
 
 def test_a_central_square_becomes_resize_and_crop(tmp_path):
-    """HF's processor has no other: of a picture that is not square the border differs, and the grid
-    of samples by part of a pixel.
+    """HF's processor cannot crop a square first, so pictures that are not square differ slightly.
+
+    They differ at the border, and the grid of samples by part of a pixel.
     """
     transformers = pytest.importorskip("transformers")
     hf.save(made(CLIP, crop="square"), tmp_path / "hf")
@@ -353,11 +357,7 @@ def test_a_central_square_becomes_resize_and_crop(tmp_path):
 
     for height, width, levels in ((96, 96, 0), (300, 300, 0), (200, 300, 0.1), (375, 500, 1.5)):
         picture = png(height, width)
-        hf_tokenizers = (
-            255
-            * processor(Image.open(io.BytesIO(picture)), return_tensors="pt")["pixel_values"][0]
-            .permute(1, 2, 0)
-            .numpy()
-        )
-        apart = np.abs(hf_tokenizers - center_view(picture, 96, "square"))
-        assert apart.mean() <= levels + 1e-4
+        hf_inputs = processor(Image.open(io.BytesIO(picture)), return_tensors="pt")
+        hf_view = 255 * hf_inputs["pixel_values"][0].permute(1, 2, 0).numpy()
+        difference = np.abs(hf_view - center_view(picture, 96, "square"))
+        assert difference.mean() <= levels + 1e-4
