@@ -1,31 +1,30 @@
-"""Named tensors that are read or made only when they are asked for."""
+"""Named tensors that are read or computed on demand."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Named tensors that are read or made when they are asked for. `meta[name]`: their shape and
-    type, on the meta device, at no cost.
+    """Named tensors that are read or computed on demand.
 
-    left_out: what else their file holds tensors under.
+    meta: {name: tensor on the meta device}, their shapes and types at no cost. left_out: other
+    entries of their file that hold tensors.
     """
 
     def __init__(
         self, meta: dict[str, Tensor], get: Callable[[str], Tensor], left_out: Iterable[str] = ()
     ):
-        self.meta, self.get, self.left_out = meta, get, tuple(left_out)
+        self.meta = meta
+        self.get = get
+        self.left_out = tuple(left_out)
 
     @classmethod
     def held(cls, tensors: Mapping[str, Tensor], left_out: Iterable[str] = ()) -> "Tensors":
-        """Of tensors that are in memory, or memory-mapped."""
-        return cls(
-            {name: tensor.to("meta") for name, tensor in tensors.items()},
-            tensors.__getitem__,
-            left_out,
-        )
+        """Wrap tensors that are in memory, or memory-mapped."""
+        meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        return cls(meta, tensors.__getitem__, left_out)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.meta:
@@ -42,34 +41,32 @@ class Tensors(Mapping[str, Tensor]):
         return name in self.meta
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
-        """{new name: name here}: those tensors alone, under new names."""
-        return Tensors(
-            {new: self.meta[old] for new, old in names.items()},
-            lambda new: self[names[new]],
-            self.left_out,
-        )
+        """Return some of the tensors under new names; names: {new name: name here}."""
+        meta = {new: self.meta[old] for new, old in names.items()}
+        return Tensors(meta, lambda new: self[names[new]], self.left_out)
 
 
-def more(names: list[str]) -> str:
+def more(names: Sequence[str]) -> str:
+    """Return " (and N more)" for all names but the first."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def check_shapes(tensors: Tensors, wanted: Mapping[str, torch.Size], whose: str) -> None:
-    """ValueError naming the first tensor that is missing, left over, or of another shape than
-    `wanted`.
+    """Raise ValueError naming the first tensor that is missing, left over, or of another shape than
+    in `wanted`.
     """
     if missing := [name for name in wanted if name not in tensors]:
         raise ValueError(f"{whose}: {missing[0]} is missing{more(missing)}")
     if extra := [name for name in tensors if name not in wanted]:
         raise ValueError(f"{whose}: no place for {extra[0]}{more(extra)}")
     for name, shape in wanted.items():
-        if not tensors.meta[name].is_floating_point():
+        meta = tensors.meta[name]
+        if not meta.is_floating_point():
             raise ValueError(
-                f"{whose}: {name} is {tensors.meta[name].dtype}; weights are floats: give them as"
-                " they were before quantizing"
+                f"{whose}: {name} is {meta.dtype}; weights are floats: give them as they were"
+                " before quantizing"
             )
-        if tensors.meta[name].shape != shape:
+        if meta.shape != shape:
             raise ValueError(
-                f"{whose}: {name} is {tuple(tensors.meta[name].shape)}; its architecture makes it"
-                f" {tuple(shape)}"
+                f"{whose}: {name} is {tuple(meta.shape)}; its architecture makes it {tuple(shape)}"
             )

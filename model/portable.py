@@ -1,14 +1,13 @@
-"""A model as conversions pass it on: its architecture, its vocabulary and its weights under
+"""The form in which conversions pass models on: architecture, vocabulary, and weights under
 Glimpse's names.
 
-    FOLDER/config.json          what it is, in the keys of a run's config (so it may be one's
-                                `base:`), and where it comes from
+    FOLDER/config.json          the architecture, in the keys of a run's config (so it can be one's
+                                `base:`), and the source
     FOLDER/model.safetensors    the weights, under the names that model.towers.Towers gives them
-    FOLDER/tokenizer.*          the vocabulary, where no package brings it
+    FOLDER/tokenizer.*          the vocabulary, unless a package has it
 
-This is Glimpse's own format: what `run/convert.py glimpse` writes, and what evaluations, `init:`
-and run/embed.py read
-(run/train/load_model.py).
+This is Glimpse's own format: `run/convert.py glimpse` writes it; evaluations, `init:` and
+run/embed.py read it (run/train/load_model.py).
 """
 
 import json
@@ -23,16 +22,17 @@ from glimpse.model import tensor_files
 from glimpse.model.lazy_tensors import Tensors, check_shapes
 from glimpse.model.towers import ModelConfig, Towers
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# Of evaluation images, as eval_crop names them: resized, then cropped; the other way round; resized
-# alone, distorted.
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+# Values of eval_crop, how evaluation images become square. resize_crop: resized, then cropped;
+# square: cropped, then resized; squash: only resized, which distorts them.
 CROPS = ("resize_crop", "square", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
 class About:
-    """What goes with the weights."""
+    """Settings that go with the weights."""
 
     tokenizer: str = ""  # as data.tokenizer names it
     fingerprint: str = ""  # of its vocabulary
@@ -40,10 +40,10 @@ class About:
     pad_text: bool = False  # captions are filled to the context, and the padding is attended to
     crop: str = CROPS[0]  # how an image becomes square
     interpolation: str = "bicubic"
-    # where it comes from: path, format, weights, step, samples, ...
+    # path, format, weights, step, samples, ...
     source: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
                 f"interpolation {self.interpolation!r}: images are resized by"
@@ -53,48 +53,46 @@ class About:
 
 @dataclass(frozen=True)
 class Portable:
-    """A pair of towers, or a vision tower alone (vocab 0), whose tensors are read when they are
-    asked for.
-    """
+    """A pair of towers, or a vision tower alone (vocab 0), whose tensors are read on demand."""
 
     cfg: ModelConfig
-    vocab: int  # token ids; 0: there is no text tower
-    context: int  # tokens of a caption at most; 0 likewise
+    vocab: int  # number of token ids; 0: there is no text tower
+    context: int  # the most tokens of a caption; 0 likewise
     tensors: Tensors  # by the names of Towers: vision.patch.weight, ...
     about: About = field(default_factory=lambda: About())
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_shapes(self.tensors, self.shapes(), self.about.source.get("path", "the model"))
 
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Of every tensor that its architecture has."""
-        return {
-            name: p.shape
-            for name, p in self.skeleton().named_parameters()
-            if self.vocab or vision(name)
-        }
+        """Return {name: shape} of every tensor of the architecture."""
+        shapes = {}
+        for name, parameter in self.skeleton().named_parameters():
+            if self.vocab or vision(name):
+                shapes[name] = parameter.shape
+        return shapes
 
     def skeleton(self) -> nn.Module:
-        """The towers without memory; of a vision tower alone, with one word and one place for a
-        token.
+        """Return the towers on the meta device.
+
+        A vision tower alone gets a text tower with one word and one position.
         """
         with torch.device("meta"):
             return Towers(self.cfg, self.vocab or 1, self.context or 1)
 
     def towers(self) -> Towers:
-        """The towers in fp32, whole and in memory, for looking at."""
-        made = Towers(
-            replace(self.cfg, checkpoint_activations=False), self.vocab or 1, self.context or 1
-        )
+        """Return the towers in fp32, with all weights in memory, in eval mode."""
+        cfg = replace(self.cfg, checkpoint_activations=False)
+        towers = Towers(cfg, self.vocab or 1, self.context or 1)
         with torch.no_grad():
-            for name, parameter in made.named_parameters():
+            for name, parameter in towers.named_parameters():
                 if name in self.tensors:
                     parameter.copy_(self.tensors[name])
-        return made.eval()
+        return towers.eval()
 
 
 def vision(name: str) -> bool:
-    """Is it a tensor of the vision tower proper?  The projection belongs to the pair."""
+    """Return True for a tensor of the vision tower.  The projection belongs to the pair."""
     return name.startswith("vision.")
 
 
@@ -103,18 +101,19 @@ def vision_only(tensors: Tensors) -> Tensors:
 
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the folder, without the vocabulary, which is the caller's."""
+    """Write the folder without the vocabulary, which the caller writes."""
     folder.mkdir(parents=True)
     tensor_files.write(folder / WEIGHTS, model.tensors, dtype)
     about = model.about
+    provenance = dict(
+        format="glimpse",
+        vocab=model.vocab,
+        fingerprint=about.fingerprint,
+        eot=about.eot,
+        source=about.source,
+    )
     tree = dict(
-        provenance=dict(
-            format="glimpse",
-            vocab=model.vocab,
-            fingerprint=about.fingerprint,
-            eot=about.eot,
-            source=about.source,
-        ),
+        provenance=provenance,
         model=asdict(model.cfg),
         views={"image": {"interpolation": about.interpolation}},
         eval_crop=about.crop,
@@ -127,6 +126,7 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> N
 
 
 def is_one(folder: Path) -> bool:
+    """Return True for a folder in Glimpse's own format."""
     try:
         return json.loads((folder / CONFIG).read_text())["provenance"]["format"] == "glimpse"
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Pickles of tensors, read without running what is in them."""
+"""Pickles of tensors, read without running code in them."""
 
 import pickle
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-GETATTR = "builtins", "getattr"  # what Python 3.11.2, Debian 12's, makes of a member of an enum
-
+# Python 3.11.2, Debian 12's, pickles a member of an enum as a call of getattr.
+GETATTR = "builtins", "getattr"
 
 UNSAFE = (
     "it is a pickle that would run code or make objects of its own when it is read, and tensors are"
@@ -20,8 +20,9 @@ UNSAFE = (
 
 
 def read_pickle(path: Path) -> object:
-    """What torch.save wrote, if it is tensors and plain containers alone; memory-mapped where the
-    file permits.
+    """Return the content of a file of torch.save, memory-mapped if possible.
+
+    ValueError if it holds anything but tensors and plain containers.
     """
     if torchscript(path):  # as OpenAI released its models
         command = (
@@ -33,7 +34,7 @@ def read_pickle(path: Path) -> object:
             f'If you trust it, keep its weights alone, and convert those: python -c "{command}"'
         )
     try:
-        # trainers' arguments, as MAE and DeiT keep them beside the weights
+        # MAE and DeiT keep the trainer's arguments beside the weights.
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -41,30 +42,31 @@ def read_pickle(path: Path) -> object:
     except FileNotFoundError:
         raise
     except Exception as error:  # a file that is no pickle may raise anything
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{path}: refused ({wanted[1]}): {UNSAFE}") from None
+        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{path}: refused ({name[1]}): {UNSAFE}") from None
         raise ValueError(
             f"{path}: truncated or no file of tensors ({first_line(error)}); fetch it again"
         ) from None
 
 
 def member(kind: object, name: str) -> object:
-    """Of an enum, by its name: the only getattr that pickles may do."""
+    """Return a member of an enum by its name: the only getattr that pickles may do."""
     if isinstance(kind, EnumMeta) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(f"getattr of {kind!r}")
 
 
 def first_line(error: Exception) -> str:
-    """The first sentence of what an error says, after what torch.load says first of every file."""
-    said = str(error).strip()
-    if said.startswith("Weights only load failed"):
-        said = said.rpartition("WeightsUnpickler error:")[2].strip()
-    return (said.splitlines() or [type(error).__name__])[0].partition(". ")[0][:120]
+    """Return the first sentence of an error, without what torch.load says about every file."""
+    text = str(error).strip()
+    if text.startswith("Weights only load failed"):
+        text = text.rpartition("WeightsUnpickler error:")[2].strip()
+    lines = text.splitlines() or [type(error).__name__]
+    return lines[0].partition(". ")[0][:120]
 
 
 def torchscript(path: Path) -> bool:
-    """Is it an archive of code and constants?"""
+    """Return True for an archive of code and constants."""
     if not zipfile.is_zipfile(path):
         return False
     try:

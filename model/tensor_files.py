@@ -1,7 +1,7 @@
-"""Files of tensors: safetensors read lazily and written one tensor at a time, torch pickles read
-without running what is in them.
+"""Files of tensors: safetensors are read lazily and written one tensor at a time; torch pickles are
+read without running code in them.
 
-    tensors = read("open_clip_model.safetensors")          Tensors; nothing is in memory yet
+    tensors = read(Path("open_clip_model.safetensors"))    Tensors; nothing is in memory yet
     write(Path("model.safetensors"), tensors, torch.bfloat16)
 """
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from glimpse.model.lazy_tensors import Tensors
 from glimpse.model.safe_unpickler import first_line, read_pickle
 
-NAMES = {
+NAMES = {  # safetensors' own
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -30,23 +30,26 @@ NAMES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-}  # safetensors' own
+}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
 PREFIXES = ("module.", "_orig_mod.")  # of DDP, of torch.compile
 
 
 def read(path: Path) -> Tensors:
-    """The tensors of a .safetensors file, of a pickle of tensors, or of the shards that a
-    *.index.json names.
+    """Return the tensors of a .safetensors file, of a pickle of tensors, or of the shards that a
+    *.index.json lists.
     """
     if path.name.endswith(".index.json"):
         return sharded(path)
-    return read_safetensors(path) if is_safetensors(path) else tensors_of(read_pickle(path), path)
+    if is_safetensors(path):
+        return read_safetensors(path)
+    return tensors_of(read_pickle(path), path)
 
 
 def is_safetensors(path: Path) -> bool:
-    """By its name or, as caches of hubs name files by their hash, by its beginning: the size of the
-    header, then json.
+    """Return True if the suffix or the first bytes are those of safetensors.
+
+    Caches of hubs name files by their hash. The first bytes are the size of the header, then json.
     """
     if path.suffix == ".safetensors":
         return True
@@ -55,7 +58,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict:
-    """What a json file holds; ValueError where that is no mapping."""
+    """Return the content of a json file; ValueError if it is no mapping."""
     try:
         tree = json.loads(path.read_text())
     except ValueError as error:
@@ -66,7 +69,7 @@ def read_json(path: Path) -> dict:
 
 
 def metas(path: Path) -> dict[str, torch.Tensor]:
-    """{name: shape and type} of the tensors in a file; none, where it cannot be read."""
+    """Return {name: meta tensor} of the tensors in a file; {} if it cannot be read."""
     try:
         return read(path).meta
     except (ValueError, OSError):
@@ -80,75 +83,95 @@ def read_safetensors(path: Path) -> Tensors:
         raise ValueError(
             f"{path}: truncated or no safetensors file ({first_line(error)}); fetch it again"
         ) from None
-    slices = {name: file.get_slice(name) for name in file.keys()}
-    if odd := next((name for name, part in slices.items() if part.get_dtype() not in TYPES), None):
-        raise ValueError(
-            f"{path}: {odd} is stored as {slices[odd].get_dtype()}; save it as float32, float16 or"
-            " bfloat16"
-        )
-    return Tensors(
-        {
-            name: torch.empty(part.get_shape(), dtype=TYPES[part.get_dtype()], device="meta")
-            for name, part in slices.items()
-        },
-        file.get_tensor,
-    )
+    meta = {}
+    for name in file.keys():
+        part = file.get_slice(name)
+        kind = part.get_dtype()
+        if kind not in TYPES:
+            raise ValueError(
+                f"{path}: {name} is stored as {kind}; save it as float32, float16 or bfloat16"
+            )
+        meta[name] = torch.empty(part.get_shape(), dtype=TYPES[kind], device="meta")
+    return Tensors(meta, file.get_tensor)
 
 
 def sharded(index: Path) -> Tensors:
-    """Of a Hugging Face index: {weight_map: {tensor: file beside it}}."""
-    owner = read_json(index).get("weight_map")
-    if not isinstance(owner, dict) or any(name != Path(str(name)).name for name in owner.values()):
+    """Read the shards of a Hugging Face index: {weight_map: {tensor: file beside it}}."""
+    file_of = read_json(index).get("weight_map")
+    if not is_weight_map(file_of):
         raise ValueError(
             f"{index}: no index: it should hold weight_map, {{tensor: name of a file beside it}}"
         )
-    files = {name: read(index.parent / name) for name in sorted(set(owner.values()))}
-    for name, file in owner.items():
-        if name not in files[file]:
+    shards = {file: read(index.parent / file) for file in sorted(set(file_of.values()))}
+    meta = {}
+    for name, file in file_of.items():
+        if name not in shards[file]:
             raise ValueError(f"{index}: {file} has no {name}; fetch it again")
-    return Tensors(
-        {name: files[file].meta[name] for name, file in owner.items()},
-        lambda name: files[owner[name]][name],
-        [f"{name} of {file}" for file, tensors in files.items() for name in tensors.left_out],
-    )
+        meta[name] = shards[file].meta[name]
+    left_out = [f"{name} of {file}" for file, shard in shards.items() for name in shard.left_out]
+    return Tensors(meta, lambda name: shards[file_of[name]][name], left_out)
+
+
+def is_weight_map(tree: object) -> bool:
+    """Return True for {tensor: name of a file}; names with a folder are not allowed."""
+    if not isinstance(tree, dict):
+        return False
+    return all(name == Path(str(name)).name for name in tree.values())
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself."""
+    """Return the metadata in the header of a safetensors file."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 
 
 def tensors_of(tree: object, path: Path) -> Tensors:
-    """The state dict in what was pickled: the tree itself, or what lies under the name that
-    trainers give it; their prefixes taken off.
+    """Return the state dict in the content of a pickle.
+
+    It is the tree itself, or an entry under one of the names that trainers use. Prefixes of DDP and
+    torch.compile are removed.
     """
-    left = []
+    # The entry of the state dict; other entries with tensors are left out.
+    left_out = []
     for key in ("state_dict", "model", "model_state_dict", "module"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-            left += [
-                str(name) for name, value in tree.items() if name != key and holds_tensors(value)
-            ]
+            left_out += names_with_tensors(tree, but=[key])
             tree = tree[key]
-    items = tree.items() if isinstance(tree, dict) else ()
-    tensors = {
-        name: value
-        for name, value in items
-        if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
+    if not isinstance(tree, dict):
+        tree = {}
+
+    # Its tensors.
+    tensors = {}
+    for name, value in tree.items():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            tensors[name] = value
     if not tensors:
         raise ValueError(f"{path}: no tensors in it")
-    left += [str(name) for name, value in items if name not in tensors and holds_tensors(value)]
-    while prefix := next(
-        (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), None
-    ):
+    left_out += names_with_tensors(tree, but=tensors)
+
+    while prefix := common_prefix(tensors):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return Tensors.held(tensors, left)
+    return Tensors.held(tensors, left_out)
+
+
+def names_with_tensors(tree: dict, but: Collection[object]) -> list[str]:
+    """Return the keys of the entries with tensors in them, except some."""
+    return [str(key) for key, value in tree.items() if key not in but and holds_tensors(value)]
+
+
+def common_prefix(names: Collection[str]) -> str:
+    """Return a prefix of PREFIXES that all names have, or ""."""
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in names):
+            return prefix
+    return ""
 
 
 def holds_tensors(tree: object) -> bool:
-    if isinstance(tree, (dict, list, tuple)):
-        return any(map(holds_tensors, tree.values() if isinstance(tree, dict) else tree))
+    if isinstance(tree, dict):
+        return any(map(holds_tensors, tree.values()))
+    if isinstance(tree, (list, tuple)):
+        return any(map(holds_tensors, tree))
     return isinstance(tree, torch.Tensor)
 
 
@@ -159,32 +182,36 @@ def write(
     about: dict[str, str] | None = None,
     exact: Collection[str] = (),
 ) -> None:
-    """A safetensors file, floats as `dtype`, but those in `exact` as they are. Nobody sees a part
-    of it.
+    """Write a safetensors file. It appears under its name only when it is complete.
 
-    It holds one tensor at a time; for a moment two, where its type or its order changes.
+    dtype: of floats, except those named in `exact`; None leaves all types as they are. about:
+    metadata for the header.
+
+    One tensor is in memory at a time; two for a moment, if its type or memory layout changes.
     """
-    kinds = {
-        name: dtype if dtype and name not in exact and meta.is_floating_point() else meta.dtype
-        for name, meta in tensors.meta.items()
-    }
-    header, end = {"__metadata__": {"format": "pt", **(about or {})}}, 0
-    # so that each begins at a multiple of its element
-    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    types = {}
+    for name, meta in tensors.meta.items():
+        casts = dtype and name not in exact and meta.is_floating_point()
+        types[name] = dtype if casts else meta.dtype
+
+    # The header. Large elements come first, so that each tensor is aligned to its elements.
+    order = sorted(tensors, key=lambda name: (-types[name].itemsize, name))
+    header: dict = {"__metadata__": {"format": "pt", **(about or {})}}
+    end = 0
     for name in order:
-        begin, end = end, end + tensors.meta[name].numel() * kinds[name].itemsize
+        meta = tensors.meta[name]
+        begin, end = end, end + meta.numel() * types[name].itemsize
         header[name] = dict(
-            dtype=NAMES[kinds[name]],
-            shape=list(tensors.meta[name].shape),
-            data_offsets=[begin, end],
+            dtype=NAMES[types[name]], shape=list(meta.shape), data_offsets=[begin, end]
         )
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            value = tensors[name].detach().to(kinds[name]).contiguous().cpu()
+            value = tensors[name].detach().to(types[name]).contiguous().cpu()
             file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
             del value  # before the next is read
         file.flush()

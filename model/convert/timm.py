@@ -1,14 +1,14 @@
-"""timm's vision transformers: a tower out, as a folder that timm.create_model("local-dir:FOLDER",
-pretrained=True) opens; and in.
+"""timm's vision transformers, as vision towers without text.
 
-Only the tower has a place there: features are its pooled tokens, before the projection, which
-belongs to the pair. In: such a folder, timm's own from the hub among them, or a file of tensors
-under timm's names, as DeiT's and MAE's are. A file tells its architecture by shapes as far as they
-go; the rest is `given`, or as most have it, and told: heads of 64, pooled by the class token, gelu,
-eps 1e-6 and ImageNet's mean and std (after a norm before the blocks 1e-5 and OpenAI's). MAE's is
-then complete: its fixed positions equal ours bit
-for bit; its decoder is left out. Fine-tuned on pooled patches it has a norm after the pooling,
-which is our pool mean_then_norm.
+Out: a folder that timm.create_model("local-dir:FOLDER", pretrained=True) opens. timm's features are
+the pooled tokens before the projection, which belongs to the pair and is left out.
+
+In: such a folder, those of timm on the hub among them, or a file of tensors under timm's names, as
+DeiT's and MAE's are. The architecture of a file is read from shapes as far as possible; the rest is
+given by the user, or assumed as usual, with a note: heads of 64, pooled by the class token, gelu,
+eps 1e-6 and ImageNet's mean and std (with a norm before the blocks 1e-5 and OpenAI's). MAE's is
+then complete: its fixed positions equal ours bit for bit; its decoder is left out. Fine-tuned on
+pooled patches it has a norm after the pooling, which is our pool mean_then_norm.
 """
 
 import json
@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ from glimpse.model.portable import INTERPOLATIONS, About, Portable, vision_only
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
 
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 BLOCK = {
     "norm1": "norm1",
     "attn.qkv": "attn.qkv",
@@ -46,10 +48,17 @@ POOLS = {
     "mean_with_cls": {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True},
     "mean_then_norm": {"global_pool": "avg", "fc_norm": True},
 }
-MODES = {"center": "resize_crop", "squash": "squash"}  # a crop_mode as we call it
-# a config cannot say it: architectures with clip in their name have the latter
+# (global_pool, pool_include_prefix, there is a norm before the pooling): our pool
+POOLS_IN = {
+    ("token", False, True): "cls",
+    ("avg", False, True): "mean",
+    ("avg", True, True): "mean_with_cls",
+    ("avg", False, False): "mean_then_norm",
+}
+MODES = {"center": "resize_crop", "squash": "squash"}  # crop_mode: our crop
+# A config has no field for it: architectures with clip in their name have 1e-5.
 EPS = {1e-6: "", 1e-5: "_clip"}
-# as its names say them: width, blocks, heads
+# Names of sizes: width, blocks, heads
 SIZES = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -75,9 +84,17 @@ KNOWN = {
     "large_patch14_clip",
     "huge_patch14_clip",
 }
-HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # of timm's widths whose heads are not 64 wide
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # for timm's widths whose heads are not 64 wide
 MARKS = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
-LEFT_OUT = ("head.", "decoder_", "mask_token")  # a classifier; what MAE reconstructs with
+LEFT_OUT = ("head.", "decoder_", "mask_token")  # a classifier; MAE's decoder
+# Tensors that every tower of ours needs
+NEEDED = (
+    "patch_embed.proj.weight",
+    "cls_token",
+    "pos_embed",
+    "blocks.0.mlp.fc1.weight",
+    "blocks.0.mlp.fc2.weight",
+)
 REFUSED = {
     "dist_token": "a distillation token",
     "reg_token": "register tokens",
@@ -94,7 +111,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Given:
-    """What a bare file does not say; it counts for more than what a folder says."""
+    """Settings that a bare file does not hold; they override those of a folder."""
 
     heads: int | None = None
     pool: str | None = None
@@ -106,197 +123,234 @@ class Given:
 
 
 def rules(cfg: ModelConfig) -> list[Rule]:
-    v = cfg.vision
-    # A patch embedding has no bias there where a norm follows, and always one where none does.
-    table = position_rule(
-        cfg if v.pre_norm else replace(cfg, vision=replace(v, patch_bias=False)), "pos_embed"
-    )
-    found = [
+    """Return the rules of all tensors of a vision tower."""
+    vision = cfg.vision
+    table = [
         Rule(("vision.patch.weight",), ("patch_embed.proj.weight",), as_kernel, as_matrix),
-        Rule(
-            table.ours,
-            table.theirs,
-            lambda *ours: as_tuple(table.out(*ours))[0][None],
-            lambda theirs: table.back(theirs[0]),
-            table.folded,
-        ),
-        Rule(
-            ("vision.cls",), ("cls_token",), lambda cls: cls[None, None], lambda token: token[0, 0]
-        ),
+        batched_position_rule(cfg),
+        Rule(("vision.cls",), ("cls_token",), as_token, from_token),
     ]
-    if not v.pre_norm and v.patch_bias:
-        found.append(Rule(("vision.patch.bias",), ("patch_embed.proj.bias",)))
-    elif not v.pre_norm:
-        found.append(
-            Rule(
-                (),
-                ("patch_embed.proj.bias",),
-                lambda: torch.zeros(cfg.shape.width),
-                lambda bias: (),
-            )
-        )
-    layers = {
-        "vision.norm": "fc_norm" if v.pool == "mean_then_norm" else "norm",
-        **({"vision.pre_norm": "norm_pre"} if v.pre_norm else {}),
-    }
+    # timm's patch embedding has a bias, unless a norm follows.
+    if not vision.pre_norm:
+        bias = ("patch_embed.proj.bias",)
+        if vision.patch_bias:
+            table.append(Rule(("vision.patch.bias",), bias))
+        else:
+            zeros = partial(torch.zeros, cfg.shape.width)
+            table.append(Rule((), bias, zeros, no_tensors))
+
+    # Layers with a weight and a bias.
+    layers = {"vision.norm": "fc_norm" if vision.pool == "mean_then_norm" else "norm"}
+    if vision.pre_norm:
+        layers["vision.pre_norm"] = "norm_pre"
     for i in range(cfg.shape.depth):
-        layers |= {
-            f"vision.blocks.{i}.{ours}": f"blocks.{i}.{theirs}" for ours, theirs in BLOCK.items()
-        }
-    return found + [
-        Rule((f"{ours}.{kind}",), (f"{theirs}.{kind}",))
-        for ours, theirs in layers.items()
-        for kind in ("weight", "bias")
-    ]
+        for ours, theirs in BLOCK.items():
+            layers[f"vision.blocks.{i}.{ours}"] = f"blocks.{i}.{theirs}"
+    for ours, theirs in layers.items():
+        for kind in ("weight", "bias"):
+            table.append(Rule((f"{ours}.{kind}",), (f"{theirs}.{kind}",)))
+    return table
+
+
+def batched_position_rule(cfg: ModelConfig) -> Rule:
+    """Return the rule of the positions, (1, 1 + L, D) in timm.
+
+    A patch bias is folded into them if a norm follows; otherwise timm has a bias of its own.
+    """
+    if not cfg.vision.pre_norm:
+        cfg = replace(cfg, vision=replace(cfg.vision, patch_bias=False))
+    rule = position_rule(cfg, "pos_embed")
+
+    def out(*ours: Tensor) -> Tensor:
+        (table,) = as_tuple(rule.out(*ours))
+        return table[None]
+
+    def back(table: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return rule.back(table[0])
+
+    return replace(rule, out=out, back=back)
+
+
+def no_tensors(bias: Tensor) -> tuple[()]:
+    """Return nothing: a bias that we do not have."""
+    return ()
+
+
+def as_token(cls: Tensor) -> Tensor:
+    """Return the class token (D,) as (1, 1, D)."""
+    return cls[None, None]
+
+
+def from_token(token: Tensor) -> Tensor:
+    return token[0, 0]
 
 
 # ---- out
 
 
 def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Write the folder; returns what of the model it does not hold.
+    """Write the folder; return notes on what it does not hold of the model.
 
-    ValueError where timm cannot say this architecture.
+    ValueError if timm has no such architecture.
     """
-    cfg, v = model.cfg, model.cfg.vision
+    cfg, vision = model.cfg, model.cfg.vision
     name, args = described(cfg)
     folder.mkdir(parents=True)
     write(folder / WEIGHTS[0], vision_only(model.tensors), model, rules(cfg), dtype)
+
+    # The config, with an entry of ours that timm ignores.
     mode = "squash" if model.about.crop == "squash" else "center"
-    prepared = dict(
+    pretrained_cfg = dict(
         input_size=[3, *cfg.sides],
         fixed_input_size=True,
         interpolation=model.about.interpolation,
         crop_pct=1.0,
         crop_mode=mode,
-        mean=v.mean,
-        std=v.std,
+        mean=vision.mean,
+        std=vision.std,
         num_classes=0,
         pool_size=None,
         first_conv="patch_embed.proj",
         classifier="head",
     )
+    glimpse = dict(init=cfg.init, patch_bias=vision.patch_bias, freeze_patch=vision.freeze_patch)
+    glimpse |= kept_crop(model.about.crop).get("glimpse", {})
     tree = dict(
         architecture=name,
         num_classes=0,
         num_features=cfg.shape.width,
         global_pool=args["global_pool"],
         model_args=args,
-        pretrained_cfg=prepared,
+        pretrained_cfg=pretrained_cfg,
+        glimpse=glimpse,
     )
-    # timm passes over it
-    kept = dict(init=cfg.init, patch_bias=v.patch_bias, freeze_patch=v.freeze_patch)
-    tree["glimpse"] = kept | kept_crop(model.about.crop).get("glimpse", {})
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
-    told = (
-        [
+
+    notes = []
+    if model.vocab:
+        notes.append(
             "left out: the text tower, the projections and the temperature; timm's models see"
             " images alone"
-        ]
-        if model.vocab
-        else []
-    )
-    return told + told_crop(model.about.crop, "timm")
+        )
+    return notes + told_crop(model.about.crop, "timm")
 
 
 def described(cfg: ModelConfig) -> tuple[str, dict]:
-    """The architecture's name in timm, and what create_model has to be told beside it: everything,
-    so that the name is but a name.
+    """Return the architecture's name in timm, and the arguments of create_model.
+
+    The arguments determine everything, so any known name with the right eps serves.
     """
-    v, s = cfg.vision, cfg.shape
-    if v.eps not in EPS:
+    vision, shape = cfg.vision, cfg.shape
+    if vision.eps not in EPS:
+        allowed = " and ".join(map(str, EPS))
         raise ValueError(
-            f"model.vision.eps {v.eps}: a config of timm's can say {' and '.join(map(str, EPS))}"
-            " alone"
+            f"model.vision.eps {vision.eps}: a config of timm's can say {allowed} alone"
         )
-    name = f"{NAMES.get(s.width, 'base')}_patch{cfg.patch}{EPS[v.eps]}"
-    name = f"vit_{name if name in KNOWN else f'base_patch16{EPS[v.eps]}'}_224"
-    return name, dict(
+    suffix = EPS[vision.eps]
+    name = f"{NAMES.get(shape.width, 'base')}_patch{cfg.patch}{suffix}"
+    if name not in KNOWN:
+        name = f"base_patch16{suffix}"
+    args = dict(
         img_size=cfg.sides,
         patch_size=cfg.patch,
-        embed_dim=s.width,
-        depth=s.depth,
-        num_heads=s.heads,
-        mlp_ratio=s.mlp,
-        pre_norm=v.pre_norm,
-        act_layer=v.activation,
-        **POOLS[v.pool],
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        mlp_ratio=shape.mlp,
+        pre_norm=vision.pre_norm,
+        act_layer=vision.activation,
+        **POOLS[vision.pool],
     )
+    return f"vit_{name}_224", args
 
 
 # ---- in
 
 
 def claims(path: Path) -> bool:
-    """A folder with a config of timm's, or a file of tensors under timm's names."""
+    """Return True for a folder with a config of timm's, or a file of tensors under timm's names."""
     try:
         if path.is_dir():
-            return {"architecture", "pretrained_cfg"} <= json.loads(
-                (path / CONFIG).read_text()
-            ).keys()
+            tree = json.loads((path / CONFIG).read_text())
+            return {"architecture", "pretrained_cfg"} <= tree.keys()
         return MARKS <= tensor_files.metas(path).keys()
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def load(path: Path, **given) -> Portable:
-    """given: as in Given."""
+    """Load a folder, or a file of weights; given: as in Given."""
     if not path.is_dir():
         return portable(tensor_files.read(path), path, given)
-    tree, weights = opened(path)
-    name, args, prepared = (
-        tree["architecture"],
-        tree.get("model_args") or {},
-        tree["pretrained_cfg"],
-    )
-    kind = (
-        args.get("global_pool", tree.get("global_pool", "token")),
-        args.get("pool_include_prefix", False),
-        "norm.weight" in weights,
-    )
-    pools = {
-        ("token", False, True): "cls",
-        ("avg", False, True): "mean",
-        ("avg", True, True): "mean_with_cls",
-        ("avg", False, False): "mean_then_norm",
-    }
-    says = dict(
-        pool=pools.get(kind, kind[0]),
-        heads=args.get("num_heads"),
-        activation=args.get("act_layer", "quick_gelu" if "quickgelu" in name else "gelu"),
-        eps=1e-5 if "_clip" in name and "norm_layer" not in args else 1e-6,
-        mean=prepared.get("mean"),
-        std=prepared.get("std"),
-        image_size=args.get("img_size", prepared.get("input_size", [None])[1:] or None),
-    )
-    cut = prepared.get("crop_pct") or 1.0
-    if match := re.match(rf"vit_({'|'.join(SIZES)})_", name):
-        says["heads"] = says["heads"] or SIZES[match[1]][2]
-    notes = (
-        [f"crop_pct {cut}: its images are cut from larger ones, ours resized to the very size"]
-        if cut != 1.0
-        else []
-    )
-    if (mode := prepared.get("crop_mode") or "center") not in MODES:
-        notes.append(
-            f"crop_mode {mode}: its images are made square otherwise; ours by resizing the short"
-            " side, then cropping the middle"
-        )
-    if (interpolation := prepared.get("interpolation") or "bicubic") not in INTERPOLATIONS:
-        notes.append(f"interpolation {interpolation}: ours is bicubic")
-        interpolation = "bicubic"
+    tree, tensors = opened(path)
+    settings = settings_in(tree, "norm.weight" in tensors)
+    mode, interpolation, notes = preparation(tree["pretrained_cfg"])
     try:
-        model = portable(weights, path, says | given, notes, tree.get("glimpse"))
+        model = portable(tensors, path, settings | given, notes, tree.get("glimpse"))
     except ValueError as error:
-        raise (
-            error if str(error).startswith(str(path)) else ValueError(f"{path / CONFIG}: {error}")
-        ) from None
+        if str(error).startswith(str(path)):
+            raise error from None
+        raise ValueError(f"{path / CONFIG}: {error}") from None
     crop = crop_in(tree, path / CONFIG, MODES.get(mode, "resize_crop"))
     return replace(model, about=replace(model.about, crop=crop, interpolation=interpolation))
 
 
+def settings_in(tree: dict, has_norm: bool) -> dict:
+    """Return the settings of a config that shapes do not give, as arguments of `architecture`.
+
+    has_norm: there is a norm before the pooling.
+    """
+    name = tree["architecture"]
+    args, prepared = tree.get("model_args") or {}, tree["pretrained_cfg"]
+
+    pooling = args.get("global_pool", tree.get("global_pool", "token"))
+    with_prefix = args.get("pool_include_prefix", False)
+    pool = POOLS_IN.get((pooling, with_prefix, has_norm), pooling)
+
+    eps = 1e-5 if "_clip" in name and "norm_layer" not in args else 1e-6
+    activation = args.get("act_layer", "quick_gelu" if "quickgelu" in name else "gelu")
+    heads = args.get("num_heads")
+    if match := re.match(rf"vit_({'|'.join(SIZES)})_", name):
+        _, _, usual_heads = SIZES[match[1]]
+        heads = heads or usual_heads
+    input_sides = prepared.get("input_size", [None])[1:] or None
+    return dict(
+        pool=pool,
+        heads=heads,
+        activation=activation,
+        eps=eps,
+        mean=prepared.get("mean"),
+        std=prepared.get("std"),
+        image_size=args.get("img_size", input_sides),
+    )
+
+
+def preparation(prepared: dict) -> tuple[str, str, list[str]]:
+    """Return (crop_mode, interpolation, notes) of a pretrained_cfg.
+
+    The notes say how our evaluation images differ.
+    """
+    notes = []
+    cut = prepared.get("crop_pct") or 1.0
+    if cut != 1.0:
+        notes.append(
+            f"crop_pct {cut}: its images are cut from larger ones, ours resized to the very size"
+        )
+    mode = prepared.get("crop_mode") or "center"
+    if mode not in MODES:
+        notes.append(
+            f"crop_mode {mode}: its images are made square otherwise; ours by resizing the short"
+            " side, then cropping the middle"
+        )
+    interpolation = prepared.get("interpolation") or "bicubic"
+    if interpolation not in INTERPOLATIONS:
+        notes.append(f"interpolation {interpolation}: ours is bicubic")
+        interpolation = "bicubic"
+    return mode, interpolation, notes
+
+
 def opened(folder: Path) -> tuple[dict, Tensors]:
-    """Its config and its tensors."""
+    """Return the folder's config and its tensors."""
     try:
         tree = json.loads((folder / CONFIG).read_text())
         tree["architecture"], tree["pretrained_cfg"]
@@ -304,88 +358,89 @@ def opened(folder: Path) -> tuple[dict, Tensors]:
         raise ValueError(
             f"{folder / CONFIG}: no config of timm's ({type(error).__name__}: {error})"
         ) from None
-    found = [folder / name for name in WEIGHTS if (folder / name).exists()]
-    if not found:
-        raise ValueError(f"{folder}: no weights in it; looked for {' and '.join(WEIGHTS)}")
-    return tree, tensor_files.read(found[0])
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return tree, tensor_files.read(folder / name)
+    raise ValueError(f"{folder}: no weights in it; looked for {' and '.join(WEIGHTS)}")
 
 
 def portable(
-    theirs: Tensors, path: Path, says: dict, notes: Iterable[str] = (), kept: dict | None = None
+    tensors: Tensors,
+    path: Path,
+    settings: dict,
+    notes: Iterable[str] = (),
+    glimpse: dict | None = None,
 ) -> Portable:
-    """Tensors under timm's names as ours.
+    """Return tensors under timm's names as our model.
 
-    says: of `architecture`; kept: what `save` wrote down of ours.
+    settings: arguments of `architecture`. glimpse: the entry that `save` wrote into the config.
     """
-    theirs, left = encoder(theirs, path)
-    cfg = architecture(
-        theirs, path, **{key: value for key, value in says.items() if value is not None}
-    )
-    v = cfg.vision
-    if is_fixed(theirs["pos_embed"][0], cfg):
-        v = replace(v, positions="sincos")
-    if kept:
-        bias = v.patch_bias and (kept["patch_bias"] or bool(theirs["patch_embed.proj.bias"].any()))
-        v = replace(v, patch_bias=bias, freeze_patch=kept["freeze_patch"])
-        cfg = replace(cfg, init=kept["init"])
-    cfg, tensors = taken(
-        path if path.is_dir() else path.parent,
-        replace(cfg, vision=v),
-        rules,
-        "pos_embed",
-        theirs,
-        str(path),
-    )
-    return Portable(
-        cfg,
-        0,
-        0,
-        tensors,
-        About(
-            source=origin(path, "timm", [*notes, *assumed(cfg, says)], [*left, *theirs.left_out])
-        ),
-    )
+    tensors, left_out = encoder(tensors, path)
+    cfg = architecture(tensors, path, **stated(settings))
+
+    # Settings that only tensors, or our entry, determine.
+    vision = cfg.vision
+    if is_fixed(tensors["pos_embed"][0], cfg):
+        vision = replace(vision, positions="sincos")
+    if glimpse:
+        # A bias of zeros stands for none, until it is trained.
+        bias = vision.patch_bias and (
+            glimpse["patch_bias"] or bool(tensors["patch_embed.proj.bias"].any())
+        )
+        vision = replace(vision, patch_bias=bias, freeze_patch=glimpse["freeze_patch"])
+        cfg = replace(cfg, init=glimpse["init"])
+    cfg = replace(cfg, vision=vision)
+
+    left_out += tensors.left_out
+    folder = path if path.is_dir() else path.parent
+    cfg, tensors = taken(folder, cfg, rules, "pos_embed", tensors, str(path))
+    source = origin(path, "timm", [*notes, *assumed(cfg, settings)], left_out)
+    return Portable(cfg, 0, 0, tensors, About(source=source))
 
 
-def assumed(cfg: ModelConfig, says: dict) -> list[str]:
-    """What of an architecture neither shapes nor anybody says: timm's own model, run beside ours,
-    is built of the same.
+def stated(settings: dict) -> dict:
+    """Return the settings that are not None."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def assumed(cfg: ModelConfig, settings: dict) -> list[str]:
+    """Return a note on the settings that neither shapes nor the config or user determine.
+
+    The comparison with timm's own model cannot verify them, because it is built from the same.
     """
-    v = cfg.vision
-    usual = dict(
+    vision = cfg.vision
+    values = dict(
         heads=cfg.shape.heads,
-        pool=v.pool,
-        activation=v.activation,
-        eps=v.eps,
-        mean=list(v.mean),
-        std=list(v.std),
+        pool=vision.pool,
+        activation=vision.activation,
+        eps=vision.eps,
+        mean=list(vision.mean),
+        std=list(vision.std),
     )
-    if v.pool == "mean_then_norm":  # its norm's name says so
-        del usual["pool"]
-    unsaid = [f"{key} {value}" for key, value in usual.items() if says.get(key) is None]
-    return (
-        [f"assumed, as nothing says it: {', '.join(unsaid)}; --given KEY=VALUE says otherwise"]
-        if unsaid
-        else []
-    )
+    if vision.pool == "mean_then_norm":  # the name of its norm determines it
+        del values["pool"]
+    missing = [f"{key} {value}" for key, value in values.items() if settings.get(key) is None]
+    if not missing:
+        return []
+    return [f"assumed, as nothing says it: {', '.join(missing)}; --given KEY=VALUE says otherwise"]
 
 
-def encoder(theirs: Tensors, whose: Path) -> tuple[Tensors, list[str]]:
-    """The tower's, and what else there is and is left out.
+def encoder(tensors: Tensors, whose: Path) -> tuple[Tensors, list[str]]:
+    """Return the tensors of the tower, and the modules of the others, which are left out.
 
     ValueError naming a tensor that no tower of ours has.
     """
     for mark, what in REFUSED.items():
-        if name := next((name for name in theirs if mark in name), None):
-            raise ValueError(f"{whose}: {name}: {what}, which our vision tower has not")
-    kept = {name: name for name in theirs if not name.startswith(LEFT_OUT)}
-    return theirs.renamed(kept), sorted(
-        {name.partition(".")[0] for name in theirs if name not in kept}
-    )
+        for name in tensors:
+            if mark in name:
+                raise ValueError(f"{whose}: {name}: {what}, which our vision tower has not")
+    names = [name for name in tensors if not name.startswith(LEFT_OUT)]
+    others = {name.partition(".")[0] for name in tensors if name.startswith(LEFT_OUT)}
+    return tensors.renamed({name: name for name in names}), sorted(others)
 
 
 def architecture(
-    theirs: Tensors,
+    tensors: Tensors,
     whose: Path,
     heads: int | None = None,
     pool: str | None = None,
@@ -395,97 +450,114 @@ def architecture(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ModelConfig:
-    """What the shapes say, and the rest as given.
+    """Return the architecture that the shapes give; the rest is as given, or as usual.
 
     ValueError naming the tensor that is missing or not of a tower of ours.
     """
-    shapes = {name: tuple(meta.shape) for name, meta in theirs.meta.items()}
-    for name in (
-        "patch_embed.proj.weight",
-        "cls_token",
-        "pos_embed",
-        "blocks.0.mlp.fc1.weight",
-        "blocks.0.mlp.fc2.weight",
-    ):
+    # 1. Sizes, from the shapes.
+    shapes = {name: tuple(meta.shape) for name, meta in tensors.meta.items()}
+    width, side, inside = numbers(shapes, whose)
+    if heads is None:
+        heads = HEADS.get(width)
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    sides = image_sides(shapes["pos_embed"], side, image_size, whose)
+    size = sized(side, width=width, depth=depth, heads=heads, mlp=ratio(width, inside))
+
+    # 2. Settings: a norm before the blocks is that of CLIP's towers, whose other settings differ.
+    pre_norm = "norm_pre.weight" in shapes
+    if pre_norm:
+        usual_eps, usual_mean, usual_std = 1e-5, MEAN, STD
+    else:
+        usual_eps, usual_mean, usual_std = 1e-6, VisionConfig.mean, VisionConfig.std
+    if not pool:
+        pool = "mean_then_norm" if "fc_norm.weight" in shapes else "cls"
+    if eps is None:
+        eps = usual_eps
+    mean, std = tuple(mean or usual_mean), tuple(std or usual_std)
+    has_bias = "patch_embed.proj.bias" in shapes and not pre_norm
+    vision = VisionConfig(
+        positions="learned",
+        pool=pool,
+        pre_norm=pre_norm,
+        patch_bias=has_bias,
+        activation=activation,
+        eps=float(eps),
+        mean=mean,
+        std=std,
+    )
+    is_square = sides[0] == sides[1]
+    return ModelConfig(**size, image_size=sides[0] if is_square else sides, vision=vision)
+
+
+def numbers(shapes: dict[str, tuple[int, ...]], whose: Path) -> tuple[int, int, int]:
+    """Return (width, patch side, width of the MLPs).
+
+    ValueError if a tensor is missing or not of a tower of ours.
+    """
+    for name in NEEDED:
         if name not in shapes:
             raise ValueError(f"{whose}: {name} is missing, which our vision tower needs")
-    width, channels, side, across = shapes["patch_embed.proj.weight"]
-    inside, places = shapes["blocks.0.mlp.fc1.weight"][0], shapes["pos_embed"][1] - 1
+    kernel = shapes["patch_embed.proj.weight"]
+    width, channels, side, across = kernel
+    inside = shapes["blocks.0.mlp.fc1.weight"][0]
     if (channels, side) != (3, across):
         raise ValueError(
-            f"{whose}: patch_embed.proj.weight {shapes['patch_embed.proj.weight']}: ours is (width,"
-            " 3, side, side)"
+            f"{whose}: patch_embed.proj.weight {kernel}: ours is (width, 3, side, side)"
         )
     if inside != shapes["blocks.0.mlp.fc2.weight"][1]:
         raise ValueError(
             f"{whose}: blocks.0.mlp.fc2.weight: gated MLPs, which our vision tower has not"
         )
-    image_size = math.isqrt(places) * side if image_size is None else image_size
+    return width, side, inside
+
+
+def image_sides(
+    positions: tuple[int, ...], patch: int, image_size: int | Sequence[int] | None, whose: Path
+) -> tuple[int, ...]:
+    """Return (height, width) of the images.
+
+    positions: the shape (1, 1 + L, D) of pos_embed. image_size: as given; None: a square.
+    """
+    patches = positions[1] - 1
+    if image_size is None:
+        image_size = math.isqrt(patches) * patch
     sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size,) * 2
-    if (sides[0] // side) * (sides[1] // side) != places:
+    if (sides[0] // patch) * (sides[1] // patch) != patches:
         raise ValueError(
-            f"{whose}: pos_embed {shapes['pos_embed']}: not the places of a class token and of the"
-            f" patches of an image of {sides[0]} x {sides[1]}; say its height and width as"
-            " image_size"
+            f"{whose}: pos_embed {positions}: not the places of a class token and of the patches of"
+            f" an image of {sides[0]} x {sides[1]}; say its height and width as image_size"
         )
-    normed = "norm_pre.weight" in shapes  # as CLIP's towers have it
-    usual = (MEAN, STD) if normed else (VisionConfig.mean, VisionConfig.std)
-    size = sized(
-        side,
-        width=width,
-        depth=len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
-        heads=HEADS.get(width) if heads is None else heads,
-        mlp=ratio(width, inside),
-    )
-    return ModelConfig(
-        **size,
-        image_size=sides[0] if sides[0] == sides[1] else sides,
-        vision=VisionConfig(
-            positions="learned",
-            pool=pool or ("mean_then_norm" if "fc_norm.weight" in shapes else "cls"),
-            pre_norm=normed,
-            patch_bias="patch_embed.proj.bias" in shapes and not normed,
-            activation=activation,
-            eps=float((1e-5 if normed else 1e-6) if eps is None else eps),
-            mean=tuple(mean or usual[0]),
-            std=tuple(std or usual[1]),
-        ),
-    )
+    return sides
 
 
 # ---- timm itself
 
 
 def peer(path: Path, **given) -> Callable[[Tensor, None], tuple[Tensor, None]]:
-    """timm's own model of what `load` takes: (images (B, 3, H, W), normalised, None) -> (features
-    (B, D), None).
+    """Return timm's own model of what `load` takes: (images (B, 3, H, W), normalized, None) ->
+    (features (B, D), None).
     """
     newer("timm", "1.0.16")
     import timm
 
-    return run(
-        timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
-        if path.is_dir()
-        else built(tensor_files.read(path), path, given)
-    )
+    if path.is_dir():
+        return run(timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0))
+    return run(built(tensor_files.read(path), path, given))
 
 
-def built(theirs: Tensors, whose: Path, says: dict) -> nn.Module:
-    """timm's model of these tensors."""
+def built(tensors: Tensors, whose: Path, settings: dict) -> nn.Module:
+    """Return timm's model of these tensors."""
     import timm
 
-    theirs, _ = encoder(theirs, whose)
-    name, args = described(
-        architecture(
-            theirs, whose, **{key: value for key, value in says.items() if value is not None}
-        )
-    )
+    tensors, _ = encoder(tensors, whose)
+    name, args = described(architecture(tensors, whose, **stated(settings)))
     model = timm.create_model(name, num_classes=0, **args)
-    model.load_state_dict(dict(theirs))
+    model.load_state_dict(dict(tensors))
     return model
 
 
 def run(model: nn.Module) -> Callable[[Tensor, None], tuple[Tensor, None]]:
+    """Return a timm model as a function of images, and of ids, which it ignores."""
     model.eval()
 
     @torch.no_grad()

@@ -2,10 +2,10 @@
 lazily, written a piece at a time.
 
     FOLDER/__R_0.distcp     the pieces that rank R wrote, or would have written
-    FOLDER/.metadata        a pickle: which tensors there are, cut into which pieces, and where each
-                            of these lies
-    FOLDER/metadata.json    says that it is such a folder, and complete: it is written last
-    FOLDER/common.pt        a pickle of what is no tensor
+    FOLDER/.metadata        a pickle: the tensors, the pieces they are cut into, and where each of
+                            these lies
+    FOLDER/metadata.json    marks such a folder as complete: it is written last
+    FOLDER/common.pt        a pickle of everything that is no tensor
 
 torch reads and writes them; neither a process group nor megatron-core nor CUDA is needed. A
 .metadata that would run code is refused.
@@ -57,12 +57,12 @@ OLDER = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor goes."""
+    """The place of a tensor in the checkpoint."""
 
-    key: str  # the tensor that it is, or is a row of
-    row: int | None = None  # which row of it; None: it is the whole
-    rows: int = 1  # how many rows there are
-    # along which of its own axes the ranks split it; None: rank 0 writes it whole
+    key: str  # the stored tensor
+    row: int | None = None  # its row that this tensor is; None: all of it
+    rows: int = 1  # the number of its rows
+    # the axis of this tensor along which the ranks split it; None: rank 0 writes all of it
     axis: int | None = None
 
 
@@ -75,26 +75,24 @@ def write(
     ranks: int,
     dtype: torch.dtype,
 ) -> None:
-    """A folder as `ranks` ranks would have written it, each into a file of its own.
+    """Write a folder as `ranks` ranks would have written it, each into a file of its own.
 
-    It makes one tensor at a time; torch's writer keeps the last one meanwhile, so up to four of the
-    largest are held.
+    One tensor is computed at a time; torch's writer keeps the last one meanwhile, so up to four of
+    the largest are in memory.
 
-    places: of each tensor. objects: {key: what is kept under it, for torch.save}. Split axes must
-    divide by `ranks`.
+    places: of each tensor. objects: {key: value for torch.save}. Split axes must divide by `ranks`.
     """
     pieces = Pieces(tensors, places, objects, ranks, dtype)
     # 0: one tensor after another, on machines with CUDA too
     writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
-    plans, index = create_default_global_save_plan(
-        [SavePlan(pieces.items(rank)) for rank in range(ranks)]
-    )
+    plans = [SavePlan(pieces.items(rank)) for rank in range(ranks)]
+    plans, index = create_default_global_save_plan(plans)
     plans = writer.prepare_global_plan(plans)
     try:
         torch.save(common, folder / COMMON)
         writer.finish(index, [writer.write_data(plan, pieces).value() for plan in plans])
-    except RuntimeError as error:  # of torch's archives, which know no OSError
+    except RuntimeError as error:  # of torch's archives, which do not raise OSError
         raise OSError(
             f"{folder}: cannot be written ({str(error).splitlines()[0]}); is the disk full?"
         ) from error
@@ -108,7 +106,7 @@ def write(
 
 
 class Pieces(DefaultSavePlanner):
-    """What each rank writes; a piece is made when it is written."""
+    """The pieces that each rank writes; a piece is computed when it is written."""
 
     def __init__(
         self,
@@ -119,91 +117,92 @@ class Pieces(DefaultSavePlanner):
         dtype: torch.dtype,
     ):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.tensors, self.places, self.objects, self.ranks, self.dtype = (
-            tensors,
-            places,
-            objects,
-            ranks,
-            dtype,
-        )
-        # of a piece: its tensor's name, and the rank
+        self.tensors = tensors
+        self.places = places
+        self.objects = objects
+        self.ranks = ranks
+        self.dtype = dtype
+        # for each piece, the name of its tensor and the rank
         self.origin: dict[MetadataIndex, tuple[str, int]] = {}
 
     def items(self, rank: int) -> list[WriteItem]:
-        """The pieces of a rank."""
-        written = [
-            self.item(name, rank)
-            for name, place in self.places.items()
-            if rank == 0 or place.axis is not None
-        ]
-        return written + (
-            [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
-            if rank == 0
-            else []
-        )
+        """Return the pieces of a rank."""
+        items = []
+        for name, place in self.places.items():
+            if rank == 0 or place.axis is not None:
+                items.append(self.item(name, rank))
+        if rank == 0:
+            for key in self.objects:
+                items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
+        return items
 
     def item(self, name: str, rank: int) -> WriteItem:
-        place, whole = self.places[name], list(self.tensors.meta[name].shape)
-        sizes, offsets = list(whole), [0] * len(whole)
-        if place.axis is not None:
-            assert whole[place.axis] % self.ranks == 0, (
-                f"{name} {whole} does not divide by {self.ranks}"
-            )
-            sizes[place.axis] //= self.ranks
-            offsets[place.axis] = rank * sizes[place.axis]
+        """Return a rank's piece of a tensor."""
+        place = self.places[name]
+        shape = list(self.tensors.meta[name].shape)
+        sizes, offsets = list(shape), [0] * len(shape)
+
+        # A rank's share along the split axis.
+        axis = place.axis
+        if axis is not None:
+            divides = shape[axis] % self.ranks == 0
+            assert divides, f"{name} {shape} does not divide by {self.ranks}"
+            sizes[axis] //= self.ranks
+            offsets[axis] = rank * sizes[axis]
+
+        # A row of the stored tensor.
         if place.row is not None:
-            whole, sizes, offsets = [place.rows, *whole], [1, *sizes], [place.row, *offsets]
-        index, chunk = (
-            MetadataIndex(place.key, offsets),
-            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
-        )
+            shape = [place.rows, *shape]
+            sizes = [1, *sizes]
+            offsets = [place.row, *offsets]
+
+        index = MetadataIndex(place.key, offsets)
         self.origin[index] = name, rank
-        return WriteItem(
-            index,
-            WriteItemType.SHARD,
-            tensor_data=TensorWriteData(chunk, TensorProperties(self.dtype), torch.Size(whole)),
-        )
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        data = TensorWriteData(chunk, TensorProperties(self.dtype), torch.Size(shape))
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return self.transform_object(write_item, self.objects[write_item.index.fqn])
         name, rank = self.origin[write_item.index]
-        place, value = self.places[name], self.tensors[name].detach().to("cpu", self.dtype)
-        value = value if place.axis is None else value.chunk(self.ranks, place.axis)[rank]
+        axis = self.places[name].axis
+        value = self.tensors[name].detach().to("cpu", self.dtype)
+        if axis is not None:
+            value = value.chunk(self.ranks, axis)[rank]
         return value.reshape(write_item.tensor_data.chunk.sizes).contiguous()
 
 
 def is_one(folder: Path) -> bool:
-    """Is it a complete folder of this format?"""
+    """Return True for a complete folder of this format."""
     try:
-        return (
-            json.loads((folder / SIGN).read_text()).get("sharded_backend") == "torch_dist"
-            and (folder / INDEX).is_file()
-        )
+        sign = json.loads((folder / SIGN).read_text())
+        return sign.get("sharded_backend") == "torch_dist" and (folder / INDEX).is_file()
     except (OSError, ValueError, AttributeError):
         return False
 
 
 class Folder:
-    """A folder to be read, whichever ranks wrote it.
+    """A folder to be read, whatever number of ranks wrote it.
 
-    `meta`: {key: shape and type} of its tensors; its objects are left alone.
+    `meta`: {key: shape and type} of its tensors; its objects are ignored.
     """
 
     def __init__(self, path: Path):
-        """ValueError where a file is missing or too short, or .metadata is not plain."""
-        self.path, self.index = path, read_index(path / INDEX)
-        kept = self.index.state_dict_metadata
-        self.meta = {
-            key: torch.empty(what.size, dtype=what.properties.dtype, device="meta")
-            for key, what in kept.items()
-            if not isinstance(what, BytesStorageMetadata)
-        }
+        """ValueError if a file is missing or too short, or .metadata is not plain."""
+        self.path = path
+        self.index = read_index(path / INDEX)
+        self.meta = {}
+        for key, entry in self.index.state_dict_metadata.items():
+            if not isinstance(entry, BytesStorageMetadata):
+                dtype = entry.properties.dtype
+                self.meta[key] = torch.empty(entry.size, dtype=dtype, device="meta")
+
+        # Each file must reach to the end of its last piece.
         ends: dict[str, int] = {}
         for place in self.index.storage_data.values():
-            ends[place.relative_path] = max(
-                ends.get(place.relative_path, 0), place.offset + place.length
-            )
+            end = place.offset + place.length
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), end)
         for file, end in ends.items():
             size = (path / file).stat().st_size if (path / file).is_file() else 0
             if size < end:
@@ -213,11 +212,12 @@ class Folder:
                 )
 
     def read(self, key: str, row: int | None = None) -> Tensor:
-        """The tensor, or a row of its first axis alone, put together from its pieces."""
-        sizes, offsets = list(self.meta[key].shape), [0] * self.meta[key].dim()
+        """Return the tensor, or a row of its first axis alone, put together from its pieces."""
+        meta = self.meta[key]
+        sizes, offsets = list(meta.shape), [0] * meta.dim()
         if row is not None:
             sizes[0], offsets[0] = 1, row
-        target = torch.empty(sizes, dtype=self.meta[key].dtype)
+        target = torch.empty(sizes, dtype=meta.dtype)
         area = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, self.index.state_dict_metadata[key], [area])
         if sum(item.lengths.numel() for item in items) != target.numel():
@@ -245,7 +245,7 @@ class Folder:
 
 
 class Into(DefaultLoadPlanner):
-    """All that is read goes into one tensor."""
+    """A plan that reads everything into one tensor."""
 
     def __init__(self, target: Tensor):
         super().__init__()
@@ -256,13 +256,14 @@ class Into(DefaultLoadPlanner):
 
 
 class Plain(pickle.Unpickler):
-    """Makes what describes a checkpoint, and nothing else: a pickle can call anything."""
+    """Unpickle descriptions of checkpoints and nothing else, because a pickle can call anything."""
 
     def find_class(self, module: str, name: str) -> object:
+        """Return an allowed class or function; pickle.UnpicklingError for all others."""
         if module in ("torch", "torch.serialization") and name != "_get_layout":
-            found = getattr(torch, name, None)
-            if found is torch.Size or isinstance(found, torch.dtype):
-                return found
+            attribute = getattr(torch, name, None)
+            if attribute is torch.Size or isinstance(attribute, torch.dtype):
+                return attribute
         elif (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
         elif module.partition(".")[0] == "pathlib" and name.endswith("Path"):
@@ -272,15 +273,20 @@ class Plain(pickle.Unpickler):
         elif module == "megatron.core.dist_checkpointing.strategies.torch" and name in OLDER:
             return OLDER[name]
         for known in (metadata, planner, filesystem):
-            found = vars(known).get(name)
-            if module == known.__name__ and (
-                isinstance(found, EnumMeta) or isinstance(found, type) and is_dataclass(found)
-            ):
-                return found
+            if module == known.__name__ and is_plain(vars(known).get(name)):
+                return vars(known)[name]
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
+def is_plain(kind: object) -> bool:
+    """Return True for an enum or a dataclass."""
+    if isinstance(kind, EnumMeta):
+        return True
+    return isinstance(kind, type) and is_dataclass(kind)
+
+
 def read_index(path: Path) -> Metadata:
+    """Read a .metadata; ValueError if it is damaged or not plain."""
     try:
         with path.open("rb") as file:
             index = Plain(file).load()
