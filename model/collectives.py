@@ -16,7 +16,7 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # process group -> the b all its ranks brought to the first step
-_agreed = weakref.WeakKeyDictionary()
+_agreed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 _alone = False  # see single_process

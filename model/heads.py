@@ -114,6 +114,7 @@ class Decoder(nn.Module):
         init = Init()
         self.inputs = Linear(inputs, width, "xavier")
         self.mask = drawn(width, std=0.02)
+        self.positions: Tensor
         self.register_buffer("positions", sincos(grid, width), persistent=False)
         self.blocks = Blocks(depth, width, heads, "gelu", 1e-6, init, recompute)
         self.norm = nn.LayerNorm(width, 1e-6)

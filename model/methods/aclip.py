@@ -2,12 +2,12 @@
 average, the teacher, attends to most.
 
 The teacher sees the smallest box around all views, once; its attention scores are read off at each
-view's patches (section 3.3). Each
-view meets the text in a contrastive loss of its own (3.4). Auxiliary losses: SimCLR or SimSiam
-between the views, BYOL between a view
-and the teacher's whole image.
-Views: one to four of `view`, and `teacher`, which encloses them. Letters: B samples, K visible
-patches, L all, D width.
+view's patches (section 3.3). Each view meets the text in a contrastive loss of its own (3.4).
+Auxiliary losses: SimCLR or SimSiam between the views, BYOL between a view and the teacher's whole
+image.
+
+Views: one to four of `view`, and `teacher`, which encloses them. Letters: B samples, k views, K
+visible patches, L all, D width.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from glimpse.model.collectives import batch_mean
-from glimpse.model.ema import check_momentum, cosine
+from glimpse.model.ema import check_momentum
+from glimpse.model.ema import cosine as cosine_momentum
 from glimpse.model.heads import (
     byol_predictor,
     byol_projector,
@@ -28,7 +29,7 @@ from glimpse.model.heads import (
 from glimpse.model.layers import Watch
 from glimpse.model.losses import byol, contrastive, simclr, simsiam
 from glimpse.model.methods.attentive import Attentive, scores_at, take
-from glimpse.model.methods.base import Averaging, above, at_least
+from glimpse.model.methods.base import Averaging, MicroBatch, ViewBatch, above, at_least
 from glimpse.model.towers import ModelConfig, Towers, vision_tower
 
 
@@ -77,13 +78,11 @@ class Aclip(Averaging):
         self.attentive = attentive(options, cfg)
         if options.average_text:
             self.teacher = Towers(cfg, vocab, context)
-            # The release shares these with the student
-            del (
-                self.teacher.temperature,
-                self.teacher.text.token,
-                self.teacher.text.positions,
-                self.teacher.text.norm,
-            )
+            # the release shares these with the student
+            del self.teacher.temperature
+            del self.teacher.text.token
+            del self.teacher.text.positions
+            del self.teacher.text.norm
         else:
             self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)})
         self.teacher.requires_grad_(False)
@@ -93,15 +92,13 @@ class Aclip(Averaging):
             self.simsiam_projector = simsiam_projector(width, hidden // 2)
             self.simsiam_predictor = simsiam_predictor(hidden // 2)
         if options.byol:
-            self.byol_projector, self.byol_teacher = (
-                byol_projector(width, hidden, out),
-                byol_projector(width, hidden, out),
-            )
+            self.byol_projector = byol_projector(width, hidden, out)
+            self.byol_teacher = byol_projector(width, hidden, out)
             self.byol_teacher.requires_grad_(False)
             self.byol_predictor = byol_predictor(hidden, out)
 
     @staticmethod
-    def check(options: Options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+    def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
         attentive(options, cfg).kept(options.keep or 1 / counts["view"])
         if (options.simclr or options.simsiam) and counts["view"] < 2:
             raise ValueError(
@@ -111,7 +108,7 @@ class Aclip(Averaging):
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
         teacher, towers = self.teacher, self.towers
-        pairs = [(teacher.vision, towers.vision)]
+        pairs: list[tuple[nn.Module, nn.Module]] = [(teacher.vision, towers.vision)]
         if self.options.byol:
             pairs.append((self.byol_teacher, self.byol_projector))
         if self.options.average_text:
@@ -123,91 +120,114 @@ class Aclip(Averaging):
         return pairs
 
     def momentum(self, progress: float) -> float:
-        return cosine(*self.options.momentum, progress)
+        start, end = self.options.momentum
+        return cosine_momentum(start, end, progress)
 
-    def forward(self, part: dict) -> dict[str, Tensor]:
+    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
+        options, scene = self.options, part["views"]["teacher"]
         views = [view for name, view in sorted(part["views"].items()) if name != "teacher"]
-        options, seen, k = self.options, part["views"]["teacher"], len(views)
-        share = options.keep or 1 / k
-        with torch.no_grad():
-            scores, whole = (
-                self.look(seen)
-                if self.looks(share)
-                else (torch.zeros_like(seen["positions"], dtype=torch.float32), None)
-            )
-        kept = [self.select(scores, seen, view, share) for view in views]
-        features = self.pooled(kept)  # k x (B, D)
-        made = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(features)}
-        made |= dict(text=self.towers.encode_text(**part["text"]), scale=self.towers.temperature())
-        together = torch.cat(features)
+        share = options.keep or 1 / len(views)
+
+        # 1. The teacher looks once at what encloses all views.
+        scores, teacher_features = torch.zeros_like(scene["positions"], dtype=torch.float32), None
+        if self.looks(share):
+            with torch.no_grad():
+                scores, teacher_features = self.look(scene)
+
+        # 2. Each view keeps the patches that the teacher attends to; all go through the student.
+        selected = [self.select(scores, scene, view, share) for view in views]
+        pooled = self.pooled(selected)  # k x (B, D)
+        features = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(pooled)}
+        features["text"] = self.towers.encode_text(**part["text"])
+        features["scale"] = self.towers.temperature()
+
+        # 3. Auxiliary heads, over all views at once.
+        return features | self.auxiliary_features(pooled, teacher_features)
+
+    def auxiliary_features(
+        self, pooled: list[Tensor], teacher_features: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the auxiliary losses compare: vectors of SimCLR, losses (B,) of SimSiam and BYOL."""
+        options, k = self.options, len(pooled)
+        together = torch.cat(pooled)
+        features = {}
         if options.simclr:
-            made |= {f"simclr{i}": x for i, x in enumerate(self.simclr_head(together).chunk(k))}
+            for i, vectors in enumerate(self.simclr_head(together).chunk(k)):
+                features[f"simclr{i}"] = vectors
         if options.simsiam:
-            z = self.simsiam_projector(together)
-            made["simsiam"] = between(self.simsiam_predictor(z).chunk(k), z.chunk(k))
+            targets = self.simsiam_projector(together)
+            predictions = self.simsiam_predictor(targets)
+            features["simsiam"] = between(predictions.chunk(k), targets.chunk(k))
         if options.byol:
             with torch.no_grad():
                 # the teacher's own batch statistics, as in the release
-                target = self.byol_teacher(whole)
-            p = self.byol_predictor(self.byol_projector(together))
-            made["byol"] = torch.stack([byol(x, target) for x in p.chunk(k)]).mean(0)
-        return made
+                target = self.byol_teacher(teacher_features)
+            predictions = self.byol_predictor(self.byol_projector(together))
+            losses = [byol(prediction, target) for prediction in predictions.chunk(k)]
+            features["byol"] = torch.stack(losses).mean(0)
+        return features
 
     def looks(self, share: float) -> bool:
-        """Is anything read of what the teacher sees?"""
+        """Return True if the teacher's forward pass is needed."""
         return bool(self.options.byol) or (self.options.strategy != "random" and share < 1)
 
-    def select(self, scores: Tensor, seen: dict, view: dict, share: float) -> dict:
-        """What stays of a view: (B, K, 3 P P) at (B, K)."""
-        at = scores_at(scores, self.teacher_grid(seen), seen["box"], view["box"], self.cfg.grid)
-        keep = self.attentive.choose(at, share, view["noise"])
-        return dict(patches=take(view["patches"], keep), positions=keep)
-
-    def look(self, seen: dict) -> tuple[Tensor, Tensor]:
+    def look(self, scene: ViewBatch) -> tuple[Tensor, Tensor]:
         """The teacher's view -> attention scores (B, L), mean over heads and layers (equation 4),
         and its pooled features (B, D).
         """
         vision, watch = self.teacher.vision, Watch()
         tokens = vision(
-            seen["patches"],
-            seen["positions"],
-            grid=self.teacher_grid(seen),
+            scene["patches"],
+            scene["positions"],
+            grid=self.teacher_grid(scene),
             only_cls=vision.cfg.pool == "cls",
             watch=watch,
         )
-        scores = (
-            torch.stack(watch.layers).mean(0) if self.options.layers == "all" else watch.layers[-1]
-        )
-        # the class token's attention to itself is no patch's
+        if self.options.layers == "all":
+            scores = torch.stack(watch.layers).mean(0)
+        else:
+            scores = watch.layers[-1]
+        # without the class token's attention to itself
         return scores[:, 1:], vision.pool(tokens)
 
-    def teacher_grid(self, seen: dict) -> tuple[int, int]:
+    def select(self, scores: Tensor, scene: ViewBatch, view: ViewBatch, share: float) -> ViewBatch:
+        """The patches of a view that stay: (B, K, 3 P P) at (B, K)."""
+        grid = self.teacher_grid(scene)
+        at_patches = scores_at(scores, grid, scene["box"], view["box"], self.cfg.grid)
+        keep = self.attentive.choose(at_patches, share, view["noise"])
+        return ViewBatch(patches=take(view["patches"], keep), positions=keep)
+
+    def teacher_grid(self, scene: ViewBatch) -> tuple[int, int]:
         """The grid of the teacher's view, which may have another resolution (A-CLIP-eff) but has
         the model's proportions.
         """
         rows, columns = self.cfg.grid
-        scale = (seen["positions"].shape[1] / (rows * columns)) ** 0.5
+        scale = (scene["positions"].shape[1] / (rows * columns)) ** 0.5
         return round(rows * scale), round(columns * scale)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of the views' contrastive losses + the weighted auxiliary ones (sections 3.1 and
         3.4).
         """
-        options, images = self.options, in_order(features, "image")
-        pairs = [contrastive(image, features["text"], features["scale"]) for image in images]
-        total = contrast = torch.stack([loss for loss, _ in pairs]).mean()
+        options = self.options
+
+        # 1. Each view against the text.
+        losses, accuracies = [], []
+        for image in in_order(features, "image"):
+            loss, metrics = contrastive(image, features["text"], features["scale"])
+            losses.append(loss)
+            accuracies.append(metrics["accuracy"])
+        total = torch.stack(losses).mean()
         metrics = {
-            "accuracy": torch.stack([more["accuracy"] for _, more in pairs]).mean(),
-            "contrastive": contrast.detach(),
+            "accuracy": torch.stack(accuracies).mean(),
+            "contrastive": total.detach(),
             "temperature": 1 / features["scale"].detach(),
         }
+
+        # 2. The auxiliary losses.
         auxiliary = {}
         if options.simclr:
-            views = in_order(features, "simclr")
-            chosen = [(views[0], views[0])] if options.as_released else combinations(views, 2)
-            auxiliary["simclr"] = torch.stack(
-                [simclr(one, two, options.temperature)[0] for one, two in chosen]
-            ).mean()
+            auxiliary["simclr"] = self.simclr_loss(in_order(features, "simclr"))
         for name in ("simsiam", "byol"):
             if name in features:
                 auxiliary[name] = batch_mean(features[name])
@@ -216,22 +236,29 @@ class Aclip(Averaging):
             metrics[name] = loss.detach()
         return total, metrics
 
+    def simclr_loss(self, views: list[Tensor]) -> Tensor:
+        """The mean over all pairs of views; as released, of the first view with itself."""
+        pairs = list(combinations(views, 2))
+        if self.options.as_released:
+            pairs = [(views[0], views[0])]
+        losses = [simclr(one, two, self.options.temperature)[0] for one, two in pairs]
+        return torch.stack(losses).mean()
+
 
 def attentive(options: Options, cfg: ModelConfig) -> Attentive:
     return Attentive(options.strategy, options.block, cfg.patch, cfg.grid)
 
 
 def in_order(features: dict[str, Tensor], name: str) -> list[Tensor]:
-    """features name0, name1, ..."""
+    """The features name0, name1, ..."""
     return [features[f"{name}{i}"] for i in range(len(features)) if f"{name}{i}" in features]
 
 
 def between(predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
     """SimSiam over all pairs of views, both ways, (B,)."""
-    both = [
-        simsiam(predictions[i], targets[j])
-        for i in range(len(targets))
-        for j in range(len(targets))
-        if i != j
-    ]
-    return torch.stack(both).mean(0)
+    losses = []
+    for i, prediction in enumerate(predictions):
+        for j, target in enumerate(targets):
+            if i != j:
+                losses.append(simsiam(prediction, target))
+    return torch.stack(losses).mean(0)

@@ -76,6 +76,7 @@ class Attentive:
         """
         score, count = self.blocks(scores.float()).mean(2), self.kept(share)  # (B, N)
         if self.strategy in ("mixed", "random"):
+            assert noise is not None, f"strategy {self.strategy} draws by noise"
             drawn = count if self.strategy == "random" else round(DRAWN * count)
             noise = self.blocks(noise)[:, :, 0]  # below 1, where a rank from the top is at least 1
             order = score.argsort(dim=1, descending=True, stable=True)

@@ -1,28 +1,57 @@
-"""What every method is: the contract between a training run and the losses of a paper. Letters: B
-samples, K visible patches.
+"""The contract between a training run and a method, the losses of a paper.
 
-A method is an nn.Module that turns a batch into features and features into a loss:
+A method is an nn.Module that turns a micro-batch into features and features into a loss:
 
     forward(part) -> features           {name: tensor}: everything that depends on parameters, made
                                         inside the towers' own forwards
     loss(features) -> (loss, metrics)   a function of the features of the whole batch on this rank,
                                         and of the other ranks'
 
-The cut between the two is what lets accumulation keep the negatives of the whole batch (GradCache):
-features without a graph for all
-parts, the loss and its gradient in the features once, then part after part again with a graph. Each
-row of a feature belongs to one sample, except those named in `shared`, which every part computes
+A new method needs these two. The cut between them is what lets accumulation keep the negatives of
+the whole batch (GradCache): features without a graph for all micro-batches, the loss and its
+gradient in the features once, then one micro-batch after another again with a graph. Each row of a
+feature belongs to one sample, except those named in `shared`, which every micro-batch computes
 alike (the temperature).
+
+Letters: B samples, L patches of the grid, K visible patches, T tokens.
 """
 
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from glimpse.model.towers import ModelConfig, Towers
+
+
+class ViewBatch(TypedDict):
+    """One view of the samples of a micro-batch, as data/loader.py makes it."""
+
+    patches: Tensor  # (B, K, 3 P P) uint8
+    positions: Tensor  # (B, K) int16
+    box: NotRequired[Tensor]  # (B, 4): where one view encloses others
+    hidden: NotRequired[Tensor]  # (B, L - K, 3 P P): for methods that name the view in `hidden`
+    hidden_positions: NotRequired[Tensor]  # (B, L - K)
+    noise: NotRequired[Tensor]  # (B, L): for methods that name the view in `noise`
+
+
+class TextBatch(TypedDict):
+    """The captions of a micro-batch, end to end."""
+
+    ids: Tensor  # (T,) int32
+    lengths: Tensor  # (B,) int32
+    longest: int
+    positions: NotRequired[Tensor]  # (T,)
+
+
+class MicroBatch(TypedDict):
+    """What a method reads of a batch."""
+
+    views: dict[str, ViewBatch]
+    text: TextBatch
 
 
 @dataclass(frozen=True)
@@ -31,9 +60,7 @@ class Nothing:
 
 
 class Method(nn.Module, ABC):
-    """The towers and what a method tells the rest: its options, the views that it reads, its
-    teacher.
-    """
+    """The towers, and what the rest must know of a method: its options, views and teacher."""
 
     Options: type = Nothing  # what the config's `options:` may hold
     # the views that it reads, and how many of each it can use
@@ -51,20 +78,19 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
-        """ValueError where the options do not go with the model, or with so many draws of each
-        view.
+        """Raise ValueError where the options do not go with the model, or with the number of draws
+        of each view.
         """
 
     def borrowed(self) -> dict[str, str]:
-        """{prefix of parameters: the run whose towers they are taken from, at the start}, e.g.
-
-        {"teacher.": "runs/clip"}.
+        """{prefix of parameters: the run whose towers they start from}, e.g. {"teacher.":
+        "runs/clip"}.
         """
         return {}
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(teacher, student): modules built alike, of which the first follows the second as a
-        moving average (class Averaging).
+        """(teacher, student) pairs of modules that are built alike: the teacher follows the student
+        as a moving average (class Averaging).
         """
         return []
 
@@ -76,22 +102,40 @@ class Method(nn.Module, ABC):
             return self.towers
         if not self.averaged():
             raise ValueError(f"--weights {weights}: this run was trained without a moving average")
-        return swapped(self.towers, {student: teacher for teacher, student in self.averaged()})
+        towers = swapped(self.towers, {student: teacher for teacher, student in self.averaged()})
+        assert isinstance(towers, Towers)
+        return towers
 
-    def pooled(self, views: list[dict]) -> list[Tensor]:
-        """Pooled features (B, D) of each view; in one pass through the tower where all show as many
-        patches.
+    def pooled(self, views: list[ViewBatch]) -> list[Tensor]:
+        """Pooled features (B, D) of each view; in one pass through the tower where all views have
+        the same number of patches.
         """
-        columns = [[view[key] for view in views] for key in ("patches", "positions")]
-        if len({patches.shape[1:] for patches in columns[0]}) > 1:
-            return [
-                self.towers.image_features(view["patches"], view["positions"]) for view in views
-            ]
-        return list(self.towers.image_features(*map(torch.cat, columns)).chunk(len(views)))
+        patches = [view["patches"] for view in views]
+        positions = [view["positions"] for view in views]
+        if len({x.shape[1:] for x in patches}) == 1:
+            features = self.towers.image_features(torch.cat(patches), torch.cat(positions))
+            return list(features.chunk(len(views)))
+        return [self.towers.image_features(x, at) for x, at in zip(patches, positions)]
+
+    def pair_features(self, pooled: Tensor, text: TextBatch) -> dict[str, Tensor]:
+        """Pooled images (B, D) and captions -> unit embeddings image and text (B, E), and scale
+        (1,).
+        """
+        return dict(
+            image=self.towers.embed_image(pooled),
+            text=self.towers.encode_text(**text),
+            scale=self.towers.temperature(),
+        )
+
+    def momentum(self, progress: float) -> float:
+        """The share of itself that a teacher keeps in a step, at `progress` (0 to 1) of the run;
+        see Averaging.
+        """
+        raise TypeError(f"{type(self).__name__} has no moving average")
 
     @abstractmethod
-    def forward(self, part: dict) -> dict[str, Tensor]:
-        """A part of a batch (data/loader.py) -> features."""
+    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
+        """A micro-batch -> features."""
 
     @abstractmethod
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,7 +157,7 @@ class Averaging(Method):
 
 
 def swapped(module: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module with others in the place of some below it; it shares everything else with the
+    """The module with `others` in the place of some below it; it shares everything else with the
     original, which stays as it is.
     """
     if module in others:
@@ -140,10 +184,10 @@ def above(bound: float, **options: float) -> None:
             raise ValueError(f"options.{name} {value}: it must be above {bound}")
 
 
-def whole(view: dict) -> tuple[Tensor, Tensor]:
+def whole(view: ViewBatch) -> tuple[Tensor, Tensor]:
     """All patches (B, L, 3 P P) of a masked view and their positions (B, L): the visible ones, then
-    the hidden.
+    the hidden ones.
     """
-    return torch.cat([view["patches"], view["hidden"]], dim=1), torch.cat(
-        [view["positions"], view["hidden_positions"]], dim=1
-    )
+    patches = torch.cat([view["patches"], view["hidden"]], dim=1)
+    positions = torch.cat([view["positions"], view["hidden_positions"]], dim=1)
+    return patches, positions

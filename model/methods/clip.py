@@ -7,21 +7,15 @@ The three differ only in the `mask:` of the view `image`: none, random(0.5), gau
 from torch import Tensor
 
 from glimpse.model.losses import contrastive
-from glimpse.model.methods.base import Method
+from glimpse.model.methods.base import Method, MicroBatch
 
 
 class Clip(Method):
-    def forward(self, part: dict) -> dict[str, Tensor]:
-        """A part of a batch (data/loader.py) -> unit embeddings image and text (b, E), and scale
-        (1,).
-        """
+    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
+        """A micro-batch -> unit embeddings image and text (b, E), and scale (1,)."""
         view = part["views"]["image"]
-        image = self.towers.encode_image(view["patches"], view["positions"])
-        return dict(
-            image=image,
-            text=self.towers.encode_text(**part["text"]),
-            scale=self.towers.temperature(),
-        )
+        pooled = self.towers.image_features(view["patches"], view["positions"])
+        return self.pair_features(pooled, part["text"])
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE over the pairs of all ranks (FLIP section 3)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from glimpse.model.collectives import batch_mean
 from glimpse.model.heads import Decoder, check_decoder
 from glimpse.model.losses import contrastive, reconstruction
-from glimpse.model.methods.base import Method, above, at_least, whole
+from glimpse.model.methods.base import Method, MicroBatch, above, at_least, whole
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import normalise
 
@@ -55,26 +55,23 @@ class Mae(Method):
         )
 
     @staticmethod
-    def check(options: Options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+    def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
         check_decoder(options.width, options.heads)
 
-    def forward(self, part: dict) -> dict[str, Tensor]:
-        view, towers = part["views"]["image"], self.towers
+    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
+        view, towers, vision = part["views"]["image"], self.towers, self.cfg.vision
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
-        pooled = (
-            towers.image_features(*whole(view))
-            if self.options.contrast == "image"
-            else towers.vision.pool(tokens)
-        )
-        # (B, L - K, 3 P P)
-        made = self.decoder(tokens, view["positions"], view["hidden_positions"])
-        target = normalise(view["hidden"], self.cfg.vision.mean, self.cfg.vision.std, torch.float32)
-        return dict(
-            image=towers.embed_image(pooled),
-            text=towers.encode_text(**part["text"]),
-            scale=towers.temperature(),
-            reconstruction=reconstruction(made, target, self.options.normalise),
-        )
+        if self.options.contrast == "image":
+            pooled = towers.image_features(*whole(view))
+        else:
+            pooled = towers.vision.pool(tokens)
+
+        # The hidden patches, predicted and real: (B, L - K, 3 P P).
+        prediction = self.decoder(tokens, view["positions"], view["hidden_positions"])
+        target = normalise(view["hidden"], vision.mean, vision.std, torch.float32)
+        features = self.pair_features(pooled, part["text"])
+        error = reconstruction(prediction, target, self.options.normalise)
+        return dict(features, reconstruction=error)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Contrastive + weight * mean squared error of the hidden patches (FLIP section 4.1)."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from glimpse.model.collectives import batch_mean
-from glimpse.model.ema import check_momentum, linear
+from glimpse.model.ema import check_momentum
+from glimpse.model.ema import linear as linear_momentum
 from glimpse.model.heads import Decoder
 from glimpse.model.losses import contrastive, distillation
-from glimpse.model.methods.base import Averaging, above, at_least, whole
+from glimpse.model.methods.base import Averaging, MicroBatch, above, at_least, whole
 from glimpse.model.towers import vision_tower
 
 
@@ -78,44 +79,42 @@ class MaskClip(Averaging):
                 module.requires_grad_(False)
 
     def borrowed(self) -> dict[str, str]:
-        return (
-            {}
-            if self.options.teacher in ("average", "student")
-            else {"teacher.": self.options.teacher}
-        )
+        if self.options.teacher in ("average", "student"):
+            return {}
+        return {"teacher.": self.options.teacher}
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
-        return (
-            [(self.teacher["vision"], self.towers.vision)]
-            if self.options.teacher == "average"
-            else []
-        )
+        if self.options.teacher != "average":
+            return []
+        return [(self.teacher["vision"], self.towers.vision)]
 
     def momentum(self, progress: float) -> float:
-        return linear(*self.options.momentum, progress)
+        start, end = self.options.momentum
+        return linear_momentum(start, end, progress)
 
-    def forward(self, part: dict) -> dict[str, Tensor]:
+    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
         view, towers, options = part["views"]["image"], self.towers, self.options
-        everything, features = whole(view), {}
+        patches, positions = whole(view)  # the hidden patches last
+
+        # 1. The whole image, for the teacher's targets and the contrastive loss.
+        features: dict[str, Tensor] = {}
         if options.teacher == "student":
-            full = towers.vision(*everything)  # (B, 1 + L, D)
-            pooled, target = towers.vision.pool(full), full.detach()
+            tokens = towers.vision(patches, positions)  # (B, 1 + L, D)
+            target = tokens.detach()
+            features = self.pair_features(towers.vision.pool(tokens), part["text"])
         else:
             with torch.no_grad():
-                target = self.teacher["vision"](*everything)
-            pooled = towers.image_features(*everything) if options.contrast else None
-        if options.contrast:
-            features = dict(
-                image=towers.embed_image(pooled),
-                text=towers.encode_text(**part["text"]),
-                scale=towers.temperature(),
-            )
+                target = self.teacher["vision"](patches, positions)
+            if options.contrast:
+                pooled = towers.image_features(patches, positions)
+                features = self.pair_features(pooled, part["text"])
+
+        # 2. The visible patches, from which the decoder predicts the targets of the hidden ones.
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
-        made = self.decoder(tokens, view["positions"], view["hidden_positions"])  # (B, L - K, D)
-        target = target[:, -made.shape[1] :]  # `whole` puts the hidden patches last
-        return dict(
-            features, distillation=distillation(made, target, options.beta, options.normalise)
-        )
+        prediction = self.decoder(tokens, view["positions"], view["hidden_positions"])
+        target = target[:, -prediction.shape[1] :]  # (B, L - K, D)
+        error = distillation(prediction, target, options.beta, options.normalise)
+        return dict(features, distillation=error)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """L_I + L_T + lambda L_dist (section 3.3)."""
@@ -124,9 +123,8 @@ class MaskClip(Averaging):
             return self.options.weight * auxiliary, {"distillation": auxiliary.detach()}
         # (L_I + L_T) / 2
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
-        total = (
-            loss * (2 if self.options.convention == "sum" else 1) + self.options.weight * auxiliary
-        )
+        factor = 2 if self.options.convention == "sum" else 1
+        total = loss * factor + self.options.weight * auxiliary
         return total, {
             **metrics,
             "contrastive": loss.detach(),

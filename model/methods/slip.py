@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glimpse.model.heads import simclr_head
 from glimpse.model.losses import contrastive, simclr
-from glimpse.model.methods.base import Method, above, at_least
+from glimpse.model.methods.base import Method, MicroBatch, above, at_least
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,12 @@ class Slip(Method):
         super().__init__(cfg, vocab, context, options)
         self.head = simclr_head(cfg.shape.width, options.hidden, options.out)
 
-    def forward(self, part: dict) -> dict[str, Tensor]:
+    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
         views = part["views"]
         image, one, two = self.pooled([views["image"], views["augmented1"], views["augmented2"]])
-        return dict(
-            image=self.towers.embed_image(image),
-            text=self.towers.encode_text(**part["text"]),
-            # each view has its own batch statistics
-            scale=self.towers.temperature(),
-            one=self.head(one),
-            two=self.head(two),
-        )
+        features = self.pair_features(image, part["text"])
+        # each view has its own batch statistics
+        return dict(features, one=self.head(one), two=self.head(two))
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """CLIP + weight * SimCLR (SLIP section 3.3)."""
@@ -56,11 +51,13 @@ class Slip(Method):
             features["scale"],
             exact=not self.options.as_released,
         )
-        auxiliary, more = simclr(features["one"], features["two"], self.options.temperature)
+        auxiliary, simclr_metrics = simclr(
+            features["one"], features["two"], self.options.temperature
+        )
         total = loss + self.options.weight * auxiliary
         return total, {
             **metrics,
-            **more,
+            **simclr_metrics,
             "contrastive": loss.detach(),
             "simclr": auxiliary.detach(),
             "temperature": 1 / features["scale"].detach(),
