@@ -1,8 +1,7 @@
-"""Pictures as patches, and back.
+"""Cut images into patches, and put patches back together.
 
-A patch is laid out (channel, row, column), as the weight of a stride-P convolution flattens, so
-that a linear layer over
-patches equals that convolution and its weights convert by reshaping.
+A patch is laid out (channel, row, column), as the weight of a stride-P convolution flattens. A
+linear layer over patches therefore equals that convolution, and its weights convert by reshaping.
 Letters: B images, H x W pixels, P pixels to a patch side, L = (H / P) * (W / P) patches in reading
 order, K visible patches.
 """
@@ -12,7 +11,7 @@ from torch import Tensor
 
 
 def grid(height: int, width: int, P: int) -> tuple[int, int]:
-    """(rows, columns) of patches in an image."""
+    """Return (rows, columns) of the patches of an image."""
     if height % P or width % P:
         raise ValueError(
             f"an image of {height} x {width} pixels does not divide into patches of {P}; change the"
@@ -32,9 +31,10 @@ def patchify(images: Tensor, P: int) -> Tensor:
     )
 
 
-def unpatchify(patches: Tensor, P: int, grid: tuple[int, int]) -> Tensor:
-    """(B, L, C*P*P) -> (B, C, H, W); grid is (rows, columns)."""
-    B, (rows, columns) = patches.shape[0], grid
+def unpatchify(patches: Tensor, P: int, grid_size: tuple[int, int]) -> Tensor:
+    """(B, L, C*P*P) -> (B, C, H, W); grid_size is (rows, columns)."""
+    B = patches.shape[0]
+    rows, columns = grid_size
     return (
         patches.reshape(B, rows, columns, -1, P, P)
         .permute(0, 3, 1, 4, 2, 5)
@@ -43,8 +43,9 @@ def unpatchify(patches: Tensor, P: int, grid: tuple[int, int]) -> Tensor:
 
 
 def visible(image: np.ndarray, P: int, keep: np.ndarray) -> np.ndarray:
-    """One image (H, W, C) at keep (K,) -> (K, C*P*P); reads and copies the visible patches only."""
-    rows, columns = grid(*image.shape[:2], P)
+    """Cut an image (H, W, C) at keep (K,) -> (K, C*P*P); reads the visible patches only."""
+    height, width = image.shape[:2]
+    rows, columns = grid(height, width, P)
     # (rows, columns, C, P, P), no copy yet
     view = image.reshape(rows, P, columns, P, -1).transpose(0, 2, 4, 1, 3)
     return view[keep // columns, keep % columns].reshape(len(keep), -1)

@@ -1,17 +1,15 @@
-"""Tar shards of captioned images: written, indexed, read at random, and put in one global order.
+"""Tar shards of captioned images: writing, indexing, random access, and one global order.
 
 A shard is a tar in webdataset's convention: the members of a sample follow each other and share a
 key, `000017.jpg`, `000017.txt`.
-A folder of shards carries an index, made once (`run/prepare.py index DIR`, or on first use):
+A folder of shards has an index, built once (`run/prepare.py index DIR`, or on first use):
 
-    DIR/shards.index.json           which tars there are, how many samples and bytes each has, which
-                                    extensions
-    DIR/shards.index/NAME.tar.json  where each member of that tar lies, so that one sample is one
-        read
+    DIR/shards.index.json           the tars, with the samples, bytes and extensions of each
+    DIR/shards.index/NAME.tar.json  the position of each member of a tar: one sample is one read
 
-With it, sample i is a place in a file and `Order` is a pure function: position p of a run ->
-(epoch, sample). Nothing depends on who reads, which is what makes a resumed run see every sample of
-an epoch exactly once, on any number of ranks and workers.
+With the index, sample i is a place in a file and `Order` is a pure function: position p of a run ->
+(epoch, sample). Nothing depends on the reader. A resumed run therefore sees every sample of an
+epoch exactly once, on any number of ranks and workers.
 """
 
 import io
@@ -54,17 +52,22 @@ class Sample:
 
     @property
     def captions(self) -> list[str]:
-        """The texts that belong to the image: the txt member, or the json member's caption field,
-        which may list several.
+        """The captions of the image: its txt member, or the caption field of its json member.
+
+        The field may be a list of several captions.
         """
         if "txt" in self.parts:
             return [self.parts["txt"].decode("utf-8", errors="replace").strip()]
         fields = json.loads(self.parts.get("json", b"{}"))
-        for name in CAPTION_FIELDS if isinstance(fields, dict) else ():
+        if not isinstance(fields, dict):
+            fields = {}
+        for name in CAPTION_FIELDS:
             texts = fields.get(name)
-            texts = [texts] if isinstance(texts, str) else texts
+            if isinstance(texts, str):
+                texts = [texts]
             if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-                return [text.strip() for text in texts if text.strip()] or [""]
+                stripped = [text.strip() for text in texts]
+                return [text for text in stripped if text] or [""]
         raise ValueError(
             f"no caption: has {', '.join(self.parts)}; a caption is a txt, or one of"
             f" {', '.join(CAPTION_FIELDS)} in a json"
@@ -72,15 +75,17 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The first of them."""
+        """The first of the captions."""
         return self.captions[0]
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    """Write (key, {extension: content}) as one tar and return how many; the same samples give the
-    same bytes.
+    """Write (key, {extension: content}) as one tar and return the number of samples.
+
+    The same samples give the same bytes.
     """
-    part, count = path.with_name(path.name + ".part"), 0
+    part = path.with_name(path.name + ".part")
+    count = 0
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, parts in samples:
             if "." in key.rpartition("/")[2]:
@@ -98,15 +103,19 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
 
 def headers(path: Path) -> list[tuple[str, str, int, int]]:
-    """The files in a tar, in order: [(key, extension, offset, bytes)].
+    """List the files in a tar, in order: [(key, extension, offset, bytes)].
 
-    ValueError: it is cut off, damaged or empty.
+    Raise ValueError if the tar is cut off, damaged or empty.
     """
+    files = []
     try:
         with tarfile.open(path, "r:") as tar:  # a tar cut off within a file raises ReadError here
-            files = [(*split_name(m.name), m.offset_data, m.size) for m in tar if m.isfile()]
+            for member in tar:
+                if member.isfile():
+                    key, extension = split_name(member.name)
+                    files.append((key, extension, member.offset_data, member.size))
+            # tarfile mistakes a header that it cannot read for the end of the tar.
             tar.fileobj.seek(tar.offset)
-            # tarfile takes a header that it cannot read for the end
             if tar.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
@@ -119,36 +128,43 @@ def headers(path: Path) -> list[tuple[str, str, int, int]]:
 
 
 def members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """The samples of a tar in order: [(key, {extension: (offset, bytes)})]; reads headers only."""
+    """List the samples of a tar: [(key, {extension: (offset, bytes)})]; reads headers only."""
     return grouped(headers(path))
 
 
 def grouped(files: list[tuple[str, str, int, int]]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """`headers` as samples: files that follow each other and share a key."""
-    return [
-        (key, {ext: (offset, size) for _, ext, offset, size in group})
-        for key, group in groupby(files, key=lambda f: f[0])
-    ]
+    """Group the files of `headers` into samples: neighbors that share a key."""
+    samples = []
+    for key, group in groupby(files, key=lambda file: file[0]):
+        parts = {extension: (offset, size) for _, extension, offset, size in group}
+        samples.append((key, parts))
+    return samples
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """'a.b/0017.seg.png' -> ('a.b/0017', 'seg.png'), as webdataset splits: at the first dot of the
-    file's own name.
+    """Split 'a.b/0017.seg.png' into ('a.b/0017', 'seg.png').
+
+    As in webdataset, the extension begins at the first dot of the file name.
     """
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+    key = f"{folder}/{stem}" if folder else stem
+    return key, extension.lower()
 
 
 def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -> dict:
-    """Index every tar of the folder (not below it) and return the summary; `progress` wraps the
-    iteration over tars.
+    """Index every tar of the folder (not of its subfolders) and return the summary.
+
+    progress: wraps the iteration over tars.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"{folder}: no *.tar in it; name the folder that holds the shards")
     (folder / "shards.index").mkdir(exist_ok=True)
-    rows, broken = [], []
+
+    # The members of each tar. A tar that cannot be read does not stop the others.
+    rows = []
+    broken = []
     for path in progress(paths):
         try:
             samples = members(path)
@@ -165,23 +181,27 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
                 extensions=dict(sorted(extensions.items())),
             )
         )
+    if len(broken) == 1:
+        raise ValueError(broken[0])
     if broken:
         several = f"{folder}: {len(broken)} of {len(paths)} shards are unusable"
-        raise ValueError(broken[0] if len(broken) == 1 else "\n  ".join([several, *broken]))
+        raise ValueError("\n  ".join([several, *broken]))
+
+    # The summary last: a folder without it is indexed again.
     index = dict(version=VERSION, shards=rows)
     replace_json(folder / "shards.index.json", index)
     return index
 
 
-def replace_json(path: Path, value) -> None:
-    """Whole or not at all, also where several jobs index one folder at the same time."""
+def replace_json(path: Path, value: object) -> None:
+    """Write JSON completely or not at all, even if several jobs index one folder at a time."""
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     part.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
     os.replace(part, path)
 
 
 def read_index(folder: Path) -> dict:
-    """The folder's index, checked against the tars that are there now; built if there is none."""
+    """Load the folder's index and check it against the tars; build it if there is none."""
     path = folder / "shards.index.json"
     index = json.loads(path.read_text()) if path.exists() else build_index(folder)
     if index.get("version") != VERSION:
@@ -189,48 +209,52 @@ def read_index(folder: Path) -> dict:
             f"{path}: version {index.get('version')!r}, this code writes {VERSION}; run:"
             f" run/prepare.py index {folder}"
         )
-    there = {(p.name, p.stat().st_size) for p in folder.glob("*.tar")}
+    present = {(tar.name, tar.stat().st_size) for tar in folder.glob("*.tar")}
     indexed = {(row["name"], row["bytes"]) for row in index["shards"]}
-    if there != indexed:
+    if present != indexed:
+        example, _ = min(present ^ indexed)
         raise ValueError(
-            f"{path}: the tars changed (e.g. {sorted(there ^ indexed)[0][0]}); run: run/prepare.py"
-            f" index {folder}"
+            f"{path}: the tars changed (e.g. {example}); run: run/prepare.py index {folder}"
         )
     return index
 
 
 def require_pairs(folder: Path, row: dict) -> None:
-    """A shard of a training set has images and captions, or the run stops here rather than at its
-    first batch.
+    """Raise ValueError if a training shard has no images or no captions.
+
+    The run stops here rather than at its first batch.
     """
     for what, known in (("images", IMAGES), ("captions", CAPTIONS)):
         if not any(extension in row["extensions"] for extension in known):
-            have = ", ".join(row["extensions"])
+            path = folder / row["name"]
+            present = ", ".join(row["extensions"])
+            allowed = ", ".join(known)
             raise ValueError(
-                f"{folder / row['name']}: no {what} (has {have}; {what} are one of"
-                f" {', '.join(known)}); see data.train"
+                f"{path}: no {what} (has {present}; {what} are one of {allowed}); see data.train"
             )
 
 
-def named(given: str | Path) -> tuple[Path, list[str]]:
-    """A folder and which of its tars are meant, none for all: 'DIR/{00000..00008}.tar', in braces
-    as shells and webdataset have them.
+def named(source: str | Path) -> tuple[Path, list[str]]:
+    """Return a folder and the names of the tars chosen from it; an empty list means all.
+
+    'DIR/{00000..00008}.tar' chooses nine, with braces as in a shell and in webdataset.
     """
-    path = Path(given)
+    path = Path(source)
     if path.suffix != ".tar" or path.is_dir():
         return path, []
     try:
-        # as the index lists them: the order in which they are named is nothing
-        return path.parent, sorted(set(braceexpand(path.name)))
+        names = set(braceexpand(path.name))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; see data.train") from None
+    # Sorted like the index: the order in which a config names them has no effect.
+    return path.parent, sorted(names)
 
 
 class Shards:
     """The samples of indexed shard folders as one list: `len(shards)`, `shards[i] -> Sample`.
 
-    folders: each holds tars, or names some of a folder's, FOLDER/NAME-{00000..00008}.tar; captions:
-    every shard must hold images and captions, else ValueError.
+    folders: folders of tars, or some tars of a folder, as FOLDER/NAME-{00000..00008}.tar.
+    captions: raise ValueError unless every shard holds images and captions.
     """
 
     def __init__(self, folders: Iterable[str | Path], captions: bool = True):
@@ -261,56 +285,61 @@ class Shards:
         return self.read(i)
 
     def read(self, i: int, only: tuple[str, ...] = ()) -> Sample:
-        """Sample i; `only`: with those of its members alone, and no byte of the others read."""
+        """Read sample i; only: extensions of the members to read, without any byte of the rest."""
         shard, place = self.locate(i)
         return self._open(self.paths[shard]).read(place, only)
 
     def locate(self, i: int) -> tuple[int, int]:
-        """Sample i as (shard, place in that shard)."""
+        """Return sample i as (shard, place in that shard)."""
         shard = bisect_right(self.ends, i)
         return shard, i - (self.ends[shard] - self.counts[shard])
 
     def name(self, i: int) -> tuple[str, str]:
-        """(shard, key) of sample i, read from the index alone."""
+        """Return (shard, key) of sample i, read from the index alone."""
         shard, place = self.locate(i)
-        return self.paths[shard].name, self._open(self.paths[shard]).samples[place][0]
+        path = self.paths[shard]
+        key, _ = self._open(path).samples[place]
+        return path.name, key
 
-    def __getstate__(self):  # file handles stay with the process that opened them
+    def __getstate__(self) -> dict:
+        # File handles stay with the process that opened them.
         return {name: value for name, value in vars(self).items() if name != "_open"}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _open=lru_cache(OPEN_SHARDS)(_OpenShard))
 
 
 class _OpenShard:
-    """One tar, open, with its table of members."""
+    """An open tar with its table of members."""
 
     def __init__(self, path: Path):
         self.name = path.name
-        self.samples = json.loads((path.parent / "shards.index" / f"{path.name}.json").read_text())
+        table = path.parent / "shards.index" / f"{path.name}.json"
+        self.samples = json.loads(table.read_text())
         self.file = os.open(path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "file"):
             os.close(self.file)
 
     def read(self, i: int, only: tuple[str, ...]) -> Sample:
         key, parts = self.samples[i]
-        # none of them there: all, so that the caller can say what is
-        parts = {ext: parts[ext] for ext in only if ext in parts} or parts
+        selected = {extension: parts[extension] for extension in only if extension in parts}
+        if selected:  # else all, so that the caller can say which members there are
+            parts = selected
+
+        # The members of a sample lie side by side: one read for all.
         start = min(offset for offset, _ in parts.values())
         end = max(offset + size for offset, size in parts.values())
-        block = os.pread(self.file, end - start, start)  # the members lie side by side
+        block = os.pread(self.file, end - start, start)
         if len(block) < end - start:
             raise ValueError(f"{self.name}: shorter than its index says; run: run/prepare.py index")
-        return Sample(
-            self.name,
-            key,
-            {
-                ext: block[offset - start : offset - start + size]
-                for ext, (offset, size) in parts.items()
-            },
-        )
+
+        contents = {}
+        for extension, (offset, size) in parts.items():
+            begin = offset - start
+            contents[extension] = block[begin : begin + size]
+        return Sample(self.name, key, contents)
 
 
 class Order:
@@ -322,7 +351,9 @@ class Order:
     """
 
     def __init__(self, counts: list[int], seed: int, window: int):
-        self.counts, self.seed, self.window = np.asarray(counts), seed, window
+        self.counts = np.asarray(counts)
+        self.seed = seed
+        self.window = window
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.total = int(self.counts.sum())
         self._epoch = lru_cache(2)(self._epoch_windows)
@@ -338,17 +369,19 @@ class Order:
     def _epoch_windows(self, epoch: int) -> tuple[list[np.ndarray], list[int]]:
         shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
-        return windows, list(accumulate(int(self.counts[w].sum()) for w in windows))
+        sizes = [int(self.counts[window].sum()) for window in windows]
+        return windows, list(accumulate(sizes))
 
     def _mixed_window(self, epoch: int, window: int) -> np.ndarray:
         shards = self._epoch(epoch)[0][window]
-        samples = np.concatenate(
-            [np.arange(self.starts[s], self.starts[s] + self.counts[s]) for s in shards]
-        )
+        begins = self.starts[shards]
+        ends = begins + self.counts[shards]
+        ranges = [np.arange(begin, end) for begin, end in zip(begins, ends)]
+        samples = np.concatenate(ranges)
         return np.random.default_rng((self.seed, epoch, 1 + window)).permutation(samples)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return dict(counts=list(self.counts), seed=self.seed, window=self.window)
 
-    def __setstate__(self, state):
-        self.__init__(**state)
+    def __setstate__(self, state: dict) -> None:
+        Order.__init__(self, **state)

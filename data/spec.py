@@ -1,18 +1,21 @@
 """Specs in a config: `name`, `name(0.5)` or `name(0.5, key=value)`.
 
-Masks, text masks and evaluations are written so.  A value is a Python literal.
+Masks, text masks and evaluations are written in this form. A value is a Python literal.
 """
 
 import ast
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import TypeVar
 
+T = TypeVar("T")
 WORDS = {"true": True, "false": False}  # as YAML writes them
 
 
 class UnreadableSpec(ValueError):
-    """The text is no `name(...)` at all; the caller knows what should stand there."""
+    """The text is not of the form `name(...)`; the caller knows what should stand there."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,18 @@ def read_spec(text: str, bare_words: bool = False) -> Spec:
     """Parse 'gaussian(0.5, sigma=0.1)' -> Spec("gaussian", (0.5,), {"sigma": 0.1}).
 
     bare_words: `key=word` is a string, or True and False as YAML writes them; without it only
-    literals are values.  Raises UnreadableSpec, or ValueError where an option is given twice or a
-    value is no literal.
+    literals are values.
+    Raise UnreadableSpec, or ValueError if an option is given twice or a value is no literal.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        name = (tree.func if isinstance(tree, ast.Call) else tree).id
     except (SyntaxError, AttributeError, ValueError, TypeError):
         raise UnreadableSpec(f"{text!r} cannot be read") from None
+    function = tree.func if isinstance(tree, ast.Call) else tree
+    if not isinstance(function, ast.Name):
+        raise UnreadableSpec(f"{text!r} cannot be read")
     if not isinstance(tree, ast.Call):
-        return Spec(name, (), {})
+        return Spec(function.id, (), {})
 
     def value(node: ast.expr) -> object:
         if bare_words and isinstance(node, ast.Name):
@@ -45,18 +50,20 @@ def read_spec(text: str, bare_words: bool = False) -> Spec:
         except (ValueError, TypeError):
             raise ValueError("arguments must be plain values, such as 0.5 or True") from None
 
-    names = [keyword.arg for keyword in tree.keywords]
-    if None in names or len(set(names)) < len(names):
+    # A keyword without a name is `**mapping`.
+    nodes = {keyword.arg: keyword.value for keyword in tree.keywords if keyword.arg}
+    if len(nodes) < len(tree.keywords):
         raise ValueError("name each option once")
-    options = {keyword.arg: value(keyword.value) for keyword in tree.keywords}
-    return Spec(name, tuple(value(arg) for arg in tree.args), options)
+    options = {name: value(node) for name, node in nodes.items()}
+    args = tuple(value(node) for node in tree.args)
+    return Spec(function.id, args, options)
 
 
-def build_strategy(text: str, strategies: dict[str, type], key: str, form: str):
+def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: str) -> T:
     """Build the strategy that a spec names from the spec's arguments.
 
-    Raises ValueError, which begins with `key` and says what the strategy takes, or that a spec is
-    written as `form`.
+    Raise ValueError, which begins with `key` and lists the strategy's arguments, or shows `form`,
+    the way to write a spec.
     """
     try:
         spec = read_spec(text)
@@ -77,7 +84,8 @@ def build_strategy(text: str, strategies: dict[str, type], key: str, form: str):
         raise ValueError(f"{key} {text!r}: {error}; {spec.name} takes {signature}") from None
 
 
-def unknown(name: str, strategies: dict[str, type]) -> str:
+def unknown(name: str, strategies: Iterable[str]) -> str:
+    """Describe why a name is no strategy, with the closest one."""
     if name == "none":
         return "none takes no arguments"
     known = sorted([*strategies, "none"])
