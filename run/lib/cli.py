@@ -1,5 +1,5 @@
-"""What scripts without ranks share: how they end, and their progress bar. (Scripts on ranks end
-through run/lib/distributed.py.)
+"""The main function and the progress bar of scripts without ranks. (Scripts on ranks end through
+run/lib/distributed.py.)
 
     if __name__ == "__main__":
         run_script(main)
@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run main and exit with its code; what a user can mend is told in one line and exits with
-    2.
+    """Run main and exit with its code; an error that the user can fix prints one line and exits
+    with 2.
     """
-    # what is half made is removed, as on Ctrl-C
+    # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that half-written output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
@@ -28,11 +28,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         if isinstance(error, BrokenPipeError) and unheard():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
             sys.exit(128 + signal.SIGPIPE)
-        named = isinstance(error, OSError) and error.filename
-        print(
-            f"error: {error.filename}: {error.strerror}" if named else f"error: {error}",
-            file=sys.stderr,
-        )
+        print(f"error: {described(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -40,25 +36,34 @@ def run_script(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def described(error: ValueError | OSError) -> str:
+    """Return the error's message; of an operating system's error the file and the reason."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def unheard() -> bool:
-    """Has who reads what is printed had enough, as `| head`?"""
-    printed = select.poll()
-    printed.register(1, 0)
-    return any(event & select.POLLERR for _, event in printed.poll(0))
+    """Return True if stdout's reader has closed the pipe (as `head` does)."""
+    stdout = select.poll()
+    stdout.register(1, 0)
+    return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def bar(
     items: Iterable, text: str, unit: str = "", total: int | None = None, scale: int = 1
 ) -> Iterable:
-    """The items, with a progress bar on a terminal and silently elsewhere; scale: units to an
-    item.
+    """Return the items, with a progress bar on a terminal and silently elsewhere.
+
+    scale: units to an item.
     """
+    unit_scale = scale if scale > 1 else False
     return tqdm(
         items,
         desc=text,
         unit=unit,
         total=total,
-        unit_scale=scale if scale > 1 else False,
+        unit_scale=unit_scale,
         file=sys.stderr,
         disable=None,
         smoothing=0.05,

@@ -1,14 +1,12 @@
-"""What a run is: YAML over dataclasses, resolved once, saved with the run. The one place that reads
-the command line.
+"""The config of a run: YAML over dataclasses, resolved once, saved with the run. The one place that
+reads the command line.
 
     load("run/configs/flip_b16.yaml", ["seed=1", "views.image.mask=random(0.75)"]) -> Run
 
 A config may name a `base:`, whose keys it overrides one by one. The dataclasses stand beside the
 code that they configure (ModelConfig in model/towers.py, ...); `Run` puts them together. A key that
-no dataclass declares is refused with the near miss named, and every
-declared key is read somewhere: tests/run/lib/test_config_keys.py holds both. Counts of samples may
-be
-written 12.8B, 400M or 51.2k.
+no dataclass declares is refused with the near miss named, and every declared key is read somewhere:
+tests/run/lib/test_config_keys.py holds both. Counts of samples may be written 12.8B, 400M or 51.2k.
 """
 
 import argparse
@@ -17,8 +15,10 @@ import math
 import re
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
@@ -27,10 +27,10 @@ from glimpse.data.transforms import CROPS, View
 from glimpse.model.methods import METHODS
 from glimpse.model.towers import ModelConfig
 
+T = TypeVar("T")
+
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
-
-
 KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
 
 
@@ -46,29 +46,38 @@ class OptimConfig:
     # kinds of parameters that do not decay (FLIP's); all: see KINDS
     no_decay: tuple[str, ...] = ("bias", "norm", "positions")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.peak(1)
         for kind in self.no_decay:
             if kind not in KINDS:
                 raise ValueError(f"optim.no_decay: unknown {kind!r}; known: {', '.join(KINDS)}")
 
     def peak(self, batch: int) -> float:
-        """The peak learning rate for a global batch."""
+        """Return the peak learning rate for a global batch."""
+        complaint = f"optim.lr: {self.lr!r}; write 5e-4, or 4e-6 per 256"
         match = re.fullmatch(r"([\d.e+-]+)(?: per (\d+))?", self.lr)
+        if match is None:
+            raise ValueError(complaint)
         try:
-            return float(match[1]) * (batch / int(match[2]) if match[2] else 1)
-        except (TypeError, ValueError):
-            raise ValueError(f"optim.lr: {self.lr!r}; write 5e-4, or 4e-6 per 256") from None
+            rate = float(match[1])
+        except ValueError:
+            raise ValueError(complaint) from None
+        reference_batch = match[2]
+        if reference_batch is None:
+            return rate
+        return rate * (batch / int(reference_batch))
 
     def rate(self, seen: int, batch: int, samples: int) -> float:
-        """The learning rate of the step that starts with `seen` samples behind it: linear warm-up,
-        then cosine to min_lr.
+        """Return the learning rate of the step that starts with `seen` samples behind it.
+
+        Linear warm-up, then a cosine to min_lr.
         """
         peak = self.peak(batch)
         if seen < self.warmup:
             return peak * min(1.0, (seen + batch) / self.warmup)
-        turn = (seen - self.warmup) / max(1, samples - self.warmup)
-        return self.min_lr + (peak - self.min_lr) * (1 + math.cos(math.pi * min(1.0, turn))) / 2
+        progress = (seen - self.warmup) / max(1, samples - self.warmup)
+        cosine = 1 + math.cos(math.pi * min(1.0, progress))
+        return self.min_lr + (peak - self.min_lr) * cosine / 2
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,8 @@ class Run:
     model: ModelConfig
     optim: OptimConfig
     views: dict[str, View]  # the method's docstring says which it reads
-    # the method's own: `Options` in its file; built with the rest, so never None
-    options: object = None
+    # the method's `Options`, a dataclass in its file; built with the rest, so never None
+    options: Any = None
     # how memory, precision and communication are spent; from the repository root
     deepspeed: str = "ds_configs/zero3.json"
     # GradCache: so many forward-backward passes a step, with the negatives of the whole batch
@@ -99,7 +108,7 @@ class Run:
     # evaluation images: resize_crop (short side, then centre), square (centre, then resize), squash
     eval_crop: str = "resize_crop"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("eval_crop", self.eval_crop, CROPS)
         if self.data.pad_text and self.model.text.pool == "eot":
@@ -115,47 +124,66 @@ class Run:
             raise ValueError(f"samples: {self.samples} is less than one batch of {self.batch}")
 
     def check_views(self) -> None:
+        """Raise ValueError if the views are not those that the method reads."""
+        method = METHODS[self.method]
+        self.check_view_names()
+        for name in self.views:
+            self.check_view(name)
+
+        # A method that learns from hidden patches needs a mask that hides some.
+        for draw in plan(self.views, self.model.image_size, self.model.patch):
+            rows, columns = draw.grid
+            hides_nothing = draw.mask.visible(rows * columns) == rows * columns
+            if draw.name in method.hidden and hides_nothing:
+                raise ValueError(
+                    f"views.{draw.name}.mask: {draw.view.mask!r} hides nothing; method"
+                    f" {self.method!r} learns from what is hidden, e.g. random(0.75)"
+                )
+
+        counts = {name: view.count for name, view in self.views.items()}
+        method.check(self.options, self.model, counts)
+
+    def check_view_names(self) -> None:
+        """Raise ValueError unless the method's views are there, as often as it takes, and no
+        others.
+        """
         method = METHODS[self.method]
         for name, counts in method.views.items():
             if name not in self.views:
                 raise ValueError(
                     f"views: method {self.method!r} reads view {name!r}; give it under views:"
                 )
-            if (count := self.views[name].count) not in counts:
+            count = self.views[name].count
+            if count not in counts:
+                takes = ", ".join(map(str, counts))
                 raise ValueError(
-                    f"views.{name}.count: {count}; method {self.method!r} takes"
-                    f" {', '.join(map(str, counts))}"
+                    f"views.{name}.count: {count}; method {self.method!r} takes {takes}"
                 )
         for name in self.views:
             check_choice(f"views: method {self.method!r}", name, method.views)
-        for name, view in self.views.items():
-            around = name in method.enclosing
-            if around != bool(view.encloses):
-                raise ValueError(
-                    f"views.{name}.encloses: {list(view.encloses)}; method {self.method!r} takes "
-                    f"{'a view around others, e.g. [view]' if around else 'none here'}"
-                )
-            if view.size and not around:
-                raise ValueError(
-                    f"views.{name}.size: {view.size}; only a view around others has another size"
-                    " than model.image_size"
-                )
-            if view.mask != "none" and name in (*method.noise, *method.enclosing):
-                raise ValueError(
-                    f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses itself what"
-                    " is hidden; use none"
-                )
-        for name, view, mask, (rows, columns) in plan(
-            self.views, self.model.image_size, self.model.patch
-        ):
-            if name in method.hidden and mask.visible(rows * columns) == rows * columns:
-                raise ValueError(
-                    f"views.{name}.mask: {view.mask!r} hides nothing; method {self.method!r} learns"
-                    " from what is hidden, e.g. random(0.75)"
-                )
-        method.check(
-            self.options, self.model, {name: view.count for name, view in self.views.items()}
-        )
+
+    def check_view(self, name: str) -> None:
+        """Raise ValueError if the view is configured as the method cannot use it."""
+        method = METHODS[self.method]
+        view = self.views[name]
+        encloses_others = name in method.enclosing
+        if encloses_others != bool(view.encloses):
+            takes = "a view around others, e.g. [view]" if encloses_others else "none here"
+            raise ValueError(
+                f"views.{name}.encloses: {list(view.encloses)}; method {self.method!r} takes"
+                f" {takes}"
+            )
+        if view.size and not encloses_others:
+            raise ValueError(
+                f"views.{name}.size: {view.size}; only a view around others has another size than"
+                " model.image_size"
+            )
+        chosen_by_method = (*method.noise, *method.enclosing)
+        if view.mask != "none" and name in chosen_by_method:
+            raise ValueError(
+                f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses itself what is"
+                " hidden; use none"
+            )
 
     @property
     def steps(self) -> int:
@@ -163,7 +191,7 @@ class Run:
 
 
 def reader(cfg: Run) -> Reader:
-    """What turns this run's samples into batches."""
+    """Build the reader that turns this run's samples into batches."""
     method = METHODS[cfg.method]
     return Reader(
         cfg.data,
@@ -177,132 +205,175 @@ def reader(cfg: Run) -> Reader:
     )
 
 
-def check_choice(key: str, value: str, known: typing.Iterable[str]) -> None:
-    """ValueError that names the value, what is allowed, and the near miss, unless value is one of
-    `known`.
-    """
-    known = sorted(known)
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key}: unknown {value!r}; known: {', '.join(known) or 'none'}{hint}")
+def check_choice(key: str, value: str, known: Iterable[str]) -> None:
+    """Raise ValueError, naming the near miss, unless the value is one of `known`."""
+    choices = sorted(known)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{key}: unknown {value!r}; known: {', '.join(choices) or 'none'}{hint}")
 
 
-def load(path: str | Path, overrides: typing.Iterable[str] = ()) -> Run:
-    """The config at `path`, its bases below it, `a.b=value` overrides on top."""
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Build the config at `path`, its bases below it, `a.b=value` overrides on top."""
     tree = read_tree(Path(path))
     for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"--set {item}: write key=value, e.g. --set seed=1")
-        *parents, last = key.split(".")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"--set {item}: {name} is a value, it has no keys below it")
-        try:
-            if (value := yaml.safe_load(text)) is None:
-                node.pop(last, None)
-            else:
-                node[last] = value
-        except yaml.YAMLError:
-            raise ValueError(
-                f"--set {item}: {text!r} is not YAML; put quotes around a value with braces,"
-                " brackets or a colon"
-            ) from None
+        override(tree, item)
     return build(Run, tree)
 
 
+def override(tree: dict, item: str) -> None:
+    """Set the key of `a.b=value` in the tree; the value null removes it."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise ValueError(f"--set {item}: write key=value, e.g. --set seed=1")
+    *parents, last = key.split(".")
+    node = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"--set {item}: {name} is a value, it has no keys below it")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(
+            f"--set {item}: {text!r} is not YAML; put quotes around a value with braces,"
+            " brackets or a colon"
+        ) from None
+    if value is None:
+        node.pop(last, None)
+    else:
+        node[last] = value
+
+
 def read_tree(path: Path) -> dict:
+    """Return the keys of the YAML file at `path`, merged over those of its base."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config; the shipped ones are run/configs/*.yaml")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: not a config; a config is a mapping of keys")
-    # what a saved config.yaml or a converted model's config.json says of its making
-    made = tree.pop("provenance", None)
-    if isinstance(made, dict) and made.get("format") == "glimpse" and tree.get("data"):
-        tree["data"] = {**tree["data"], "tokenizer": beside(tree["data"]["tokenizer"], path.parent)}
+
+    # A saved config.yaml and a converted model's config.json record how they were made.
+    provenance = tree.pop("provenance", None)
+    is_converted = isinstance(provenance, dict) and provenance.get("format") == "glimpse"
+    if is_converted and tree.get("data"):
+        tokenizer = beside(tree["data"]["tokenizer"], path.parent)
+        tree["data"] = {**tree["data"], "tokenizer": tokenizer}
+
     base = tree.pop("base", None)
-    return merge(read_tree(path.parent / base), tree) if base else tree
+    if not base:
+        return tree
+    return merge(read_tree(path.parent / base), tree)
 
 
 def beside(tokenizer: str, folder: Path) -> str:
-    """A tokenizer's name with the vocabulary that lies in a run's or converted model's folder,
-    where one does: it may have been moved.
+    """Return a tokenizer's name with the vocabulary in the folder of a run or converted model,
+    if it has one: the folder may have been moved.
     """
     kind, bracket, file = tokenizer.removesuffix(")").partition("(")
-    own = folder / Path(file).name
-    return f"{kind}({own})" if bracket and own.is_file() else tokenizer
+    copy = folder / Path(file).name
+    return f"{kind}({copy})" if bracket and copy.is_file() else tokenizer
 
 
 def merge(base: dict, over: dict) -> dict:
-    """What `over` names replaces what `base` says, mappings key by key; null takes a key of the
-    base away.
+    """Return `base` with the values of `over` in place of its own, mappings key by key.
+
+    null removes a key of the base.
     """
-    both = {
-        k: merge(base[k], over[k])
-        for k in base.keys() & over.keys()
-        if isinstance(base[k], dict) and isinstance(over[k], dict)
-    }
-    return {k: v for k, v in {**base, **over, **both}.items() if v is not None}
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            merged[key] = merge(base[key], over[key])
+    return {key: value for key, value in merged.items() if value is not None}
 
 
-def build(cls: type, tree: dict, where: str = ""):
-    """A dataclass from a mapping: every key declared, every value of the declared type."""
+def build(cls: type[T], tree: dict, where: str = "") -> T:
+    """Build a dataclass from a mapping: every key declared, every value of the declared type.
+
+    where: the keys above it, with a dot at the end, for error messages.
+    """
+    assert is_dataclass(cls)
+    declared = fields(cls)
     if not isinstance(tree, dict):
-        raise ValueError(
-            f"{where.rstrip('.')}: {tree!r}; it holds keys:"
-            f" {', '.join(f.name for f in fields(cls))}"
-        )
+        names = ", ".join(field.name for field in declared)
+        raise ValueError(f"{where.rstrip('.')}: {tree!r}; it holds keys: {names}")
+
+    # Every key is declared, and every declared key without a default is there.
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
             check_choice(f"{where}{key}", key, hints)
-    for f in fields(cls):
-        if f.name not in tree and f.default is f.default_factory:  # both MISSING
-            raise ValueError(f"{where}{f.name}: missing; it has no default")
+    for field in declared:
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in tree:
+            raise ValueError(f"{where}{field.name}: missing; it has no default")
+
+    # The method decides the type of its options.
     if cls is Run:
         check_choice("method", tree["method"], METHODS)
-        hints["options"], tree = METHODS[tree["method"]].Options, {"options": {}, **tree}
+        hints["options"] = METHODS[tree["method"]].Options
+        tree = {"options": {}, **tree}
     return cls(**{key: convert(hints[key], value, f"{where}{key}") for key, value in tree.items()})
 
 
-def convert(kind, value, where: str):
-    """The value as `kind`, or ValueError."""
-    if is_dataclass(kind):
+# The kind is a type or a generic alias such as tuple[int, ...], which have no common type.
+def convert(kind: Any, value, where: str):
+    """Return the value as `kind`, or raise ValueError."""
+    if isinstance(kind, type) and is_dataclass(kind):
         return build(kind, value, f"{where}.")
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
     if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: {value!r}; it must be a mapping")
-        return {k: convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return convert_mapping(kind, value, where)
     if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
-        if len(items) != len(kinds):
-            raise ValueError(f"{where}: {value!r}; it takes {len(kinds)} values")
-        return tuple(convert(k, v, f"{where}.{i}") for i, (k, v) in enumerate(zip(kinds, items)))
-    if origin is types.UnionType:  # e.g. float | str: the first that fits
-        options = [option for option in args if option is not types.NoneType]
-        if value is None and types.NoneType in args:
-            return None
-        if len(options) == 1:
-            return convert(options[0], value, where)
-        for option in options:
-            try:
-                return convert(option, value, where)
-            except ValueError:
-                continue
-        raise ValueError(f"{where}: {value!r}; it must be {kind}")
+        return convert_tuple(kind, value, where)
+    if origin is types.UnionType:
+        return convert_union(kind, value, where)
     try:
         return SCALARS[kind](value)
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{where}: {value!r}; it must be of type {kind.__name__}") from None
+
+
+def convert_mapping(kind: Any, value, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {value!r}; it must be a mapping")
+    _, value_kind = typing.get_args(kind)
+    return {key: convert(value_kind, item, f"{where}.{key}") for key, item in value.items()}
+
+
+def convert_tuple(kind: Any, value, where: str) -> tuple:
+    """Return the value as a tuple; a scalar is a tuple of one."""
+    args = typing.get_args(kind)
+    items = value if isinstance(value, (list, tuple)) else [value]
+    kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+    if len(items) != len(kinds):
+        raise ValueError(f"{where}: {value!r}; it takes {len(kinds)} values")
+    return tuple(
+        convert(item_kind, item, f"{where}.{i}")
+        for i, (item_kind, item) in enumerate(zip(kinds, items))
+    )
+
+
+def convert_union(kind: Any, value, where: str):
+    """Return the value as the first member of the union that fits, e.g. of float | str."""
+    args = typing.get_args(kind)
+    options = [option for option in args if option is not types.NoneType]
+    if value is None and types.NoneType in args:
+        return None
+    if len(options) == 1:
+        return convert(options[0], value, where)
+    for option in options:
+        try:
+            return convert(option, value, where)
+        except ValueError:
+            continue
+    raise ValueError(f"{where}: {value!r}; it must be {kind}")
 
 
 def to_int(value) -> int:
@@ -310,9 +381,10 @@ def to_int(value) -> int:
         raise ValueError
     if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+)([kMB])", value)):
         value = float(match[1]) * UNITS[match[2]]
-    if int(float(value)) != float(value):
+    number = float(value)
+    if int(number) != number:
         raise ValueError
-    return int(float(value))
+    return int(number)
 
 
 def to_float(value) -> float:
@@ -337,33 +409,36 @@ SCALARS = {int: to_int, float: to_float, bool: to_bool, str: to_str}
 
 
 def save(cfg: Run, path: Path, provenance: dict) -> None:
-    """The resolved whole; `load` reads it back."""
+    """Write the resolved config; `load` reads it back."""
     tree = {"provenance": provenance, **plain(asdict(cfg))}
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=130))
 
 
 def plain(value):
+    """Return the value with lists instead of tuples, as YAML and JSON know them."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A script's command line; its help is the script's docstring."""
+    """Return a script's command line; its help is the script's docstring."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def count(text: str) -> int:
-    """The type of an argument that counts something."""
+    """Return the number that an argument gives; the type of arguments that count something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
 
 
 def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
-    """(config, the rest) of a training script.
+    """Return (config, the other arguments) of a training script.
 
     The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's.
     """
@@ -395,15 +470,15 @@ def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
         help="print what the run would cost on a cluster; train nothing",
     )
     cluster_arguments(args.add_argument_group("of the cluster, with --plan"))
-    found = args.parse_args()
-    cfg = load(found.config, found.set)
-    if found.deepspeed_config:
-        cfg = replace(cfg, deepspeed=str(Path(found.deepspeed_config).resolve()))
-    return cfg, found
+    arguments = args.parse_args()
+    cfg = load(arguments.config, arguments.set)
+    if arguments.deepspeed_config:
+        cfg = replace(cfg, deepspeed=str(Path(arguments.deepspeed_config).resolve()))
+    return cfg, arguments
 
 
 def cluster_arguments(cluster) -> None:
-    """What a plan asks of the devices."""
+    """Add the arguments that describe the devices of a plan."""
     cluster.add_argument("--ranks", type=int, default=8, help="devices")
     cluster.add_argument(
         "--device",

@@ -1,9 +1,8 @@
-"""The processes of a job: joining them, what each is, what they decide together, and leaving
-cleanly.
+"""The processes of a job: their process group, their collectives, and a clean exit.
 
-    start()                  the launcher's process group; one process if no launcher set one up
-    run_script(main)         a script's main on this rank, errors told once, no collective torn
-    Stop().asked()           a signal to stop, agreed on by all ranks
+start()                  the launcher's process group; one process if no launcher set one up
+run_script(main)         a script's main on this rank; prints an error once, ends all ranks
+Stop().asked()           a signal to stop, agreed on by all ranks
 """
 
 import datetime
@@ -14,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import deepspeed
 import torch
@@ -22,12 +22,15 @@ from deepspeed.accelerator import get_accelerator
 
 # for a rank that hangs; a rank that dies ends its launcher's job at once
 TIMEOUT = datetime.timedelta(minutes=5)
-FAILED = b"failed"
+FAILED = "failed"
 _once: list[str] = []  # the keys at the store that `once` has used
+
+T = TypeVar("T")
 
 
 def start() -> None:
     """Join the launcher's process group, or be the only process where there is no launcher."""
+    # A process without a launcher is a job of its own.
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise ValueError(
@@ -41,6 +44,8 @@ def start() -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=os.environ.get("MASTER_PORT", "0"),
         )
+
+    # The device of this rank, and DeepSpeed's settings for it.
     local = int(os.environ.get("LOCAL_RANK", 0))
     check_devices(local)
     deepspeed.utils.logger.setLevel("WARNING")
@@ -57,11 +62,14 @@ def start() -> None:
 def check_devices(local: int) -> None:
     """Refuse a rank without a device of its own: a GPU or, where there is none, a core."""
     if torch.cuda.is_available():
-        devices, kind, otherwise = torch.cuda.device_count(), "GPUs", ""
+        devices = torch.cuda.device_count()
+        kind = "GPUs"
+        otherwise = ""
     elif os.environ.get("OVERSUBSCRIBE") == "1":
         return
     else:
-        devices, kind = len(os.sched_getaffinity(0)), "CPU cores"
+        devices = len(os.sched_getaffinity(0))
+        kind = "CPU cores"
         otherwise = ", or let ranks share cores by OVERSUBSCRIBE=1 in the environment"
     if local >= devices:
         raise ValueError(
@@ -82,43 +90,68 @@ def barrier() -> None:
     dist.barrier()
 
 
-def once(make: Callable):
-    """make(), by rank 0 first and then by the others: for files that the first call makes and the
-    later ones find.
+def once(make: Callable[[], T]) -> T:
+    """Return make(), called by rank 0 first and then by the others.
+
+    For files that the first call makes and the later ones find.
     """
-    _once.append(f"once {len(_once)}")
-    if rank():
-        try:
-            store().wait([_once[-1]], datetime.timedelta(hours=12))
-            failed = store().get(_once[-1]) == FAILED
-        except dist.DistError:  # rank 0, which keeps the store, is gone
-            failed = True
-        if failed:  # it says why, and the launcher ends this one meanwhile
-            time.sleep(10)
-            finish(1)
-        return make()
+    key = f"once {len(_once)}"
+    _once.append(key)
+    if rank() == 0:
+        return make_first(make, key)
+    wait_for_first(key)
+    return make()
+
+
+def make_first(make: Callable[[], T], key: str) -> T:
+    """Return make() on rank 0, and set the key at the store that the other ranks wait for."""
     try:
-        made = make()
+        result = make()
     except BaseException:
-        store().set(_once[-1], FAILED)
-        time.sleep(0.5 * (world() > 1))  # to be heard: the store goes when this process does
+        store().set(key, FAILED)
+        if world() > 1:
+            # The store ends with this process; give the other ranks time to read it.
+            time.sleep(0.5)
         raise
-    store().set(_once[-1], "1")
-    return made
+    store().set(key, "1")
+    return result
+
+
+def wait_for_first(key: str) -> None:
+    """Wait until rank 0 has set the key; exit with 1 if it failed or is gone."""
+    try:
+        store().wait([key], datetime.timedelta(hours=12))
+        failed = store().get(key).decode() == FAILED
+    except dist.DistError:  # rank 0, which keeps the store, is gone
+        failed = True
+    if failed:
+        # Rank 0 prints its error, and the launcher ends this process meanwhile.
+        time.sleep(10)
+        finish(1)
 
 
 def told(make: Callable[[], str]) -> str:
-    """make(), by rank 0 alone, told to all: what ranks might see differently on a network file
-    system.
+    """Return rank 0's make() on every rank; the others do not call it.
+
+    For what ranks might see differently on a network file system.
     """
     key = f"told {len(_once)}"
-    once(lambda: rank() or store().set(key, make()))
-    return once(lambda: store().get(key).decode())
+
+    def publish() -> None:
+        if rank() == 0:
+            store().set(key, make())
+
+    def receive() -> str:
+        return store().get(key).decode()
+
+    once(publish)
+    return once(receive)
 
 
 def store() -> dist.Store:
-    """The key-value store of the process group: for waits that are longer than a collective may
-    take.
+    """Return the key-value store of the process group.
+
+    For waits that are longer than a collective may take.
     """
     return dist.distributed_c10d._get_default_store()
 
@@ -128,49 +161,52 @@ def device() -> torch.device:
 
 
 def to_device(value):
-    """A batch or part of it on this rank's device; what is no tensor stays."""
+    """Return a batch or a part of it on this rank's device; what is no tensor stays."""
     if isinstance(value, dict):
         return {key: to_device(item) for key, item in value.items()}
-    return value.to(device(), non_blocking=True) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.to(device(), non_blocking=True)
+    return value
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks; every rank must ask."""
+    """Return the sum over ranks; every rank must call."""
     values = values.to(device())
     dist.all_reduce(values)
     return values
 
 
 def gathered(items: list) -> list:
-    """The ranks' lists as one, on every rank; for small things that can be pickled."""
-    every: list = [[]] * world()
-    dist.all_gather_object(every, items)
-    return [item for items in every for item in items]
+    """Return the ranks' lists as one, on every rank; for small things that can be pickled."""
+    lists: list[list] = [[]] * world()
+    dist.all_gather_object(lists, items)
+    return [item for items in lists for item in items]
 
 
 def say(message: str) -> None:
-    """A line for people, once."""
-    if not rank():
+    """Print a line on rank 0 alone."""
+    if rank() == 0:
         print(message, flush=True)
 
 
 def least(value: int) -> int:
-    """The smallest of the ranks' values; every rank must ask."""
-    found = torch.tensor([value], device=device())
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return int(found)
+    """Return the smallest of the ranks' values; every rank must call."""
+    smallest = torch.tensor([value], device=device())
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
 
 
 class Stop:
-    """SIGTERM or SIGINT, agreed on by all ranks: `asked()` becomes true on every rank after the
-    same step.
+    """SIGTERM or SIGINT, agreed on by all ranks.
 
-    The flags are reduced behind the step's back and read one step later, so that no step waits for
-    them.
+    `asked()` becomes true on every rank after the same step. The flags are reduced in the
+    background and read one step later, so that no step waits for them.
     """
 
-    def __init__(self):
-        self.flag, self.pending = 0.0, None
+    def __init__(self) -> None:
+        self.flag = 0.0
+        # returns the reduced flags of the last call of `asked`
+        self.pending: Callable[[], torch.Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
@@ -178,25 +214,43 @@ class Stop:
         self.flag = 1.0
 
     def asked(self) -> bool:
+        """Return True if a rank had been asked to stop at the last call; every rank must call."""
         answer = False
         if self.pending is not None:
             answer = bool(self.pending().item())
-        flags = torch.full((1,), self.flag, device=device())
-        work = dist.all_reduce(flags, async_op=True)
-        if flags.is_cuda:  # wait for this number alone, not for the kernels that were queued since
-            work.wait()
-            host, done = torch.empty(1, pin_memory=True), torch.cuda.Event()
-            host.copy_(flags, non_blocking=True)
-            done.record()
-            self.pending = lambda: done.synchronize() or host
-        else:
-            self.pending = lambda: work.wait() and flags
+        self.pending = self.reduce()
         return answer
 
+    def reduce(self) -> Callable[[], torch.Tensor]:
+        """Start the sum of the ranks' flags; return a function that waits for it."""
+        flags = torch.full((1,), self.flag, device=device())
+        work = dist.all_reduce(flags, async_op=True)
+        if not flags.is_cuda:
 
-def finish(code: int = 0) -> None:
-    """Leave at once: gloo's threads abort 8-20 % of the processes that end through the interpreter
-    (docs/log.md).
+            def reduced() -> torch.Tensor:
+                work.wait()
+                return flags
+
+            return reduced
+
+        # Wait for this number alone, not for the kernels that were queued since.
+        work.wait()
+        host = torch.empty(1, pin_memory=True)
+        done = torch.cuda.Event()
+        host.copy_(flags, non_blocking=True)
+        done.record()
+
+        def copied() -> torch.Tensor:
+            done.synchronize()
+            return host
+
+        return copied
+
+
+def finish(code: int = 0) -> NoReturn:
+    """Exit at once, without the interpreter's shutdown.
+
+    gloo's threads abort 8-20 % of the processes that end through it (docs/log.md).
     """
     if code == 0 and dist.is_initialized():
         dist.barrier()
@@ -206,25 +260,30 @@ def finish(code: int = 0) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main on this rank; what a user can mend is told in one line, by the first rank
-    that meets it.
+    """Run a script's main on this rank, and exit.
+
+    An error that the user can fix prints one line, on the first rank that meets it.
     """
     try:
         main()
     except (ValueError, OSError) as error:
-        if rank():
-            # where all ranks fail alike, rank 0 speaks and the launcher ends the others meanwhile
-            time.sleep(3)
-        said = str(error)
-        if "Traceback" in said:  # from a loader process, which sends its whole trace
-            said = said.strip().splitlines()[-1].partition(": ")[2]
-        print(
-            f"error: {said}" if not rank() else f"error on rank {rank()}: {said}", file=sys.stderr
-        )
+        report(error)
         finish(2)
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            finish(error.code if isinstance(error.code, int) else 1)
+    except SystemExit as error:
+        finish(error.code if isinstance(error.code, int) else 1)
+    except BaseException:
         traceback.print_exc()
         finish(1)
     finish(0)
+
+
+def report(error: ValueError | OSError) -> None:
+    """Print an error in one line, with the rank if it is not 0."""
+    if rank():
+        # Where all ranks fail alike, rank 0 prints, and the launcher ends the others meanwhile.
+        time.sleep(3)
+    message = str(error)
+    if "Traceback" in message:  # from a loader process, which sends its whole trace
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    where = f" on rank {rank()}" if rank() else ""
+    print(f"error{where}: {message}", file=sys.stderr)

@@ -1,12 +1,13 @@
-"""The run folder: refused if it is there, opened with what explains the run, and audited sample by
-sample.
+"""The run folder: refused if it exists, and opened with what explains the run.
+
+Its files:
 
     RUN/config.yaml      the resolved config, with git commit, package versions and ranks
     RUN/command.txt      every command that worked on it
     RUN/tokenizer.model  the vocabulary under its own name, so that the folder can be moved; none
-        where a package brings it
-    RUN/metrics.jsonl    one record a line (run/train/log.py); RUN/results.jsonl one evaluation a
-                         line
+                         where a package brings it
+    RUN/metrics.jsonl    one record a line (run/train/log.py)
+    RUN/results.jsonl    one evaluation a line
     RUN/log.txt, RUN/tensorboard/, RUN/checkpoints/, RUN/trace/ (data.trace)
     RUN/lock             held by the rank 0 that trains it, while that lives
 """
@@ -30,50 +31,50 @@ from glimpse.run.lib.config import ROOT, Run
 from glimpse.run.lib.distributed import rank, world
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
-
-
 LOCKS: list[int] = []  # file handles, open as long as this process lives
 
 
 def trained_elsewhere(home: Path) -> bool:
-    """Does a process hold the lock of this run's folder?"""
+    """Return True if a process holds the lock of this run's folder."""
     try:
         handle = os.open(home / "lock", os.O_RDWR)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
+        return not take_lock(handle)
     finally:
         os.close(handle)
-    return False
+
+
+def take_lock(handle: int) -> bool:
+    """Lock an open file, without waiting; False if another process holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def hold(home: Path) -> None:
-    """Take the lock, or ValueError: two jobs that train one run would overwrite each other's
+    """Take the lock, or raise ValueError: two jobs that train one run would overwrite each other's
     records and checkpoints.
     """
-    LOCKS.append(os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644))
-    for last in (False,) * 10 + (True,):  # loaders of a killed job live on for a moment
-        try:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    LOCKS.append(handle)
+    for _ in range(10):  # loader processes of a killed job live on for a moment
+        if take_lock(handle):
             return
-        except BlockingIOError:
-            if last:
-                raise ValueError(
-                    f"run: {home} is being trained by another job; wait until it has ended, or"
-                    " stop it"
-                ) from None
-            time.sleep(1)
-        except OSError:  # a file system without locks
-            return
+        time.sleep(1)
+    if not take_lock(handle):
+        raise ValueError(
+            f"run: {home} is being trained by another job; wait until it has ended, or stop it"
+        )
 
 
 def check(home: Path, resume: bool) -> Path:
-    """The run's folder, or ValueError: a run is never written over."""
+    """Return the run's folder, or raise ValueError: a run is never overwritten."""
     if home.exists() and not resume:
         raise ValueError(
             f"run: {home} exists; go on with it by --resume, or name another with --set run=..."
@@ -86,25 +87,23 @@ def check(home: Path, resume: bool) -> Path:
 
 
 def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
-    """Make the folder, or prepare it for going on from `samples`: records beyond them are of steps
-    that will be taken again.
+    """Make the folder, or prepare it for going on from `samples`.
 
-    Rank 0 does it, and must be done before any rank opens a record: `trim` puts a new file in the
-    place of the one that is there.
+    Records beyond them are dropped: their steps will be taken again. Rank 0 does it, before any
+    rank opens a record: `trim` replaces the file.
     """
     if rank():
         return
-    # made meanwhile by another job with the same `run:`, it is refused
+
+    # A folder that another job with the same `run:` has made meanwhile is refused.
     home.mkdir(parents=True, exist_ok=resume)
     if not resume:
         hold(home)
+
+    # What explains the run: command, config and vocabulary.
     with (home / "command.txt").open("a") as file:
-        print(
-            time.strftime("%Y-%m-%d %H:%M:%S"),
-            shlex.join(sys.argv),
-            f"# {world()} ranks",
-            file=file,
-        )
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(started, shlex.join(sys.argv), f"# {world()} ranks", file=file)
     saved = home / "config.yaml"
     if saved.exists() and config.load(saved) != cfg:
         shutil.copy(saved, home / f"config.until-{samples}.yaml")
@@ -112,54 +111,51 @@ def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
     os.replace(home / "config.yaml.part", saved)  # at no moment without it
     if vocab := vocabulary(cfg.data.tokenizer):
         keep(vocab, home / vocab.name)
+
+    # The records, without those of steps that will be taken again.
+    trace = home / "trace"
     if cfg.data.trace:
-        (home / "trace").mkdir(exist_ok=True)
-    for records in [
-        home / "metrics.jsonl",
-        home / "results.jsonl",
-        *(home / "trace").glob("*.jsonl"),
-    ]:
+        trace.mkdir(exist_ok=True)
+    for records in [home / "metrics.jsonl", home / "results.jsonl", *trace.glob("*.jsonl")]:
         trim(records, samples)
 
 
 def keep(file: Path, copy: Path) -> None:
-    """A copy of a file, where it is not there yet."""
-    if not copy.exists() or not filecmp.cmp(file, copy, shallow=False):
-        part = copy.with_name(f".{copy.name}.part")
-        shutil.copyfile(file, part)
-        os.replace(part, copy)
+    """Copy a file, unless the same copy exists."""
+    if copy.exists() and filecmp.cmp(file, copy, shallow=False):
+        return
+    part = copy.with_name(f".{copy.name}.part")
+    shutil.copyfile(file, part)
+    os.replace(part, copy)
 
 
 def trim(records: Path, samples: int) -> None:
     """Drop the records of steps after `samples`, and a last line that a kill cut off."""
     if not records.exists():
         return
-    kept = []
+    lines = []
     for line in records.read_text().splitlines():
         try:
-            if json.loads(line)["samples"] <= samples:
-                kept.append(line + "\n")
+            record = json.loads(line)
         except json.JSONDecodeError:
-            pass
+            continue
+        if record["samples"] <= samples:
+            lines.append(line + "\n")
     part = records.with_name(records.name + ".part")
-    part.write_text("".join(kept))
+    part.write_text("".join(lines))
     os.replace(part, records)
 
 
 def provenance() -> dict:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    versions = dict(
-        python=platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-    )
+    """Return the commit, the time, the ranks and the versions that a run was started with."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
+    commit = git.stdout.strip() or "unknown"
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return dict(
-        commit=git.stdout.strip() or "unknown",
+        commit=commit,
         started=time.strftime("%Y-%m-%d %H:%M:%S"),
         ranks=world(),
+        python=platform.python_version(),
         **versions,
     )
