@@ -1,5 +1,6 @@
-"""A small real data set and real launches, for the tests that train: drawn shapes with captions, in
-shards; the deepspeed launcher.
+"""A small real data set and real launches, for the tests that train.
+
+The data are drawn shapes with captions, in shards; launches use the deepspeed launcher.
 
     folder = shards(tmp_path)             train/*.tar, eval/shapes/, tokenizer.model
     run = launch(2, "run/pretrain.py", "--config", ...)   a CompletedProcess
@@ -43,73 +44,79 @@ TINY = (
 
 
 def picture(name: str, rng: np.random.Generator, kind: str = "png") -> bytes:
-    """A shape of that colour somewhere on a 48 x 40 picture, as a png, webp or jpeg."""
+    """Return a shape of that color somewhere on a 48 x 40 picture, as a png, webp or jpeg."""
     colour, shape = name.split()
-    image = Image.new("RGB", (48, 40), tuple(rng.integers(200, 256, 3).tolist()))
-    draw, (x, y), r = (
-        ImageDraw.Draw(image),
-        rng.integers((14, 14), (34, 26)),
-        int(rng.integers(8, 13)),
-    )
-    box = (int(x) - r, int(y) - r, int(x) + r, int(y) + r)
+    background = tuple(rng.integers(200, 256, 3).tolist())
+    image = Image.new("RGB", (48, 40), background)
+    draw = ImageDraw.Draw(image)
+    x, y = (int(place) for place in rng.integers((14, 14), (34, 26)))
+    r = int(rng.integers(8, 13))
+    left, top, right, bottom = (x - r, y - r, x + r, y + r)
     if shape == "circle":
-        draw.ellipse(box, fill=colour)
+        draw.ellipse((left, top, right, bottom), fill=colour)
     elif shape == "square":
-        draw.rectangle(box, fill=colour)
+        draw.rectangle((left, top, right, bottom), fill=colour)
     elif shape == "triangle":
-        draw.polygon([(box[0], box[3]), (box[2], box[3]), (int(x), box[1])], fill=colour)
+        draw.polygon([(left, bottom), (right, bottom), (x, top)], fill=colour)
     else:
-        draw.line(box, fill=colour, width=4)
-        draw.line((box[0], box[3], box[2], box[1]), fill=colour, width=4)
+        draw.line((left, top, right, bottom), fill=colour, width=4)
+        draw.line((left, bottom, right, top), fill=colour, width=4)
     out = io.BytesIO()
     image.save(out, {"jpg": "JPEG"}.get(kind, kind.upper()))
     return out.getvalue()
 
 
 def shards(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
-    """folder/train with `count` pairs in several shards, folder/eval/shapes with every name twice,
-    folder/tokenizer.model.
+    """Write a training set, two evaluation sets and a tokenizer, and return their folder.
+
+    folder/train has `count` pairs in several shards, folder/eval/shapes has every name twice,
+    folder/eval/retrieval has every name with two captions; folder/tokenizer.model.
     """
     rng = np.random.default_rng(0)
+    write_train(folder / "train", rng, count, per_shard)
+    write_shapes(folder / "eval" / "shapes", rng)
+    write_retrieval(folder / "eval" / "retrieval", rng)
+    captions = [f"{word} {name}" for name in NAMES for word in ("a", "the")]
+    train_sentencepiece(captions, folder / "tokenizer.model", 320)
+    return folder
+
+
+def write_train(folder: Path, rng: np.random.Generator, count: int, per_shard: int) -> None:
     rows = []
     for i in range(count):
-        name, kind = NAMES[i % len(NAMES)], ("png", "jpg", "webp")[i % 3]
+        name = NAMES[i % len(NAMES)]
+        kind = ("png", "jpg", "webp")[i % 3]
         rows.append((f"{i:06d}", {kind: picture(name, rng, kind), "txt": f"a {name}".encode()}))
-    (folder / "train").mkdir(parents=True)
-    for n in range(0, count, per_shard):
-        write_shard(folder / "train" / f"{n // per_shard:05d}.tar", rows[n : n + per_shard])
-    build_index(folder / "train")
-    test = folder / "eval" / "shapes" / "test"
-    test.mkdir(parents=True)
-    write_shard(
-        test / "0.tar",
-        [
-            (
-                f"{i:04d}",
-                {"png": picture(NAMES[i % len(NAMES)], rng), "cls": str(i % len(NAMES)).encode()},
-            )
-            for i in range(2 * len(NAMES) + 1)
-        ],
-    )
-    (test / "nshards.txt").write_text("1")
-    (test.parent / "classnames.txt").write_text("\n".join(NAMES))
-    (test.parent / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}")
-    retrieval = folder / "eval" / "retrieval" / "test"
-    retrieval.mkdir(parents=True)
-    write_shard(
-        retrieval / "0.tar",
-        [
-            (f"{i:04d}", {"png": picture(name, rng), "txt": f"a {name}\nthe {name}".encode()})
-            for i, name in enumerate(NAMES)
-        ],
-    )
-    (retrieval / "nshards.txt").write_text("1")
-    train_sentencepiece(
-        [f"{word} {name}" for name in NAMES for word in ("a", "the")],
-        folder / "tokenizer.model",
-        320,
-    )
-    return folder
+    folder.mkdir(parents=True)
+    for number, start in enumerate(range(0, count, per_shard)):
+        write_shard(folder / f"{number:05d}.tar", rows[start : start + per_shard])
+    build_index(folder)
+
+
+def write_shapes(folder: Path, rng: np.random.Generator) -> None:
+    """Write a zero-shot set of every name twice, and of the first a third time."""
+    rows = []
+    for i in range(2 * len(NAMES) + 1):
+        label = i % len(NAMES)
+        rows.append((f"{i:04d}", {"png": picture(NAMES[label], rng), "cls": str(label).encode()}))
+    write_test(folder / "test", rows)
+    (folder / "classnames.txt").write_text("\n".join(NAMES))
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}")
+
+
+def write_retrieval(folder: Path, rng: np.random.Generator) -> None:
+    """Write a retrieval set: a picture of every name, with two captions."""
+    rows = []
+    for i, name in enumerate(NAMES):
+        captions = f"a {name}\nthe {name}".encode()
+        rows.append((f"{i:04d}", {"png": picture(name, rng), "txt": captions}))
+    write_test(folder / "test", rows)
+
+
+def write_test(folder: Path, rows: list[tuple[str, dict[str, bytes]]]) -> None:
+    folder.mkdir(parents=True)
+    write_shard(folder / "0.tar", rows)
+    (folder / "nshards.txt").write_text("1")
 
 
 def evaluation_set(
@@ -118,24 +125,24 @@ def evaluation_set(
     names: str = "ape\nbee\ncat",
     templates: str = "a {c}",
 ) -> Path:
-    """A set of one shard: {extension: content} of each sample, to which a white picture is
-    added.
+    """Write an evaluation set of one shard, and return its folder.
+
+    rows: {extension: content} of each sample, to which a white picture is added.
     """
     out = io.BytesIO()
     Image.new("RGB", (8, 8), "white").save(out, "PNG")
+    samples = [(f"{i:03d}", {"png": out.getvalue(), **row}) for i, row in enumerate(rows)]
     (folder / "test").mkdir(parents=True)
-    write_shard(
-        folder / "test" / "0.tar",
-        [(f"{i:03d}", {"png": out.getvalue(), **row}) for i, row in enumerate(rows)],
-    )
+    write_shard(folder / "test" / "0.tar", samples)
     (folder / "classnames.txt").write_text(names)
     (folder / "zeroshot_classification_templates.txt").write_text(templates)
     return folder
 
 
 def untrained(tokenizer: Path, *more: str) -> tuple:
-    """(method, config, tokenizer) of a nano CLIP that was never trained; the settings `more` go on
-    top.
+    """Return (method, config, tokenizer) of a nano CLIP that was never trained.
+
+    more: settings that go on top.
     """
     cfg = config.load(
         "run/configs/quickstart.yaml",
@@ -148,15 +155,16 @@ def untrained(tokenizer: Path, *more: str) -> tuple:
         ],
     )
     torch.manual_seed(0)
-    found = build(cfg.data.tokenizer, cfg.data.context)
-    method = METHODS["clip"](cfg.model, found.vocab_size, cfg.data.context, cfg.options)
+    text_tokenizer = build(cfg.data.tokenizer, cfg.data.context)
+    vocab_size = text_tokenizer.vocab_size
+    method = METHODS["clip"](cfg.model, vocab_size, cfg.data.context, cfg.options)
     for parameter in method.towers.parameters():
         parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
-    return method, cfg, found
+    return method, cfg, text_tokenizer
 
 
 def settings(data: Path, run: Path, *more: str) -> list[str]:
-    """The command line of a tiny run on that data."""
+    """Return the command line of a tiny run on that data."""
     return [
         "--config",
         "run/configs/quickstart.yaml",
@@ -208,9 +216,9 @@ def launch(ranks: int, script: str, *args: str, timeout: int = 240) -> subproces
 
 
 def growth(before: str, work: str) -> float:
-    """By how many MiB a process's peak memory grows while it runs the lines of `work`, after those
-    of `before`.
+    """Return by how many MiB a process's peak memory grows while it runs the lines of `work`.
 
+    It runs the lines of `before` first.
     (getrusage's figure begins at that of the process that started it, and would tell nothing.)
     """
     program = f"""
@@ -235,8 +243,9 @@ def recorded(
     results: dict[int, dict[str, float]],
     *settings: str,
 ) -> Path:
-    """A run folder as training leaves it, without having trained: a record a step at each speed,
-    results by samples seen.
+    """Write a run folder as training leaves it, without having trained, and return it.
+
+    speeds: samples/s of each step, where known; results: {samples seen: metrics}.
     """
     cfg = config.load(
         ROOT / "run/configs/quickstart.yaml",
@@ -253,9 +262,12 @@ def recorded(
     )
     log = Log(run, 0, len(speeds), cfg.batch)
     for step, speed in enumerate(speeds, 1):
-        told = {} if speed is None else dict(samples_per_s=speed, mfu=0.25)
-        log.write(step, 100 * step, dict(loss=5 / step, memory_gib=1 + step / 100, **told))
-        log.evaluation(step, 100 * step, results.get(100 * step, {}), "student")
+        samples = 100 * step
+        record = dict(loss=5 / step, memory_gib=1 + step / 100)
+        if speed is not None:
+            record |= dict(samples_per_s=speed, mfu=0.25)
+        log.write(step, samples, record)
+        log.evaluation(step, samples, results.get(samples, {}), "student")
     log.close()
     return run
 
@@ -267,12 +279,11 @@ def finished(
     how: dict | None = None,
     metric: str = "zero_shot/seen_concepts_unseen_style/top5",
 ) -> None:
-    """A run folder as after training, where `metric` is `value`, evaluated as `how` says."""
+    """Write a run folder as after training, where `metric` is `value`, evaluated as `how` says."""
     run.mkdir(parents=True)
     config.save(planned.cfg, run / "config.yaml", {})
     samples = planned.cfg.steps * planned.cfg.batch
-    (run / "metrics.jsonl").write_text(
-        json.dumps(dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)) + "\n"
-    )
+    record = dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     row = {"step": 1, "samples": samples, "weights": "student", **(how or {}), metric: value}
     (run / "results.jsonl").write_text(json.dumps(row) + "\n")
