@@ -33,9 +33,10 @@ class Attentive:
             )
         side = block // patch
         if block < patch or block % patch or any(length % side for length in grid):
-            fits = [
-                k * patch for k in range(1, min(grid) + 1) if not any(length % k for length in grid)
+            divisors = [
+                k for k in range(1, min(grid) + 1) if not any(length % k for length in grid)
             ]
+            fits = [k * patch for k in divisors]
             raise ValueError(
                 f"options.block {block}: a grid of {grid[0]} x {grid[1]} patches of {patch} pixels"
                 f" divides into blocks of {', '.join(map(str, fits))}"

@@ -1,12 +1,11 @@
-"""DeepSpeed's door: a method built sharded, training steps, whole parameters where they are needed.
+"""The method under DeepSpeed: built sharded, trained, its full parameters where they are needed.
 
-    engine = Engine(cfg, vocab)         the method, built under zero.Init where the JSON says stage
-                                        3
-    engine.step(parts, lr)              one optimizer step on this rank's share of a global batch;
-                                        GradCache when it has several parts
+    engine = Engine(cfg, vocab)    builds the method, under zero.Init where the JSON says stage 3
+    engine.step(parts, lr)         one optimizer step on this rank's share of a global batch;
+                                   GradCache when it has several micro-batches
 
-The config says what is trained; the DeepSpeed JSON says how. What the config owns is refused in the
-JSON.
+The config says what is trained; the DeepSpeed JSON says how. Settings that the config owns are
+refused in the JSON.
 """
 
 import contextlib
@@ -14,6 +13,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -27,7 +27,7 @@ from deepspeed.utils import (
 )
 from torch.nn import functional as F
 
-from glimpse.data.loader import share
+from glimpse.data.loader import MicroBatch, share
 from glimpse.model import ema
 from glimpse.model.methods import build_method
 from glimpse.model.towers import Temperature
@@ -47,23 +47,29 @@ OWNED = {
 
 def read_json(path: str) -> dict:
     """The DeepSpeed JSON of a config; a path that is not absolute starts at the repository root."""
-    file = ROOT / path
     try:
-        tree = json.loads(file.read_text())
+        tree = json.loads((ROOT / path).read_text())
     except FileNotFoundError:
-        known = ", ".join(
-            sorted(f"ds_configs/{p.name}" for p in (ROOT / "ds_configs").glob("*.json"))
-        )
-        raise ValueError(f"deepspeed: {path}: no such file; shipped: {known}") from None
+        shipped = sorted(f"ds_configs/{p.name}" for p in (ROOT / "ds_configs").glob("*.json"))
+        raise ValueError(
+            f"deepspeed: {path}: no such file; shipped: {', '.join(shipped)}"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed: {path}: not JSON: {error}") from None
+    check_json(path, tree)
+    return tree
+
+
+def check_json(path: str, tree: dict) -> None:
+    """Raise ValueError for settings that belong to the config, or that would train wrongly."""
+    zero = tree.get("zero_optimization", {})
     for key, owner in OWNED.items():
         if key in tree:
             raise ValueError(
                 f"deepspeed: {path} sets {key!r}, which the config owns; remove it there and set"
                 f" `{owner}` in the config"
             )
-    if tree.get("zero_optimization", {}).get("round_robin_gradients"):
+    if zero.get("round_robin_gradients"):
         raise ValueError(
             f"deepspeed: {path} sets zero_optimization.round_robin_gradients, under which DeepSpeed"
             " tells of a weight's fp32 copy where another's lies; remove it"
@@ -73,38 +79,35 @@ def read_json(path: str) -> dict:
             f"deepspeed: {path} enables fp16; contrastive losses overflow in it (docs/running.md),"
             " use bf16"
         )
-    if tree.get("bf16", {}).get("enabled") and not tree.get("zero_optimization", {}).get("stage"):
+    if tree.get("bf16", {}).get("enabled") and not zero.get("stage"):
         raise ValueError(
             f"deepspeed: {path}: bf16 without ZeRO keeps no fp32 copy that the temperature could be"
             " read from; use stage 1"
         )
-    return tree
 
 
 def merged(cfg: Run, ranks: int) -> dict:
-    """The JSON with what the config owns put in."""
+    """The JSON, completed by what the config owns."""
     tree = read_json(cfg.deepspeed)
+    betas = list(cfg.optim.betas)
     return {
         **tree,
         "train_batch_size": cfg.batch,
         "gradient_accumulation_steps": cfg.accumulate,
         "train_micro_batch_size_per_gpu": share(cfg.batch, ranks, cfg.accumulate),
         "gradient_clipping": cfg.optim.clip,
-        "optimizer": adamw(
-            tree, lr=cfg.optim.peak(cfg.batch), betas=list(cfg.optim.betas), eps=cfg.optim.eps
-        ),
+        "optimizer": adamw(tree, lr=cfg.optim.peak(cfg.batch), betas=betas, eps=cfg.optim.eps),
     }
 
 
 def adamw(tree: dict, **settings) -> dict:
-    """The optimizer's part of a JSON: torch's AdamW, or DeepSpeed's own on the CPU where the JSON
+    """The optimizer's part of a JSON: torch's AdamW, or DeepSpeed's own on the CPU if the JSON
     offloads it.
     """
-    offload = (
-        tree.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-        != "none"
-    )
-    return dict(type="AdamW", params=settings if offload else {**settings, "torch_adam": True})
+    offload = tree.get("zero_optimization", {}).get("offload_optimizer", {})
+    if offload.get("device", "none") == "none":
+        settings["torch_adam"] = True
+    return dict(type="AdamW", params=settings)
 
 
 def wrapped(
@@ -115,8 +118,8 @@ def wrapped(
     accumulate: int = 1,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> deepspeed.DeepSpeedEngine:
-    """A module that every rank holds whole, under a run's DeepSpeed JSON: a trainer for
-    run/evals/supervised.py, AdamW over these groups.
+    """A trainer for run/evals/supervised.py: AdamW over `groups` of a module that every rank holds
+    whole, under a run's DeepSpeed JSON.
 
     Stage 3 shards the module's own parameters. accumulate: backward passes to a step, whose mean
     gradient it takes.
@@ -124,24 +127,27 @@ def wrapped(
     tree = read_json(path)
     tree.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
     tree |= {
-        "train_micro_batch_size_per_gpu": 1,
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts by it
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 0.0,
-        # 1: DeepSpeed only counts by it
         "optimizer": adamw(tree, lr=0.0, betas=list(betas), eps=1e-8),
     }
     return deepspeed.initialize(model=module, model_parameters=groups, config=tree)[0]
 
 
 def unwrapped(trainer: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """The weights of such a module, whole on every rank; all ranks must ask."""
-    held = list(trainer.module.parameters())
-    with (
-        deepspeed.zero.GatheredParameters(held)
-        if hasattr(held[0], "ds_id")
-        else contextlib.nullcontext()
-    ):
+    """The weights of such a module, whole on every rank; all ranks must call."""
+    parameters = list(trainer.module.parameters())
+    gather = contextlib.nullcontext()
+    if is_sharded(parameters[0]):
+        gather = deepspeed.zero.GatheredParameters(parameters)
+    with gather:
         return {name: value.detach().clone() for name, value in trainer.module.state_dict().items()}
+
+
+def is_sharded(parameter: torch.nn.Parameter) -> bool:
+    """Return True under ZeRO-3, which leaves a parameter empty and keeps a shard beside it."""
+    return hasattr(parameter, "ds_id")
 
 
 class Engine:
@@ -162,62 +168,71 @@ class Engine:
         if universal:
             tree["checkpoint"] = {"load_universal": True}
         self.stage = tree.get("zero_optimization", {}).get("stage", 0)
+        self.bf16 = bool(tree.get("bf16", {}).get("enabled"))
+        self.samples, self.batch, self.length = 0, cfg.batch, cfg.samples
+
+        # 1. Build the method, sharded where the JSON says stage 3, and put weights into it.
         torch.manual_seed(cfg.seed)
-        with (
-            deepspeed.zero.Init(config_dict_or_path=tree)
-            if self.stage == 3
-            else contextlib.nullcontext()
-        ):
+        sharded = contextlib.nullcontext()
+        if self.stage == 3:
+            sharded = deepspeed.zero.Init(config_dict_or_path=tree)
+        with sharded:
             method = build_method(cfg, vocab)
         if load:
             load(method)
-        self.ds, *_ = deepspeed.initialize(
-            model=method, model_parameters=optim.groups(method, cfg.optim), config=tree
-        )
-        self.method, self.samples, self.batch, self.length = method, 0, cfg.batch, cfg.samples
+        self.method = method
+
+        # 2. Hand it to DeepSpeed, which makes fp32 copies of bf16 weights: they are written again.
+        groups = optim.groups(method, cfg.optim)
+        self.ds, *_ = deepspeed.initialize(model=method, model_parameters=groups, config=tree)
         self.settings = [
-            {k: v for k, v in group.items() if k != "params"}
+            {key: value for key, value in group.items() if key != "params"}
             for group in self.ds.optimizer.param_groups
         ]
-        self.bf16 = bool(tree.get("bf16", {}).get("enabled"))
         if load and self.bf16:
-            load(method)  # again: DeepSpeed has made its fp32 copies of the rounded weights
-        self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
-        self.got: set[str] = set()  # trainable parameters that got a gradient in this backward pass
+            load(method)
+
+        # 3. Watch which trainable parameters get a gradient in a backward pass.
+        self.got: set[str] = set()
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         for name, parameter in self.trainable.items():
             parameter.register_hook(lambda _, name=name: self.got.add(name))
+
+        # 4. The temperature's fp32 value, and the teacher, which begins as the student.
+        self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
         self.exact_temperature()
         pairs = ema.parameters(method.averaged())
         if self.stage == 3:
-            unkept(
-                [teacher for teacher, _ in pairs.values()], self.ds.optimizer.persistent_parameters
-            )
+            teachers = [teacher for teacher, _ in pairs.values()]
+            unkept(teachers, self.ds.optimizer.persistent_parameters)
         self.average = ema.Average(pairs, own_part, newest_part, written)
-        self.average.update(0.0)  # the teacher begins as the student
+        self.average.update(0.0)
 
     def restore(self, folder: Path, found: dict) -> None:
         """Weights, optimizer and counts of a checkpoint folder; `found` is its manifest."""
         loaded, _ = self.ds.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:  # DeepSpeed would go on with an optimizer that starts anew
             raise OSError(f"{folder}: DeepSpeed could not load it")
-        # Two faults of the universal format with more than one group, undone: all groups get the
-        # first one's weight decay, and share
-        # one step counter, which each of them then counts up.
+        # Undo two faults of the universal format with more than one group: all groups get the first
+        # one's weight decay, and share one step counter, which each of them then counts up.
         for group, settings in zip(self.ds.optimizer.param_groups, self.settings):
             group.update(settings)
-        for state in getattr(self.ds.optimizer, "optimizer", self.ds.optimizer).state.values():
+        optimizer = getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
+        for state in optimizer.state.values():
             state["step"] = copy.deepcopy(state["step"])
         self.samples, self.ds.global_steps = found["samples"], found["step"]
 
-    def step(self, parts: list[dict], lr: float) -> tuple[torch.Tensor, dict]:
+    def step(self, parts: list[MicroBatch], lr: float) -> tuple[torch.Tensor, dict]:
         """One optimizer step on this rank's share of the global batch (data/loader.py); (loss,
         metrics) of the whole global batch.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        parts = [to_device(dict(views=part["views"], text=part["text"])) for part in parts]
-        loss, metrics = self.plain_step(*parts) if len(parts) == 1 else self.cached_step(parts)
+        on_device = [to_device(dict(views=part["views"], text=part["text"])) for part in parts]
+        if len(on_device) == 1:
+            loss, metrics = self.plain_step(on_device[0])
+        else:
+            loss, metrics = self.cached_step(on_device)
         self.exact_temperature()
         self.samples += self.batch
         # after the step: A-CLIP's release does it before the next forward, which is the same
@@ -231,36 +246,54 @@ class Engine:
         return loss, metrics
 
     def cached_step(self, parts: list[dict]) -> tuple[torch.Tensor, dict]:
-        """GradCache (arXiv 2101.06983): the negatives of the whole batch with the memory of a part.
+        """GradCache (arXiv 2101.06983): the negatives of the whole batch with the memory of a
+        micro-batch.
 
-        The loss sees the features of all parts, made without a graph; its gradient in them is then
-        carried through each part's own
-        forward, which sees the same patches and tokens again, by the scalar <features, gradient>.
+        The third phase sees the same patches and tokens as the first.
         """
+        # 1. Features of all micro-batches, without a graph.
         with torch.no_grad():
-            made = [self.ds(part) for part in parts]
-        shared = self.method.shared
-        features = {
-            k: (made[0][k] if k in shared else torch.cat([m[k] for m in made])).requires_grad_()
-            for k in made[0]
-        }
+            outputs = [self.ds(part) for part in parts]
+        features = self.join(outputs)
+
+        # 2. The loss of the whole batch, and its gradient with respect to the features.
         loss, metrics = self.method.loss(features)
-        gradients = dict(
-            zip(
-                features,
-                torch.autograd.grad(
-                    loss, list(features.values()), allow_unused=True, materialize_grads=True
-                ),
-            )
+        gradients = torch.autograd.grad(
+            loss, list(features.values()), allow_unused=True, materialize_grads=True
         )
-        shares = {
-            k: [g / len(parts)] * len(parts) if k in shared else g.split([len(m[k]) for m in made])
-            for k, g in gradients.items()
-        }
-        for i, part in enumerate(parts):
+        shares = self.split(dict(zip(features, gradients)), outputs)
+
+        # 3. Each micro-batch again, with a graph: the scalar <features, gradient> has the gradient
+        #    of the loss.
+        for part, gradient in zip(parts, shares):
             again = self.ds(part)
-            self.backward(sum((again[k] * shares[k][i]).sum() for k in again))
+            self.backward(sum((again[name] * gradient[name]).sum() for name in again))
         return loss, metrics
+
+    def join(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Features of micro-batches -> those of the whole batch, as leaves; `shared` ones are the
+        same in all.
+        """
+        features = {}
+        for name, first in outputs[0].items():
+            shared = name in self.method.shared
+            feature = first if shared else torch.cat([output[name] for output in outputs])
+            features[name] = feature.requires_grad_()
+        return features
+
+    def split(
+        self, gradients: dict[str, torch.Tensor], outputs: list[dict[str, torch.Tensor]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """The gradients of the whole batch's features -> those of each micro-batch's."""
+        shares: list[dict[str, torch.Tensor]] = [{} for _ in outputs]
+        for name, gradient in gradients.items():
+            if name in self.method.shared:
+                pieces = [gradient / len(outputs)] * len(outputs)
+            else:
+                pieces = list(gradient.split([len(output[name]) for output in outputs]))
+            for share_of, piece in zip(shares, pieces):
+                share_of[name] = piece
+        return shares
 
     def backward(self, loss: torch.Tensor) -> None:
         """One backward pass and DeepSpeed's step, which updates the weights after the last part
@@ -296,8 +329,10 @@ class Engine:
 
 
 def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter, flat: its shard under ZeRO-3, else the whole."""
-    return parameter.ds_tensor.data if hasattr(parameter, "ds_id") else parameter.data.view(-1)
+    """The elements of a parameter that this rank holds, flat: its shard under ZeRO-3, else all."""
+    if is_sharded(parameter):
+        return sharding_of(parameter).ds_tensor.data
+    return parameter.data.view(-1)
 
 
 def newest_part(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -306,7 +341,7 @@ def newest_part(parameter: torch.nn.Parameter) -> torch.Tensor:
     Under bf16 in stages 1 and 2, where a rank's fp32 copy is of other elements than it needs, the
     rounded weights.
     """
-    if hasattr(parameter, "ds_id") and parameter.requires_grad:
+    if is_sharded(parameter) and parameter.requires_grad:
         return safe_get_local_fp32_param(parameter)
     return own_part(parameter)
 
@@ -319,20 +354,29 @@ def unkept(teachers: list[torch.nn.Parameter], persistent: list[torch.nn.Paramet
     """
     known = {id(parameter) for parameter in teachers}
     for parameter in teachers:
-        parameter.ds_persist = False
+        sharding_of(parameter).ds_persist = False
     persistent[:] = [parameter for parameter in persistent if id(parameter) not in known]
 
 
 def written(parameter: torch.nn.Parameter) -> None:
     """Make ZeRO-3 forget what it gathered of a frozen parameter before its shard changed."""
-    if hasattr(parameter, "ds_id"):
-        parameter.ds_secondary_tensor = None  # hierarchical partitioning keeps a second shard
-        if parameter.ds_status == ZeroParamStatus.AVAILABLE:
-            parameter.partition(has_been_updated=False)
+    if not is_sharded(parameter):
+        return
+    sharding = sharding_of(parameter)
+    sharding.ds_secondary_tensor = None  # hierarchical partitioning keeps a second shard
+    if sharding.ds_status == ZeroParamStatus.AVAILABLE:
+        sharding.partition(has_been_updated=False)
+
+
+def sharding_of(parameter: torch.nn.Parameter) -> Any:
+    """The parameter itself, for its attributes ds_tensor, ds_shape, ..., which ZeRO-3 adds to it
+    and no type knows.
+    """
+    return parameter
 
 
 def has_copy(parameter: torch.nn.Parameter) -> bool:
-    """Has DeepSpeed made an fp32 copy of it, which it trains?"""
+    """Return True if DeepSpeed has made an fp32 copy of the parameter, which it trains."""
     return parameter.requires_grad and (
         hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
     )
@@ -340,28 +384,23 @@ def has_copy(parameter: torch.nn.Parameter) -> bool:
 
 @contextlib.contextmanager
 def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
-    """What is to be written of a parameter, whole, by rank 0; it is on every rank, or in every
-    shard, afterwards.
+    """Yield a tensor of the parameter's full shape for rank 0 to write; afterwards it is on every
+    rank, or in every shard.
 
-    That is the parameter itself, or the fp32 copy that DeepSpeed trains, once it has made one.
+    It is the parameter itself, or the fp32 copy that DeepSpeed trains, once it has made one.
     """
-    sharded = hasattr(parameter, "ds_id")
     with torch.no_grad():
         if has_copy(parameter):
-            yield (
-                whole := torch.empty(
-                    parameter.ds_shape if sharded else parameter.shape, device=device()
-                )
-            )
-            dist.broadcast(whole, 0)
-            if not sharded:
-                safe_set_full_fp32_param(parameter, whole)
-                return
-            # of a shard; DeepSpeed's setter of the whole knows no padding of the last
-            size = parameter.ds_tensor.numel()
-            mine = whole.flatten()[rank() * size :][:size]
-            safe_set_local_fp32_param(parameter, F.pad(mine, (0, size - len(mine))))
-        elif sharded:
+            sharded = is_sharded(parameter)
+            shape = sharding_of(parameter).ds_shape if sharded else parameter.shape
+            full = torch.empty(shape, device=device())
+            yield full
+            dist.broadcast(full, 0)
+            if sharded:
+                write_shard(parameter, full)
+            else:
+                safe_set_full_fp32_param(parameter, full)
+        elif is_sharded(parameter):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 yield parameter
         else:
@@ -372,8 +411,17 @@ def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
             parameter.data.copy_(sent)
 
 
+def write_shard(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
+    """Write this rank's shard of the fp32 copy; DeepSpeed's setter of the whole parameter does not
+    know that the last shard is padded.
+    """
+    size = sharding_of(parameter).ds_tensor.numel()
+    shard = full.flatten()[rank() * size :][:size]
+    safe_set_local_fp32_param(parameter, F.pad(shard, (0, size - len(shard))))
+
+
 def place(method: torch.nn.Module, bf16: bool) -> torch.nn.Module:
-    """A method that is not trained, on this rank's device, in the precision that its run trained
-    in.
+    """Move a method that is not trained to this rank's device, in the precision that its run
+    trained in.
     """
     return method.to(device(), torch.bfloat16 if bf16 else torch.float32)
