@@ -102,16 +102,16 @@ def check(
     # Shards to read, pieces of each, and samples of each piece.
     if sample is None:
         # A few shards are each shared among processes.
-        looked = paths
+        scanned = paths
         cores = len(os.sched_getaffinity(0))
-        pieces = ceil_divide(PIECES * cores, len(looked))
+        pieces = ceil_divide(PIECES * cores, len(scanned))
         most = None
     else:
-        looked = paths[:: ceil_divide(len(paths), sample)]
+        scanned = paths[:: ceil_divide(len(paths), sample)]
         pieces = 1
-        most = ceil_divide(sample, len(looked))
+        most = ceil_divide(sample, len(scanned))
     indexed = (folder / "shards.index.json").exists()
-    tasks = [(path, piece, pieces, most, indexed) for path in looked for piece in range(pieces)]
+    tasks = [(path, piece, pieces, most, indexed) for path in scanned for piece in range(pieces)]
 
     # Scan them on all cores.
     findings = Found(stale=stale_index(folder) if indexed else set())
@@ -119,7 +119,7 @@ def check(
         for piece_findings in progress(results(scan, tasks), len(tasks)):
             findings.add(piece_findings)
     sizes = [path.stat().st_size for path in paths]
-    return Report(folder, sizes, len(looked), indexed, findings)
+    return Report(folder, sizes, len(scanned), indexed, findings)
 
 
 def ceil_divide(a: int, b: int) -> int:

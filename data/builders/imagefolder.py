@@ -61,19 +61,19 @@ def build(
 
     # The names of the classes, the rows of each split, and the function that makes samples of them.
     if videos.is_video_set(source):
-        called = videos.classes(source)
+        class_names = videos.classes(source)
         left_out = 0
         entries = {"test": videos.frames(source)}
         make = videos.samples
     else:
         entries = tree(source) if source.is_dir() else table(source, image_column, class_column)
         every = sorted_classes(entries)
-        taken = named(every, names)
-        called = list(taken.values())
-        left_out = len(every) - len(taken)
+        name_of = named(every, names)
+        class_names = list(name_of.values())
+        left_out = len(every) - len(name_of)
         for split, rows in entries.items():
-            entries[split] = [(label, path) for label, path in rows if label in taken]
-        make = partial(samples, number={label: i for i, label in enumerate(taken)})
+            entries[split] = [(label, path) for label, path in rows if label in name_of]
+        make = partial(samples, number={label: i for i, label in enumerate(name_of)})
 
     # Written to a temporary folder first: an interrupted build leaves no `out`.
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,13 +81,13 @@ def build(
         new = Path(folder, "new")
         for split, rows in entries.items():
             write_split(new / split, make(progress(rows, len(rows))))
-        classnames = "".join(f"{name}\n" for name in called)
+        classnames = "".join(f"{name}\n" for name in class_names)
         zeroshot_templates = "".join(f"{line}\n" for line in lines)
         (new / "classnames.txt").write_text(classnames)
         (new / "zeroshot_classification_templates.txt").write_text(zeroshot_templates)
         os.rename(new, out)
     counts = {split: len(rows) for split, rows in entries.items()}
-    return dict(classes=called, left_out=left_out, **counts)
+    return dict(classes=class_names, left_out=left_out, **counts)
 
 
 def sorted_classes(entries: Entries) -> list[str]:

@@ -38,9 +38,9 @@ def debian(cache: Path, package: str, patterns: tuple[str, ...] | None = None) -
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     archive = download(cache, package)
-    chosen = ["--wildcards", *patterns] if patterns else []
+    selection = ["--wildcards", *patterns] if patterns else []
     files = subprocess.Popen(["dpkg", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
-    run(["tar", "-x", "-C", str(folder), *chosen], package, stdin=files.stdout)
+    run(["tar", "-x", "-C", str(folder), *selection], package, stdin=files.stdout)
     if files.wait():
         raise ValueError(f"{package}: {archive} is damaged; remove it")
 
@@ -67,14 +67,14 @@ def download(cache: Path, package: str) -> Path:
 
 def run(command: list[str], package: str, **options) -> str:
     """Run a command and return its stdout; ValueError with the end of its stderr if it fails."""
-    done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
-    if done.returncode:
+    result = subprocess.run(command, check=False, capture_output=True, text=True, **options)
+    if result.returncode:
         program = " ".join(command[:3])
         raise ValueError(
-            f"{package}: `{program}` failed ({last_lines(done.stderr)}); try `apt-get update`"
+            f"{package}: `{program}` failed ({last_lines(result.stderr)}); try `apt-get update`"
             " first, or build without it"
         )
-    return done.stdout
+    return result.stdout
 
 
 def last_lines(stderr: str) -> str:
@@ -107,10 +107,10 @@ def download_wheel(cache: Path, requirement: str, path: Path) -> None:
         pip_download = [sys.executable, "-m", "pip", "download", "-q"]
         options = ["--no-deps", "--only-binary=:all:", "-d", folder]
         command = [*pip_download, *options, requirement]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        if result.returncode:
             raise ValueError(
-                f"{requirement}: `pip download` failed ({last_lines(done.stderr)}); it needs the"
+                f"{requirement}: `pip download` failed ({last_lines(result.stderr)}); it needs the"
                 f" PyPI registry, or that wheel as {path}"
             )
         next(Path(folder).glob("*.whl")).rename(path)

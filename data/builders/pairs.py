@@ -96,10 +96,10 @@ def convert(
             f"--out: {out} exists and is not an empty folder; remove it or name another"
         )
 
-    opened = [open_source(source, image_column, caption_column) for source in sources]
-    total = sum(len(source) for source in opened)
+    readers = [open_source(source, image_column, caption_column) for source in sources]
+    total = sum(len(reader) for reader in readers)
     result = Result()
-    samples = usable(progress(chain.from_iterable(opened), total), result)
+    samples = usable(progress(chain.from_iterable(readers), total), result)
 
     # Written to a temporary folder first: an interrupted conversion leaves no `out`.
     out.parent.mkdir(parents=True, exist_ok=True)

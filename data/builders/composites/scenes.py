@@ -97,8 +97,8 @@ def build(
         concepts=dict(concepts),
         glyphs=json.loads(record.read_text())["settings"],
     )
-    if out.exists() and (done := finished(out, settings, "composites")):
-        return done
+    if out.exists() and (summary := finished(out, settings, "composites")):
+        return summary
 
     drawings = read_drawings(glyphs, concepts)
     counts = {}
@@ -215,34 +215,34 @@ def compose(drawings: Drawings, rng: np.random.Generator) -> Scene:
     corners = None
     while corners is None:
         count = int(rng.choice(len(HOW_MANY), p=HOW_MANY)) + 1
-        chosen = choose_names(names, count, rng)
-        posed = [pose(drawings[name], SIDES[count], rng) for name in chosen]
-        corners = lay_out([image.size for image in posed], rng)
+        thing_names = choose_names(names, count, rng)
+        images = [pose(drawings[name], SIDES[count], rng) for name in thing_names]
+        corners = lay_out([image.size for image in images], rng)
 
     # Paste them in order; `owner` is the number of each pixel's uppermost thing, -1 for none.
     canvas = background(rng)
     owner = np.full((CANVAS, CANVAS), -1)
-    for number, (image, (x, y)) in enumerate(zip(posed, corners)):
+    for number, (image, (x, y)) in enumerate(zip(images, corners)):
         canvas.paste(image, (x, y), image)
         covered = np.asarray(image.getchannel("A")) > 127
         owner[y : y + image.height, x : x + image.width][covered] = number
 
     # Annotations of what is visible.
-    classes = np.array([names.index(name) for name in chosen], np.uint8)
+    classes = np.array([names.index(name) for name in thing_names], np.uint8)
     label_map = np.where(owner < 0, np.uint8(IGNORE), classes[owner])
-    things = [Thing(name, box_of(owner == number)) for number, name in enumerate(chosen)]
+    things = [Thing(name, box_of(owner == number)) for number, name in enumerate(thing_names)]
     return Scene(canvas, label_map, things)
 
 
 def choose_names(names: list[str], count: int, rng: np.random.Generator) -> list[str]:
     """Return `count` random names; each repeats the previous one with the chance TWIN."""
-    chosen: list[str] = []
+    thing_names: list[str] = []
     for _ in range(count):
-        if chosen and rng.random() < TWIN:
-            chosen.append(chosen[-1])
+        if thing_names and rng.random() < TWIN:
+            thing_names.append(thing_names[-1])
         else:
-            chosen.append(names[rng.integers(len(names))])
-    return chosen
+            thing_names.append(names[rng.integers(len(names))])
+    return thing_names
 
 
 def pose(

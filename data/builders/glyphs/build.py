@@ -83,9 +83,9 @@ def build(
     """
     packages = PACKAGES | (glyphs_icons.PACKAGES if icons else {})
     settings = dict(format=FORMAT, tones=tones, extras=extras, packages=packages)
-    if out.exists() and (done := finished(out, settings)):
+    if out.exists() and (summary := finished(out, settings)):
         say(f"{out}: already built with these settings")
-        return done
+        return summary
 
     glyphs, origins = collect(cache, tones, extras, icons)
     glyphs = one_per_image(draw(glyphs, progress, "drawing"))
@@ -351,10 +351,10 @@ def on_white(image: bytes, extension: str) -> bytes:
 
 def by_caption(glyphs: list[Glyph]) -> list[Glyph]:
     """Return the first glyph of every caption."""
-    chosen: dict[str, Glyph] = {}
+    first: dict[str, Glyph] = {}
     for glyph in glyphs:
-        chosen.setdefault(glyph.caption, glyph)
-    return list(chosen.values())
+        first.setdefault(glyph.caption, glyph)
+    return list(first.values())
 
 
 def write_classification(out: Path, glyphs: list[Glyph]) -> dict:

@@ -81,10 +81,10 @@ def install(cache: Path, packages: dict[str, str] = PACKAGES) -> Path:
         return modules
     cache.mkdir(parents=True, exist_ok=True)
     wanted = [f"{name}@{version}" for name, version in packages.items()]
-    done = npm(["install", *NPM_OPTIONS, "--prefix", str(cache), *wanted])
-    if done.returncode:
-        errors = re.findall("^npm (?:error|ERR!) (.+)$", done.stderr, re.MULTILINE)
-        why = " | ".join(errors[:4]) or done.stderr.strip()[-300:]
+    result = npm(["install", *NPM_OPTIONS, "--prefix", str(cache), *wanted])
+    if result.returncode:
+        errors = re.findall("^npm (?:error|ERR!) (.+)$", result.stderr, re.MULTILINE)
+        why = " | ".join(errors[:4]) or result.stderr.strip()[-300:]
         raise ValueError(
             f"npm install failed ({why}); it needs the npm registry, or a filled {cache}"
         )
@@ -430,7 +430,7 @@ def one_per_concept(glyphs: Iterable[Glyph]) -> list[Glyph]:
 
 def first_of(glyphs: Iterable[Glyph], same: Callable, order: Callable) -> list[Glyph]:
     """Return the first in `order` of those that have the `same`, sorted by key."""
-    chosen: dict = {}
+    first: dict = {}
     for glyph in sorted(glyphs, key=order):
-        chosen.setdefault(same(glyph), glyph)
-    return sorted(chosen.values(), key=lambda g: g.key)
+        first.setdefault(same(glyph), glyph)
+    return sorted(first.values(), key=lambda g: g.key)

@@ -52,9 +52,9 @@ def build(name: str, out: Path, *, cache: Path, glyphs: Path = Path("datasets/gl
         raise ValueError(f"packaged: unknown {name!r}; known: {', '.join(sorted(SETS))}")
     home = out / name
     settings = dict(format=FORMAT, name=name)
-    if home.exists() and (done := finished(home, settings, "packaged")):
+    if home.exists() and (summary := finished(home, settings, "packaged")):
         say(f"{home}: already built")
-        return done
+        return summary
 
     say(f"making {name}; what it comes in is fetched once and kept in {cache}")
     source = SETS[name](cache, glyphs)
