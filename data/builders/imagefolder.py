@@ -184,6 +184,7 @@ def named(classes: list[str], names: Path | None) -> dict[str, str]:
             return {label: wordnet[label] for label in classes}
         return {label: label.replace("_", " ") for label in classes}
 
+    # The file has either a tab in every line, or a line for each class.
     lines = names.read_text().rstrip("\n").splitlines()
     if all("\t" in line for line in lines):
         known = dict(line.split("\t", 1) for line in lines)

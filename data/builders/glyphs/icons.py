@@ -120,6 +120,7 @@ def icons(data: dict, info: dict, words: Vocabulary, secret: re.Pattern) -> Iter
 
     Left out are captions of fewer than three letters, and flags that are no emoji.
     """
+    # What the icons of the set have in common.
     name = data["prefix"]
     category = info.get("category", "")
     size = (data.get("width", 16), data.get("height", 16))
@@ -133,6 +134,8 @@ def icons(data: dict, info: dict, words: Vocabulary, secret: re.Pattern) -> Iter
         key = f"{name}_{icon}"
         if drawing.get("hidden") or key in COPIES or len(f"{STYLE}__{key}.json") > TAR_NAME:
             continue
+
+        # The caption; a flag is named by its country's code, and needs its emoji's name.
         text = bare(icon, endings)
         if category == FLAGS:
             emoji = flag(text)
@@ -144,6 +147,7 @@ def icons(data: dict, info: dict, words: Vocabulary, secret: re.Pattern) -> Iter
         if len(letters) < 3:
             continue
 
+        # An icon is also held out if its caption contains the name of a held-out concept.
         terms = info["license"].get("spdx", "")
         about = words.about(STYLE, emoji or words.find(caption), caption, terms)
         about |= dict(group=groups.get(icon, category), set=name)

@@ -147,6 +147,7 @@ def fashion_mnist(cache: Path, glyphs: Path) -> Found:
     folder, version = debian(cache / "debian", package)
     data = folder / "usr/share/datasets/fashion-mnist"
 
+    # Images and labels of each split are in a file each.
     splits = {}
     for split, stem in (("train", "train"), ("test", "t10k")):
         arrays = []
