@@ -1,14 +1,13 @@
-"""What a forward and backward pass keeps in memory and computes, found by running the method itself
-on tensors without contents.
+"""Measure the memory of a forward and backward pass, by running the method on fake tensors.
 
-    trace = traced(cfg, vocab, tokens, micro, torch.bfloat16)
+    trace = traced(cfg, vocab, tokens, micro, torch.bfloat16, keep=False)
         nothing of the size of a weight is ever allocated
     trace.forward, trace.saved, trace.backward
 
-Storages are counted while they live, as an allocator that wastes nothing would hold them: weights
-are not counted, temporaries inside a kernel are not seen. The loss is left out: what it needs grows
-with ranks and batch (model/losses.py, run/plan/zero_memory.py).
-Letters: B samples of a part.
+Storages are counted while they live, as an allocator without waste would hold them. Weights and
+temporaries inside a kernel are not counted. The loss is left out: its memory grows with ranks and
+batch (model/losses.py, run/plan/zero_memory.py).
+Letters: B samples of a micro-batch.
 """
 
 import weakref
@@ -25,17 +24,16 @@ from glimpse.run.plan import synthetic_batch
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations made and something still holds: `now`, and `peak`,
-    their most so far.
-    """
+    """Count the bytes of live storages that operations allocated: `now`, and their `peak`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self.known: dict[int, int] = {}
 
     def ignore(self, *tensors: torch.Tensor) -> None:
-        """Leave out storages that were there before."""
+        """Leave out storages that existed before."""
         for tensor in tensors:
             self.known[tensor.untyped_storage()._cdata] = 0
 
@@ -61,42 +59,47 @@ class Alive(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes on one rank, of the batch and what follows from it: their most in the forward pass,
-    after it, their most from then on.
-    """
+    """Bytes on one rank of the batch and of everything computed from it."""
 
-    forward: int
-    saved: int
-    backward: int
-    features: int  # of these, what goes into the loss
+    forward: int  # peak in the forward pass
+    saved: int  # after the forward pass
+    backward: int  # peak from then on
+    features: int  # the inputs of the loss, a part of `saved`
 
 
 def traced(
     cfg: Run, vocab: int, tokens: float, micro: int, dtype: torch.dtype, keep: bool
 ) -> Trace:
-    """A part of `micro` samples; keep: gradients stay until the end, as before ZeRO-2, and
-    count.
+    """Trace a micro-batch of `micro` samples.
+
+    keep: gradients stay until the end of the backward pass, as before ZeRO-2, and count.
     """
     with FakeTensorMode():
         method = built(cfg, vocab, dtype)
         if not keep:
-            for parameter in filter(lambda p: p.requires_grad, method.parameters()):
-                parameter.register_post_accumulate_grad_hook(dropped)
+            for parameter in method.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(dropped)
+
         with Alive() as alive:
+            # 1. Forward. The temporaries that drew the batch are not part of its peak.
             alive.ignore(*method.parameters(), *method.buffers())
             part = synthetic_batch.part(cfg, tokens, micro)
             alive.peak = alive.now
             features = method(part)
-            forward, saved, alive.peak = alive.peak, alive.now, alive.now
+            forward = alive.peak
+            saved = alive.now
+
+            # 2. Backward, from features that the loss would give a gradient.
+            alive.peak = alive.now
             trained = [feature for feature in features.values() if feature.requires_grad]
             torch.autograd.backward(trained, [torch.ones_like(feature) for feature in trained])
-            return Trace(
-                forward, saved, alive.peak, sum(feature.nbytes for feature in features.values())
-            )
+            feature_bytes = sum(feature.nbytes for feature in features.values())
+            return Trace(forward, saved, alive.peak, feature_bytes)
 
 
 def built(cfg: Run, vocab: int, dtype: torch.dtype) -> torch.nn.Module:
-    """The method, its weights of that type, as the current mode or device makes them."""
+    """Build the method with weights of a type, on the current device or under the current mode."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

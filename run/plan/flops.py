@@ -1,13 +1,13 @@
-"""FLOPs of a run's method, counted by running it on tensors without contents.
+"""Count the FLOPs of a run's method, by running it on fake tensors.
 
     flops = count(cfg, vocab, tokens)    takes a second or two, and no memory of a weight's size
-    flops.model                          per sample, as metrics.jsonl counts them for MFU
+    flops.model                          per sample, as in the MFU of metrics.jsonl
 
 torch's FlopCounterMode counts matrix products and attention; a multiply-add is 2. Norms, softmax
 and look-ups are not counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,18 +23,23 @@ from glimpse.run.plan import synthetic_batch
 
 aten = torch.ops.aten
 LOSS_ROWS = 256  # pairs that the losses are counted on; their FLOPs per pair grow with the batch
+Shape = Sequence[int]
 
 
-def attention(query, key, value, *_, **__) -> int:
+def attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    """Count the two products of attention."""
     return sdpa_flop_count(query, key, value)
 
 
-def attention_backward(_, query, key, value, *__, **___) -> int:
-    """Four products; what fused attention computes twice is not counted."""
+def attention_backward(
+    _: Shape, query: Shape, key: Shape, value: Shape, *__: object, **___: object
+) -> int:
+    """Count four products, without those that fused attention computes twice."""
     return 2 * sdpa_flop_count(query, key, value)
 
 
-def addmm(_, left, right, **__) -> int:
+def addmm(_: Shape, left: Shape, right: Shape, **__: object) -> int:
+    """Count one product."""
     return 2 * left[0] * left[1] * right[1]
 
 
@@ -69,11 +74,13 @@ class Flops:
 def count(cfg: Run, vocab: int, tokens: float, sharded: bool = False) -> Flops:
     """Count the FLOPs of a sample whose caption has `tokens` tokens.
 
-    vocab: rows of the token table.  sharded: under ZeRO-3, whose own linear layer keeps its input
-    only once it is done, so that checkpointing computes the last product of each block again, too.
+    vocab: rows of the token table.
+    sharded: under ZeRO-3, whose linear layer saves its input only after its product, so that
+    checkpointing recomputes the last product of each block, too.
     """
     plain = replace(cfg, model=replace(cfg.model, checkpoint_activations=False))
     with single_process(), FakeTensorMode():
+        # The whole method, without recomputation.
         method = build_method(plain, vocab)
         features, forward = count_forward(method, plain, tokens)
         total = forward("") + count_backward(features)
@@ -85,6 +92,7 @@ def count(cfg: Run, vocab: int, tokens: float, sharded: bool = False) -> Flops:
         frozen = [name for name, child in method.named_children() if not is_trained(child)]
         teacher = sum(forward(f".{name}", below=True) for name in frozen)
 
+        # The recomputation is the difference to a pass with checkpoints.
         recomputed = 0.0
         if cfg.model.checkpoint_activations:
             method = build_method(cfg, vocab)
@@ -103,47 +111,56 @@ def count(cfg: Run, vocab: int, tokens: float, sharded: bool = False) -> Flops:
 def count_forward(
     method: nn.Module, cfg: Run, tokens: float
 ) -> tuple[dict[str, Tensor], Callable[..., float]]:
-    """Return the features of one sample, and a function that tells the forward FLOPs of a module
-    by its name below the method; below: of modules that are only containers, too.
+    """Return the features of one sample, and a function: module name -> its forward FLOPs.
+
+    The name is relative to the method: "" is the method. below: count containers, too, whose
+    forward is never called, by the modules below them.
     """
     batch = synthetic_batch.part(cfg, tokens, 1)
-    with counter() as counted:
+    with counter() as flop_counter:
         features = method(batch)
-    flops = {name: float(sum(ops.values())) for name, ops in counted.get_flop_counts().items()}
+    counts = flop_counter.get_flop_counts()
+    flops = {name: float(sum(ops.values())) for name, ops in counts.items()}
     root = type(method).__name__
 
-    def of(name: str, below: bool = False) -> float:
-        full = root + name
-        if full in flops or not below:
-            return flops.get(full, 0.0)
-        parts = [key for key in flops if key.startswith(f"{full}.")]
-        tops = [key for key in parts if not any(key.startswith(f"{other}.") for other in parts)]
-        return sum(flops[key] for key in tops)
+    def forward(name: str, below: bool = False) -> float:
+        path = root + name
+        if path in flops or not below:
+            return flops.get(path, 0.0)
+        # The topmost modules only: their counts include those below them.
+        inner = [key for key in flops if key.startswith(f"{path}.")]
+        total = 0.0
+        for key in inner:
+            if not any(key.startswith(f"{other}.") for other in inner):
+                total += flops[key]
+        return total
 
-    return features, of
+    return features, forward
 
 
 def count_backward(features: dict[str, Tensor]) -> float:
     """Return the FLOPs of the backward pass from the features that have one."""
     trained = [feature for feature in features.values() if feature.requires_grad]
-    with counter() as counted:
+    with counter() as flop_counter:
         torch.autograd.backward(trained, [torch.ones_like(feature) for feature in trained])
-    return float(counted.get_total_flops())
+    return float(flop_counter.get_total_flops())
 
 
 def count_loss(method: nn.Module, features: dict[str, Tensor], batch: int) -> float:
-    """Return the FLOPs of the losses over a global batch, per sample: they grow with the batch, so
-    that a small one tells those of a large one.
+    """Return the FLOPs per sample of the losses over a global batch.
+
+    They are proportional to the batch, so they are counted on a small one.
     """
     rows = {}
     for name, feature in features.items():
-        count = feature.shape[:1] if name in method.shared else (LOSS_ROWS,)
-        rows[name] = feature.new_empty(*count, *feature.shape[1:]).requires_grad_()
-    with counter() as counted:
+        shape = feature.shape if name in method.shared else (LOSS_ROWS, *feature.shape[1:])
+        rows[name] = feature.new_empty(shape).requires_grad_()
+    with counter() as flop_counter:
         loss, _ = method.loss(rows)
         loss.backward()
-    return counted.get_total_flops() / LOSS_ROWS * batch / LOSS_ROWS
+    return flop_counter.get_total_flops() / LOSS_ROWS * batch / LOSS_ROWS
 
 
 def is_trained(module: nn.Module) -> bool:
+    """Return True if any parameter requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())

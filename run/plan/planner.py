@@ -1,19 +1,19 @@
-"""What a run would cost before it is started: FLOPs, memory of a rank, bytes sent, time, money; and
-how to fit it into a cluster.
+"""Predict the cost of a run, and choose the settings that fit it into a cluster.
 
-    found = plan(cfg, Cluster.of("H100", ranks=256))
-        takes a second or two: the method runs on tensors without contents
-    found.flops, found.peak, found.sent, found.hours
+    estimate = plan(cfg, Cluster.of("H100", ranks=256))
+        takes a second or two: the method runs on fake tensors
+    estimate.flops, estimate.peak, estimate.sent, estimate.hours
     propose(cfg, cluster)
-        the cheapest of checkpointing, parts and JSON that fits
+        the cheapest combination of checkpointing, micro-batches and DeepSpeed JSON that fits
 
 `python run/pretrain.py --plan` prints both. Everything is derived from the config, the DeepSpeed
-JSON and a Cluster; what cannot be is an assumption, and printed as one. Memory:
-run/plan/activation_memory.py
-and run/plan/zero_memory.py. FLOPs: run/plan/flops.py.
+JSON and a Cluster, or printed as an assumption.
+Memory: run/plan/activation_memory.py and run/plan/zero_memory.py. FLOPs: run/plan/flops.py.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 
@@ -29,8 +29,8 @@ from glimpse.run.train.engine import merged
 from glimpse.run.train.log import PEAK_TFLOPS, short
 
 GIB = 2**30
-# dense bf16 TFLOP/s, memory in GiB; NVIDIA's data sheets (SXM, HGX), and
-# cloud.google.com/tpu/docs/v3 (a chip has two cores)
+# Dense bf16 TFLOP/s, memory in GiB. Sources: NVIDIA's data sheets (SXM, HGX), and
+# cloud.google.com/tpu/docs/v3 (a chip has two cores).
 DEVICES = {
     "A100-40": (PEAK_TFLOPS["A100"], 40),
     "A100-80": (PEAK_TFLOPS["A100"], 80),
@@ -39,55 +39,59 @@ DEVICES = {
     "B200": (PEAK_TFLOPS["B200"], 180e9 / GIB),
     "TPU-v3-core": (123 / 2, 16),
 }
-CAPTION = 16.0  # tokens, where nobody says
+CAPTION = 16.0  # tokens, without --caption
 MFU = 0.35
 USABLE = 0.9  # of a device's memory
-# where the tokenizer is not at hand
+# Rows of the token table, if the tokenizer's file is missing.
 VOCABULARIES = {"clip_bpe": 49408, "wordpiece": 30523, "sentencepiece": 32000}
-# what is proposed, by less communication
+# The JSONs to propose, from least to most communication.
 SHIPPED = ("ds_configs/zero1.json", "ds_configs/zero3.json", "ds_configs/zero3_offload.json")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many equal devices."""
+    """A number of equal devices."""
 
     ranks: int
-    tflops: float  # of one, dense bf16
-    memory: float  # of one, GiB
+    tflops: float  # of a device, dense bf16
+    memory: float  # of a device, GiB
     name: str = "device"
-    # as metrics.jsonl counts it: the share of the peak spent on the model's own FLOPs
+    # As in metrics.jsonl: the share of the peak spent on the model's own FLOPs.
     mfu: float = MFU
     price: float | None = None  # of a device-hour, in the user's money
 
-    def __post_init__(self):
-        for key in ("ranks", "tflops", "memory", "mfu"):
-            if not getattr(self, key) > 0:
-                option = dict(tflops="peak-tflops", memory="gpu-memory").get(key, key)
-                raise ValueError(f"--{option} {getattr(self, key)}: it must be above 0")
+    def __post_init__(self) -> None:
+        options = dict(ranks="ranks", tflops="peak-tflops", memory="gpu-memory", mfu="mfu")
+        for key, option in options.items():
+            value = getattr(self, key)
+            if not value > 0:
+                raise ValueError(f"--{option} {value}: it must be above 0")
         if self.mfu > 1:
             raise ValueError(f"--mfu {self.mfu}: a share of the peak, at most 1")
 
     @classmethod
-    def of(cls, device: str, **rest) -> "Cluster":
-        """Devices of a kind in DEVICES; `rest` replaces what it says of them."""
+    def of(cls, device: str, **fields: float | str | None) -> "Cluster":
+        """Build a cluster of a kind in DEVICES; `fields` replace its values."""
         if device not in DEVICES:
+            known = ", ".join(DEVICES)
             raise ValueError(
-                f"--device {device}: unknown; known: {', '.join(DEVICES)}; or give --peak-tflops"
-                " and --gpu-memory"
+                f"--device {device}: unknown; known: {known}; or give --peak-tflops and"
+                " --gpu-memory"
             )
         tflops, memory = DEVICES[device]
-        return cls(**dict(dict(name=device, tflops=tflops, memory=memory), **rest))
+        values = dict(name=device, tflops=tflops, memory=memory)
+        return cls(**(values | fields))
 
     @classmethod
-    def asked(cls, args) -> "Cluster":
-        """As the command line has it (run/lib/config.py)."""
-        given = dict(
+    def asked(cls, args: Namespace) -> "Cluster":
+        """Build the cluster of the command line (run/lib/config.py)."""
+        options = dict(
             tflops=args.peak_tflops, memory=args.gpu_memory, mfu=args.mfu, price=args.price
         )
-        given = {key: value for key, value in given.items() if value is not None}
-        custom = dict(name="device") if args.peak_tflops and args.gpu_memory else {}
-        return cls.of(args.device, ranks=args.ranks, **custom, **given)
+        fields = {key: value for key, value in options.items() if value is not None}
+        if args.peak_tflops and args.gpu_memory:
+            fields["name"] = "device"
+        return cls.of(args.device, ranks=args.ranks, **fields)
 
 
 @dataclass(frozen=True)
@@ -96,18 +100,18 @@ class Plan:
     cluster: Cluster
     zero: Zero
     weights: Weights
-    micro: int  # samples of a part on one rank
-    flops: dict[str, float]  # a sample's, by what they are for
-    # bytes on a rank, by what holds them, at the moments that may be the peak
+    micro: int  # samples of a micro-batch on one rank
+    flops: dict[str, float]  # of a sample, by purpose
+    # {moment: {holder: bytes}} of a rank, at the moments that may be the peak
     moments: dict[str, dict[str, float]]
     sent: dict[str, float]  # bytes that a rank sends in a step
     assumed: tuple[str, ...] = field(repr=False)
-    utilisation: float = 0.0  # share of the peak with what is computed twice
+    utilisation: float = 0.0  # share of the peak, including the FLOPs computed twice
 
     @property
     def model_flops(self) -> float:
-        """As run/train/log.py counts them for MFU."""
-        return sum(self.flops[what] for what in ("images", "captions", "teacher"))
+        """The FLOPs of a sample that run/train/log.py counts for MFU."""
+        return model_flops(self.flops)
 
     @property
     def hardware_flops(self) -> float:
@@ -119,11 +123,10 @@ class Plan:
 
     @property
     def peak(self) -> tuple[str, float]:
-        """The moment at which a rank holds most, and how many bytes."""
-        return max(
-            ((name, sum(parts.values())) for name, parts in self.moments.items()),
-            key=lambda found: found[1],
-        )
+        """The moment at which a rank holds most, and its bytes."""
+        totals = {moment: sum(held.values()) for moment, held in self.moments.items()}
+        moment = max(totals, key=totals.__getitem__)
+        return moment, totals[moment]
 
     @property
     def fits(self) -> bool:
@@ -131,11 +134,9 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return (
-            self.hardware_flops
-            * self.cfg.batch
-            / (self.cluster.ranks * self.cluster.tflops * 1e12 * self.utilisation)
-        )
+        flops = self.hardware_flops * self.cfg.batch
+        flops_per_second = self.cluster.ranks * self.cluster.tflops * 1e12 * self.utilisation
+        return flops / flops_per_second
 
     @property
     def hours(self) -> float:
@@ -147,7 +148,14 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        return None if self.cluster.price is None else self.device_hours * self.cluster.price
+        if self.cluster.price is None:
+            return None
+        return self.device_hours * self.cluster.price
+
+
+def model_flops(flops: dict[str, float]) -> float:
+    """Return the FLOPs of a sample that count for MFU, without losses and recomputation."""
+    return sum(flops[purpose] for purpose in ("images", "captions", "teacher"))
 
 
 def plan(
@@ -158,9 +166,13 @@ def plan(
     adam: int = ADAM["gpu"],
     vocab: int | None = None,
 ) -> Plan:
-    """tokens: of a caption, on average, as the text tower sees it; vocab: rows of the token table,
-    else asked from the tokenizer.
+    """Predict the cost of a config on a cluster.
+
+    tokens: mean length of a caption, as the text tower sees it.
+    adam: temporaries of the optimizer, a value of ADAM.
+    vocab: rows of the token table; by default those of the tokenizer.
     """
+    # Sizes of the inputs, or assumptions about them.
     assumed: list[str] = []
     if tokens is None:
         tokens = min(CAPTION, cfg.data.context)
@@ -171,58 +183,60 @@ def plan(
     if cfg.data.pad_text:
         tokens = float(cfg.data.context)
     if vocab is None:
-        vocab, said = vocabulary(cfg)
-        assumed += said
-    zero = Zero.of(merged(cfg, cluster.ranks))  # which refuses a batch that does not divide
+        vocab, vocab_assumed = vocabulary(cfg)
+        assumed += vocab_assumed
+
+    # Weights, FLOPs and activations. merged() refuses a batch that does not divide.
+    zero = Zero.of(merged(cfg, cluster.ranks))
     with torch.device("meta"):
         method = built(cfg, vocab, zero.dtype)
-    weights, micro = (
-        Weights.of(method, cfg, zero.threshold),
-        share(cfg.batch, cluster.ranks, cfg.accumulate),
-    )
+    weights = Weights.of(method, cfg, zero.threshold)
+    micro = share(cfg.batch, cluster.ranks, cfg.accumulate)
     flops = costs(cfg, vocab, tokens, zero.stage == 3)
-    model = sum(flops[what] for what in ("images", "captions", "teacher"))
     trace = remembered(cfg, vocab, tokens, micro, zero)
-    # one contrastive loss is four products of rows, columns and width
-    losses = flops["loss"] / (8.0 * cfg.batch * cfg.model.shape.embed)
-    # gathered, and the gradients scattered
-    once = 2 * 4 * cfg.batch * cfg.model.shape.embed * (cluster.ranks - 1) / cluster.ranks
-    sent = {
-        **zero.sent(weights, cluster.ranks, cfg.accumulate, cfg.model.checkpoint_activations),
-        "embeddings": losses * once,
-    }
-    found = Plan(
-        cfg,
-        cluster,
-        zero,
-        weights,
-        micro,
-        flops,
-        moments(cfg, cluster, zero, weights, trace, adam),
-        sent,
-        tuple(assumed),
+
+    # Bytes sent. A contrastive loss is four products of rows, columns and width; its embeddings are
+    # gathered, and their gradients scattered.
+    embed = cfg.model.shape.embed
+    losses = flops["loss"] / (8.0 * cfg.batch * embed)
+    embeddings = 2 * 4 * cfg.batch * embed * (cluster.ranks - 1) / cluster.ranks
+    sent = zero.sent(weights, cluster.ranks, cfg.accumulate, cfg.model.checkpoint_activations)
+    sent["embeddings"] = losses * embeddings
+
+    return Plan(
+        cfg=cfg,
+        cluster=cluster,
+        zero=zero,
+        weights=weights,
+        micro=micro,
+        flops=flops,
+        moments=moments(cfg, cluster, zero, weights, trace, adam),
+        sent=sent,
+        assumed=tuple(assumed),
+        utilisation=cluster.mfu * sum(flops.values()) / model_flops(flops),
     )
-    return replace(found, utilisation=cluster.mfu * found.hardware_flops / model)
 
 
 def vocabulary(cfg: Run) -> tuple[int, list[str]]:
-    """Rows of the token table, and what had to be assumed."""
+    """Return the rows of the token table, and the assumptions behind them."""
+    tokenizer = cfg.data.tokenizer
     try:
-        return build_tokenizer(cfg.data.tokenizer, cfg.data.context).vocab_size, []
+        return build_tokenizer(tokenizer, cfg.data.context).vocab_size, []
     except (ValueError, OSError):
-        kind = cfg.data.tokenizer.partition("(")[0]
+        kind = tokenizer.partition("(")[0]
         if kind not in VOCABULARIES:
             raise
-        return VOCABULARIES[kind], [
-            f"{VOCABULARIES[kind]:,} rows in the token table: data.tokenizer {cfg.data.tokenizer}"
-            " is not here"
-        ]
+        rows = VOCABULARIES[kind]
+        return rows, [f"{rows:,} rows in the token table: data.tokenizer {tokenizer} is not here"]
 
 
 def costs(cfg: Run, vocab: int, tokens: float, sharded: bool) -> dict[str, float]:
-    """FLOPs of a sample by what they are for; a multiply-add is 2."""
+    """Return the FLOPs of a sample by purpose; a multiply-add is 2."""
     flops = counted(cfg, vocab, tokens, sharded)
-    twice = (flops.images + flops.captions) / 3 + flops.teacher if cfg.accumulate > 1 else 0.0
+    twice = 0.0
+    if cfg.accumulate > 1:
+        # GradCache runs each forward pass twice: a third of the trained towers' FLOPs.
+        twice = (flops.images + flops.captions) / 3 + flops.teacher
     return {
         "images": flops.images,
         "captions": flops.captions,
@@ -237,7 +251,7 @@ COUNTS: dict[str, Flops] = {}
 
 
 def counted(cfg: Run, vocab: int, tokens: float, sharded: bool) -> Flops:
-    """Flops, counted once for all plans that differ in other things."""
+    """Count FLOPs, once for all plans that differ in other settings."""
     parts = (cfg.method, cfg.model, cfg.views, cfg.options, cfg.data.context, cfg.data.pad_text)
     again = sharded and cfg.model.checkpoint_activations
     key = repr((parts, cfg.batch, vocab, tokens, again))
@@ -246,25 +260,13 @@ def counted(cfg: Run, vocab: int, tokens: float, sharded: bool) -> Flops:
     return COUNTS[key]
 
 
-TRACES: dict[tuple, Trace] = {}
+TRACES: dict[str, Trace] = {}
 
 
 def remembered(cfg: Run, vocab: int, tokens: float, micro: int, zero: Zero) -> Trace:
-    """A trace, made once."""
-    key = repr(
-        (
-            cfg.method,
-            cfg.model,
-            cfg.views,
-            cfg.options,
-            cfg.data.context,
-            vocab,
-            tokens,
-            micro,
-            zero.dtype,
-            zero.keeps_gradients,
-        )
-    )
+    """Trace a micro-batch, once for all plans that differ in other settings."""
+    parts = (cfg.method, cfg.model, cfg.views, cfg.options, cfg.data.context)
+    key = repr((parts, vocab, tokens, micro, zero.dtype, zero.keeps_gradients))
     if key not in TRACES:
         TRACES[key] = traced(cfg, vocab, tokens, micro, zero.dtype, zero.keeps_gradients)
     return TRACES[key]
@@ -273,157 +275,190 @@ def remembered(cfg: Run, vocab: int, tokens: float, micro: int, zero: Zero) -> T
 def moments(
     cfg: Run, cluster: Cluster, zero: Zero, weights: Weights, trace: Trace, adam: int
 ) -> dict[str, dict[str, float]]:
-    """Bytes on a rank at each moment of a step that may be the peak."""
-    ranks, rows, parts = cluster.ranks, cfg.batch // cluster.ranks, cfg.accumulate
-    held, again = zero.held(weights, ranks), cfg.model.checkpoint_activations
-    beside = {**held, **zero.in_backward(weights, ranks, parts, again)}
-    loss = contrastive_memory(rows, cfg.batch, cfg.model.shape.embed)
-    # and their gradients
-    stored = {"embeddings": 2.0 * trace.features * parts} if parts > 1 else {}
+    """Return {holder: bytes} on a rank at each moment of a step that may be the peak."""
+    ranks = cluster.ranks
+    accumulate = cfg.accumulate
+    checkpointing = cfg.model.checkpoint_activations
+
+    # States of ZeRO, at all times and around the passes.
+    held = zero.held(weights, ranks)
+    in_passes = held | zero.in_backward(weights, ranks, accumulate, checkpointing)
+    reduction = held | zero.after_backward(weights, ranks, accumulate, checkpointing)
+    step = held | zero.in_step(weights, ranks, adam)
+
+    # GradCache stores the embeddings of all micro-batches and their gradients, and computes the
+    # loss of the batch while there are no activations.
+    rows = cfg.batch // ranks
+    loss = {"loss": contrastive_memory(rows, cfg.batch, cfg.model.shape.embed)}
+    if accumulate > 1:
+        in_passes["embeddings"] = 2.0 * trace.features * accumulate
+    else:
+        loss = {"activations": trace.saved} | loss
+
     return {
-        "forward pass": {**beside, **stored, "activations": trace.forward},
-        "loss": {
-            **beside,
-            **stored,
-            **({} if parts > 1 else {"activations": trace.saved}),
-            "loss": loss,
-        },
-        "backward pass": {**beside, **stored, "activations": trace.backward},
-        "reduction": {**held, **zero.after_backward(weights, ranks, parts, again)},
-        "optimizer step": {**held, **zero.in_step(weights, ranks, adam)},
+        "forward pass": {**in_passes, "activations": trace.forward},
+        "loss": in_passes | loss,
+        "backward pass": {**in_passes, "activations": trace.backward},
+        "reduction": reduction,
+        "optimizer step": step,
     }
 
 
 def propose(cfg: Run, cluster: Cluster, tokens: float | None = None) -> Plan | None:
-    """The shipped JSON, checkpointing and number of parts that fit with the least compute, then the
-    least sent; None: nothing fits.
+    """Plan the shipped JSON, checkpointing and accumulation that fit with the least compute.
 
-    The batch stays. Offloading comes last, since how fast the host is nobody knows. The devices are
-    taken to compute as they do in the config's own plan.
+    Ties go to the fewest bytes sent. The batch stays. JSONs that offload come last, since the speed
+    of the host is unknown. The devices are assumed to compute as fast as in the config's own plan.
+    Return None if nothing fits.
     """
-    own = plan(cfg, cluster, tokens)
-    if own.utilisation > 1:
+    reference = plan(cfg, cluster, tokens)
+    if reference.utilisation > 1:
+        possible = cluster.mfu / reference.utilisation
         raise ValueError(
             f"--mfu {cluster.mfu:g}: with what is computed twice the devices would reach"
-            f" {own.utilisation:.0%} of their peak; at most {cluster.mfu / own.utilisation:.2f} is"
-            " possible for this config"
+            f" {reference.utilisation:.0%} of their peak; at most {possible:.2f} is possible for"
+            " this config"
         )
-    rows, found = cfg.batch // cluster.ranks, []
-    for path in SHIPPED:
-        for again in (False, True):
-            for parts in (2**i for i in range(rows.bit_length()) if rows % 2**i == 0):
-                trial = replace(
-                    cfg,
-                    deepspeed=path,
-                    accumulate=parts,
-                    model=replace(cfg.model, checkpoint_activations=again),
-                )
-                zero = Zero.of(merged(trial, cluster.ranks))
-                if (
-                    sum(zero.held(own.weights, cluster.ranks).values())
-                    < USABLE * cluster.memory * GIB
-                ):
-                    recomputed = own.model_flops * (
-                        (0.3 if again else 0) + (1 / 3 if parts > 1 else 0)
-                    )
-                    sent = sum(zero.sent(own.weights, cluster.ranks, parts, again).values())
-                    found.append(((zero.offload, recomputed, sent), trial))
-    for _, trial in sorted(found, key=lambda candidate: candidate[0]):
-        candidate = plan(trial, cluster, tokens)
-        if candidate.fits:
-            mfu = min(1.0, own.utilisation * candidate.model_flops / candidate.hardware_flops)
+    for trial in candidates(cfg, cluster, reference):
+        estimate = plan(trial, cluster, tokens)
+        if estimate.fits:
+            mfu = min(1.0, reference.utilisation * estimate.model_flops / estimate.hardware_flops)
             return plan(trial, replace(cluster, mfu=mfu), tokens)
     return None
 
 
-def described(found: Plan) -> str:
-    """A plan for people: what it is of, its figures, what was assumed."""
-    cfg, cluster, model, zero = found.cfg, found.cluster, found.cfg.model, found.zero
+def candidates(cfg: Run, cluster: Cluster, reference: Plan) -> list[Run]:
+    """List the configs whose states fit: without offloading, then by compute, then by bytes sent.
+
+    reference: the plan of `cfg`.
+    """
+    rows = cfg.batch // cluster.ranks
+    powers = [2**i for i in range(rows.bit_length())]
+    divisors = [power for power in powers if rows % power == 0]
+    usable = USABLE * cluster.memory * GIB
+
+    ranked = []
+    for path, checkpointing, accumulate in product(SHIPPED, (False, True), divisors):
+        trial = replace(
+            cfg,
+            deepspeed=path,
+            accumulate=accumulate,
+            model=replace(cfg.model, checkpoint_activations=checkpointing),
+        )
+        zero = Zero.of(merged(trial, cluster.ranks))
+        held = zero.held(reference.weights, cluster.ranks)
+        if sum(held.values()) >= usable:
+            continue
+
+        # An estimate of the FLOPs beyond those of the model is enough to sort by.
+        recomputed = 0.3 if checkpointing else 0.0
+        embedded_twice = 1 / 3 if accumulate > 1 else 0.0
+        extra = reference.model_flops * (recomputed + embedded_twice)
+        sent = zero.sent(reference.weights, cluster.ranks, accumulate, checkpointing)
+        order = (zero.offload, extra, sum(sent.values()))
+        ranked.append((order, trial))
+    ranked.sort(key=lambda candidate: candidate[0])
+    return [trial for _, trial in ranked]
+
+
+def described(estimate: Plan) -> str:
+    """Describe a plan for people: the run, its figures, the assumptions."""
+    cfg = estimate.cfg
+    cluster = estimate.cluster
+    model = cfg.model
+    zero = estimate.zero
+
+    # The run and its settings.
     seen = ", ".join(f"{name} {count}" for name, count in synthetic_batch.visible(cfg).items())
-    moment, peak = found.peak
+    dtype = "bf16" if zero.bf16 else "fp32"
+    checkpointing = str(model.checkpoint_activations).lower()
     lines = [
-        (
-            f"{cfg.method} {model.size}, images of {model.image_size} pixels, patches seen: {seen};"
-            f" {short(cfg.samples)} samples in {cfg.steps:,} steps of {cfg.batch:,}"
-        ),
-        (
-            f"{cluster.ranks} x {cluster.name}, {cfg.deepspeed} (ZeRO-{zero.stage},"
-            f" {'bf16' if zero.bf16 else 'fp32'}), {cfg.accumulate} x {found.micro} samples a rank"
-            f" and step, checkpoint_activations {str(model.checkpoint_activations).lower()}"
-        ),
+        f"{cfg.method} {model.size}, images of {model.image_size} pixels, patches seen: {seen};"
+        f" {short(cfg.samples)} samples in {cfg.steps:,} steps of {cfg.batch:,}",
+        f"{cluster.ranks} x {cluster.name}, {cfg.deepspeed} (ZeRO-{zero.stage}, {dtype}),"
+        f" {cfg.accumulate} x {estimate.micro} samples a rank and step,"
+        f" checkpoint_activations {checkpointing}",
         "",
-        f"parameters        {found.weights.trained / 1e6:,.1f} M trained"
-        + (f", {found.weights.frozen / 1e6:,.1f} M frozen" if found.weights.frozen else ""),
-        f"FLOPs a sample    {found.hardware_flops / 1e9:,.1f} G: {parts(found.flops, 1e9)}",
-        (
-            f"memory of a rank  {peak / GIB:.2f} GiB of {cluster.memory:.0f}, most in the {moment}:"
-            f" {parts(found.moments[moment], GIB)}"
-        ),
-        "                  "
-        + ", ".join(
-            f"{name} {sum(held.values()) / GIB:.2f}" for name, held in found.moments.items()
-        ),
-        (
-            f"sent by a rank    {sum(found.sent.values()) / 1e9:.2f} GB a step:"
-            f" {parts(found.sent, 1e9)}; {sum(found.sent.values()) / 1e9 / found.step_seconds:.2f}"
-            " GB/s hide it behind compute"
-        ),
-        f"time              {found.step_seconds:.3g} s a step,"
-        f" {cfg.batch / found.step_seconds:,.0f} samples/s, {found.hours:,.1f} h"
-        f" ({found.hours / 24:.1f} days), {found.device_hours:,.0f} device-hours"
-        + ("" if found.cost is None else f", {found.cost:,.0f} at {cluster.price:g} a device-hour"),
+    ]
+
+    # Parameters, FLOPs and memory.
+    parameters = f"{estimate.weights.trained / 1e6:,.1f} M trained"
+    if estimate.weights.frozen:
+        parameters += f", {estimate.weights.frozen / 1e6:,.1f} M frozen"
+    moment, peak = estimate.peak
+    totals = [f"{name} {sum(held.values()) / GIB:.2f}" for name, held in estimate.moments.items()]
+    lines += [
+        f"parameters        {parameters}",
+        f"FLOPs a sample    {estimate.hardware_flops / 1e9:,.1f} G: {parts(estimate.flops, 1e9)}",
+        f"memory of a rank  {peak / GIB:.2f} GiB of {cluster.memory:.0f}, most in the {moment}:"
+        f" {parts(estimate.moments[moment], GIB)}",
+        f"                  {', '.join(totals)}",
+    ]
+
+    # Communication and time.
+    gigabytes = sum(estimate.sent.values()) / 1e9
+    bandwidth = gigabytes / estimate.step_seconds
+    samples_per_second = cfg.batch / estimate.step_seconds
+    money = ""
+    if estimate.cost is not None:
+        money = f", {estimate.cost:,.0f} at {cluster.price:g} a device-hour"
+    lines += [
+        f"sent by a rank    {gigabytes:.2f} GB a step: {parts(estimate.sent, 1e9)};"
+        f" {bandwidth:.2f} GB/s hide it behind compute",
+        f"time              {estimate.step_seconds:.3g} s a step,"
+        f" {samples_per_second:,.0f} samples/s, {estimate.hours:,.1f} h"
+        f" ({estimate.hours / 24:.1f} days), {estimate.device_hours:,.0f} device-hours{money}",
         "",
         "Assumed:",
-        *(f"- {line}" for line in assumptions(found)),
     ]
+    lines += [f"- {line}" for line in assumptions(estimate)]
     return "\n".join(lines)
 
 
-def assumptions(found: Plan) -> list[str]:
-    cluster = found.cluster
+def assumptions(estimate: Plan) -> list[str]:
+    """List everything that a plan assumes."""
+    cluster = estimate.cluster
     return [
-        *found.assumed,
-        (
-            f"{cluster.name}: {cluster.tflops:g} TFLOP/s in bf16, {cluster.memory:.0f} GiB;"
-            f" {USABLE:.0%} of the memory may be planned with, the rest is CUDA's, NCCL's and"
-            " fragmentation's, none of which was measured"
-        ),
-        (
-            f"MFU {found.mfu:.0%} (--mfu): the share of the peak spent on images, captions and"
-            " teacher, as metrics.jsonl has it; with what is computed twice the devices reach"
-            f" {found.utilisation:.0%}"
-        ),
+        *estimate.assumed,
+        f"{cluster.name}: {cluster.tflops:g} TFLOP/s in bf16, {cluster.memory:.0f} GiB;"
+        f" {USABLE:.0%} of the memory may be planned with, the rest is CUDA's, NCCL's and"
+        " fragmentation's, none of which was measured",
+        f"MFU {estimate.mfu:.0%} (--mfu): the share of the peak spent on images, captions and"
+        " teacher, as metrics.jsonl has it; with what is computed twice the devices reach"
+        f" {estimate.utilisation:.0%}",
         "communication, data and evaluation hide behind compute; no restart, no idle device",
-        (
-            "fused attention, which keeps no matrix of tokens by tokens; heads and temporaries as"
-            " torch's own kernels on CPUs make them"
-        ),
+        "fused attention, which keeps no matrix of tokens by tokens; heads and temporaries as"
+        " torch's own kernels on CPUs make them",
     ]
 
 
-def parts(found: dict[str, float], unit: float) -> str:
-    return ", ".join(f"{name} {value / unit:,.2f}" for name, value in found.items() if value)
+def parts(amounts: dict[str, float], unit: float) -> str:
+    """List the nonzero amounts of a sum, in a unit."""
+    items = [f"{name} {value / unit:,.2f}" for name, value in amounts.items() if value]
+    return ", ".join(items)
 
 
-def advice(cfg: Run, found: Plan | None) -> str:
-    """What to type."""
-    if found is None:
+def advice(cfg: Run, proposal: Plan | None) -> str:
+    """Write the arguments of the proposed plan, and its cost."""
+    if proposal is None:
         return (
             "No shipped JSON fits this batch on these devices, at any number of parts: take more or"
             " larger ones."
         )
-    given = found.cfg
-    line = (
-        f"--deepspeed_config {given.deepspeed} --set accumulate={given.accumulate} "
-        f"model.checkpoint_activations={str(given.model.checkpoint_activations).lower()}"
-    )
-    same = (given.deepspeed, given.accumulate, given.model.checkpoint_activations) == (
-        cfg.deepspeed,
-        cfg.accumulate,
-        cfg.model.checkpoint_activations,
-    )
+    proposed = settings(proposal.cfg)
+    deepspeed, accumulate, checkpointing = proposed
+    note = " (as the config has it)" if proposed == settings(cfg) else ""
+    peak = proposal.peak[1] / GIB
+    gflops = proposal.hardware_flops / 1e9
+    gigabytes = sum(proposal.sent.values()) / 1e9
     return (
-        f"Proposed{' (as the config has it)' if same else ''}: {line}\n  {found.peak[1] / GIB:.2f}"
-        f" GiB, {found.hardware_flops / 1e9:,.1f} GFLOP a sample,"
-        f" {sum(found.sent.values()) / 1e9:.2f} GB sent a step, {found.hours:,.1f} h"
+        f"Proposed{note}: --deepspeed_config {deepspeed} --set accumulate={accumulate}"
+        f" model.checkpoint_activations={str(checkpointing).lower()}\n"
+        f"  {peak:.2f} GiB, {gflops:,.1f} GFLOP a sample, {gigabytes:.2f} GB sent a step,"
+        f" {proposal.hours:,.1f} h"
     )
+
+
+def settings(cfg: Run) -> tuple[str, int, bool]:
+    """Return the settings of a config that a proposal may change."""
+    return cfg.deepspeed, cfg.accumulate, cfg.model.checkpoint_activations

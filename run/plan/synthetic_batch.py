@@ -1,12 +1,11 @@
-"""A batch as a config's loader makes it, of random pixels and captions of a stated mean length:
-what is measured and planned with.
+"""Batches like those of a config's loader, of random pixels and captions of a chosen mean length.
 
+Benchmarks measure, and the planner plans, with them.
 Letters: B samples, L patches, K visible ones, P patch side.
 """
 
-from functools import partial
-
 import torch
+from torch import Tensor
 
 from glimpse.data.loader import plan
 from glimpse.data.transforms import draws
@@ -15,8 +14,10 @@ from glimpse.run.lib.config import Run
 
 
 def lengths(cfg: Run, tokens: float, batch: int) -> list[int]:
-    """Tokens of B captions: half and one and a half times the mean in turns, or as near as 1 and
-    the context allow; all full if padded.
+    """Return the tokens of each of B captions; all have the full context if padded.
+
+    They alternate between half and one and a half times the mean, or as near to these as 1 and the
+    context allow.
     """
     if cfg.data.pad_text:
         return [cfg.data.context] * batch
@@ -25,52 +26,69 @@ def lengths(cfg: Run, tokens: float, batch: int) -> list[int]:
         raise ValueError(
             f"{tokens:g} tokens of a caption: from 1 to data.context, {cfg.data.context}"
         )
-    low, high = round(tokens - spread), round(tokens + spread)
-    return [high, low] * (batch // 2) + [round(tokens)] * (batch % 2)
+    low = round(tokens - spread)
+    high = round(tokens + spread)
+    counts = [high, low] * (batch // 2)
+    if batch % 2:
+        counts.append(round(tokens))
+    return counts
 
 
 def visible(cfg: Run) -> dict[str, int]:
-    """K of each view, as the loader sends it."""
-    return {
-        name: mask.visible(grid[0] * grid[1])
-        for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch)
-    }
+    """Return K of each view, as the loader sends it."""
+    counts = {}
+    for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
+        rows, columns = grid
+        counts[name] = mask.visible(rows * columns)
+    return counts
+
+
+def draw_names(cfg: Run, views: tuple[str, ...]) -> set[str]:
+    """Return the names of all draws of some views."""
+    return {draw for name in views for draw in draws(name, cfg.views[name])}
+
+
+def random_pixels(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def part(cfg: Run, tokens: float, batch: int) -> dict:
-    """A part of a batch (data/loader.py) whose captions have `tokens` tokens on average; under
-    FakeTensorMode it takes no memory.
+    """Return a micro-batch (data/loader.py) whose captions have `tokens` tokens on average.
+
+    Under FakeTensorMode it takes no memory.
     """
-    method, views, side = METHODS[cfg.method], {}, 256.0
-    hidden, noise = (
-        {draw for name in some for draw in draws(name, cfg.views[name])}
-        for some in (method.hidden, method.noise)
-    )
+    method = METHODS[cfg.method]
+    hidden_views = draw_names(cfg, method.hidden)
+    noise_views = draw_names(cfg, method.noise)
+    side = 256.0  # of a source image, in pixels
+    values = 3 * cfg.model.patch**2  # of a patch
+
+    # Views: patches, and what else the method reads of each.
+    views = {}
     for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
         L = grid[0] * grid[1]
         K = mask.visible(L)
-        # which patches stay does not matter here, as long as so many do
+        # Costs depend on the number of visible patches only, so that any K will do.
         order = torch.rand(batch, L).argsort(1)
-        keep, hide = order[:, :K].sort(1).values, order[:, K:].sort(1).values
-        pixels = partial(torch.randint, 0, 256, dtype=torch.uint8)
-        views[name] = dict(
-            patches=pixels((batch, K, 3 * cfg.model.patch**2)), positions=keep.to(torch.int16)
-        )
+        keep = order[:, :K].sort(1).values
+        hide = order[:, K:].sort(1).values
+        view = dict(patches=random_pixels(batch, K, values), positions=keep.to(torch.int16))
         if method.enclosing:
-            views[name]["box"] = torch.cat(
-                [torch.rand(batch, 2) * side / 8, torch.full((batch, 2), 0.75 * side)], 1
-            )
-        if name in noise:
-            views[name]["noise"] = torch.rand(batch, L)
-        if name in hidden:
-            views[name] |= dict(
-                hidden=pixels((batch, L - K, 3 * cfg.model.patch**2)),
-                hidden_positions=hide.to(torch.int16),
-            )
-    each = lengths(cfg, tokens, batch)
+            corner = torch.rand(batch, 2) * side / 8
+            size = torch.full((batch, 2), 0.75 * side)
+            view["box"] = torch.cat([corner, size], 1)
+        if name in noise_views:
+            view["noise"] = torch.rand(batch, L)
+        if name in hidden_views:
+            view["hidden"] = random_pixels(batch, L - K, values)
+            view["hidden_positions"] = hide.to(torch.int16)
+        views[name] = view
+
+    # Captions, packed end to end.
+    counts = lengths(cfg, tokens, batch)
     text = dict(
-        ids=torch.randint(1, 250, (sum(each),), dtype=torch.int32),
-        lengths=torch.tensor(each),
-        longest=max(each),
+        ids=torch.randint(1, 250, (sum(counts),), dtype=torch.int32),
+        lengths=torch.tensor(counts),
+        longest=max(counts),
     )
     return dict(views=views, text=text)

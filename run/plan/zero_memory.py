@@ -1,13 +1,14 @@
-"""What DeepSpeed 0.19.8 keeps on a rank, and sends, for a ZeRO stage: weights, fp32 copies,
-moments, gradients, buffers.
+"""Bytes that DeepSpeed 0.19.8 keeps on a rank, and sends, for a ZeRO stage.
 
     zero = Zero.of(json.loads(text))
-    zero.held(weights, ranks), zero.in_step(weights, ranks, ADAM["gpu"])        {what: bytes}
+    zero.held(weights, ranks), zero.in_step(weights, ranks, ADAM["gpu"])        {holder: bytes}
 
-Read off its sources and checked by run/bench_plan.py, not what the papers promise: ZeRO-1 holds all
-gradients until the backward pass is over, the optimizer's temporaries are as large as what it steps
-at once, and ZeRO-3 keeps gathered weights by stage3_max_reuse_distance (stage3_max_live_parameters
-only bounds prefetching). All sizes are in bytes, counts in parameters.
+The holders are weights, fp32 copies, moments, gradients and buffers. The formulas follow the
+sources of DeepSpeed and are checked by run/bench_plan.py. They differ from the papers: ZeRO-1 holds
+all gradients until the backward pass is over, the optimizer's temporaries are as large as the
+tensors that it steps at once, and ZeRO-3 keeps gathered weights by stage3_max_reuse_distance
+(stage3_max_live_parameters only bounds prefetching).
+All sizes are in bytes, counts in parameters.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from glimpse.run.lib.config import Run
 from glimpse.run.train import optim
 
 FLOAT = 4  # bytes of fp32
-# fp32 temporaries of torch's AdamW, in sizes of what it steps at once: one tensor after another, or
-# foreach
+# fp32 temporaries of torch's AdamW, in sizes of the tensors that it steps at once: one tensor after
+# another, or foreach.
 ADAM = {"cpu": 2, "gpu": 1}
 
 
@@ -30,10 +31,10 @@ class Weights:
 
     trained: int
     frozen: int
-    averaged: int  # of the frozen ones, those that follow the student
-    small: int  # of the trained, those that ZeRO-3 does not shard in use
-    largest: int  # trained parameter
-    group: int  # of the optimizer, the largest
+    averaged: int  # frozen parameters that follow the student
+    small: int  # trained parameters that ZeRO-3 does not shard in use
+    largest: int  # the largest trained parameter
+    group: int  # the largest group of the optimizer
 
     @property
     def all(self) -> int:
@@ -41,27 +42,26 @@ class Weights:
 
     @classmethod
     def of(cls, method: torch.nn.Module, cfg: Run, threshold: int) -> "Weights":
+        """Count the parameters of a method; those below `threshold` are small."""
         trained = [p.numel() for p in method.parameters() if p.requires_grad]
-        groups = [
-            sum(p.numel() for p in group["params"]) for group in optim.groups(method, cfg.optim)
-        ]
-        averaged = sum(teacher.numel() for teacher, _ in ema.parameters(method.averaged()).values())
-        frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad)
+        frozen = [p.numel() for p in method.parameters() if not p.requires_grad]
+        groups = optim.groups(method, cfg.optim)
+        group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+        averages = [teacher.numel() for teacher, _ in ema.parameters(method.averaged()).values()]
+        small = [size for size in trained if size < threshold]
         return cls(
-            sum(trained),
-            frozen,
-            averaged,
-            sum(n for n in trained if n < threshold),
-            max(trained),
-            max(groups),
+            trained=sum(trained),
+            frozen=sum(frozen),
+            averaged=sum(averages),
+            small=sum(small),
+            largest=max(trained),
+            group=max(group_sizes),
         )
 
 
 @dataclass(frozen=True)
 class Zero:
-    """The part of a DeepSpeed JSON that decides on memory; DeepSpeed's defaults where it is
-    silent.
-    """
+    """The settings of a DeepSpeed JSON that determine memory, with DeepSpeed's defaults."""
 
     stage: int
     bf16: bool
@@ -75,32 +75,29 @@ class Zero:
 
     @classmethod
     def of(cls, tree: dict) -> "Zero":
-        """Of a DeepSpeed JSON as run/train/engine.py reads it."""
+        """Read the settings of a DeepSpeed JSON, as run/train/engine.py loads it."""
         zero = tree.get("zero_optimization", {})
         stage = zero.get("stage", 0)
-        bucket = (
-            int(zero.get("reduce_bucket_size", 5e8))
-            if zero.get("contiguous_gradients", True)
-            else 0
-        )
-        away = [
-            zero.get(f"offload_{what}", {}).get("device", "none") != "none"
-            for what in ("optimizer", "param")
-        ]
+        buckets = 0
+        if zero.get("contiguous_gradients", True):
+            buckets = int(zero.get("reduce_bucket_size", 5e8))
+        if stage in (1, 2) and zero.get("overlap_comm"):
+            buckets *= 2
         return cls(
-            stage,
-            bool(tree.get("bf16", {}).get("enabled")),
-            bucket * (2 if stage in (1, 2) and zero.get("overlap_comm") else 1),
-            int(zero.get("stage3_param_persistence_threshold", 1e5)),
-            int(zero.get("stage3_max_reuse_distance", 1e9)),
-            int(zero.get("stage3_prefetch_bucket_size", 5e7)),
-            int(zero.get("sub_group_size", 1e9)),
-            *away,
+            stage=stage,
+            bf16=bool(tree.get("bf16", {}).get("enabled")),
+            buckets=buckets,
+            threshold=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            sub_group=int(zero.get("sub_group_size", 1e9)),
+            offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
         )
 
     @property
     def bytes(self) -> int:
-        """Of a weight or gradient as it is computed with and sent."""
+        """The size of a weight or gradient in computation and communication."""
         return 2 if self.bf16 else FLOAT
 
     @property
@@ -108,91 +105,92 @@ class Zero:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def held(self, w: Weights, ranks: int) -> dict[str, float]:
-        """What stays from step to step."""
+        """Return the bytes that stay from step to step."""
         share = 1 / ranks if self.stage == 3 else 1
-        own = 0 if self.offload else w.trained / ranks
-        found = {"weights": 0 if self.offload_weights else self.bytes * w.all * share}
+        shard = 0 if self.offload else w.trained / ranks  # of the optimizer's states
+        held = {"weights": 0 if self.offload_weights else self.bytes * w.all * share}
         if self.stage == 0:
-            found["moments"] = 2 * FLOAT * w.trained
+            held["moments"] = 2 * FLOAT * w.trained
         else:
-            found |= {"fp32 weights": FLOAT * own, "moments": 2 * FLOAT * own}
+            held["fp32 weights"] = FLOAT * shard
+            held["moments"] = 2 * FLOAT * shard
         if w.averaged:
-            found["average"] = (FLOAT if self.bf16 else 0) * w.averaged * share
+            # With bf16, an fp32 copy beside the teacher's weights.
+            held["average"] = FLOAT * w.averaged * share if self.bf16 else 0
         if self.stage == 3:
-            # one rank's shards are whole, and gathering them copies nothing
-            small = 0 if ranks == 1 else self.bytes * w.small
-            found |= {
-                "gradients": self.bytes * own,
-                "buckets": self.bytes * self.buckets,
-                "small weights": small,
-            }
-        return found
+            held["gradients"] = self.bytes * shard
+            held["buckets"] = self.bytes * self.buckets
+            # A single rank has full shards, and gathering them copies nothing.
+            held["small weights"] = 0 if ranks == 1 else self.bytes * w.small
+        return held
 
     def kept(self, w: Weights, accumulate: int, checkpointing: bool) -> float:
-        """How many sharded weights ZeRO-3 keeps whole between two uses: those whose next use is
-        nearer than `reuse`.
+        """Return the number of sharded weights that ZeRO-3 keeps gathered between two uses.
 
-        The way there is counted in parameters: to a weight's backward pass there and back, with
-        recomputation once more. With parts the record of which module follows which is never
-        complete, and nothing is kept or prefetched.
+        It keeps a weight whose next use is nearer than `reuse`. The distance is counted in
+        parameters: through the weights above it and back to its backward pass, and with
+        recomputation once more.
+        With micro-batches DeepSpeed's record of the order of modules is never complete, and nothing
+        is kept or prefetched.
         """
-        return (
-            0.0
-            if accumulate > 1
-            else min(w.all - w.small, self.reuse / (3 if checkpointing else 2))
-        )
+        if accumulate > 1:
+            return 0.0
+        passes = 3 if checkpointing else 2
+        return min(w.all - w.small, self.reuse / passes)
 
     def in_backward(
         self, w: Weights, ranks: int, accumulate: int, checkpointing: bool
     ) -> dict[str, float]:
-        """What stands beside activations, and the gradient that is just being computed."""
+        """Return the bytes beside the activations and the gradient that is being computed."""
+        if self.stage == 0:
+            return {}
         if self.stage == 3:
-            ahead = (
-                self.kept(w, accumulate, checkpointing) + self.prefetch
-                if accumulate == 1
-                else 2 * w.largest
-            )
-            gathered = min(w.all - w.small, ahead) * (ranks > 1)
-            # A full bucket is copied to be sent.  By then activations that are not computed again
-            # have made room for it.
-            sent = min(self.buckets, w.trained) * checkpointing
+            gathered: float = 0
+            if ranks > 1:
+                ahead = self.gathered_ahead(w, accumulate, checkpointing)
+                gathered = min(w.all - w.small, ahead)
+            # A full bucket is copied to be sent. Without checkpointing, activations have been freed
+            # by then and make room for it.
+            sent = min(self.buckets, w.trained) if checkpointing else 0
             return {"gathered weights": self.bytes * gathered, "gradients sent": self.bytes * sent}
-        own = (
-            {"gradients": 0 if self.offload else self.bytes * w.trained / ranks}
-            if self.stage == 2
-            else {}
-        )
-        return {**own, "buckets": self.bytes * self.buckets} if self.stage else {}
+
+        held: dict[str, float] = {}
+        if self.stage == 2:
+            held["gradients"] = 0 if self.offload else self.bytes * w.trained / ranks
+        held["buckets"] = self.bytes * self.buckets
+        return held
+
+    def gathered_ahead(self, w: Weights, accumulate: int, checkpointing: bool) -> float:
+        """Return the number of weights that ZeRO-3 holds gathered, if there are that many."""
+        if accumulate > 1:
+            return 2 * w.largest
+        return self.kept(w, accumulate, checkpointing) + self.prefetch
 
     @property
     def keeps_gradients(self) -> bool:
-        """Does each parameter's gradient stay until the backward pass is over?"""
+        """True if each parameter's gradient stays until the backward pass is over."""
         return self.stage < 2
 
     def after_backward(
         self, w: Weights, ranks: int, accumulate: int, checkpointing: bool
     ) -> dict[str, float]:
-        """What stands while the last gradients are sent, when the activations are gone."""
+        """Return the bytes while the last gradients are sent, when the activations are gone."""
+        gradients = self.bytes * w.trained
         if self.stage == 0:
-            return {
-                "gradients": self.bytes * w.trained,
-                "all-reduce": self.bytes * min(w.trained, 5e8),
-            }
+            return {"gradients": gradients, "all-reduce": self.bytes * min(w.trained, 5e8)}
         if self.stage == 1:
-            own = 0 if self.offload else self.bytes * w.trained / ranks
-            return {"gradients": self.bytes * w.trained + own, "buckets": self.bytes * self.buckets}
-        if self.stage == 3:  # of the last ones, with the largest
-            gathered = self.in_backward(w, ranks, accumulate, checkpointing)
-            return {
-                **gathered,
-                "gradients sent": (
-                    self.bytes * (w.largest + min(self.buckets, w.trained) * (1 + 1 / ranks))
-                ),
-            }
+            shard = 0 if self.offload else gradients / ranks
+            return {"gradients": gradients + shard, "buckets": self.bytes * self.buckets}
+        if self.stage == 3:
+            # The last bucket, its reduced shard, and the largest gradient.
+            held = self.in_backward(w, ranks, accumulate, checkpointing)
+            bucket = min(self.buckets, w.trained)
+            held["gradients sent"] = self.bytes * (w.largest + bucket * (1 + 1 / ranks))
+            return held
         return {}
 
     def in_step(self, w: Weights, ranks: int, temporaries: int) -> dict[str, float]:
-        """What stands while the optimizer steps; temporaries: a value of ADAM."""
+        """Return the bytes while the optimizer steps; temporaries: a value of ADAM."""
         if self.offload:
             return {}
         if self.stage == 0:
@@ -200,24 +198,29 @@ class Zero:
                 "gradients": FLOAT * w.trained,
                 "optimizer's temporaries": temporaries * FLOAT * w.largest,
             }
-        at_once = min(w.group / ranks, self.sub_group) if self.stage == 3 else w.group / ranks
-        kept = {} if self.stage == 3 else {"gradients": self.bytes * w.trained / ranks}
-        return {
-            **kept,
-            "fp32 gradients": FLOAT * at_once,
-            "optimizer's temporaries": temporaries * FLOAT * at_once,
-        }
+
+        held: dict[str, float] = {}
+        at_once = w.group / ranks
+        if self.stage == 3:
+            at_once = min(at_once, self.sub_group)
+        else:
+            held["gradients"] = self.bytes * w.trained / ranks
+        held["fp32 gradients"] = FLOAT * at_once
+        held["optimizer's temporaries"] = temporaries * FLOAT * at_once
+        return held
 
     def sent(
         self, w: Weights, ranks: int, accumulate: int, checkpointing: bool
     ) -> dict[str, float]:
-        """Bytes of weights and gradients that a rank sends in a step, by collectives that send each
-        byte once (rings).
+        """Return the bytes of weights and gradients that a rank sends in a step.
+
+        The collectives send each byte once (rings).
         """
         once = (ranks - 1) / ranks * self.bytes
         if self.stage == 3:
-            # GradCache: a forward pass more for each part
-            sharded, uses = w.all - w.small, 2 if accumulate == 1 else 3 * accumulate
+            # GradCache adds a forward pass for each micro-batch.
+            uses = 2 if accumulate == 1 else 3 * accumulate
+            sharded = w.all - w.small
             again = (uses - 1) * (sharded - self.kept(w, accumulate, checkpointing))
             return {
                 "gather weights": once * (sharded + again + w.small),
