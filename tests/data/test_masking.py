@@ -1,5 +1,7 @@
-"""Masks: every strategy keeps the contract that data/masking.py states, GLIP's keep-rates are those
-of the released rule, and a spec that cannot be meant is refused with what would be right.
+"""Masks: every strategy keeps the contract that data/masking.py states.
+
+GLIP's keep-rates are those of the released rule, and a spec that cannot be meant is refused with
+what would be right.
 """
 
 import numpy as np
@@ -20,27 +22,34 @@ GRIDS = [(14, 14), (16, 16), (3, 11), (1, 8)]
 
 
 def uniform(images, grid, seed=0):
-    return torch.rand(images, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
+    """Noise of so many images, as a loader draws it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(images, grid[0] * grid[1], generator=generator)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("ratio", [0, 0.5, 0.75, 0.8])
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_contract(name, ratio, grid):
-    mask, noise = parse(f"{name}({ratio})"), uniform(64, grid)
+    patches = grid[0] * grid[1]
+    mask = parse(f"{name}({ratio})")
+    noise = uniform(64, grid)
     before = noise.clone()
+
     keep = mask(noise, grid)
-    assert keep.shape == (64, mask.visible(grid[0] * grid[1])) and keep.dtype == torch.int64
+
+    assert keep.shape == (64, mask.visible(patches))
+    assert keep.dtype == torch.int64
     assert (keep.diff(dim=1) > 0).all(), "ascending, so no patch twice"
-    assert keep.min() >= 0 and keep.max() < grid[0] * grid[1]
-    assert torch.equal(noise, before) and torch.equal(keep, mask(noise, grid)), (
-        "the noise decides, and is left as it was"
-    )
-    assert torch.equal(keep[5:6], mask(noise[5:6], grid)), (
-        "an image's mask does not depend on its batch"
-    )
+    assert keep.min() >= 0
+    assert keep.max() < patches
+    assert torch.equal(noise, before), "the noise is left as it was"
+    assert torch.equal(keep, mask(noise, grid)), "the noise decides"
+    alone = mask(noise[5:6], grid)
+    assert torch.equal(keep[5:6], alone), "an image's mask does not depend on its batch"
     if ratio:
-        assert not torch.equal(keep, mask(uniform(64, grid, seed=1), grid))
+        other = mask(uniform(64, grid, seed=1), grid)
+        assert not torch.equal(keep, other)
 
 
 @pytest.mark.parametrize(
@@ -63,29 +72,39 @@ def test_kept_counts(patches, ratio, count):
 
 
 def test_hiding_everything_is_an_error():
+    mask = parse("random(0.95)")
+
     with pytest.raises(ValueError, match="a ratio of 0.95 hides all 16 patches"):
-        parse("random(0.95)")(uniform(1, (4, 4)), (4, 4))
+        mask(uniform(1, (4, 4)), (4, 4))
 
 
 def test_none_hides_nothing():
-    assert torch.equal(parse("none")(uniform(2, (3, 5)), (3, 5)), torch.arange(15).expand(2, 15))
+    keep = parse("none")(uniform(2, (3, 5)), (3, 5))
+
+    assert torch.equal(keep, torch.arange(15).expand(2, 15))
 
 
 def test_a_tie_keeps_the_earlier_patch():
-    assert torch.equal(
-        parse("random(0.5)")(torch.full((2, 200), 0.5), (10, 20)), torch.arange(100).expand(2, 100)
-    )
+    noise = torch.full((2, 200), 0.5)
+
+    keep = parse("random(0.5)")(noise, (10, 20))
+
+    assert torch.equal(keep, torch.arange(100).expand(2, 100))
 
 
 def test_random_keeps_the_largest_noise():
     noise = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.2, 0.7]])
-    assert parse("random(0.5)")(noise, (2, 3)).tolist() == [[1, 3, 5]]
+
+    keep = parse("random(0.5)")(noise, (2, 3))
+
+    assert keep.tolist() == [[1, 3, 5]]
 
 
 def keep_rates(spec, grid, draws=6000):
     """(rows, columns): how often each patch stays."""
     keep = parse(spec)(uniform(draws, grid), grid)
-    return (torch.bincount(keep.flatten(), minlength=grid[0] * grid[1]) / draws).view(grid)
+    counts = torch.bincount(keep.flatten(), minlength=grid[0] * grid[1])
+    return (counts / draws).view(grid)
 
 
 @pytest.mark.parametrize(
@@ -103,22 +122,24 @@ def keep_rates(spec, grid, draws=6000):
     ],
 )
 def test_keep_rate_per_ring(spec, expected):
-    rates = keep_rates(spec, (14, 14))
     side = torch.arange(14)
-    ring = torch.minimum(
-        torch.minimum(side, 13 - side)[:, None], torch.minimum(side, 13 - side)[None, :]
-    )
-    np.testing.assert_allclose(
-        [rates[ring == r].mean().item() for r in range(7)], expected, atol=0.02
-    )
+    to_border = torch.minimum(side, 13 - side)
+    ring = torch.minimum(to_border[:, None], to_border[None, :])
+
+    rates = keep_rates(spec, (14, 14))
+
+    ring_rates = [rates[ring == r].mean().item() for r in range(7)]
+    np.testing.assert_allclose(ring_rates, expected, atol=0.02)
 
 
 def density(grid, variance):
     """The bivariate normal density, patch by patch in plain numpy."""
-    points = [(y, x) for y in np.linspace(-1, 1, grid[0]) for x in np.linspace(-1, 1, grid[1])]
-    return np.array(
-        [np.exp(-(y * y + x * x) / (2 * variance)) / (2 * np.pi * variance) for y, x in points]
-    )
+    values = []
+    for y in np.linspace(-1, 1, grid[0]):
+        for x in np.linspace(-1, 1, grid[1]):
+            exponent = -(y * y + x * x) / (2 * variance)
+            values.append(np.exp(exponent) / (2 * np.pi * variance))
+    return np.array(values)
 
 
 @pytest.mark.parametrize(
@@ -132,34 +153,35 @@ def density(grid, variance):
 def test_rows_and_columns_are_told_apart(spec, sign, variance):
     grid = (4, 9)
     noise = uniform(200, grid)
+
+    keep = parse(spec)(noise, grid)
+
     score = noise.double().numpy() + sign * density(grid, variance)
-    expected = np.sort(np.argsort(-score, axis=1)[:, : int(36 * 0.4)], axis=1)
-    assert np.array_equal(parse(spec)(noise, grid).numpy(), expected)
+    best = np.argsort(-score, axis=1)[:, : int(36 * 0.4)]
+    assert np.array_equal(keep.numpy(), np.sort(best, axis=1))
 
 
 def test_a_grid_of_one_row_is_a_middle_row():
-    assert torch.equal(normal_density(0.2, (1, 9)), normal_density(0.2, (3, 9)).view(3, 9)[1])
+    middle = normal_density(0.2, (3, 9)).view(3, 9)[1]
+
+    assert torch.equal(normal_density(0.2, (1, 9)), middle)
 
 
 def test_gumbel_is_multinomial_without_replacement():
-    grid, draws = (3, 6), 6000
-    drawn = torch.multinomial(
-        torch.tensor(density(grid, 0.2)).expand(draws, -1),
-        9,
-        generator=torch.Generator().manual_seed(0),
-    )
-    expected = (torch.bincount(drawn.flatten(), minlength=18) / draws).view(grid)
-    torch.testing.assert_close(
-        keep_rates("gaussian(0.5, gumbel=True)", grid, draws),
-        expected,
-        atol=0.02,
-        rtol=0,
-        check_dtype=False,
-    )
+    grid = (3, 6)
+    draws = 6000
+    weights = torch.tensor(density(grid, 0.2)).expand(draws, -1)
+    patches = torch.multinomial(weights, 9, generator=torch.Generator().manual_seed(0))
+    expected = (torch.bincount(patches.flatten(), minlength=18) / draws).view(grid)
+
+    rates = keep_rates("gaussian(0.5, gumbel=True)", grid, draws)
+
+    torch.testing.assert_close(rates, expected, atol=0.02, rtol=0, check_dtype=False)
 
 
 def test_parse_reads_what_a_config_writes():
-    assert parse("random(0.5)") == Random(0.5) == parse("random(ratio=0.5)")
+    assert parse("random(0.5)") == Random(0.5)
+    assert parse("random(ratio=0.5)") == Random(0.5)
     assert parse("gaussian(0.75)") == Gaussian(0.75, sigma=0.2, literal=False, gumbel=False)
     assert parse("gaussian(0.75, 0.1, gumbel=True)") == Gaussian(0.75, sigma=0.1, gumbel=True)
     assert parse("inverse_gaussian(0.5, literal=True)") == InverseGaussian(0.5, literal=True)
@@ -183,10 +205,8 @@ def test_parse_reads_what_a_config_writes():
         ("gaussian(0.5, sigm=0.1)", r"'sigm'; gaussian takes \(ratio: float, sigma: float = 0.2"),
         (
             "gausian(0.5)",
-            (
-                "unknown strategy 'gausian'; known: gaussian, inverse_gaussian, none, random; did"
-                " you mean 'gaussian'"
-            ),
+            "unknown strategy 'gausian'; known: gaussian, inverse_gaussian, none, random;"
+            " did you mean 'gaussian'",
         ),
         ("none(0.5)", "none takes no arguments"),
         ("", "cannot be read; write it as"),

@@ -1,6 +1,6 @@
-"""Patches: laid out as a stride-P convolution's weight flattens, exactly invertible, and the same
-whether
-taken from all of them or copied alone.
+"""Patches: laid out as a stride-P convolution's weight flattens, and exactly invertible.
+
+They are the same whether taken from all of them or copied alone.
 """
 
 import numpy as np
@@ -11,17 +11,22 @@ from glimpse.data.patches import patchify, unpatchify, visible
 
 
 def test_a_linear_layer_over_patches_is_the_convolution():
-    images, conv = torch.randn(2, 3, 32, 48), torch.nn.Conv2d(3, 5, 16, stride=16)
+    images = torch.randn(2, 3, 32, 48)
+    conv = torch.nn.Conv2d(3, 5, 16, stride=16)
+
     linear = patchify(images, 16) @ conv.weight.flatten(1).T + conv.bias
-    torch.testing.assert_close(
-        linear, conv(images).flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5
-    )
+
+    expected = conv(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(linear, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_unpatchify_inverts():
     images = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8)
+
     patches = patchify(images, 8)
-    assert patches.shape == (2, 15, 192) and patches.dtype == torch.uint8
+
+    assert patches.shape == (2, 15, 192)
+    assert patches.dtype == torch.uint8
     assert torch.equal(unpatchify(patches, 8, (3, 5)), images)
 
 
@@ -29,10 +34,15 @@ def test_unpatchify_inverts():
 @pytest.mark.parametrize("keep", [[0, 3, 4, 14], [14, 2], list(range(15))])
 def test_visible_is_patchify_at_keep(keep, mirrored):
     image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    image = image[:, ::-1] if mirrored else image
+    if mirrored:
+        image = image[:, ::-1]
+
     patches = visible(image, 8, np.array(keep, dtype=np.int64))
-    expected = patchify(torch.from_numpy(image.transpose(2, 0, 1).copy())[None], 8)[0, keep]
-    assert patches.dtype == np.uint8 and patches.flags.c_contiguous
+
+    batch = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
+    expected = patchify(batch, 8)[0, keep]
+    assert patches.dtype == np.uint8
+    assert patches.flags.c_contiguous
     assert np.array_equal(patches, expected.numpy())
     assert not np.shares_memory(patches, image)
 

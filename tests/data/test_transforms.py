@@ -1,5 +1,6 @@
-"""Views: one fast pass returns what Pillow gives in three slow steps (decode all, crop, resize),
-whatever the format, with simplejpeg and without; crops are drawn as torchvision draws them; what
+"""Views: one fast pass returns what Pillow gives in three slow steps (decode all, crop, resize).
+
+Whatever the format, with simplejpeg and without; crops are drawn as torchvision draws them; what
 cannot be read is a ValueError and nothing else.
 """
 
@@ -16,15 +17,13 @@ RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 def picture(height, width, seed=0, channels=3):
-    """Random colours, smooth enough to look like a photograph to a codec, with some grain."""
+    """Random colors, smooth enough to look like a photograph to a codec, with some grain."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(
-        rng.integers(0, 256, (height // 20 + 2, width // 20 + 2, channels), dtype=np.uint8)
-    )
+    shape = (height // 20 + 2, width // 20 + 2, channels)
+    coarse = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-    return Image.fromarray(
-        np.clip(smooth + rng.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
-    )
+    grainy = smooth + rng.normal(0, 4, smooth.shape)
+    return Image.fromarray(np.clip(grainy, 0, 255).astype(np.uint8))
 
 
 def encode(image, kind="JPEG", **options):
@@ -36,7 +35,8 @@ def encode(image, kind="JPEG", **options):
 def pillow(data, box, size, interpolation):
     """The slow way: decode all, crop, resize."""
     top, left, height, width = box
-    crop = Image.open(io.BytesIO(data)).convert("RGB").crop((left, top, left + width, top + height))
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    crop = image.crop((left, top, left + width, top + height))
     return np.asarray(crop.resize((size, size), RESAMPLE[interpolation])).astype(int)
 
 
@@ -45,48 +45,54 @@ def difference(image, other):
 
 
 def same_but_for_rounding(image, other):
-    error = difference(image, other)
-    return error.mean() < 0.25 and np.quantile(error, 0.99) <= 1 and error.max() <= 8  # of 255
+    error = difference(image, other)  # in levels, of 255
+    return error.mean() < 0.25 and np.quantile(error, 0.99) <= 1 and error.max() <= 8
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("shape", [(150, 200), (203, 151), (30, 41)])
 def test_a_view_is_pillow_crop_and_resize(shape, kind, interpolation):
-    data, view = encode(picture(*shape), kind), View(crop=(0.3, 1.0), interpolation=interpolation)
+    data = encode(picture(*shape), kind)
+    view = View(crop=(0.3, 1.0), interpolation=interpolation)
     for seed in range(5):
         image, box = random_view(data, 96, view, np.random.default_rng(seed))
-        assert (
-            image.shape == (96, 96, 3)
-            and image.dtype == np.uint8
-            and image.flags.c_contiguous
-            and image.flags.writeable
-        )
+
+        assert image.shape == (96, 96, 3)
+        assert image.dtype == np.uint8
+        assert image.flags.c_contiguous
+        assert image.flags.writeable
         assert same_but_for_rounding(image, pillow(data, box, 96, interpolation))
 
 
 @pytest.mark.parametrize("size, shrink", [(100, 2), (56, 4), (28, 8)])
 def test_a_large_jpeg_is_decoded_smaller(size, shrink, monkeypatch):
-    """Its pixels then differ less from Pillow's bicubic than Pillow's own bilinear do, and the box
-    it tells is the box it shows.
+    """Its pixels then differ less from Pillow's bicubic than Pillow's own bilinear do.
+
+    The box that is returned is the box that is shown.
     """
-    asked = []
-    monkeypatch.setattr(
-        augment, "decode", lambda data, shrink: asked.append(shrink) or decode(data, shrink)
-    )
-    data = encode(picture(403, 507), quality=92)
+    shrinks = []
+
+    def recorded(data, shrink):
+        shrinks.append(shrink)
+        return decode(data, shrink)
+
+    monkeypatch.setattr(augment, "decode", recorded)
+    image = picture(403, 507)
+    data = encode(image, quality=92)
     view = View(crop=(0.6, 0.9), ratio=(0.9, 1.1))
     for seed in range(5):
-        image, box = random_view(data, size, view, np.random.default_rng(seed))
+        pixels, box = random_view(data, size, view, np.random.default_rng(seed))
+
+        assert all(side % shrink == 0 for side in box)
+        assert min(box[2:]) >= shrink * size
         exact = pillow(data, box, size, "bicubic")
-        assert not any(side % shrink for side in box) and min(box[2:]) >= shrink * size
-        assert (
-            difference(image, exact).mean()
-            < difference(pillow(data, box, size, "bilinear"), exact).mean()
-        )
-    assert asked == [shrink] * 5
-    random_view(encode(picture(403, 507), "PNG"), size, view, np.random.default_rng(0))
-    assert asked[-1] == 1, "only a JPEG can be decoded smaller"
+        bilinear = pillow(data, box, size, "bilinear")
+        assert difference(pixels, exact).mean() < difference(bilinear, exact).mean()
+    assert shrinks == [shrink] * 5
+
+    random_view(encode(image, "PNG"), size, view, np.random.default_rng(0))
+    assert shrinks[-1] == 1, "only a JPEG can be decoded smaller"
 
 
 JPEGS = {
@@ -99,19 +105,19 @@ JPEGS = {
     "small": (picture(9, 9), {}),
     "a pixel": (picture(1, 1), {}),
 }
-CASES = [
-    (name, shrink)
-    for name in JPEGS
-    for shrink in (1, 2, 4, 8)
-    if min(JPEGS[name][0].size) >= 4 * shrink or shrink == 1
-]
+CASES = []
+for name, (image, _) in JPEGS.items():
+    shrinks = [shrink for shrink in (2, 4, 8) if min(image.size) >= 4 * shrink]
+    CASES += [(name, shrink) for shrink in (1, *shrinks)]
 
 
 @pytest.mark.parametrize("name, shrink", CASES)
 def test_pillow_alone_reads_the_same_pixels(name, shrink, monkeypatch):
     image, options = JPEGS[name]
     data = encode(image, **options)
+
     pixels = decode(data, shrink)
+
     assert pixels.shape == (-(-image.height // shrink), -(-image.width // shrink), 3)
     if shrink == 1:
         assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -121,25 +127,28 @@ def test_pillow_alone_reads_the_same_pixels(name, shrink, monkeypatch):
 
 
 def test_the_generator_decides():
-    data, view = encode(picture(120, 160)), View(crop=(0.5, 1.0), flip=True)
-    one, same, other = (
-        random_view(data, 64, view, np.random.default_rng(seed)) for seed in (0, 0, 1)
-    )
-    assert np.array_equal(one[0], same[0]) and one[1] == same[1]
-    assert one[1] != other[1]
+    data = encode(picture(120, 160))
+    view = View(crop=(0.5, 1.0), flip=True)
+
+    image, box = random_view(data, 64, view, np.random.default_rng(0))
+    same_image, same_box = random_view(data, 64, view, np.random.default_rng(0))
+    _, other_box = random_view(data, 64, view, np.random.default_rng(1))
+
+    assert np.array_equal(image, same_image)
+    assert box == same_box
+    assert box != other_box
 
 
 def test_flip_mirrors_one_view_in_two():
-    data, mirrored = encode(picture(64, 64), "PNG"), 0
+    data = encode(picture(64, 64), "PNG")
     straight = center_view(data, 32)
+    view = View(crop=(1.0, 1.0), ratio=(1.0, 1.0), flip=True)
+    mirrored = 0
     for seed in range(200):
-        image, box = random_view(
-            data,
-            32,
-            View(crop=(1.0, 1.0), ratio=(1.0, 1.0), flip=True),
-            np.random.default_rng(seed),
-        )
-        assert box == (0, 0, 64, 64) and image.flags.c_contiguous
+        image, box = random_view(data, 32, view, np.random.default_rng(seed))
+
+        assert box == (0, 0, 64, 64)
+        assert image.flags.c_contiguous
         flipped = np.array_equal(image, straight[:, ::-1])
         assert flipped or np.array_equal(image, straight)
         mirrored += flipped
@@ -147,20 +156,24 @@ def test_flip_mirrors_one_view_in_two():
 
 
 def test_crops_are_uniform_in_area_in_log_shape_and_in_place():
-    rng, view = np.random.default_rng(0), View(crop=(0.2, 0.4))  # small enough that every draw fits
-    top, left, height, width = np.array([random_box(3000, 4000, view, rng) for _ in range(4000)]).T
+    rng = np.random.default_rng(0)
+    view = View(crop=(0.2, 0.4))  # small enough that every draw fits
+
+    boxes = np.array([random_box(3000, 4000, view, rng) for _ in range(4000)])
+
+    top, left, height, width = boxes.T
     area = height * width / 12e6
     shape = np.log(width / height) / np.log(4 / 3)
-    for values, low, high in (
-        (area, 0.2, 0.4),
-        (shape, -1, 1),
-        (top / (3000 - height), 0, 1),
-        (left / (4000 - width), 0, 1),
-    ):
-        expected = np.linspace(low, high, 11)
-        np.testing.assert_allclose(
-            np.quantile(values, np.linspace(0, 1, 11)), expected, atol=0.03 * (high - low)
-        )
+    assert_uniform(area, 0.2, 0.4)
+    assert_uniform(shape, -1, 1)
+    assert_uniform(top / (3000 - height), 0, 1)
+    assert_uniform(left / (4000 - width), 0, 1)
+
+
+def assert_uniform(values, low, high):
+    deciles = np.quantile(values, np.linspace(0, 1, 11))
+    expected = np.linspace(low, high, 11)
+    np.testing.assert_allclose(deciles, expected, atol=0.03 * (high - low))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +181,9 @@ def test_crops_are_uniform_in_area_in_log_shape_and_in_place():
     [((100, 1000), (0, 433, 100, 133)), ((1000, 100), (433, 0, 133, 100)), ((1, 1), (0, 0, 1, 1))],
 )
 def test_an_image_too_long_for_any_crop_is_cropped_centrally(shape, box):
-    assert random_box(*shape, View(crop=(0.9, 1.0)), np.random.default_rng(0)) == box
+    view = View(crop=(0.9, 1.0))
+
+    assert random_box(*shape, view, np.random.default_rng(0)) == box
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -177,12 +192,12 @@ def test_resize_crop_is_torchvision(shape, interpolation):
     transforms = pytest.importorskip("torchvision.transforms")
     image = picture(*shape)
     mode = transforms.InterpolationMode(interpolation)
-    expected = np.asarray(
-        transforms.CenterCrop(64)(transforms.Resize(64, interpolation=mode)(image))
-    ).astype(int)
-    assert same_but_for_rounding(
-        center_view(encode(image, "PNG"), 64, "resize_crop", interpolation), expected
-    )
+
+    view = center_view(encode(image, "PNG"), 64, "resize_crop", interpolation)
+
+    resized = transforms.Resize(64, interpolation=mode)(image)
+    expected = np.asarray(transforms.CenterCrop(64)(resized)).astype(int)
+    assert same_but_for_rounding(view, expected)
 
 
 @pytest.mark.parametrize(
@@ -190,36 +205,42 @@ def test_resize_crop_is_torchvision(shape, interpolation):
 )
 def test_square_is_the_centre_then_resized(shape, box):
     data = encode(picture(*shape), quality=92)
-    assert same_but_for_rounding(center_view(data, 64, "square"), pillow(data, box, 64, "bicubic"))
+
+    view = center_view(data, 64, "square")
+
+    assert same_but_for_rounding(view, pillow(data, box, 64, "bicubic"))
 
 
 def test_transparency_lies_on_white():
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[:, 4:] = 255, 0, 0, 255
     pixels[4:, 4:, 3] = 51  # a fifth of red
-    for data in (
-        encode(Image.fromarray(pixels), "PNG"),
-        encode(Image.fromarray(pixels), "WEBP", lossless=True),
-    ):
-        image = decode(data)
-        assert (
-            (image[:, :4] == 255).all()
-            and (image[:4, 4:] == [255, 0, 0]).all()
-            and (image[4:, 4:] == [255, 204, 204]).all()
-        )
+    image = Image.fromarray(pixels)
+    for data in (encode(image, "PNG"), encode(image, "WEBP", lossless=True)):
+        opaque = decode(data)
+
+        assert (opaque[:, :4] == 255).all()
+        assert (opaque[:4, 4:] == [255, 0, 0]).all()
+        assert (opaque[4:, 4:] == [255, 204, 204]).all()
+
     palette = Image.fromarray(pixels[:4]).convert("RGB").quantize(2)
-    data = encode(palette, "PNG", transparency=palette.getpixel((0, 0)))
-    assert (decode(data)[:, :4] == 255).all() and (decode(data)[:, 4:] == [255, 0, 0]).all()
+    opaque = decode(encode(palette, "PNG", transparency=palette.getpixel((0, 0))))
+    assert (opaque[:, :4] == 255).all()
+    assert (opaque[:, 4:] == [255, 0, 0]).all()
 
 
 def test_sixteen_bit_grey_keeps_its_range():
     grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    assert np.array_equal(decode(encode(Image.fromarray(grey), "PNG"))[:, :, 0], grey >> 8)
+
+    pixels = decode(encode(Image.fromarray(grey), "PNG"))
+
+    assert np.array_equal(pixels[:, :, 0], grey >> 8)
 
 
 @pytest.mark.parametrize("mode, kind", [("L", "PNG"), ("1", "PNG"), ("P", "GIF"), ("L", "WEBP")])
 def test_other_modes_become_rgb(mode, kind):
     data = encode(picture(20, 30).convert(mode), kind)
+
     assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
@@ -227,10 +248,12 @@ def test_orientation_is_ignored_as_peers_do():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
     image = picture(40, 60)
+
     assert np.array_equal(decode(encode(image, exif=exif)), decode(encode(image)))
 
 
-def half(data):
+def half(kind):
+    data = encode(picture(90, 81), kind)
     return data[: len(data) // 2]
 
 
@@ -239,7 +262,9 @@ BROKEN = {
     "text": b"<html>404</html>",
     "a jpeg's first bytes": b"\xff\xd8\xff" + bytes(50),
     "a png with a wrong checksum": encode(picture(9, 9), "PNG")[:-20] + bytes(20),
-    **{f"half a {kind}": half(encode(picture(90, 81), kind)) for kind in ("JPEG", "PNG", "WEBP")},
+    "half a JPEG": half("JPEG"),
+    "half a PNG": half("PNG"),
+    "half a WEBP": half("WEBP"),
 }
 
 
@@ -248,6 +273,7 @@ BROKEN = {
 def test_broken_images_are_value_errors(name, fast, monkeypatch):
     if not fast:
         monkeypatch.setattr(augment, "simplejpeg", None)
+
     with pytest.raises(ValueError, match="cannot read the image"):
         random_view(BROKEN[name], 32, View(crop=(0.5, 1.0)), np.random.default_rng(0))
     with pytest.raises(ValueError, match="cannot read the image"):
