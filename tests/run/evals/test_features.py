@@ -1,5 +1,6 @@
-"""Features kept on disk, and what asks them for neighbours: the same on any ranks, gone on with
-where a job was broken off.
+"""Features on disk, and k nearest neighbors from them.
+
+They are the same on any number of ranks, and after an interruption.
 
     bash run/test.sh tests/run/evals/test_features.py
 The model is a table of vectors, so that every number can be worked out by hand; ranks are threads.
@@ -28,7 +29,10 @@ class Table(Images):
     """A set whose image i of a split is row i of a table."""
 
     def __init__(self, folder, split, tables, numbers):
-        self.folder, self.split, self.tables, self.numbers = Path(folder), split, tables, numbers
+        self.folder = Path(folder)
+        self.split = split
+        self.tables = tables
+        self.numbers = numbers
 
     def __len__(self):
         return len(self.tables[self.split])
@@ -50,12 +54,19 @@ class Table(Images):
 
 
 class Model:
-    """Stands for an Embedder: gives the rows of the table, and remembers which it was asked for."""
+    """An Embedder whose features are the rows of the table; `asked` lists the rows computed."""
 
-    pre, mask, ensemble, tag, say = "whole", "none", 1, "step-1-student", staticmethod(print)
+    pre = "whole"
+    mask = "none"
+    ensemble = 1
+    tag = "step-1-student"
+    say = staticmethod(print)
 
     def __init__(self, home, batch, breaks=None):
-        self.home, self.batch, self.breaks, self.asked = home, batch, breaks, []
+        self.home = home
+        self.batch = batch
+        self.breaks = breaks
+        self.asked = []
 
     def passed(self, images, what, mine, turns):
         for turn in range(turns):
@@ -68,79 +79,95 @@ class Model:
 
 @pytest.fixture
 def images(tmp_path):
-    """61 train and 47 test images in clusters that overlap; neither a multiple of a batch, a chunk
-    or of 3 ranks.
+    """61 train and 47 test images in clusters that overlap.
+
+    Neither number is a multiple of a batch, a chunk or of 3 ranks.
     """
     rng = torch.Generator().manual_seed(0)
-    centres = torch.randn(CLASSES, WIDTH, generator=rng)
-    numbers = {split: torch.arange(n) * 7 % CLASSES for split, n in (("train", 61), ("test", 47))}
-    tables = {
-        split: centres[c] + 0.9 * torch.randn(len(c), WIDTH, generator=rng)
-        for split, c in numbers.items()
-    }
+    centers = torch.randn(CLASSES, WIDTH, generator=rng)
+    numbers, tables = {}, {}
+    for split, count in (("train", 61), ("test", 47)):
+        labels = torch.arange(count) * 7 % CLASSES
+        numbers[split] = labels
+        tables[split] = centers[labels] + 0.9 * torch.randn(count, WIDTH, generator=rng)
     return Table(tmp_path / "set", "test", tables, numbers)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_image_once_and_in_order(tmp_path, images, monkeypatch, world):
     model = Model(tmp_path, 4)
+    table = images.tables["test"]
+
     with ranks(monkeypatch, world, batch=4) as run:
-        found = run(lambda: features(model, images, "pooled", labels=True))
+        first = run(lambda: features(model, images, "pooled", labels=True))
         assert sorted(model.asked) == list(range(47))
         again = run(lambda: features(model, images, "pooled", labels=True))
         assert len(model.asked) == 47, "made once"
-        for f in found + again:
-            assert len(f) == 47 and torch.equal(f.all(), images.tables["test"])
-            assert torch.equal(f.rows([46, 0, 13, 0]), images.tables["test"][[46, 0, 13, 0]])
-            assert f.labels().tolist() == images.numbers["test"].tolist()
+
+        for result in first + again:
+            assert len(result) == 47
+            assert torch.equal(result.all(), table)
+            assert torch.equal(result.rows([46, 0, 13, 0]), table[[46, 0, 13, 0]])
+            assert result.labels().tolist() == images.numbers["test"].tolist()
 
 
 def test_no_file_is_kept_open(tmp_path, images, monkeypatch):
     """ImageNet's features are 1,252 files, and a process may often have 1,024 open."""
     with ranks(monkeypatch, 1, batch=4) as run:
         before = len(os.listdir("/proc/self/fd"))
-        (found,) = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
-        assert len(found.parts) == 6 and len(os.listdir("/proc/self/fd")) == before
+        (result,) = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
+        assert len(result.parts) == 6
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("before, after", [(1, 1), (1, 3), (3, 2)])
 def test_broken_off_it_goes_on(tmp_path, images, monkeypatch, before, after):
-    """A job that dies at image 20: whole chunks are kept, of whichever ranks had come so far, and
-    not the half of the third.
-    """
+    """A job that dies at image 20 leaves complete chunks, and not the half of the third."""
+    broken = Model(tmp_path, 4, breaks=20)
     with ranks(monkeypatch, before, batch=4) as run, pytest.raises(OSError):
-        run(lambda: features(Model(tmp_path, 4, breaks=20), images, "pooled", labels=True))
-    kept = {int(p.name[:5]) for p in tmp_path.glob("features/*/*/*.npy") if "label" not in p.name}
-    assert 2 not in kept and (before > 1 or kept == {0, 1}), "chunks are of 8"
+        run(lambda: features(broken, images, "pooled", labels=True))
+    files = [path for path in tmp_path.glob("features/*/*/*.npy") if "label" not in path.name]
+    chunks = {int(path.name[:5]) for path in files}
+    assert 2 not in chunks, "chunks are of 8"
+    assert before > 1 or chunks == {0, 1}
+
     model = Model(tmp_path, 4)
     with ranks(monkeypatch, after, batch=4) as run:
-        found = run(lambda: features(model, images, "pooled", labels=True))
-    assert sorted(model.asked) == [i for i in range(47) if i // 8 not in kept]
-    assert all(torch.equal(f.all(), images.tables["test"]) for f in found)
+        results = run(lambda: features(model, images, "pooled", labels=True))
+
+    assert sorted(model.asked) == [i for i in range(47) if i // 8 not in chunks]
+    assert all(torch.equal(result.all(), images.tables["test"]) for result in results)
 
 
 def test_features_of_other_weights_sets_or_views_are_others(tmp_path, images, monkeypatch):
-    model, seen = Model(tmp_path, 4), []
+    model = Model(tmp_path, 4)
+    changes = (
+        dict(),
+        dict(tag="step-2-student"),
+        dict(pre="cropped"),
+        dict(mask="random(0.5)"),
+        dict(ensemble=2),
+    )
+
+    folders = []
     with ranks(monkeypatch, 1, batch=4) as run:
-        for change in (
-            dict(),
-            dict(tag="step-2-student"),
-            dict(pre="cropped"),
-            dict(mask="random(0.5)"),
-            dict(ensemble=2),
-        ):
+        for change in changes:
             vars(model).update(change)
-            seen.append(run(lambda: features(model, images, "pooled"))[0].folder)
+            (result,) = run(lambda: features(model, images, "pooled"))
+            folders.append(result.folder)
         for part, what in ((images.other("train"), "pooled"), (images, "embedded")):
-            seen.append(run(partial(features, model, part, what))[0].folder)
-    assert len(set(seen)) == len(seen)
+            (result,) = run(partial(features, model, part, what))
+            folders.append(result.folder)
+
+    assert len(set(folders)) == len(folders)
 
 
 def test_labels_are_added_to_features_made_without(tmp_path, images, monkeypatch):
     with ranks(monkeypatch, 2, batch=4) as run:
         run(lambda: features(Model(tmp_path, 4), images, "pooled"))
-        found = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
-    assert found[1].labels().tolist() == images.numbers["test"].tolist()
+        results = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
+
+    assert results[1].labels().tolist() == images.numbers["test"].tolist()
 
 
 def test_a_mislabelled_set_is_named(tmp_path, images, monkeypatch):
@@ -151,50 +178,53 @@ def test_a_mislabelled_set_is_named(tmp_path, images, monkeypatch):
         pytest.raises(ValueError, match="train 3 of train is of class 5; classnames.txt names 5"),
     ):
         run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
+
+    # When the set is corrected it goes on.
     images.numbers["train"][[3, 9]] = 0
-    with ranks(monkeypatch, 1, batch=4) as run:  # mended, it goes on
+    with ranks(monkeypatch, 1, batch=4) as run:
         ((train, _),) = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
     assert train.labels()[[3, 9]].tolist() == [0, 0]
 
 
 def by_hand(images, k, temperature):
-    """Each test image's class, by sorting all cosines; equal ones by the train image's number."""
-    train, test = (F.normalize(images.tables[s].double(), dim=1).numpy() for s in ("train", "test"))
-    labels, found = images.numbers["train"].numpy(), []
+    """Predict each test image's class by sorting all cosines; equal ones by the image's number."""
+    train = F.normalize(images.tables["train"].double(), dim=1).numpy()
+    test = F.normalize(images.tables["test"].double(), dim=1).numpy()
+    labels = images.numbers["train"].numpy()
+    predictions = []
     for row in test:
         cosines = train @ row
         near = np.lexsort((np.arange(len(train)), -cosines.round(9)))[:k]
-        weights = (
-            np.exp(cosines[near] / temperature) if temperature < np.inf else np.ones(len(near))
-        )
-        found.append(int(np.argmax([weights[labels[near] == c].sum() for c in range(CLASSES)])))
-    return np.array(found)
+        weights = np.ones(len(near))
+        if temperature < np.inf:
+            weights = np.exp(cosines[near] / temperature)
+        votes = [weights[labels[near] == c].sum() for c in range(CLASSES)]
+        predictions.append(int(np.argmax(votes)))
+    return np.array(predictions)
 
 
 @pytest.mark.parametrize(
     "k, temperature", [(1, 0.07), (5, 0.07), (20, 0.07), (5, float("inf")), (500, 0.5)]
 )
 def test_knn(tmp_path, images, monkeypatch, k, temperature):
-    """k beyond the train split: all of it votes."""
+    """If k is larger than the train split, all of it votes."""
     truth = images.numbers["test"].numpy()
     hits = by_hand(images, k, temperature) == truth
-    wanted = dict(
-        top1=hits.mean(),
-        mean_per_class=np.mean([hits[truth == c].mean() for c in range(CLASSES)]),
-        chance=1 / CLASSES,
-    )
-    alone = None
+    per_class = [hits[truth == c].mean() for c in range(CLASSES)]
+    wanted = dict(top1=hits.mean(), mean_per_class=np.mean(per_class), chance=1 / CLASSES)
+    options = knn.Options(k=k, temperature=temperature)
+
+    results = {}  # by world size: those of its ranks
     for world in (1, 2, 3):
         monkeypatch.setattr(knn, "QUERIES", 5)
         with ranks(monkeypatch, world, batch=4) as run:
-            found = run(
-                lambda: knn.evaluate(
-                    Model(tmp_path, 4), images, knn.Options(k=k, temperature=temperature)
-                )
-            )
-        alone = alone or found[0]
+            results[world] = run(lambda: knn.evaluate(Model(tmp_path, 4), images, options))
+
+    (alone,) = results[1]
+    for world, found in results.items():
         assert found == [alone] * world, "not one bit differs"
-    assert alone == pytest.approx(wanted, abs=1e-12) and 0.2 < alone["top1"] < 1
+    assert alone == pytest.approx(wanted, abs=1e-12)
+    assert 0.2 < alone["top1"] < 1
 
 
 @pytest.mark.parametrize("value, cosine", [(1.0, 1.0), (float("nan"), -1.0)])
@@ -202,31 +232,38 @@ def test_equal_neighbours_come_in_order_of_their_numbers(
     tmp_path, images, monkeypatch, value, cosine
 ):
     """Every image alike, or nan: the first k vote."""
-    images.tables = {s: torch.full_like(t, value) for s, t in images.tables.items()}
+    for table in images.tables.values():
+        table.fill_(value)
+
     with ranks(monkeypatch, 1, batch=4) as run:
         ((train, test),) = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
-        (((cosines, numbers),),) = run(lambda: knn.neighbours(train, [test.all()], 9))
-    assert numbers.tolist() == [list(range(9))] * 47 and cosines.unique().tolist() == [cosine]
+        (blocks,) = run(lambda: knn.neighbours(train, [test.all()], 9))
+    ((cosines, numbers),) = blocks
+
+    assert numbers.tolist() == [list(range(9))] * 47
+    assert cosines.unique().tolist() == [cosine]
 
 
 def test_a_tied_vote_goes_to_the_lower_class():
-    assert (
-        int(knn.vote(torch.ones(1, 5), torch.tensor([[3, 1, 1, 3, 0]]), CLASSES, 0.07).argmax())
-        == 1
-    )
+    labels = torch.tensor([[3, 1, 1, 3, 0]])
+
+    votes = knn.vote(torch.ones(1, 5), labels, CLASSES, 0.07)
+
+    assert int(votes.argmax()) == 1
 
 
 def test_accuracies_of_a_class_that_does_not_occur(monkeypatch):
-    """Classes of 4 and 1 images, a third without: 3 of 5 are right, and (3/4 + 0/1) / 2 is the mean
-    per class.
+    """Classes of 4 and 1 images, a third without.
+
+    3 of 5 are right, and (3/4 + 0/1) / 2 is the mean per class.
     """
+    scores = F.one_hot(torch.tensor([0, 0, 0, 2, 2]), 3).float()
+    labels = torch.tensor([0, 0, 0, 0, 1])
+
     with ranks(monkeypatch, 1, batch=4) as run:
-        (found,) = run(
-            lambda: accuracies(
-                F.one_hot(torch.tensor([0, 0, 0, 2, 2]), 3).float(), torch.tensor([0, 0, 0, 0, 1])
-            )
-        )
-    assert found == dict(top1=0.6, mean_per_class=0.375, chance=1 / 3)
+        (results,) = run(lambda: accuracies(scores, labels))
+
+    assert results == dict(top1=0.6, mean_per_class=0.375, chance=1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +285,7 @@ def test_a_set_without_a_train_split_is_refused_at_the_start(images):
     def no_train(split):
         raise ValueError(f"it needs {split}")
 
+    test_only = SimpleNamespace(classes=images.classes, label=images.label, other=no_train)
+
     with pytest.raises(ValueError, match="it needs train"):
-        knn.check(
-            SimpleNamespace(classes=images.classes, label=images.label, other=no_train),
-            knn.Options(),
-        )
+        knn.check(test_only, knn.Options())

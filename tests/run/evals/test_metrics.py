@@ -1,5 +1,6 @@
-"""The metrics of zero-shot classification against tiny cases done by hand, on one rank and spread
-over three; prompts and their sets.
+"""The metrics of zero-shot classification agree with tiny cases computed by hand, on any ranks.
+
+Prompts, and the sets that they are for.
 
     bash run/test.sh tests/run/evals/test_metrics.py
 """
@@ -28,8 +29,7 @@ from glimpse.run.evals.metrics import (
 from glimpse.tests.helpers.threads import ranks
 from glimpse.tests.helpers.tiny import evaluation_set
 
-# six classes, five images: the class of each and where it stands among the scores: 1st, 2nd, 1st,
-# 6th, 1st
+# Six classes, five images. The class of each is 1st, 2nd, 1st, 6th and 1st among its scores.
 SCORES = torch.tensor(
     [
         [9, 1, 2, 3, 4, 5],
@@ -39,93 +39,98 @@ SCORES = torch.tensor(
         [1, 2, 3, 4, 5, 9.0],
     ]
 )
-GAP = "ape\n\nbee"
 LABELS = torch.tensor([0, 1, 1, 0, 5])
 
 
 def gathered(monkeypatch, world, work):
-    """What each of `world` ranks makes of its share of the five images, all of them the same."""
+    """The result of work(share) on each of `world` ranks, with its share of the five images.
+
+    The result must be the same on all of them.
+    """
     shares = [list(range(5))[r::world] for r in range(world)]
     with ranks(monkeypatch, world, 4) as run:
         turn = iter(shares)
-        found = run(lambda: work(next(turn)))
-    assert all(f == found[0] for f in found)
-    return found[0]
+        results = run(lambda: work(next(turn)))
+    assert all(result == results[0] for result in results)
+    return results[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_counts(monkeypatch, world):
-    """top1 3/5, top5 4/5; class 0 has 1 of 2, class 1 1 of 2, class 5 1 of 1: mean per class 2/3,
-    the empty classes apart.
+    """top1 3/5, top5 4/5, and 2/3 as mean per class, of those that have images.
+
+    Class 0 has 1 of 2 right, class 1 1 of 2, class 5 1 of 1.
     """
 
-    def work(mine):
-        counts = counted(SCORES[mine], LABELS[mine])
+    def work(share):
+        counts = counted(SCORES[share], LABELS[share])
         return top1(counts), top5(counts), mean_per_class(counts)
 
-    found = gathered(monkeypatch, world, work)
-    assert found == (0.6, 0.8, pytest.approx(2 / 3, abs=1e-15))
+    result = gathered(monkeypatch, world, work)
+
+    assert result == (0.6, 0.8, pytest.approx(2 / 3, abs=1e-15))
 
 
 def test_fewer_classes_than_five(monkeypatch):
-    found = gathered(
-        monkeypatch, 2, lambda mine: top5(counted(SCORES[mine][:, :2], LABELS[mine].clamp(max=1)))
-    )
-    assert found == 1.0
+    def work(share):
+        return top5(counted(SCORES[share][:, :2], LABELS[share].clamp(max=1)))
+
+    assert gathered(monkeypatch, 2, work) == 1.0
 
 
 def test_every_image_has_its_place(monkeypatch):
-    found = gathered(
-        monkeypatch,
-        3,
-        lambda mine: everyone(torch.tensor(mine), torch.tensor(mine) * 2.0, 5).tolist(),
-    )
-    assert found == [0, 2, 4, 6, 8]
+    def work(share):
+        indices = torch.tensor(share)
+        return everyone(indices, indices * 2.0, 5).tolist()
+
+    assert gathered(monkeypatch, 3, work) == [0, 2, 4, 6, 8]
 
 
 def test_roc_auc():
-    """Positives 0.9, 0.4, 0.4; negatives 0.5, 0.4, 0.1: of nine pairs five are in order, two alike,
-    two not: 6/9.
+    """Positives 0.9, 0.4, 0.4; negatives 0.5, 0.4, 0.1: of nine pairs five are in order.
+
+    Two are equal, and two are not in order: 6/9.
     """
     scores = torch.tensor([0.9, 0.4, 0.4, 0.5, 0.4, 0.1])
     positive = torch.tensor([True, True, True, False, False, False])
     assert roc_auc(scores, positive) == pytest.approx(6 / 9, abs=1e-15)
     assert roc_auc(-scores, positive) == pytest.approx(3 / 9, abs=1e-15)
     assert roc_auc(torch.full((6,), torch.nan), positive) == 0.5
+
+    # Many of them, with ties, against the mean over all pairs.
     rng = torch.Generator().manual_seed(0)
-    scores, positive = (
-        torch.randint(0, 30, (200,), generator=rng) / 7,
-        torch.rand(200, generator=rng) < 0.3,
-    )
+    scores = torch.randint(0, 30, (200,), generator=rng) / 7
+    positive = torch.rand(200, generator=rng) < 0.3
     pairs = scores[positive][:, None] - scores[~positive][None]
-    assert roc_auc(scores, positive) == pytest.approx(
-        float(((pairs > 0).double() + (pairs == 0).double() / 2).mean()), abs=1e-12
-    )
+    in_order = (pairs > 0).double() + (pairs == 0).double() / 2
+    assert roc_auc(scores, positive) == pytest.approx(float(in_order.mean()), abs=1e-12)
 
 
 def test_eleven_points():
-    """Right, wrong, right, wrong, wrong: precision 1 up to recall 1/2 (six points), 2/3 beyond
-    (five): (6 + 10/3) / 11.
+    """Right, wrong, right, wrong, wrong: (6 + 10/3) / 11.
+
+    The precision is 1 up to recall 1/2 (six points), and 2/3 beyond (five).
     """
-    scores, positive = (
-        torch.tensor([5.0, 4, 3, 2, 1]),
-        torch.tensor([True, False, True, False, False]),
-    )
+    scores = torch.tensor([5.0, 4, 3, 2, 1])
+    positive = torch.tensor([True, False, True, False, False])
     assert average_precision(scores, positive) == pytest.approx((6 + 5 * 2 / 3) / 11, abs=1e-15)
-    # ten right among twenty, every second: recalls are tenths, precision k / (2k) or better
+
+    # Every second of twenty is right: recalls are tenths, precision k / (2k - 1) at the k-th.
     ten = torch.arange(20, 0, -1.0)
     every = torch.arange(20) % 2 == 0
-    wanted = np.mean(
-        [max((k / (2 * k - 1)) for k in range(max(step, 1), 11)) for step in range(11)]
-    )
-    assert average_precision(ten, every) == pytest.approx(wanted, abs=1e-15)
-    both = mean_average_precision(
+    precision = {k: k / (2 * k - 1) for k in range(1, 11)}
+    best = []
+    for step in range(11):
+        best.append(max(precision[k] for k in range(max(step, 1), 11)))
+    assert average_precision(ten, every) == pytest.approx(np.mean(best), abs=1e-15)
+
+    # A class without images does not count.
+    mean = mean_average_precision(
         torch.stack([scores, scores, scores], 1),
         torch.stack([positive, ~positive, positive & False], 1),
     )
-    assert both == pytest.approx(
-        (average_precision(scores, positive) + average_precision(scores, ~positive)) / 2, abs=1e-15
-    )
+    both = average_precision(scores, positive) + average_precision(scores, ~positive)
+    assert mean == pytest.approx(both / 2, abs=1e-15)
 
 
 def test_perturbations():
@@ -142,11 +147,12 @@ def test_perturbations():
         ("d", 0, 0),
     ]
     anchors, offsets, right = zip(*frames)
-    made = [
-        perturbed(torch.tensor(right) > 0, list(anchors), torch.tensor(offsets), k)
-        for k in (0, 10, 11)
-    ]
-    assert made == [0.75, 0.5, 0.25]
+    right = torch.tensor(right) > 0
+    offsets = torch.tensor(offsets)
+
+    accuracies = {k: perturbed(right, list(anchors), offsets, k) for k in (0, 10, 11)}
+
+    assert accuracies == {0: 0.75, 10: 0.5, 11: 0.25}
 
 
 def npy(*values):
@@ -160,97 +166,111 @@ def frame(anchor, offset, *labels):
 
 
 def test_templates_that_come_with_the_code():
-    seven, eighty, more = (prompts.templates(which) for which in ("7", 80, 85))
-    assert [len(set(t)) for t in (seven, eighty, more)] == [7, 80, 85] and set(seven) < set(eighty)
-    assert (
-        seven[0] == "itap of a {c}."
-        and more[:80] == eighty
-        and all("scene" in t for t in more[80:])
-    )
+    seven = prompts.templates("7")
+    eighty = prompts.templates(80)
+    more = prompts.templates(85)
+
+    assert len(set(seven)) == 7
+    assert len(set(eighty)) == 80
+    assert len(set(more)) == 85
+    assert seven[0] == "itap of a {c}."
+    assert set(seven) < set(eighty)
+    assert more[:80] == eighty
+    assert all("scene" in template for template in more[80:])
 
 
 def test_templates_of_a_file(tmp_path):
-    (tmp_path / "mine.txt").write_text("one {}\n\ntwo {c}s\n")
-    assert prompts.templates(tmp_path / "mine.txt") == ["one {c}", "two {c}s"]
-    (tmp_path / "mine.txt").write_text("one {c}\nthree\n")
+    file = tmp_path / "mine.txt"
+    file.write_text("one {}\n\ntwo {c}s\n")
+    assert prompts.templates(file) == ["one {c}", "two {c}s"]
+
+    file.write_text("one {c}\nthree\n")
     with pytest.raises(ValueError, match="'three': no {c} in it"):
-        prompts.templates(tmp_path / "mine.txt")
+        prompts.templates(file)
     with pytest.raises(ValueError, match="'81'; known: 7, 80, 85, or a file"):
         prompts.templates("81")
 
 
 def test_names_of_a_class_and_a_subset(tmp_path):
-    folder = evaluation_set(
-        tmp_path / "set",
-        [{"cls": b"3"}, {"cls": b"1"}],
-        "happy;smiling\nsad; depressed\nbored\nangry",
-        "a {c}\n{c}!",
-    )
-    assert Benchmark(folder).prompts()[0] == ["a happy", "happy!", "a smiling", "smiling!"]
-    assert Benchmark(folder).classes() == ["happy", "sad", "bored", "angry"]
-    (folder / "class_subset.txt").write_text("1\n3\n")
+    names = "happy;smiling\nsad; depressed\nbored\nangry"
+    folder = evaluation_set(tmp_path / "set", [{"cls": b"3"}, {"cls": b"1"}], names, "a {c}\n{c}!")
+    subset = folder / "class_subset.txt"
+
+    everything = Benchmark(folder)
+    assert everything.prompts()[0] == ["a happy", "happy!", "a smiling", "smiling!"]
+    assert everything.classes() == ["happy", "sad", "bored", "angry"]
+
+    subset.write_text("1\n3\n")
     small = Benchmark(folder)
-    assert small.classes() == ["sad", "angry"] and [small.label(0), small.label(1)] == [1, 0]
+    assert small.classes() == ["sad", "angry"]
+    assert [small.label(0), small.label(1)] == [1, 0]
     assert [len(p) for p in small.prompts("7")] == [14, 7]
-    (folder / "class_subset.txt").write_text("1\n2\n")
+
+    subset.write_text("1\n2\n")
     with pytest.raises(ValueError, match="0.tar 000 is of class 3, which class_subset.txt has not"):
         parse([f"zero_shot:{folder}"])
+    complaint = "class_subset.txt: it holds lines of classnames.txt by number, 0 to 3"
     for wrong in ("1\n1", "4", "x"):
-        (folder / "class_subset.txt").write_text(wrong)
-        with pytest.raises(
-            ValueError, match="class_subset.txt: it holds lines of classnames.txt by number, 0 to 3"
-        ):
+        subset.write_text(wrong)
+        with pytest.raises(ValueError, match=complaint):
             parse([f"zero_shot:{folder}"])
 
 
-class Told:
-    """In the embedder's place: image i lies where row i of `images` says, the texts one to an
-    axis.
+class FixedModel:
+    """An embedder for which image i has the embedding `images`[i], and each text an axis.
+
+    share: the images of this rank.
     """
 
-    def __init__(self, images, mine):
-        self.all, self.mine = torch.tensor(images), torch.tensor(mine, dtype=torch.int64)
+    def __init__(self, images, share):
+        self.all = torch.tensor(images)
+        self.share = torch.tensor(share, dtype=torch.int64)
 
     def texts(self, texts):
         return torch.eye(len(texts))
 
-    def images(self, found):
-        return self.mine, self.all[self.mine]
+    def images(self, _benchmark):
+        return self.share, self.all[self.share]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_each_metric_of_a_set(monkeypatch, tmp_path, world):
-    """The same five images: nearest to ape, bee, bee, cat, ape, the second nearest always the next
-    class round.
+    """The same five images, nearest to ape, bee, bee, cat and ape.
+
+    The second nearest is always the next class, in a circle.
     """
     images = [[0.9, 0.2, 0.1], [0.1, 0.8, 0.2], [0.1, 0.7, 0.3], [0.3, 0.1, 0.6], [0.5, 0.4, 0.1]]
     two = [[row[0], row[1]] for row in images]
 
-    def found(metric, rows, images=images, names="ape\nbee\ncat"):
+    def results(metric, rows, images=images, names="ape\nbee\ncat"):
         folder = evaluation_set(tmp_path / f"{metric}{len(names)}", rows, names, "{c}")
         (spec,) = parse([f"zero_shot(metric={metric}):{folder}"])
-        return gathered(
-            monkeypatch,
-            world,
-            lambda mine: zero_shot.evaluate(Told(images, mine), spec.images, spec.options),
-        )
 
-    labels = [{"cls": b"%d" % label} for label in (0, 1, 0, 2, 0)]  # all but the third are right
+        def work(share):
+            return zero_shot.evaluate(FixedModel(images, share), spec.images, spec.options)
+
+        return gathered(monkeypatch, world, work)
+
+    # All but the third are right.
+    labels = [{"cls": b"%d" % label} for label in (0, 1, 0, 2, 0)]
     third = pytest.approx(1 / 3)
-    assert found("top1", labels) == dict(top1=0.8, top5=1.0, chance=third)
-    assert found("mean_per_class", labels)["mean_per_class"] == pytest.approx(
-        (2 / 3 + 1 + 1) / 3, abs=1e-15
-    )
-    assert found("top1_top5", labels)["top1_top5"] == 0.9
+    assert results("top1", labels) == dict(top1=0.8, top5=1.0, chance=third)
+    per_class = results("mean_per_class", labels)["mean_per_class"]
+    assert per_class == pytest.approx((2 / 3 + 1 + 1) / 3, abs=1e-15)
+    assert results("top1_top5", labels)["top1_top5"] == 0.9
+
     # bee above ape by -0.7, 0.7, 0.6, -0.2, -0.1; it is in the second, fourth and fifth: of six
-    # pairs 2 + 1 + 1 are in order
-    second = [{"cls": b"%d" % label} for label in (0, 1, 0, 1, 1)]
-    assert found("roc_auc", second, two, "ape\nbee")["roc_auc"] == pytest.approx(4 / 6, abs=1e-15)
-    # ape lies in the nearest two: 1; bee in the second nearest of five: 1/2; cat in none, and does
-    # not count
+    # pairs 2 + 1 + 1 are in order.
+    labels = [{"cls": b"%d" % label} for label in (0, 1, 0, 1, 1)]
+    area = results("roc_auc", labels, two, "ape\nbee")["roc_auc"]
+    assert area == pytest.approx(4 / 6, abs=1e-15)
+
+    # ape is in the nearest two: 1; bee in the second nearest of five: 1/2; cat in none, and does
+    # not count.
     present = [npy(1, 0, 0), npy(0, 0, 0), npy(0, 1, 0), npy(0, 0, 0), npy(1, 0, 0)]
-    assert found("map", present) == dict(map=pytest.approx((1 + 1 / 2) / 2, abs=1e-15))
-    # anchor v: both frames right, the second by either of two classes; w: its neighbour is wrong
+    assert results("map", present) == dict(map=pytest.approx((1 + 1 / 2) / 2, abs=1e-15))
+
+    # Anchor v: both frames right, the second by either of two classes; w: its neighbor is wrong.
     frames = [
         frame("v", 0, 0),
         frame("v", 4, 2, 1),
@@ -258,7 +278,7 @@ def test_each_metric_of_a_set(monkeypatch, tmp_path, world):
         frame("w", -10, 1),
         frame("w", 12, 2),
     ]
-    assert found("pm", frames) == dict(pm_0=1.0, pm_10=0.5, chance=third)
+    assert results("pm", frames) == dict(pm_0=1.0, pm_10=0.5, chance=third)
 
 
 def test_what_does_not_fit_is_said_at_the_start(tmp_path):
@@ -274,25 +294,20 @@ def test_what_does_not_fit_is_said_at_the_start(tmp_path):
     alone = evaluation_set(tmp_path / "alone", [{"cls": b"1"}], names="ape\nbee")
     refused(f"zero_shot(metric=roc_auc):{alone}", "its images are of 1 classes; roc_auc needs more")
     refused(f"zero_shot(templates=81):{plain}", "templates: '81'")
-    refused(
-        f"zero_shot:{evaluation_set(tmp_path / 'words', [{'cls': b'ape'}])}",
-        "the class of 0.tar 000 is 'ape'; it must be a number",
-    )
-    refused(
-        f"zero_shot:{evaluation_set(tmp_path / 'gap', [{'cls': b'1'}], names=GAP)}",
-        "line 2 is empty",
-    )
-    refused(
-        f"zero_shot(metric=map):{evaluation_set(tmp_path / 'several', [npy(0, 1)])}",
-        "tells of 2 classes; 3 are named",
-    )
+    words = evaluation_set(tmp_path / "words", [{"cls": b"ape"}])
+    refused(f"zero_shot:{words}", "the class of 0.tar 000 is 'ape'; it must be a number")
+    gap = evaluation_set(tmp_path / "gap", [{"cls": b"1"}], names="ape\n\nbee")
+    refused(f"zero_shot:{gap}", "line 2 is empty")
+    several = evaluation_set(tmp_path / "several", [npy(0, 1)])
+    refused(f"zero_shot(metric=map):{several}", "tells of 2 classes; 3 are named")
     frames = evaluation_set(tmp_path / "frames", [frame("v1", 0, 1), frame("v2", 1, 1)])
     refused(f"zero_shot(metric=pm):{frames}", "of the anchor 'v2', but not itself")
     bare = evaluation_set(tmp_path / "bare", [{"cls": b"1"}])
     (bare / "zeroshot_classification_templates.txt").unlink()
     refused(
         f"zero_shot:{bare}",
-        "bare: no templates; it needs zeroshot_classification_templates.txt, or give templates=7,"
-        " 80 or a file",
+        "bare: no templates; it needs zeroshot_classification_templates.txt,"
+        " or give templates=7, 80 or a file",
     )
-    assert parse([f"zero_shot(templates=7):{bare}"])[0].label == "zero_shot(templates=7)/bare"
+    (evaluation,) = parse([f"zero_shot(templates=7):{bare}"])
+    assert evaluation.label == "zero_shot(templates=7)/bare"

@@ -1,10 +1,12 @@
-"""Segmentation: intersection over union by hand, windows that cover an image, a plain computation
-image by image, on any number of ranks.
+"""Segmentation agrees with a plain computation, image by image, on any number of ranks.
+
+Intersection over union by hand; windows that cover an image.
 
     bash run/test.sh tests/run/evals/test_segmentation.py
 """
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,25 +37,26 @@ def png(image):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A set of noisy blocks of colour, each of its own size, with label maps that leave a border
-    open; and a tokenizer.
+    """A set of images of noisy blocks of color, each of another size, and a tokenizer.
+
+    The label maps leave a border open.
     """
-    folder, rng = tmp_path_factory.mktemp("scenes"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
     rows = []
     for i, (height, width) in enumerate(SIZES):
-        seen = np.repeat(
-            np.repeat(rng.integers(0, 3, (-(-height // 16), -(-width // 16))), 16, 0), 16, 1
-        )[:height, :width].astype(np.uint8)
-        pixels = np.eye(3)[seen] * 200 + rng.uniform(0, 55, (height, width, 3))
-        seen[:2] = IGNORE
-        rows.append((f"{i}", {"png": png(pixels.astype(np.uint8)), "seg.png": png(seen)}))
+        blocks = rng.integers(0, 3, (math.ceil(height / 16), math.ceil(width / 16)))
+        labels = np.repeat(np.repeat(blocks, 16, 0), 16, 1)
+        labels = labels[:height, :width].astype(np.uint8)
+        pixels = np.eye(3)[labels] * 200 + rng.uniform(0, 55, (height, width, 3))
+        labels[:2] = IGNORE
+        rows.append((f"{i}", {"png": png(pixels.astype(np.uint8)), "seg.png": png(labels)}))
     (folder / "test").mkdir()
     write_shard(folder / "test" / "0.tar", rows)
     (folder / "classnames.txt").write_text("\n".join(CLASSES))
     (folder / "zeroshot_classification_templates.txt").write_text("a {c} block\n{c}")
-    train_sentencepiece(
-        [f"a {name} block of {name}" for name in CLASSES] * 4, folder / "tokenizer.model", 300
-    )
+    texts = [f"a {name} block of {name}" for name in CLASSES] * 4
+    train_sentencepiece(texts, folder / "tokenizer.model", 300)
     return folder
 
 
@@ -62,29 +65,32 @@ def model(scenes, pool):
 
 
 def test_scores_by_hand():
-    """Truth 0 0 1 / 1 . 2, found 0 1 1 / 1 2 0, of five classes: intersections 1, 2, 0 over unions
-    3, 3, 2; two classes do not occur.
+    """Truth 0 0 1 / 1 . 2 and prediction 0 1 1 / 1 2 0, of five classes.
+
+    Intersections are 1, 2, 0 over unions 3, 3, 2; two classes do not occur.
     """
-    truth, found = torch.tensor([[0, 0, 1], [1, IGNORE, 2]]), torch.tensor([[0, 1, 1], [1, 2, 0]])
-    counts = segmentation.confusion(truth, found, 5)
-    assert counts.sum() == 5 and counts[0].tolist() == [1, 1, 0, 0, 0]
-    assert segmentation.scores(counts) == pytest.approx(
-        dict(
-            mean_iou=(1 / 3 + 2 / 3 + 0) / 3,
-            mean_accuracy=(1 / 2 + 1 + 0) / 3,
-            accuracy=3 / 5,
-            chance=1 / 5,
-        )
+    truth = torch.tensor([[0, 0, 1], [1, IGNORE, 2]])
+    prediction = torch.tensor([[0, 1, 1], [1, 2, 0]])
+    wanted = dict(
+        mean_iou=(1 / 3 + 2 / 3 + 0) / 3,
+        mean_accuracy=(1 / 2 + 1 + 0) / 3,
+        accuracy=3 / 5,
+        chance=1 / 5,
     )
+
+    counts = segmentation.confusion(truth, prediction, 5)
+
+    assert counts.sum() == 5
+    assert counts[0].tolist() == [1, 1, 0, 0, 0]
+    assert segmentation.scores(counts) == pytest.approx(wanted)
 
 
 def test_windows_cover_an_image():
     sliding = Sliding(side=32, size=48, stride=12)
-    assert (
-        sliding.canvas(40, 64) == (48, 77)
-        and sliding.starts(48) == [0, 12, 16]
-        and sliding.starts(32) == [0]
-    )
+
+    assert sliding.canvas(40, 64) == (48, 77)
+    assert sliding.starts(48) == [0, 12, 16]
+    assert sliding.starts(32) == [0]
     for shape in SIZES:
         seen = np.zeros(sliding.canvas(*shape), int)
         for top, left in sliding.places(*shape):
@@ -94,50 +100,55 @@ def test_windows_cover_an_image():
 
 
 def test_windows_are_cut_from_the_resized_image(scenes):
-    images, sliding = Benchmark(scenes), Sliding(32, 48, 16)
-    windows = Windows(images, sliding, [3, 1])
+    images = Benchmark(scenes)
+    sliding = Sliding(32, 48, 16)
     pre = embed.Preprocess(32, 8, "resize_crop", "bicubic")
-    assert windows.owner == [3] * len(sliding.places(*SIZES[3])) + [1] * len(
-        sliding.places(*SIZES[1])
-    )
-    whole = resize(decode(images.image(1)), *sliding.canvas(*SIZES[1]), "bicubic")
+    places = sliding.places(*SIZES[1])
+
+    windows = Windows(images, sliding, [3, 1])
+
+    assert windows.owner == [3] * len(sliding.places(*SIZES[3])) + [1] * len(places)
+    resized = resize(decode(images.image(1)), *sliding.canvas(*SIZES[1]), "bicubic")
     first = windows.owner.index(1)
-    for n, (top, left) in enumerate(sliding.places(*SIZES[1])):
-        np.testing.assert_array_equal(
-            windows.view(first + n, pre), whole[top : top + 32, left : left + 32]
-        )
+    for n, (top, left) in enumerate(places):
+        wanted = resized[top : top + 32, left : left + 32]
+        np.testing.assert_array_equal(windows.view(first + n, pre), wanted)
 
 
 def by_hand(parts, scenes, alone):
-    """The confusion matrix from image by image, window by window."""
-    method, cfg, tokenizer = parts
-    counts, images, sliding = np.zeros((4, 4)), Benchmark(scenes), Sliding(32, 64, 16)
+    """The confusion matrix, computed image by image and window by window."""
+    method, _cfg, tokenizer = parts
+    images = Benchmark(scenes)
+    sliding = Sliding(32, 64, 16)
 
     def text(line):
         ids = torch.tensor(tokenizer(line))
         return method.towers.encode_text(ids, torch.tensor([len(ids)]))[0]
 
-    classes = torch.stack(
-        [F.normalize(text(f"a {name} block") + text(name), dim=0) for name in CLASSES]
-    )
+    prompts = [text(f"a {name} block") + text(name) for name in CLASSES]
+    classes = torch.stack([F.normalize(embedding, dim=0) for embedding in prompts])
+
+    counts = np.zeros((4, 4))
     for i in range(len(images)):
-        whole = resize(decode(images.image(i)), *sliding.canvas(*SIZES[i]), "bicubic")
-        sums, seen = torch.zeros(4, *whole.shape[:2]), torch.zeros(whole.shape[:2])
+        # Sums of the similarities at each pixel of the canvas, (4, H, W), and the windows over it.
+        pixels = resize(decode(images.image(i)), *sliding.canvas(*SIZES[i]), "bicubic")
+        sums = torch.zeros(4, *pixels.shape[:2])
+        seen = torch.zeros(pixels.shape[:2])
         for top, left in sliding.places(*SIZES[i]):
-            window = torch.from_numpy(whole[top : top + 32, left : left + 32].copy()).permute(
-                2, 0, 1
-            )[None]
-            tokens = method.towers.vision(patchify(window, 8), torch.arange(16)[None], alone=alone)[
-                :, 1:
-            ]
-            similar = (method.towers.embed_image(tokens[0]) @ classes.T).T.view(1, 4, 4, 4)
-            sums[:, top : top + 32, left : left + 32] += F.interpolate(
-                similar, (32, 32), mode="bilinear"
-            )[0]
-            seen[top : top + 32, left : left + 32] += 1
-        found = F.interpolate((sums / seen)[None], SIZES[i], mode="bilinear")[0].argmax(0).numpy()
+            rows, columns = slice(top, top + 32), slice(left, left + 32)
+            window = torch.from_numpy(pixels[rows, columns].copy()).permute(2, 0, 1)
+            patches = patchify(window[None], 8)
+            tokens = method.towers.vision(patches, torch.arange(16)[None], alone=alone)
+            embedded = method.towers.embed_image(tokens[0, 1:])
+            similar = (embedded @ classes.T).T.view(1, 4, 4, 4)
+            sums[:, rows, columns] += F.interpolate(similar, (32, 32), mode="bilinear")[0]
+            seen[rows, columns] += 1
+
+        means = F.interpolate((sums / seen)[None], SIZES[i], mode="bilinear")[0]
+        prediction = means.argmax(0).numpy()
         truth = images.label_map(i)
-        np.add.at(counts, (truth[truth != IGNORE], found[truth != IGNORE]), 1)
+        known = truth != IGNORE
+        np.add.at(counts, (truth[known], prediction[known]), 1)
     return counts
 
 
@@ -146,6 +157,9 @@ def test_against_a_plain_computation_on_any_ranks(scenes, monkeypatch, tmp_path,
     parts = model(scenes, pool)
     with torch.no_grad():
         wanted = segmentation.scores(torch.from_numpy(by_hand(parts, scenes, alone)))
+    assert 0 < wanted["mean_iou"] < 1
+    named = {f"segmentation/{scenes.name}/{key}": value for key, value in wanted.items()}
+
     for world in (1, 2, 3, 8):  # of eight ranks one has no image
         home = tmp_path / f"{world}"
         home.mkdir()
@@ -155,55 +169,51 @@ def test_against_a_plain_computation_on_any_ranks(scenes, monkeypatch, tmp_path,
                 model = embed.Embedder(*parts, home=home, tag="test")
                 return evaluate(model, parse([f"segmentation:{scenes}"]))
 
-            found = run(evaluated)
-        assert all(f == found[0] for f in found)
-        assert found[0] == pytest.approx(
-            {f"segmentation/{scenes.name}/{key}": value for key, value in wanted.items()}
-        )
-        made = Image.open(next((home / "pictures").iterdir()))
-        assert made.height == len(SIZES) * 148
-    assert 0 < wanted["mean_iou"] < 1
+            results = run(evaluated)
+
+        assert all(result == results[0] for result in results)
+        assert results[0] == pytest.approx(named)
+        picture = Image.open(next((home / "pictures").iterdir()))
+        assert picture.height == len(SIZES) * 148
 
 
 def test_values_are_of_tokens_that_attend_to_themselves(scenes):
     """A block that mixes no tokens gives a token what it gives when the token comes alone."""
     vision = model(scenes, "cls")[0].towers.vision
-    x = torch.randn(2, 5, vision.cls.shape[0])
     block = vision.blocks[0]
-    one_by_one = torch.cat([block(x[:, n : n + 1]) for n in range(5)], dim=1)
+    x = torch.randn(2, 5, vision.cls.shape[0])
+
+    one_by_one = torch.cat([block(token) for token in x.split(1, dim=1)], dim=1)
+
     torch.testing.assert_close(block(x, alone=True), one_by_one)
-    patches, places = torch.randn(2, 5, 192), torch.arange(5).expand(2, -1)
-    assert not torch.allclose(vision(patches, places), vision(patches, places, alone=True))
+    patches = torch.randn(2, 5, 192)
+    places = torch.arange(5).expand(2, -1)
+    tokens = vision(patches, places)
+    values = vision(patches, places, alone=True)
+    assert not torch.allclose(tokens, values)
 
 
 def test_bad_input(scenes, tmp_path):
-    for spec, words in (
-        ("segmentation(features=value)", "features: 'value'; known: auto"),
-        ("segmentation(stride=-1)", "0 or more"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            parse([f"{spec}:{scenes}"])
+    # Options that are wrong for every model.
+    with pytest.raises(ValueError, match="features: 'value'; known: auto"):
+        parse([f"segmentation(features=value):{scenes}"])
+    with pytest.raises(ValueError, match="0 or more"):
+        parse([f"segmentation(stride=-1):{scenes}"])
+
+    # Options that do not fit this model.
     parts = model(scenes, "cls")
-    for how, spec, words in (
-        (dict(mask="random(0.5)"), "segmentation", "--mask, --ensemble: segmentation"),
-        (dict(), "segmentation(size=24)", "size=24.: the tower sees windows of 32"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            evaluate(
-                embed.Embedder(*parts, home=Path("nowhere"), tag="test", **how),
-                parse([f"{spec}:{scenes}"]),
-            )
+    masked = embed.Embedder(*parts, home=Path("nowhere"), tag="test", mask="random(0.5)")
+    with pytest.raises(ValueError, match="--mask, --ensemble: segmentation"):
+        evaluate(masked, parse([f"segmentation:{scenes}"]))
+    plain = embed.Embedder(*parts, home=Path("nowhere"), tag="test")
+    with pytest.raises(ValueError, match="size=24.: the tower sees windows of 32"):
+        evaluate(plain, parse([f"segmentation(size=24):{scenes}"]))
+
+    # A label map with a class beyond the names.
+    image = png(np.zeros((8, 8, 3), np.uint8))
+    labels = png(np.full((8, 8), 4, np.uint8))
     (tmp_path / "test").mkdir()
-    rows = [
-        (
-            "a",
-            {
-                "png": png(np.zeros((8, 8, 3), np.uint8)),
-                "seg.png": png(np.full((8, 8), 4, np.uint8)),
-            },
-        )
-    ]
-    write_shard(tmp_path / "test" / "0.tar", rows)
+    write_shard(tmp_path / "test" / "0.tar", [("a", {"png": image, "seg.png": labels})])
     for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
         (tmp_path / file).write_text((scenes / file).read_text())
     with pytest.raises(ValueError, match="label map of 0.tar a has class 4; only 4 are named"):
