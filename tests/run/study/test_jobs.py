@@ -1,7 +1,6 @@
-"""Jobs of run/scaling.py launch: what failed and why, what is left to do, who waits for whom, which
-GPUs are whose.
+"""Jobs of run/scaling.py launch: failures, work that is left, dependencies, GPUs.
 
-    bash run/test.sh tests/run/study/test_jobs.py
+bash run/test.sh tests/run/study/test_jobs.py
 """
 
 import json
@@ -21,34 +20,41 @@ GRIDS = {name: grid.read(name) for name in ("flip_table1", "flip_table8")}
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_failure_is_told_by_its_own_attempt(asked, tmp_path):
-    """Not by what an earlier one left in the log, and not at all where it was asked to stop."""
+    """Not by the log of an earlier one, and not at all if it was asked to stop."""
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
-    job, log = jobs.Job(planned), jobs.beside(planned.folder, "log")
+    job = jobs.Job(planned)
+    log = jobs.beside(planned.folder, "log")
     log.parent.mkdir(parents=True)
     log.write_text("error: of yesterday\n")
-    assert job.claim() and not jobs.Job(planned).claim()
+    assert job.claim()
+    assert not jobs.Job(planned).claim()
+
     job.start([sys.executable, "-c", "import sys; sys.exit('error: of today')"])
     job.process.wait()
     job.ended(asked)
+
     failed = jobs.beside(planned.folder, "failed")
-    assert not failed.exists() if asked else failed.read_text() == "exit code 1: error: of today\n"
+    if asked:
+        assert not failed.exists()
+    else:
+        assert failed.read_text() == "exit code 1: error: of today\n"
     assert jobs.Job(planned).claim(), "its lock is free"
 
 
 def test_an_evaluation_that_leaves_no_result_is_made_once(tmp_path):
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
     finished(planned.folder, planned, 0.25)
-    told = []
-    launcher = jobs.Jobs([planned], 1, 1, told.append)
+    said = []
+    launcher = jobs.Jobs([planned], 1, 1, said.append)
     job = launcher.waiting[0]
     job.made = (jobs.left_to_do(planned),)
+
     launcher.fill()
-    assert (
-        not launcher.running
-        and not launcher.waiting
-        and "has no result of that" in told[-1]
-        and planned.folder in launcher.failed
-    )
+
+    assert not launcher.running
+    assert not launcher.waiting
+    assert "has no result of that" in said[-1]
+    assert planned.folder in launcher.failed
 
 
 def test_what_needs_a_complete_run_is_not_refused(tmp_path):
@@ -60,24 +66,24 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
     launcher.failed = {base.folder: "an evaluation failed"}
     begun = []
     launcher.begin = begun.append
+
     launcher.fill()
-    assert [job.planned for job in begun] == [tuned] and not jobs.beside(
-        tuned.folder, "failed"
-    ).exists()
+
+    assert [job.planned for job in begun] == [tuned]
+    assert not jobs.beside(tuned.folder, "failed").exists()
+
     begun[0].free()
     finished(tuned.folder, tuned, 0.25)
+
     launcher.fill()
+
     assert not launcher.waiting, "complete itself"
 
 
 def test_an_evaluation_that_failed_half_way_is_made_again(tmp_path):
-    """run/evaluate.py keeps what it had; the student's results alone are not the teacher's, nor one
-    set's another's.
-    """
-    planned = replace(
-        GRIDS["flip_table8"].runs("glyphs", ["baseline"], 1, tmp_path)["baseline"][0],
-        evaluate=("ensemble 2",),
-    )
+    """Results of the student do not stand for the teacher's, nor those of one set for another's."""
+    planned = GRIDS["flip_table8"].runs("glyphs", ["baseline"], 1, tmp_path)["baseline"][0]
+    planned = replace(planned, evaluate=("ensemble 2",))
     finished(planned.folder, planned, 0.25)
     records = planned.folder / "results.jsonl"
     row = json.loads(records.read_text())
@@ -90,6 +96,7 @@ def test_an_evaluation_that_failed_half_way_is_made_again(tmp_path):
     ):
         with records.open("a") as file:
             file.write(json.dumps(row | more) + "\n")
+
         assert jobs.left_to_do(planned) == wanted, more
 
 
@@ -98,7 +105,10 @@ def test_a_run_of_another_version_says_so(tmp_path):
     finished(planned.folder, planned, 0.25)
     with (planned.folder / "config.yaml").open("a") as file:
         file.write("gone: 1\n")
-    assert "gone: unknown 'gone'" in jobs.why([jobs.state(planned.folder)], "any")
+
+    reason = jobs.why([jobs.state(planned.folder)], "any")
+
+    assert "gone: unknown 'gone'" in reason
 
 
 HOLDER = """
@@ -116,16 +126,19 @@ def test_who_asks_to_stop_waits_for_the_rank_that_saves(tmp_path):
     """DeepSpeed's launcher is gone before its rank has saved."""
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
     planned.folder.mkdir(parents=True)
-    rank = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(planned.folder)], stdout=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", HOLDER, str(planned.folder)]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE)
     rank.stdout.readline()
-    launcher = jobs.Jobs([planned], 1, 1, lambda told: None)
+    launcher = jobs.Jobs([planned], 1, 1, lambda line: None)
     job = launcher.waiting.pop()
-    job.lock, job.process = os.open(tmp_path / "any", os.O_CREAT), subprocess.Popen(["true"])
-    launcher.running, launcher.stopping = [job], True
+    job.lock = os.open(tmp_path / "any", os.O_CREAT)
+    job.process = subprocess.Popen(["true"])
+    launcher.running = [job]
+    launcher.stopping = True
     job.process.wait()
-    assert not launcher.go() and (planned.folder / "saved").exists()
+
+    assert not launcher.go()
+    assert (planned.folder / "saved").exists()
     rank.wait()
 
 
@@ -133,16 +146,16 @@ def test_jobs_on_gpus_have_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"]
+
     jobs.Jobs(planned, 4, 2)
-    with pytest.raises(
-        ValueError, match="--jobs 3: with --ranks 4 each they take 12 GPUs; this machine has 8"
-    ):
+    words = "--jobs 3: with --ranks 4 each they take 12 GPUs; this machine has 8"
+    with pytest.raises(ValueError, match=words):
         jobs.Jobs(planned, 4, 3)
-    for slot, own in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (1, [3])):
-        if own == [3]:
+
+    for slot, gpus in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (1, [3])):
+        if gpus == [3]:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-        args = runner.parse_args(jobs.line_of(planned[0], "", len(own), slot)[1:])
+        args = runner.parse_args(jobs.line_of(planned[0], "", len(gpus), slot)[1:])
         assert args.num_gpus == args.num_nodes == -1
-        assert runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude) == {
-            "localhost": own
-        }
+        chosen = runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude)
+        assert chosen == {"localhost": gpus}
