@@ -319,7 +319,8 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
         check_choice("method", tree["method"], METHODS)
         hints["options"] = METHODS[tree["method"]].Options
         tree = {"options": {}, **tree}
-    return cls(**{key: convert(hints[key], value, f"{where}{key}") for key, value in tree.items()})
+    values = {key: convert(hints[key], value, f"{where}{key}") for key, value in tree.items()}
+    return cls(**values)
 
 
 # The kind is a type or a generic alias such as tuple[int, ...], which have no common type.

@@ -180,7 +180,7 @@ def gathered(items: list) -> list:
     """Return the ranks' lists as one, on every rank; for small things that can be pickled."""
     lists: list[list] = [[]] * world()
     dist.all_gather_object(lists, items)
-    return [item for items in lists for item in items]
+    return [item for rank_items in lists for item in rank_items]
 
 
 def say(message: str) -> None:

@@ -1,27 +1,32 @@
-"""What went into a run: broken samples and, where data.trace asks, every sample's key."""
+"""The samples of a run: broken ones, and the key of every sample if data.trace is set."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from glimpse.data.loader import Batches, DataConfig
+from glimpse.data.loader import Batches, DataConfig, MicroBatch
 from glimpse.data.stream import Stream
 
 
 class Audit:
-    """What went into the run: broken samples, named once each in the log and counted; every
-    sample's key, where data.trace asks.
+    """Counts broken samples and names each once in the log; writes every sample's key if data.trace
+    is set.
 
     Raises ValueError when this rank's share of broken samples passes data.max_bad (of at least
     1,000 seen).
     """
 
-    def __init__(self, home: Path, rank: int, cfg: DataConfig, say):
-        self.cfg, self.say, self.seen, self.bad, self.named = cfg, say, 0, 0, set()
+    def __init__(self, home: Path, rank: int, cfg: DataConfig, say: Callable[[str], None]):
+        self.cfg = cfg
+        self.say = say
+        self.seen = 0
+        self.bad = 0
+        self.named: set[tuple[str, str]] = set()  # (shard, key) of the broken samples in the log
         self.trace = None
         if cfg.trace:
             self.trace = (home / "trace" / f"rank-{rank}.jsonl").open("a", buffering=1)
 
-    def __call__(self, batches: Batches | Stream, parts: list[dict], samples: int) -> None:
+    def __call__(self, batches: Batches | Stream, parts: list[MicroBatch], samples: int) -> None:
         for part in parts:
             self.seen += len(part["samples"])
             self.bad += len(part["bad"])
@@ -30,11 +35,18 @@ class Audit:
                     self.named.add((shard, key))
                     self.say(f"skipped {shard} {key}: {why}")
             if self.trace:
-                self.trace.write(json.dumps(dict(samples=samples, keys=batches.keys(part))) + "\n")
+                record = dict(samples=samples, keys=batches.keys(part))
+                self.trace.write(json.dumps(record) + "\n")
         if self.bad > self.cfg.max_bad * max(self.seen, 1000):
-            last = parts[-1]["bad"][-1] if parts[-1]["bad"] else sorted(self.named)[-1]
             raise ValueError(
                 f"data.max_bad: {self.bad} of {self.seen} samples could not be read, more than"
-                f" {self.cfg.max_bad:.1%}; the last: {' '.join(last)};"
+                f" {self.cfg.max_bad:.1%}; the last: {self.last(parts)};"
                 " run: run/prepare.py check DIR"
             )
+
+    def last(self, parts: list[MicroBatch]) -> str:
+        """Describe a broken sample: the last of the last part, or one that was named before."""
+        bad = parts[-1]["bad"]
+        if bad:
+            return " ".join(bad[-1])
+        return " ".join(max(self.named))

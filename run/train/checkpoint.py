@@ -1,13 +1,12 @@
-"""Checkpoints that are whole or not there, and that any number of ranks can go on from.
+"""Checkpoints that are complete or do not count, and that any number of ranks can resume from.
 
     RUN/checkpoints/step-00001000/      DeepSpeed's files, one or two a rank, and manifest.json
     manifest.json                       written last: step, samples, ranks, ZeRO stage, what was
                                         trained, and every file's size
 
 A folder counts only with a manifest that fits its files, so a job may die at any moment:
-DeepSpeed's own `latest` is written before
-the other ranks are done.  How training goes on from one is run/train/elastic.py's; what else
-may be done with its weights, run/train/load_model.py's.
+DeepSpeed's own `latest` is written before the other ranks are done. run/train/elastic.py resumes
+training from one; run/train/load_model.py opens its weights for everything else.
 """
 
 import json
@@ -28,22 +27,23 @@ AVERAGE = "average_rank_{:05d}.pt"
 
 
 def identity(cfg: Run, tokenizer: str, data: dict | None = None) -> dict:
-    """What must agree to go on: the architecture, the method and its options, the vocabulary; in
-    training also the data and their order.
+    """Return everything that must agree to go on from a checkpoint.
+
+    The architecture, the method and its options, the vocabulary; in training also the data and
+    their order.
     """
-    model = {
-        key: value
-        for key, value in plain(asdict(cfg.model)).items()
-        if key != "checkpoint_activations"
-    }
-    same = dict(
+    model = plain(asdict(cfg.model))
+    del model["checkpoint_activations"]
+    settings = dict(
         method=cfg.method,
         options=plain(asdict(cfg.options)),
         model=model,
         context=cfg.data.context,
         tokenizer=tokenizer,
     )
-    return same | ({"data": data} if data else {})
+    if data:
+        settings["data"] = data
+    return settings
 
 
 def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
@@ -54,51 +54,21 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
     tag = f"step-{engine.ds.global_steps:08d}"
     path = folder / tag
     if rank() == 0 and path.exists():
-        shutil.rmtree(path)  # torn: a whole one of this step would have been resumed from
+        # It is incomplete: a complete one of this step would have been resumed from.
+        shutil.rmtree(path)
     barrier()
+
+    # Every rank writes its shards.
     engine.ds.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
     if engine.average.pairs and (engine.stage == 3 or rank() == 0):
-        torch.save(
-            {name: kept.clone() for name, kept in engine.average.kept.items()},
-            path / AVERAGE.format(rank()),
-        )
+        averages = {name: average.clone() for name, average in engine.average.kept.items()}
+        torch.save(averages, path / AVERAGE.format(rank()))
     barrier()
+
+    # Rank 0 commits the checkpoint once all of them are on disk, and deletes old ones.
     if rank() == 0:
-        shards = len(list(path.glob("*_optim_states.pt")))
-        if engine.stage and shards != world():
-            raise OSError(
-                f"{path}: {shards} of {world()} ranks' shards are there; is it on a file system"
-                " that all machines share?"
-            )
-        parts, due = (
-            len(list(path.glob("average_rank_*.pt"))),
-            (world() if engine.stage == 3 else 1) * bool(engine.average.pairs),
-        )
-        if parts != due:
-            raise OSError(
-                f"{path}: {parts} of {due} parts of the teacher are there; is it on a file system"
-                " that all machines share?"
-            )
-        files = {
-            file.relative_to(path).as_posix(): file.stat().st_size
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-        }
-        for name in files:
-            sync(path / name)
-        counts = dict(
-            step=engine.ds.global_steps,
-            samples=engine.samples,
-            ranks=world(),
-            stage=engine.stage,
-            bf16=engine.bf16,
-        )
-        manifest = dict(state, **counts, files=files)
-        part = path / "manifest.json.part"
-        part.write_text(json.dumps(manifest, indent=1))
-        sync(part)
-        os.replace(part, path / "manifest.json")
-        sync(path)
+        check_shards(engine, path)
+        commit(engine, path, state)
         for old in whole(folder)[keep:]:
             (old / "manifest.json").unlink()  # first: half a deletion must not look whole
             shutil.rmtree(old)
@@ -106,64 +76,126 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
     return path
 
 
+def check_shards(engine: Engine, path: Path) -> None:
+    """Raise OSError if the files of other ranks are not there."""
+    shards = len(list(path.glob("*_optim_states.pt")))
+    if engine.stage and shards != world():
+        raise OSError(
+            f"{path}: {shards} of {world()} ranks' shards are there; is it on a file system that"
+            " all machines share?"
+        )
+    due = 0
+    if engine.average.pairs:
+        due = world() if engine.stage == 3 else 1
+    parts = len(list(path.glob("average_rank_*.pt")))
+    if parts != due:
+        raise OSError(
+            f"{path}: {parts} of {due} parts of the teacher are there; is it on a file system that"
+            " all machines share?"
+        )
+
+
+def commit(engine: Engine, path: Path, state: dict) -> None:
+    """Flush every file of a checkpoint to disk, then write its manifest."""
+    sizes = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+    for name in sizes:
+        sync(path / name)
+    counts = dict(
+        step=engine.ds.global_steps,
+        samples=engine.samples,
+        ranks=world(),
+        stage=engine.stage,
+        bf16=engine.bf16,
+    )
+    part = path / "manifest.json.part"
+    tree = dict(state, **counts, files=sizes)
+    part.write_text(json.dumps(tree, indent=1))
+    sync(part)
+    os.replace(part, path / "manifest.json")
+    sync(path)
+
+
 def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
 def whole(folder: Path) -> list[Path]:
-    """The checkpoints under RUN/checkpoints whose manifest fits their files, the newest first."""
+    """Return the checkpoints under RUN/checkpoints whose manifest fits their files, the newest
+    first.
+    """
     return [path for path in sorted(folder.glob("step-*"), reverse=True) if manifest(path)]
 
 
 def manifest(path: Path) -> dict | None:
+    """Return the manifest of a complete checkpoint; None if there is none, or it does not fit the
+    files.
+    """
     try:
-        found = json.loads((path / "manifest.json").read_text())
-        fits = all((path / name).stat().st_size == size for name, size in found["files"].items())
-    # none, torn, or something else's
+        tree = json.loads((path / "manifest.json").read_text())
+        sizes = tree["files"].items()
+        fits = all((path / name).stat().st_size == size for name, size in sizes)
+    # missing, incomplete, or the manifest of something else
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return found if fits else None
+    return tree if fits else None
+
+
+def read_manifest(path: Path) -> dict:
+    """Return the manifest of a complete checkpoint; ValueError if there is none, or it does not
+    fit the files.
+    """
+    tree = manifest(path)
+    if tree is not None:
+        return tree
+    if flaw := damage(path):
+        raise ValueError(f"{path}: {flaw}: damaged, or still being copied")
+    raise ValueError(f"{path}: no whole checkpoint; its manifest.json is missing or incomplete")
 
 
 def damage(path: Path) -> str:
-    """Which file of a checkpoint that was once whole is not as it was saved; "" where none is, or
-    it never was one of ours.
+    """Describe the first file whose size differs from the manifest; "" if all match or there is no
+    manifest.
     """
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"].items()
-        for name, size in files:
-            there = (path / name).stat().st_size if (path / name).is_file() else None
-            if there != size:
-                return (
-                    f"{name} {'is missing' if there is None else f'has {there:,} bytes'}, {size:,}"
-                    " were saved"
-                )
+        sizes = json.loads((path / "manifest.json").read_text())["files"].items()
+        for name, size in sizes:
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing, {size:,} were saved"
+            actual = file.stat().st_size
+            if actual != size:
+                return f"{name} has {actual:,} bytes, {size:,} were saved"
+    # missing, incomplete, or the manifest of something else
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return ""
 
 
 def newest(run: Path) -> Path:
-    """The newest checkpoint of a run folder, or a checkpoint itself; ValueError where that is
-    damaged, not silently an older one.
+    """Return the newest checkpoint of a run folder, or a checkpoint itself.
+
+    Raises ValueError where that is damaged, instead of returning an older one silently.
     """
     if run.resolve().name == "checkpoints" and (run / "../config.yaml").exists():
         run = run.resolve().parent
-    steps = (
-        [run]
-        if (run / "manifest.json").exists()
-        else sorted(run.glob("checkpoints/step-*"), reverse=True)
-    )
+    if (run / "manifest.json").exists():
+        steps = [run]
+    else:
+        steps = sorted(run.glob("checkpoints/step-*"), reverse=True)
     for path in steps:
         if manifest(path):
             return path.resolve()
         if flaw := damage(path):
             older = whole(path.parent)
-            advice = (
-                f"; {older[0]} is whole and may be named instead" if older and path != run else ""
-            )
+            advice = ""
+            if older and path != run:
+                advice = f"; {older[0]} is whole and may be named instead"
             raise ValueError(f"{path}: {flaw}: damaged, or still being copied{advice}")
     if not run.is_dir():
         raise ValueError(f"{run}: no such folder")
@@ -172,10 +204,11 @@ def newest(run: Path) -> Path:
     )
 
 
-def check_identity(path: Path, mine: dict) -> None:
-    """ValueError naming the first thing of `mine` in which the checkpoint differs."""
-    found = manifest(path)["identity"]
-    for key, was, now in differences({key: found.get(key) for key in mine}, mine):
+def check_identity(path: Path, expected: dict) -> None:
+    """Raise ValueError naming the first thing of `expected` in which the checkpoint differs."""
+    saved = read_manifest(path)["identity"]
+    saved = {key: saved.get(key) for key in expected}
+    for key, was, now in differences(saved, expected):
         raise ValueError(
             f"{path} was trained with {key}: {was!r}, this config says {now!r}; use the run's own"
             " config.yaml"
@@ -183,26 +216,27 @@ def check_identity(path: Path, mine: dict) -> None:
 
 
 def check_memory(path: Path, tree: dict) -> None:
-    """ValueError if the DeepSpeed JSON spends memory otherwise than the checkpoint's run: its files
-    would not fit.
+    """Raise ValueError if the DeepSpeed JSON has another ZeRO stage or precision than the
+    checkpoint's run: its files would not fit.
     """
-    found = manifest(path)
-    mine = (
-        tree.get("zero_optimization", {}).get("stage", 0),
-        bool(tree.get("bf16", {}).get("enabled")),
-    )
-    was, now = (
-        f"ZeRO stage {stage} in {'bf16' if bf16 else 'fp32'}"
-        for stage, bf16 in ((found["stage"], found["bf16"]), mine)
-    )
+    saved = read_manifest(path)
+    stage = tree.get("zero_optimization", {}).get("stage", 0)
+    bf16 = bool(tree.get("bf16", {}).get("enabled"))
+    was = memory_use(saved["stage"], saved["bf16"])
+    now = memory_use(stage, bf16)
     if was != now:
         raise ValueError(
-            f"{path} was trained with {was}, this DeepSpeed JSON says {now}; "
-            "go on with the old, or start a new run from its weights with `init:`"
+            f"{path} was trained with {was}, this DeepSpeed JSON says {now}; go on with the old, or"
+            " start a new run from its weights with `init:`"
         )
 
 
+def memory_use(stage: int, bf16: bool) -> str:
+    return f"ZeRO stage {stage} in {'bf16' if bf16 else 'fp32'}"
+
+
 def differences(was, now, where: str = "") -> Iterator[tuple]:
+    """Yield (key, value before, value now) of all that differs between two trees of mappings."""
     if isinstance(was, dict) and isinstance(now, dict):
         for key in sorted(was.keys() | now.keys()):
             yield from differences(was.get(key), now.get(key), f"{where}.{key}".lstrip("."))

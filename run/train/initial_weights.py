@@ -1,96 +1,99 @@
-"""What a new run starts from: the model that `init` names, and the tower that a method borrows;
-whether they fit is told beforehand.
+"""The weights that a new run starts from: those of the model at `init`, and of the tower that a
+method borrows; checked before they are loaded.
 
     put = beginning(cfg.init, tokenizer.fingerprint)
-    put(method)         before DeepSpeed wraps it, and once more when that has made fp32 copies
+    put(method)         before deepspeed.initialize, and again after it, for the fp32 master copies
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import torch
-
+from glimpse.model.methods import Method
 from glimpse.model.portable import is_one
 from glimpse.model.towers import ModelConfig
 from glimpse.run.lib.config import build, merge, plain
 from glimpse.run.lib.distributed import told
-from glimpse.run.train.checkpoint import differences, manifest
+from glimpse.run.train.checkpoint import differences, read_manifest
 from glimpse.run.train.engine import has_copy
 from glimpse.run.train.load_model import TOWERS, find, load, provenance, said
 
+# The arguments of `load`: a checkpoint or converted model, {parameter: its name there}, and the
+# prefix of the names there that must all be used.
+Place = tuple[Path, dict[str, str], str | None]
 
-def beginning(init: str, vocabulary: str) -> Callable[[torch.nn.Module], None]:
-    """What puts into a method the weights that a new run starts from: those of the model `init`,
-    and what it borrows from another.
 
-    Called again it writes what has an fp32 copy by then, from the same files: a run that still goes
-    on may have newer ones.
+def beginning(init: str, vocabulary: str) -> Callable[[Method], None]:
+    """Return a function that loads the weights that a new run starts from into a method.
+
+    The second call, after deepspeed.initialize, writes the fp32 master copies. It reads the same
+    checkpoint as the first call, even if the source run has saved a newer one since.
     """
-    places: list[tuple[Path, dict[str, str], str | None]] = []
+    places: list[Place] = []
 
-    def put(method: torch.nn.Module) -> None:
-        parameters, again = dict(method.named_parameters()), bool(places)
-        if not again:
+    def put(method: Method) -> None:
+        if not places:
             places.extend(found_places(method, init, vocabulary))
-        for path, names, under in places:
-            if chosen := {
-                name: stored
-                for name, stored in names.items()
-                if not again or has_copy(parameters[name])
-            }:
-                load(method, path, chosen, None if again else under)
+            for path, names, under in places:
+                if names:
+                    load(method, path, names, under)
+            return
+
+        parameters = dict(method.named_parameters())
+        for path, names, _ in places:
+            copied = {name: stored for name, stored in names.items() if has_copy(parameters[name])}
+            if copied:
+                load(method, path, copied, None)
 
     return put
 
 
-def found_places(
-    method: torch.nn.Module, init: str, vocabulary: str
-) -> Iterator[tuple[Path, dict[str, str], str | None]]:
-    """Where the weights lie that a run starts from, as the arguments of `load`.
+def found_places(method: Method, init: str, vocabulary: str) -> Iterator[Place]:
+    """Yield the places of the weights that a run starts from, as the arguments of `load`.
 
-    Rank 0 alone looks for checkpoints and checks them: to many ranks a run that still goes on may
-    look unlike.
+    Rank 0 alone looks for checkpoints and checks them: a run that is still being trained may look
+    different to each rank.
     """
     names = [name for name, _ in method.named_parameters()]
     if init:
-        path, under = told(
-            lambda: found_for("init", init, check_start, method.cfg, vocabulary)
-        ).split("\n")
+        start = partial(found_for, "init", init, check_start, method.cfg, vocabulary)
+        path, under = told(start).split("\n")
         yield Path(path), {name: name for name in names if name.startswith(under)}, under
+
     for prefix, run in method.borrowed().items():
-        path, _ = told(
-            lambda run=run: found_for("options.teacher", run, check_tower, method.cfg)
-        ).split("\n")
-        yield (
-            Path(path),
-            {name: TOWERS + name.removeprefix(prefix) for name in names if name.startswith(prefix)},
-            None,
-        )
+        tower = partial(found_for, "options.teacher", run, check_tower, method.cfg)
+        path, _under = told(tower).split("\n")
+        stored = {
+            name: TOWERS + name.removeprefix(prefix) for name in names if name.startswith(prefix)
+        }
+        yield Path(path), stored, None
 
 
-def found_for(key: str, given: str, check: Callable[..., str], *wanted) -> str:
-    """What lies there, and on a second line what the check answers; ValueError naming the key
-    otherwise.
+def found_for(key: str, source: str, check: Callable[..., str], *expected) -> str:
+    """Return the path of a model, and on a second line the result of check(path, *expected).
+
+    Raises ValueError naming the key if there is no model, or it is refused.
     """
     try:
-        path = find(Path(given))
-        return f"{path}\n{check(path, *wanted)}"
+        path = find(Path(source))
+        under = check(path, *expected)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
+    return f"{path}\n{under}"
 
 
 def check_start(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
-    """Under which names the weights lie that a run can start from: the towers, or the vision tower
-    where there is no other.
+    """Return the prefix of the weights that a run can start from: the towers, or the vision tower
+    if there is no other.
     """
     if is_one(path):
-        known = provenance(path)
-        if not known["vocab"]:
+        source = provenance(path)
+        if not source["vocab"]:
             return check_tower(path, cfg)
-        fingerprint = known["fingerprint"]
+        fingerprint = source["fingerprint"]
     else:
-        fingerprint = manifest(path)["identity"]["tokenizer"]
+        fingerprint = read_manifest(path)["identity"]["tokenizer"]
     if fingerprint != vocabulary:
         raise ValueError(
             f"{path} was trained with tokenizer {fingerprint}, this config's data.tokenizer is"
@@ -101,34 +104,22 @@ def check_start(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
 
 
 def check_tower(path: Path, cfg: ModelConfig) -> str:
-    """ValueError naming the first thing in which a vision tower computes its patch tokens otherwise
-    than the config's.
+    """Return the prefix of a vision tower; ValueError naming the first thing in which its patch
+    tokens differ from the config's.
     """
     check_alike(path, cfg, "a borrowed tower must be the same", vision_only=True)
     return f"{TOWERS}vision."
 
 
 def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = False) -> None:
-    """ValueError naming the first thing in which the model there computes its tokens otherwise than
-    the config's.
+    """Raise ValueError naming the first thing in which the model's tokens differ from the
+    config's.
     """
-    theirs = said(path)["model"] if is_one(path) else manifest(path)["identity"]["model"]
-    theirs = build(ModelConfig, merge({}, theirs), "model.")
-
-    def computes(model: ModelConfig) -> dict:
-        shape, vision = asdict(model.shape), asdict(model.vision)
-        del vision["pool"], vision["freeze_patch"]
-        if vision_only:
-            shape = {key: shape[key] for key in ("width", "depth", "heads", "mlp")}
-        return dict(
-            shape=shape,
-            patch=model.patch,
-            grid=model.grid,
-            vision=vision,
-            text=None if vision_only else asdict(model.text),
-        )
-
-    for where, was, now in differences(plain(computes(theirs)), plain(computes(cfg)), "model"):
+    tree = said(path)["model"] if is_one(path) else read_manifest(path)["identity"]["model"]
+    model = build(ModelConfig, merge({}, tree), "model.")
+    saved = plain(computation(model, vision_only))
+    wanted = plain(computation(cfg, vision_only))
+    for where, was, now in differences(saved, wanted, "model"):
         if where in ("model.grid", "model.patch"):
             sides = " ".join(map(str, dict.fromkeys(cfg.sides)))
             advice = (
@@ -138,3 +129,14 @@ def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = F
         raise ValueError(
             f"{path} was trained with {where}: {was!r}, this config says {now!r}; {advice}"
         )
+
+
+def computation(model: ModelConfig, vision_only: bool) -> dict:
+    """Return the settings that a model's tokens depend on; vision_only: its patch tokens alone."""
+    shape = asdict(model.shape)
+    vision = asdict(model.vision)
+    del vision["pool"], vision["freeze_patch"]
+    if vision_only:
+        shape = {key: shape[key] for key in ("width", "depth", "heads", "mlp")}
+    text = None if vision_only else asdict(model.text)
+    return dict(shape=shape, patch=model.patch, grid=model.grid, vision=vision, text=text)

@@ -1,9 +1,9 @@
-"""What lies at a path, a run's checkpoint or a converted model, and its weights put into methods.
+"""Find the model at a path, a run's checkpoint or a converted model, and load its weights.
 
     path = find(Path("runs/quickstart"))
         the newest checkpoint of a run, a checkpoint, or a folder that run/convert.py wrote
     cfg, tokenizer, method = opened(path)
-        to be looked at
+        for evaluation
 
 No rank ever holds more than one whole tensor beside its shard.
 """
@@ -11,6 +11,7 @@ No rank ever holds more than one whole tensor beside its shard.
 import hashlib
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,18 +20,18 @@ from glimpse.data.tokenizer import Tokenizer
 from glimpse.data.tokenizer import build as build_tokenizer
 from glimpse.model import ema, tensor_files
 from glimpse.model.lazy_tensors import Tensors, more
-from glimpse.model.methods import build_method
+from glimpse.model.methods import Method, build_method
 from glimpse.model.portable import CONFIG, WEIGHTS, About, Portable, is_one
 from glimpse.model.towers import ModelConfig
 from glimpse.run.lib.config import Run, beside, build, merge, plain
 from glimpse.run.lib.config import load as read_config
 from glimpse.run.lib.distributed import device, rank, told
 from glimpse.run.train import zero_reader
-from glimpse.run.train.checkpoint import check_identity, identity, manifest, newest
+from glimpse.run.train.checkpoint import check_identity, identity, newest, read_manifest
 from glimpse.run.train.engine import place, whole_parameter
 
-TOWERS = "towers."  # where a method keeps what a converted model holds
-# What a converted model's config.json does not say, since only training reads it.
+TOWERS = "towers."  # prefix of a method's parameters that a converted model holds
+# The keys that a converted model's config.json lacks, since only training reads them.
 UNTRAINED = dict(
     method="clip",
     samples=1,
@@ -41,8 +42,8 @@ UNTRAINED = dict(
 
 
 def find(path: Path) -> Path:
-    """The newest checkpoint of a run folder, or what is given: a checkpoint, a converted model's
-    folder, or the weights in it.
+    """Return the newest checkpoint of a run folder, or what the path names: a checkpoint, or the
+    folder of a converted model (also by the weights in it).
     """
     from glimpse.model.convert import claimed
 
@@ -51,31 +52,35 @@ def find(path: Path) -> Path:
     if is_one(path):
         return path
 
-    if path.exists() and (format := claimed(path)):
+    foreign_format = claimed(path) if path.exists() else None
+    if foreign_format:
         raise ValueError(
-            f"{path}: a model of {format}; `python run/convert.py glimpse {path} OUT` makes one"
-            " that can be used here"
+            f"{path}: a model of {foreign_format}; `python run/convert.py glimpse {path} OUT` makes"
+            " one that can be used here"
         )
     if (path / CONFIG).is_file():
-        tensor_files.read_json(path / CONFIG)  # tells how it is damaged
+        tensor_files.read_json(path / CONFIG)  # raises ValueError if it is damaged
     return newest(path)
 
 
 def home(path: Path) -> Path:
-    """Where results of the model at a found path go: the run's folder, or the converted model's
-    own.
+    """Return the folder for results of a model that `find` returned: the run's, or the converted
+    model's own.
     """
     return path if is_one(path) else path.parents[1]
 
 
 def config_of(path: Path) -> Run:
-    """The config of what was found; of a converted model what it knows, the rest filled in."""
+    """Return the config of a model that `find` returned; training's keys of a converted model are
+    filled in.
+    """
     if not is_one(path):
-        cfg = read_config(path.parents[1] / "config.yaml")
-        return replace(
-            cfg, data=replace(cfg.data, tokenizer=beside(cfg.data.tokenizer, path.parents[1]))
-        )
-    tree = {key: value for key, value in said(path).items() if key != "provenance"}
+        run = path.parents[1]
+        cfg = read_config(run / "config.yaml")
+        data = replace(cfg.data, tokenizer=beside(cfg.data.tokenizer, run))
+        return replace(cfg, data=data)
+    tree = said(path)
+    del tree["provenance"]
     if not tree.get("data"):
         raise ValueError(
             f"{path}: a vision tower alone, without text; start a run from it with init: {path}"
@@ -84,64 +89,63 @@ def config_of(path: Path) -> Run:
 
 
 def said(path: Path) -> dict:
-    """What a converted model's config.json says, its vocabulary where it lies now; ValueError where
-    it lacks something.
+    """Return a converted model's config.json, with the path of its vocabulary as it is now.
+
+    Raises ValueError if a key is missing.
     """
     tree = tensor_files.read_json(path / CONFIG)
-    needed = {
-        "": ("model", "views", "eval_crop"),
-        "provenance": ("vocab", "fingerprint", "eot", "source"),
-    }
+    check_keys(path, tree, "", ("model", "views", "eval_crop"))
+    check_keys(path, tree, "provenance", ("vocab", "fingerprint", "eot", "source"))
     if tree["provenance"].get("vocab") or tree.get("data"):
-        needed["data"] = ("context", "tokenizer", "pad_text")
-    for key, names in needed.items():
-        part = tree.get(key, {}) if key else tree
-        if lacking := [
-            f"{key}.{name}".lstrip(".")
-            for name in names
-            if not isinstance(part, dict) or name not in part
-        ]:
-            raise ValueError(
-                f"{path / CONFIG}: {', '.join(lacking)} missing; convert the model again"
-            )
-    if "data" in needed:
+        check_keys(path, tree, "data", ("context", "tokenizer", "pad_text"))
         tree["data"]["tokenizer"] = beside(str(tree["data"]["tokenizer"]), path)
     return tree
 
 
+def check_keys(path: Path, tree: dict, key: str, names: tuple[str, ...]) -> None:
+    """Raise ValueError unless the mapping at `key`, "" for the tree itself, has all these keys."""
+    mapping = tree.get(key, {}) if key else tree
+    if not isinstance(mapping, dict):
+        mapping = {}
+    missing = [f"{key}.{name}".lstrip(".") for name in names if name not in mapping]
+    if missing:
+        raise ValueError(f"{path / CONFIG}: {', '.join(missing)} missing; convert the model again")
+
+
 def provenance(path: Path) -> dict:
-    """What a converted model's config.json says of its making."""
+    """Return the record in a converted model's config.json of how it was made."""
     return said(path)["provenance"]
 
 
 def origin(path: Path) -> dict:
-    """What training a found model has behind it: step and samples, where they are known."""
-    known = provenance(path)["source"] if is_one(path) else manifest(path)
-    return {key: known[key] for key in ("step", "samples") if key in known}
+    """Return how far a model was trained: its step and samples, if they are known."""
+    source = provenance(path)["source"] if is_one(path) else read_manifest(path)
+    return {key: source[key] for key in ("step", "samples") if key in source}
 
 
 def converted(path: Path) -> Portable:
-    """A converted model's folder."""
+    """Open a converted model's folder."""
     tree = said(path)
-    known, data = tree["provenance"], tree.get("data", {})
+    record = tree["provenance"]
+    data = tree.get("data", {})
     about = About(
         tokenizer=data.get("tokenizer", ""),
-        fingerprint=known["fingerprint"],
-        eot=known["eot"],
+        fingerprint=record["fingerprint"],
+        eot=record["eot"],
         pad_text=data.get("pad_text", False),
         crop=tree["eval_crop"],
         interpolation=tree["views"]["image"]["interpolation"],
-        source={**known["source"], "path": str(path)},
+        source={**record["source"], "path": str(path)},
     )
     model = build(ModelConfig, merge({}, tree["model"]), "model.")
-    return Portable(
-        model, known["vocab"], data.get("context", 0), tensor_files.read(path / WEIGHTS), about
-    )
+    tensors = tensor_files.read(path / WEIGHTS)
+    return Portable(model, record["vocab"], data.get("context", 0), tensors, about)
 
 
 def portable(path: Path, weights: str = "student") -> Portable:
-    """The towers of what was found: a run's student, or with the moving averages, in fp32, in the
-    place of what they average.
+    """Open the towers of a model that `find` returned, in fp32.
+
+    weights: student, or teacher: the moving averages in place of the weights that they average.
     """
     if is_one(path):
         if weights != "student":
@@ -150,54 +154,67 @@ def portable(path: Path, weights: str = "student") -> Portable:
                 f" {weights}"
             )
         return converted(path)
-    cfg, found, tensors = config_of(path), manifest(path), zero_reader.weights(path)
+
+    # The towers' weights.
+    cfg = config_of(path)
+    manifest = read_manifest(path)
+    tensors = zero_reader.weights(path)
     names = {name.removeprefix(TOWERS): name for name in tensors if name.startswith(TOWERS)}
     vocab = tensors.meta[f"{TOWERS}text.token.weight"].shape[0]
     towers = tensors.renamed(names)
     if weights == "teacher":
         towers = averaged(path, cfg, vocab, towers)
+
+    # The record of where they come from.
     source = dict(
         path=str(path),
         format="run",
         method=cfg.method,
         weights=weights,
-        step=found["step"],
-        samples=found["samples"],
+        step=manifest["step"],
+        samples=manifest["samples"],
     )
     about = About(
         tokenizer=cfg.data.tokenizer,
-        fingerprint=found["identity"]["tokenizer"],
+        fingerprint=manifest["identity"]["tokenizer"],
         pad_text=cfg.data.pad_text,
         crop=cfg.eval_crop,
-        interpolation=next(iter(cfg.views.values())).interpolation,
+        interpolation=interpolation(cfg),
         source=source,
     )
     return Portable(cfg.model, vocab, cfg.data.context, towers, about)
 
 
+def interpolation(cfg: Run) -> str:
+    """Return the interpolation of a run's first view, with which evaluations resize images."""
+    return next(iter(cfg.views.values())).interpolation
+
+
 def averaged(path: Path, cfg: Run, vocab: int, towers: Tensors) -> Tensors:
-    """The towers' tensors, with the averages instead where there are some."""
+    """Return the towers' tensors, with the moving averages in place of what they average."""
     with torch.device("meta"):
         method = build_method(cfg, vocab)
-    pairs = {
-        id(teacher): (name, teacher.shape)
-        for name, (teacher, _) in ema.parameters(method.averaged()).items()
-    }
-    kept = {
-        name: pairs[id(p)]
-        for name, p in method.shown("teacher").named_parameters()
-        if id(p) in pairs
-    }
-    averages = zero_reader.averages(path, dict(kept.values())).renamed(
-        {name: key for name, (key, _) in kept.items()}
-    )
-    return Tensors(
-        {**towers.meta, **averages.meta}, lambda name: (averages if name in kept else towers)[name]
-    )
+
+    # {tower's tensor: name and shape of its average}. The towers with the averages in them hold
+    # the teacher's parameters themselves.
+    pairs = ema.parameters(method.averaged()).items()
+    teachers = {id(teacher): (key, teacher.shape) for key, (teacher, _) in pairs}
+    replaced = {}
+    for name, parameter in method.shown("teacher").named_parameters():
+        if id(parameter) in teachers:
+            replaced[name] = teachers[id(parameter)]
+
+    keys = {name: key for name, (key, _) in replaced.items()}
+    averages = zero_reader.averages(path, dict(replaced.values())).renamed(keys)
+
+    def get(name: str) -> torch.Tensor:
+        return averages[name] if name in replaced else towers[name]
+
+    return Tensors({**towers.meta, **averages.meta}, get)
 
 
 def contents(path: Path) -> Tensors:
-    """The weights of a checkpoint or converted model, under the names that a method gives them."""
+    """Return the weights of a checkpoint or converted model, under the names of a method."""
     if not is_one(path):
         return zero_reader.weights(path)
     tensors = tensor_files.read(path / WEIGHTS)
@@ -212,103 +229,114 @@ def load(
 ) -> None:
     """Copy weights into a method, sharded or not; rank 0 alone reads them.
 
-    names: {parameter of the method: its name at the path}; all, by their own names, where none are
-    given. Each must be found in its
-    own shape, and there may be nothing else whose name begins with `under`. All ranks must call,
-    with names in one order.
+    names: {parameter of the method: its name at the path}, in one order on all ranks; None: all
+    parameters, by their own names. Raises ValueError unless each is there in its shape, and no
+    other name there begins with `under`. All ranks must call.
     """
     parameters = dict(method.named_parameters())
     if names is None:
-        names, under = {name: name for name in parameters}, ""
-    source = contents(path) if rank() == 0 else None
-    shapes = {
-        stored: getattr(parameters[name], "ds_shape", parameters[name].shape)
-        for name, stored in names.items()
-    }
-    told(lambda: check_places(path, source, shapes, under))  # before any rank waits for weights
+        names = {name: name for name in parameters}
+        under = ""
+    shapes = {}
     for name, stored in names.items():
-        with whole_parameter(parameters[name]) as whole:
+        parameter = parameters[name]
+        # of a sharded parameter: its own shape is empty
+        shapes[stored] = getattr(parameter, "ds_shape", parameter.shape)
+
+    # Rank 0 alone reads; it compares names and shapes before any rank waits for weights.
+    source = contents(path) if rank() == 0 else Tensors.held({})
+    told(partial(check_places, path, source, shapes, under))
+
+    for name, stored in names.items():
+        with whole_parameter(parameters[name]) as tensor:
             if rank() == 0:
-                whole.copy_(source[stored])
+                tensor.copy_(source[stored])
 
 
 def check_places(
     path: Path, source: Tensors, shapes: dict[str, torch.Size], under: str | None
 ) -> str:
-    """ValueError where what lies at a path is not what `load` is to find there."""
-    if missing := sorted(shapes.keys() - source.meta.keys()):
+    """Return "", or raise ValueError if the weights at a path are not those that `load` needs."""
+    missing = sorted(shapes.keys() - source.meta.keys())
+    if missing:
         raise ValueError(
             f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture"
         )
-    if under is not None and (
-        extra := sorted({name for name in source if name.startswith(under)} - shapes.keys())
-    ):
-        raise ValueError(
-            f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another"
-            " architecture"
-        )
-    for name, shape in shapes.items():
-        if source.meta[name].shape != shape:
+    if under is not None:
+        stored = {name for name in source if name.startswith(under)}
+        extra = sorted(stored - shapes.keys())
+        if extra:
             raise ValueError(
-                f"{path}: {name} is {tuple(source.meta[name].shape)}, this config makes"
-                f" {tuple(shape)}"
+                f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another"
+                " architecture"
+            )
+    for name, shape in shapes.items():
+        stored_shape = source.meta[name].shape
+        if stored_shape != shape:
+            raise ValueError(
+                f"{path}: {name} is {tuple(stored_shape)}, this config makes {tuple(shape)}"
             )
     return ""
 
 
-def opened(path: Path) -> tuple[Run, Tokenizer, torch.nn.Module]:
-    """(config, tokenizer, method on this rank's device) of what was found, to be looked at."""
+def opened(path: Path) -> tuple[Run, Tokenizer, Method]:
+    """Return (config, tokenizer, method on this rank's device) of a model that `find` returned,
+    for evaluation.
+    """
     cfg = config_of(path)
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
     if is_one(path):
-        known = provenance(path)
-        if known["fingerprint"] != tokenizer.fingerprint:
+        source = provenance(path)
+        if source["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
-                f"{path}: trained with tokenizer {known['fingerprint']}; {cfg.data.tokenizer} is"
+                f"{path}: trained with tokenizer {source['fingerprint']}; {cfg.data.tokenizer} is"
                 f" {tokenizer.fingerprint}"
             )
-        vocab, bf16 = (
-            known["vocab"],
-            torch.bfloat16
-            in {meta.dtype for meta in tensor_files.read(path / WEIGHTS).meta.values()},
-        )
+        vocab = source["vocab"]
+        tensors = tensor_files.read(path / WEIGHTS).meta.values()
+        bf16 = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
     else:
         check_identity(path, identity(cfg, tokenizer.fingerprint))
-        vocab, bf16 = tokenizer.vocab_size, manifest(path)["bf16"]
+        vocab = tokenizer.vocab_size
+        bf16 = read_manifest(path)["bf16"]
     method = build_method(cfg, vocab)
     load(method, path)
-    return cfg, tokenizer, place(method, bf16)
+    place(method, bf16)
+    return cfg, tokenizer, method
 
 
 def checksum(module: torch.nn.Module, cfg: Run, tokenizer: Tokenizer) -> str:
-    """Of all that embeddings depend on: what prepares images and texts, the architecture, and the
-    sum of the weights' bits, which is the same on every device.
+    """Hash everything that embeddings depend on.
+
+    The preparation of images and texts, the architecture, and the sum of the weights' bits, which
+    is the same on every device.
     """
-    bits = {2: torch.int16, 4: torch.int32}
-    total = sum(
-        int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64))
-        for p in module.parameters()
-    )
-    interpolation = next(iter(cfg.views.values())).interpolation
-    about = (
+    integers = {2: torch.int16, 4: torch.int32}  # by bytes
+    total = 0
+    for parameter in module.parameters():
+        bits = parameter.detach().view(integers[parameter.element_size()])
+        total += int(bits.sum(dtype=torch.int64))
+    settings = [
+        total,
         plain(asdict(cfg.model)),
         cfg.eval_crop,
-        interpolation,
+        interpolation(cfg),
         cfg.data.context,
         cfg.data.pad_text,
         tokenizer.fingerprint,
-    )
-    return hashlib.sha256(json.dumps([total, *about]).encode()).hexdigest()[:16]
+    ]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def backbone(run: Path | str, weights: str = "student", **how) -> torch.nn.Module:
-    """The vision tower of a run, checkpoint or converted model as feature maps (docs/transfer.md):
-    whole, in fp32, all of it trainable.
+def backbone(run: Path | str, weights: str = "student", **options) -> torch.nn.Module:
+    """Return the vision tower of a run, checkpoint or converted model as feature maps
+    (docs/transfer.md): unsharded, in fp32, all of it trainable.
 
-    weights: student, or teacher (the moving average). how: Backbone's own. To be called after
-    run.lib.ranks.start(), by all ranks.
+    weights: student, or teacher (the moving average). options: of the Backbone. All ranks must
+    call, after run.lib.distributed.start().
     """
     from glimpse.model.downstream.backbone import Backbone
 
-    method = opened(find(Path(run)))[2]
-    return Backbone(method.shown(weights).vision.float().requires_grad_(True), **how).to(device())
+    _, _, method = opened(find(Path(run)))
+    tower = method.shown(weights).vision.float().requires_grad_(True)
+    return Backbone(tower, **options).to(device())

@@ -1,6 +1,6 @@
 """AdamW's parameter groups, and the learning rate as a function of samples seen.
 
-Groups are told by module type and parameter name, never by `p.ndim`: under ZeRO-3 every parameter
+Groups follow from module type and parameter name, never from `p.ndim`: under ZeRO-3 every parameter
 looks one-dimensional.
 """
 
@@ -11,7 +11,7 @@ from glimpse.run.lib.config import KINDS, OptimConfig
 
 
 def kind(module: nn.Module, name: str) -> str:
-    """What sort of parameter `module.name` is, one of KINDS."""
+    """Return the kind of the parameter `module.name`, one of KINDS."""
     if isinstance(module, (nn.LayerNorm, BatchNorm)):
         return "norm"
     if isinstance(module, nn.Embedding):
@@ -20,14 +20,21 @@ def kind(module: nn.Module, name: str) -> str:
 
 
 def groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
-    """Two groups, with and without weight decay, that hold every trainable parameter once."""
-    decayed, free = [], []
+    """Return two groups, with and without decay, that hold every trainable parameter once."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                (free if kind(module, name) in cfg.no_decay else decayed).append(parameter)
-    assert len(decayed) + len(free) == sum(p.requires_grad for p in model.parameters()), (
-        "a parameter is shared or missed"
-    )
-    both = dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=free, weight_decay=0.0)
-    return [group for group in both if group["params"]]
+            if not parameter.requires_grad:
+                continue
+            if kind(module, name) in cfg.no_decay:
+                undecayed.append(parameter)
+            else:
+                decayed.append(parameter)
+    trainable = sum(parameter.requires_grad for parameter in model.parameters())
+    assert len(decayed) + len(undecayed) == trainable, "a parameter is shared or missed"
+    parameter_groups = [
+        dict(params=decayed, weight_decay=cfg.weight_decay),
+        dict(params=undecayed, weight_decay=0.0),
+    ]
+    return [group for group in parameter_groups if group["params"]]

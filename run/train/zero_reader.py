@@ -1,15 +1,14 @@
-"""The weights in a checkpoint's files, read where they lie: a tensor at a time, by any process,
-without DeepSpeed's optimizer.
+"""Read the weights in a checkpoint's files: a tensor at a time, by any process, without DeepSpeed's
+optimizer.
 
-    tensors = weights(path)             Tensors, fp32: every parameter of the method under its own
-                                        name
-    tensors = averages(path)            of a teacher's moving averages, under model/ema.py's names
+    tensors = weights(path)             Tensors, fp32: every parameter of the method under its name
+    tensors = averages(path, shapes)    a teacher's moving averages, under model/ema.py's names
 
-What is pickled in the files is read with tensors left out, each of which tells where in its file it
-lies; then bytes are read from there. So memory is that of one tensor, whatever the number of ranks,
-and of what a pickle could do only DeepSpeed's own few types are let in:
-a run folder from elsewhere can be read safely. The layout is that of DeepSpeed's
-deepspeed/utils/zero_to_fp32.py, whose own reader holds stages 1 and 2 whole.
+The files are unpickled without their tensors, each of which is only located in its file; its bytes
+are read from there when it is asked for. So memory is that of one tensor, whatever the number of
+ranks. The unpickler allows only the few types that DeepSpeed stores: a run folder from elsewhere
+can be read safely. The layout is that of DeepSpeed's deepspeed/utils/zero_to_fp32.py, whose own
+reader holds stages 1 and 2 in memory.
 """
 
 import json
@@ -47,163 +46,181 @@ class Run:
     dtype: torch.dtype
 
     def part(self, first: int, count: int) -> "Run":
+        """Return `count` of the elements, from the `first` on."""
         return Run(self.file, self.begin + first * self.dtype.itemsize, count, self.dtype)
+
+    def read_into(self, out: torch.Tensor) -> None:
+        """Read the elements into a flat tensor of their number and type."""
+        with self.file.open("rb") as file:
+            file.seek(self.begin)
+            size = file.readinto(out.view(torch.uint8).numpy().data)
+        if size != self.count * self.dtype.itemsize:
+            raise ValueError(f"{self.file}: truncated")
+
+
+# {name: (shape, the runs that hold its elements, one after another)}
+Layout = dict[str, tuple[torch.Size, list[Run]]]
 
 
 def structure(file: Path) -> dict:
-    """What a file holds, its tensors without their values."""
+    """Return the contents of a file, its tensors without their values."""
     try:
         with torch.serialization.safe_globals(TYPES):
-            # which notes where in the file each storage lies
+            # the meta device notes where in the file each storage lies
             return torch.load(file, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{file}: refused ({wanted[1]}): {UNSAFE}") from None
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{file}: refused ({refused[1]}): {UNSAFE}") from None
         raise ValueError(f"{file}: truncated or no checkpoint ({first_line(error)})") from None
 
 
 def run_of(tensor: torch.Tensor, file: Path) -> Run:
-    storage = tensor.untyped_storage()
-    return Run(
-        file,
-        storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize,
-        tensor.numel(),
-        tensor.dtype,
-    )
+    """Locate a tensor that `structure` returned in its file."""
+    storage_begin = tensor.untyped_storage()._checkpoint_offset
+    if storage_begin is None:
+        raise ValueError(f"{file}: a tensor in it was not read by torch.load")
+    begin = storage_begin + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return Run(file, begin, tensor.numel(), tensor.dtype)
+
+
+def in_file(tensors: dict[str, torch.Tensor], file: Path) -> Layout:
+    """Locate unsharded tensors that `structure` returned in their file."""
+    return {name: (tensor.shape, [run_of(tensor, file)]) for name, tensor in tensors.items()}
 
 
 def cut(runs: Iterable[Run], first: int, count: int) -> list[Run]:
-    """`count` elements from the `first` of runs that are thought end to end."""
-    found = []
+    """Return `count` elements of runs that lie end to end, from the `first` on."""
+    pieces = []
     for run in runs:
-        begin, end = max(0, first), min(run.count, first + count)
+        begin = max(0, first)
+        end = min(run.count, first + count)
         if begin < end:
-            found.append(run.part(begin, end - begin))
+            pieces.append(run.part(begin, end - begin))
         first -= run.count
-    return found
+    return pieces
 
 
-def made(where: dict[str, tuple[torch.Size, list[Run]]]) -> Tensors:
-    """Tensors of these shapes, whose elements are in these runs, one after another; as fp32."""
+def made(where: Layout) -> Tensors:
+    """Return the tensors of a layout, read when they are asked for, as fp32."""
+    for name, (shape, runs) in where.items():
+        if sum(run.count for run in runs) != shape.numel():
+            source = runs[0].file.parent if runs else name
+            raise ValueError(f"{source}: the parts of {name} are not {tuple(shape)}")
 
     def get(name: str) -> torch.Tensor:
         shape, runs = where[name]
-        out, at = torch.empty(shape.numel()), 0
+        out = torch.empty(shape.numel())
+        at = 0
         for run in runs:
             place = out[at : at + run.count]
-            piece = place if run.dtype == place.dtype else torch.empty(run.count, dtype=run.dtype)
-            with run.file.open("rb") as file:
-                file.seek(run.begin)
-                if (
-                    file.readinto(memoryview(piece.view(torch.uint8).numpy()))
-                    != run.count * run.dtype.itemsize
-                ):
-                    raise ValueError(f"{run.file}: truncated")
-            if piece is not place:
+            if run.dtype == place.dtype:
+                run.read_into(place)
+            else:
+                piece = torch.empty(run.count, dtype=run.dtype)
+                run.read_into(piece)
                 place.copy_(piece)
             at += run.count
         return out.view(shape)
 
-    for name, (shape, runs) in where.items():
-        if sum(run.count for run in runs) != shape.numel():
-            raise ValueError(
-                f"{runs[0].file.parent if runs else name}: the parts of {name} are not"
-                f" {tuple(shape)}"
-            )
-    return Tensors(
-        {name: torch.empty(shape, device="meta") for name, (shape, _) in where.items()}, get
-    )
+    meta = {name: torch.empty(shape, device="meta") for name, (shape, _) in where.items()}
+    return Tensors(meta, get)
 
 
 def files(path: Path, kind: str) -> list[Path]:
-    """The ranks' files of a kind, in the order of ranks."""
-    found = sorted(
-        path.glob(f"*{kind}.pt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)]
-    )
-    if not found:
+    """Return the ranks' files of a kind, in the order of ranks."""
+
+    def numbers(file: Path) -> list[int]:
+        return [int(digits) for digits in re.findall(r"\d+", file.name)]
+
+    matches = sorted(path.glob(f"*{kind}.pt"), key=numbers)
+    if not matches:
         raise ValueError(f"{path}: no *{kind}.pt in it")
-    return found
+    return matches
 
 
 def weights(path: Path) -> Tensors:
-    """Every parameter of a checkpoint's method in fp32: the optimizer's own copy of what was
-    trained, what is frozen as it is.
+    """Return every parameter of a checkpoint's method in fp32.
+
+    The optimizer's master copy of what was trained; frozen parameters as they are.
     """
-    stage, model = (
-        json.loads((path / "manifest.json").read_text())["stage"],
-        files(path, "model_states"),
-    )
-    first = structure(model[0])
+    stage = json.loads((path / "manifest.json").read_text())["stage"]
+    model_files = files(path, "model_states")
+    first = structure(model_files[0])
     if stage == 0:
-        return made(
-            {
-                name: (tensor.shape, [run_of(tensor, model[0])])
-                for name, tensor in first["module"].items()
-            }
-        )
-    optim = files(path, "optim_states")
-    states = [structure(file)["optimizer_state_dict"] for file in optim]
+        return made(in_file(first["module"], model_files[0]))
+
+    # The master copies, flat: groups[rank][group].
+    optimizer_files = files(path, "optim_states")
+    states = [structure(file)["optimizer_state_dict"] for file in optimizer_files]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    # ranks x groups
-    groups = [[run_of(part, file) for part in state[key]] for state, file in zip(states, optim)]
-    if stage < 3:  # the module is whole on rank 0, what is frozen there alone
-        kept = {
-            name: (tensor.shape, [run_of(tensor, model[0])])
-            for name, tensor in first["module"].items()
-        }
-        return made(kept | split_groups(first["param_shapes"], groups, states[0]))
-    where, frozen = (
-        whole_shards(first["param_shapes"], groups),
-        first.get("frozen_param_shapes") or {},
-    )
-    holders = (
-        [(structure(file)["frozen_param_fragments"], file) for file in model] if frozen else []
-    )
-    for name, shape in frozen.items():
-        where[name] = (
-            shape,
-            cut([run_of(parts[name], file) for parts, file in holders], 0, shape.numel()),
-        )
-    return made(where)
+    groups = []
+    for state, file in zip(states, optimizer_files):
+        groups.append([run_of(part, file) for part in state[key]])
+
+    if stage < 3:  # the module is unsharded on rank 0, which alone has what is frozen
+        module = in_file(first["module"], model_files[0])
+        return made(module | split_groups(first["param_shapes"], groups, states[0]))
+    trained = whole_shards(first["param_shapes"], groups)
+    frozen = first.get("frozen_param_shapes")
+    if not frozen:
+        return made(trained)
+    shards = [(structure(file)["frozen_param_fragments"], file) for file in model_files]
+    return made(trained | joined(frozen, shards))
 
 
-def whole_shards(shapes: list[dict], groups: list[list[Run]]) -> dict:
-    """Stage 3: each rank has an equal part of every parameter, the last padded; a rank's parts lie
-    end to end.
+def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[Run]]) -> Layout:
+    """Locate the parameters of stage 3: each rank has an equal part of every parameter, the last
+    padded; a rank's parts lie end to end.
     """
-    where, at = {}, 0
-    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
-        part = math.ceil(shape.numel() / len(groups))
-        pieces = [run for mine in groups for run in cut(mine, at, part)]
-        where[name] = shape, cut(pieces, 0, shape.numel())
-        at += part
+    where: Layout = {}
+    at = 0
+    for group in shapes:
+        for name, shape in group.items():
+            size = math.ceil(shape.numel() / len(groups))
+            pieces = []
+            for rank_runs in groups:
+                pieces += cut(rank_runs, at, size)
+            where[name] = (shape, cut(pieces, 0, shape.numel()))
+            at += size
     return where
 
 
-def split_groups(shapes: list[dict], groups: list[list[Run]], state: dict) -> dict:
-    """Stages 1 and 2: the parameters of a group lie end to end, and each rank has an equal part of
-    the whole.
+def split_groups(
+    shapes: list[dict[str, torch.Size]], groups: list[list[Run]], state: dict
+) -> Layout:
+    """Locate the parameters of stages 1 and 2: those of a group lie end to end, and each rank has
+    an equal part of the group.
     """
-    where, padding = {}, state.get("param_alignment_paddings")
+    where: Layout = {}
+    paddings = state.get("param_alignment_paddings")
     for i, group in enumerate(shapes):
+        runs = [rank_runs[i] for rank_runs in groups]
         at = 0
         for j, (name, shape) in enumerate(group.items()):
-            where[name] = shape, cut([mine[i] for mine in groups], at, shape.numel())
-            at += shape.numel() + (padding[i][j] if padding else 0)
+            where[name] = (shape, cut(runs, at, shape.numel()))
+            at += shape.numel()
+            if paddings:
+                at += paddings[i][j]
+    return where
+
+
+def joined(
+    shapes: dict[str, torch.Size], shards: list[tuple[dict[str, torch.Tensor], Path]]
+) -> Layout:
+    """Locate tensors of which each rank's file has a part, the last padded.
+
+    shards: (the parts, their file), in the order of ranks.
+    """
+    where: Layout = {}
+    for name, shape in shapes.items():
+        runs = [run_of(parts[name], file) for parts, file in shards]
+        where[name] = (shape, cut(runs, 0, shape.numel()))
     return where
 
 
 def averages(path: Path, shapes: dict[str, torch.Size]) -> Tensors:
-    """The moving averages of these names and shapes, which run/train/checkpoint.py keeps beside
-    DeepSpeed's files.
+    """Return the moving averages of these names and shapes, which run/train/checkpoint.py keeps
+    beside DeepSpeed's files.
     """
-    ranks = [(structure(file), file) for file in files(path, "average_rank_*")]
-    return made(
-        {
-            name: (
-                shape,
-                cut([run_of(parts[name], file) for parts, file in ranks], 0, shape.numel()),
-            )
-            for name, shape in shapes.items()
-        }
-    )
+    shards = [(structure(file), file) for file in files(path, "average_rank_*")]
+    return made(joined(shapes, shards))
