@@ -335,8 +335,9 @@ def check_flavour(cfg: ModelConfig, text: bool) -> None:
     for tower, settings, reference in towers:
         values = asdict(settings)
         wanted = asdict(reference)
-        for key in wanted.keys() - {"positions", "freeze_patch"}:
-            value = values[key]
+        for key, value in values.items():
+            if key in ("positions", "freeze_patch"):
+                continue
             if value != wanted[key]:
                 raise ValueError(
                     f"model.{tower}.{key} {value}: FLIP's code knows {wanted[key]} alone"

@@ -1,6 +1,8 @@
-"""What lies at a path, told to people: `python run/convert.py inspect PATH`."""
+"""A description of the model at a path: `python run/convert.py inspect PATH`."""
 
 from pathlib import Path
+
+from torch import Tensor
 
 from glimpse.data.builders import tokenizer_files
 from glimpse.model import tensor_files
@@ -12,55 +14,83 @@ from glimpse.run.verify import open_any
 
 
 def describe(path: Path, given: dict | None = None) -> str:
-    """Lines of `name: value`: the format, the architecture, sizes, and of a run its step, samples
-    and ranks.
+    """Return lines of `name: value`: the format, the architecture, sizes, and for a run its step,
+    samples and ranks.
+
+    A file or folder of no known format is described by its tensors.
     """
     try:
-        format, model = open_any.anything(path, given=given)
+        format_name, model = open_any.anything(path, given=given)
     except ValueError as error:
         return loose(path, error)
-    path = Path(model.about.source.get("path", path))
+    source = model.about.source
+    path = Path(source.get("path", path))
+
+    # The model.
     rows = {
         "path": path,
-        "format": format,
+        "format": format_name,
         "architecture": architecture(model),
         "image": sides(model),
         **counts(model),
+        "vision": vision_row(model),
     }
-    vision, text, about = model.cfg.vision, model.cfg.text, model.about
-    rows["vision"] = (
-        f"positions {vision.positions}, pool {vision.pool}, pre_norm {vision.pre_norm}, patch_bias"
-        f" {vision.patch_bias}, {vision.activation}, eps {vision.eps:g}"
-    )
     if model.vocab:
-        rows["text"] = (
-            f"{model.vocab:,} ids, {model.context} tokens,"
-            f" {'causal' if text.causal else 'not causal'}, pool {text.pool}, {text.activation},"
-            f" eps {text.eps:g}; tokenizer {about.tokenizer or vocabulary(path)}"
-        )
-    kinds = sorted({str(meta.dtype).removeprefix("torch.") for meta in model.tensors.meta.values()})
-    rows["stored as"] = f"{' and '.join(kinds)}, {size_of(path)}"
-    if found := checkpoint.manifest(path):
-        rows |= {
-            "method": found["identity"]["method"],
-            "step": f"{found['step']:,}",
-            "samples": f"{found['samples']:,}",
-            "ranks": (
-                f"{found['ranks']}, ZeRO {found['stage']}, {'bf16' if found['bf16'] else 'fp32'}"
-            ),
-        }
-    elif known := {
-        key: value for key, value in about.source.items() if key not in ("path", "format", "notes")
-    }:
-        rows["from"] = ", ".join(f"{key} {value}" for key, value in known.items())
-    if "notes" in about.source:
-        rows["notes"] = about.source["notes"]
+        rows["text"] = text_row(model, path)
+    rows["stored as"] = f"{' and '.join(stored_types(model))}, {size_of(path)}"
+
+    # The run that it is from, or the source of a converted model.
+    if manifest := checkpoint.manifest(path):
+        rows |= run_rows(manifest)
+    else:
+        unlisted = ("path", "format", "notes")
+        known = {key: value for key, value in source.items() if key not in unlisted}
+        if known:
+            rows["from"] = ", ".join(f"{key} {value}" for key, value in known.items())
+    if "notes" in source:
+        rows["notes"] = source["notes"]
+
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
+def vision_row(model: Portable) -> str:
+    vision = model.cfg.vision
+    return (
+        f"positions {vision.positions}, pool {vision.pool}, pre_norm {vision.pre_norm}, patch_bias"
+        f" {vision.patch_bias}, {vision.activation}, eps {vision.eps:g}"
+    )
+
+
+def text_row(model: Portable, path: Path) -> str:
+    text = model.cfg.text
+    causal = "causal" if text.causal else "not causal"
+    tokenizer = model.about.tokenizer or vocabulary(path)
+    return (
+        f"{model.vocab:,} ids, {model.context} tokens, {causal}, pool {text.pool},"
+        f" {text.activation}, eps {text.eps:g}; tokenizer {tokenizer}"
+    )
+
+
+def stored_types(model: Portable) -> list[str]:
+    """Return the types of the stored tensors, without `torch.`."""
+    metas = model.tensors.meta.values()
+    return sorted({str(meta.dtype).removeprefix("torch.") for meta in metas})
+
+
+def run_rows(manifest: dict) -> dict[str, str]:
+    """Return the rows of a run's checkpoint."""
+    precision = "bf16" if manifest["bf16"] else "fp32"
+    return {
+        "method": manifest["identity"]["method"],
+        "step": f"{manifest['step']:,}",
+        "samples": f"{manifest['samples']:,}",
+        "ranks": f"{manifest['ranks']}, ZeRO {manifest['stage']}, {precision}",
+    }
+
+
 def vocabulary(path: Path) -> str:
-    """Of the tokenizer files that lie in a folder of another format."""
+    """Return the vocabulary of the tokenizer files in a folder of another format, or "unknown"."""
     try:
         return tokenizer_files.read(path)
     except ValueError:
@@ -68,54 +98,65 @@ def vocabulary(path: Path) -> str:
 
 
 def loose(path: Path, why: ValueError) -> str:
-    """Of what is of no known format: the tensors in the file, or in the folder's files; where there
-    are none, ValueError that says why.
+    """Describe the tensors in a file, or in a folder's files, of no known format.
+
+    why: the reason why the format is not known, raised if there are no tensors.
     """
-    rows = []
-    parts = (
-        len(list(path.glob("*_model_states.pt"))) if not (path / "manifest.json").exists() else 0
-    )
-    if parts:
+    shards = list(path.glob("*_model_states.pt"))
+    if shards and not (path / "manifest.json").exists():
         raise ValueError(
-            f"{path}: {parts} ranks' files of a DeepSpeed checkpoint, but no manifest.json: torn,"
-            " or not of a run of Glimpse"
+            f"{path}: {len(shards)} ranks' files of a DeepSpeed checkpoint, but no manifest.json:"
+            " torn, or not of a run of Glimpse"
         )
-    for file in (
-        [path]
-        if path.is_file()
-        else ()
-        if claimed(path) or is_one(path)
-        else sorted(path.glob("*"))
-    ):
+    rows = []
+    for file in loose_files(path):
         if meta := tensor_files.metas(file):
-            rows += [f"{file}: {len(meta)} tensors, {size_of(file)}"]
-            rows += [
-                f"  {name}  {tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}"
-                for name, one in list(meta.items())[:10]
-            ]
-            rows += [f"  ... and {len(meta) - 10} more"] * (len(meta) > 10)
+            rows += tensor_rows(file, meta)
     if not rows:
         raise why
     return "\n".join([*rows, str(why)])
 
 
+def loose_files(path: Path) -> list[Path]:
+    """Return the files at a path that are described one by one: none of a known format."""
+    if path.is_file():
+        return [path]
+    if claimed(path) or is_one(path):
+        return []
+    return sorted(path.glob("*"))
+
+
+def tensor_rows(file: Path, meta: dict[str, Tensor]) -> list[str]:
+    """Return a line about a file, and one for each of its first ten tensors."""
+    rows = [f"{file}: {len(meta)} tensors, {size_of(file)}"]
+    for name, tensor in list(meta.items())[:10]:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        rows.append(f"  {name}  {tuple(tensor.shape)} {dtype}")
+    if len(meta) > 10:
+        rows.append(f"  ... and {len(meta) - 10} more")
+    return rows
+
+
 def architecture(model: Portable) -> str:
-    """In a few words: ViT-B/32 at 224 with text, 151 M parameters."""
-    cfg, shape, total = (
-        model.cfg,
-        model.cfg.shape,
-        sum(meta.numel() for meta in model.tensors.meta.values()),
-    )
-    text = f" + text {shape.text_width} x {shape.text_depth}" if model.vocab else ", no text tower"
-    return f"ViT-{cfg.size} ({shape.width} x {shape.depth}{text}), {short(total)} parameters"
+    """Return the architecture in a few words: ViT-B/32 at 224 with text, 151 M parameters."""
+    shape = model.cfg.shape
+    total = sum(meta.numel() for meta in model.tensors.meta.values())
+    if model.vocab:
+        text = f" + text {shape.text_width} x {shape.text_depth}"
+    else:
+        text = ", no text tower"
+    sizes = f"{shape.width} x {shape.depth}{text}"
+    return f"ViT-{model.cfg.size} ({sizes}), {short(total)} parameters"
 
 
 def sides(model: Portable) -> str:
+    """Return the size of images and the number of patches."""
     (height, width), (rows, columns) = model.cfg.sides, model.cfg.grid
     return f"{height} x {width} pixels, {rows} x {columns} patches of {model.cfg.patch}"
 
 
 def counts(model: Portable) -> dict[str, str]:
+    """Return the row with the number of parameters of each tower."""
     towers: dict[str, int] = {}
     for name, meta in model.tensors.meta.items():
         tower = name.partition(".")[0]
@@ -124,9 +165,7 @@ def counts(model: Portable) -> dict[str, str]:
 
 
 def size_of(path: Path) -> str:
-    total = sum(
-        file.stat().st_size
-        for file in ([path] if path.is_file() else path.rglob("*"))
-        if file.is_file()
-    )
+    """Return the size of a file or a folder in MiB."""
+    files = [path] if path.is_file() else path.rglob("*")
+    total = sum(file.stat().st_size for file in files if file.is_file())
     return f"{total / 2**20:,.1f} MiB"

@@ -1,4 +1,4 @@
-"""Open whatever lies at a path as a model that can be converted."""
+"""Open a model of any format, or a run, as a model that can be converted."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,58 +12,67 @@ from glimpse.run.train.load_model import find, portable
 
 @dataclass(frozen=True)
 class Nothing:
-    """What formats can be given that tell everything themselves."""
+    """Options of a format that has none."""
 
 
 def anything(
     path: Path, weights: str = "student", given: dict | None = None
 ) -> tuple[str, Portable]:
-    """(format, model) of whatever lies at a path; ValueError, a line that names the path, where it
-    is nothing of ours, or damaged.
+    """Return (format, model) of a path.
 
-    given: what a format is told beside its files, as its Given has it.
+    ValueError, one line that names the path, if it holds no model of ours or is damaged.
+
+    weights: student or teacher of a run. given: options that complete the files, as in the format's
+    Given.
     """
     try:
-        if format := claimed(path):
-            if weights != "student":
-                raise ValueError(
-                    f"--weights {weights}: {path} is a model of {format}; a run has a student and a"
-                    " teacher"
-                )
-            known = build(
-                getattr(FORMATS[format], "Given", Nothing), given or {}, f"--given for {format}: "
-            )
-            model = FORMATS[format].load(path, **{key: getattr(known, key) for key in given or {}})
-            return format, replace(
-                model, about=replace(model.about, tokenizer=beside(model.about.tokenizer, path))
-            )
-        if path.is_file():
-            tensor_files.read(path)  # tells why it cannot be read
-            raise ValueError(
-                f"{path}: tensors of no architecture that is known here; `run/convert.py inspect"
-                f" {path}` lists them"
-            )
-        if (path / CONFIG).is_file() and not is_one(path):
-            tree = tensor_files.read_json(path / CONFIG)
-            says = (
-                tree.get("model_type")
-                or tree.get("architecture")
-                or "neither model_type nor architecture"
-            )
-            raise ValueError(
-                f"{path / CONFIG}: of no architecture that is known here: it says {says}"
-            )
-        found = find(path)
+        if format_name := claimed(path):
+            return format_name, foreign(path, format_name, weights, given or {})
+        check_known(path)
+        folder = find(path)
         if given:
             raise ValueError(
                 f"--given {' '.join(given)}: {path} tells everything itself; leave it out"
             )
-        return "glimpse" if is_one(found) else "checkpoint of a run", portable(found, weights)
+        return "glimpse" if is_one(folder) else "checkpoint of a run", portable(folder, weights)
     except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
-    # files hold no such key, type or size
+        if str(path) in str(error):
+            raise error from None
+        raise ValueError(f"{path}: {error}") from None
+    # the files lack a key, or hold another type or size than expected
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         what = f"{type(error).__name__}: {safe_unpickler.first_line(error)}"
+        source = "its format or --given" if given else "its format"
+        raise ValueError(f"{path}: damaged, or not what {source} says ({what})") from error
+
+
+def foreign(path: Path, format_name: str, weights: str, given: dict) -> Portable:
+    """Load a model of another format."""
+    if weights != "student":
         raise ValueError(
-            f"{path}: damaged, or not what its format{' or --given' if given else ''} says ({what})"
-        ) from error
+            f"--weights {weights}: {path} is a model of {format_name}; a run has a student and a"
+            " teacher"
+        )
+    module = FORMATS[format_name]
+    options = build(getattr(module, "Given", Nothing), given, f"--given for {format_name}: ")
+    model = module.load(path, **{key: getattr(options, key) for key in given})
+    tokenizer = beside(model.about.tokenizer, path)
+    return replace(model, about=replace(model.about, tokenizer=tokenizer))
+
+
+def check_known(path: Path) -> None:
+    """Raise ValueError for a file, and for a folder whose config.json is of an unknown format."""
+    if path.is_file():
+        tensor_files.read(path)  # raises ValueError if it cannot be read
+        raise ValueError(
+            f"{path}: tensors of no architecture that is known here; `run/convert.py inspect"
+            f" {path}` lists them"
+        )
+    if (path / CONFIG).is_file() and not is_one(path):
+        tree = tensor_files.read_json(path / CONFIG)
+        says = (
+            tree.get("model_type")
+            or tree.get("architecture")
+            or "neither model_type nor architecture"
+        )
+        raise ValueError(f"{path / CONFIG}: of no architecture that is known here: it says {says}")

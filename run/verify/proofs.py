@@ -1,7 +1,8 @@
-"""A conversion proves itself: what was written is read again bit for bit, and the foreign library's
-own model, run beside ours, agrees.
+"""Checks of a conversion: the written model is read again bit for bit, and the foreign library's
+own model gives the same embeddings as ours.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from glimpse.model.lazy_tensors import Tensors
 from glimpse.model.losses import unit
 from glimpse.model.portable import Portable
 
-CLOSE = 1e-5  # of unit embeddings in fp32: what orders of summation leave
+CLOSE = 1e-5  # for unit embeddings in fp32, whose sums may be in another order
 CAPTIONS = (
     "a red circle",
     "A photo of two cats, asleep on a sofa.",
@@ -24,90 +25,98 @@ CAPTIONS = (
 )
 
 
-def flaw(one: Tensors, other: Tensors, dtype: torch.dtype) -> str | None:
-    """What is wrong with the second model, which was written of the first with `dtype`; None if it
-    is the same, bit for bit.
+def flaw(source: Tensors, written: Tensors, dtype: torch.dtype) -> str | None:
+    """Describe the first tensor that differs between a model and its copy, written with `dtype`.
+
+    None if they are the same, bit for bit.
     """
-    for name in sorted(one.meta.keys() | other.meta.keys()):
-        if name not in one or name not in other:
-            return f"{name} is not in {'what was written' if name in one else 'the source'}"
-        value = one[name].to(dtype)
+    for name in sorted(source.meta.keys() | written.meta.keys()):
+        if name not in written:
+            return f"{name} is not in what was written"
+        if name not in source:
+            return f"{name} is not in the source"
+        value = source[name].to(dtype)
         if not value.isfinite().all():
             return (
                 f"{name} holds values that are no numbers, or too large for"
                 f" {str(dtype).removeprefix('torch.')}"
             )
-        if not torch.equal(value, other[name].to(dtype)):
+        if not torch.equal(value, written[name].to(dtype)):
             return f"{name} is another when it is read again"
     return None
 
 
 def rounded(tensors: Tensors, dtype: torch.dtype) -> bool:
-    """Does `dtype` hold less than these are stored in?"""
+    """Return True if `dtype` cannot hold all values of the tensors' types."""
     return any(torch.promote_types(meta.dtype, dtype) != dtype for meta in tensors.meta.values())
 
 
 def fits(model: Portable) -> bool:
-    """Is there memory for two of it in fp32, and a third in between?"""
+    """Return True if there is memory for two such models in fp32, and a third in between."""
     return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < room()
 
 
 def room(groups: Path = Path("/proc/self/cgroup"), under: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that this process may still take: the machine's, or less where a job or
-    container has a limit (cgroup v2).
+    """Return the bytes of memory that this process may still take.
+
+    They are the machine's, or fewer if a job or container has a limit (cgroup v2). groups: the file
+    that names this process's group. under: the folder of all groups.
     """
     free = psutil.virtual_memory().available
     try:
-        own = next(
-            line.partition("::/")[2]
-            for line in groups.read_text().splitlines()
-            if line.startswith("0::/")
-        )
-        for group in (
-            under / own,
-            *(parent for parent in (under / own).parents if under in (parent, *parent.parents)),
-        ):
-            if (limit := group / "memory.max").exists() and (
-                most := limit.read_text().strip()
-            ) != "max":
-                # caches make room
-                used = dict(
-                    line.split() for line in (group / "memory.stat").read_text().splitlines()
-                )["anon"]
-                free = min(free, int(most) - int(used))
+        lines = groups.read_text().splitlines()
+        name = next(line.partition("::/")[2] for line in lines if line.startswith("0::/"))
+        group = under / name
+        parents = [parent for parent in group.parents if parent.is_relative_to(under)]
+        for folder in (group, *parents):
+            free = min(free, room_in(folder))
     except (OSError, StopIteration, ValueError, KeyError):  # no such groups here
         pass
     return free
 
 
+def room_in(group: Path) -> float:
+    """Return the bytes of memory that a cgroup leaves; infinite if it has no limit."""
+    file = group / "memory.max"
+    limit = file.read_text().strip() if file.exists() else "max"
+    if limit == "max":
+        return math.inf
+    lines = (group / "memory.stat").read_text().splitlines()
+    used = dict(line.split() for line in lines)["anon"]  # caches can be freed
+    return int(limit) - int(used)
+
+
 @torch.no_grad()
 def differences(model: Portable, peer: Callable, tokenizer: Tokenizer | None) -> dict[str, float]:
-    """{what: the largest difference} between our embeddings of a few images and captions and those
-    of a foreign model, as unit vectors.
+    """Compare our embeddings of a few images and captions with a foreign model's, as unit vectors.
+
+    Return the largest difference: {"images": ..., "captions": ...}.
     """
     torch.manual_seed(0)
-    images, rows = (
-        torch.randn(4, 3, *model.cfg.sides),
-        [tokenizer(caption) for caption in CAPTIONS] if tokenizer else [],
-    )
-    pads = tokenizer.pad_id if tokenizer else 0
-    full = [row + [pads] * (model.context - len(row)) for row in rows]
-    theirs = peer(images, torch.tensor(full) if rows else None)
-    mine = embeddings(model, images, full if model.about.pad_text else rows)
-    return {
-        what: float((unit(a) - unit(b)).abs().max())
-        for what, a, b in zip(("images", "captions"), mine, theirs)
-        if a is not None
-    }
+    images = torch.randn(4, 3, *model.cfg.sides)
+    rows, padded, ids = [], [], None
+    if tokenizer:
+        rows = [tokenizer(caption) for caption in CAPTIONS]
+        padded = [row + [tokenizer.pad_id] * (model.context - len(row)) for row in rows]
+        ids = torch.tensor(padded)
+    foreign = peer(images, ids)
+    ours = embeddings(model, images, padded if model.about.pad_text else rows)
+    far = {}
+    for what, our_vectors, foreign_vectors in zip(("images", "captions"), ours, foreign):
+        if our_vectors is not None:
+            far[what] = float((unit(our_vectors) - unit(foreign_vectors)).abs().max())
+    return far
 
 
 def embeddings(
     model: Portable, images: Tensor, rows: list[list[int]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Unit embeddings of images (B, 3, H, W), normalised, and of rows of ids; of a vision tower
-    alone, its pooled tokens and None.
+    """Return unit embeddings of normalized images (B, 3, H, W) and of rows of ids.
+
+    For a vision tower alone: its pooled tokens, and None.
     """
-    towers, patches = model.towers(), patchify(images, model.cfg.patch)
+    towers = model.towers()
+    patches = patchify(images, model.cfg.patch)
     positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
     if not model.vocab:
         return towers.image_features(patches, positions), None

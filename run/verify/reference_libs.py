@@ -1,10 +1,8 @@
-"""Other libraries' models, to compare with: imported even where torchvision was built for another
-torch.
+"""Preparation for importing other libraries' models beside a torchvision built for another torch.
 
-PyPI's torchvision beside a CPU build of torch cannot load its compiled operators, and then fails on
-import, and with it open_clip, timm
-and parts of transformers, though none of them needs those operators here. Importing this file
-before them declares the two that torchvision asks for.
+PyPI's torchvision beside a CPU build of torch cannot load its compiled operators. It then fails on
+import, and with it open_clip, timm and parts of transformers, though none of them needs those
+operators here. Importing this file before them declares the two that torchvision asks for.
 """
 
 import importlib.abc
@@ -14,11 +12,9 @@ import torch
 
 
 class DefineOperators(importlib.abc.MetaPathFinder):
-    """Before torchvision is first imported, declare the two operators that it registers fakes
-    for.
-    """
+    """Declare the two operators that torchvision registers fakes for, before its first import."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision":
             sys.meta_path.remove(self)
             self.library = torch.library.Library("torchvision", "FRAGMENT")
