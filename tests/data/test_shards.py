@@ -1,5 +1,6 @@
-"""Shards: what is written is what is read, the index says where, and the order is a pure function
-that gives every sample once an epoch.
+"""Shards: what is written is what is read, and the index says where.
+
+The order is a pure function that gives every sample once an epoch.
 
     bash run/test.sh tests/data/test_shards.py
 """
@@ -32,17 +33,15 @@ from glimpse.data.shards import (
 
 def rows(count, start=0):
     """Samples of unlike sizes, several extensions, keys with folders and dots in them."""
-    return [
-        (
-            f"part.{i % 3}/{i:04d}",
-            {
-                "jpg": bytes([i % 256]) * (i * 97 % 2000),
-                "txt": b"caption %d" % i,
-                "seg.png": b"s" * (i % 5),
-            },
-        )
-        for i in range(start, start + count)
-    ]
+    samples = []
+    for i in range(start, start + count):
+        parts = {
+            "jpg": bytes([i % 256]) * (i * 97 % 2000),
+            "txt": b"caption %d" % i,
+            "seg.png": b"s" * (i % 5),
+        }
+        samples.append((f"part.{i % 3}/{i:04d}", parts))
+    return samples
 
 
 @pytest.fixture
@@ -54,33 +53,45 @@ def folder(tmp_path):
 
 
 def test_several_jobs_may_index_a_folder_at_once(tmp_path):
+    path = tmp_path / "index.json"
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: replace_json(tmp_path / "index.json", [n] * 1000), range(400)))
-    assert (
-        len(json.loads((tmp_path / "index.json").read_text())) == 1000
-        and len(list(tmp_path.iterdir())) == 1
-    )
+        list(pool.map(lambda n: replace_json(path, [n] * 1000), range(400)))
+
+    assert len(json.loads(path.read_text())) == 1000
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_written_is_read(folder):
     shards = Shards([folder])
+
     assert len(shards) == 21
     for i, (key, parts) in enumerate(rows(21)):
         shard = f"{(i >= 7) + (i >= 12):05d}.tar"
-        assert shards[i] == Sample(shard, key, parts) and shards.name(i) == (shard, key)
-        assert shards[i].caption == f"caption {i}" and shards[i].image == parts["jpg"]
+        assert shards[i] == Sample(shard, key, parts)
+        assert shards.name(i) == (shard, key)
+        assert shards[i].caption == f"caption {i}"
+        assert shards[i].image == parts["jpg"]
+    copy = pickle.loads(pickle.dumps(shards))
+    assert copy[13] == shards[13], "worker processes that do not fork"
+
     twice = Shards([folder, folder])
-    assert len(twice) == 42 and twice[41] == twice[20]
-    assert pickle.loads(pickle.dumps(shards))[13] == shards[13], "worker processes that do not fork"
+    assert len(twice) == 42
+    assert twice[41] == twice[20]
 
 
 def test_some_shards_of_a_folder(folder):
-    """As many as braces name, each once, in the index's order; the rest of the folder stays what it
-    is.
+    """As many as braces name, each once, in the index's order.
+
+    The rest of the folder stays what it is.
     """
     some = Shards([str(folder / "{00002,00000,00002}.tar")])
-    assert [path.name for path in some.paths] == ["00000.tar", "00002.tar"] and len(some) == 16
-    assert [some[i].key for i in (0, 6, 7, 15)] == [rows(21)[i][0] for i in (0, 6, 12, 20)]
+
+    assert [path.name for path in some.paths] == ["00000.tar", "00002.tar"]
+    assert len(some) == 16
+    keys = [key for key, _ in rows(21)]
+    assert [some[i].key for i in range(16)] == keys[:7] + keys[12:]
+
     assert Shards([f"{folder}/{{00000..00002}}.tar"]).paths == Shards([folder]).paths
     assert len(Shards([folder / "00001.tar"])) == 5
     with pytest.raises(
@@ -94,13 +105,21 @@ def test_some_shards_of_a_folder(folder):
 
 def test_only_some_members_are_read(folder, monkeypatch):
     """A label or a caption costs its own bytes, not the image's."""
-    shards, (key, parts) = Shards([folder]), rows(21)[20]
-    read, pread = [], os.pread
-    monkeypatch.setattr(
-        "os.pread", lambda file, count, offset: read.append(count) or pread(file, count, offset)
-    )
-    assert shards.read(20, only=("cls", "txt")) == Sample("00002.tar", key, {"txt": parts["txt"]})
-    assert read == [len(parts["txt"])]
+    shards = Shards([folder])
+    key, parts = rows(21)[20]
+    sizes = []
+    pread = os.pread
+
+    def recorded(file, count, offset):
+        sizes.append(count)
+        return pread(file, count, offset)
+
+    monkeypatch.setattr("os.pread", recorded)
+
+    sample = shards.read(20, only=("cls", "txt"))
+
+    assert sample == Sample("00002.tar", key, {"txt": parts["txt"]})
+    assert sizes == [len(parts["txt"])]
     assert shards.read(20, only=("cls",)).parts == parts, "none of them: all, to say what there is"
 
 
@@ -108,13 +127,16 @@ def test_same_samples_same_bytes(tmp_path):
     """Also over releases of tarfile: no time, no owner, USTAR."""
     for name in "ab":
         write_shard(tmp_path / f"{name}.tar", iter(rows(9)))
+
     data = (tmp_path / "a.tar").read_bytes()
-    assert data == (tmp_path / "b.tar").read_bytes() and sorted(
-        p.name for p in tmp_path.iterdir()
-    ) == ["a.tar", "b.tar"]
+    assert data == (tmp_path / "b.tar").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]
     assert hashlib.sha256(data).hexdigest()[:16] == "8a4cfec20ed7b025"
     with tarfile.open(tmp_path / "a.tar") as tar:
-        assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in tar} == {(0, 0, 0, "", 0o644)}
+        for member in tar:
+            assert member.mtime == member.uid == member.gid == 0
+            assert member.uname == ""
+            assert member.mode == 0o644
 
 
 def test_a_failed_write_leaves_no_shard(tmp_path):
@@ -129,22 +151,21 @@ def test_a_failed_write_leaves_no_shard(tmp_path):
 
 def test_index(folder):
     index = build_index(folder)
+
     assert [row["name"] for row in index["shards"]] == ["00000.tar", "00001.tar", "00002.tar"]
     assert [row["samples"] for row in index["shards"]] == [7, 5, 9]
+    written = dict(rows(21))
     for row in index["shards"]:
         path = folder / row["name"]
-        assert row["bytes"] == path.stat().st_size
-        assert row["extensions"] == {
-            "jpg": row["samples"],
-            "seg.png": row["samples"],
-            "txt": row["samples"],
-        }
         data = path.read_bytes()
-        for key, parts in json.loads((folder / "shards.index" / f"{path.name}.json").read_text()):
-            wanted = dict(rows(21))[key]
-            assert {
-                ext: data[offset : offset + size] for ext, (offset, size) in parts.items()
-            } == wanted
+        assert row["bytes"] == len(data)
+        assert row["extensions"] == dict.fromkeys(("jpg", "seg.png", "txt"), row["samples"])
+        table = json.loads((folder / "shards.index" / f"{path.name}.json").read_text())
+        for key, parts in table:
+            content = {}
+            for extension, (offset, size) in parts.items():
+                content[extension] = data[offset : offset + size]
+            assert content == written[key]
     assert read_index(folder) == index, "the index is found again"
 
 
@@ -179,7 +200,11 @@ def test_a_tar_cut_off_anywhere_is_refused(tmp_path, keep):
     write_shard(tmp_path / "0.tar", rows(9, start=3))
     data = (tmp_path / "0.tar").read_bytes()
     assert keep < len(data)
-    (tmp_path / "0.tar").write_bytes(data[:keep] + b"x" * 512 if keep % 512 == 0 else data[:keep])
+    cut = data[:keep]
+    if keep % 512 == 0:  # where a header should begin
+        cut += b"x" * 512
+    (tmp_path / "0.tar").write_bytes(cut)
+
     with pytest.raises(ValueError, match="0.tar: truncated or no tar"):
         headers(tmp_path / "0.tar")
 
@@ -189,6 +214,7 @@ def test_a_tar_cut_off_anywhere_is_refused(tmp_path, keep):
 )
 def test_names_split_as_webdataset_splits(name):
     key, extension = base_plus_ext(name)
+
     assert split_name(name) == (key, extension.lower())
 
 
@@ -196,16 +222,23 @@ def test_webdataset_reads_what_we_write(folder):
     pipeline = webdataset.DataPipeline(
         webdataset.SimpleShardList([str(folder / "00002.tar")]), webdataset.tarfile_to_samples()
     )
-    found = [(s["__key__"], {k: v for k, v in s.items() if isinstance(v, bytes)}) for s in pipeline]
-    assert found == rows(9, start=12)
+
+    samples = []
+    for sample in pipeline:
+        parts = {key: value for key, value in sample.items() if isinstance(value, bytes)}
+        samples.append((sample["__key__"], parts))
+
+    assert samples == rows(9, start=12)
 
 
 def test_we_read_what_webdataset_writes(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
         for key, parts in rows(6):
             writer.write({"__key__": key, **parts})
-    found = Shards([tmp_path])
-    assert [(found[i].key, found[i].parts) for i in range(6)] == rows(6)
+
+    shards = Shards([tmp_path])
+
+    assert [(shards[i].key, shards[i].parts) for i in range(6)] == rows(6)
 
 
 def test_captions():
@@ -217,10 +250,8 @@ def test_captions():
     assert caption(txt=b"caf\xe9") == "caf\ufffd", (
         "a caption in another encoding is no reason to lose the image"
     )
-    assert Sample("s", "k", {"json": b'{"caption": [" title ", "", "description"]}'}).captions == [
-        "title",
-        "description",
-    ]
+    several = Sample("s", "k", {"json": b'{"caption": [" title ", "", "description"]}'})
+    assert several.captions == ["title", "description"]
     assert Sample("s", "k", {"json": b'{"caption": [" "]}'}).captions == [""]
     for broken in (
         {"json": b"[]"},
@@ -238,37 +269,52 @@ COUNTS = [7, 1, 5, 9, 3, 12, 4]
 
 @pytest.mark.parametrize("window", [1, 2, 3, 100])
 def test_every_sample_once_an_epoch(window):
-    order, total = Order(COUNTS, 3, window), sum(COUNTS)
-    found = [order(p) for p in range(4 * total)]
-    assert [epoch for epoch, _ in found] == [p // total for p in range(4 * total)]
-    epochs = [[i for _, i in found[e * total : (e + 1) * total]] for e in range(4)]
-    assert all(Counter(epoch) == Counter(range(total)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4, "epochs differ"
-    shuffled, again = (
-        np.random.default_rng(0).permutation(4 * total),
-        pickle.loads(pickle.dumps(order)),
-    )
-    assert [again(p) for p in shuffled] == [found[p] for p in shuffled], (
-        "whatever was asked before, in any process"
-    )
-    assert [Order(COUNTS, 4, window)(p) for p in range(total)] != found[:total], "the seed matters"
+    order = Order(COUNTS, 3, window)
+    total = sum(COUNTS)
+
+    draws = [order(position) for position in range(4 * total)]
+
+    assert [epoch for epoch, _ in draws] == [position // total for position in range(4 * total)]
+    samples = [i for _, i in draws]
+    epochs = [tuple(samples[start : start + total]) for start in range(0, 4 * total, total)]
+    for epoch in epochs:
+        assert Counter(epoch) == Counter(range(total))
+    assert len(set(epochs)) == 4, "epochs differ"
+
+    shuffled = np.random.default_rng(0).permutation(4 * total)
+    copy = pickle.loads(pickle.dumps(order))
+    assert [copy(position) for position in shuffled] == [
+        draws[position] for position in shuffled
+    ], "whatever was asked before, in any process"
+
+    other = Order(COUNTS, 4, window)
+    assert [other(position) for position in range(total)] != draws[:total], "the seed matters"
 
 
 def test_a_window_reads_few_shards_at_a_time():
     """Within a window samples are mixed; outside it nothing is open."""
-    owner = np.repeat(np.arange(len(COUNTS)), COUNTS)
-    order, total = Order(COUNTS, 0, 3), sum(COUNTS)
-    seen = [owner[order(p)[1]] for p in range(total)]
-    first_last = {s: (seen.index(s), total - 1 - seen[::-1].index(s)) for s in set(seen)}
-    at_once = [sum(first <= p <= last for first, last in first_last.values()) for p in range(total)]
+    order = Order(COUNTS, 0, 3)
+    total = sum(COUNTS)
+    shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
+
+    shards = [shard_of[order(position)[1]] for position in range(total)]
+
+    spans = []
+    for shard in set(shards):
+        first = shards.index(shard)
+        last = total - 1 - shards[::-1].index(shard)
+        spans.append((first, last))
+    at_once = [sum(first <= p <= last for first, last in spans) for p in range(total)]
     assert max(at_once) == 3, "three shards are open at a time"
-    assert any(a != b for a, b in zip(seen, sorted(seen, key=seen.index))), "and mixed"
+    assert shards != sorted(shards, key=shards.index), "and mixed"
 
 
 def test_memory_is_not_needed_for_the_order():
     """A position far into a long run costs one window, not the epochs before it."""
     epoch, sample = Order([10_000] * 300, 0, 16)(12_800_000_000 - 1)
-    assert epoch == 12_800_000_000 // 3_000_000 and 0 <= sample < 3_000_000
+
+    assert epoch == 12_800_000_000 // 3_000_000
+    assert 0 <= sample < 3_000_000
 
 
 def test_an_empty_folder_and_an_empty_shard(tmp_path):

@@ -1,5 +1,6 @@
-"""Streamed shards, from a real HTTP server through webdataset: nothing is left out, nothing is lost
-by a resume, broken shards are named.
+"""Streamed shards, from a real HTTP server through webdataset.
+
+Nothing is left out, nothing is lost by a resume, broken shards are named.
 
     bash run/test.sh tests/data/test_stream.py
         -s prints how often samples were seen again after a kill
@@ -56,29 +57,38 @@ def stream(data, *train, workers=0, **more):
     cfg = DataConfig(
         train=train, tokenizer=f"sentencepiece({data}/tokenizer.model)", context=12, workers=workers
     )
-    reader = Reader(
-        cfg, {"image": View(crop=(0.5, 1.0), mask="random(0.5)")}, image_size=32, patch=8, seed=0
-    )
+    view = View(crop=(0.5, 1.0), mask="random(0.5)")
+    reader = Reader(cfg, {"image": view}, image_size=32, patch=8, seed=0)
     return Stream(reader, train, **{"batch": 8, **more})
 
 
+def read(loader, batches):
+    """The first batches of a loader, each a list of its parts."""
+    return list(loader.stream(range(batches), pin=False))
+
+
 def read_until(loader, shard, limit=400):
-    """Batches until no reader of this loader needs a shard before that one: Counter of (epoch,
-    shard, key).
+    """Read until no reader of this loader needs a shard before that one.
+
+    Returns a Counter of (epoch, shard, key).
     """
     seen = Counter()
     for parts in loader.stream(range(limit), pin=False):
-        seen.update(key for part in parts for key in loader.keys(part))
+        for part in parts:
+            seen.update(loader.keys(part))
         if loader.position() >= shard:
             return seen
     raise AssertionError(f"still at shard {loader.position()} after {limit} batches")
 
 
-def epochs(seen, count):
+def first_epochs(seen, count):
     return {key: n for key, n in seen.items() if key[0] < count}
 
 
-EVERYTHING = {(epoch, f"{i // 20:05d}.tar", f"{i:06d}") for epoch in (0, 1) for i in range(COUNT)}
+ALL_SHARDS = "/train/{00000..00005}.tar"
+KEYS = [f"{i:06d}" for i in range(COUNT)]
+ONE_EPOCH = [(f"{i // 20:05d}.tar", key) for i, key in enumerate(KEYS)]
+EVERYTHING = {(epoch, *sample) for epoch in (0, 1) for sample in ONE_EPOCH}
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (1, 2)])
@@ -86,115 +96,112 @@ def test_every_sample_of_every_epoch(data, url, world, workers):
     """Once each, where nothing interrupts, however many readers share the shards."""
     seen = Counter()
     for rank in range(world):
-        seen += read_until(
-            stream(
-                data, url + "/train/{00000..00005}.tar", rank=rank, world=world, workers=workers
-            ),
-            2 * SHARDS,
-        )
-    assert epochs(seen, 2).keys() == EVERYTHING and set(epochs(seen, 2).values()) == {1}
+        loader = stream(data, url + ALL_SHARDS, rank=rank, world=world, workers=workers)
+        seen += read_until(loader, 2 * SHARDS)
+
+    counts = first_epochs(seen, 2)
+    assert counts.keys() == EVERYTHING
+    assert set(counts.values()) == {1}
 
 
 def test_what_travels_and_the_order(data, url):
-    first, again = (
-        list(
-            stream(data, url + "/train/{00000..00005}.tar", accumulate=2).stream(
-                range(6), pin=False
-            )
-        )
-        for _ in range(2)
-    )
+    first = read(stream(data, url + ALL_SHARDS, accumulate=2), 6)
+    again = read(stream(data, url + ALL_SHARDS, accumulate=2), 6)
+
     keys = [part["keys"] for parts in first for part in parts]
-    assert keys == [part["keys"] for parts in again for part in parts], (
-        "the same run reads the same"
-    )
+    keys_again = [part["keys"] for parts in again for part in parts]
+    assert keys == keys_again, "the same run reads the same"
+    assert len(first[0]) == 2
     part = first[0][1]
-    assert (
-        len(first[0]) == 2
-        and part["samples"].shape == (4, 2)
-        and part["views"]["image"]["patches"].shape == (4, 8, 192)
-    )
+    assert part["samples"].shape == (4, 2)
+    assert part["views"]["image"]["patches"].shape == (4, 8, 192)
+
     order = [int(key) for row in keys for _, _, key in row]
-    assert sum(b == a + 1 for a, b in zip(order, order[1:])) < 12, "samples are mixed"
+    neighbors = sum(b == a + 1 for a, b in zip(order, order[1:]))
+    assert neighbors < 12, "samples are mixed"
 
 
 @pytest.mark.parametrize("then", [1, 2])
 def test_a_resume_loses_nothing(data, url, then):
-    """Two ranks stop after some batches; one or two go on from the cursor: every sample of both
-    epochs was seen.
+    """Two ranks stop after some batches; one or two go on from the cursor.
+
+    Every sample of both epochs was seen.
     """
-    train, seen, cursors = url + "/train/{00000..00005}.tar", Counter(), []
+    train = url + ALL_SHARDS
+    seen = Counter()
+    cursors = []
     for rank in range(2):
         loader = stream(data, train, rank=rank, world=2)
         assert loader.position() == 0
-        seen += Counter(
-            key
-            for parts in loader.stream(range(25), pin=False)
-            for part in parts
-            for key in loader.keys(part)
-        )
+        for parts in loader.stream(range(25), pin=False):
+            for part in parts:
+                seen.update(loader.keys(part))
         cursors.append(loader.position())
-    assert min(cursors) > 0, "it goes on from somewhere"
+    cursor = min(cursors)
+    assert cursor > 0, "it goes on from somewhere"
+
     for rank in range(then):
-        seen += read_until(
-            stream(data, train, rank=rank, world=then, cursor=min(cursors)), 2 * SHARDS
-        )
-    assert epochs(seen, 2).keys() == EVERYTHING
-    print(
-        f"cursor {cursors}: {sum(n - 1 for n in epochs(seen, 2).values())} of {2 * COUNT} samples"
-        " seen again"
-    )
+        loader = stream(data, train, rank=rank, world=then, cursor=cursor)
+        seen += read_until(loader, 2 * SHARDS)
+
+    counts = first_epochs(seen, 2)
+    assert counts.keys() == EVERYTHING
+    repeated = sum(counts.values()) - len(counts)
+    print(f"cursor {cursors}: {repeated} of {2 * COUNT} samples seen again")
 
 
 def test_fewer_shards_than_readers(data, url):
     with pytest.raises(ValueError, match="6 streamed shards for 8 readers .*fewer workers"):
-        stream(data, url + "/train/{00000..00005}.tar", world=4, workers=2)
+        stream(data, url + ALL_SHARDS, world=4, workers=2)
 
 
 def test_pipes_and_several_sources(data, url):
-    loader = stream(
-        data, f"pipe:cat {data}/train/{{00000..00002}}.tar", url + "/train/{00003..00005}.tar"
-    )
-    seen = epochs(read_until(loader, 2 * SHARDS), 2)
-    assert {key for _, _, key in seen} == {f"{i:06d}" for i in range(COUNT)} and set(
-        seen.values()
-    ) == {1}
-    assert (
-        is_stream(("pipe:cat x.tar",))
-        and is_stream(("s3://x.tar", "https://y.tar"))
-        and not is_stream(("/data/x",))
-    )
+    pipe = f"pipe:cat {data}/train/{{00000..00002}}.tar"
+    loader = stream(data, pipe, url + "/train/{00003..00005}.tar")
+
+    counts = first_epochs(read_until(loader, 2 * SHARDS), 2)
+
+    assert {key for _, _, key in counts} == set(KEYS)
+    assert set(counts.values()) == {1}
+
+
+def test_what_is_a_stream():
+    assert is_stream(("pipe:cat x.tar",))
+    assert is_stream(("s3://x.tar", "https://y.tar"))
+    assert not is_stream(("/data/x",))
     with pytest.raises(ValueError, match="pipe:cat x is a stream and /data/y a folder"):
         is_stream(("/data/y", "pipe:cat x"))
 
 
 def test_broken_shards_are_named_and_survived(data, tmp_path):
-    """One cut off in a file, one that is no tar, one that is not there, one broken picture; the
-    rest of the epoch is all there.
+    """One cut off in a file, one that is no tar, one that is not there, one broken picture.
+
+    The rest of the epoch is all there.
     """
     path = data / "train" / "00000.tar"
+    content = path.read_bytes()
     # within the tenth image; webdataset holds the ninth back
-    whole, cut = path.read_bytes(), headers(path)[18][2] + 100
-    for name, content in (("0", whole), ("1", whole[:cut]), ("2", b"<html>" * 200)):
-        (tmp_path / f"{name}.tar").write_bytes(content)
-    write_shard(
-        tmp_path / "4.tar",
-        [("good", {"png": whole[512 : 512 + 2000], "txt": b"x"}), ("mute", {"jpg": b"x"})],
-    )
-    loader, bad = stream(data, f"pipe:cat {tmp_path}/{{0..4}}.tar", batch=4), []
-    for parts in loader.stream(range(30), pin=False):
+    cut = headers(path)[18][2] + 100
+    (tmp_path / "0.tar").write_bytes(content)
+    (tmp_path / "1.tar").write_bytes(content[:cut])
+    (tmp_path / "2.tar").write_bytes(b"<html>" * 200)
+    good = {"png": content[512 : 512 + 2000], "txt": b"x"}
+    write_shard(tmp_path / "4.tar", [("good", good), ("mute", {"jpg": b"x"})])
+    train = f"pipe:cat {tmp_path}/{{0..4}}.tar"
+
+    bad = []
+    for parts in read(stream(data, train, batch=4), 30):
         bad += parts[0]["bad"]
-    named = {shard: (key, why) for shard, key, why in bad}
-    assert named.keys() == {"1.tar", "2.tar", "3.tar", "4.tar"}
-    assert [named[f"{n}.tar"][0] for n in (1, 2, 3)] == [
-        "after 8 samples",
-        "after 0 samples",
-        "after 0 samples",
-    ]
-    seen = read_until(stream(data, f"pipe:cat {tmp_path}/{{0..4}}.tar", batch=4), 5)
-    assert {key for epoch, shard, key in seen if (epoch, shard) == (0, "0.tar")} == {
-        f"{i:06d}" for i in range(20)
-    }
+
+    keys = {shard: key for shard, key, _ in bad}
+    assert keys.keys() == {"1.tar", "2.tar", "3.tar", "4.tar"}
+    assert keys["1.tar"] == "after 8 samples"
+    assert keys["2.tar"] == "after 0 samples"
+    assert keys["3.tar"] == "after 0 samples"
+
+    seen = read_until(stream(data, train, batch=4), 5)
+    first_shard = {key for epoch, shard, key in seen if (epoch, shard) == (0, "0.tar")}
+    assert first_shard == set(KEYS[:20])
 
 
 @pytest.mark.parametrize(
@@ -207,52 +214,57 @@ def test_broken_shards_are_named_and_survived(data, tmp_path):
 )
 def test_nothing_to_read_is_an_error_and_no_endless_wait(data, train):
     with pytest.raises(ValueError, match="streamed shards in a row gave nothing"):
-        next(stream(data, train).stream(range(1), pin=False))
+        read(stream(data, train), 1)
 
 
 def test_nothing_readable_is_an_error(data, tmp_path):
-    write_shard(tmp_path / "0.tar", [(f"{i}", {"jpg": b"x", "txt": b"x"}) for i in range(30)])
+    rows = [(f"{i}", {"jpg": b"x", "txt": b"x"}) for i in range(30)]
+    write_shard(tmp_path / "0.tar", rows)
+
     with pytest.raises(ValueError, match="20 samples in a row cannot be read, the last 0.tar"):
-        next(stream(data, f"pipe:cat {tmp_path}/0.tar").stream(range(1), pin=False))
+        read(stream(data, f"pipe:cat {tmp_path}/0.tar"), 1)
 
 
 @pytest.mark.slow
 def test_a_run_on_streams_is_stopped_and_goes_on(data, url):
     run = data / "run"
     overrides = (
-        "data.train=" + url + "/train/{00000..00005}.tar",
+        "data.train=" + url + ALL_SHARDS,
         "data.workers=1",
         "data.trace=true",
         "save_every=64",
         "samples=8000",
     )
-    with (data / "run.log").open("w") as log:
-        line = command(2, "run/pretrain.py", *settings(data, run, *overrides))
+
+    train_and_stop(command(2, "run/pretrain.py", *settings(data, run, *overrides)), run)
+    last = sorted((run / "checkpoints").glob("step-*/manifest.json"))[-1]
+    stopped = json.loads(last.read_text())["samples"]
+    more = (*overrides, f"samples={stopped + 160}")
+    done = launch(2, "run/pretrain.py", *settings(data, run, *more), "--resume")
+
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "6 streamed shards" in done.stdout
+    assert len((run / "command.txt").read_text().splitlines()) == 2, "rank 0 alone keeps the folder"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["samples"] for row in rows] == list(range(16, stopped + 161, 16)), "each step once"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def train_and_stop(line, run):
+    """Start a training, and stop it by a signal after some steps."""
+    log = run.with_suffix(".log")
+    metrics = run / "metrics.jsonl"
+    with log.open("w") as file:
         process = subprocess.Popen(
-            line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
+            line, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
         )
-        while not (
-            (run / "metrics.jsonl").exists()
-            and len((run / "metrics.jsonl").read_text().splitlines()) > 5
-        ):
-            assert process.poll() is None, (data / "run.log").read_text()[-3000:]
+        while not metrics.exists() or len(metrics.read_text().splitlines()) <= 5:
+            assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.1)
         # as schedulers do: deepspeed's own process passes nothing on
         os.killpg(process.pid, signal.SIGTERM)
         limit = time.time() + 60
-        while "go on with --resume" not in (text := (data / "run.log").read_text()):
-            assert time.time() < limit, text[-3000:]
+        while "go on with --resume" not in log.read_text():
+            assert time.time() < limit, log.read_text()[-3000:]
             time.sleep(0.1)
         process.wait(10)
-    manifest = json.loads(
-        sorted((run / "checkpoints").glob("step-*/manifest.json"))[-1].read_text()
-    )
-    stopped = manifest["samples"]
-    more = (*overrides, f"samples={stopped + 160}")
-    done = launch(2, "run/pretrain.py", *settings(data, run, *more), "--resume")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "6 streamed shards" in done.stdout
-    assert len((run / "command.txt").read_text().splitlines()) == 2, "rank 0 alone keeps the folder"
-    rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["samples"] for row in rows] == list(range(16, stopped + 161, 16)), "each step once"
-    assert rows[-1]["loss"] < rows[0]["loss"]

