@@ -223,15 +223,15 @@ class Images(ABC):
         return type(self)(self.folder, split)
 
     def rounds(
-        self, pre: Preprocess, batch: int, mine: Sequence[int], turns: int, workers: int
+        self, pre: Preprocess, batch: int, indices: Sequence[int], turns: int, workers: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield `turns` rounds over this rank's images, `mine`.
+        """Yield `turns` rounds over this rank's images, `indices`.
 
         A round is indices (m,), patches (n, L, 3*P*P) uint8 and positions (n, L); its first m <= n
         images are those of the indices. When this rank's images are used up, a round shows image 0
         and has m = 0: under ZeRO-3 all ranks must go through the tower in step.
         """
-        rounds = _Rounds(self, pre, batch, mine, turns)
+        rounds = _Rounds(self, pre, batch, indices, turns)
         start = quiet_worker if workers else None
         yield from DataLoader(rounds, batch_size=None, num_workers=workers, worker_init_fn=start)
 
@@ -368,12 +368,12 @@ class _Rounds(Dataset):
     """The rounds of `Images.rounds`."""
 
     def __init__(
-        self, images: Images, pre: Preprocess, batch: int, mine: Sequence[int], turns: int
+        self, images: Images, pre: Preprocess, batch: int, indices: Sequence[int], turns: int
     ):
         self.images = images
         self.pre = pre
         self.batch = batch
-        self.mine = mine
+        self.indices = indices
         self.turns = turns
         rows, columns = grid(*sides(pre.image_size), pre.patch)
         self.everything = np.arange(rows * columns)
@@ -384,7 +384,7 @@ class _Rounds(Dataset):
     def __getitem__(self, turn: int) -> tuple[Tensor, Tensor, Tensor]:
         if turn >= self.turns:
             raise IndexError
-        indices = list(self.mine[turn * self.batch : (turn + 1) * self.batch])
+        indices = list(self.indices[turn * self.batch : (turn + 1) * self.batch])
         patches = np.stack([self.patches(i) for i in indices or [0]])
         positions = torch.from_numpy(self.everything).expand(len(patches), -1)
         return torch.tensor(indices, dtype=torch.int64), torch.from_numpy(patches), positions

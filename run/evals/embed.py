@@ -121,19 +121,19 @@ class Embedder:
         # Batches are dealt out to the ranks in turn.
         turns = math.ceil(len(images) / (BATCH * world()))
         everything = range(len(images))
-        mine: list[int] = []
+        share: list[int] = []
         for turn in range(turns):
             first = (turn * world() + rank()) * BATCH
-            mine += everything[first : first + BATCH]
+            share += everything[first : first + BATCH]
 
-        indices, embeddings = zip(*self.passed(images, what, mine, turns))
+        indices, embeddings = zip(*self.passed(images, what, share, turns))
         return torch.cat(indices), torch.cat(embeddings)
 
     @torch.no_grad()
     def passed(
-        self, images: Images, what: str, mine: Sequence[int], turns: int
+        self, images: Images, what: str, share: Sequence[int], turns: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (indices (m,), features (m, ...)) of this rank's images `mine`, in `turns` rounds.
+        """Yield (indices (m,), features (m, ...)) of this rank's images `share`, in `turns` rounds.
 
         turns: the same number on every rank. what: embedded (E), pooled (D, before the projection),
         grid (9 D, see by_place), tokens (1 + K, D, the class token first), values, which are tokens
@@ -141,7 +141,7 @@ class Embedder:
         tower.
         """
         workers = min(self.cfg.data.workers, 2)
-        for indices, patches, positions in images.rounds(self.pre, BATCH, mine, turns, workers):
+        for indices, patches, positions in images.rounds(self.pre, BATCH, share, turns, workers):
             features = self.encode(what, indices, patches, positions)
             yield indices, features[: len(indices)]
 

@@ -205,20 +205,20 @@ def embeddings(
         return
 
     # This rank's blocks of all parts: the blocks of each part are dealt out to the ranks in turn.
-    starts: dict[int, np.ndarray] = {}  # by part: the first image of each of its blocks
-    mine, ends = [], []
+    starts_of: dict[int, np.ndarray] = {}  # by part: the first image of each of its blocks
+    starts, ends = [], []
     for part in todo:
         first, last = out.span(part)
-        starts[part] = np.arange(first, last, batch)
-        share = starts[part][rank() :: world()]
-        mine.append(share)
+        starts_of[part] = np.arange(first, last, batch)
+        share = starts_of[part][rank() :: world()]
+        starts.append(share)
         ends.append(np.minimum(share + batch, last))
-    mine, ends = np.concatenate(mine), np.concatenate(ends)
-    loaded = blocks(gallery, model.pre, mine, ends, workers)
+    starts, ends = np.concatenate(starts), np.concatenate(ends)
+    loaded = blocks(gallery, model.pre, starts, ends, workers)
     if rank() == 0:
-        loaded = iter(bar(loaded, "embedding", " rows", len(mine), scale=batch * world()))
+        loaded = iter(bar(loaded, "embedding", " rows", len(starts), scale=batch * world()))
 
-    for part, firsts in starts.items():
+    for part, firsts in starts_of.items():
         # Every rank embeds a block a turn; the rank that writes the part keeps them all.
         writes = part % world() == rank()
         rows: list[Rows] = []

@@ -84,16 +84,16 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
 
     # Chunks still to be made, as rank 0 sees the folder; they are dealt out to the ranks in turn.
     missing = [int(chunk) for chunk in told(missing_chunks).split()]
-    mine = missing[rank() :: world()]
+    share = missing[rank() :: world()]
     samples: list[int] = []
-    for chunk in mine:
+    for chunk in share:
         samples += range(chunk * CHUNK, min((chunk + 1) * CHUNK, count))
     most_chunks = math.ceil(len(missing) / world())  # of any rank
     turns = most_chunks * (CHUNK // BATCH)
 
     # Batches wait until they fill a chunk, or end with the set's last image.
     dtype = torch.float16 if what in HALF else torch.float32
-    todo = iter(mine)
+    todo = iter(share)
     order: list[int] = []
     waiting: list[Tensor] = []
     for indices, batch in model.passed(images, what, samples, turns):

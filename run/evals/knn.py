@@ -48,8 +48,8 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     train, test = splits(model, images, options.features)
     classes = len(images.classes())
     labels = train.labels()
-    mine = torch.arange(len(test)).split(QUERIES)[rank() :: world()]
-    queries = [test.rows(block) for block in mine]
+    blocks = torch.arange(len(test)).split(QUERIES)[rank() :: world()]
+    queries = [test.rows(block) for block in blocks]
 
     predictions = [torch.empty(0, classes)]  # for a rank without a share
     for cosines, numbers in neighbours(train, queries, options.k):
@@ -57,7 +57,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
         # argmax takes the first class of equal votes.
         predictions.append(F.one_hot(votes.argmax(1), classes).float())
 
-    indices = torch.cat([*mine, torch.empty(0, dtype=torch.int64)])
+    indices = torch.cat([*blocks, torch.empty(0, dtype=torch.int64)])
     return accuracies(torch.cat(predictions), test.labels()[indices])
 
 

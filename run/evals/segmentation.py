@@ -122,10 +122,10 @@ def similarities(
 
     The cosines to each class are (C, canvas rows, canvas columns), a pixel of the canvas each.
     """
-    mine = range(rank(), len(images), world())
+    share = range(rank(), len(images), world())
     # A rank without images goes through the tower in step.
-    windows = Windows(images, sliding, mine or [0])
-    every_window = range(len(windows)) if mine else []
+    windows = Windows(images, sliding, share or [0])
+    every_window = range(len(windows)) if share else []
     turns = -least(-math.ceil(len(every_window) / BATCH))  # of the rank with the most windows
 
     waiting: list[Tensor] = []  # windows of the current image
@@ -166,13 +166,13 @@ def resized(similar: Tensor, shape: tuple[int, int]) -> Tensor:
     return F.interpolate(similar[None], tuple(shape), mode="bilinear", align_corners=False)[0]
 
 
-def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
+def confusion(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     """Count the pixels of each class (row) that are predicted as each class (column), (C, C) int64.
 
     Pixels of no class are left out.
     """
     known = truth != IGNORE
-    pairs = truth[known] * classes + found[known]
+    pairs = truth[known] * classes + prediction[known]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
@@ -194,15 +194,15 @@ def scores(counts: Tensor) -> dict[str, float]:
     )
 
 
-def picture(model: Embedder, images: Images, how: str, shown: list) -> None:
+def picture(model: Embedder, images: Images, how: str, samples: list) -> None:
     """Write the images of all ranks to RUN/pictures/TAG-SET-HOW.png.
 
-    shown: (number, image, label map, prediction) of each.
+    samples: (number, image, label map, prediction) of each.
     """
-    shown = sorted(gathered(shown), key=lambda row: row[0])
-    if rank() or not shown:
+    samples = sorted(gathered(samples), key=lambda row: row[0])
+    if rank() or not samples:
         return
     path = model.home / "pictures" / f"{model.tag}-{images.name}-{how}.png"
     path.parent.mkdir(exist_ok=True)
-    segmentations([row[1:] for row in shown], images.classes()).save(path)
+    segmentations([row[1:] for row in samples], images.classes()).save(path)
     model.say(f"{path}: images, their label maps, what was found")

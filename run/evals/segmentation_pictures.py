@@ -28,7 +28,7 @@ def segmentations(
 
 
 def strip(
-    image: np.ndarray, truth: np.ndarray, found: np.ndarray, classes: list[str], side: int
+    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: list[str], side: int
 ) -> Image.Image:
     """Draw one row of the picture."""
     known = truth != IGNORE
@@ -37,14 +37,14 @@ def strip(
 
     # The image and its two maps, side by side.
     result.paste(Image.fromarray(image).resize((width, side)), (0, 0))
-    for n, values in enumerate((truth, found), start=1):
+    for n, values in enumerate((truth, prediction), start=1):
         colored = np.where(known[..., None], colours(values), GREY).astype(np.uint8)
         part = Image.fromarray(colored).resize((width, side), Image.Resampling.NEAREST)
         result.paste(part, (n * (width + 4), 0))
 
     # The names of the classes in each map, in their colors; the largest first, as many as fit in.
     draw = ImageDraw.Draw(result)
-    for n, (title, values) in enumerate((("is", truth[known]), ("found", found[known]))):
+    for n, (title, values) in enumerate((("is", truth[known]), ("found", prediction[known]))):
         left = 3 * width + 16 + 130 * n
         draw.text((left, 2), title, fill="black")
         numbers, counts = np.unique(values, return_counts=True)

@@ -68,9 +68,9 @@ class Model:
         self.breaks = breaks
         self.asked = []
 
-    def passed(self, images, what, mine, turns):
+    def passed(self, images, what, share, turns):
         for turn in range(turns):
-            here = mine[turn * self.batch : (turn + 1) * self.batch]
+            here = share[turn * self.batch : (turn + 1) * self.batch]
             if self.breaks is not None and self.breaks in here:
                 raise OSError("the machine went down")
             self.asked += here
@@ -221,8 +221,8 @@ def test_knn(tmp_path, images, monkeypatch, k, temperature):
             results[world] = run(lambda: knn.evaluate(Model(tmp_path, 4), images, options))
 
     (alone,) = results[1]
-    for world, found in results.items():
-        assert found == [alone] * world, "not one bit differs"
+    for world, of_ranks in results.items():
+        assert of_ranks == [alone] * world, "not one bit differs"
     assert alone == pytest.approx(wanted, abs=1e-12)
     assert 0.2 < alone["top1"] < 1
 
