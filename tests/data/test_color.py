@@ -1,6 +1,6 @@
-"""Colours: each change is torchvision's, at a factor from the range asked for and in this order; it
-happens as often as asked, and
-follows from the generator alone.
+"""Colors: each change is torchvision's, at a factor from the range asked for and in this order.
+
+It happens as often as asked, and follows from the generator alone.
 
     bash run/test.sh tests/data/test_color.py
 """
@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import glimpse.data.transforms as colour
-from glimpse.data.transforms import recolour, turned
-from glimpse.data.transforms import View, random_view
+import glimpse.data.transforms as augment
+from glimpse.data.transforms import View, random_view, recolour, turned
 from glimpse.tests.data.test_transforms import encode, picture
 
 F = pytest.importorskip("torchvision.transforms.functional")
@@ -26,12 +25,14 @@ JITTER = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}
 
 
 class Chosen:
-    """In place of a generator: everything happens, and a uniform draw lies at `share` between its
-    ends.
+    """In place of a generator: everything happens.
+
+    A uniform draw lies at `share` between its ends.
     """
 
     def __init__(self, share, order=(0, 1, 2, 3)):
-        self.share, self.order = share, order
+        self.share = share
+        self.order = order
 
     def random(self):
         return 0.0
@@ -45,23 +46,28 @@ class Chosen:
 
 
 def changed(rng, jitter=OFF, grey=0.0, blur=0.0, solarize=0.0, image=IMAGE):
-    made = recolour(image, rng, jitter, grey, blur, solarize)
-    assert made.shape == image.shape and made.dtype == np.uint8
-    return made
+    result = recolour(image, rng, jitter, grey, blur, solarize)
+    assert result.shape == image.shape
+    assert result.dtype == np.uint8
+    return result
 
 
 def only(name, amount):
-    return tuple(amount if i == JITTER[name] else 0.0 for i in range(4))
+    """The jitter of one property."""
+    jitter = [0.0] * 4
+    jitter[JITTER[name]] = amount
+    return tuple(jitter)
 
 
-def level(made, expected):
+def level(result, expected):
     """The largest and the mean difference."""
-    error = np.abs(made.astype(int) - np.asarray(expected).astype(int))
+    error = np.abs(result.astype(int) - np.asarray(expected).astype(int))
     return error.max(), error.mean()
 
 
 def test_zeros_leave_the_image_and_the_generator_alone():
     rng = np.random.default_rng(0)
+
     assert recolour(IMAGE, rng, OFF, 0.0, 0.0, 0.0) is IMAGE
     assert rng.random() == np.random.default_rng(0).random()
 
@@ -84,80 +90,103 @@ def test_zeros_leave_the_image_and_the_generator_alone():
 def test_jitter_is_torchvision_from_one_end_of_its_range_to_the_other(name, amount, low, high):
     adjust = getattr(F, f"adjust_{name}")
     for share, factor in ((0.0, low), (0.5, (low + high) / 2), (1.0, high)):
-        made = changed(Chosen(share), only(name, amount))
-        assert np.array_equal(made, np.asarray(adjust(PICTURE, factor)))
-    assert not np.array_equal(made, IMAGE)
+        result = changed(Chosen(share), only(name, amount))
+
+        assert np.array_equal(result, np.asarray(adjust(PICTURE, factor)))
+    assert not np.array_equal(result, IMAGE)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.33, -0.1, 0.05, 0.25, 0.5])
 def test_hue_is_within_a_level_of_torchvision(shift):
-    largest, mean = level(np.asarray(turned(PICTURE, shift)), F.adjust_hue(PICTURE, shift))
-    assert largest <= 7 and mean < 2.5, (
-        "one of 256 levels around the circle is 6 of red, green or blue"
-    )
+    result = np.asarray(turned(PICTURE, shift))
+
+    largest, mean = level(result, F.adjust_hue(PICTURE, shift))
+    assert largest <= 7, "one of 256 levels around the circle is 6 of red, green or blue"
+    assert mean < 2.5
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
 def test_everything_at_once_is_torchvision_step_by_step(order):
-    jitter, shares = (0.4, 0.5, 0.6, 0.2), (1.4, 1.5, 1.6, 0.2)
+    jitter = (0.4, 0.5, 0.6, 0.2)
+    factors = (1.4, 1.5, 1.6, 0.2)  # the upper end of each range
+    names = list(JITTER)
+
+    jittered = changed(Chosen(1.0, order), jitter)
+    everything = changed(Chosen(1.0, order), jitter, 0.2, 0.1, 0.2)
+
     expected = PICTURE
     for i in order:
-        expected = getattr(F, f"adjust_{list(JITTER)[i]}")(expected, shares[i])
-    assert np.array_equal(changed(Chosen(1.0, order), jitter), np.asarray(expected))
-    expected = F.rgb_to_grayscale(expected, 3).filter(ImageFilter.GaussianBlur(2.0))
-    assert np.array_equal(
-        changed(Chosen(1.0, order), jitter, 0.2, 0.1, 0.2), np.asarray(F.solarize(expected, 128))
-    )
+        adjust = getattr(F, f"adjust_{names[i]}")
+        expected = adjust(expected, factors[i])
+    assert np.array_equal(jittered, np.asarray(expected))
+    expected = F.rgb_to_grayscale(expected, 3)
+    expected = expected.filter(ImageFilter.GaussianBlur(2.0))
+    expected = F.solarize(expected, 128)
+    assert np.array_equal(everything, np.asarray(expected))
 
 
 def test_every_order_of_the_jitter_is_as_likely(monkeypatch):
-    steps, found = [], Counter()
+    steps = []
+
+    def recorded(name):
+        """In place of a class of ImageEnhance: notes that it was used, and changes nothing."""
+
+        def enhancer(image):
+            def enhance(factor):
+                steps.append(name)
+                return image
+
+            return SimpleNamespace(enhance=enhance)
+
+        return enhancer
+
+    def recorded_hue(image, shift):
+        steps.append("hue")
+        return image
+
     for name in ("Brightness", "Contrast", "Color"):
-        monkeypatch.setattr(
-            colour.ImageEnhance,
-            name,
-            lambda image, name=name: SimpleNamespace(
-                enhance=lambda factor: steps.append(name) or image
-            ),
-        )
-    monkeypatch.setattr(colour, "turned", lambda image, shift: steps.append("hue") or image)
+        monkeypatch.setattr(augment.ImageEnhance, name, recorded(name))
+    monkeypatch.setattr(augment, "turned", recorded_hue)
+    counts = Counter()
     for seed in range(1200):
         steps.clear()
-        colour.jittered(PICTURE, (0.1, 0.1, 0.1, 0.1), np.random.default_rng(seed))
-        found[tuple(steps)] += 1
-    assert len(found) == 24 and min(found.values()) > 25 and max(found.values()) < 80  # 50 each
+        augment.jittered(PICTURE, (0.1, 0.1, 0.1, 0.1), np.random.default_rng(seed))
+        counts[tuple(steps)] += 1
+
+    assert len(counts) == 24
+    assert min(counts.values()) > 25  # 50 each
+    assert max(counts.values()) < 80
 
 
 def test_grey_and_solarize_are_torchvision():
-    assert np.array_equal(
-        changed(Chosen(0.5), grey=0.1), np.asarray(F.rgb_to_grayscale(PICTURE, 3))
-    )
-    made = changed(Chosen(0.5), solarize=0.1)
-    assert np.array_equal(made, np.asarray(F.solarize(PICTURE, 128)))
+    grey = changed(Chosen(0.5), grey=0.1)
+    assert np.array_equal(grey, np.asarray(F.rgb_to_grayscale(PICTURE, 3)))
+
+    solarized = changed(Chosen(0.5), solarize=0.1)
+    assert np.array_equal(solarized, np.asarray(F.solarize(PICTURE, 128)))
+
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    assert changed(Chosen(0.5), solarize=0.1, image=ramp)[0, 126:130, 0].tolist() == [
-        126,
-        127,
-        127,
-        126,
-    ]
+    solarized = changed(Chosen(0.5), solarize=0.1, image=ramp)
+    assert solarized[0, 126:130, 0].tolist() == [126, 127, 127, 126]
 
 
 @pytest.mark.parametrize("share, sigma", [(0.0, 0.1), (0.5, 1.05), (1.0, 2.0)])
 def test_blur_is_nearly_torchvision_gaussian(share, sigma):
     """Pillow's is made of boxes; it is nearer to the true one of its sigma than to any other."""
-    grain = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    made = changed(Chosen(share), blur=0.1, image=np.asarray(grain))
-    errors = {
-        s: level(made, F.gaussian_blur(grain, [23, 23], [s, s]))[1]
-        for s in (0.1, 0.6, 0.9, 1.05, 1.2, 1.8, 2.0, 2.2)
-    }
-    assert min(errors, key=errors.get) == sigma and errors[sigma] < 2
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    grain = Image.fromarray(pixels)
+
+    result = changed(Chosen(share), blur=0.1, image=pixels)
+
+    errors = {}
+    for other in (0.1, 0.6, 0.9, 1.05, 1.2, 1.8, 2.0, 2.2):
+        _, errors[other] = level(result, F.gaussian_blur(grain, [23, 23], [other, other]))
+    assert min(errors, key=errors.get) == sigma
+    assert errors[sigma] < 2
 
 
-CHECKS = np.where(np.indices((4, 4)).sum(0)[..., None] % 2, (250, 30, 90), (10, 200, 140)).astype(
-    np.uint8
-)
+ODD = np.indices((4, 4)).sum(0)[..., None] % 2
+CHECKS = np.where(ODD, (250, 30, 90), (10, 200, 140)).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -171,35 +200,39 @@ CHECKS = np.where(np.indices((4, 4)).sum(0)[..., None] % 2, (250, 30, 90), (10, 
     ],
 )
 def test_as_often_as_asked(how, share):
-    rng, draws = np.random.default_rng(0), 1500
-    found = (
-        sum(not np.array_equal(changed(rng, **how, image=CHECKS), CHECKS) for _ in range(draws))
-        / draws
-    )
-    assert found == pytest.approx(share, abs=0.03)
+    rng = np.random.default_rng(0)
+    draws = 1500
+
+    results = [changed(rng, **how, image=CHECKS) for _ in range(draws)]
+
+    changes = sum(not np.array_equal(result, CHECKS) for result in results)
+    assert changes / draws == pytest.approx(share, abs=0.03)
 
 
 def test_each_change_is_drawn_on_its_own():
-    rng, bright, draws = (
-        np.random.default_rng(0),
-        np.full((2, 2, 3), (200, 220, 240), np.uint8),
-        1500,
-    )
-    made = np.stack(
-        [changed(rng, grey=0.5, solarize=0.4, image=bright)[0, 0].astype(int) for _ in range(draws)]
-    )
-    grey, dark = made[:, 0] == made[:, 2], made[:, 1] < 128
-    for found, share in ((grey, 0.5), (dark, 0.4), (grey & dark, 0.2)):
-        assert found.mean() == pytest.approx(share, abs=0.03)
+    rng = np.random.default_rng(0)
+    bright = np.full((2, 2, 3), (200, 220, 240), np.uint8)
+
+    results = [changed(rng, grey=0.5, solarize=0.4, image=bright) for _ in range(1500)]
+
+    colours = np.stack([result[0, 0].astype(int) for result in results])
+    grey = colours[:, 0] == colours[:, 2]
+    dark = colours[:, 1] < 128
+    assert grey.mean() == pytest.approx(0.5, abs=0.03)
+    assert dark.mean() == pytest.approx(0.4, abs=0.03)
+    assert (grey & dark).mean() == pytest.approx(0.2, abs=0.03)
 
 
 def test_the_generator_decides_and_the_image_is_left_as_it_was():
-    how, before = dict(jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.5, solarize=0.2), IMAGE.copy()
-    one, same = (
-        [changed(np.random.default_rng(seed), **how) for seed in range(20)] for _ in range(2)
-    )
-    assert all(np.array_equal(a, b) for a, b in zip(one, same))
-    assert len({made.tobytes() for made in one}) > 15
+    how = dict(jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.5, solarize=0.2)
+    before = IMAGE.copy()
+
+    results = [changed(np.random.default_rng(seed), **how) for seed in range(20)]
+    again = [changed(np.random.default_rng(seed), **how) for seed in range(20)]
+
+    for result, same in zip(results, again):
+        assert np.array_equal(result, same)
+    assert len({result.tobytes() for result in results}) > 15
     assert np.array_equal(IMAGE, before)
 
 
@@ -215,14 +248,18 @@ def test_the_generator_decides_and_the_image_is_left_as_it_was():
 def test_a_view_passes_its_settings_on(field, expected, flip):
     data = encode(picture(64, 48), "PNG")
     for seed in range(4):
-        made, box = random_view(data, 32, View(flip=flip, **field), np.random.default_rng(seed))
+        image, box = random_view(data, 32, View(flip=flip, **field), np.random.default_rng(seed))
         plain, same_box = random_view(data, 32, View(flip=flip), np.random.default_rng(seed))
+
         assert box == same_box
         if expected:
-            assert np.array_equal(made, np.asarray(expected(Image.fromarray(plain))))
+            assert np.array_equal(image, np.asarray(expected(Image.fromarray(plain))))
         else:  # a blur: smoother, and of the same mean
-            assert level(made, plain)[0] > 0 and abs(made.mean() - plain.mean()) < 1
-            assert (
-                np.abs(np.diff(made.astype(int), axis=1)).sum()
-                < np.abs(np.diff(plain.astype(int), axis=1)).sum()
-            )
+            largest, _ = level(image, plain)
+            assert largest > 0
+            assert abs(image.mean() - plain.mean()) < 1
+            assert variation(image) < variation(plain)
+
+
+def variation(image):
+    return np.abs(np.diff(image.astype(int), axis=1)).sum()
