@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from glimpse.model.init import Linear, text_init, vision_init
+from glimpse.model.init import text_init, vision_init
+from glimpse.model.layers import Linear
 from glimpse.model.losses import unit
 from glimpse.model.text import TextConfig, TextTower
 from glimpse.model.vision import VisionConfig, VisionTower

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.init import Linear
+from glimpse.model.layers import Linear
 from glimpse.model.layers import Embedding, drawn
 
 PAD = 0
