@@ -43,7 +43,7 @@ IGNORE = 255  # in a label map: no class
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an evaluation image reaches the tower."""
+    """Size, patches, crop and interpolation of evaluation images."""
 
     image_size: Size
     patch: int

@@ -99,12 +99,12 @@ def add_set(suite: Suite, row: EvalSet, folder: Path, options: zero_shot.Options
         return
 
     suite.sets[row.name] = images, options
-    unseen = set(range(classes)) - seen
-    if unseen:
-        first = images.classes()[min(unseen)]
+    empty = classes - len(seen)
+    if empty > 0:
+        first = images.classes()[min(set(range(classes)) - seen)]
         suite.doubts.append(
-            f"{row.name}: {folder}: {len(unseen)} of its {classes} classes have no image, e.g."
-            f" {first}; is it whole, and are its classes counted from 0?"
+            f"{row.name}: {folder}: {empty} of its {classes} classes have no image, e.g. {first};"
+            " is it whole, and are its classes counted from 0?"
         )
 
 
