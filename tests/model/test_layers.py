@@ -1,6 +1,7 @@
-"""Proves the parts of model/layers.py and model/init.py against formulas written out here:
-attention on packed sequences equals attention sequence by sequence (values and gradients),
-recomputed activations change no bit, positions and first draws are the papers'.
+"""Compare model/layers.py and model/init.py with formulas written out here.
+
+Attention on packed sequences equals attention sequence by sequence (values and gradients),
+recomputed activations change no bit, positions and initial weights are those of the papers.
 
 Run: pytest tests/model/test_layers.py
 """
@@ -11,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from glimpse.model.init import Init, Linear
-from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drop_path, sincos
+from glimpse.model.init import Init
+from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Linear, Packed, drop_path, sincos
 from glimpse.model.towers import ModelConfig, Towers
 
 LENGTHS = torch.tensor([3, 1, 7, 4])
@@ -25,24 +26,25 @@ def blocks(recompute: bool = False, dtype: torch.dtype = torch.float64) -> Block
 
 
 def tokens(count: int = int(LENGTHS.sum())) -> torch.Tensor:
-    return torch.randn(
-        count, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    ).requires_grad_()
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(count, WIDTH, dtype=torch.float64, generator=rng).requires_grad_()
 
 
 def plain(stack: Blocks, x: torch.Tensor, causal: bool) -> torch.Tensor:
-    """One sequence (N, D) through the blocks, attention written out."""
+    """Run the blocks on one sequence (N, D), with attention written out."""
     for block in stack:
-        heads = F.linear(block.norm1(x), block.attn.qkv.weight, block.attn.qkv.bias).view(
-            len(x), 3, HEADS, -1
-        )
-        scores = torch.einsum("qhe,khe->hqk", heads[:, 0], heads[:, 1]) / math.sqrt(WIDTH / HEADS)
+        attn = block.attn
+        mlp = block.mlp
+        qkv = F.linear(block.norm1(x), attn.qkv.weight, attn.qkv.bias).view(len(x), 3, HEADS, -1)
+        query, key, value = qkv.unbind(1)
+        scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(WIDTH / HEADS)
         if causal:
-            scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -math.inf)
-        mixed = torch.einsum("hqk,khe->qhe", scores.softmax(-1), heads[:, 2]).flatten(1)
-        x = x + F.linear(mixed, block.attn.out.weight, block.attn.out.bias)
-        hidden = F.gelu(F.linear(block.norm2(x), block.mlp.up.weight, block.mlp.up.bias))
-        x = x + F.linear(hidden, block.mlp.down.weight, block.mlp.down.bias)
+            future = torch.ones(len(x), len(x)).triu(1).bool()
+            scores = scores.masked_fill(future, -math.inf)
+        mixed = torch.einsum("hqk,khe->qhe", scores.softmax(-1), value).flatten(1)
+        x = x + F.linear(mixed, attn.out.weight, attn.out.bias)
+        hidden = F.gelu(F.linear(block.norm2(x), mlp.up.weight, mlp.up.bias))
+        x = x + F.linear(hidden, mlp.down.weight, mlp.down.bias)
     return x
 
 
@@ -54,73 +56,101 @@ def gradients(stack: Blocks, y: torch.Tensor, x: torch.Tensor) -> list[torch.Ten
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("longest", [None, 7, 9])
 def test_packed_equals_one_sequence_at_a_time(causal, longest):
-    stack, x = blocks(), tokens()
+    stack = blocks()
+    x = tokens()
+
     y = stack(x, Packed(LENGTHS, len(x), longest, causal))
+    grads = gradients(stack, y, x)
+
     expected = torch.cat([plain(stack, part, causal) for part in x.split(LENGTHS.tolist())])
+    expected_grads = gradients(stack, expected, x)
     torch.testing.assert_close(y, expected)
-    for ours, reference in zip(gradients(stack, y, x), gradients(stack, expected, x), strict=True):
-        torch.testing.assert_close(ours, reference)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_equal_lengths_need_no_padding(causal):
-    stack, x = blocks(), tokens(12)
+    stack = blocks()
+    x = tokens(12)
+
     packed = Packed(torch.full((3,), 4, dtype=torch.int32), 12, None, causal)
-    assert packed.full and packed.mask is None
+
+    assert packed.full
+    assert packed.mask is None
     expected = torch.cat([plain(stack, part, causal) for part in x.split(4)])
     torch.testing.assert_close(stack(x, packed), expected)
 
 
 def test_without_packing_blocks_take_a_batch_of_sequences():
-    stack, x = blocks(), tokens(12)
+    stack = blocks()
+    x = tokens(12)
+
     expected = torch.stack([plain(stack, part, causal=False) for part in x.split(4)])
     torch.testing.assert_close(stack(x.view(3, 4, WIDTH)), expected)
 
 
 def test_packed_knows_where_sequences_are():
     packed = Packed(LENGTHS.int(), 15, None, causal=True)
-    assert packed.first.tolist() == [0, 3, 4, 11] and packed.last.tolist() == [2, 3, 10, 14]
-    assert packed.positions.tolist() == [n for length in LENGTHS for n in range(length)]
     x = tokens()
+
     padded = packed.pad(x)
-    assert padded.shape == (4, 7, WIDTH) and torch.equal(packed.unpad(padded), x)
-    assert torch.equal(padded[1, :1], x[3:4]) and not padded[1, 1:].any()
+
+    assert packed.first.tolist() == [0, 3, 4, 11]
+    assert packed.last.tolist() == [2, 3, 10, 14]
+    assert packed.positions.tolist() == [n for length in LENGTHS for n in range(length)]
+    assert padded.shape == (4, 7, WIDTH)
+    assert torch.equal(packed.unpad(padded), x)
+    assert torch.equal(padded[1, :1], x[3:4])
+    assert not padded[1, 1:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputed_activations_change_no_bit(dtype):
     results = []
     for recompute in (False, True):
-        stack, x = blocks(recompute, dtype), tokens().detach().to(dtype).requires_grad_()
+        stack = blocks(recompute, dtype)
+        x = tokens().detach().to(dtype).requires_grad_()
         y = stack(x, Packed(LENGTHS, len(x), None, causal=False))
         results.append([y, *gradients(stack, y, x)])
+
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def saved_numbers(recompute: bool) -> int:
+    """Count the numbers that a forward pass of the blocks saves for the backward pass."""
+    sizes = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        blocks(recompute)(tokens(12).view(3, 4, WIDTH))
+    return sum(sizes)
+
+
 def test_recompute_keeps_fewer_activations():
-    kept = []
-    for recompute in (False, True):
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
-        ):
-            blocks(recompute)(tokens(12).view(3, 4, WIDTH))
-        kept.append(sum(saved))
-    assert kept[1] < kept[0] / 10
+    assert saved_numbers(recompute=True) < saved_numbers(recompute=False) / 10
 
 
 def test_sincos_on_a_grid_that_is_not_square():
     rows, columns, width = 3, 5, 16
+    frequencies = [10_000 ** (-i / 4) for i in range(4)]
+
     table = sincos((rows, columns), width)
-    assert table.shape == (rows * columns, width) and table.dtype == torch.float32
+
+    assert table.shape == (rows * columns, width)
+    assert table.dtype == torch.float32
     for y in range(rows):
         for x in range(columns):
-            expected = [
-                f(place / 10_000 ** (i / 4))
-                for place in (x, y)
-                for f in (math.sin, math.cos)
-                for i in range(4)
-            ]
+            expected = []
+            for place in (x, y):
+                expected += [math.sin(place * frequency) for frequency in frequencies]
+                expected += [math.cos(place * frequency) for frequency in frequencies]
             torch.testing.assert_close(table[y * columns + x], torch.tensor(expected))
 
 
@@ -138,12 +168,10 @@ def test_activations():
 
 def test_draws():
     torch.manual_seed(0)
-    # a fused qkv: FLIP draws q, k and v so that they equal Xavier on the fused weight
+    # A fused qkv: FLIP draws q, k and v so that they equal Xavier on the fused weight.
     wide = Linear(200, 600, "xavier")
-    assert (
-        wide.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 800), rel=1e-3)
-        and not wide.bias.any()
-    )
+    assert wide.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 800), rel=1e-3)
+    assert not wide.bias.any()
     torch_default = Linear(200, 600, "uniform", "uniform")
     for part in (torch_default.weight, torch_default.bias):
         assert part.abs().max().item() == pytest.approx(200**-0.5, rel=1e-2)
@@ -161,11 +189,10 @@ def test_flip_draws():
             assert (p == 1).all(), name
         elif name.endswith("bias"):
             assert not p.any(), name
-        # Xavier: fused qkv and patch kernel too
+        # Xavier, also for the fused qkv and the patch kernel.
         elif p.ndim == 2 and name not in ("text.token.weight", "text.positions"):
-            assert p.abs().max().item() == pytest.approx(math.sqrt(6 / sum(p.shape)), rel=0.01), (
-                name
-            )
+            bound = math.sqrt(6 / sum(p.shape))
+            assert p.abs().max().item() == pytest.approx(bound, rel=0.01), name
         elif name != "temperature.logit_scale":
             assert p.std().item() == pytest.approx(0.02, rel=0.2), name
             assert p.abs().max() > 0.04, name  # a normal's tail
@@ -174,43 +201,51 @@ def test_flip_draws():
 def test_drop_path_by_hand():
     # one sample, three blocks at rates 0, 0.1, 0.2
     noise = torch.tensor([[[0.0, 0.9], [0.05, 0.1], [0.1, 0.3]]])
-    torch.testing.assert_close(
-        drop_path(noise, 0.2)[..., 0], torch.tensor([[1, 1], [0, 1 / 0.9], [0, 1 / 0.8]])
-    )
+    expected = torch.tensor([[1, 1], [0, 1 / 0.9], [0, 1 / 0.8]])
+
+    torch.testing.assert_close(drop_path(noise, 0.2)[..., 0], expected)
 
 
 def test_drop_path_keeps_the_mean():
-    """Every branch counts once on average, and goes missing as often as its rate says; the first
-    block's never does.
+    """The mean factor of every branch is 1, and each is dropped at its rate; the first block's
+    never.
     """
-    paths = drop_path(torch.rand(20_000, 4, 2, generator=torch.Generator().manual_seed(0)), 0.3)
-    assert paths.shape == (4, 2, 20_000) and (paths[0] == 1).all()
+    noise = torch.rand(20_000, 4, 2, generator=torch.Generator().manual_seed(0))
+    rates = torch.linspace(0, 0.3, 4)[:, None].expand(4, 2)
+
+    paths = drop_path(noise, 0.3)
+
+    dropped = (paths == 0).float().mean(2)
+    assert paths.shape == (4, 2, 20_000)
+    assert (paths[0] == 1).all()
     torch.testing.assert_close(paths.mean(2), torch.ones(4, 2), atol=0.02, rtol=0)
-    torch.testing.assert_close(
-        (paths == 0).float().mean(2),
-        torch.linspace(0, 0.3, 4)[:, None].expand(4, 2),
-        atol=0.015,
-        rtol=0,
-    )
+    torch.testing.assert_close(dropped, rates, atol=0.015, rtol=0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_paths_multiply_the_branches(recompute):
-    """A sample that goes round all branches comes out as it went in; ones change nothing; factors
-    act in the backward pass, too.
-    """
-    stack, x = blocks(recompute), tokens(6).detach().view(2, 3, WIDTH).requires_grad_()
+    """Zeros leave a sample unchanged, ones change nothing, and factors act on gradients, too."""
+    stack = blocks(recompute)
+    x = tokens(6).detach().view(2, 3, WIDTH).requires_grad_()
+
+    # Ones.
     paths = torch.ones(2, 2, 2, dtype=torch.float64)
     torch.testing.assert_close(stack(x, paths=paths), stack(x), rtol=0, atol=0)
+
+    # Zeros for the second sample.
     paths[:, :, 1] = 0
     y = stack(x, paths=paths)
     torch.testing.assert_close(y[1], x[1], rtol=0, atol=0)
     torch.testing.assert_close(y[0], stack(x)[0])
-    block, factor = stack[0], torch.tensor([[3.0], [2.0]], dtype=torch.float64)
+
+    # 3 and 2 for the branches of the first block, 0 for the second block.
+    block = stack[0]
+    factor = torch.tensor([[3.0], [2.0]], dtype=torch.float64)
     half = x[:1] + 3 * block.attn(block.norm1(x[:1]))
     expected = half + 2 * block.mlp(block.norm2(half))
-    found = Blocks.forward(stack, x[:1], paths=torch.stack([factor, torch.zeros_like(factor)]))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(found.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0]
-    )
+    factors = torch.stack([factor, torch.zeros_like(factor)])
+    output = Blocks.forward(stack, x[:1], paths=factors)
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(grad, expected_grad)

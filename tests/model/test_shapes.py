@@ -1,5 +1,5 @@
-"""Proves that a config states any ViT CLIP: sizes that are no row of the table, MLPs of any ratio,
-CLIPA's pooling, against open_clip.
+"""Compare CLIPs of custom shapes with open_clip: sizes that are not in the table, MLPs of any
+ratio, CLIPA's pooling.
 
 Run: pytest tests/model/test_shapes.py
 """
@@ -16,6 +16,7 @@ from glimpse.run.train import checkpoint, initial_weights
 from glimpse.tests.model.test_towers import (
     CLIP,
     Keep,
+    assert_close_gradients,
     captions,
     count,
     everywhere,
@@ -46,34 +47,46 @@ def odd() -> ModelConfig:
     return dataclasses.replace(CLIP, size="custom/14", custom=ODD, image_size=42)
 
 
-# ---- sizes
-
-
-def test_a_custom_size_equals_open_clip():
+def peer(**vision_options):
+    """A small random open_clip model of the shape of `odd()`."""
     pytest.importorskip("open_clip")
     from open_clip.model import CLIP as Peer
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     torch.manual_seed(0)
     vision = CLIPVisionCfg(
-        layers=2, width=48, head_width=16, mlp_ratio=4.9231, patch_size=14, image_size=42
+        layers=2,
+        width=48,
+        head_width=16,
+        mlp_ratio=4.9231,
+        patch_size=14,
+        image_size=42,
+        **vision_options,
     )
-    reference = Peer(
-        24,
-        vision,
-        CLIPTextCfg(context_length=12, vocab_size=100, width=40, heads=2, layers=1, mlp_ratio=2.5),
+    text = CLIPTextCfg(
+        context_length=12, vocab_size=100, width=40, heads=2, layers=1, mlp_ratio=2.5
     )
+    return Peer(24, vision, text)
+
+
+# ---- sizes
+
+
+def test_a_custom_size_equals_open_clip():
+    reference = peer()
     towers = Towers(odd(), 100, 12)
     towers.load_state_dict(ours(reference.state_dict()))
-    images, (ids, lengths) = torch.randn(4, 3, 42, 42), captions()
+    images = torch.randn(4, 3, 42, 42)
+    ids, lengths = captions()
     padded = torch.zeros(4, 12, dtype=torch.long)
     padded[torch.arange(12) < lengths[:, None]] = ids.long()
-    found = (
-        towers.encode_image(patches_of(images, 14), everywhere(4, 3)),
-        towers.encode_text(ids, lengths),
-    )
-    for mine, theirs in zip(found, reference(images, padded)[:2], strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+    image = towers.encode_image(patches_of(images, 14), everywhere(4, 3))
+    text = towers.encode_text(ids, lengths)
+    expected_image, expected_text = reference(images, padded)[:2]
+
+    torch.testing.assert_close(image, expected_image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(text, expected_text, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,71 +100,57 @@ def test_counts_of_large_sizes_equal_open_clip(name, size, sides):
     open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
         reference = open_clip.model.CLIP(**open_clip.get_model_config(name))
-        mine = Towers(dataclasses.replace(CLIP, size=size, custom=sides), 49408, 77)
-    assert count(mine) == count(reference)
+        towers = Towers(dataclasses.replace(CLIP, size=size, custom=sides), 49408, 77)
+
+    assert count(towers) == count(reference)
     assert sides.heads == reference.visual.transformer.resblocks[0].attn.num_heads
 
 
 @pytest.mark.parametrize("visible", [9, 4])
 def test_a_mean_before_the_norm_equals_open_clip(visible):
-    """CLIPA's pooling, embeddings and gradients; and what its patch tokens are."""
-    pytest.importorskip("open_clip")
-    from open_clip.model import CLIP as Peer
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
-    torch.manual_seed(0)
-    how = dict(mlp_ratio=4.9231, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
-    vision = CLIPVisionCfg(layers=2, width=48, head_width=16, patch_size=14, image_size=42, **how)
-    reference = Peer(
-        24,
-        vision,
-        CLIPTextCfg(context_length=12, vocab_size=100, width=40, heads=2, layers=1, mlp_ratio=2.5),
-    )
+    """CLIPA's pooling: embeddings, gradients, and patch tokens that are those of a plain mean."""
+    # The same model in open_clip and here, on visible patches.
+    reference = peer(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
     torch.nn.init.uniform_(reference.visual.ln_post.weight, 0.5, 2)
-    cfg = dataclasses.replace(
-        odd(), vision=dataclasses.replace(CLIP.vision, pool="mean_then_norm", pre_norm=False)
-    )
+    vision = dataclasses.replace(CLIP.vision, pool="mean_then_norm", pre_norm=False)
+    cfg = dataclasses.replace(odd(), vision=vision)
     towers = Towers(cfg, 100, 12)
     towers.load_state_dict(ours(reference.state_dict()))
-    images, places = (
-        torch.randn(4, 3, 42, 42),
-        torch.rand(4, 9).argsort(1)[:, :visible].sort(1).values,
-    )
+    images = torch.randn(4, 3, 42, 42)
+    places = torch.rand(4, 9).argsort(1)[:, :visible].sort(1).values
     reference.visual.patch_dropout = Keep(places)
     patches = patches_of(images, 14).gather(1, places[:, :, None].expand(-1, -1, 588))
-    mine, theirs = (
-        towers.encode_image(patches, places),
-        reference.encode_image(images, normalize=True),
-    )
-    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+    # Embeddings.
+    embeddings = towers.encode_image(patches, places)
+    expected = reference.encode_image(images, normalize=True)
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-5)
+
+    # Gradients.
     weights = torch.randn(4, 24)
-    for made in (mine, theirs):
-        (made * weights).sum().backward()
+    (embeddings * weights).sum().backward()
+    (expected * weights).sum().backward()
     gradients = ours({f"visual.{name}": p.grad for name, p in reference.visual.named_parameters()})
     for name, parameter in towers.vision.named_parameters():
-        wanted = gradients[f"vision.{name}"]
-        torch.testing.assert_close(
-            parameter.grad,
-            wanted,
-            atol=1e-5,
-            rtol=1e-4,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        assert_close_gradients(name, parameter.grad, gradients[f"vision.{name}"])
+
+    # The norm after the mean changes the embedding alone.
     plain = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pool="mean"))
     other = Towers(plain, 100, 12)
     other.load_state_dict(towers.state_dict())
-    torch.testing.assert_close(
-        towers.vision(patches, places)[:, 1:], other.vision(patches, places)[:, 1:]
-    )
-    assert not torch.allclose(mine, other.encode_image(patches, places), atol=1e-2)
+    patch_tokens = towers.vision(patches, places)[:, 1:]
+    other_patch_tokens = other.vision(patches, places)[:, 1:]
+    torch.testing.assert_close(patch_tokens, other_patch_tokens)
+    assert not torch.allclose(embeddings, other.encode_image(patches, places), atol=1e-2)
 
 
 def test_the_recipes_draw_any_ratio():
     cfg = ModelConfig(size="custom/8", image_size=32, custom=Size(64, 2, 4, 64, 1, 4, 32, mlp=1.5))
+
     towers = Towers(cfg, 100, 12)
-    assert towers.vision.blocks[1].mlp.up.weight.shape == (96, 64) and towers.text.blocks[
-        0
-    ].mlp.up.weight.shape == (256, 64)
+
+    assert towers.vision.blocks[1].mlp.up.weight.shape == (96, 64)
+    assert towers.text.blocks[0].mlp.up.weight.shape == (256, 64)
 
 
 def test_a_custom_size_is_saved_and_loads_back(tmp_path):
@@ -160,26 +159,33 @@ def test_a_custom_size_is_saved_and_loads_back(tmp_path):
         config.save(cfg, tmp_path / "config.yaml", {})
         assert "custom:" in (tmp_path / "config.yaml").read_text()
         assert config.load(tmp_path / "config.yaml") == cfg
-    assert cfg.model.custom == ODD and cfg.model.shape == ODD and cfg.model.grid == (3, 3)
+    assert cfg.model.custom == ODD
+    assert cfg.model.shape == ODD
+    assert cfg.model.grid == (3, 3)
 
 
 def test_checkpoints_from_before_the_key_are_still_the_same_model(tmp_path):
     cfg = config.load(QUICKSTART)
-    mine = checkpoint.identity(cfg, "t")
-    old = {**mine, "model": {key: value for key, value in mine["model"].items() if key != "custom"}}
-    assert not list(checkpoint.differences(old, mine))
+    identity = checkpoint.identity(cfg, "t")
+    old_model = {key: value for key, value in identity["model"].items() if key != "custom"}
+    old = {**identity, "model": old_model}
     other = checkpoint.identity(config.load(QUICKSTART, CUSTOM), "t")
-    assert "model.custom" in [where for where, *_ in checkpoint.differences(old, other)]
+
+    differing = [key for key, *_ in checkpoint.differences(old, other)]
+
+    assert not list(checkpoint.differences(old, identity))
+    assert "model.custom" in differing
 
 
 def test_a_borrowed_tower_of_another_custom_size_is_refused(tmp_path):
     identity = {"model": config.plain(dataclasses.asdict(odd()))}
     (tmp_path / "manifest.json").write_text(json.dumps({"identity": identity, "files": {}}))
+    deeper = dataclasses.replace(odd(), custom=dataclasses.replace(ODD, depth=3))
+
     initial_weights.check_tower(tmp_path, odd())
+
     with pytest.raises(ValueError, match="model.shape.depth: 2, this config says 3"):
-        initial_weights.check_tower(
-            tmp_path, dataclasses.replace(odd(), custom=dataclasses.replace(ODD, depth=3))
-        )
+        initial_weights.check_tower(tmp_path, deeper)
 
 
 @pytest.mark.parametrize(
