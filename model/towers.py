@@ -1,14 +1,14 @@
-"""The pair of towers, what joins them, the table of sizes, and what a model costs.
+"""The pair of towers, what joins them, and the table of sizes.
+
+To add a size: one row in SIZES. A model that is no row, an imported one perhaps, states its numbers
+itself: `size: custom/14` and `custom:`.
+
+Under ZeRO-3 a parameter is gathered only inside the forward of the module that owns it, so the
+projections and the temperature are modules of their own, and the encode_* methods only call
+modules.
 
 Letters: B batch, L patches, K visible patches, P patch side, T packed tokens, D width, E common
 embedding.
-To add a size: one row in SIZES, and its lines in tests/golden/params.txt
-(tests/model/test_towers.py says
-how); a model that is no row, an imported one perhaps, says its numbers itself: `size: custom/14`
-and `custom:`.
-Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the
-projections and the temperature are modules
-of their own, and the encode_* methods only call modules.
 """
 
 import math
@@ -43,8 +43,11 @@ class Size:
         for key in ("width", "depth", "heads", "text_width", "text_depth", "text_heads", "embed"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.custom.{key} {getattr(self, key)}: it must be at least 1")
-        for key in ("", "text_"):
-            width, heads, ratio = (getattr(self, key + name) for name in ("width", "heads", "mlp"))
+        towers = (
+            ("", self.width, self.heads, self.mlp),
+            ("text_", self.text_width, self.text_heads, self.text_mlp),
+        )
+        for key, width, heads, ratio in towers:
             if width % heads:
                 raise ValueError(
                     f"model.custom.{key}width {width}: it must be a multiple of"
@@ -88,15 +91,16 @@ class ModelConfig:
 
     def __post_init__(self):
         name, _, patch = self.size.partition("/")
-        own = name == "custom" and re.fullmatch("[1-9][0-9]*", patch)
-        if not own and (name not in SIZES or patch not in map(str, PATCHES)):
+        is_custom = name == "custom" and bool(re.fullmatch("[1-9][0-9]*", patch))
+        is_row = name in SIZES and patch in map(str, PATCHES)
+        if not is_custom and not is_row:
             raise ValueError(
                 f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side"
                 f" {PATCHES}, as in 'B/16'; or custom, '/', and any patch side"
             )
-        if bool(own) != bool(self.custom):
+        if is_custom != bool(self.custom):
             raise ValueError(
-                f"model.custom: {'missing' if own else 'given'} with model.size {self.size!r};"
+                f"model.custom: {'missing' if is_custom else 'given'} with model.size {self.size!r};"
                 " custom/PATCH and the numbers under model.custom belong together"
             )
         if self.vision.positions == "sincos" and self.shape.width % 4:
@@ -123,11 +127,9 @@ class ModelConfig:
     @property
     def sides(self) -> tuple[int, int]:
         """Height and width of an image, pixels."""
-        return (
-            self.image_size
-            if isinstance(self.image_size, tuple)
-            else (self.image_size, self.image_size)
-        )
+        if isinstance(self.image_size, tuple):
+            return self.image_size
+        return self.image_size, self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -136,8 +138,9 @@ class ModelConfig:
 
 
 class Temperature(nn.Module):
-    """The scale of the logits, exp(min(logit_scale, ln 100)), (1,) fp32. Clamped here: an in-place
-    clamp misses an optimiser's fp32 copy.
+    """The scale of the logits, exp(min(logit_scale, ln 100)), (1,) fp32.
+
+    It is clamped here, since an in-place clamp misses an optimizer's fp32 copy.
 
     `residual`: what the parameter's own precision cannot hold. Under bf16 (steps of 1/64 at 2.66)
     whoever owns the fp32 copy sets it to copy - parameter after each step, so that small updates
@@ -156,52 +159,48 @@ class Temperature(nn.Module):
 
 def vision_tower(cfg: ModelConfig) -> VisionTower:
     """The vision tower of a model; of its teacher too."""
-    s = cfg.shape
-    init = vision_init(cfg.init, s.width)
+    size = cfg.shape
     return VisionTower(
         cfg.vision,
         cfg.grid,
         cfg.patch,
-        s.width,
-        s.depth,
-        s.heads,
-        init,
+        size.width,
+        size.depth,
+        size.heads,
+        vision_init(cfg.init, size.width),
         cfg.checkpoint_activations,
-        s.mlp,
+        size.mlp,
     )
 
 
 class Towers(nn.Module):
-    """Image and text towers with their projections into the common embedding, and the
-    temperature.
-    """
+    """Image and text towers, their projections into the common embedding, and the temperature."""
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int):
         super().__init__()
-        s, text = cfg.shape, text_init(cfg.init, cfg.shape.text_width, cfg.shape.text_depth)
+        size = cfg.shape
+        image = vision_init(cfg.init, size.width)
+        text = text_init(cfg.init, size.text_width, size.text_depth)
         self.vision = vision_tower(cfg)
         self.text = TextTower(
             cfg.text,
             vocab,
             context,
-            s.text_width,
-            s.text_depth,
-            s.text_heads,
+            size.text_width,
+            size.text_depth,
+            size.text_heads,
             text,
             cfg.checkpoint_activations,
-            s.text_mlp,
+            size.text_mlp,
         )
-        self.image_projection = Linear(
-            s.width, s.embed, vision_init(cfg.init, s.width).projection, bias=None
-        )
-        self.text_projection = Linear(s.text_width, s.embed, text.projection, bias=None)
+        self.image_projection = Linear(size.width, size.embed, image.projection, bias=None)
+        self.text_projection = Linear(size.text_width, size.embed, text.projection, bias=None)
         self.temperature = Temperature()
 
     def image_features(self, patches: Tensor, positions: Tensor) -> Tensor:
         """(B, K, 3 P P) at (B, K) -> pooled tokens (B, D)."""
-        return self.vision.pool(
-            self.vision(patches, positions, only_cls=self.vision.cfg.pool == "cls")
-        )
+        only_cls = self.vision.cfg.pool == "cls"
+        return self.vision.pool(self.vision(patches, positions, only_cls=only_cls))
 
     def embed_image(self, features: Tensor) -> Tensor:
         """Pooled tokens (B, D) -> (B, E), fp32 unit vectors."""

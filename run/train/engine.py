@@ -178,6 +178,7 @@ class Engine:
             sharded = deepspeed.zero.Init(config_dict_or_path=tree)
         with sharded:
             method = build_method(cfg, vocab)
+        check_buffers(method)
         if load:
             load(method)
         self.method = method
@@ -326,6 +327,18 @@ class Engine:
     def grad_norm(self) -> float | None:
         norm = self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+
+def check_buffers(method: torch.nn.Module) -> None:
+    """Raise ValueError for a persistent buffer: DeepSpeed's universal format, by which a run is
+    resumed on another number of ranks, silently drops it.
+    """
+    buffers = sorted(method.state_dict().keys() - dict(method.named_parameters()).keys())
+    if buffers:
+        raise ValueError(
+            f"method: {type(method).__name__} keeps a persistent buffer, {buffers[0]}, which"
+            " checkpoints would lose; register it with persistent=False, or make it a parameter"
+        )
 
 
 def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
