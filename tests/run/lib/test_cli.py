@@ -1,5 +1,5 @@
-"""How scripts without ranks end: a SIGTERM is a Ctrl-C, so that what is half made is removed; a
-closed pipe is no error.
+"""The end of scripts without ranks: a SIGTERM is a Ctrl-C, so that half-written output is removed;
+a closed pipe is no error.
 
     bash run/test.sh tests/run/lib/test_cli.py
 """
@@ -32,23 +32,29 @@ def test_what_is_half_made_goes_with_a_sigterm(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdout.readline() == "begun\n" and len(list(tmp_path.iterdir())) == 1
+    assert process.stdout.readline() == "begun\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
     process.send_signal(signal.SIGTERM)
-    assert (
-        process.communicate(timeout=30)[1] == "interrupted\n"
-        and process.returncode == 130
-        and not list(tmp_path.iterdir())
-    )
+    _, complaint = process.communicate(timeout=30)
+
+    assert complaint == "interrupted\n"
+    assert process.returncode == 130
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("lines", (1, 100_000))  # flushed at the end, and on the way
 def test_a_reader_that_has_enough_is_no_error(lines):
-    script = (
-        "from glimpse.run.lib.cli import run_script; run_script(lambda: [print('line') for _ in"
-        f" range({lines})] and 0)"
-    )
+    script = f"""
+from glimpse.run.lib.cli import run_script
+def main():
+    input()
+    for _ in range({lines}):
+        print("line")
+run_script(main)
+"""
     process = subprocess.Popen(
-        [sys.executable, "-c", f"input(); {script}"],
+        [sys.executable, "-c", script],
         cwd=ROOT,
         env=environment(),
         text=True,
@@ -56,27 +62,27 @@ def test_a_reader_that_has_enough_is_no_error(lines):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
     process.stdout.close()
-    assert (
-        process.communicate("begin\n", timeout=60)[1] == ""
-        and process.returncode == 128 + signal.SIGPIPE
-    )
+    _, complaint = process.communicate("begin\n", timeout=60)
+
+    assert complaint == ""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(
-    "line, code, told",
+    "line, code, complaint",
     [
         ("pass", 0, ""),
         ("raise BrokenPipeError(32, 'no reader')", 2, "error: [Errno 32] no reader\n"),
     ],
 )
-def test_another_pipe_or_none(line, code, told):
-    """Standard output is closed from the start, as daemons have it; what breaks elsewhere is
-    told.
-    """
+def test_another_pipe_or_none(line, code, complaint):
+    """Standard output is closed from the start, as for daemons; another broken pipe is an error."""
     script = (
         f"from glimpse.run.lib.cli import run_script\ndef main():\n    {line}\nrun_script(main)"
     )
+
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, script],
         cwd=ROOT,
@@ -84,4 +90,5 @@ def test_another_pipe_or_none(line, code, told):
         text=True,
         stderr=subprocess.PIPE,
     )
-    assert (done.returncode, done.stderr) == (code, told)
+
+    assert (done.returncode, done.stderr) == (code, complaint)

@@ -1,5 +1,5 @@
-"""Every key that a config may hold is read by some line of code, every shipped config loads, and
-what is misspelt is named.
+"""Every key that a config may hold is read by some line of code, every shipped config loads, and a
+misspelt key is named.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ from glimpse.run.lib.config import Run, build, load, save
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "run/configs").glob("*.yaml"))
-SOURCES = {p: p.read_text() for top in ("data", "model", "run") for p in (ROOT / top).rglob("*.py")}
+FILES = [path for top in ("data", "model", "run") for path in (ROOT / top).rglob("*.py")]
+SOURCES = [path.read_text() for path in FILES]
 
 
 def keys(cls):
-    """(class, field) of a config dataclass and of those below it."""
+    """Yield (class, field) of a config dataclass and of those below it."""
     for field, hint in typing.get_type_hints(cls).items():
         yield cls, field
         for inner in (hint, *typing.get_args(hint)):
@@ -26,18 +27,19 @@ def keys(cls):
                 yield from keys(inner)
 
 
-def unread(found):
-    """The keys that no source reads as an attribute outside the dataclass's own declaration."""
+def unread(cls):
+    """Return the keys that no source reads as an attribute, outside the class that declares it."""
 
     def read(name):
-        return any(re.search(rf"\.{name}\b(?!\s*=[^=])", text) for text in SOURCES.values())
+        return any(re.search(rf"\.{name}\b(?!\s*=[^=])", text) for text in SOURCES)
 
-    return [f"{cls.__name__}.{name}" for cls, name in found if not read(name)]
+    return [f"{owner.__name__}.{name}" for owner, name in keys(cls) if not read(name)]
 
 
 def test_every_key_is_read():
-    assert not unread(keys(Run))
-    assert not unread(found for method in METHODS.values() for found in keys(method.Options))
+    assert not unread(Run)
+    for method in METHODS.values():
+        assert not unread(method.Options)
 
 
 def test_an_unread_key_would_be_found():
@@ -45,20 +47,21 @@ def test_an_unread_key_would_be_found():
     class Extra:
         nobody_reads_this_key: int = 0
 
-    assert unread(keys(Extra)) == ["Extra.nobody_reads_this_key"]
+    assert unread(Extra) == ["Extra.nobody_reads_this_key"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_loads_and_saves(path, tmp_path):
     cfg = load(path)
     save(cfg, tmp_path / "config.yaml", {"commit": "x"})
+    text = path.read_text()
+    head = text.split("\nbase:")[0]
+    has_command = f"run/configs/{path.name}" in head or "run/quickstart.sh" in head
+
     assert load(tmp_path / "config.yaml") == cfg
-    head = path.read_text().split("\nbase:")[0]
-    assert f"run/configs/{path.name}" in head or "run/quickstart.sh" in head, (
-        "a config opens with its command"
-    )
+    assert has_command, "a config opens with its command"
     assert "Cost" in head, "and with its cost"
-    assert len(path.read_text().splitlines()) <= 30
+    assert len(text.splitlines()) <= 30
 
 
 @pytest.mark.parametrize(
@@ -85,14 +88,16 @@ def test_bad_values_are_named(override, message):
 
 
 def test_units_and_rates():
-    cfg = load(ROOT / "run/configs/flip_h14.yaml")
-    assert cfg.samples == 12_800_000_000 and cfg.optim.warmup == 256_000_000
+    flip = load(ROOT / "run/configs/flip_h14.yaml")
+    unmasked = load(ROOT / "run/configs/flip_unmask_l16.yaml")
+    clip = load(ROOT / "run/configs/clip_b16.yaml")
+
+    assert flip.samples == 12_800_000_000
+    assert flip.optim.warmup == 256_000_000
     # FLIP's released B, L and H configs
-    assert cfg.optim.peak(cfg.batch) == pytest.approx(1.024e-3)
-    assert load(ROOT / "run/configs/flip_unmask_l16.yaml").optim.peak(65536) == pytest.approx(
-        1.024e-5
-    )
-    assert load(ROOT / "run/configs/clip_b16.yaml").optim.peak(4096) == 5e-4
+    assert flip.optim.peak(flip.batch) == pytest.approx(1.024e-3)
+    assert unmasked.optim.peak(65536) == pytest.approx(1.024e-5)
+    assert clip.optim.peak(4096) == 5e-4
 
 
 def test_missing_key():

@@ -1,7 +1,7 @@
-"""What a user can get wrong ends in one line that says what, what is allowed and what to change,
-with a non-zero exit, before training.
+"""A user's mistake ends in one line, before training, with a non-zero exit: what is wrong, what is
+allowed and what to change.
 
-Most start run/pretrain.py as one process, the last go through the launcher.  `-s` prints the lines.
+Most start run/pretrain.py as one process, the last go through the launcher. `-s` prints the lines.
 """
 
 import json
@@ -36,10 +36,12 @@ def data(tmp_path_factory):
 
 
 def folder(path, rows=None):
-    """A folder with one shard of those rows, not indexed."""
+    """Return a folder with one shard of those rows, or of one pair, not indexed."""
+    if rows is None:
+        image = picture("red circle", np.random.default_rng(0))
+        rows = [("a", {"png": image, "txt": b"x"})]
     path.mkdir()
-    one = [("a", {"png": picture("red circle", np.random.default_rng(0)), "txt": b"x"})]
-    write_shard(path / "0.tar", one if rows is None else rows)
+    write_shard(path / "0.tar", rows)
     return path
 
 
@@ -57,90 +59,82 @@ def no_captions(tmp):
     return folder(tmp / "x", [("a", {"png": b"x"})])
 
 
+def empty(tmp):
+    return folder(tmp / "x", [])
+
+
 def truncated(tmp):
     path = folder(tmp / "x") / "0.tar"
     path.write_bytes(path.read_bytes()[:900])
     return path.parent
 
 
-CASES = {  # name: (overrides made from a folder to write in, what the line says)
-    "misspelt key": (lambda tmp: ["bacth=16"], ["'bacth'", "did you mean 'batch'"]),
-    "unknown mask": (
-        lambda tmp: ["views.image.mask=gausian(0.5)"],
-        ["gausian", "gaussian", "random"],
-    ),
-    "ratio 1.0": (lambda tmp: ["views.image.mask=random(1.0)"], ["1.0", "[0, 1)"]),
-    "missing shards": (
-        lambda tmp: [f"data.train={tmp}/nowhere"],
-        ["nowhere", "no such folder", "data.train"],
-    ),
-    "folder without shards": (lambda tmp: [f"data.train={tmp}"], ["no *.tar"]),
-    "no captions": (
-        lambda tmp: [f"data.train={no_captions(tmp)}"],
-        ["0.tar", "no captions", "txt, json"],
-    ),
-    "empty shard": (lambda tmp: [f"data.train={folder(tmp / 'x', [])}"], ["0.tar", "empty shard"]),
-    "truncated tar": (lambda tmp: [f"data.train={truncated(tmp)}"], ["0.tar", "truncated"]),
-    "accumulate": (lambda tmp: ["accumulate=3"], ["batch: 16", "accumulate 3"]),
-    "unknown evaluation": (
-        lambda tmp: ["evals=[zeroshot:x]"],
-        ["zeroshot", "did you mean 'zero_shot'"],
-    ),
-    "missing evaluation set": (
-        lambda tmp: [f"evals=[zero_shot:{tmp}/none]"],
-        ["no evaluation set"],
-    ),
-    "tokenizer": (lambda tmp: ["data.tokenizer=bpe"], ["bpe", "clip_bpe"]),
-    "image size": (lambda tmp: ["model.image_size=30"], ["30", "multiple"]),
+CASES = {  # name: (override, the words of the line); {folder}: tmp_path, or that of BROKEN
+    "misspelt key": ("bacth=16", ["'bacth'", "did you mean 'batch'"]),
+    "unknown mask": ("views.image.mask=gausian(0.5)", ["gausian", "gaussian", "random"]),
+    "ratio 1.0": ("views.image.mask=random(1.0)", ["1.0", "[0, 1)"]),
+    "missing shards": ("data.train={folder}/nowhere", ["nowhere", "no such folder", "data.train"]),
+    "folder without shards": ("data.train={folder}", ["no *.tar"]),
+    "no captions": ("data.train={folder}", ["0.tar", "no captions", "txt, json"]),
+    "empty shard": ("data.train={folder}", ["0.tar", "empty shard"]),
+    "truncated tar": ("data.train={folder}", ["0.tar", "truncated"]),
+    "accumulate": ("accumulate=3", ["batch: 16", "accumulate 3"]),
+    "unknown evaluation": ("evals=[zeroshot:x]", ["zeroshot", "did you mean 'zero_shot'"]),
+    "missing evaluation set": ("evals=[zero_shot:{folder}/none]", ["no evaluation set"]),
+    "tokenizer": ("data.tokenizer=bpe", ["bpe", "clip_bpe"]),
+    "image size": ("model.image_size=30", ["30", "multiple"]),
     "DeepSpeed JSON": (
-        lambda tmp: [f"deepspeed={tmp}/none.json"],
+        "deepspeed={folder}/none.json",
         ["no such file", "ds_configs/zero3.json"],
     ),
 }
+BROKEN = {"no captions": no_captions, "empty shard": empty, "truncated tar": truncated}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_line(name, data, tmp_path):
-    overrides, words = CASES[name]
-    done = pretrain(*settings(data, tmp_path / "run", *overrides(tmp_path)))
-    assert done.returncode not in (0, -6), done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    print(f"{name:24} exit {done.returncode}  {errors}")
-    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    for word in words:
-        assert word in errors[0]
+    override, words = CASES[name]
+    source = BROKEN[name](tmp_path) if name in BROKEN else tmp_path
+
+    done = pretrain(*settings(data, tmp_path / "run", override.format(folder=source)))
+
+    fails(done, *words)
     assert not (tmp_path / "run").exists(), "nothing was started"
 
 
 def fails(done, *words):
-    assert done.returncode not in (0, -6) and "Traceback" not in done.stderr, done.stderr[-2000:]
+    """Check that a script failed with one line on stderr that has these words."""
+    assert done.returncode not in (0, -6), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    print(errors)
-    assert len(errors) == 1 and all(word in errors[0] for word in words), errors
+    print(f"exit {done.returncode}  {errors}")
+    assert len(errors) == 1, done.stderr[-2000:]
+    for word in words:
+        assert word in errors[0]
 
 
 def test_deepspeed_json_with_batch(data, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"train_batch_size": 8}))
-    fails(
-        pretrain(*settings(data, tmp_path / "run"), "--deepspeed_config", str(path)),
-        "train_batch_size",
-        "the config owns",
-        "`batch`",
-    )
+
+    done = pretrain(*settings(data, tmp_path / "run"), "--deepspeed_config", str(path))
+
+    fails(done, "train_batch_size", "the config owns", "`batch`")
 
 
 def test_existing_run_and_other_architecture(data, tmp_path):
     run = tmp_path / "run"
-    assert pretrain(*settings(data, run, "samples=32")).returncode == 0
-    fails(pretrain(*settings(data, run, "samples=64")), "exists", "--resume")
-    fails(
-        pretrain(*settings(data, run, "samples=64", "model.vision.pool=cls"), "--resume"),
-        "model.vision.pool",
-        "mean_with_cls",
-        "cls",
-    )
-    fails(pretrain(*settings(data, tmp_path / "other", "samples=64"), "--resume"), "no run folder")
+    done = pretrain(*settings(data, run, "samples=32"))
+    assert done.returncode == 0
+
+    again = pretrain(*settings(data, run, "samples=64"))
+    other_pool = settings(data, run, "samples=64", "model.vision.pool=cls")
+    other = pretrain(*other_pool, "--resume")
+    nothing = pretrain(*settings(data, tmp_path / "other", "samples=64"), "--resume")
+
+    fails(again, "exists", "--resume")
+    fails(other, "model.vision.pool", "mean_with_cls", "cls")
+    fails(nothing, "no run folder")
 
 
 def test_a_run_that_is_being_trained(data, tmp_path):
@@ -155,41 +149,45 @@ def test_a_run_that_is_being_trained(data, tmp_path):
     try:
         until = time.time() + 60
         while not list(run.glob("checkpoints/*/manifest.json")):
-            assert first.poll() is None and time.time() < until
+            assert first.poll() is None
+            assert time.time() < until
             time.sleep(0.1)
         assert trained_elsewhere(run)
-        fails(
-            pretrain(*settings(data, run, "samples=1M"), "--resume"),
-            "is being trained by another job",
-        )
+
+        second = pretrain(*settings(data, run, "samples=1M"), "--resume")
+
+        fails(second, "is being trained by another job")
         assert first.poll() is None
     finally:
         first.kill()
         first.wait()
     assert not trained_elsewhere(run)
+
     step = len((run / "metrics.jsonl").read_text().splitlines())
-    assert pretrain(*settings(data, run, f"samples={16 * (step + 2)}"), "--resume").returncode == 0
+    done = pretrain(*settings(data, run, f"samples={16 * (step + 2)}"), "--resume")
+
+    assert done.returncode == 0
 
 
 def test_broken_images_beyond_the_budget(data, tmp_path):
     rng = np.random.default_rng(0)
-    good = [
-        (f"g{i}", {"jpg": picture("red circle", rng, "jpg"), "txt": b"a red circle"})
-        for i in range(60)
-    ]
-    broken = [
-        (f"b{i}", {"jpg": picture("red circle", rng, "jpg")[:200], "txt": b"a red circle"})
-        for i in range(30)
-    ]
-    bad = folder(tmp_path / "x", good + broken)
+    rows = []
+    for i in range(60):
+        rows.append((f"g{i}", {"jpg": picture("red circle", rng, "jpg"), "txt": b"a red circle"}))
+    for i in range(30):
+        broken = picture("red circle", rng, "jpg")[:200]
+        rows.append((f"b{i}", {"jpg": broken, "txt": b"a red circle"}))
+    bad = folder(tmp_path / "x", rows)
     build_index(bad)
-    done = pretrain(*settings(data, tmp_path / "run", f"data.train={bad}"))
-    fails(done, "data.max_bad", "0.tar b", "more than 1.0%")
-    assert "skipped 0.tar b" in done.stdout, "each is named when it is met"
-    kept = pretrain(
-        *settings(data, tmp_path / "kept", f"data.train={bad}", "data.max_bad=0.9", "samples=64")
-    )
-    assert kept.returncode == 0 and "skipped" in kept.stdout
+    train = f"data.train={bad}"
+
+    refused = pretrain(*settings(data, tmp_path / "run", train))
+    patient = pretrain(*settings(data, tmp_path / "kept", train, "data.max_bad=0.9", "samples=64"))
+
+    fails(refused, "data.max_bad", "0.tar b", "more than 1.0%")
+    assert "skipped 0.tar b" in refused.stdout, "each is named when it is met"
+    assert patient.returncode == 0
+    assert "skipped" in patient.stdout
 
 
 def test_more_ranks_than_devices(data, tmp_path):
@@ -197,28 +195,27 @@ def test_more_ranks_than_devices(data, tmp_path):
     use.
     """
     devices = torch.cuda.device_count() or 1
-    cores = (
-        []
-        if torch.cuda.is_available()
-        else ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
-    )
-    line = [*cores, *command(devices + 1, "run/pretrain.py", *settings(data, tmp_path / "run"))]
+    line = command(devices + 1, "run/pretrain.py", *settings(data, tmp_path / "run"))
+    if not torch.cuda.is_available():
+        core = str(min(os.sched_getaffinity(0)))
+        line = ["taskset", "--cpu-list", core, *line]
     alone = {key: value for key, value in environment().items() if key != "OVERSUBSCRIBE"}
+
     done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=120)
+
     fails(done, "--num_accelerators", f"a machine with {devices}", f"start at most {devices}")
     assert not (tmp_path / "run").exists()
 
 
 def test_through_the_launcher(data, tmp_path):
-    fails(
-        launch(2, "run/pretrain.py", *settings(data, tmp_path / "run", "batch=15")),
-        "batch: 15 does not divide by 2 ranks",
-    )
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    done = launch(
-        2, "run/pretrain.py", *settings(data, tmp_path / "run", f"data.train={tmp_path}/nowhere")
-    )
-    fails(done, "no such folder")
-    assert "c10d" not in done.stderr, (
-        "the other rank hears of it, and does not lose its store with a trace"
+    run = tmp_path / "run"
+
+    batch = launch(2, "run/pretrain.py", *settings(data, run, "batch=15"))
+    shutil.rmtree(run, ignore_errors=True)
+    nowhere = launch(2, "run/pretrain.py", *settings(data, run, f"data.train={tmp_path}/nowhere"))
+
+    fails(batch, "batch: 15 does not divide by 2 ranks")
+    fails(nowhere, "no such folder")
+    assert "c10d" not in nowhere.stderr, (
+        "the other rank ends too, and does not lose its store with a trace"
     )

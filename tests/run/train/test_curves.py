@@ -4,7 +4,7 @@ twenty losses on the same global batches.
     bash run/test.sh tests/run/train/test_curves.py -s
         prints the largest relative differences
     WHOLE=1 bash run/test.sh tests/run/train/test_curves.py -s
-        all curves whole; else some of them stop after six steps
+        all twenty steps of all curves; else some of them stop after six
 """
 
 import json
@@ -18,19 +18,19 @@ EXACT = 1e-5  # relative, fp32
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """{ranks: {case: twenty losses}}, each number of ranks in one launch."""
+    """Return {ranks: {case: twenty losses}}, each number of ranks in one launch."""
     data = shards(tmp_path_factory.mktemp("curves"))
-    found = {}
+    results = {}
     for ranks in (1, 2, 4):
         out = data / f"{ranks}.json"
         done = launch(ranks, "tests/workers/curves_worker.py", str(data), str(out), timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        found[ranks] = json.loads(out.read_text())
-    return found
+        results[ranks] = json.loads(out.read_text())
+    return results
 
 
 def apart(a: list[float], b: list[float]) -> float:
-    """The largest relative difference of two curves, either of which may be cut short."""
+    """Return the largest relative difference of two curves, either of which may be cut short."""
     assert {len(a), len(b)} <= {6, 20}
     return max(abs(x - y) / abs(y) for x, y in zip(a, b))
 
@@ -49,23 +49,25 @@ def test_ranks_and_stages_agree(curves, name):
 
 @pytest.mark.slow
 def test_accumulation_and_recomputation_agree(curves):
+    references = {
+        "flip stage 3 accumulate 4": "flip stage 3",
+        "clip stage 1 accumulate 2": "clip stage 1",
+        "flip stage 3 checkpointed": "flip stage 3",
+    }
     for ranks in (1, 2):
         cases = curves[ranks]
-        for case, plain in (
-            ("flip stage 3 accumulate 4", "flip stage 3"),
-            ("clip stage 1 accumulate 2", "clip stage 1"),
-            ("flip stage 3 checkpointed", "flip stage 3"),
-        ):
+        for case, plain in references.items():
             assert apart(cases[case], cases[plain]) < EXACT, (ranks, case)
 
 
 @pytest.mark.slow
 def test_bf16_agrees_over_ranks(curves):
-    """As far as bf16 can; its start differs from fp32's, because weights are drawn in the precision
-    that they are kept in.
+    """As far as bf16 can; its start differs from fp32's, because weights are initialized in the
+    precision that they are stored in.
     """
     reference = curves[1]["flip stage 3 bf16"]
-    assert reference != curves[1]["flip stage 3"] and reference[-1] < 0.9 * reference[0]
+    assert reference != curves[1]["flip stage 3"]
+    assert reference[-1] < 0.9 * reference[0]
     assert apart(curves[2]["flip stage 3 bf16"], reference) < 0.02
 
 
@@ -74,13 +76,13 @@ def test_the_other_methods_accumulate_recompute_and_train_in_bf16(curves):
     """Accumulated they are the same but for batch norm, whose batch is then a part; recomputed all
     are the same; bf16 holds.
     """
-    found = curves[2]
+    cases = curves[2]
     for name in ("mae", "maskclip"):
-        assert apart(found[f"{name} accumulated"], found[f"{name} stage 3"]) < EXACT
+        assert apart(cases[f"{name} accumulated"], cases[f"{name} stage 3"]) < EXACT
     for name in ("mae", "maskclip", "aclip"):
-        assert apart(found[f"{name} checkpointed"], found[f"{name} stage 3"]) < EXACT
+        assert apart(cases[f"{name} checkpointed"], cases[f"{name} stage 3"]) < EXACT
     for case in ("slip accumulated", "aclip accumulated", "maskclip bf16", "aclip bf16"):
-        assert all(0 < loss < 2 * found[case][0] for loss in found[case]), case
+        assert all(0 < loss < 2 * cases[case][0] for loss in cases[case]), case
 
 
 @pytest.mark.slow

@@ -2,11 +2,12 @@
 exact, weights go from run to run unchanged.
 
     bash run/test.sh tests/run/train/test_engine.py
-The slow cases are values that one launch of 2 ranks found (tests/workers/engine_worker.py).
+The slow cases check the results of one launch of 2 ranks (tests/workers/engine_worker.py).
 """
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,40 +24,42 @@ from glimpse.tests.run.train.test_optim import FLAVOURS
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     data = shards(tmp_path_factory.mktemp("engine"))
-    done = launch(2, "tests/workers/engine_worker.py", str(data), str(data / "found.json"))
+    out = data / "results.json"
+    done = launch(2, "tests/workers/engine_worker.py", str(data), str(out))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((data / "found.json").read_text())
+    return json.loads(out.read_text())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_parameter_without_gradient_is_named(found, stage):
-    assert "2 trainable parameters, e.g. forgotten.bias" in found[f"guard {stage}"]
+def test_a_parameter_without_gradient_is_named(results, stage):
+    assert "2 trainable parameters, e.g. forgotten.bias" in results[f"guard {stage}"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_temperature_keeps_its_fp32_value(found, stage):
-    t = found[f"temperature {stage}"]
-    assert (
-        t["kind"] == "torch.bfloat16"
-        and t["copy"] == float(torch.tensor(t["master"]).bfloat16()) != t["master"]
-    )
+def test_the_temperature_keeps_its_fp32_value(results, stage):
+    t = results[f"temperature {stage}"]
+
+    assert t["kind"] == "torch.bfloat16"
+    assert t["copy"] == float(torch.tensor(t["master"]).bfloat16())
+    assert t["copy"] != t["master"]
     assert t["copy"] + t["residual"] == t["master"], (
         "exact: the residual is smaller than fp32's last place of the copy"
     )
     assert t["scale"] == pytest.approx(math.exp(t["master"]), rel=1e-6)
     assert abs(math.exp(t["copy"]) / t["scale"] - 1) > 1e-3, "which rounding would have changed"
-    assert t["clamped"] == pytest.approx(100, rel=1e-6) and math.isfinite(t["loss"])
+    assert t["clamped"] == pytest.approx(100, rel=1e-6)
+    assert math.isfinite(t["loss"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_groups_under_zero3(found, flavour):
-    """The very parameters and sizes of a method that is not sharded, where every parameter looks
-    one-dimensional and empty.
+def test_groups_under_zero3(results, flavour):
+    """The parameters and sizes of a method that is not sharded, though every sharded parameter
+    looks one-dimensional and empty.
     """
     cfg = config.load(
         "run/configs/quickstart.yaml",
@@ -65,11 +68,12 @@ def test_groups_under_zero3(found, flavour):
     method = build_method(cfg, 320)
     names = {id(p): name for name, p in method.named_parameters()}
     patch_bias = {"towers.vision.patch.bias"}  # the worker's clip flavour keeps it
-    for mine, theirs in zip(groups(method, cfg.optim), found[f"groups {flavour}"], strict=True):
-        wanted = {names[id(p)]: p.numel() for p in mine["params"]}
-        assert {
-            name: theirs[name] for name in wanted
-        } == wanted and theirs.keys() - wanted.keys() <= patch_bias
+
+    unsharded = groups(method, cfg.optim)
+    for group, sharded in zip(unsharded, results[f"groups {flavour}"], strict=True):
+        expected = {names[id(p)]: p.numel() for p in group["params"]}
+        assert {name: sharded[name] for name in expected} == expected
+        assert sharded.keys() - expected.keys() <= patch_bias
 
 
 @pytest.mark.slow
@@ -86,19 +90,25 @@ def test_groups_under_zero3(found, flavour):
         "3 True 3",
     ],
 )
-def test_weights_go_from_run_to_run(found, case):
+def test_weights_go_from_run_to_run(results, case):
     """Stage, bf16, stage of the run that `init:` starts from it, with a frozen layer: fp32 values
     are read and loaded, bit for bit.
     """
-    got = found[f"saved {case}"]
-    assert got["count"] > 90 and got["missing"] == got["read"] == got["loaded"] == []
-    assert got["moments"] == 0 and got["steps"] == 0, "the optimizer starts anew"
-    assert got["kept"] == ["step-00000004", "step-00000005"] and got["newest"] == "step-00000005"
+    result = results[f"saved {case}"]
+
+    assert result["count"] > 90
+    assert result["missing"] == []
+    assert result["read"] == []
+    assert result["loaded"] == []
+    assert result["moments"] == 0, "the optimizer starts anew"
+    assert result["steps"] == 0, "the optimizer starts anew"
+    assert result["kept"] == ["step-00000004", "step-00000005"]
+    assert result["newest"] == "step-00000005"
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
-    assert found["stop"] == [3, 3], "asked before its third step (2), heard one step later"
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(results):
+    assert results["stop"] == [3, 3], "asked before its third step (2), read one step later"
 
 
 @pytest.mark.parametrize(
@@ -128,32 +138,38 @@ def test_an_incomplete_method_cannot_be_made(base, lacks):
     ],
 )
 def test_what_a_deepspeed_json_may_not_say(tree, complaint, tmp_path):
-    (tmp_path / "mine.json").write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match=f"deepspeed: {tmp_path}/mine.json:? {complaint}"):
-        read_json(str(tmp_path / "mine.json"))
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(tree))
+
+    with pytest.raises(ValueError, match=f"deepspeed: {path}:? {complaint}"):
+        read_json(str(path))
 
 
 SHARD = "0_optim_states.pt"
 
 
 class Engine:
-    """What `save` needs of an engine, writing two files."""
+    """The attributes of an engine that `save` reads, writing two files."""
 
-    samples, stage = 160, 3
+    samples = 160
+    stage = 3
+    bf16 = False
 
     def __init__(self, step):
-        self.ds, self.bf16 = SimpleNamespace(global_steps=step, save_checkpoint=self.write), False
+        self.ds = SimpleNamespace(global_steps=step, save_checkpoint=self.write)
         self.average = SimpleNamespace(pairs={})
 
     def write(self, folder, tag, **_):
-        assert not (checkpoint.Path(folder) / tag).exists()
-        (checkpoint.Path(folder) / tag / "sub").mkdir(parents=True)
+        path = Path(folder) / tag
+        assert not path.exists()
+        (path / "sub").mkdir(parents=True)
         for name in (SHARD, "sub/b.pt"):
-            (checkpoint.Path(folder) / tag / name).write_bytes(bytes(1000))
+            (path / name).write_bytes(bytes(1000))
 
 
 @pytest.fixture
-def kept(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
+    """Return RUN/checkpoints, with those of steps 2, 3 and 4."""
     monkeypatch.setattr(checkpoint, "barrier", lambda: None)
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 3, 4):
@@ -165,20 +181,20 @@ def steps(folder):
     return [int(path.name[-8:]) for path in checkpoint.whole(folder)]
 
 
-def test_the_newest_are_kept(kept):
-    assert steps(kept) == [4, 3, 2] and sorted(p.name for p in kept.iterdir()) == [
-        f"step-{n:08d}" for n in (2, 3, 4)
-    ]
-    assert (
-        checkpoint.newest(kept.parent).name == "step-00000004"
-        and checkpoint.newest(kept / "step-00000002").name == "step-00000002"
-    )
-    found = checkpoint.manifest(kept / "step-00000004")
-    assert (
-        found["step"] == 4
-        and found["samples"] == 160
-        and found["files"] == {SHARD: 1000, "sub/b.pt": 1000}
-    )
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_are_kept(folder):
+    manifest = checkpoint.manifest(folder / "step-00000004")
+
+    assert steps(folder) == [4, 3, 2]
+    assert names(folder) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert checkpoint.newest(folder.parent).name == "step-00000004"
+    assert checkpoint.newest(folder / "step-00000002").name == "step-00000002"
+    assert manifest["step"] == 4
+    assert manifest["samples"] == 160
+    assert manifest["files"] == {SHARD: 1000, "sub/b.pt": 1000}
 
 
 @pytest.mark.parametrize(
@@ -196,36 +212,50 @@ def test_the_newest_are_kept(kept):
         (lambda path: (path / "manifest.json").write_text('{"st'), ""),
     ],
 )
-def test_a_torn_checkpoint_is_skipped_and_written_again(kept, tear, flaw):
-    """Training goes on from an older one; what was whole once and is asked for its weights is not
-    silently an older one.
+def test_a_torn_checkpoint_is_skipped_and_written_again(folder, tear, flaw):
+    """Training goes on from an older one; whoever asks for the weights of a damaged one does not
+    get an older one silently.
     """
-    tear(kept / "step-00000004")
-    assert steps(kept) == [3, 2]
+    tear(folder / "step-00000004")
+
+    assert steps(folder) == [3, 2]
     if flaw:
         with pytest.raises(ValueError, match=flaw):
-            checkpoint.newest(kept.parent)
+            checkpoint.newest(folder.parent)
     else:
-        assert checkpoint.newest(kept.parent).name == "step-00000003"
-    checkpoint.save(Engine(4), kept, dict(identity={}, shards=0), keep=2)
-    assert steps(kept) == [4, 3] and sorted(p.name for p in kept.iterdir()) == [
-        "step-00000003",
-        "step-00000004",
-    ]
+        assert checkpoint.newest(folder.parent).name == "step-00000003"
+
+    checkpoint.save(Engine(4), folder, dict(identity={}, shards=0), keep=2)
+
+    assert steps(folder) == [4, 3]
+    assert names(folder) == ["step-00000003", "step-00000004"]
 
 
-def test_no_checkpoint_and_another_model(kept, tmp_path):
+def test_no_checkpoint_and_another_model(folder, tmp_path):
+    none = tmp_path / "none"
+    causal = dict(model=dict(size="B/16", text=dict(causal=True)))
+    bidirectional = dict(model=dict(size="B/16", text=dict(causal=False)))
+
     with pytest.raises(ValueError, match="no such folder"):
-        checkpoint.newest(tmp_path / "none")
-    (tmp_path / "none").mkdir()
+        checkpoint.newest(none)
+    none.mkdir()
     with pytest.raises(ValueError, match="no whole checkpoint"):
-        checkpoint.newest(tmp_path / "none")
-    path = checkpoint.save(
-        Engine(9),
-        kept,
-        dict(identity=dict(model=dict(size="B/16", text=dict(causal=True)))),
-        keep=3,
-    )
-    checkpoint.check_identity(path, dict(model=dict(size="B/16", text=dict(causal=True))))
+        checkpoint.newest(none)
+
+    path = checkpoint.save(Engine(9), folder, dict(identity=causal), keep=3)
+    checkpoint.check_identity(path, causal)
     with pytest.raises(ValueError, match="model.text.causal: True, this config says False"):
-        checkpoint.check_identity(path, dict(model=dict(size="B/16", text=dict(causal=False))))
+        checkpoint.check_identity(path, bidirectional)
+
+
+def test_a_manifest_that_is_needed(folder):
+    path = folder / "step-00000004"
+    assert checkpoint.read_manifest(path) == checkpoint.manifest(path)
+
+    (path / SHARD).unlink()
+    with pytest.raises(ValueError, match=f"step-00000004: {SHARD} is missing, .*: damaged"):
+        checkpoint.read_manifest(path)
+
+    (path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="step-00000004: no whole checkpoint"):
+        checkpoint.read_manifest(path)
