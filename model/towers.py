@@ -99,9 +99,10 @@ class ModelConfig:
                 f" {PATCHES}, as in 'B/16'; or custom, '/', and any patch side"
             )
         if is_custom != bool(self.custom):
+            state = "missing" if is_custom else "given"
             raise ValueError(
-                f"model.custom: {'missing' if is_custom else 'given'} with model.size {self.size!r};"
-                " custom/PATCH and the numbers under model.custom belong together"
+                f"model.custom: {state} with model.size {self.size!r}; custom/PATCH and the numbers"
+                " under model.custom belong together"
             )
         if self.vision.positions == "sincos" and self.shape.width % 4:
             raise ValueError(

@@ -39,21 +39,18 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         depth, width = len(tower.blocks), tower.patch.out_features
-        self.tower, self.width, self.patch, self.drop_path = (
-            tower,
-            width,
-            math.isqrt(tower.patch.in_features // 3),
-            drop_path,
-        )
-        self.taps = tuple(
-            taps or (max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1))
-        )
+        self.tower, self.width, self.drop_path = tower, width, drop_path
+        self.patch = math.isqrt(tower.patch.in_features // 3)
+        if not taps:
+            taps = [max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+        self.taps = tuple(taps)
         if len(self.taps) != 4 or not all(1 <= tap <= depth for tap in self.taps):
             raise ValueError(
                 f"taps {self.taps}: four of the tower's blocks, each a number from 1 to {depth}"
             )
-        for unused in (tower.norm, *list(tower.blocks)[max(self.taps) :]):
-            unused.requires_grad_(False)
+        tower.norm.requires_grad_(False)
+        for block in list(tower.blocks)[max(self.taps) :]:
+            block.requires_grad_(False)
 
         def finer() -> nn.Module:
             return nn.ConvTranspose2d(width, width, 2, 2)
@@ -75,19 +72,15 @@ class Backbone(nn.Module):
         Where P does not divide H or W, the image goes on below and to the right in the mean colour
         to a whole patch; the maps cover that.
         """
-        return {
-            str(i): scale(x)
-            for i, (scale, x) in enumerate(zip(self.scales, self.tokens(images), strict=True))
-        }
+        pairs = zip(self.scales, self.tokens(images), strict=True)
+        return {str(i): scale(x) for i, (scale, x) in enumerate(pairs)}
 
     def tokens(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> the patch tokens that the tapped blocks give out, 4 x (B, D, rows,
-        columns).
-        """
-        cfg, P = self.tower.cfg, self.patch
-        floats = normalise(
-            images.flatten(1)[:, None], cfg.mean, cfg.std, self.tower.cls.dtype
-        ).view(images.shape)
+        """(B, 3, H, W) -> the patch tokens after the tapped blocks, 4 x (B, D, rows, columns)."""
+        # 1. Normalize the pixels, pad them to whole patches, and cut these.
+        cfg, P, blocks = self.tower.cfg, self.patch, self.tower.blocks
+        pixels = images.flatten(1)[:, None]
+        floats = normalise(pixels, cfg.mean, cfg.std, self.tower.cls.dtype).view(images.shape)
         floats = F.pad(floats, (0, -images.shape[3] % P, 0, -images.shape[2] % P))
         grid = floats.shape[2] // P, floats.shape[3] // P
         # (B, L, 3 P P), in the order of a convolution's weight
@@ -95,21 +88,19 @@ class Backbone(nn.Module):
         places = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
         paths = None
         if self.training and self.drop_path:
-            paths = drop_path(
-                torch.rand(len(images), len(self.tower.blocks), 2, device=images.device),
-                self.drop_path,
-            )
-        found: dict[int, Tensor] = {}
+            noise = torch.rand(len(images), len(blocks), 2, device=images.device)
+            paths = drop_path(noise, self.drop_path)
+
+        # 2. Run the tower, and keep the outputs of the tapped blocks.
+        outputs: dict[int, Tensor] = {}
 
         def keep(tap: int):
-            return lambda block, inputs, output: found.update({tap: output})
+            return lambda block, inputs, output: outputs.update({tap: output})
 
-        hooks = [
-            self.tower.blocks[tap - 1].register_forward_hook(keep(tap)) for tap in set(self.taps)
-        ]
+        hooks = [blocks[tap - 1].register_forward_hook(keep(tap)) for tap in set(self.taps)]
         try:
             self.tower(patches, places, grid, paths=paths)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]
+        return [outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]

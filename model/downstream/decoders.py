@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.layers import Linear
-from glimpse.model.layers import Embedding, drawn
+from glimpse.model.layers import Embedding, Linear, drawn
 
 PAD = 0
 
