@@ -1,5 +1,5 @@
-"""What lies at a path: runs, their checkpoints and converted models by any of their names, and what
-is said where it is something else.
+"""Models at a path: runs, their checkpoints and converted models by any of their names, and the
+errors where there is something else.
 
     bash run/test.sh tests/run/train/test_load_model.py
 """
@@ -26,7 +26,7 @@ from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS, made
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of four steps with two checkpoints."""
+    """Return a run of four steps with two checkpoints."""
     root = tmp_path_factory.mktemp("trained")
     line = settings(shards(root / "data"), root / "run", "samples=64", "save_every=32")
     done = subprocess.run(
@@ -41,117 +41,124 @@ def trained(tmp_path_factory):
 
 
 def test_a_checkpoint_by_any_of_its_names(trained, monkeypatch, tmp_path, convert):
-    wanted = trained.resolve() / "checkpoints/step-00000004"
-    inside = trained / "checkpoints"
+    newest = trained.resolve() / "checkpoints/step-00000004"
+    checkpoints = trained / "checkpoints"
+
     for where, name in (
         (trained, "."),
         (trained, "checkpoints"),
-        (inside, "."),
-        (inside, "step-00000004"),
-        (wanted, "."),
+        (checkpoints, "."),
+        (checkpoints, "step-00000004"),
+        (newest, "."),
         (trained.parent, "run"),
     ):
         monkeypatch.chdir(where)
-        code, told, complaint = convert("inspect", name)
-        assert code == 0 and str(wanted) in told and "samples" in told, (where, name, complaint)
-    monkeypatch.chdir(trained / "checkpoints")
-    code, told, complaint = convert("glimpse", "step-00000002", tmp_path / "out")
-    assert code == 0 and "step-00000002, after step 2, 32 samples" in told, complaint
+        code, out, complaint = convert("inspect", name)
+        assert code == 0, (where, name, complaint)
+        assert str(newest) in out, (where, name)
+        assert "samples" in out, (where, name)
+
+    monkeypatch.chdir(checkpoints)
+    code, out, complaint = convert("glimpse", "step-00000002", tmp_path / "out")
+    assert code == 0, complaint
+    assert "step-00000002, after step 2, 32 samples" in out
 
 
 def test_a_damaged_checkpoint_is_not_silently_an_older_one(trained, tmp_path, convert):
     shutil.copytree(trained, tmp_path / "run")
     shard = next((tmp_path / "run/checkpoints/step-00000004").glob("*_optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:-5000])
+
     for source in ("run", "run/checkpoints/step-00000004"):
-        code, _, told = convert("glimpse", tmp_path / source, tmp_path / "out")
-        assert (
-            code == 2
-            and f"step-00000004: {shard.name} has" in told
-            and "damaged, or still being copied" in told
-        )
-    code, told, _ = convert("glimpse", tmp_path / "run/checkpoints/step-00000002", tmp_path / "out")
-    assert code == 0 and "after step 2, 32 samples" in told
+        code, _, complaint = convert("glimpse", tmp_path / source, tmp_path / "out")
+        assert code == 2
+        assert f"step-00000004: {shard.name} has" in complaint
+        assert "damaged, or still being copied" in complaint
+
+    code, out, _ = convert("glimpse", tmp_path / "run/checkpoints/step-00000002", tmp_path / "out")
+    assert code == 0
+    assert "after step 2, 32 samples" in out
 
 
 def test_deepspeeds_files_alone(trained, tmp_path, convert):
     shutil.copytree(trained / "checkpoints/step-00000004", tmp_path / "copied")
     (tmp_path / "copied/manifest.json").unlink()
-    code, _, told = convert("inspect", tmp_path / "copied")
-    assert code == 2 and "1 ranks' files of a DeepSpeed checkpoint, but no manifest.json" in told
+
+    code, _, complaint = convert("inspect", tmp_path / "copied")
+
+    assert code == 2
+    assert "1 ranks' files of a DeepSpeed checkpoint, but no manifest.json" in complaint
 
 
 def test_a_run_may_be_moved(trained, tmp_path, convert):
     """Its vocabulary lies in it."""
-    shutil.copytree(trained, tmp_path / "moved")
-    saved = tmp_path / "moved/config.yaml"
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    saved = moved / "config.yaml"
     saved.write_text(saved.read_text().replace(str(trained.parent), str(tmp_path / "gone")))
-    code, told, complaint = convert("glimpse", tmp_path / "moved", tmp_path / "out")
-    assert (
-        code == 0
-        and (tmp_path / "out/tokenizer.model").read_bytes()
-        == (trained / "tokenizer.model").read_bytes()
-    ), complaint
-    code, told, complaint = convert("megatron", tmp_path / "moved", tmp_path / "mg", "--tp", "2")
-    assert (
-        code == 0
-        and "in 2 pieces, a tensor-parallel rank each" in told
-        and "not run in megatron's own code" in told
-    ), complaint
-    assert convert("flip_jax", tmp_path / "moved", tmp_path / "flip")[0] == 0
-    assert (
-        f"tokenizer sentencepiece({tmp_path}/flip/tokenizer.model)"
-        in convert("inspect", tmp_path / "flip")[1]
-    )
+
+    code, _, complaint = convert("glimpse", moved, tmp_path / "out")
+    assert code == 0, complaint
+    vocab = (trained / "tokenizer.model").read_bytes()
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == vocab
+
+    code, out, complaint = convert("megatron", moved, tmp_path / "mg", "--tp", "2")
+    assert code == 0, complaint
+    assert "in 2 pieces, a tensor-parallel rank each" in out
+    assert "not run in megatron's own code" in out
+
+    code, _, complaint = convert("flip_jax", moved, tmp_path / "flip")
+    assert code == 0, complaint
+    _, out, _ = convert("inspect", tmp_path / "flip")
+    assert f"tokenizer sentencepiece({tmp_path}/flip/tokenizer.model)" in out
 
 
 def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch):
     """Its vocabulary lies in it, and is found from wherever training starts."""
     monkeypatch.chdir(tmp_path)
-    assert convert("glimpse", trained, "out")[0] == 0
+    code, _, complaint = convert("glimpse", trained, "out")
+    assert code == 0, complaint
     (tmp_path / "out").rename(tmp_path / "moved")
-    (tmp_path / "train.yaml").write_text(
-        json.dumps(
-            dict(
-                base="moved/config.json",
-                init=str(tmp_path / "moved"),
-                run="x",
-                method="clip",
-                samples=16,
-                batch=16,
-                data=dict(train="y"),
-                optim=dict(lr="0", weight_decay=0.1, warmup=16),
-            )
-        )
+    tree = dict(
+        base="moved/config.json",
+        init=str(tmp_path / "moved"),
+        run="x",
+        method="clip",
+        samples=16,
+        batch=16,
+        data=dict(train="y"),
+        optim=dict(lr="0", weight_decay=0.1, warmup=16),
     )
+    (tmp_path / "train.yaml").write_text(json.dumps(tree))
     monkeypatch.chdir(ROOT)
+
     cfg = config.load(tmp_path / "train.yaml")
-    assert cfg.data.tokenizer == f"sentencepiece({tmp_path}/moved/tokenizer.model)"
+
+    tokenizer = f"sentencepiece({tmp_path}/moved/tokenizer.model)"
+    assert cfg.data.tokenizer == tokenizer
     for name in ("moved", "moved/model.safetensors"):
-        assert (
-            load_model.config_of(load_model.find(tmp_path / name)).data.tokenizer
-            == cfg.data.tokenizer
-        )
+        path = load_model.find(tmp_path / name)
+        assert load_model.config_of(path).data.tokenizer == tokenizer
 
 
 def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
     open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "theirs")
-    with pytest.raises(
-        ValueError,
-        match="theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one",
-    ):
+
+    complaint = "theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one"
+    with pytest.raises(ValueError, match=complaint):
         load_model.find(tmp_path / "theirs")
 
 
 def test_what_a_converted_model_does_not_say(tmp_path):
-    portable.save(made(*FLAVOURS["CLIP"]), tmp_path / "ours")
-    tree = json.loads((tmp_path / "ours/config.json").read_text())
+    folder = tmp_path / "ours"
+    portable.save(made(*FLAVOURS["CLIP"]), folder)
+    tree = json.loads((folder / "config.json").read_text())
     del tree["provenance"]["fingerprint"]
-    (tmp_path / "ours/config.json").write_text(json.dumps(tree))
-    with pytest.raises(
-        ValueError, match="config.json: provenance.fingerprint missing; convert the model again"
-    ):
-        load_model.opened(tmp_path / "ours")
+    (folder / "config.json").write_text(json.dumps(tree))
+
+    complaint = "config.json: provenance.fingerprint missing; convert the model again"
+    with pytest.raises(ValueError, match=complaint):
+        load_model.opened(folder)
 
 
 @pytest.mark.parametrize(
@@ -171,18 +178,21 @@ def test_what_a_converted_model_does_not_say(tmp_path):
 )
 def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_path):
     """By what looks at a model, and by what starts from it."""
-    portable.save(made(*FLAVOURS["CLIP"]), tmp_path / "ours")
-    cfg, file = load_model.config_of(tmp_path / "ours").model, tmp_path / "ours/config.json"
-    tree = json.loads(file.read_text())
+    folder = tmp_path / "ours"
+    portable.save(made(*FLAVOURS["CLIP"]), folder)
+    cfg = load_model.config_of(folder).model
+    file = folder / "config.json"
     if damage:
+        tree = json.loads(file.read_text())
         damage(tree)
-    file.write_text(json.dumps(tree) if damage else "{x")
+        file.write_text(json.dumps(tree))
+    else:
+        file.write_text("{x")
+
     with pytest.raises(ValueError, match=complaint):
-        load_model.opened(load_model.find(tmp_path / "ours"))
+        load_model.opened(load_model.find(folder))
     with pytest.raises(ValueError, match=f"init: .*{complaint}"):
-        initial_weights.found_for(
-            "init", str(tmp_path / "ours"), initial_weights.check_start, cfg, ""
-        )
+        initial_weights.found_for("init", str(folder), initial_weights.check_start, cfg, "")
 
 
 @pytest.mark.parametrize(
@@ -195,112 +205,125 @@ def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_pat
 )
 def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_path):
     source = Tensors.held({"a": torch.ones(2), "c": torch.ones(1)})
+    expected = {name: torch.Size(shape) for name, shape in shapes.items()}
+
     with pytest.raises(ValueError, match=complaint):
-        load_model.check_places(
-            tmp_path, source, {name: torch.Size(shape) for name, shape in shapes.items()}, under
-        )
+        load_model.check_places(tmp_path, source, expected, under)
     assert load_model.check_places(tmp_path, source, {"a": torch.Size([2])}, None) == ""
 
 
 def test_where_a_run_starts_is_looked_up_once(monkeypatch):
-    """A run that still goes on may have a newer checkpoint when what DeepSpeed copied is
-    written.
-    """
-    looked, loaded, method = [], [], torch.nn.Linear(2, 2)
-    monkeypatch.setattr(
-        initial_weights,
-        "found_places",
-        lambda *_: looked.append(1) or [("step-1", {"weight": "a", "bias": "b"}, "under")],
-    )
-    monkeypatch.setattr(initial_weights, "load", lambda method, *where: loaded.append(where))
+    """A run that is still trained may have a newer checkpoint when the fp32 copies are written."""
+    lookups = []
+    loads = []
+
+    def found_places(*_):
+        lookups.append(1)
+        return [("step-1", {"weight": "a", "bias": "b"}, "under")]
+
+    def load(method, *where):
+        loads.append(where)
+
+    monkeypatch.setattr(initial_weights, "found_places", found_places)
+    monkeypatch.setattr(initial_weights, "load", load)
+    method = torch.nn.Linear(2, 2)
+
     put = initial_weights.beginning("run", "vocabulary")
     put(method)
-    method.weight._hp_mapping = None  # as DeepSpeed marks what it has an fp32 copy of
+    method.weight._hp_mapping = None  # DeepSpeed marks the parameters with an fp32 copy so
     put(method)
-    assert len(looked) == 1
-    assert loaded == [
+
+    assert len(lookups) == 1
+    assert loads == [
         ("step-1", {"weight": "a", "bias": "b"}, "under"),
         ("step-1", {"weight": "a"}, None),
     ]
 
 
 def test_a_checksum_tells_models_apart():
-    cfg, method = (
-        config.load("run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)"]),
-        torch.nn.Linear(3, 2),
-    )
+    def quickstart(*more):
+        overrides = ["data.tokenizer=sentencepiece(x)", *more]
+        return config.load("run/configs/quickstart.yaml", overrides)
+
+    cfg = quickstart()
+    method = torch.nn.Linear(3, 2)
     tokenizer = SimpleNamespace(fingerprint="f")
-    again, other = copy.deepcopy(method), copy.deepcopy(method)
+    again = copy.deepcopy(method)
+    other = copy.deepcopy(method)
     other.bias.data[0] *= -1
+
     first = load_model.checksum(method, cfg, tokenizer)
-    assert first == load_model.checksum(again, cfg, tokenizer) and len(first) == 16
     changed = [
         load_model.checksum(other, cfg, tokenizer),
         load_model.checksum(method, cfg, SimpleNamespace(fingerprint="g")),
-        *(
-            load_model.checksum(
-                method,
-                config.load(
-                    "run/configs/quickstart.yaml", ["data.tokenizer=sentencepiece(x)", more]
-                ),
-                tokenizer,
-            )
-            for more in (
-                "eval_crop=squash",
-                "model.vision.mean=[0.5,0.5,0.5]",
-                "model.vision.pool=cls",
-                "data.pad_text=true",
-            )
-        ),
     ]
+    for override in (
+        "eval_crop=squash",
+        "model.vision.mean=[0.5,0.5,0.5]",
+        "model.vision.pool=cls",
+        "data.pad_text=true",
+    ):
+        changed.append(load_model.checksum(method, quickstart(override), tokenizer))
+
+    assert first == load_model.checksum(again, cfg, tokenizer)
+    assert len(first) == 16
     assert len({first, *changed}) == 7
 
 
 def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
     """Copied from one that is read-only; a newer one takes its place."""
-    vocab, kept = tmp_path / "tokenizer.model", tmp_path / "run/tokenizer.model"
-    kept.parent.mkdir()
+    vocab = tmp_path / "tokenizer.model"
+    copied = tmp_path / "run/tokenizer.model"
+    copied.parent.mkdir()
     vocab.write_bytes(b"first")
     vocab.chmod(0o444)
-    run_dir.keep(vocab, kept)
-    assert kept.stat().st_mode & 0o200, "it is the run's own"
-    kept.chmod(0o444)
-    run_dir.keep(kept, kept)
+
+    run_dir.keep(vocab, copied)
+    assert copied.stat().st_mode & 0o200, "the copy can be written"
+
+    copied.chmod(0o444)
+    run_dir.keep(copied, copied)
     vocab.chmod(0o644)
     vocab.write_bytes(b"other")
-    run_dir.keep(vocab, kept)
-    assert kept.read_bytes() == b"other" and len(list(kept.parent.iterdir())) == 1
+    run_dir.keep(vocab, copied)
+    assert copied.read_bytes() == b"other"
+    assert len(list(copied.parent.iterdir())) == 1
 
 
 def test_memory_is_that_of_the_group(tmp_path):
     """A job on a large machine that may use a little of it; what files are cached there does not
     count.
     """
-    (tmp_path / "cgroup").write_text("0::/slurm/job_1\n")
+    job = tmp_path / "cgroup"
+    job.write_text("0::/slurm/job_1\n")
     group = tmp_path / "fs/slurm/job_1"
     group.mkdir(parents=True)
-    free = proofs.room(tmp_path / "cgroup", tmp_path / "fs")
+    free = proofs.room(job, tmp_path / "fs")
+
     (group / "memory.max").write_text("max\n")
-    assert proofs.room(tmp_path / "cgroup", tmp_path / "fs") == pytest.approx(free, rel=0.2)
+    assert proofs.room(job, tmp_path / "fs") == pytest.approx(free, rel=0.2)
+
     (group.parent / "memory.max").write_text("3000000\n")
     (group.parent / "memory.stat").write_text("anon 1000000\nfile 1900000\n")
-    assert proofs.room(tmp_path / "cgroup", tmp_path / "fs") == 2_000_000
+    assert proofs.room(job, tmp_path / "fs") == 2_000_000
     assert proofs.room(tmp_path / "nothing", tmp_path / "fs") == pytest.approx(free, rel=0.2)
 
 
 def test_a_large_tensor_is_in_memory_once(tmp_path):
     """Read out of a shard without a second copy beside it."""
     torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
+
     grown = growth(
         f"""
 import torch
 from pathlib import Path
-from glimpse.run.train import zero_reader as zero_files
+from glimpse.run.train import zero_reader
 file = Path({str(tmp_path / "x.pt")!r})
-run = zero_files.run_of(zero_files.structure(file)["w"], file)
+run = zero_reader.run_of(zero_reader.structure(file)["w"], file)
 parts = [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)]
-made = zero_files.made({{"w": (torch.Size([16 << 20]), parts)}})""",
+tensors = zero_reader.made({{"w": (torch.Size([16 << 20]), parts)}})""",
         """
-assert float(made["w"].sum()) == 16 << 20""",
+assert float(tensors["w"].sum()) == 16 << 20""",
     )
+
     assert 60 < grown < 80, "of 64 MiB"

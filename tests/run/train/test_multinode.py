@@ -23,8 +23,8 @@ NAMES = [f"glimpse{os.getpid() % 100000}{side}" for side in "ab"]
 
 @pytest.fixture
 def nodes():
-    """The names of two namespaces, 10.77.0.1 and 10.77.0.2, with one cable between them; each end
-    is called as its namespace.
+    """Return the names of two namespaces, 10.77.0.1 and 10.77.0.2, with a cable between them; each
+    end has the name of its namespace.
     """
     ip = shutil.which("ip")
     if not ip or os.geteuid():
@@ -33,25 +33,14 @@ def nodes():
     def call(*args):
         return subprocess.run([ip, *args], capture_output=True, text=True)
 
+    first, second = NAMES
+    cable = ["link", "add", first, "netns", first]
+    cable += ["type", "veth", "peer", "name", second, "netns", second]
     try:
-        made = [call("netns", "add", name) for name in NAMES]
-        made.append(
-            call(
-                "link",
-                "add",
-                NAMES[0],
-                "netns",
-                NAMES[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                NAMES[1],
-                "netns",
-                NAMES[1],
-            )
-        )
-        if failed := [done.stderr.strip() for done in made if done.returncode]:
+        commands = [call("netns", "add", name) for name in NAMES]
+        commands.append(call(*cable))
+        failed = [done.stderr.strip() for done in commands if done.returncode]
+        if failed:
             pytest.skip(f"this machine makes no network namespaces: {failed[0]}")
         for n, name in enumerate(NAMES, 1):
             for args in (
@@ -72,61 +61,58 @@ def losses(run):
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def start(name, number, hosts, *arguments):
+    """Start run/pretrain.py by DeepSpeed's launcher in a namespace."""
+    line = ["ip", "netns", "exec", name, "deepspeed"]
+    line += ["--hostfile", str(hosts), "--no_ssh"]
+    line += ["--node_rank", str(number), "--master_addr", "10.77.0.1"]
+    line += ["run/pretrain.py", *arguments]
+    return subprocess.Popen(
+        line,
+        cwd=ROOT,
+        env={**environment(), "GLOO_SOCKET_IFNAME": name},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 @pytest.mark.slow
 def test_two_nodes_train_as_one_process(nodes, tmp_path):
-    data, schedule = shards(tmp_path / "data"), "samples=64"
+    data = shards(tmp_path / "data")
+    schedule = "samples=64"
     hosts = tmp_path / "hostfile"
     hosts.write_text("worker-0 slots=1\nworker-1 slots=1\n")
+    two, one = tmp_path / "two", tmp_path / "one"
+
+    # Two nodes.
     launches = []
     try:
-        for n, name in enumerate(nodes):
-            line = [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                "deepspeed",
-                "--hostfile",
-                str(hosts),
-                "--no_ssh",
-                "--node_rank",
-                str(n),
-                "--master_addr",
-                "10.77.0.1",
-                "run/pretrain.py",
-                *settings(data, tmp_path / "two", schedule),
-            ]
-            launches.append(
-                subprocess.Popen(
-                    line,
-                    cwd=ROOT,
-                    env={**environment(), "GLOO_SOCKET_IFNAME": name},
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-        said = [launch.communicate(timeout=120)[0] for launch in launches]
+        for number, name in enumerate(nodes):
+            launches.append(start(name, number, hosts, *settings(data, two, schedule)))
+        outputs = [launch.communicate(timeout=120)[0] for launch in launches]
     finally:
         for launch in launches:
             if launch.poll() is None:
                 os.killpg(launch.pid, signal.SIGKILL)
-    assert [launch.returncode for launch in launches] == [0, 0], "\n".join(
-        text[-2000:] for text in said
-    )
-    assert "2 ranks" in said[0] and "step 4/4" in said[0] and "step 4/4" not in said[1], (
-        "rank 0's node alone reports"
-    )
-    assert yaml.safe_load((tmp_path / "two/config.yaml").read_text())["provenance"]["ranks"] == 2
-    assert len((tmp_path / "two/command.txt").read_text().splitlines()) == 1
-    assert len(list((tmp_path / "two/checkpoints/step-00000004").glob("*optim_states.pt"))) == 2, (
-        "each node wrote its shard"
-    )
 
-    line = [sys.executable, "run/pretrain.py", *settings(data, tmp_path / "one", schedule)]
+    ends = "\n".join(text[-2000:] for text in outputs)
+    assert [launch.returncode for launch in launches] == [0, 0], ends
+    first, second = outputs
+    assert "2 ranks" in first
+    assert "step 4/4" in first
+    assert "step 4/4" not in second, "rank 0's node alone reports"
+    assert yaml.safe_load((two / "config.yaml").read_text())["provenance"]["ranks"] == 2
+    assert len((two / "command.txt").read_text().splitlines()) == 1
+    saved = list((two / "checkpoints/step-00000004").glob("*optim_states.pt"))
+    assert len(saved) == 2, "each node wrote its shard"
+
+    # One process.
+    line = [sys.executable, "run/pretrain.py", *settings(data, one, schedule)]
     done = subprocess.run(
         line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )
+
     assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)

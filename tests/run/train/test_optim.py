@@ -30,7 +30,7 @@ FLAVOURS = {
 }
 
 
-def made(flavour, *more):
+def method_and_config(flavour, *more):
     cfg = config.load(
         "run/configs/quickstart.yaml",
         ["model.size=nano/8", "model.image_size=32", *FLAVOURS[flavour], *more],
@@ -39,76 +39,82 @@ def made(flavour, *more):
 
 
 def free_names(method, cfg):
-    """The names of the group without decay; checks that the two groups hold every trainable
+    """Return the names of the group without decay; check that the two groups hold every trainable
     parameter once.
     """
+    decayed, free = groups(method, cfg.optim)
+    assert decayed["weight_decay"] == 0.2
+    assert free["weight_decay"] == 0.0
+
     names = {id(p): name for name, p in method.named_parameters()}
-    found = groups(method, cfg.optim)
-    assert [g["weight_decay"] for g in found] == [0.2, 0.0]
-    every = [names[id(p)] for g in found for p in g["params"]]
-    assert sorted(every) == sorted(name for name, p in method.named_parameters() if p.requires_grad)
-    assert sum(p.numel() for g in found for p in g["params"]) == sum(
-        p.numel() for p in method.parameters() if p.requires_grad
-    )
-    return {names[id(p)] for p in found[1]["params"]}
+    trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    grouped = [*decayed["params"], *free["params"]]
+    assert sorted(names[id(p)] for p in grouped) == sorted(trainable)
+    assert sum(p.numel() for p in grouped) == sum(p.numel() for p in trainable.values())
+    return {names[id(p)] for p in free["params"]}
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_groups(flavour):
-    """What decays in each recipe: FLIP keeps class token and temperature decaying; open_clip its
-    learned positions and embeddings.
+    """The groups of each recipe: FLIP decays class token and temperature; open_clip its learned
+    positions and embeddings.
     """
-    method, cfg = made(flavour)
-    free = free_names(method, cfg)
-    named = dict(method.named_parameters())
-    assert {n for n in named if n.endswith("bias") or "norm" in n} <= free
-    assert all(p.ndim == 1 for p in (named[n] for n in free if "positions" not in n))
+    method, cfg = method_and_config(flavour)
+    parameters = dict(method.named_parameters())
+    biases_and_norms = {n for n in parameters if n.endswith("bias") or "norm" in n}
     special = {
         "towers.vision.cls",
         "towers.vision.positions",
         "towers.text.positions",
         "towers.text.token.weight",
         "towers.temperature.logit_scale",
-    } & named.keys()
-    wanted = {
+    }
+    expected = {
         "flip": {"towers.text.positions"},
         "clip": {"towers.vision.cls", "towers.temperature.logit_scale"},
     }
-    assert free & special == wanted[flavour]
-    assert not {n for n in free - special if not n.endswith("bias") and "norm" not in n}
-    assert (
-        "towers.vision.positions" in named
-        if flavour == "clip"
-        else "towers.vision.positions" not in named
-    )
+
+    free = free_names(method, cfg)
+
+    assert biases_and_norms <= free
+    assert all(parameters[n].ndim == 1 for n in free if "positions" not in n)
+    assert free & special & parameters.keys() == expected[flavour]
+    assert free - special <= biases_and_norms
+    assert ("towers.vision.positions" in parameters) == (flavour == "clip")
 
 
 def test_every_kind_can_be_switched_off_and_frozen_ones_are_left_out():
-    method, cfg = made("clip", f"optim.no_decay=[{', '.join(KINDS)}]")
+    method, cfg = method_and_config("clip", f"optim.no_decay=[{', '.join(KINDS)}]")
+    count = len(list(method.parameters()))
+
     (everything,) = groups(method, cfg.optim)
-    assert everything["weight_decay"] == 0.0 and len(everything["params"]) == len(
-        list(method.parameters())
-    )
+    assert everything["weight_decay"] == 0.0
+    assert len(everything["params"]) == count
+
     (everything,) = groups(method, replace(cfg.optim, no_decay=()))
-    assert everything["weight_decay"] == 0.2 and len(everything["params"]) == len(
-        list(method.parameters())
-    )
-    frozen, cfg = made("flip", "model.vision.freeze_patch=true")
+    assert everything["weight_decay"] == 0.2
+    assert len(everything["params"]) == count
+
+    frozen, cfg = method_and_config("flip", "model.vision.freeze_patch=true")
     assert "towers.vision.patch.bias" not in free_names(frozen, cfg)
 
 
 def test_a_shared_parameter_is_refused():
-    method, cfg = made("flip")
+    method, cfg = method_and_config("flip")
     method.again = nn.Linear(4, 4)
     method.again.weight = method.towers.image_projection.weight
+
     with pytest.raises(AssertionError, match="shared"):
         groups(method, cfg.optim)
 
 
 def test_kind():
-    assert kind(nn.LayerNorm(4), "bias") == kind(nn.LayerNorm(4), "weight") == "norm"
-    assert kind(nn.Linear(4, 4), "bias") == "bias" and kind(nn.Linear(4, 4), "weight") == "weight"
-    assert kind(nn.Embedding(4, 4), "weight") == "tokens" and kind(nn.Module(), "cls") == "cls"
+    assert kind(nn.LayerNorm(4), "bias") == "norm"
+    assert kind(nn.LayerNorm(4), "weight") == "norm"
+    assert kind(nn.Linear(4, 4), "bias") == "bias"
+    assert kind(nn.Linear(4, 4), "weight") == "weight"
+    assert kind(nn.Embedding(4, 4), "weight") == "tokens"
+    assert kind(nn.Module(), "cls") == "cls"
     with pytest.raises(ValueError, match="optim.no_decay: unknown 'norms'; known: bias, norm"):
         OptimConfig(lr="1", weight_decay=0, warmup=0, no_decay=("norms",))
 
@@ -117,48 +123,60 @@ def test_flip_rates():
     """FLIP: 4e-6 per 256 at batch 65,536 is 1.024e-3; 51.2M samples of warm-up, then a cosine to 0
     at 12.8B.
     """
-    optim = OptimConfig(lr="4e-6 per 256", weight_decay=0.2, warmup=51_200_000)
-    assert optim.peak(65_536) == pytest.approx(1.024e-3, rel=1e-12) and optim.peak(256) == 4e-6
-    batch, samples = 65_536, 12_800_000_000
-    assert optim.rate(0, batch, samples) == pytest.approx(1.024e-3 * 65_536 / 51_200_000), (
-        "the first step already learns"
-    )
-    assert optim.rate(25_600_000 - batch, batch, samples) == pytest.approx(0.512e-3)
-    assert optim.rate(51_200_000 - 1, batch, samples) == pytest.approx(1.024e-3), (
-        "never above the peak"
-    )
-    assert optim.rate(51_200_000, batch, samples) == pytest.approx(1.024e-3)
-    middle = 51_200_000 + (samples - 51_200_000) // 2
-    assert optim.rate(middle, batch, samples) == pytest.approx(0.512e-3)
-    assert 0 < optim.rate(samples - batch, batch, samples) < 1e-9 and optim.rate(
-        samples, batch, samples
-    ) == pytest.approx(0, abs=1e-15)
-    quarter = 51_200_000 + (samples - 51_200_000) // 4
-    assert optim.rate(quarter, batch, samples) == pytest.approx(1.024e-3 * (1 + math.sqrt(0.5)) / 2)
+    warmup = 51_200_000
+    samples = 12_800_000_000
+    batch = 65_536
+    optim = OptimConfig(lr="4e-6 per 256", weight_decay=0.2, warmup=warmup)
+
+    def rate(seen):
+        return optim.rate(seen, batch, samples)
+
+    # the peak
+    assert optim.peak(batch) == pytest.approx(1.024e-3, rel=1e-12)
+    assert optim.peak(256) == 4e-6
+
+    # the warm-up
+    first = 1.024e-3 * batch / warmup
+    assert rate(0) == pytest.approx(first), "the first step already learns"
+    assert rate(25_600_000 - batch) == pytest.approx(0.512e-3)
+    assert rate(warmup - 1) == pytest.approx(1.024e-3), "never above the peak"
+    assert rate(warmup) == pytest.approx(1.024e-3)
+
+    # the cosine
+    quarter = warmup + (samples - warmup) // 4
+    middle = warmup + (samples - warmup) // 2
+    assert rate(quarter) == pytest.approx(1.024e-3 * (1 + math.sqrt(0.5)) / 2)
+    assert rate(middle) == pytest.approx(0.512e-3)
+    assert 0 < rate(samples - batch) < 1e-9
+    assert rate(samples) == pytest.approx(0, abs=1e-15)
 
 
 def test_slip_rates():
     """SLIP's CLIP baseline: 5e-4 down to 1e-5."""
+    samples = 367_000_000
     optim = OptimConfig(lr="5e-4", weight_decay=0.5, warmup=14_700_000, min_lr=1e-5)
-    rates = [optim.rate(seen, 4096, 367_000_000) for seen in range(0, 367_000_000, 1_000_000)]
+
+    def rate(seen):
+        return optim.rate(seen, 4096, samples)
+
+    rates = [rate(seen) for seen in range(0, samples, 1_000_000)]
     peak = rates.index(max(rates))
-    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(
-        rates[peak:], reverse=True
-    )
-    assert max(rates) == pytest.approx(5e-4, rel=1e-4) and optim.rate(
-        367_000_000, 4096, 367_000_000
-    ) == pytest.approx(1e-5)
-    assert optim.rate(14_700_000 + 176_150_000, 4096, 367_000_000) == pytest.approx(
-        (5e-4 + 1e-5) / 2
-    )
-    assert optim.rate(400_000_000, 4096, 367_000_000) == pytest.approx(1e-5), (
-        "beyond the end it stays"
-    )
+    rising, falling = rates[: peak + 1], rates[peak:]
+    middle = (5e-4 + 1e-5) / 2
+
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert max(rates) == pytest.approx(5e-4, rel=1e-4)
+    assert rate(14_700_000 + 176_150_000) == pytest.approx(middle)
+    assert rate(samples) == pytest.approx(1e-5)
+    assert rate(400_000_000) == pytest.approx(1e-5), "beyond the end it stays"
 
 
 def test_without_warmup_and_shorter_than_it():
     flat = OptimConfig(lr="1e-3", weight_decay=0, warmup=0)
-    assert flat.rate(0, 16, 320) == 1e-3 and flat.rate(320, 16, 320) == pytest.approx(0, abs=1e-18)
+    assert flat.rate(0, 16, 320) == 1e-3
+    assert flat.rate(320, 16, 320) == pytest.approx(0, abs=1e-18)
+
     short = OptimConfig(lr="1e-3", weight_decay=0, warmup=1000)
     assert short.rate(304, 16, 320) == pytest.approx(3.2e-4), "a run that ends within its warm-up"
 
