@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# From a clone to an evaluated FLIP model in a few minutes: environment, data, tokenizer, training under ZeRO-3, evaluation.
+# From a clone to an evaluated FLIP model in a few minutes: environment, data, tokenizer, training
+# under ZeRO-3, evaluation.
 #   bash run/quickstart.sh
-# What is there already (environment, data, tokenizer) is used again; every call trains into a new run folder.
+# An environment, data and a tokenizer that are there already are used again; every call trains into
+# a new run folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +19,10 @@ fi
 
 say "data (datasets/glyphs): emoji drawn in ten styles, with their names"
 python run/prepare.py glyphs --out datasets/glyphs
-[ -e datasets/glyphs-tokenizer.model ] || python run/prepare.py tokenizer datasets/glyphs/train --out datasets/glyphs-tokenizer.model --vocab-size 2000
+tokenizer=datasets/glyphs-tokenizer.model
+if [ ! -e "$tokenizer" ]; then
+  python run/prepare.py tokenizer datasets/glyphs/train --out "$tokenizer" --vocab-size 2000
+fi
 
 run=runs/quickstart
 for ((n = 2; ; n++)); do
@@ -25,13 +30,15 @@ for ((n = 2; ; n++)); do
   run=runs/quickstart-$n
 done
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')  # nproc would say what OMP_NUM_THREADS does
+# nproc would print OMP_NUM_THREADS
+cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 ranks=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
 while ((256 % ranks)); do ranks=$((ranks - 1)); done  # the config's batch divides evenly
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 
 say "training on $ranks ranks ($run)"
-deepspeed --quiet --num_accelerators "$ranks" run/pretrain.py --config run/configs/quickstart.yaml --set "run=$run"
+deepspeed --quiet --num_accelerators "$ranks" run/pretrain.py \
+  --config run/configs/quickstart.yaml --set "run=$run"
 
 say "done"
 cat <<END
@@ -39,9 +46,12 @@ The model is in $run:
   config.yaml      what was trained          metrics.jsonl   one record a line
   checkpoints/     to go on from             results.jsonl   the evaluations above
   tensorboard/     tensorboard --logdir $run  (with a picture of what the tower saw)
-1x chance is guessing.  Seen and unseen: whether the concept, or the style of drawing, was trained on.
+1x chance is guessing.
+Seen and unseen: whether the concept, or the style of drawing, was trained on.
 Activate the environment and go on:
   source .venv/bin/activate
-  deepspeed --num_accelerators $ranks run/evaluate.py --run $run --evals retrieval:datasets/glyphs/eval/retrieval
-  deepspeed --num_accelerators $ranks run/pretrain.py --config run/configs/quickstart.yaml --set run=runs/glip "views.image.mask=gaussian(0.5)"
+  deepspeed --num_accelerators $ranks run/evaluate.py --run $run \\
+      --evals retrieval:datasets/glyphs/eval/retrieval
+  deepspeed --num_accelerators $ranks run/pretrain.py --config run/configs/quickstart.yaml \\
+      --set run=runs/glip "views.image.mask=gaussian(0.5)"
 END
