@@ -1,5 +1,6 @@
-"""Launched by test_elastic.py on 2 ranks, then on 4, then on 1: every case trains a few steps,
-saves, and goes on in the next launch.
+"""Launched by test_elastic.py on 2 ranks, then on 4, then on 1.
+
+Every case trains a few steps, saves, and goes on in the next launch.
 
     deepspeed --num_accelerators 2 tests/workers/elastic_worker.py DATA OUT.json
 """
@@ -25,92 +26,89 @@ from glimpse.run.train import checkpoint, elastic, engine
 from glimpse.tests.helpers.tiny import WHOLE
 from glimpse.tests.workers.curves_worker import settings, start, steps
 
-ORDER, EACH = (2, 4, 1), 3  # numbers of ranks, steps on each
+ORDER = (2, 4, 1)  # numbers of ranks
+EACH = 3  # steps on each
 # A block each, as the conversion takes its time for every tensor; widths of which a quarter is no
 # whole number
 SIZE = (
     "model.size=custom/8",
-    (
-        "model.custom={width: 100, depth: 1, heads: 2, text_width: 66, text_depth: 1, text_heads:"
-        " 2, embed: 50}"
-    ),
+    "model.custom={width: 100, depth: 1, heads: 2, text_width: 66, text_depth: 1, text_heads: 2,"
+    " embed: 50}",
 )
 FROZEN = "model.vision.freeze_patch=true"
-# tests/workers/curves_worker.py's name of it, and what is set besides; `second` is MaskCLIP's
-# second stage,
-# its teacher never changes
+# The name in tests/workers/curves_worker.py, and more settings. `second` is MaskCLIP's second
+# stage, whose teacher never changes.
 METHODS = {
     "clip": ("clip",),
     "maskclip": ("maskclip", FROZEN),
     "second": ("maskclip", FROZEN, "options.contrast=false", "options.teacher=borrowed"),
 }
-CASES = {
-    f"{name} stage {stage} {'bf16' if bf16 else 'fp32'}": (name, stage, bf16)
-    for name, stage, bf16 in [
-        *product(("clip", "maskclip"), (1, 2, 3), (False, True)),
-        ("second", 1, False),
-        ("second", 3, True),
-    ]
-    if WHOLE or stage != 2 or bf16 == (name == "maskclip")
-}
+CASES = {}
+for name, stage, bf16 in (
+    *product(("clip", "maskclip"), (1, 2, 3), (False, True)),
+    ("second", 1, False),
+    ("second", 3, True),
+):
+    # Of stage 2, a short round takes each method in one precision.
+    if WHOLE or stage != 2 or bf16 == (name == "maskclip"):
+        CASES[f"{name} stage {stage} {'bf16' if bf16 else 'fp32'}"] = (name, stage, bf16)
 
 
 def state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
-    """{kind and name: the whole tensor} of all that training goes on from; every rank must ask."""
+    """Return {kind and name: the full tensor} of all that training goes on from.
+
+    Every rank must ask.
+    """
     # DeepSpeed links moments to parameters after its first group's first step, when the others have
     # none
     if trainer.stage < 3:
         trainer.ds.optimizer._hp_optimizer_states_linked = False
         trainer.ds.optimizer._lazy_init_hp_params_optimizer_state()
-    found = {f"buffer {name}": buffer for name, buffer in trainer.method.named_buffers()}
-    found |= {
-        f"residual {i}": torch.as_tensor(module.residual)
-        for i, module in enumerate(trainer.temperatures)
-    }
+
+    tensors = {}
+    for name, buffer in trainer.method.named_buffers():
+        tensors[f"buffer {name}"] = buffer
+    for i, module in enumerate(trainer.temperatures):
+        tensors[f"residual {i}"] = torch.as_tensor(module.residual)
+
+    # The parameters that the forward sees.
     parameters = dict(trainer.method.named_parameters())
-    with (
-        deepspeed.zero.GatheredParameters(list(parameters.values()))
-        if trainer.stage == 3
-        else contextlib.nullcontext()
-    ):
-        found |= {
-            f"{'weight' if p.requires_grad else 'frozen'} {name}": p.detach().clone()
-            for name, p in parameters.items()
-        }
+    full = contextlib.nullcontext()
+    if trainer.stage == 3:
+        full = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    with full:
+        for name, parameter in parameters.items():
+            kind = "weight" if parameter.requires_grad else "frozen"
+            tensors[f"{kind} {name}"] = parameter.detach().clone()
+
+    # What the optimizer keeps, and the moving averages.
     for name, parameter in trainer.trainable.items():
-        found[f"fp32 {name}"] = safe_get_full_fp32_param(parameter)
-        found |= {
-            f"{key} {name}": safe_get_full_optimizer_state(parameter, key)
-            for key in ("exp_avg", "exp_avg_sq")
-        }
-    for name, kept in trainer.average.kept.items():
+        tensors[f"fp32 {name}"] = safe_get_full_fp32_param(parameter)
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key} {name}"] = safe_get_full_optimizer_state(parameter, key)
+    for name, average in trainer.average.kept.items():
         shape = ema.shape(trainer.average.pairs[name][0])
-        found[f"average {name}"] = (
-            joined(kept)[: shape.numel()].view(shape) if trainer.stage == 3 else kept.view(shape)
-        )
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+        full_average = joined(average)[: shape.numel()] if trainer.stage == 3 else average
+        tensors[f"average {name}"] = full_average.view(shape)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def joined(shard: torch.Tensor) -> torch.Tensor:
+    """Join the shards of all ranks, which must all call."""
     every = [torch.empty_like(shard) for _ in range(distributed.world())]
     dist.all_gather(every, shard)
     return torch.cat(every)
 
 
 def counters(trainer: engine.Engine) -> list[int]:
-    """The different step counts of the optimizer's groups on all ranks, and the engine's own."""
-    own = [
-        int(kept["step"])
-        for kept in trainer.ds.optimizer.optimizer.state.values()
-        if "step" in kept
-    ]
-    return sorted(
-        {*distributed.gathered(own), trainer.ds.global_steps, trainer.samples // trainer.batch}
-    )
+    """Return the different step counts of the optimizer's groups on all ranks, and the engine's."""
+    states = trainer.ds.optimizer.optimizer.state.values()
+    counts = distributed.gathered([int(state["step"]) for state in states if "step" in state])
+    return sorted({*counts, trainer.ds.global_steps, trainer.samples // trainer.batch})
 
 
 def rules(trainer: engine.Engine) -> list[list]:
-    """What the optimizer does with each group."""
+    """Return how the optimizer treats each group."""
     return [
         [group["weight_decay"], *group["betas"], group["eps"]]
         for group in trainer.ds.optimizer.param_groups
@@ -118,62 +116,70 @@ def rules(trainer: engine.Engine) -> list[list]:
 
 
 def zeroed(method: torch.nn.Module) -> None:
-    """Nothing is in place before it was loaded."""
+    """Zero the parameters, so that nothing is in place before it is loaded."""
     for parameter in method.parameters():
         engine.own_part(parameter).zero_()
 
 
 def moved(cfg, home: Path) -> tuple:
-    """An engine that goes on from another number of ranks; which of the saved state it has not, bit
-    for bit, on any rank.
+    """Return an engine that goes on from another number of ranks, its batches, and what differs.
+
+    That is the part of the saved state that is not the same, bit for bit, on any rank.
     """
     path = checkpoint.newest(home)
     universal = elastic.prepare_elastic(path, distributed.world())
     trainer, batches = start(cfg, universal=universal is not None, load=zeroed)
     elastic.resume(trainer, path, universal)
-    saved, mine = torch.load(home / "state.pt"), state(trainer)
-    assert saved.keys() == mine.keys()
-    other = [name for name in saved if not torch.equal(saved[name], mine[name])]
-    found = dict(
-        other=sorted(set(distributed.gathered(other))),
-        kinds=Counter(name.split()[0] for name in saved),
-        resumed=counters(trainer),
-        moments=max(
-            float(saved[name].abs().max()) for name in saved if name.startswith("exp_avg ")
-        ),
-    )
-    return trainer, batches, found
+
+    saved = torch.load(home / "state.pt")
+    resumed = state(trainer)
+    assert saved.keys() == resumed.keys()
+    other = [name for name in saved if not torch.equal(saved[name], resumed[name])]
+    moments = [saved[name] for name in saved if name.startswith("exp_avg ")]
+    results = {}
+    results["other"] = sorted(set(distributed.gathered(other)))
+    results["kinds"] = Counter(name.split()[0] for name in saved)
+    results["resumed"] = counters(trainer)
+    results["moments"] = max(float(moment.abs().max()) for moment in moments)
+    return trainer, batches, results
 
 
 def case(data: Path, name: str, stage: int, bf16: bool) -> dict:
-    world, home = distributed.world(), data / f"{name}-{stage}-{bf16}"
-    cfg = settings(data, METHODS[name][0], stage, *SIZE, *METHODS[name][1:], bf16=bf16)
-    trainer, batches, found = (*start(cfg), {}) if world == ORDER[0] else moved(cfg, home)
+    """Train EACH steps of a case on this number of ranks, and return what the test looks at."""
+    world = distributed.world()
+    home = data / f"{name}-{stage}-{bf16}"
+    method, *more = METHODS[name]
+    cfg = settings(data, method, stage, *SIZE, *more, bf16=bf16)
+    if world == ORDER[0]:
+        trainer, batches = start(cfg)
+        results = {}
+    else:
+        trainer, batches, results = moved(cfg, home)
+
     last = EACH * cfg.batch * (1 + ORDER.index(world))
-    found |= dict(
-        losses=list(steps(cfg, trainer, batches, last)),
-        counters=counters(trainer),
-        rules=rules(trainer),
-    )
+    results["losses"] = list(steps(cfg, trainer, batches, last))
+    results["counters"] = counters(trainer)
+    results["rules"] = rules(trainer)
+
+    # For the next launch: a checkpoint, and the state that it should give.
     if world != ORDER[-1]:
         path = checkpoint.save(trainer, home / "checkpoints", dict(identity={}, shards=0), keep=1)
-        kept = state(trainer)
+        saved = state(trainer)
         if distributed.rank() == 0:
-            torch.save(kept, path.parents[1] / "state.pt")
+            torch.save(saved, path.parents[1] / "state.pt")
     if world == ORDER[0]:  # and as if nothing had happened
-        found["straight"] = found["losses"] + list(
-            steps(cfg, trainer, batches, len(ORDER) * EACH * cfg.batch)
-        )
+        end = len(ORDER) * EACH * cfg.batch
+        results["straight"] = results["losses"] + list(steps(cfg, trainer, batches, end))
     trainer.ds.destroy()
-    return found
+    return results
 
 
 def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     distributed.start()
-    found = {name: case(Path(data), *how) for name, how in CASES.items()}
+    results = {name: case(Path(data), *how) for name, how in CASES.items()}
     if distributed.rank() == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Launched by test_engine.py on 2 ranks: what only a real engine shows, many cases in one process
-group, found values into a JSON file.
+"""Launched by test_engine.py on 2 ranks: what only a real engine shows.
+
+Many cases run in one process group; their values go into a JSON file.
 
     deepspeed --num_accelerators 2 tests/workers/engine_worker.py DATA OUT.json
 """
@@ -54,17 +55,12 @@ class Cases:
         self.data = data
 
     def config(self, stage: int, *more: str, bf16: bool = False):
+        tree = {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 1000},
+            "bf16": {"enabled": bf16},
+        }
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-            json.dump(
-                {
-                    "zero_optimization": {
-                        "stage": stage,
-                        "stage3_param_persistence_threshold": 1000,
-                    },
-                    "bf16": {"enabled": bf16},
-                },
-                file,
-            )
+            json.dump(tree, file)
         return config.load(
             "run/configs/quickstart.yaml",
             [
@@ -89,12 +85,13 @@ class Cases:
         )
         trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
         for parts in batches.stream(range(0, steps * cfg.batch, cfg.batch), pin=False):
-            self.loss = float(trainer.step(parts, 3e-3)[0])
+            loss, *_ = trainer.step(parts, 3e-3)
+            self.loss = float(loss)
         self.parts = batches[steps * cfg.batch]
         return trainer
 
     def guard(self, stage: int) -> str:
-        """What a step says of a parameter without a gradient."""
+        """Return the error of a step with a parameter without a gradient."""
         try:
             self.trained(self.config(stage, "method=unused"), 1)
         except RuntimeError as error:
@@ -102,15 +99,17 @@ class Cases:
         return "nothing"
 
     def temperature(self, stage: int) -> dict:
-        """Under bf16, after three steps: the fp32 copy, the parameter that the forward sees,
-        residual and scale; then the clamp.
+        """Return the temperature under bf16 after three steps, and where it is clamped.
+
+        The fp32 copy, the parameter that the forward sees, residual and scale; then the clamp.
         """
         trainer = self.trained(self.config(stage, bf16=True), 3)
         (module,) = trainer.temperatures
         with gathered([module.logit_scale]):
-            copy, kind = module.logit_scale.item(), str(module.logit_scale.dtype)
+            copy = module.logit_scale.item()
+            kind = str(module.logit_scale.dtype)
         master = safe_get_full_fp32_param(module.logit_scale)
-        found = dict(
+        results = dict(
             master=master.item(),
             copy=copy,
             kind=kind,
@@ -118,90 +117,92 @@ class Cases:
             scale=self.scale(trainer),
         )
         trainer.ds.destroy()
-        hot = self.trained(self.config(stage, bf16=True), 1, load=heat)
-        found.update(clamped=self.scale(hot), loss=self.loss)
-        hot.ds.destroy()
-        return found
 
-    def scale(self, trainer) -> float:
+        hot = self.trained(self.config(stage, bf16=True), 1, load=heat)
+        results["clamped"] = self.scale(hot)
+        results["loss"] = self.loss
+        hot.ds.destroy()
+        return results
+
+    def scale(self, trainer: engine.Engine) -> float:
+        part = dict(views=self.parts[0]["views"], text=self.parts[0]["text"])
         with torch.no_grad():
-            return float(
-                trainer.ds(
-                    distributed.to_device(
-                        dict(views=self.parts[0]["views"], text=self.parts[0]["text"])
-                    )
-                )["scale"]
-            )
+            return float(trainer.ds(distributed.to_device(part))["scale"])
 
     def groups(self, *flavour: str) -> list[dict]:
-        """The optimizer's groups of a method built under zero.Init: {name: numel} each."""
+        """Return the optimizer's groups of a method built under zero.Init, {name: numel} each."""
         cfg = self.config(3, *flavour)
         with deepspeed.zero.Init(config_dict_or_path=engine.merged(cfg, distributed.world())):
             method = METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options)
-        names = {id(p): name for name, p in method.named_parameters()}
-        return [
-            {names[id(p)]: p.ds_numel for p in group["params"]}
-            for group in optim.groups(method, cfg.optim)
-        ]
+        names = {id(parameter): name for name, parameter in method.named_parameters()}
+        groups = []
+        for group in optim.groups(method, cfg.optim):
+            groups.append({names[id(p)]: p.ds_numel for p in group["params"]})
+        return groups
 
     def saved(self, stage: int, bf16: bool, then: int) -> dict:
-        """Train, save thrice with two kept; read the weights from the file; load them into a new
-        engine of another stage and seed.
+        """Train, save four times with two kept, and load the last into a new engine.
+
+        The weights are read from the file, too; the new engine has another stage and seed.
         """
-        cfg = self.config(stage, "model.vision.freeze_patch=true", bf16=bf16)
-        trainer, folder = (
-            self.trained(cfg, 2),
-            self.data / f"saved-{stage}-{bf16}-{then}" / "checkpoints",
-        )
+        frozen = "model.vision.freeze_patch=true"
+        trainer = self.trained(self.config(stage, frozen, bf16=bf16), 2)
+        folder = self.data / f"saved-{stage}-{bf16}-{then}" / "checkpoints"
         for _ in range(3):
-            path = checkpoint.save(trainer, folder, dict(identity={}, shards=0), keep=2)
+            checkpoint.save(trainer, folder, dict(identity={}, shards=0), keep=2)
             trainer.step(self.parts, 3e-3)
         path = checkpoint.save(trainer, folder, dict(identity={}, shards=0), keep=2)
         masters = self.weights(trainer)
         trainer.ds.destroy()
+
+        # From the file alone, then by an engine.
         read = {name: value.float() for name, value in zero_reader.weights(path).items()}
-        other = self.config(then, "seed=7", "model.vision.freeze_patch=true", bf16=bf16)
+        other = self.config(then, "seed=7", frozen, bf16=bf16)
         fresh = self.trained(other, 0, load=partial(load_model.load, path=path))
         loaded = self.weights(fresh)
-        moments = [
-            state["exp_avg"]
-            for state in fresh.ds.optimizer.optimizer.state.values()
-            if "exp_avg" in state
+
+        moments = [0.0]
+        for state in fresh.ds.optimizer.optimizer.state.values():
+            if "exp_avg" in state and len(state["exp_avg"]):
+                moments.append(float(state["exp_avg"].abs().max()))
+        in_both = [name for name in masters if name in read]
+        results = {}
+        results["kept"] = sorted(step.name for step in folder.glob("step-*"))
+        results["newest"] = checkpoint.newest(folder.parent).name
+        results["missing"] = sorted(masters.keys() - read.keys())
+        results["count"] = len(masters)
+        # Weights that differ, as read from the file and as loaded.
+        results["read"] = [name for name in in_both if not torch.equal(read[name], masters[name])]
+        results["loaded"] = [
+            name for name in masters if not torch.equal(loaded[name], masters[name])
         ]
-        found = dict(
-            kept=sorted(p.name for p in folder.glob("step-*")),
-            newest=checkpoint.newest(folder.parent).name,
-            missing=sorted(masters.keys() - read.keys()),
-            count=len(masters),
-            read=[n for n in masters if n in read and not torch.equal(read[n], masters[n])],
-            loaded=[n for n in masters if not torch.equal(loaded[n], masters[n])],
-            moments=max((float(m.abs().max()) for m in moments if len(m)), default=0.0),
-            steps=fresh.ds.global_steps,
-        )
+        results["moments"] = max(moments)
+        results["steps"] = fresh.ds.global_steps
         fresh.step(self.parts, 1e-3)
         fresh.ds.destroy()
-        return found
+        return results
 
-    def weights(self, trainer) -> dict[str, torch.Tensor]:
-        """{name: the whole fp32 weight}; what is frozen has no fp32 copy."""
-        found = {}
+    def weights(self, trainer: engine.Engine) -> dict[str, torch.Tensor]:
+        """Return {name: the full fp32 weight}; a frozen one has no fp32 copy."""
+        weights = {}
         for name, parameter in trainer.method.named_parameters():
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             with gathered([parameter]):
-                found[name] = (
-                    (parameter if master is None else master).detach().float().cpu().clone()
-                )
-        return found
+                value = parameter if master is None else master
+                weights[name] = value.detach().float().cpu().clone()
+        return weights
 
     def stop(self) -> list[int]:
-        """The step after which each rank hears of a signal that only rank 1 got, before its
-        third.
+        """Return the step after which each rank hears of a signal.
+
+        Rank 1 alone gets it, before its third step.
         """
-        stop, at = distributed.Stop(), -1
+        stop = distributed.Stop()
+        at = -1
         for step in range(10):
             if step == 2 and distributed.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if stop.asked() and at < 0:
+            if stop.asked():
                 at = step
                 break
         both = torch.zeros(2)
@@ -210,23 +211,28 @@ class Cases:
 
 
 def heat(method) -> None:
-    """A logit_scale far above ln 100."""
-    with engine.whole_parameter(method.towers.temperature.logit_scale) as whole:
-        whole.fill_(6.0)
+    """Set logit_scale far above ln 100."""
+    with engine.whole_parameter(method.towers.temperature.logit_scale) as logit_scale:
+        logit_scale.fill_(6.0)
 
 
 def gathered(parameters):
-    """Whole inside `with`, where they are sharded."""
-    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")])
+    """Gather parameters inside `with`, where they are sharded."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded)
 
 
 def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     distributed.start()
     cases = Cases(Path(data))
-    found = {f"guard {stage}": cases.guard(stage) for stage in range(4)}
-    found |= {f"temperature {stage}": cases.temperature(stage) for stage in (1, 2, 3)}
-    found |= {"groups flip": cases.groups(), "groups clip": cases.groups(*CLIP_FLAVOUR)}
+    results = {}
+    for stage in (0, 1, 2, 3):
+        results[f"guard {stage}"] = cases.guard(stage)
+    for stage in (1, 2, 3):
+        results[f"temperature {stage}"] = cases.temperature(stage)
+    results["groups flip"] = cases.groups()
+    results["groups clip"] = cases.groups(*CLIP_FLAVOUR)
     for stage, bf16, then in (
         (0, False, 3),
         (1, False, 3),
@@ -237,10 +243,10 @@ def main() -> None:
         (3, True, 2),
         (3, True, 3),
     ):
-        found[f"saved {stage} {bf16} {then}"] = cases.saved(stage, bf16, then)
-    found["stop"] = cases.stop()
+        results[f"saved {stage} {bf16} {then}"] = cases.saved(stage, bf16, then)
+    results["stop"] = cases.stop()
     if distributed.rank() == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

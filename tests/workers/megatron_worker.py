@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 
 def without_cuda() -> None:
-    """The device (current_device, .cuda()), the wait for it, and the random state of dropout, which
-    is 0 here.
+    """Replace the device (current_device, .cuda()) and the wait for it by those of the CPU.
+
+    The random state of dropout is left out: dropout is 0 here.
     """
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
@@ -33,15 +34,17 @@ def without_cuda() -> None:
     from megatron.core.fusions import fused_softmax
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
+    def causal_mask(length: int) -> torch.Tensor:
+        return torch.ones(length, length, dtype=torch.bool).triu(1)
+
     CudaRNGStatesTracker.fork = lambda self, *args: nullcontext()
-    fused_softmax.get_default_causal_mask = lambda length: torch.ones(
-        length, length, dtype=torch.bool
-    ).triu(1)
+    fused_softmax.get_default_causal_mask = causal_mask
 
 
 def models(tree: dict, ranks: int):
-    """The pair as its checkpoint's config.json says, in NeMo's arrangement; the vocabulary padded
-    as Megatron-LM does.
+    """Return the pair as its checkpoint's config.json describes it, in NeMo's arrangement.
+
+    The vocabulary is padded as Megatron-LM does.
     """
     from megatron.core.activations import quick_gelu
     from megatron.core.models.gpt import GPTModel
@@ -60,40 +63,35 @@ def models(tree: dict, ranks: int):
     }
 
     def parts(given: dict, spec):
-        """(TransformerConfig, layer spec, what the module itself takes)"""
+        """Return (TransformerConfig, layer spec, arguments of the module itself)."""
         given = dict(given)
-        spec.submodules.self_attention.params = {
-            "attn_mask_type": AttnMaskType[given.pop("attn_mask_type")]
-        }
-        own = {
-            key: given.pop(key)
-            for key in (
-                "model_subtype",
-                "patch_dim",
-                "class_token_len",
-                "img_h",
-                "img_w",
-                "vocab_size",
-                "max_sequence_length",
-                "output_dim",
-            )
-            if key in given
-        }
+        mask_type = AttnMaskType[given.pop("attn_mask_type")]
+        spec.submodules.self_attention.params = {"attn_mask_type": mask_type}
+        module_arguments = {}
+        for key in (
+            "model_subtype",
+            "patch_dim",
+            "class_token_len",
+            "img_h",
+            "img_w",
+            "vocab_size",
+            "max_sequence_length",
+            "output_dim",
+        ):
+            if key in given:
+                module_arguments[key] = given.pop(key)
         activation = activations[given.pop("activation_func")]
-        return (
-            TransformerConfig(
-                **given,
-                activation_func=activation,
-                use_cpu_initialization=True,
-                hidden_dropout=0.0,
-                attention_dropout=0.0,
-            ),
-            spec,
-            own,
+        config = TransformerConfig(
+            **given,
+            activation_func=activation,
+            use_cpu_initialization=True,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
         )
+        return config, spec, module_arguments
 
     def ended(model, config, outputs: int):
-        """With the last norm and the projection."""
+        """Add the last norm and the projection."""
         model.final_layernorm = WrappedTorchNorm(
             config, config.hidden_size, config.layernorm_epsilon
         )
@@ -101,19 +99,21 @@ def models(tree: dict, ranks: int):
         return model
 
     pair = MegatronModule(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1))
-    config, spec, own = parts(tree["megatron"]["vision"], get_vit_layer_with_local_spec())
-    outputs = own.pop("output_dim")
-    pair.vision_model = ended(
-        CLIPViTModel(config, spec, ln_pre_impl=WrappedTorchNorm, **own), config, outputs
-    )
-    config, spec, own = parts(
+
+    config, spec, arguments = parts(tree["megatron"]["vision"], get_vit_layer_with_local_spec())
+    outputs = arguments.pop("output_dim")
+    vision = CLIPViTModel(config, spec, ln_pre_impl=WrappedTorchNorm, **arguments)
+    pair.vision_model = ended(vision, config, outputs)
+
+    config, spec, arguments = parts(
         tree["megatron"]["text"], get_gpt_layer_local_spec(normalization="LayerNorm")
     )
-    outputs, own["vocab_size"] = (
-        own.pop("output_dim"),
-        -(-tree["vocab"] // (128 * ranks)) * 128 * ranks,
-    )
-    pair.text_model = ended(GPTModel(config, spec, post_process=False, **own), config, outputs)
+    outputs = arguments.pop("output_dim")
+    multiple = 128 * ranks
+    arguments["vocab_size"] = -(-tree["vocab"] // multiple) * multiple
+    text = GPTModel(config, spec, post_process=False, **arguments)
+    pair.text_model = ended(text, config, outputs)
+
     pair.logit_scale = torch.nn.Parameter(torch.zeros([]))
     return pair.eval()
 
@@ -122,18 +122,25 @@ def models(tree: dict, ranks: int):
 def embeddings(
     pair, tree: dict, images: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """images (B, 3, H, W), ids (B, N) padded."""
+    """Embed images (B, 3, H, W) and captions, ids (B, N) padded, lengths (B,)."""
     tokens = pair.vision_model.final_layernorm(pair.vision_model(images))
-    pooled = {"cls": tokens[:, 0], "mean_with_cls": tokens.mean(1), "mean": tokens[:, 1:].mean(1)}[
-        tree["model"]["vision"]["pool"]
-    ]
-    words = pair.text_model.final_layernorm(
-        pair.text_model(ids, torch.arange(ids.shape[1])[None], None).transpose(0, 1)
-    )
-    chosen = {"first": torch.zeros_like(lengths), "eot": lengths - 1}[tree["model"]["text"]["pool"]]
+    poolings = {
+        "cls": tokens[:, 0],
+        "mean_with_cls": tokens.mean(1),
+        "mean": tokens[:, 1:].mean(1),
+    }
+    pooled_image = poolings[tree["model"]["vision"]["pool"]]
+
+    places = torch.arange(ids.shape[1])[None]
+    words = pair.text_model(ids, places, None).transpose(0, 1)
+    words = pair.text_model.final_layernorm(words)
+    pooled_places = {"first": torch.zeros_like(lengths), "eot": lengths - 1}
+    place = pooled_places[tree["model"]["text"]["pool"]]
+    pooled_text = words[torch.arange(len(ids)), place]
+
     return {
-        "image": F.normalize(pair.vision_model.head(pooled), dim=1),
-        "text": F.normalize(pair.text_model.head(words[torch.arange(len(ids)), chosen]), dim=1),
+        "image": F.normalize(pair.vision_model.head(pooled_image), dim=1),
+        "text": F.normalize(pair.text_model.head(pooled_text), dim=1),
         "scale": pair.logit_scale.exp(),
     }
 

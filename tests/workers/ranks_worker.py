@@ -1,8 +1,7 @@
-"""What 2 gloo ranks find without DeepSpeed: `found` runs this file as a script, once a rank, for
-test_auxiliary.py and test_heads.py alike.
+"""The results of 2 gloo ranks without DeepSpeed, for test_auxiliary.py and test_heads.py alike.
 
-Each of them says in its `on_a_rank` what a rank does, and returns what the tests look at. pytest -m
-slow tests/model/test_auxiliary.py
+`found` runs this file as a script, once a rank. Each of the tests has an `on_a_rank`, which does a
+rank's work and returns what the tests look at. pytest -m slow tests/model/test_auxiliary.py
 """
 
 import functools
@@ -21,7 +20,7 @@ WORLD = 2
 
 
 def found() -> list[dict]:
-    """[{"auxiliary": ..., "heads": ...} of each rank], from one launch a session."""
+    """Return [{"auxiliary": ..., "heads": ...} of each rank], from one launch a session."""
     ranks, errors = launched()
     assert not errors, errors
     return ranks
@@ -29,18 +28,13 @@ def found() -> list[dict]:
 
 @functools.cache
 def launched() -> tuple[list[dict], str]:
-    """What the ranks found, and how they failed (which is kept, too: a hang is waited for once)."""
+    """Return the ranks' results and their errors, which are cached: a hang is waited for once."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, folder, str(rank)],
-                env=env,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(WORLD)
-        ]
+        processes = []
+        for rank in range(WORLD):
+            line = [sys.executable, __file__, folder, str(rank)]
+            processes.append(subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True))
         try:
             errors = [process.communicate(timeout=90)[1] for process in processes]
         except subprocess.TimeoutExpired as hang:
@@ -63,10 +57,8 @@ def worker(folder: str, rank: int) -> None:
         rank=rank,
         timeout=timedelta(seconds=30),
     )
-    torch.save(
-        {"auxiliary": test_auxiliary.on_a_rank(rank), "heads": test_heads.on_a_rank(rank)},
-        f"{folder}/{rank}.pt",
-    )
+    results = {"auxiliary": test_auxiliary.on_a_rank(rank), "heads": test_heads.on_a_rank(rank)}
+    torch.save(results, f"{folder}/{rank}.pt")
     sys.stderr.flush()
     dist.barrier()
     os._exit(0)  # gloo's threads abort some of the processes that end through the interpreter
