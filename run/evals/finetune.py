@@ -21,8 +21,7 @@ from glimpse.data.evals.clip_benchmark import Images
 from glimpse.data.evals.finetune import Labelled, Mix, Row, label, paired, rand_augment, timm
 from glimpse.data.loader import ahead
 from glimpse.data.patches import patchify
-from glimpse.model.layers import Linear
-from glimpse.model.layers import drop_path
+from glimpse.model.layers import Linear, drop_path
 from glimpse.model.vision import VisionTower
 from glimpse.run.evals import metrics
 from glimpse.run.evals.embed import Embedder
