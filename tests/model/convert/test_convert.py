@@ -49,26 +49,33 @@ class Hostile:
 # --- tables
 
 
+def first_and_rest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows[:1], rows[1:]
+
+
+def join(*parts: torch.Tensor) -> torch.Tensor:
+    return torch.cat(parts)
+
+
 def test_a_table_goes_both_ways():
-    rules = [
-        Rule(("a",), ("top", "rest"), lambda x: (x[:1], x[1:]), lambda *parts: torch.cat(parts)),
-        Rule(("b",), ("c",)),
-    ]
+    rules = [Rule(("a",), ("top", "rest"), first_and_rest, join), Rule(("b",), ("c",))]
+
     out = exported(rules, HELD)
-    assert (
-        out.meta["rest"].shape == (1, 3)
-        and out["top"].tolist() == [[0, 1, 2]]
-        and set(out) == {"top", "rest", "c"}
-    )
     back = imported(rules, out, "x")
-    assert torch.equal(back["a"], HELD["a"]) and torch.equal(back["b"], HELD["b"])
+
+    assert set(out) == {"top", "rest", "c"}
+    assert out.meta["rest"].shape == (1, 3)
+    assert out["top"].tolist() == [[0, 1, 2]]
+    assert torch.equal(back["a"], HELD["a"])
+    assert torch.equal(back["b"], HELD["b"])
 
 
 def test_a_table_keeps_nothing_that_was_taken():
     source = Tensors(HELD.meta, lambda name: HELD[name].clone())
-    out = exported(
-        [Rule(("a",), ("top", "rest"), lambda x: (x[:1], x[1:])), Rule(("b",), ("c",))], source
-    )
+    rules = [Rule(("a",), ("top", "rest"), first_and_rest), Rule(("b",), ("c",))]
+
+    out = exported(rules, source)
+
     for names in (["top", "rest"], ["c"]):
         for storage in [weakref.ref(out[name].untyped_storage()) for name in names]:
             assert storage() is None
@@ -89,10 +96,8 @@ def test_each_tensor_is_used_once(names, complaint):
 def test_a_tensor_of_another_shape_is_named():
     cfg, context, pad = FLAVOURS["CLIP"]
     model = made(cfg, context, pad)
-    wrong = {
-        **{name: model.tensors[name] for name in model.tensors},
-        "text.norm.weight": torch.ones(3),
-    }
+    wrong = {**model.tensors, "text.norm.weight": torch.ones(3)}
+
     with pytest.raises(
         ValueError, match=r"text.norm.weight is \(3,\); its architecture makes it \(64,\)"
     ):
@@ -111,24 +116,18 @@ def test_what_is_written_is_safetensors(dtype, tmp_path):
         "t": torch.tensor(2.5),
         "none": torch.zeros(0, 4),
     }
-    tensor_files.write(
-        tmp_path / "x.safetensors",
-        Tensors.held({**tensors, "turned": tensors["w"].t()}),
-        dtype,
-        {"who": "me"},
-    )
-    read, lazy = (
-        load_file(tmp_path / "x.safetensors"),
-        tensor_files.read(tmp_path / "x.safetensors"),
-    )
-    for name, tensor in {**tensors, "turned": tensors["w"].t()}.items():
+    tensors["turned"] = tensors["w"].t()
+    path = tmp_path / "x.safetensors"
+
+    tensor_files.write(path, Tensors.held(tensors), dtype, {"who": "me"})
+
+    by_safetensors, lazy = load_file(path), tensor_files.read(path)
+    for name, tensor in tensors.items():
         wanted = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        assert (
-            torch.equal(read[name], wanted)
-            and read[name].dtype == wanted.dtype == lazy.meta[name].dtype
-        )
+        assert torch.equal(by_safetensors[name], wanted)
+        assert by_safetensors[name].dtype == wanted.dtype == lazy.meta[name].dtype
         assert torch.equal(lazy[name], wanted)
-    assert tensor_files.metadata(tmp_path / "x.safetensors")["who"] == "me"
+    assert tensor_files.metadata(path)["who"] == "me"
 
 
 def test_shards_by_their_index(tmp_path):
@@ -136,7 +135,9 @@ def test_shards_by_their_index(tmp_path):
     save_file({"b": torch.zeros(3)}, tmp_path / "2.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+
     assert tensor_files.read(index)["b"].shape == (3,)
+
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "c": "2.safetensors"}}))
     with pytest.raises(ValueError, match="2.safetensors has no c"):
         tensor_files.read(index)
@@ -146,43 +147,39 @@ def test_shards_by_their_index(tmp_path):
     "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
 )
 def test_prefixes_of_trainers_are_taken_off(prefix, tmp_path):
-    torch.save(
-        {"state_dict": {f"{prefix}{name}": tensor for name, tensor in HELD.items()}},
-        tmp_path / "x.pt",
-    )
+    state = {f"{prefix}{name}": tensor for name, tensor in HELD.items()}
+    torch.save({"state_dict": state}, tmp_path / "x.pt")
+
     assert sorted(tensor_files.read(tmp_path / "x.pt")) == ["a", "b"]
 
 
 def test_what_else_holds_tensors_is_named(tmp_path):
-    kept, moments = (
-        {**HELD, "extra": {"x": HELD["a"]}, 7: HELD["b"]},
-        {"state": {0: {"exp_avg": torch.ones(1)}}},
-    )
-    torch.save(
-        {
-            "epoch": 3,
-            "ema": dict(HELD),
-            "optimizer": moments,
-            "scaler": {"scale": 1.0},
-            "state_dict": kept,
-        },
-        tmp_path / "x.pt",
-    )
-    tensors = tensor_files.read(tmp_path / "x.pt")
-    assert sorted(tensors) == ["a", "b"] and tensors.left_out == ("ema", "optimizer", "extra", "7")
-    assert tensors.renamed({"c": "a"}).left_out == tensors.left_out
+    extra = {"x": HELD["a"]}
+    state = {**HELD, "extra": extra, 7: HELD["b"]}
+    moments = {"state": {0: {"exp_avg": torch.ones(1)}}}
+    average = dict(HELD)
+    scaler = {"scale": 1.0}
+    content = dict(epoch=3, ema=average, optimizer=moments, scaler=scaler, state_dict=state)
+    torch.save(content, tmp_path / "x.pt")
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x.pt"}}))
-    assert tensor_files.read(index).left_out[0] == "ema of x.pt"
+
+    tensors = tensor_files.read(tmp_path / "x.pt")
     notes = common.origin(Path("x"), "hf", ["odd"], [f"t{i}" for i in range(22)])["notes"]
-    assert notes.startswith("odd; left out: t0, t1, ") and notes.endswith(", t19 (and 2 more)")
+
+    assert sorted(tensors) == ["a", "b"]
+    assert tensors.left_out == ("ema", "optimizer", "extra", "7")
+    assert tensors.renamed({"c": "a"}).left_out == tensors.left_out
+    assert tensor_files.read(index).left_out[0] == "ema of x.pt"
+    assert notes.startswith("odd; left out: t0, t1, ")
+    assert notes.endswith(", t19 (and 2 more)")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
-    torch.save(
-        {"state_dict": {"w": torch.ones(2)}, "args": Hostile(tmp_path / "harm")}, tmp_path / "x.pt"
-    )
+    content = {"state_dict": {"w": torch.ones(2)}, "args": Hostile(tmp_path / "harm")}
+    torch.save(content, tmp_path / "x.pt")
+
     with pytest.raises(ValueError, match=r"x.pt: refused .*run code"):
         tensor_files.read(tmp_path / "x.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "harm")))
@@ -191,6 +188,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match=r"x.pt: refused"):
         zero_reader.structure(tmp_path / "x.pt")
     assert not (tmp_path / "harm").exists()
+
     torch.load(tmp_path / "x.pt", weights_only=False)
     assert (tmp_path / "harm").exists(), "the test's own pickle does no harm, so it proves nothing"
 
@@ -205,11 +203,8 @@ def test_torchscript_is_refused(tmp_path):
 @pytest.mark.parametrize("size", [0, 7, 150, -1])
 def test_a_truncated_file_is_called_that(name, size, tmp_path):
     tensors = {"w": torch.randn(40)}
-    (
-        save_file(tensors, tmp_path / name)
-        if name.endswith("safetensors")
-        else torch.save(tensors, tmp_path / name)
-    )
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(tensors, tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:size])
     with pytest.raises(ValueError, match=f"{name}: truncated"):
@@ -234,24 +229,22 @@ def test_files_are_written_and_checkpoints_read_a_tensor_at_a_time(tmp_path):
             tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
         )
     (tmp_path / "manifest.json").write_text('{"stage": 3}')
-    assert (
-        growth(
-            f"""
+
+    megabytes = growth(
+        f"""
 from pathlib import Path
 from glimpse.model import tensor_files as files
 from glimpse.run.train import zero_reader as zero_files
 tensors = zero_files.weights(Path({str(tmp_path)!r}))""",
-            f"""
+        f"""
 files.write(Path({str(tmp_path)!r}) / "out.safetensors", tensors)""",
-        )
-        < 1.3 * 32
     )
+
+    assert megabytes < 1.3 * 32
     last = tensor_files.read(tmp_path / "out.safetensors")[f"w{count - 1}"].flatten()
-    assert (
-        last[0] == (count - 1) * half
-        and last[half] == (count - 1) * half + 1
-        and len(last) == numel
-    )
+    assert len(last) == numel
+    assert last[0] == (count - 1) * half
+    assert last[half] == (count - 1) * half + 1
 
 
 # --- resizing
@@ -270,45 +263,44 @@ def test_the_patch_embedding_is_resized_as_timm_does(old, new):
 def test_larger_patches_see_what_the_smaller_ones_saw():
     torch.manual_seed(0)
     weight, patches = torch.randn(7, 3 * 14 * 14), torch.randn(4, 3, 14, 14)
-    grown = F.interpolate(patches, (16, 16), mode="bicubic", antialias=True)
-    assert torch.allclose(
-        grown.flatten(1) @ kernel(weight, 14, 16).t(), patches.flatten(1) @ weight.t(), atol=1e-3
-    )
+    larger_patches = F.interpolate(patches, (16, 16), mode="bicubic", antialias=True)
+
+    embedded = larger_patches.flatten(1) @ kernel(weight, 14, 16).t()
+
+    assert torch.allclose(embedded, patches.flatten(1) @ weight.t(), atol=1e-3)
 
 
 def test_patches_of_a_side_that_no_row_has():
     """A named size becomes one of its own."""
-    made_finer = resized(
-        made(ModelConfig("nano/8", image_size=32, vision=CLIP_VISION, text=CLIP_TEXT), 9, False),
-        patch=4,
-    )
-    assert (
-        made_finer.cfg.size == "custom/4"
-        and made_finer.cfg.shape == SIZES["nano"]
-        and made_finer.cfg.grid == (8, 8)
-    )
-    made_finer.towers()
+    cfg = ModelConfig("nano/8", image_size=32, vision=CLIP_VISION, text=CLIP_TEXT)
+
+    finer = resized(made(cfg, 9, False), patch=4)
+
+    assert finer.cfg.size == "custom/4"
+    assert finer.cfg.shape == SIZES["nano"]
+    assert finer.cfg.grid == (8, 8)
+    finer.towers()
 
 
 def test_positions_follow_the_grid():
     cfg, context, pad = FLAVOURS["CLIP"]
     model = made(cfg, context, pad)
+
     larger = resized(model, image_size=(96, 64))
-    assert larger.cfg.grid == (6, 4) and larger.cfg.size == model.cfg.size
-    table = model.tensors["vision.positions"]
-    assert torch.equal(
-        larger.tensors["vision.positions"][1:], resized_grid(table[1:], (4, 4), (6, 4))
-    )
-    assert torch.equal(larger.tensors["vision.positions"][0], table[0])
+
+    assert larger.cfg.grid == (6, 4)
+    assert larger.cfg.size == model.cfg.size
+    table, larger_table = model.tensors["vision.positions"], larger.tensors["vision.positions"]
+    assert torch.equal(larger_table[1:], resized_grid(table[1:], (4, 4), (6, 4)))
+    assert torch.equal(larger_table[0], table[0])
     assert torch.equal(larger.tensors["vision.cls"], model.tensors["vision.cls"])
     larger.towers()
+
     cfg, context, pad = FLAVOURS["FLIP, pooled mean"]
     finer = resized(made(cfg, context, pad), patch=8)
-    assert (
-        finer.cfg.size == "custom/8"
-        and finer.cfg.grid == (8, 8)
-        and "vision.positions" not in finer.tensors
-    )
+    assert finer.cfg.size == "custom/8"
+    assert finer.cfg.grid == (8, 8)
+    assert "vision.positions" not in finer.tensors
     assert finer.towers().vision.positions.shape == (64, 128), "computed anew"
 
 
@@ -324,28 +316,32 @@ def folder(tmp_path_factory):
 
 
 def test_in_out_and_inspected(folder, tmp_path, convert):
-    code, out, complaint = convert("glimpse", folder, tmp_path / "mine", "--dtype", "bf16")
+    ours, theirs = tmp_path / "mine", tmp_path / "theirs"
+
+    # In, rounded.
+    code, out, complaint = convert("glimpse", folder, ours, "--dtype", "bf16")
     assert code == 0, complaint
-    assert "read again: 62 tensors" in out and "largest difference" in out
-    assert (
-        load_model.converted(tmp_path / "mine").tensors.meta["vision.cls"].dtype == torch.bfloat16
-    )
-    code, out, complaint = convert("open_clip", tmp_path / "mine", tmp_path / "theirs")
-    assert code == 0 and out.count("largest difference") == 1, complaint
-    one, other = (open_clip.load(path).tensors for path in (folder, tmp_path / "theirs"))
-    assert all(torch.equal(one[name].bfloat16().float(), other[name]) for name in one)
-    told = convert("inspect", tmp_path / "mine")[1]
-    assert (
-        "ViT-custom/16 (128 x 2 + text 64 x 2)" in told
-        and "tokenizer clip_bpe" in told
-        and "bfloat16" in told
-    )
+    assert "read again: 62 tensors" in out
+    assert "largest difference" in out
+    assert load_model.converted(ours).tensors.meta["vision.cls"].dtype == torch.bfloat16
+
+    # Out again.
+    code, out, complaint = convert("open_clip", ours, theirs)
+    assert code == 0, complaint
+    assert out.count("largest difference") == 1, complaint
+    source, again = open_clip.load(folder).tensors, open_clip.load(theirs).tensors
+    for name in source:
+        assert torch.equal(source[name].bfloat16().float(), again[name])
+
+    # Inspected.
+    description = convert("inspect", ours)[1]
+    assert "ViT-custom/16 (128 x 2 + text 64 x 2)" in description
+    assert "tokenizer clip_bpe" in description
+    assert "bfloat16" in description
     assert "open_clip" in convert("inspect", folder)[1]
-    tensor_files.write(tmp_path / "loose.safetensors", HELD)
-    assert (
-        "of no architecture that is known here"
-        in convert("inspect", tmp_path / "loose.safetensors")[1]
-    )
+    loose = tmp_path / "loose.safetensors"
+    tensor_files.write(loose, HELD)
+    assert "of no architecture that is known here" in convert("inspect", loose)[1]
 
 
 @pytest.mark.parametrize(
@@ -376,9 +372,14 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
 def test_what_is_wrong_is_told_in_a_line(line, complaint, folder, tmp_path, convert):
     (tmp_path / "empty").mkdir()
     names = {"FOLDER": folder, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty"}
-    code, _, told = convert(*[names.get(word, word) for word in line])
-    assert code == 2 and len(told.strip().splitlines()) == 1 and re.search(complaint, told), told
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.part"))
+
+    code, _, message = convert(*[names.get(word, word) for word in line])
+
+    assert code == 2, message
+    assert len(message.strip().splitlines()) == 1, message
+    assert re.search(complaint, message), message
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*.part"))
 
 
 # --- runs
@@ -391,39 +392,34 @@ def test_runs_of_any_rank_count_come_out_as_the_file_that_went_in(folder, tmp_pa
     """
     data = shards(tmp_path / "data")
     assert convert("glimpse", folder, tmp_path / "start")[0] == 0
-    (tmp_path / "train.yaml").write_text(
-        json.dumps(
-            dict(
-                base="start/config.json",
-                init=str(tmp_path / "start"),
-                run="",
-                method="clip",
-                samples=16,
-                batch=16,
-                data=dict(train=str(data / "train"), workers=0),
-                optim=dict(lr="0", weight_decay=0.1, warmup=16),
-            )
-        )
+    settings = dict(
+        base="start/config.json",
+        init=str(tmp_path / "start"),
+        run="",
+        method="clip",
+        samples=16,
+        batch=16,
+        data=dict(train=str(data / "train"), workers=0),
+        optim=dict(lr="0", weight_decay=0.1, warmup=16),
     )
+    (tmp_path / "train.yaml").write_text(json.dumps(settings))
     wanted = (folder / open_clip.WEIGHTS[0]).read_bytes()
+
     for ranks, how in ((1, "cpu"), (2, "cpu_bf16"), (4, "cpu")):
+        run, out = tmp_path / f"run{ranks}", tmp_path / f"out{ranks}"
         done = launch(
             ranks,
             "run/pretrain.py",
             "--config",
             str(tmp_path / "train.yaml"),
             "--set",
-            f"run={tmp_path / f'run{ranks}'}",
+            f"run={run}",
             f"deepspeed=ds_configs/{how}.json",
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        code, _, complaint = convert(
-            "open_clip", tmp_path / f"run{ranks}", tmp_path / f"out{ranks}"
-        )
+        code, _, complaint = convert("open_clip", run, out)
         assert code == 0, complaint
-        assert (tmp_path / f"out{ranks}" / open_clip.WEIGHTS[0]).read_bytes() == wanted, (
-            f"{ranks} ranks, {how}"
-        )
+        assert (out / open_clip.WEIGHTS[0]).read_bytes() == wanted, f"{ranks} ranks, {how}"
 
 
 @pytest.mark.parametrize(
@@ -447,14 +443,11 @@ def test_a_start_that_does_not_fit_is_refused(change, complaint, folder, tmp_pat
     cfg = load_model.config_of(tmp_path / "start").model
     for key, value in change.items():
         *inner, last = key.split(".")[1:]
-        cfg = replace(
-            cfg,
-            **(
-                {inner[0]: replace(getattr(cfg, inner[0]), **{last: value})}
-                if inner
-                else {last: value}
-            ),
-        )
+        changes = {last: value}
+        for name in inner:
+            changes = {name: replace(getattr(cfg, name), **changes)}
+        cfg = replace(cfg, **changes)
+
     with pytest.raises(ValueError, match=complaint):
         initial_weights.found_for(
             "init", str(tmp_path / "start"), initial_weights.check_start, cfg, ""

@@ -4,8 +4,10 @@ bash run/test.sh tests/model/convert/test_convert_crops.py
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,21 +36,22 @@ def test_models_and_images_are_prepared_in_the_same_words():
 
 
 @pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize("format", WHOSE)
-def test_out_and_back(format, crop, tmp_path):
-    model = made(CLIP, crop=crop)
-    told = [
-        line for line in FORMATS[format].save(model, tmp_path / "out") or [] if "eval_crop" in line
-    ]
-    assert FORMATS[format].load(tmp_path / "out").about.crop == crop
-    other = format in CONFIGS and crop == "square"
-    assert len(told) == other and all(
-        line.startswith(f"eval_crop square: {WHOSE[format]} resizes images before it crops")
-        for line in told
-    )
-    if other:
-        file = tmp_path / "out" / CONFIGS[format]
-        FORMATS[format].peer(tmp_path / "out")  # its library passes over what is for us
+@pytest.mark.parametrize("kind", WHOSE)
+def test_out_and_back(kind, crop, tmp_path):
+    model, folder = made(CLIP, crop=crop), tmp_path / "out"
+
+    notes = FORMATS[kind].save(model, folder) or []
+
+    assert FORMATS[kind].load(folder).about.crop == crop
+    notes = [note for note in notes if "eval_crop" in note]
+    differs = kind in CONFIGS and crop == "square"
+    assert len(notes) == differs
+    for note in notes:
+        beginning = f"eval_crop square: {WHOSE[kind]} resizes images before it crops"
+        assert note.startswith(beginning)
+    if differs:
+        FORMATS[kind].peer(folder)  # its library passes over what is for us
+        file = folder / CONFIGS[kind]
         tree = json.loads(file.read_text())
         tree["glimpse"]["eval_crop"] = "round"
         file.write_text(json.dumps(tree))
@@ -56,43 +59,47 @@ def test_out_and_back(format, crop, tmp_path):
             ValueError,
             match=f"{file}: glimpse.eval_crop 'round': unknown; known: resize_crop, square, squash",
         ):
-            FORMATS[format].load(tmp_path / "out")
+            FORMATS[kind].load(folder)
 
 
-def prepared(format, folder) -> callable:
-    """What the library makes of pictures that it prepares as the folder says: (3, H, W), as
-    levels.
-    """
-    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP.vision.mean, CLIP.vision.std))
-    if format == "hf":
+def prepared(kind: str, folder: Path) -> Callable:
+    """Return the library's preparation of pictures as the folder says: (3, H, W), as levels."""
+    mean = torch.tensor(CLIP.vision.mean)[:, None, None]
+    std = torch.tensor(CLIP.vision.std)[:, None, None]
+    if kind == "hf":
         processor = pytest.importorskip("transformers").AutoImageProcessor.from_pretrained(folder)
-        transform = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]  # noqa: E731
-    elif format == "timm":
+
+        def transform(image: Image.Image) -> torch.Tensor:
+            return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    elif kind == "timm":
         data = pytest.importorskip("timm").data
-        told = json.loads((folder / timm.CONFIG).read_text())["pretrained_cfg"]
-        transform = data.create_transform(**data.resolve_data_config({}, pretrained_cfg=told))
+        config = json.loads((folder / timm.CONFIG).read_text())["pretrained_cfg"]
+        transform = data.create_transform(**data.resolve_data_config({}, pretrained_cfg=config))
     else:
-        transform = pytest.importorskip("open_clip").create_model_and_transforms(
-            f"local-dir:{folder}"
-        )[2]
+        library = pytest.importorskip("open_clip")
+        _, _, transform = library.create_model_and_transforms(f"local-dir:{folder}")
     return lambda image: (transform(image) * std + mean) * 255
 
 
 @pytest.mark.parametrize("crop", ["resize_crop", "squash"])
-@pytest.mark.parametrize("format", CONFIGS)
-def test_the_library_prepares_pictures_so(format, crop, tmp_path):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_library_prepares_pictures_so(kind, crop, tmp_path):
     """As we do, but for another kernel's rounding."""
     y, x = np.mgrid[:150, :240] / 30
-    levels = 128 + 60 * np.sin(x * 3)[..., None] * [1, 0.5, -1] + 40 * np.cos(y * 5)[..., None]
-    (out := BytesIO()), Image.fromarray(levels.astype(np.uint8)).save(out, "PNG")
-    FORMATS[format].save(made(CLIP, crop=crop), tmp_path / "out")
-    theirs = prepared(format, tmp_path / "out")(Image.open(out))
+    columns = 60 * np.sin(x * 3)[..., None] * [1, 0.5, -1]
+    rows = 40 * np.cos(y * 5)[..., None]
+    out = BytesIO()
+    Image.fromarray((128 + columns + rows).astype(np.uint8)).save(out, "PNG")
+    FORMATS[kind].save(made(CLIP, crop=crop), tmp_path / "out")
+
+    theirs = prepared(kind, tmp_path / "out")(Image.open(out))
     ours = torch.from_numpy(center_view(out.getvalue(), CLIP.image_size, crop)).permute(2, 0, 1)
-    assert (
-        theirs.shape == ours.shape
-        and (theirs - ours).abs().max() < 2.01
-        and (theirs - ours).abs().mean() < 0.3
-    )
+
+    assert theirs.shape == ours.shape
+    differences = (theirs - ours).abs()
+    assert differences.max() < 2.01
+    assert differences.mean() < 0.3
 
 
 def test_transformers_keeps_it(tmp_path):
@@ -107,13 +114,13 @@ def test_transformers_keeps_it(tmp_path):
 
 def test_flips_release_knows_the_square_alone(tmp_path):
     cfg = ModelConfig("nano/8", image_size=16)
-    tensors = Tensors.held(
-        {name: parameter.detach() for name, parameter in Towers(cfg, 9, 4).named_parameters()}
-    )
+    parameters = Towers(cfg, 9, 4).named_parameters()
+    tensors = Tensors.held({name: parameter.detach() for name, parameter in parameters})
     model = Portable(cfg, 9, 4, tensors, About(pad_text=True, crop="square"))
+
     assert flip_jax.save(model, tmp_path / "same") == []
-    (told,) = flip_jax.save(replace(model, about=About(pad_text=True)), tmp_path / "other")
-    assert told.startswith("eval_crop resize_crop: FLIP's code crops images before it resizes them")
+    (note,) = flip_jax.save(replace(model, about=About(pad_text=True)), tmp_path / "other")
+    assert note.startswith("eval_crop resize_crop: FLIP's code crops images before it resizes them")
     assert flip_jax.load(tmp_path / "other").about.crop == "square"
 
 
@@ -123,19 +130,20 @@ def test_timms_other_modes_are_told(tmp_path):
     tree = json.loads(file.read_text())
     tree["pretrained_cfg"]["crop_mode"] = "border"
     file.write_text(json.dumps(tree))
-    assert (
-        timm.load(tmp_path / "out")
-        .about.source["notes"]
-        .startswith("crop_mode border: its images are made square otherwise")
-    )
+
+    notes = timm.load(tmp_path / "out").about.source["notes"]
+
+    assert notes.startswith("crop_mode border: its images are made square otherwise")
 
 
 def test_the_command_tells_it(tmp_path, convert):
-    """Of a model of Glimpse's own that is evaluated on central squares."""
+    """For a model of Glimpse's own that is evaluated on central squares."""
     model = pair(*FLAVOURS["CLIP"])
-    portable.save(
-        replace(model, about=replace(model.about, crop="square")), tmp_path / "in", torch.bfloat16
-    )
-    code, told, complaint = convert("open_clip", tmp_path / "in", tmp_path / "out")
-    assert code == 0 and "  eval_crop square: open_clip resizes" in told, complaint
+    model = replace(model, about=replace(model.about, crop="square"))
+    portable.save(model, tmp_path / "in", torch.bfloat16)
+
+    code, out, complaint = convert("open_clip", tmp_path / "in", tmp_path / "out")
+
+    assert code == 0, complaint
+    assert "  eval_crop square: open_clip resizes" in out, complaint
     assert open_clip.load(tmp_path / "out").about.crop == "square"

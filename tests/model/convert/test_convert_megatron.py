@@ -6,6 +6,7 @@ The slow cases are what two jobs on CPU found, one of one rank and one of two te
 (tests/workers/megatron_worker.py).
 """
 
+import copy
 import json
 import os
 import pickle
@@ -50,22 +51,20 @@ def model(flavour, vision_only=False):
     cfg, context = MODELS[flavour]
     torch.manual_seed(0)
     towers = Towers(cfg, VOCAB, context)
-    tensors = {
-        n: torch.randn_like(p) * (0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
-        for n, p in towers.named_parameters()
-    }
-    tensors = {n: t for n, t in tensors.items() if not vision_only or n.startswith("vision.")}
-    return Portable(
-        cfg, 0 if vision_only else VOCAB, 0 if vision_only else context, Tensors.held(tensors)
-    )
+    tensors = {}
+    for name, parameter in towers.named_parameters():
+        is_vector = parameter.dim() == 1
+        scale = 0.5 if is_vector else parameter.shape[-1] ** -0.5
+        tensors[name] = torch.randn_like(parameter) * scale
+    if not vision_only:
+        return Portable(cfg, VOCAB, context, Tensors.held(tensors))
+    tower = {name: t for name, t in tensors.items() if name.startswith("vision.")}
+    return Portable(cfg, 0, 0, Tensors.held(tower))
 
 
 def equal(a, b, dtype=torch.float32):
-    assert (a.cfg, a.vocab, a.context) == (
-        b.cfg,
-        b.vocab,
-        b.context,
-    ) and a.tensors.keys() == b.tensors.keys()
+    assert (a.cfg, a.vocab, a.context) == (b.cfg, b.vocab, b.context)
+    assert a.tensors.keys() == b.tensors.keys()
     return all(torch.equal(a.tensors[name], b.tensors[name].to(dtype)) for name in b.tensors)
 
 
@@ -73,13 +72,16 @@ def equal(a, b, dtype=torch.float32):
 @pytest.mark.parametrize("flavour", MODELS)
 def test_there_and_back(tmp_path, flavour, tp):
     ours = model(flavour)
-    megatron.save(ours, tmp_path / "out", tp=tp, spec="te" if flavour == "clip" else "local")
-    assert megatron.claims(tmp_path / "out") and not megatron.claims(tmp_path)
-    assert {p.name for p in (tmp_path / "out").glob("*.distcp")} == {
-        f"__{rank}_0.distcp" for rank in range(tp)
-    }
-    assert (tmp_path / "out" / KEPT).exists() == (flavour == "folded")
-    assert equal(megatron.load(tmp_path / "out"), ours)
+    folder, spec = tmp_path / "out", "te" if flavour == "clip" else "local"
+
+    megatron.save(ours, folder, tp=tp, spec=spec)
+
+    assert megatron.claims(folder)
+    assert not megatron.claims(tmp_path)
+    pieces = {path.name for path in folder.glob("*.distcp")}
+    assert pieces == {f"__{rank}_0.distcp" for rank in range(tp)}
+    assert (folder / KEPT).exists() == (flavour == "folded")
+    assert equal(megatron.load(folder), ours)
 
 
 def test_a_vision_tower_alone_in_bf16(tmp_path):
@@ -95,37 +97,31 @@ def test_where_each_rank_finds_its_piece(tmp_path):
     """
     ours = model("clip")
     megatron.save(ours, tmp_path / "out", tp=2)
-    index = torch_dist.Folder(tmp_path / "out").index
+    folder = torch_dist.Folder(tmp_path / "out")
 
-    def of_rank(key, rank):
-        return [
-            (tuple(at.offset), where.relative_path)
-            for at, where in index.storage_data.items()
-            if at.fqn == key
-        ][rank]
+    def last_piece(key):
+        """Return (offset, file) of the last rank's piece."""
+        pieces = []
+        for at, where in folder.index.storage_data.items():
+            if at.fqn == key:
+                pieces.append((tuple(at.offset), where.relative_path))
+        return pieces[-1]
 
-    layers = "vision_model.decoder.layers"
-    assert of_rank(f"{layers}.self_attention.linear_qkv.weight", -1) == ((2, 96, 0), "__1_0.distcp")
-    assert of_rank(f"{layers}.self_attention.linear_proj.weight", -1) == (
-        (2, 0, 32),
-        "__1_0.distcp",
-    )
-    assert of_rank(f"{layers}.mlp.linear_fc2.bias", -1) == ((2, 0), "__0_0.distcp")
+    layers, words = "vision_model.decoder.layers", "text_model.embedding.word_embeddings.weight"
+    qkv, out = f"{layers}.self_attention.linear_qkv", f"{layers}.self_attention.linear_proj"
+    assert last_piece(f"{qkv}.weight") == ((2, 96, 0), "__1_0.distcp")
+    assert last_piece(f"{out}.weight") == ((2, 0, 32), "__1_0.distcp")
+    assert last_piece(f"{layers}.mlp.linear_fc2.bias") == ((2, 0), "__0_0.distcp")
     # 321 in multiples of 2 x 128: 512
-    assert of_rank("text_model.embedding.word_embeddings.weight", -1) == ((256, 0), "__1_0.distcp")
-    words = torch_dist.Folder(tmp_path / "out").read("text_model.embedding.word_embeddings.weight")
-    assert (
-        words.shape == (512, 32)
-        and torch.equal(words[:VOCAB], ours.tensors["text.token.weight"])
-        and not words[VOCAB:].any()
-    )
-    ours = model("clip").tensors["vision.blocks.2.attn.qkv.bias"].view(3, 4, 16)
-    theirs = (
-        torch_dist.Folder(tmp_path / "out")
-        .read(f"{layers}.self_attention.linear_qkv.bias", 2)
-        .view(4, 3, 16)
-    )
-    assert torch.equal(theirs[3, 1], ours[1, 3]), "k of the last head"
+    assert last_piece(words) == ((256, 0), "__1_0.distcp")
+
+    table = folder.read(words)
+    assert table.shape == (512, 32)
+    assert torch.equal(table[:VOCAB], ours.tensors["text.token.weight"])
+    assert not table[VOCAB:].any()
+    our_bias = ours.tensors["vision.blocks.2.attn.qkv.bias"].view(3, 4, 16)
+    foreign_bias = folder.read(f"{qkv}.bias", 2).view(4, 3, 16)
+    assert torch.equal(foreign_bias[3, 1], our_bias[1, 3]), "k of the last head"
 
 
 def test_trained_elsewhere_positions_and_bias_count(tmp_path):
@@ -137,23 +133,22 @@ def test_trained_elsewhere_positions_and_bias_count(tmp_path):
         folder = tmp_path / flavour
         megatron.save(ours, folder)
         theirs = megatron.named(torch_dist.Folder(folder))
-        trained = {
-            name: theirs[name] + (1e-3 if "position" in name or name.endswith("conv1.bias") else 0)
-            for name in theirs
-        }
+        trained = {}
+        for name in theirs:
+            changes = "position" in name or name.endswith("conv1.bias")
+            trained[name] = theirs[name] + (1e-3 if changes else 0)
         places = {name: megatron.place(ours.cfg, name) for name in trained}
         torch_dist.write(folder, Tensors.held(trained), places, {}, {}, 1, torch.float32)
+
         again = megatron.load(folder)
-        assert again.cfg.vision.positions == "learned" and again.cfg.vision.patch_bias == (
-            flavour != "folded"
-        )
-        assert torch.equal(
-            again.tensors["vision.positions"], trained["vision_model.position_embeddings.weight"]
-        )
+
+        assert again.cfg.vision.positions == "learned"
+        assert again.cfg.vision.patch_bias == (flavour != "folded")
+        positions = trained["vision_model.position_embeddings.weight"]
+        assert torch.equal(again.tensors["vision.positions"], positions)
         if flavour != "folded":
-            assert torch.equal(
-                again.tensors["vision.patch.bias"], trained["vision_model.conv1.bias"]
-            )
+            bias = trained["vision_model.conv1.bias"]
+            assert torch.equal(again.tensors["vision.patch.bias"], bias)
 
 
 @pytest.fixture
@@ -185,21 +180,17 @@ def test_what_cannot_be_written_is_named(tmp_path, options, message):
 
 def test_a_truncated_or_missing_file_is_named(written):
     part = written / "__1_0.distcp"
-    whole = part.read_bytes()
-    part.write_bytes(whole[:-100])
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"__1_0.distcp: .* bytes, its .metadata says .*; missing or truncated: fetch it again"
-        ),
-    ):
+    content = part.read_bytes()
+    part.write_bytes(content[:-100])
+    message = r"__1_0.distcp: .* bytes, its .metadata says .*; missing or truncated: fetch it again"
+    with pytest.raises(ValueError, match=message):
         megatron.load(written)
-    part.write_bytes(whole[:-2000] + bytes(2000))
-    found = megatron.load(written).tensors
+    part.write_bytes(content[:-2000] + bytes(2000))
+    tensors = megatron.load(written).tensors
     with pytest.raises(
         ValueError, match=r"out: text_model.decoder.* cannot be read \(.*\); fetch the folder again"
     ):
-        [found[name] for name in found]
+        dict(tensors)
     part.unlink()
     with pytest.raises(ValueError, match="__1_0.distcp: 0 bytes"):
         megatron.load(written)
@@ -217,17 +208,17 @@ def test_a_missing_tensor_or_another_architecture_is_named(written):
     with pytest.raises(
         ValueError, match=f"the pieces of {qkv} do not make it up; a rank's part is missing"
     ):
-        found = megatron.load(written).tensors
-        found["vision.blocks.2.attn.qkv.weight"]
+        tensors = megatron.load(written).tensors
+        tensors["vision.blocks.2.attn.qkv.weight"]
     chunks.append(half)
-    kept = index.state_dict_metadata.pop(qkv)
+    entry = index.state_dict_metadata.pop(qkv)
     (written / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(
         ValueError,
         match="out: vision_model.decoder.layers.0.self_attention.linear_qkv.weight is missing",
     ):
         megatron.load(written)
-    index.state_dict_metadata[qkv] = kept
+    index.state_dict_metadata[qkv] = entry
     (written / ".metadata").write_bytes(pickle.dumps(index))
     tree = json.loads((written / "config.json").read_text())
     for key, value, message in (
@@ -235,20 +226,16 @@ def test_a_missing_tensor_or_another_architecture_is_named(written):
         ("width", 32, r"out: vision.cls is \(64,\); its architecture makes it \(32,\)"),
         ("depths", 2, "config.json: not what a conversion to megatron wrote"),
     ):
-        other = {
-            **tree,
-            "model": {**tree["model"], "custom": {**tree["model"]["custom"], key: value}},
-        }
+        other = copy.deepcopy(tree)
+        other["model"]["custom"][key] = value
         (written / "config.json").write_text(json.dumps(other))
         with pytest.raises(ValueError, match=message):
             megatron.load(written)
     (written / "config.json").unlink()
-    with pytest.raises(
-        ValueError,
-        match=(
-            "config.json: missing; megatron-core keeps no architecture, so add --given config=PATH"
-        ),
-    ):
+    message = (
+        "config.json: missing; megatron-core keeps no architecture, so add --given config=PATH"
+    )
+    with pytest.raises(ValueError, match=message):
         megatron.load(written)
 
 
@@ -293,38 +280,23 @@ def jobs(tmp_path_factory):
         for tp in (1, 2):
             megatron.save(model(flavour), folder / "cases" / f"{flavour}-{tp}", tp=tp)
         generator = torch.Generator().manual_seed(1)
-        lengths = torch.tensor([context, 5, 1]) if cfg.text.causal else torch.full((3,), context)
-        torch.save(
-            {
-                "images": torch.randn(3, 3, 16, 32, generator=generator),
-                "lengths": lengths,
-                "ids": torch.randint(VOCAB, (3, context), generator=generator),
-            },
-            folder / f"inputs-{flavour}.pt",
-        )
-    # megatron-core would compile gelu
+        lengths = torch.tensor([context, 5, 1] if cfg.text.causal else [context] * 3)
+        images = torch.randn(3, 3, 16, 32, generator=generator)
+        ids = torch.randint(VOCAB, (3, context), generator=generator)
+        inputs = {"images": images, "lengths": lengths, "ids": ids}
+        torch.save(inputs, folder / f"inputs-{flavour}.pt")
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # megatron-core would compile gelu
         "PYTHONPATH": str(ROOT),
     }
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                ROOT / "tests/workers/megatron_worker.py",
-                folder,
-                str(rank),
-                str(world),
-            ],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for world in (1, 2)
-        for rank in range(world)
-    ]
+    command = [sys.executable, ROOT / "tests/workers/megatron_worker.py", folder]
+    ranks = []
+    for world in (1, 2):
+        for rank in range(world):
+            line = [*command, str(rank), str(world)]
+            ranks.append(subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True))
     try:
         errors = [rank.communicate(timeout=180)[1] for rank in ranks]
     finally:
@@ -339,33 +311,34 @@ def jobs(tmp_path_factory):
 @pytest.mark.parametrize("flavour", MODELS)
 def test_megatrons_own_modules_give_our_embeddings(jobs, flavour, world):
     """Whatever number of ranks the checkpoint was written for."""
-    cfg, found = MODELS[flavour][0], torch.load(jobs / f"found{world}.pt")
-    towers, given = model(flavour).towers(), torch.load(jobs / f"inputs-{flavour}.pt")
+    cfg, _ = MODELS[flavour]
+    results = torch.load(jobs / f"found{world}.pt")
+    inputs = torch.load(jobs / f"inputs-{flavour}.pt")
+    towers, lengths = model(flavour).towers(), inputs["lengths"]
+    ids = torch.cat([row[:length] for row, length in zip(inputs["ids"], lengths)])
+    patches = patchify(inputs["images"], cfg.patch)
     with torch.no_grad():
-        patches = patchify(given["images"], cfg.patch)
         image = towers.encode_image(patches, torch.arange(patches.shape[1]).expand(3, -1))
-        text = towers.encode_text(
-            torch.cat([ids[:n] for ids, n in zip(given["ids"], given["lengths"])]), given["lengths"]
-        )
+        text = towers.encode_text(ids, lengths)
         scale = towers.temperature.logit_scale.exp()
+
     for tp in (1, 2):
-        theirs = found[f"{flavour}-{tp}"]
+        theirs = results[f"{flavour}-{tp}"]
         for name, ours in (("image", image), ("text", text), ("scale", scale)):
             apart = float((theirs[name] - ours).abs().max())
             print(f"{flavour} written for {tp}, loaded by {world}: {name} {apart:.1e} apart")
             assert apart < 1e-5
-    assert (image[0] - image[1]).abs().max() > 1e-2 and (text[0] - text[1]).abs().max() > 1e-2
+    assert (image[0] - image[1]).abs().max() > 1e-2
+    assert (text[0] - text[1]).abs().max() > 1e-2
 
 
 @pytest.mark.slow
 def test_what_a_job_of_two_ranks_saves_is_read(jobs, tmp_path):
     for case in ("clip-2", "bare-1"):
+        ours = model(case.partition("-")[0])
+        config = jobs / "cases" / case / "config.json"
         for name in (case, f"{case}-apart"):
-            given = jobs / "cases" / case / "config.json"
-            assert equal(
-                megatron.load(jobs / "saved" / name, config=str(given)),
-                model(case.partition("-")[0]),
-            )
+            assert equal(megatron.load(jobs / "saved" / name, config=str(config)), ours)
             saved = shutil.copytree(jobs / "saved" / name, tmp_path / name)
-            shutil.copy(given, saved)
-            assert equal(megatron.load(saved), model(case.partition("-")[0]))
+            shutil.copy(config, saved)
+            assert equal(megatron.load(saved), ours)

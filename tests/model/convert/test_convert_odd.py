@@ -40,18 +40,18 @@ def good(tmp_path_factory):
 
 
 def stored(change):
+    """Return a function that changes every tensor in a folder of open_clip's."""
+
     def damage(folder):
-        tensors = load_file(folder / "open_clip_model.safetensors")
-        save_file(
-            {name: change(tensor) for name, tensor in tensors.items()},
-            folder / "open_clip_model.safetensors",
-        )
+        path = folder / "open_clip_model.safetensors"
+        tensors = load_file(path)
+        save_file({name: change(tensor) for name, tensor in tensors.items()}, path)
 
     return damage
 
 
 def said(name, change):
-    """The json at that name changed."""
+    """Return a function that changes the json of that name in a folder."""
 
     def damage(folder):
         tree = json.loads((folder / name).read_text())
@@ -61,14 +61,43 @@ def said(name, change):
     return damage
 
 
+def put(name, *keys, value):
+    """Return a function that sets a value at a path of keys in a json file."""
+
+    def change(tree):
+        *parents, last = keys
+        for key in parents:
+            tree = tree[key]
+        tree[last] = value
+
+    return said(name, change)
+
+
 def file(name, content):
+    """Return a function that writes a file into a folder."""
+
     def damage(folder):
         (folder / name).write_text(content)
 
     return damage
 
 
-HF, INDEX = file("config.json", '{"model_type": "clip"}'), "model.safetensors.index.json"
+def index(content):
+    """Return a function that writes a config of Hugging Face's and an index of shards."""
+
+    def damage(folder):
+        file("config.json", '{"model_type": "clip"}')(folder)
+        file("model.safetensors.index.json", content)(folder)
+
+    return damage
+
+
+def another_models_terms(folder):
+    save_file({"a": torch.ones(2)}, folder / "glimpse.safetensors")
+
+
+without_model = said("config.json", lambda tree: tree.pop("model"))
+WIDTH_IN_WORDS = '{"model_type": "clip", "vision_config": {"hidden_size": "x"}}'
 ODD = {  # what of `good`, what happens to it, the complaint
     "no json": ("open_clip", file(open_clip.CONFIG, "{x"), "open_clip_config.json: no json"),
     "a list": ("open_clip", file(open_clip.CONFIG, "[]"), "open_clip_config.json: holds a list"),
@@ -79,63 +108,48 @@ ODD = {  # what of `good`, what happens to it, the complaint
     ),
     "no heads": (
         "open_clip",
-        said(open_clip.CONFIG, lambda t: t["model_cfg"]["vision_cfg"].update(head_width=0)),
+        put(open_clip.CONFIG, "model_cfg", "vision_cfg", "head_width", value=0),
         "ZeroDivisionError",
     ),
-    "int8": ("open_clip", stored(lambda x: x.to(torch.int8)), "is torch.int8; weights are floats"),
-    "complex": (
-        "open_clip",
-        stored(lambda x: x.to(torch.complex64)),
-        "is stored as C64; save it as float32",
-    ),
+    "int8": ("open_clip", stored(torch.Tensor.char), "is torch.int8; weights are floats"),
+    "complex": ("open_clip", stored(torch.Tensor.cfloat), "is stored as C64; save it as float32"),
     "another's glimpse.safetensors": (
         "open_clip",
-        lambda folder: save_file({"a": torch.ones(2)}, folder / "glimpse.safetensors"),
+        another_models_terms,
         "glimpse.safetensors: not what a conversion wrote; remove it",
     ),
     "no model": (
         "glimpse",
-        said("config.json", lambda t: t.pop("model")),
+        without_model,
         "config.json: model missing; convert the model again",
     ),
     "another kernel": (
         "open_clip",
-        said(open_clip.CONFIG, lambda t: t["preprocess_cfg"].update(interpolation="lanczos")),
+        put(open_clip.CONFIG, "preprocess_cfg", "interpolation", value="lanczos"),
         "interpolation 'lanczos': images are resized by bicubic or bilinear here",
     ),
     "another way to a square": (
         "open_clip",
-        said(open_clip.CONFIG, lambda t: t["preprocess_cfg"].update(resize_mode="longest")),
+        put(open_clip.CONFIG, "preprocess_cfg", "resize_mode", value="longest"),
         "preprocess_cfg.resize_mode 'longest': ours are shortest or squash; write one of them",
     ),
     "two numbers": (
         "open_clip",
-        said(open_clip.CONFIG, lambda t: t["preprocess_cfg"].update(mean=[0.5, 0.5])),
+        put(open_clip.CONFIG, "preprocess_cfg", "mean", value=[0.5, 0.5]),
         "three numbers each",
     ),
     "no architecture": (
         "timm",
-        said("config.json", lambda t: t.update(pretrained_cfg=3)),
+        put("config.json", "pretrained_cfg", value=3),
         "damaged, or not what its format says",
     ),
-    "an index of nothing": (
-        None,
-        lambda folder: (HF(folder), file(INDEX, "{}")(folder)),
-        "no index: it should hold weight_map",
-    ),
+    "an index of nothing": (None, index("{}"), "no index: it should hold weight_map"),
     "an index that leaves": (
         None,
-        lambda folder: (
-            HF(folder),
-            file(INDEX, '{"weight_map": {"a": "../a.safetensors"}}')(folder),
-        ),
+        index('{"weight_map": {"a": "../a.safetensors"}}'),
         "no index: it should hold weight_map, {tensor: name of a file beside it}",
     ),
-    "a width in words": (
-        None,
-        file("config.json", '{"model_type": "clip", "vision_config": {"hidden_size": "x"}}'),
-        "TypeError",
-    ),
+    "a width in words": (None, file("config.json", WIDTH_IN_WORDS), "TypeError"),
     "another's manifest": (None, file("manifest.json", "[]"), "no whole checkpoint in it"),
 }
 
@@ -144,13 +158,18 @@ ODD = {  # what of `good`, what happens to it, the complaint
 def test_a_damaged_folder(what, good, tmp_path, convert):
     kind, damage, complaint = ODD[what]
     folder = tmp_path / "odd"
-    shutil.copytree(good / kind, folder) if kind else folder.mkdir()
+    if kind:
+        shutil.copytree(good / kind, folder)
+    else:
+        folder.mkdir()
     damage(folder)
+
     for line in (["inspect", folder], ["glimpse", folder, tmp_path / "out"]):
-        code, _, told = convert(*line)
-        assert (
-            code == 2 and len(told.splitlines()) == 1 and complaint in told and str(folder) in told
-        ), told
+        code, _, message = convert(*line)
+        assert code == 2, message
+        assert len(message.splitlines()) == 1, message
+        assert complaint in message, message
+        assert str(folder) in message, message
     assert sorted(tmp_path.iterdir()) == [folder]
 
 
@@ -165,45 +184,48 @@ def test_a_damaged_folder(what, good, tmp_path, convert):
 )
 def test_a_file_that_is_no_model(content, complaint, tmp_path, convert):
     path = tmp_path / "x.pt"
-    path.write_text(content) if isinstance(content, str) else torch.save(content, path)
-    code, _, told = convert("glimpse", path, tmp_path / "out")
-    assert (
-        code == 2 and told.startswith(f"error: {path}: {complaint}") and len(told.splitlines()) == 1
-    )
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        torch.save(content, path)
+
+    code, _, message = convert("glimpse", path, tmp_path / "out")
+
+    assert code == 2
+    assert message.startswith(f"error: {path}: {complaint}")
+    assert len(message.splitlines()) == 1
 
 
 def test_other_models_are_told_by_name(tmp_path, convert):
     file("config.json", '{"model_type": "bert"}')(tmp_path)
-    assert (
-        "of no architecture that is known here: it says bert"
-        in convert("glimpse", tmp_path, tmp_path / "out")[2]
-    )
+
+    _, _, message = convert("glimpse", tmp_path, tmp_path / "out")
+    assert "of no architecture that is known here: it says bert" in message
+
     save_file({"embeddings": torch.ones(3, 2)}, tmp_path / "model.safetensors")
-    code, told, _ = convert("inspect", tmp_path)
-    assert code == 0 and "embeddings  (3, 2) float32" in told and "it says bert" in told
+    code, out, _ = convert("inspect", tmp_path)
+    assert code == 0
+    assert "embeddings  (3, 2) float32" in out
+    assert "it says bert" in out
 
 
 def test_values_that_are_no_numbers(good, tmp_path, convert):
     shutil.copytree(good / "open_clip", tmp_path / "odd")
     stored(lambda x: x * float("nan"))(tmp_path / "odd")
-    assert (
-        "holds values that are no numbers"
-        in convert("glimpse", tmp_path / "odd", tmp_path / "out")[2]
-    )
+    _, _, message = convert("glimpse", tmp_path / "odd", tmp_path / "out")
+    assert "holds values that are no numbers" in message
+
+    # Infinity is equal to itself, and the largest of differences of which one is nan may be small.
     model = made(*FLAVOURS["CLIP"])
     endless = {name: model.tensors[name].clone() for name in model.tensors}
-    # equal to itself, and the largest of differences of which one is nan may be small
     endless["text.norm.weight"][0] = float("inf")
-    portable.save(replace(model, tensors=Tensors.held(endless)), tmp_path / "endless")
-    for format in ("open_clip", "hf"):
-        code, _, told = convert(
-            format, tmp_path / "endless", tmp_path / format, "--tokenizer", "clip_bpe"
-        )
-        assert (
-            code == 2
-            and "text.norm.weight holds values that are no numbers" in told
-            and not (tmp_path / format).exists()
-        ), told
+    source = tmp_path / "endless"
+    portable.save(replace(model, tensors=Tensors.held(endless)), source)
+    for kind in ("open_clip", "hf"):
+        code, _, message = convert(kind, source, tmp_path / kind, "--tokenizer", "clip_bpe")
+        assert code == 2, message
+        assert "text.norm.weight holds values that are no numbers" in message, message
+        assert not (tmp_path / kind).exists(), message
 
 
 def test_what_was_assumed_is_told_where_embeddings_differ(good, tmp_path, convert):
@@ -211,86 +233,84 @@ def test_what_was_assumed_is_told_where_embeddings_differ(good, tmp_path, conver
     either.
     """
     shutil.copytree(good / "timm", tmp_path / "odd")
-    said(
-        "config.json",
-        lambda tree: tree["model_args"].pop("num_heads") and tree.update(architecture="test_vit"),
-    )(tmp_path / "odd")
-    assert (
-        "assumed, as nothing says it: heads 2;" in timm.load(tmp_path / "odd").about.source["notes"]
-    )
-    timm.save(made(*FLAVOURS["SLIP, A-CLIP"]), tmp_path / "named")
-    said("config.json", lambda tree: tree["model_args"].pop("num_heads"))(tmp_path / "named")
-    named = timm.load(tmp_path / "named")
-    assert named.cfg.shape.heads == 3 and "notes" not in named.about.source, (
-        "vit_tiny_patch16_224 says it"
-    )
-    code, _, told = convert("glimpse", good / "timm", tmp_path / "out", "--given", "heads=4")
-    assert code == 2 and "it gives other embeddings" in told, told
-    said("config.json", lambda tree: tree["pretrained_cfg"].update(mean=None))(tmp_path / "named")
-    code, _, told = convert("glimpse", tmp_path / "named", tmp_path / "out", "--given", "heads=4")
-    assert code == 2 and re.search(
-        r"it gives other embeddings.*assumed, as nothing says it: mean \[0.485,", told
-    ), told
+    without_heads = said("config.json", lambda tree: tree["model_args"].pop("num_heads"))
+    without_heads(tmp_path / "odd")
+    put("config.json", "architecture", value="test_vit")(tmp_path / "odd")
+    notes = timm.load(tmp_path / "odd").about.source["notes"]
+    assert "assumed, as nothing says it: heads 2;" in notes
+
+    # A name of timm's determines them.
+    folder, out = tmp_path / "named", tmp_path / "out"
+    timm.save(made(*FLAVOURS["SLIP, A-CLIP"]), folder)
+    without_heads(folder)
+    named = timm.load(folder)
+    assert named.cfg.shape.heads == 3, "vit_tiny_patch16_224 says it"
+    assert "notes" not in named.about.source, "vit_tiny_patch16_224 says it"
+
+    # Other heads than the model's are noticed.
+    code, _, message = convert("glimpse", good / "timm", out, "--given", "heads=4")
+    assert code == 2, message
+    assert "it gives other embeddings" in message, message
+    put("config.json", "pretrained_cfg", "mean", value=None)(folder)
+    code, _, message = convert("glimpse", folder, out, "--given", "heads=4")
+    assert code == 2, message
+    pattern = r"it gives other embeddings.*assumed, as nothing says it: mean \[0.485,"
+    assert re.search(pattern, message), message
 
 
 def test_nan_is_no_small_difference(good, tmp_path, convert, monkeypatch):
     monkeypatch.setattr(
-        "glimpse.run.verify.proofs.differences", lambda *_: {"images": 1e-7, "captions": float("nan")}
+        "glimpse.run.verify.proofs.differences",
+        lambda *_: {"images": 1e-7, "captions": float("nan")},
     )
-    assert (
-        "it gives other embeddings" in convert("open_clip", good / "open_clip", tmp_path / "out")[2]
-    )
+
+    _, _, message = convert("open_clip", good / "open_clip", tmp_path / "out")
+
+    assert "it gives other embeddings" in message
 
 
 def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
     """Each is run beside its own library, too."""
+    # A file of weights with a named config, of open_clip's.
+    config, epoch = good / "open_clip" / open_clip.CONFIG, tmp_path / "epoch_1.pt"
     weights = load_file(good / "open_clip" / open_clip.WEIGHTS[0])
-    torch.save(
-        {"state_dict": weights, "ema": {"visual.proj": torch.ones(1)}}, tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": weights, "ema": {"visual.proj": torch.ones(1)}}, epoch)
+    sizes, half = tmp_path / "sizes.json", tmp_path / "half"
+    sizes.write_text(json.dumps(json.loads(config.read_text())["model_cfg"]))
+    given = ("--given", f"config={sizes}", "std=[0.5,0.5,0.5]")
+    code, out, complaint = convert("glimpse", epoch, half, *given)
+    assert code == 0, complaint
+    note = "does not say it: mean [0.48145466, 0.4578275, 0.40821073]; --given"
+    assert note in out, complaint
+    assert json.loads((half / "config.json").read_text())["model"]["vision"]["std"] == [0.5] * 3
+
+    given = ("--given", f"config={config}")
+    code, out, complaint = convert("glimpse", epoch, tmp_path / "a", *given)
+    assert code == 0, complaint
+    assert "epoch_1.pt run in its own library" in out, complaint
+    assert "epoch_1.pt: left out: ema" in out, complaint
+
+    # The same file inspected.
+    _, out, _ = convert("inspect", epoch, *given)
+    assert "format        open_clip" in out
+    assert "\nnotes         left out: ema" in out
+    code, out, _ = convert("inspect", epoch)
+    assert code == 0
+    assert "epoch_1.pt: 62 tensors" in out
+    assert "add --given config=NAME" in out
+
+    # A converted model has everything.
+    code, out, _ = convert("glimpse", half, tmp_path / "again")
+    assert code == 0, "it was told, and cannot be given there"
+    assert "assumed" not in out, "it was told, and cannot be given there"
+
+    # A file of weights of timm's.
+    tower = good / "timm" / "model.safetensors"
+    code, out, complaint = convert(
+        "glimpse", tower, tmp_path / "b", "--given", "heads=2", "pool=mean"
     )
-    (tmp_path / "sizes.json").write_text(
-        json.dumps(json.loads((good / "open_clip" / open_clip.CONFIG).read_text())["model_cfg"])
-    )
-    line = (
-        "glimpse",
-        tmp_path / "epoch_1.pt",
-        tmp_path / "half",
-        "--given",
-        f"config={tmp_path / 'sizes.json'}",
-        "std=[0.5,0.5,0.5]",
-    )
-    code, told, complaint = convert(*line)
-    assert (
-        code == 0 and "does not say it: mean [0.48145466, 0.4578275, 0.40821073]; --given" in told
-    ), complaint
-    assert (
-        json.loads((tmp_path / "half/config.json").read_text())["model"]["vision"]["std"]
-        == [0.5] * 3
-    )
-    given = f"config={good / 'open_clip' / open_clip.CONFIG}"
-    code, told, complaint = convert(
-        "glimpse", tmp_path / "epoch_1.pt", tmp_path / "a", "--given", given
-    )
-    assert (
-        code == 0
-        and "epoch_1.pt run in its own library" in told
-        and "epoch_1.pt: left out: ema" in told
-    ), complaint
-    told = convert("inspect", tmp_path / "epoch_1.pt", "--given", given)[1]
-    assert "format        open_clip" in told and "\nnotes         left out: ema" in told
-    code, told, _ = convert("inspect", tmp_path / "epoch_1.pt")
-    assert code == 0 and "epoch_1.pt: 62 tensors" in told and "add --given config=NAME" in told
-    code, told, complaint = convert("glimpse", tmp_path / "half", tmp_path / "again")
-    assert code == 0 and "assumed" not in told, "it was told, and cannot be given there"
-    code, told, complaint = convert(
-        "glimpse",
-        good / "timm" / "model.safetensors",
-        tmp_path / "b",
-        "--given",
-        "heads=2",
-        "pool=mean",
-    )
-    assert code == 0 and "model.safetensors run in its own library" in told, complaint
+    assert code == 0, complaint
+    assert "model.safetensors run in its own library" in out, complaint
     for pair, why in (
         ("heads", "no value"),
         ("heads=[", "no value"),
@@ -301,47 +321,49 @@ def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
         ("mean=0.5", "model.vision.mean (0.5,), std"),
         ("image_size=[64]", "image_size: [64]; it must be"),
     ):
-        code, _, told = convert(
-            "glimpse", good / "timm" / "model.safetensors", tmp_path / "c", "--given", pair
-        )
-        assert code == 2 and why in told and len(told.splitlines()) == 1, told
+        code, _, message = convert("glimpse", tower, tmp_path / "c", "--given", pair)
+        assert code == 2, message
+        assert why in message, message
+        assert len(message.splitlines()) == 1, message
 
 
 def test_why_a_file_cannot_be_read_is_told_whatever_is_given(good, tmp_path, convert):
-    whole = (good / "open_clip" / open_clip.WEIGHTS[0]).read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    content = (good / "open_clip" / open_clip.WEIGHTS[0]).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     torch.save({"w": torch.ones(2), "path": tmp_path}, tmp_path / "more.pt")
+
     for name, why in (("cut.safetensors", "truncated"), ("more.pt", "refused (pathlib")):
-        code, _, told = convert(
-            "glimpse", tmp_path / name, tmp_path / "out", "--given", "config=ViT-B-32"
-        )
-        assert code == 2 and told.startswith(f"error: {tmp_path / name}: {why}"), told
+        path = tmp_path / name
+        code, _, message = convert("glimpse", path, tmp_path / "out", "--given", "config=ViT-B-32")
+        assert code == 2, message
+        assert message.startswith(f"error: {path}: {why}"), message
 
 
 def test_a_file_is_known_by_its_beginning_too(good, tmp_path, convert):
     """Caches of hubs name files by their hash."""
     shutil.copy(good / "open_clip" / open_clip.WEIGHTS[0], tmp_path / "3f2a")
-    code, told, complaint = convert(
-        "inspect", tmp_path / "3f2a", "--given", f"config={good / 'open_clip' / open_clip.CONFIG}"
-    )
-    assert code == 0 and "format        open_clip" in told, complaint
+    config = good / "open_clip" / open_clip.CONFIG
+
+    code, out, complaint = convert("inspect", tmp_path / "3f2a", "--given", f"config={config}")
+
+    assert code == 0, complaint
+    assert "format        open_clip" in out, complaint
 
 
 def test_what_torch_says_of_every_file_is_left_out(tmp_path, convert):
-    torch.save({"a": torch.ones(1000), "b": "x" * 500}, tmp_path / "x.pt")
-    content = (tmp_path / "x.pt").read_bytes()
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(1000), "b": "x" * 500}, path)
+    content = path.read_bytes()
+
     for begin, why in (
         (160, "truncated or no file of tensors (Unsupported operand 0)"),
         (100, "refused (torch._utils._rebuild)"),
     ):
-        cut = content[:begin] + bytes(40) + content[begin + 40 :]
-        (tmp_path / "x.pt").write_bytes(cut)
-        code, _, told = convert("glimpse", tmp_path / "x.pt", tmp_path / "out")
-        assert (
-            code == 2
-            and told.startswith(f"error: {tmp_path / 'x.pt'}: {why}")
-            and len(told.splitlines()) == 1
-        ), told
+        path.write_bytes(content[:begin] + bytes(40) + content[begin + 40 :])
+        code, _, message = convert("glimpse", path, tmp_path / "out")
+        assert code == 2, message
+        assert message.startswith(f"error: {path}: {why}"), message
+        assert len(message.splitlines()) == 1, message
 
 
 class Odd:
@@ -360,14 +382,12 @@ def test_members_of_enums_as_older_pythons_pickle_them(protocol, tmp_path):
     megatron-core's.
     """
     kind = metadata._MEM_FORMAT_ENCODING
-    assert (
-        torch_dist.Plain(
-            io.BytesIO(pickle.dumps(Odd(kind, "TORCH_PRESERVE_FORMAT"), protocol))
-        ).load()
-        is kind.TORCH_PRESERVE_FORMAT
-    )
+    member = pickle.dumps(Odd(kind, "TORCH_PRESERVE_FORMAT"), protocol)
+    no_member = pickle.dumps(Odd(kind, "mro"), protocol)
+    assert torch_dist.Plain(io.BytesIO(member)).load() is kind.TORCH_PRESERVE_FORMAT
     with pytest.raises(pickle.UnpicklingError, match="getattr of"):
-        torch_dist.Plain(io.BytesIO(pickle.dumps(Odd(kind, "mro"), protocol))).load()
+        torch_dist.Plain(io.BytesIO(no_member)).load()
+
     torch.save({"stage": Odd(ZeroStageEnum, "weights")}, tmp_path / "shard.pt")
     assert zero_reader.structure(tmp_path / "shard.pt") == {"stage": ZeroStageEnum.weights}
     torch.save({"stage": Odd(ZeroStageEnum, "mro")}, tmp_path / "shard.pt")
@@ -377,11 +397,12 @@ def test_members_of_enums_as_older_pythons_pickle_them(protocol, tmp_path):
 
 def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):
     monkeypatch.setattr("glimpse.model.convert.common.metadata.version", lambda package: "2.30.0")
-    code, told, complaint = convert("open_clip", good / "open_clip", tmp_path / "out")
+
+    code, out, complaint = convert("open_clip", good / "open_clip", tmp_path / "out")
+
     assert code == 0, complaint
-    assert (
-        "not run beside another library: open-clip-torch 2.30.0 is installed, 3.0 or newer" in told
-    )
+    note = "not run beside another library: open-clip-torch 2.30.0 is installed, 3.0 or newer"
+    assert note in out
     monkeypatch.undo()
     with pytest.raises(ImportError, match="^no-such-package is not installed$"):
         common.newer("no-such-package", "1.0")
@@ -394,44 +415,36 @@ def test_openais_state_dict(tmp_path, convert):
         context_length=torch.tensor(77),
         vocab_size=torch.tensor(49408),
     )
-    torch.save(
-        {**load_file(tmp_path / "state" / open_clip.WEIGHTS[0]), **numbers}, tmp_path / "openai.pt"
-    )
-    code, told, complaint = convert("glimpse", tmp_path / "openai.pt", tmp_path / "out")
-    assert code == 0 and "openai.pt run in its own library" in told, complaint
-    code, _, told = convert(
-        "glimpse", tmp_path / "openai.pt", tmp_path / "gelu", "--given", "config=ViT-B-32"
-    )
-    assert (
-        code == 2
-        and "--given config=ViT-B-32: " in told
-        and "is OpenAI's, which tells everything itself; leave it out" in told
-    )
-    torch.save(
-        {
-            "visual.conv1.weight": torch.ones(4, 3, 3, 3),
-            "visual.bn1.weight": torch.ones(4),
-            **numbers,
-        },
-        tmp_path / "RN50.pt",
-    )
-    assert (
-        "RN50.pt: a ResNet; Glimpse's towers are vision"
-        in convert("glimpse", tmp_path / "RN50.pt", tmp_path / "resnet")[2]
-    )
+    weights, path = load_file(tmp_path / "state" / open_clip.WEIGHTS[0]), tmp_path / "openai.pt"
+    torch.save({**weights, **numbers}, path)
+
+    code, out, complaint = convert("glimpse", path, tmp_path / "out")
+    assert code == 0, complaint
+    assert "openai.pt run in its own library" in out, complaint
+
+    code, _, message = convert("glimpse", path, tmp_path / "gelu", "--given", "config=ViT-B-32")
+    assert code == 2
+    assert "--given config=ViT-B-32: " in message
+    assert "is OpenAI's, which tells everything itself; leave it out" in message
+
+    resnet = {"visual.conv1.weight": torch.ones(4, 3, 3, 3), "visual.bn1.weight": torch.ones(4)}
+    torch.save({**resnet, **numbers}, tmp_path / "RN50.pt")
+    _, _, message = convert("glimpse", tmp_path / "RN50.pt", tmp_path / "resnet")
+    assert "RN50.pt: a ResNet; Glimpse's towers are vision" in message
 
 
-@pytest.mark.parametrize("format", ["open_clip", "timm", "megatron"])
+@pytest.mark.parametrize("kind", ["open_clip", "timm", "megatron"])
 @pytest.mark.parametrize("flavour", ["FLIP, pooled mean", "FLIP, learned"])
-def test_bf16_in_and_out(format, flavour, tmp_path, convert):
+def test_bf16_in_and_out(kind, flavour, tmp_path, convert):
     """Positions and biases are added up in fp32 and stay so, or the other library would not give
     our embeddings.
     """
     portable.save(made(*FLAVOURS[flavour]), tmp_path / "source", torch.bfloat16)
-    code, told, complaint = convert(
-        format, tmp_path / "source", tmp_path / "out", "--dtype", "bf16"
-    )
-    assert code == 0 and ("run in its own library" in told or format == "megatron"), complaint
+
+    code, out, complaint = convert(kind, tmp_path / "source", tmp_path / "out", "--dtype", "bf16")
+
+    assert code == 0, complaint
+    assert "run in its own library" in out or kind == "megatron", complaint
 
 
 def test_nothing_that_a_user_has_is_touched(good, tmp_path, convert):
@@ -439,7 +452,8 @@ def test_nothing_that_a_user_has_is_touched(good, tmp_path, convert):
     (tmp_path / "out.part" / "mine").write_text("x")
     assert convert("glimpse", good / "open_clip", tmp_path / "out", "--image-size", "0")[0] == 2
     assert convert("glimpse", good / "open_clip", f"{tmp_path}/out/")[0] == 0
-    assert (tmp_path / "out.part" / "mine").exists() and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "out.part" / "mine").exists()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_tensor_that_is_too_large_for_flips_file(tmp_path):

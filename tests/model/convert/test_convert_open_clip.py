@@ -336,7 +336,9 @@ def state(tmp_path, model: Portable) -> dict[str, torch.Tensor]:
     open_clip.save(model, tmp_path / "state")
     return {
         name: tensor.clone()
-        for name, tensor in open_clip.tensor_files.read(tmp_path / "state" / open_clip.WEIGHTS[0]).items()
+        for name, tensor in open_clip.tensor_files.read(
+            tmp_path / "state" / open_clip.WEIGHTS[0]
+        ).items()
     }
 
 

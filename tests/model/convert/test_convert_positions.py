@@ -21,25 +21,23 @@ PLAIN = ModelConfig(
 
 
 def rules(cfg):
-    """All tensors under their own names but positions and bias."""
-    names = [
-        n
-        for n, _ in Towers(cfg, 5, 3).named_parameters()
-        if n not in ("vision.positions", "vision.patch.bias")
-    ]
-    return [*(Rule((n,), (n,)) for n in names), position_rule(cfg, "table")]
+    """Return a table of all tensors under the same names, except positions and bias."""
+    table = []
+    for name, _ in Towers(cfg, 5, 3).named_parameters():
+        if name not in ("vision.positions", "vision.patch.bias"):
+            table.append(Rule((name,), (name,)))
+    table.append(position_rule(cfg, "table"))
+    return table
 
 
 def model(positions, bias):
-    cfg = replace(
-        PLAIN,
-        init="clip",
-        vision=replace(PLAIN.vision, positions=positions, patch_bias=bias, freeze_patch=True),
-    )
+    vision = replace(PLAIN.vision, positions=positions, patch_bias=bias, freeze_patch=True)
+    cfg = replace(PLAIN, init="clip", vision=vision)
     towers = Towers(cfg, 5, 3)
     for parameter in towers.parameters():
         torch.nn.init.normal_(parameter)
-    return Portable(cfg, 5, 3, Tensors.held({n: p.detach() for n, p in towers.named_parameters()}))
+    tensors = {name: parameter.detach() for name, parameter in towers.named_parameters()}
+    return Portable(cfg, 5, 3, Tensors.held(tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,21 +46,20 @@ def model(positions, bias):
 )
 def test_there_and_back(tmp_path, positions, bias, dtype):
     ours = model(positions, bias)
-    tensor_files.write(
-        tmp_path / "theirs.safetensors", exported(rules(ours.cfg), ours.tensors), dtype
-    )
-    keep(tmp_path, ours, rules(ours.cfg))
+    table, path = rules(ours.cfg), tmp_path / "theirs.safetensors"
+
+    tensor_files.write(path, exported(table, ours.tensors), dtype)
+    keep(tmp_path, ours, table)
+    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read(path), "here")
+
     assert (tmp_path / KEPT).exists() == bias
-    theirs = tensor_files.read(tmp_path / "theirs.safetensors")
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", theirs, "here")
-    assert cfg == (
-        ours.cfg if bias else replace(PLAIN, vision=replace(PLAIN.vision, positions=positions))
-    )
+    unbiased = replace(PLAIN, vision=replace(PLAIN.vision, positions=positions))
+    assert cfg == (ours.cfg if bias else unbiased)
     assert tensors.keys() == ours.tensors.keys()
     for name, tensor in ours.tensors.items():
         # kept as they were, whatever the rest is rounded to
-        whole = bias and name in ("vision.positions", "vision.patch.bias")
-        assert torch.equal(tensors[name], tensor if whole else tensor.to(dtype)), name
+        is_exact = bias and name in ("vision.positions", "vision.patch.bias")
+        assert torch.equal(tensors[name], tensor if is_exact else tensor.to(dtype)), name
 
 
 def test_the_table_is_what_the_tower_adds(tmp_path):
@@ -70,60 +67,51 @@ def test_the_table_is_what_the_tower_adds(tmp_path):
     same.
     """
     ours = model("sincos", True)
-    tensor_files.write(tmp_path / "theirs.safetensors", exported(rules(ours.cfg), ours.tensors))
-    cfg, tensors = taken(
-        tmp_path, PLAIN, rules, "table", tensor_files.read(tmp_path / "theirs.safetensors"), "here"
-    )
-    assert cfg == PLAIN and torch.equal(
-        tensors["vision.positions"][1:], fixed(PLAIN)[1:] + ours.tensors["vision.patch.bias"]
-    )
+    path = tmp_path / "theirs.safetensors"
+    tensor_files.write(path, exported(rules(ours.cfg), ours.tensors))
+
+    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read(path), "here")
+
+    assert cfg == PLAIN
+    folded = fixed(PLAIN)[1:] + ours.tensors["vision.patch.bias"]
+    assert torch.equal(tensors["vision.positions"][1:], folded)
     patches, places = torch.randn(2, 9, 3 * 32 * 32), torch.arange(9).expand(2, 9)
     with torch.no_grad():
-        a, b = (
-            Portable(c, 5, 3, t).towers().vision(patches, places)
-            for c, t in ((ours.cfg, ours.tensors), (cfg, tensors))
-        )
+        a = Portable(ours.cfg, 5, 3, ours.tensors).towers().vision(patches, places)
+        b = Portable(cfg, 5, 3, tensors).towers().vision(patches, places)
     assert (a - b).abs().max() < 1e-4 * a.abs().max()
 
 
 def test_tuned_elsewhere_the_table_counts(tmp_path):
     """The tensors beside no longer add up to it; nor do those of another model's shape."""
     ours = model("sincos", True)
-    made = {
-        name: tensor.clone() for name, tensor in exported(rules(ours.cfg), ours.tensors).items()
-    }
-    keep(tmp_path, ours, rules(ours.cfg))
-    made["table"][3, 5] += 1e-3
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", Tensors.held(made), "here")
-    assert cfg == PLAIN and torch.equal(tensors["vision.positions"], made["table"])
-    tensor_files.write(
-        tmp_path / KEPT,
-        Tensors.held({"vision.patch.bias": torch.zeros(7)}),
-        about=tensor_files.metadata(tmp_path / KEPT),
-    )
-    assert taken(tmp_path, PLAIN, rules, "table", Tensors.held(made), "here")[0] == PLAIN
+    table = rules(ours.cfg)
+    tuned = {name: tensor.clone() for name, tensor in exported(table, ours.tensors).items()}
+    keep(tmp_path, ours, table)
+    tuned["table"][3, 5] += 1e-3
+    theirs = Tensors.held(tuned)
+
+    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", theirs, "here")
+
+    assert cfg == PLAIN
+    assert torch.equal(tensors["vision.positions"], tuned["table"])
+
+    about = tensor_files.metadata(tmp_path / KEPT)
+    short = Tensors.held({"vision.patch.bias": torch.zeros(7)})
+    tensor_files.write(tmp_path / KEPT, short, about=about)
+    assert taken(tmp_path, PLAIN, rules, "table", theirs, "here")[0] == PLAIN
 
 
 def test_a_table_that_is_missing_or_of_another_grid_is_named(tmp_path):
-    made = dict(exported(rules(PLAIN), model("learned", False).tensors))
+    tensors = dict(exported(rules(PLAIN), model("learned", False).tensors))
+    without = Tensors.held({name: t for name, t in tensors.items() if name != "table"})
+    larger = Tensors.held(tensors | {"table": torch.zeros(50, 128)})
+
     with pytest.raises(ValueError, match="here: table is missing"):
-        taken(
-            tmp_path,
-            PLAIN,
-            rules,
-            "table",
-            Tensors.held({n: t for n, t in made.items() if n != "table"}),
-            "here",
-        )
-    cfg, tensors = taken(
-        tmp_path,
-        PLAIN,
-        rules,
-        "table",
-        Tensors.held(made | {"table": torch.zeros(50, 128)}),
-        "here",
-    )
+        taken(tmp_path, PLAIN, rules, "table", without, "here")
+
+    cfg, ours = taken(tmp_path, PLAIN, rules, "table", larger, "here")
     with pytest.raises(
         ValueError, match=r"vision.positions is \(50, 128\); its architecture makes it \(10, 128\)"
     ):
-        Portable(cfg, 5, 3, tensors)
+        Portable(cfg, 5, 3, ours)

@@ -16,34 +16,41 @@ from glimpse.model.towers import Towers
 from glimpse.run.lib import config
 from glimpse.tests.helpers.tiny import ROOT
 
-SAYS = {  # each raises ValueError where its format cannot be the model
+
+def check_timm(model: Portable) -> None:
+    timm.described(model.cfg)
+
+
+def check_megatron(model: Portable) -> None:
+    megatron.check(model.cfg, True, 1, "local")
+
+
+def check_flip_jax(model: Portable) -> None:
+    flip_jax.check_flavour(model.cfg, True)
+
+
+SAYS = {  # each raises ValueError if its format cannot express the model
     "open_clip": open_clip.config_out,
     "hf": hf.check,
-    "timm": lambda model: timm.described(model.cfg),
-    "megatron": lambda model: megatron.check(model.cfg, True, 1, "local"),
-    "flip_jax": lambda model: flip_jax.check_flavour(model.cfg, True),
+    "timm": check_timm,
+    "megatron": check_megatron,
+    "flip_jax": check_flip_jax,
 }
 
 
 def told() -> dict[str, dict[str, bool]]:
-    """{config: {format: does it go there}} of the table."""
-    table = (
-        (ROOT / "docs/converting.md")
-        .read_text()
-        .split("\n| configs | ")[1]
-        .split("\n\n")[0]
-        .splitlines()
-    )
-    formats = [cell.strip() for cell in table[0].strip("|").split("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
-    return {
-        name: {
-            format: {"yes": True, "no": False}[cell]
-            for format, cell in zip(formats, cells, strict=True)
-        }
-        for names, *cells in rows
-        for name in re.findall(r"`(\w+)`", names)
-    }
+    """Return the table as {config: {format: does it go there}}."""
+    page = (ROOT / "docs/converting.md").read_text()
+    table = page.split("\n| configs | ")[1].split("\n\n")[0].splitlines()
+    header, _, *lines = table
+    formats = [cell.strip() for cell in header.strip("|").split("|")]
+    rows = {}
+    for line in lines:
+        names, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        answers = [{"yes": True, "no": False}[cell] for cell in cells]
+        for name in re.findall(r"`(\w+)`", names):
+            rows[name] = dict(zip(formats, answers, strict=True))
+    return rows
 
 
 def test_all_are_in_the_table():
@@ -56,19 +63,16 @@ def test_the_table_is_what_the_formats_say(name):
     cfg = config.load(ROOT / f"run/configs/{name}.yaml")
     with torch.device("meta"):
         towers = Towers(cfg.model, 1000, cfg.data.context)
-    model = Portable(
-        cfg.model,
-        1000,
-        cfg.data.context,
-        Tensors.held(dict(towers.named_parameters())),
-        About(
-            tokenizer=cfg.data.tokenizer, eot=999, pad_text=cfg.data.pad_text, crop=cfg.eval_crop
-        ),
+    about = About(
+        tokenizer=cfg.data.tokenizer, eot=999, pad_text=cfg.data.pad_text, crop=cfg.eval_crop
     )
-    for format, goes in told()[name].items():
+    tensors = Tensors.held(dict(towers.named_parameters()))
+    model = Portable(cfg.model, 1000, cfg.data.context, tensors, about)
+
+    for format_name, goes in told()[name].items():
         try:
-            SAYS[format](model)
+            SAYS[format_name](model)
             can = True
         except ValueError:
             can = False
-        assert can == goes, format
+        assert can == goes, format_name

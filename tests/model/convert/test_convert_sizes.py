@@ -21,12 +21,8 @@ def test_rows_and_others():
     # SLIP's S, all columns but one
     assert sized(16, width=384, depth=12, heads=12) == {"size": "custom/16", "custom": custom}
     assert sized(7, width=768, depth=12)["size"] == "custom/7"
-    assert (
-        ModelConfig(
-            **sized(14, width=1408, depth=40, mlp=ratio(1408, 6144)), image_size=28
-        ).shape.heads
-        == 22
-    )
+    size = sized(14, width=1408, depth=40, mlp=ratio(1408, 6144))
+    assert ModelConfig(**size, image_size=28).shape.heads == 22
 
 
 @pytest.mark.parametrize(
@@ -40,18 +36,17 @@ def test_the_ratio_gives_the_width(width, inside):
 def test_positions_computed_elsewhere_are_known(dtype):
     """As FLIP computes them: all in fp32."""
     cfg = ModelConfig("L/16")
-    omega = (1 / np.float32(10_000) ** (np.arange(256, dtype=np.float32) / np.float32(256))).astype(
-        np.float32
-    )
-    y, x = np.meshgrid(
-        np.arange(14, dtype=np.float32), np.arange(14, dtype=np.float32), indexing="ij"
-    )
+    exponents = np.arange(256, dtype=np.float32) / np.float32(256)
+    omega = (1 / np.float32(10_000) ** exponents).astype(np.float32)
+    steps = np.arange(14, dtype=np.float32)
+    y, x = np.meshgrid(steps, steps, indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
-    table = torch.from_numpy(
-        np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
-    )
+    waves = [wave(axis) for axis in angles for wave in (np.sin, np.cos)]
+    table = torch.from_numpy(np.concatenate(waves, axis=1))
     table = torch.cat([torch.zeros(1, 1024), table])
-    assert table.dtype == torch.float32 and not torch.equal(table, fixed(cfg))
+
+    assert table.dtype == torch.float32
+    assert not torch.equal(table, fixed(cfg))
     assert is_fixed(table.to(dtype), cfg)
     table[100, 1000] += 0.02
     assert not is_fixed(table.to(dtype), cfg)
