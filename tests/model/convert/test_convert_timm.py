@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glimpse.model.convert import open_clip
-from glimpse.model.convert import timm as format
+from glimpse.model.convert import timm as timm_format
 from glimpse.model.convert.positions import KEPT, fixed
 from glimpse.model.lazy_tensors import Tensors
 from glimpse.model.portable import About, Portable
@@ -56,24 +56,17 @@ FLAVOURS = {
 
 def pair(cfg: ModelConfig) -> Portable:
     torch.manual_seed(0)
-    towers = Towers(cfg, 5, 3)
-    return Portable(
-        cfg,
-        5,
-        3,
-        Tensors.held(
-            {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in towers.named_parameters()}
-        ),
-    )
+    tensors = {}
+    for name, parameter in Towers(cfg, 5, 3).named_parameters():
+        tensors[name] = parameter.detach() + 0.05 * torch.randn_like(parameter)
+    return Portable(cfg, 5, 3, Tensors.held(tensors))
 
 
 def tokens(model: Portable, images: torch.Tensor) -> torch.Tensor:
+    patches = patches_of(images, model.cfg.patch)
+    positions = torch.arange(patches.shape[1]).expand(len(images), -1)
     with torch.no_grad():
-        grid = model.cfg.grid
-        return model.towers().vision(
-            patches_of(images, model.cfg.patch),
-            torch.arange(grid[0] * grid[1]).expand(len(images), -1),
-        )
+        return model.towers().vision(patches, positions)
 
 
 def features(model: Portable, images: torch.Tensor) -> torch.Tensor:
@@ -82,31 +75,36 @@ def features(model: Portable, images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_out_and_back(tmp_path, flavour):
-    ours = pair(FLAVOURS[flavour])
-    assert "text tower" in format.save(ours, tmp_path / "out")[0]
-    assert format.claims(tmp_path / "out")
-    assert (tmp_path / "out" / KEPT).exists() == (flavour == "a norm and a bias")
+    ours, folder = pair(FLAVOURS[flavour]), tmp_path / "out"
+
+    # Out.
+    assert "text tower" in timm_format.save(ours, folder)[0]
+    assert timm_format.claims(folder)
+    assert (folder / KEPT).exists() == (flavour == "a norm and a bias")
+
+    # timm's own model and its preparation of images.
     images = torch.randn(3, 3, *ours.cfg.sides)
-    theirs, none = format.peer(tmp_path / "out")(images, None)
+    theirs, none = timm_format.peer(folder)(images, None)
     far = float((features(ours, images) - theirs).abs().max())
     print(f"{flavour}: {far:.1e} (features, of {float(theirs.abs().max()):.1f} at most)")
-    assert none is None and far < 1e-5
-    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"))
-    told = (ours.cfg.vision.mean, ours.cfg.vision.std, (3, *ours.cfg.sides))
-    assert (tuple(data["mean"]), tuple(data["std"]), tuple(data["input_size"])) == told
+    assert none is None
+    assert far < 1e-5
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))
+    assert tuple(data["mean"]) == ours.cfg.vision.mean
+    assert tuple(data["std"]) == ours.cfg.vision.std
+    assert tuple(data["input_size"]) == (3, *ours.cfg.sides)
 
-    back = format.load(tmp_path / "out")
-    assert (
-        back.vocab == 0 and back.cfg.vision == ours.cfg.vision and back.cfg.sides == ours.cfg.sides
-    )
-    shape = ours.cfg.shape
-    assert back.cfg.size == ours.cfg.size and (back.cfg.shape.heads, back.cfg.shape.mlp) == (
-        shape.heads,
-        shape.mlp,
-    )
+    # Back.
+    back = timm_format.load(folder)
+    assert back.vocab == 0
+    assert back.cfg.vision == ours.cfg.vision
+    assert back.cfg.sides == ours.cfg.sides
+    assert back.cfg.size == ours.cfg.size
+    assert back.cfg.shape.heads == ours.cfg.shape.heads
+    assert back.cfg.shape.mlp == ours.cfg.shape.mlp
     assert back.tensors.keys() == {name for name in ours.tensors if name.startswith("vision.")}
     assert all(torch.equal(tensor, ours.tensors[name]) for name, tensor in back.tensors.items())
-    assert "text tower" not in format.save(back, tmp_path / "alone")
+    assert "text tower" not in timm_format.save(back, tmp_path / "alone")
 
 
 def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
@@ -117,44 +115,45 @@ def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
         custom=Size(96, 2, 3, 64, 1, 2, 32),
         text=TextConfig(causal=True, pool="eot", activation="quick_gelu", eps=1e-5),
     )
-    tensors = Tensors.held(
-        {name: p.detach() for name, p in Towers(cfg, 49408, 77).named_parameters()}
-    )
-    open_clip.save(
-        Portable(cfg, 49408, 77, tensors, About(tokenizer="clip_bpe", eot=49407)), tmp_path / "pair"
-    )
-    monkeypatch.setattr(
-        "sys.argv", ["convert.py", "timm", str(tmp_path / "pair"), str(tmp_path / "out")]
-    )
+    towers = Towers(cfg, 49408, 77)
+    tensors = Tensors.held({name: p.detach() for name, p in towers.named_parameters()})
+    model = Portable(cfg, 49408, 77, tensors, About(tokenizer="clip_bpe", eot=49407))
+    open_clip.save(model, tmp_path / "pair")
+    line = ["convert.py", "timm", str(tmp_path / "pair"), str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", line)
+
     convert.main()
-    told = capsys.readouterr().out
-    assert "the text tower" in told and re.search(
-        "pair run in its own library: .*images.*captions", told
-    )
-    assert (
-        re.search("out run in its own library: .*images", told)
-        and not (tmp_path / "out" / "tokenizer.txt").exists()
-    )
+
+    out = capsys.readouterr().out
+    assert "the text tower" in out
+    assert re.search("pair run in its own library: .*images.*captions", out)
+    assert re.search("out run in its own library: .*images", out)
+    assert not (tmp_path / "out" / "tokenizer.txt").exists()
 
 
 def test_tuned_elsewhere_a_bias_of_zeros_is_one(tmp_path):
     ours = pair(FLAVOURS["no norm, no bias"])
-    format.save(ours, tmp_path / "out")
+    timm_format.save(ours, tmp_path / "out")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     theirs.patch_embed.proj.bias.data += 1
     torch.save(theirs.state_dict(), tmp_path / "out" / "pytorch_model.bin")
     (tmp_path / "out" / "model.safetensors").unlink()
-    back = format.load(tmp_path / "out")
-    assert back.cfg.vision.patch_bias and back.tensors["vision.patch.bias"].eq(1).all()
+
+    back = timm_format.load(tmp_path / "out")
+
+    assert back.cfg.vision.patch_bias
+    assert back.tensors["vision.patch.bias"].eq(1).all()
 
 
 def test_half_precision(tmp_path):
     ours = pair(FLAVOURS["flip"])
-    format.save(ours, tmp_path / "out", torch.bfloat16)
-    back = format.load(tmp_path / "out")
-    assert back.cfg == ours.cfg and all(
-        torch.equal(t, ours.tensors[name].bfloat16()) for name, t in back.tensors.items()
-    )
+    timm_format.save(ours, tmp_path / "out", torch.bfloat16)
+
+    back = timm_format.load(tmp_path / "out")
+
+    assert back.cfg == ours.cfg
+    for name, tensor in back.tensors.items():
+        assert torch.equal(tensor, ours.tensors[name].bfloat16())
 
 
 SMALL = dict(embed_dim=96, depth=2, num_heads=6, img_size=32, patch_size=8)
@@ -185,60 +184,55 @@ def test_models_that_timm_wrote(tmp_path, name, args, vision):
     torch.manual_seed(1)
     theirs = timm.create_model(name, **SMALL, **args)
     timm.models.save_for_hf(theirs, tmp_path / "hub", safe_serialization=True)
-    model = format.load(tmp_path / "hub")
     prepared = theirs.pretrained_cfg
-    assert (
-        model.cfg.vision
-        == replace(vision, mean=tuple(prepared["mean"]), std=tuple(prepared["std"]))
-        and model.cfg.shape.heads == 6
-    )
+
+    model = timm_format.load(tmp_path / "hub")
+
+    mean, std = tuple(prepared["mean"]), tuple(prepared["std"])
+    assert model.cfg.vision == replace(vision, mean=mean, std=std)
+    assert model.cfg.shape.heads == 6
     notes = model.about.source["notes"]
-    assert (
-        notes.startswith(f"crop_pct {prepared['crop_pct']}: ")
-        and notes.endswith("; left out: head")
-        and "assumed" not in notes
-    )
+    assert notes.startswith(f"crop_pct {prepared['crop_pct']}: ")
+    assert notes.endswith("; left out: head")
+    assert "assumed" not in notes
     images = torch.randn(2, 3, 32, 32)
-    assert (features(model, images) - format.peer(tmp_path / "hub")(images)[0]).abs().max() < 1e-5
+    wanted, _ = timm_format.peer(tmp_path / "hub")(images)
+    assert (features(model, images) - wanted).abs().max() < 1e-5
 
 
 def bare(folder, change=lambda tensors: tensors, **args):
-    """A file of the state of a small model of timm's."""
+    """Write the state of a small model of timm's into a file; return its path and the model."""
     torch.manual_seed(1)
     model = timm.create_model("vit_base_patch16_224", **SMALL | {"num_classes": 3} | args).eval()
-    averaged = {"model_ema": model.state_dict()} if args.get("global_pool") == "avg" else {}
-    torch.save(
-        {"model": change(model.state_dict()), "args": Namespace(lr=1e-3), **averaged},
-        folder / "model.pth",
-    )
+    content = {"model": change(model.state_dict()), "args": Namespace(lr=1e-3)}
+    if args.get("global_pool") == "avg":
+        content["model_ema"] = model.state_dict()
+    torch.save(content, folder / "model.pth")
     return folder / "model.pth", model
 
 
 def test_a_bare_file(tmp_path):
     path, theirs = bare(tmp_path)
-    assert format.claims(path)
-    model = format.load(path, heads=6, pool="mean", mean=[0.5] * 3)
-    assert model.cfg == ModelConfig(
-        "custom/8",
-        Size(96, 2, 6, 96, 2, 1, 96),
-        image_size=32,
-        vision=VisionConfig(
-            positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.5, 0.5)
-        ),
-    )
+    assert timm_format.claims(path)
+    model = timm_format.load(path, heads=6, pool="mean", mean=[0.5] * 3)
+    vision = VisionConfig(positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.5, 0.5))
+    size = Size(96, 2, 6, 96, 2, 1, 96)
+    assert model.cfg == ModelConfig("custom/8", size, image_size=32, vision=vision)
+
     images = torch.randn(2, 3, 32, 32)
+    pooled, _ = timm_format.peer(path, heads=6, pool="mean")(images)
     assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
-    assert (
-        features(model, images) - format.peer(path, heads=6, pool="mean")(images)[0]
-    ).abs().max() < 1e-5
-    assert format.load(path).cfg.shape.heads == 1  # 64 wide, where nothing says otherwise
+    assert (features(model, images) - pooled).abs().max() < 1e-5
+
+    assert timm_format.load(path).cfg.shape.heads == 1  # 64 wide, unless given
+
     wide, _ = bare(tmp_path, img_size=(16, 64))
-    assert format.load(wide, image_size=(16, 64)).cfg.grid == (2, 8)
+    assert timm_format.load(wide, image_size=(16, 64)).cfg.grid == (2, 8)
     with pytest.raises(
         ValueError,
         match=r"pos_embed \(1, 17, 96\): not the places of .* 16 x 48; say its height and width",
     ):
-        format.load(wide, image_size=[16, 48])
+        timm_format.load(wide, image_size=[16, 48])
 
 
 @pytest.mark.parametrize(
@@ -261,90 +255,89 @@ def test_a_bare_file(tmp_path):
 def test_other_architectures_are_refused(tmp_path, args, complaint):
     path, _ = bare(tmp_path, **args)
     with pytest.raises(ValueError, match=complaint):
-        format.load(path)
+        timm_format.load(path)
 
 
 def test_distilled_missing_extra_and_misshapen_tensors(tmp_path):
-    torch.save(
-        timm.create_model("deit_tiny_distilled_patch16_224", **SMALL).state_dict(),
-        tmp_path / "deit.pth",
-    )
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL)
+    torch.save(distilled.state_dict(), tmp_path / "deit.pth")
     with pytest.raises(ValueError, match=r"deit.pth: dist_token: a distillation token"):
-        format.load(tmp_path / "deit.pth")
+        timm_format.load(tmp_path / "deit.pth")
+
+    def without_bias(tensors):
+        return {name: t for name, t in tensors.items() if name != "blocks.1.norm2.bias"}
+
+    def with_more(tensors):
+        return tensors | {"more": torch.ones(2)}
+
+    def with_short_norm(tensors):
+        return tensors | {"norm.weight": torch.ones(5)}
+
     for change, complaint in (
-        (
-            lambda t: {n: v for n, v in t.items() if n != "blocks.1.norm2.bias"},
-            "blocks.1.norm2.bias is missing",
-        ),
-        (lambda t: t | {"more": torch.ones(2)}, r"nothing takes more \(2,\)"),
-        (
-            lambda t: t | {"norm.weight": torch.ones(5)},
-            r"vision.norm.weight is \(5,\); its architecture makes it \(96,\)",
-        ),
+        (without_bias, "blocks.1.norm2.bias is missing"),
+        (with_more, r"nothing takes more \(2,\)"),
+        (with_short_norm, r"vision.norm.weight is \(5,\); its architecture makes it \(96,\)"),
     ):
+        path, _ = bare(tmp_path, change)
         with pytest.raises(ValueError, match=complaint):
-            format.load(bare(tmp_path, change)[0])
+            timm_format.load(path)
 
 
 def test_what_a_folder_lacks_or_cannot_say(tmp_path):
+    cfg = ModelConfig("nano/8", image_size=32, vision=VisionConfig(eps=2e-6))
     with pytest.raises(
         ValueError, match="model.vision.eps 2e-06: a config of timm's can say 1e-06 and 1e-05 alone"
     ):
-        format.save(
-            pair(ModelConfig("nano/8", image_size=32, vision=VisionConfig(eps=2e-6))),
-            tmp_path / "no",
-        )
+        timm_format.save(pair(cfg), tmp_path / "no")
     folder = tmp_path / "out"
-    assert not format.claims(folder) and not (tmp_path / "no").exists()
-    format.save(pair(FLAVOURS["flip"]), folder)
+    assert not timm_format.claims(folder)
+    assert not (tmp_path / "no").exists()
+
+    timm_format.save(pair(FLAVOURS["flip"]), folder)
     tree = json.loads((folder / "config.json").read_text())
     for args, complaint in (
         ({"global_pool": "map"}, "config.json: model.vision.pool 'map': unknown"),
         ({"act_layer": "relu"}, "config.json: model.vision.activation 'relu': unknown"),
         ({"img_size": [32, 40]}, "pos_embed .* 32 x 40"),
     ):
-        (folder / "config.json").write_text(
-            json.dumps(tree | {"model_args": tree["model_args"] | args})
-        )
+        changed = tree | {"model_args": tree["model_args"] | args}
+        (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=complaint):
-            format.load(folder)
-    assert format.load(folder, image_size=32).cfg.sides == (32, 32)
+            timm_format.load(folder)
+    assert timm_format.load(folder, image_size=32).cfg.sides == (32, 32)
+
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json: no config of timm's .*architecture"):
-        format.load(folder)
+        timm_format.load(folder)
     (folder / "config.json").write_text(json.dumps(tree))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="out: no weights in it"):
-        format.load(folder)
+        timm_format.load(folder)
 
 
 # ---- MAE
 
 
 def sincos_of_mae(width: int, side: int) -> torch.Tensor:
-    """Its formula, plainly: a class token's zeros, then for each patch sines and cosines of its
-    column, and of its row.
+    """Return MAE's positions by its formula: a class token's zeros, then for each patch sines and
+    cosines of its column, and of its row.
     """
     rows = [[0.0] * width]
     for y in range(side):
         for x in range(side):
-            angles = [[at / 10000 ** (i / (width / 4)) for i in range(width // 4)] for at in (x, y)]
-            rows.append(
-                [
-                    f(torch.tensor(a, dtype=torch.float64)).item()
-                    for axis in angles
-                    for f in (torch.sin, torch.cos)
-                    for a in axis
-                ]
-            )
+            row = []
+            for at in (x, y):
+                angles = [at / 10000 ** (i / (width / 4)) for i in range(width // 4)]
+                angles = torch.tensor(angles, dtype=torch.float64)
+                row += torch.sin(angles).tolist() + torch.cos(angles).tolist()
+            rows.append(row)
     return torch.tensor(rows)
 
 
 def test_positions_are_those_of_mae():
-    assert torch.equal(
-        sincos_of_mae(64, 5),
-        fixed(ModelConfig("custom/8", Size(64, 1, 1, 64, 1, 1, 64), image_size=40)),
-    )
+    cfg = ModelConfig("custom/8", Size(64, 1, 1, 64, 1, 1, 64), image_size=40)
+
+    assert torch.equal(sincos_of_mae(64, 5), fixed(cfg))
 
 
 DECODER = (
@@ -357,7 +350,7 @@ DECODER = (
 
 
 def of_mae(tensors: dict) -> dict:
-    """A pre-trained checkpoint of an encoder: fixed positions, a decoder, no classifier."""
+    """Return a pre-trained checkpoint: fixed positions, a decoder, no classifier."""
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head")}
     tensors["pos_embed"] = sincos_of_mae(96, 4)[None]
     return tensors | {name: torch.ones(8) for name in DECODER}
@@ -365,29 +358,30 @@ def of_mae(tensors: dict) -> dict:
 
 def test_mae_pretrained(tmp_path):
     path, theirs = bare(tmp_path, of_mae)
-    assert format.claims(path)
-    model = format.load(path, heads=6, pool="mean_with_cls")
+    assert timm_format.claims(path)
+    model = timm_format.load(path, heads=6, pool="mean_with_cls")
     assert model.cfg.vision == VisionConfig(activation="gelu")
-    told, left_out = model.about.source["notes"].split("; left out: ")
-    assert told.startswith(
-        "assumed, as nothing says it: activation gelu, eps 1e-06, mean [0.485,"
-    ) and told.endswith("says otherwise")
+    notes, left_out = model.about.source["notes"].split("; left out: ")
+    assumptions = "assumed, as nothing says it: activation gelu, eps 1e-06, mean [0.485,"
+    assert notes.startswith(assumptions)
+    assert notes.endswith("says otherwise")
     assert left_out == "decoder_blocks, decoder_embed, decoder_pos_embed, decoder_pred, mask_token"
+
     theirs.pos_embed.data = sincos_of_mae(96, 4)[None]
     images = torch.randn(2, 3, 32, 32)
+    pooled, _ = timm_format.peer(path, heads=6, pool="mean_with_cls")(images)
     assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
-    assert (
-        features(model, images) - format.peer(path, heads=6, pool="mean_with_cls")(images)[0]
-    ).abs().max() < 1e-5
+    assert (features(model, images) - pooled).abs().max() < 1e-5
 
 
 def test_mae_finetuned(tmp_path):
     path, theirs = bare(tmp_path, global_pool="avg")
-    model = format.load(path, heads=6)
-    assert model.cfg.vision.pool == "mean_then_norm" and model.about.source["notes"].endswith(
-        "; left out: head, model_ema"
-    )
+    model = timm_format.load(path, heads=6)
+    assert model.cfg.vision.pool == "mean_then_norm"
+    assert model.about.source["notes"].endswith("; left out: head, model_ema")
+
     images = torch.randn(2, 3, 32, 32)
     wanted = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    pooled, _ = timm_format.peer(path, heads=6)(images)
     assert (features(model, images) - wanted).abs().max() < 1e-5
-    assert (format.peer(path, heads=6)(images)[0] - wanted).abs().max() < 1e-5
+    assert (pooled - wanted).abs().max() < 1e-5
