@@ -20,7 +20,7 @@ GRIDS = {name: grid.read(name) for name in ("flip_table1", "flip_table8")}
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_failure_is_told_by_its_own_attempt(asked, tmp_path):
-    """An earlier attempt's log does not count, and an attempt that was asked to stop has no failure."""
+    """The log of an earlier attempt does not count; one that was asked to stop did not fail."""
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
     job = jobs.Job(planned)
     log = jobs.beside(planned.folder, "log")
