@@ -16,7 +16,7 @@ from glimpse.model import tensor_files
 from glimpse.model.convert import hf
 from glimpse.model.convert.positions import KEPT, fixed
 from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable
+from glimpse.model.portable import About, Portable, vision_only
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size, Towers
 from glimpse.model.vision import VisionConfig
@@ -67,17 +67,13 @@ def made(cfg: ModelConfig, vocab: int = VOCAB, context: int = 32, **about) -> Po
     with torch.no_grad():
         for parameter in towers.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return Portable(
-        cfg,
-        vocab,
-        context,
-        Tensors.held({n: p.detach() for n, p in towers.named_parameters()}),
-        About(**{"eot": vocab - 1, **about}),
-    )
+    tensors = {name: parameter.detach() for name, parameter in towers.named_parameters()}
+    about = About(**{"eot": vocab - 1, **about})
+    return Portable(cfg, vocab, context, Tensors.held(tensors), about)
 
 
 def inputs(model: Portable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, ids padded with 0, lengths: captions of every kind, the longest one full."""
+    """Return images, ids padded with 0, and lengths: captions of every kind, the longest full."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([2, 5, model.context, 9])
     ids = torch.zeros(4, model.context, dtype=torch.int32)
@@ -90,27 +86,25 @@ def inputs(model: Portable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def embeddings(model: Portable) -> tuple[torch.Tensor, torch.Tensor]:
     towers, (images, ids, lengths) = model.towers(), inputs(model)
     patches = patches_of(images, model.cfg.patch)
+    positions = torch.arange(patches.shape[1]).expand(4, -1)
+    tokens = torch.cat([row[:length] for row, length in zip(ids, lengths)])
     with torch.no_grad():
-        return (
-            towers.encode_image(patches, torch.arange(patches.shape[1]).expand(4, -1)),
-            towers.encode_text(torch.cat([row[:n] for row, n in zip(ids, lengths)]), lengths),
-        )
+        return towers.encode_image(patches, positions), towers.encode_text(tokens, lengths)
 
 
 def assert_same(a: Portable, b: Portable) -> None:
     assert (a.cfg, a.vocab, a.context, a.about.eot) == (b.cfg, b.vocab, b.context, b.about.eot)
     assert a.tensors.keys() == b.tensors.keys()
     for name in a.tensors:
-        assert a.tensors[name].dtype == b.tensors[name].dtype and torch.equal(
-            a.tensors[name], b.tensors[name]
-        ), name
+        assert a.tensors[name].dtype == b.tensors[name].dtype, name
+        assert torch.equal(a.tensors[name], b.tensors[name]), name
 
 
 def assert_theirs_agrees(model: Portable, folder: Path) -> None:
     images, ids, _ = inputs(model)
-    for what, ours, theirs in zip(
-        ("images", "captions"), embeddings(model), hf.peer(folder)(images, ids)
-    ):
+    peer = hf.peer(folder)
+    pairs = zip(embeddings(model), peer(images, ids))
+    for what, (ours, theirs) in zip(("images", "captions"), pairs):
         far = float((ours - theirs).abs().max())
         print(f"{model.cfg.size}: {far:.1e} ({what})")
         assert far < 1e-5
@@ -124,34 +118,32 @@ def assert_theirs_agrees(model: Portable, folder: Path) -> None:
 )
 def test_there_and_back(tmp_path, cfg, context):
     model = made(cfg, context=context, interpolation="bilinear")
+
     hf.save(model, tmp_path / "hf")
     back = hf.load(tmp_path / "hf")
-    assert hf.claims(tmp_path / "hf") and back.about.interpolation == "bilinear"
-    # How training began is told only beside tensors that folding loses.
-    assert_same(back, replace(model, cfg=replace(cfg, init="clip")) if cfg == UNBIASED else model)
+
+    assert hf.claims(tmp_path / "hf")
+    assert back.about.interpolation == "bilinear"
+    # `init` is stored only beside tensors that folding loses.
+    wanted = replace(model, cfg=replace(cfg, init="clip")) if cfg == UNBIASED else model
+    assert_same(back, wanted)
     assert (tmp_path / "hf" / KEPT).exists() == (cfg == FLIP)
     assert_theirs_agrees(model, tmp_path / "hf")
 
 
 @pytest.mark.slow
 def test_a_whole_b32(tmp_path):
-    model = made(
-        ModelConfig(
-            "B/32",
-            init="clip",
-            vision=VisionConfig("learned", "cls", True, False, activation="gelu", eps=1e-5),
-            text=TextConfig(True, "eot", "gelu", 1e-5),
-        ),
-        49408,
-        77,
-    )
+    vision = VisionConfig("learned", "cls", True, False, activation="gelu", eps=1e-5)
+    text = TextConfig(True, "eot", "gelu", 1e-5)
+    model = made(ModelConfig("B/32", init="clip", vision=vision, text=text), 49408, 77)
+
     hf.save(model, tmp_path / "hf")
     assert_same(hf.load(tmp_path / "hf"), model)
     assert_theirs_agrees(model, tmp_path / "hf")
 
 
 def theirs(folder: Path, **text):
-    """A random model that transformers writes."""
+    """Return a random model, written by transformers."""
     from transformers import CLIPConfig, CLIPModel
 
     sizes = dict(
@@ -160,27 +152,19 @@ def theirs(folder: Path, **text):
         initializer_range=0.2,
         hidden_act="gelu_pytorch_tanh",
     )
-    text = (
-        dict(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=100,
-            max_position_embeddings=20,
-            bos_token_id=EOT - 1,
-            eos_token_id=EOT,
-            pad_token_id=1,
-            layer_norm_eps=1e-6,
-            **sizes,
-        )
-        | text
+    usual = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=100,
+        max_position_embeddings=20,
+        bos_token_id=EOT - 1,
+        eos_token_id=EOT,
+        pad_token_id=1,
+        layer_norm_eps=1e-6,
+        **sizes,
     )
-    cfg = CLIPConfig(
-        text_config=text,
-        projection_dim=48,
-        vision_config=dict(
-            hidden_size=128, intermediate_size=300, image_size=60, patch_size=20, **sizes
-        ),
-    )
+    vision = dict(hidden_size=128, intermediate_size=300, image_size=60, patch_size=20, **sizes)
+    cfg = CLIPConfig(text_config=usual | text, projection_dim=48, vision_config=vision)
     torch.manual_seed(0)
     model = CLIPModel(cfg)
     with torch.no_grad():
@@ -194,40 +178,52 @@ def theirs(folder: Path, **text):
 def test_from_transformers(tmp_path, eos):
     """An eos_token_id of 2 means the largest id, as OpenAI's own folders have it."""
     theirs(tmp_path / "hf", eos_token_id=eos)
+
     model = hf.load(tmp_path / "hf")
-    assert (
-        model.cfg.custom == Size(128, 2, 4, 64, 2, 4, 48, mlp=300 / 128, text_mlp=100 / 64)
-        and model.about.eot == EOT
-    )
+
+    assert model.cfg.custom == Size(128, 2, 4, 64, 2, 4, 48, mlp=300 / 128, text_mlp=100 / 64)
+    assert model.about.eot == EOT
     assert_theirs_agrees(model, tmp_path / "hf")
+
     hf.save(model, tmp_path / "again")
     assert not (tmp_path / "again" / KEPT).exists()
-    a, b = (tensor_files.read(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
-    assert a.keys() == b.keys() and all(
-        torch.equal(a[n], b[n]) and a[n].shape == b[n].shape for n in a
-    )
+    source = tensor_files.read(tmp_path / "hf" / "model.safetensors")
+    again = tensor_files.read(tmp_path / "again" / "model.safetensors")
+    assert source.keys() == again.keys()
+    for name in source:
+        assert torch.equal(source[name], again[name])
+        assert source[name].shape == again[name].shape
 
 
 def test_older_folders(tmp_path):
     """Shards, pickles, buffers of positions, a config in two parts, of which the `_dict` counts."""
-    model = theirs(tmp_path / "hf")
-    wanted = hf.load(tmp_path / "hf")
+    folder = tmp_path / "hf"
+    model = theirs(folder)
+    wanted = hf.load(folder)
+
+    # Two pickles in place of the file of weights.
     state = model.state_dict() | {name: torch.arange(9)[None] for name in hf.COUNTS}
     names = sorted(state)
+    file_of = {}
     for n, part in enumerate((names[:30], names[30:])):
-        torch.save(
-            {"state_dict": {name: state[name] for name in part}, "ema": state[part[0]]},
-            tmp_path / "hf" / f"{n}.bin",
-        )
-    (tmp_path / "hf" / "model.safetensors").unlink()
-    owner = {name: f"{int(name in names[30:])}.bin" for name in names}
-    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": owner}))
-    tree = json.loads((tmp_path / "hf" / "config.json").read_text())
-    tree["text_config_dict"], tree["text_config"] = tree["text_config"], {"hidden_size": 9}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
-    model = hf.load(tmp_path / "hf")
-    assert_same(model, wanted)
-    assert model.about.source["notes"] == "left out: ema of 0.bin, ema of 1.bin"
+        tensors = {name: state[name] for name in part}
+        torch.save({"state_dict": tensors, "ema": state[part[0]]}, folder / f"{n}.bin")
+        file_of |= dict.fromkeys(part, f"{n}.bin")
+    (folder / "model.safetensors").unlink()
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": file_of}))
+
+    # The text tower's config under its older name.
+    config = folder / "config.json"
+    tree = json.loads(config.read_text())
+    tree["text_config_dict"] = tree["text_config"]
+    tree["text_config"] = {"hidden_size": 9}
+    config.write_text(json.dumps(tree))
+
+    again = hf.load(folder)
+
+    assert_same(again, wanted)
+    assert again.about.source["notes"] == "left out: ema of 0.bin, ema of 1.bin"
 
 
 def test_a_config_that_says_little_is_openais(tmp_path):
@@ -278,9 +274,8 @@ def test_what_hf_cannot_express(tmp_path, change, complaint):
 
 def test_a_vision_tower_alone_is_refused(tmp_path):
     model = made(CLIP)
-    alone = Tensors.held(
-        {name: tensor for name, tensor in model.tensors.items() if name.startswith("vision.")}
-    )
+    alone = vision_only(model.tensors)
+
     with pytest.raises(
         ValueError, match="a vision tower alone: HF's CLIPModel has a text tower too"
     ):
@@ -328,7 +323,8 @@ def test_what_our_towers_cannot_express(tmp_path, where, change, complaint):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=complaint) as error:
         hf.load(tmp_path / "hf")
-    assert str(error.value).startswith(str(tmp_path / "hf")) and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "hf"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +380,8 @@ def test_image_processors_of_other_ages(tmp_path):
     tree = json.loads(file.read_text())
     file.unlink()
     assert hf.load(tmp_path / "hf").cfg.vision.mean == hf.MEAN
-    (file.parent / "processor_config.json").write_text(
-        json.dumps({"image_processor": tree | dict(size=96, crop_size=96)})
-    )
+    tree = {"image_processor": tree | dict(size=96, crop_size=96)}
+    (file.parent / "processor_config.json").write_text(json.dumps(tree))
     assert hf.load(tmp_path / "hf").cfg == CLIP
 
 
@@ -406,5 +401,7 @@ def test_precisions(tmp_path):
     model = made(CLIP)
     hf.save(model, tmp_path / "hf", torch.bfloat16)
     back = hf.load(tmp_path / "hf")
-    assert all(torch.equal(back.tensors[n], t.bfloat16()) for n, t in model.tensors.items())
+
+    for name, tensor in model.tensors.items():
+        assert torch.equal(back.tensors[name], tensor.bfloat16())
     assert_theirs_agrees(back, tmp_path / "hf")

@@ -111,27 +111,30 @@ def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> Porta
         for parameter in towers.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     tensors = {name: p.detach() for name, p in towers.named_parameters()}
-    return Portable(
-        cfg,
-        49408,
-        context,
-        Tensors.held(tensors),
-        About(tokenizer="clip_bpe", eot=49407, pad_text=pad_text),
-    )
+    about = About(tokenizer="clip_bpe", eot=49407, pad_text=pad_text)
+    return Portable(cfg, 49408, context, Tensors.held(tensors), about)
+
+
+def assert_theirs_agrees(model: Portable, path: Path, *config: str) -> None:
+    """Assert that open_clip's own model of the path gives our embeddings."""
+    peer = open_clip.peer(path, *config)
+    far = proofs.differences(model, peer, build("clip_bpe", model.context))
+    print(f"{path.name}: {far}")
+    assert max(far.values()) < 1e-5
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_there_and_back_and_beside_open_clip(flavour, tmp_path):
     model = made(*FLAVOURS[flavour])
-    open_clip.save(model, tmp_path / "out")
-    again = open_clip.load(tmp_path / "out")
+    folder = tmp_path / flavour
+
+    open_clip.save(model, folder)
+    again = open_clip.load(folder)
+
     assert proofs.flaw(model.tensors, again.tensors, torch.float32) is None
-    assert replace(again.cfg, init=model.cfg.init) == model.cfg and again.context == model.context
-    far = proofs.differences(
-        again, open_clip.peer(tmp_path / "out"), build("clip_bpe", model.context)
-    )
-    print(f"{flavour}: {far}")
-    assert max(far.values()) < 1e-5
+    assert replace(again.cfg, init=model.cfg.init) == model.cfg
+    assert again.context == model.context
+    assert_theirs_agrees(again, folder)
 
 
 def test_after_tuning_elsewhere_what_was_folded_is_taken_as_it_is(tmp_path):
@@ -142,46 +145,35 @@ def test_after_tuning_elsewhere_what_was_folded_is_taken_as_it_is(tmp_path):
     tuned["visual.positional_embedding"] += 0.01
     save_file(tuned, weights)
     assert (tmp_path / "out" / positions.KEPT).exists()
+
     again = open_clip.load(tmp_path / "out")
-    assert again.cfg.vision.positions == "learned" and not again.cfg.vision.patch_bias
-    assert (
-        max(
-            proofs.differences(
-                again, open_clip.peer(tmp_path / "out"), build("clip_bpe", 32)
-            ).values()
-        )
-        < 1e-5
-    )
+
+    assert again.cfg.vision.positions == "learned"
+    assert not again.cfg.vision.patch_bias
+    assert_theirs_agrees(again, tmp_path / "out")
 
 
 def test_a_tower_of_timms_in_another_model(tmp_path):
     """Of open_clip's own making, text with gelu; it may leave as one of open_clip's own towers."""
     theirs = pytest.importorskip("open_clip")
     open_clip.save(made(*FLAVOURS["SLIP, A-CLIP"]), tmp_path / "out")
-    tree = json.loads((tmp_path / "out" / open_clip.CONFIG).read_text())["model_cfg"] | {
-        "quick_gelu": False
-    }
+    tree = json.loads((tmp_path / "out" / open_clip.CONFIG).read_text())["model_cfg"]
+    tree["quick_gelu"] = False
+    sizes, path = tmp_path / "sizes.json", tmp_path / "epoch_1.pt"
+    sizes.write_text(json.dumps(tree))
     torch.manual_seed(0)
-    torch.save(theirs.CLIP(**tree).state_dict(), tmp_path / "epoch_1.pt")
-    (tmp_path / "sizes.json").write_text(json.dumps(tree))
-    given = str(tmp_path / "sizes.json")
-    model = open_clip.load(tmp_path / "epoch_1.pt", config=given)
-    assert (
-        model.cfg.text.activation == model.cfg.vision.activation == "gelu"
-        and model.cfg.vision.patch_bias
-    )
-    assert (
-        max(
-            proofs.differences(
-                model, open_clip.peer(tmp_path / "epoch_1.pt", given), build("clip_bpe", 77)
-            ).values()
-        )
-        < 1e-5
-    )
+    torch.save(theirs.CLIP(**tree).state_dict(), path)
+
+    model = open_clip.load(path, config=str(sizes))
+
+    assert model.cfg.text.activation == "gelu"
+    assert model.cfg.vision.activation == "gelu"
+    assert model.cfg.vision.patch_bias
+    assert_theirs_agrees(model, path, str(sizes))
+
     open_clip.save(model, tmp_path / "own")
-    assert (
-        proofs.flaw(model.tensors, open_clip.load(tmp_path / "own").tensors, torch.float32) is None
-    )
+    again = open_clip.load(tmp_path / "own")
+    assert proofs.flaw(model.tensors, again.tensors, torch.float32) is None
     assert "timm" not in (tmp_path / "own" / open_clip.CONFIG).read_text()
 
 
@@ -232,7 +224,9 @@ def test_what_towers_of_timms_are_not_ours(change, complaint, tmp_path):
 )
 def test_what_open_clip_cannot_be(name, tower, change, complaint, tmp_path):
     cfg, context, pad_text = FLAVOURS["CLIP"]
-    model = made(replace(cfg, **{tower: replace(getattr(cfg, tower), **change)}), context, pad_text)
+    changed = replace(cfg, **{tower: replace(getattr(cfg, tower), **change)})
+    model = made(changed, context, pad_text)
+
     with pytest.raises(ValueError, match=complaint):
         open_clip.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -299,7 +293,7 @@ def test_keys_that_change_nothing(tmp_path):
         pos_embed_type="learnable",
         act_kwargs=None,
     )
-    # of training; open_clip evaluates with bicubic then
+    # for training; open_clip evaluates with bicubic then
     tree["preprocess_cfg"]["interpolation"] = "random"
     file.write_text(json.dumps(tree))
     assert open_clip.load(tmp_path / "out").cfg == replace(model.cfg, init="clip")
@@ -309,11 +303,11 @@ def test_keys_that_change_nothing(tmp_path):
 
 
 def test_every_config_of_open_clips_is_taken_or_refused_for_what_it_is():
-    found = find_spec("open_clip")
-    if not found:
+    package = find_spec("open_clip")
+    if not package:
         pytest.skip("open-clip-torch is not installed")
     taken = set()
-    for file in Path(found.submodule_search_locations[0], "model_configs").glob("*.json"):
+    for file in Path(package.submodule_search_locations[0], "model_configs").glob("*.json"):
         try:
             open_clip.config_in(json.loads(file.read_text()), {}, file)
             taken.add(file.stem)
@@ -333,13 +327,10 @@ def test_every_config_of_open_clips_is_taken_or_refused_for_what_it_is():
 
 
 def state(tmp_path, model: Portable) -> dict[str, torch.Tensor]:
+    """Return the state dict that open_clip would save."""
     open_clip.save(model, tmp_path / "state")
-    return {
-        name: tensor.clone()
-        for name, tensor in open_clip.tensor_files.read(
-            tmp_path / "state" / open_clip.WEIGHTS[0]
-        ).items()
-    }
+    weights = tmp_path / "state" / open_clip.WEIGHTS[0]
+    return {name: tensor.clone() for name, tensor in open_clip.tensor_files.read(weights).items()}
 
 
 def test_openais_state_dict_tells_its_architecture(tmp_path):
@@ -362,13 +353,13 @@ def test_weights_alone_ask_for_their_architecture(tmp_path):
     `text.`.
     """
     model = made(*FLAVOURS["CLIP"])
-    ours = {
-        f"module.{'' if name.startswith(('visual', 'logit')) else 'text.'}{name}": t
-        for name, t in state(tmp_path, model).items()
-    }
-    torch.save(
-        {"epoch": 3, "state_dict": ours, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt"
-    )
+    ours = {}
+    for name, tensor in state(tmp_path, model).items():
+        prefix = "" if name.startswith(("visual", "logit")) else "text."
+        ours[f"module.{prefix}{name}"] = tensor
+    content = {"epoch": 3, "state_dict": ours, "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "epoch_3.pt")
+
     with pytest.raises(ValueError, match="--given config=NAME"):
         open_clip.load(tmp_path / "epoch_3.pt")
     with pytest.raises(ValueError, match="config=ViT-B-33: neither"):
@@ -388,24 +379,18 @@ def test_open_clips_own_b32(name, tmp_path):
     import open_clip as theirs
 
     torch.manual_seed(0)
-    own = theirs.create_model(name, pretrained=None).eval()
-    weights = {key: value.contiguous() for key, value in own.state_dict().items()}
-    (tmp_path / "own").mkdir()
-    save_file(weights, tmp_path / "own" / open_clip.WEIGHTS[0])
-    (tmp_path / "own" / open_clip.CONFIG).write_text(
-        json.dumps(dict(model_cfg=theirs.get_model_config(name), preprocess_cfg={}))
-    )
-    model = open_clip.load(tmp_path / "own")
+    reference = theirs.create_model(name, pretrained=None).eval()
+    weights = {key: value.contiguous() for key, value in reference.state_dict().items()}
+    tree = dict(model_cfg=theirs.get_model_config(name), preprocess_cfg={})
+    folder = tmp_path / "own"
+    folder.mkdir()
+    save_file(weights, folder / open_clip.WEIGHTS[0])
+    (folder / open_clip.CONFIG).write_text(json.dumps(tree))
+
+    model = open_clip.load(folder)
     assert model.cfg.size == "B/32"
-    far = proofs.differences(model, open_clip.peer(tmp_path / "own"), build("clip_bpe", 77))
-    print(f"{name}: {far}")
-    assert max(far.values()) < 1e-5
+    assert_theirs_agrees(model, folder)
+
     open_clip.save(model, tmp_path / "out")
-    assert (
-        proofs.flaw(
-            Tensors.held(weights),
-            open_clip.tensor_files.read(tmp_path / "out" / open_clip.WEIGHTS[0]),
-            torch.float32,
-        )
-        is None
-    )
+    written = open_clip.tensor_files.read(tmp_path / "out" / open_clip.WEIGHTS[0])
+    assert proofs.flaw(Tensors.held(weights), written, torch.float32) is None
