@@ -1,12 +1,12 @@
 """Each auxiliary loss, and the contrastive one with SLIP's released gradients, equals a plain
-reference of a few lines, in values and gradients, on one process and on 2 gloo ranks, where
-gradients averaged over ranks must be the reference's on the whole batch; A-CLIP's SimCLR compares
-two views, not one with itself.
+reference of a few lines in values and gradients.
+
+They are compared on one process and on 2 gloo ranks, where gradients averaged over ranks must be
+the reference's on the global batch. A-CLIP's SimCLR compares two views, not one with itself.
 
 Letters: `b` samples a rank, `B` samples, `M` tokens of a sample, `E` width.
 Run: pytest tests/model/test_auxiliary.py (-m "not slow" leaves out the ranks, which
-tests/workers/ranks_worker.py
-starts)
+tests/workers/ranks_worker.py starts)
 """
 
 import pytest
@@ -32,7 +32,7 @@ def plain_simclr(one, two, tau=TAU):
     views = torch.cat([one, two])
     cosines = F.cosine_similarity(views[:, None], views[None], dim=2)
     logits = (cosines / tau).masked_fill(torch.eye(len(views), dtype=torch.bool), -torch.inf)
-    # i's positive is i + B, and i + B's is i
+    # The positive of i is i + B, and that of i + B is i.
     return F.cross_entropy(logits, torch.arange(len(views)).roll(len(one)))
 
 
@@ -42,60 +42,57 @@ def plain_accuracy(one, two):
     return (nearest == torch.arange(len(views)).roll(len(one))).float().mean().item()
 
 
-def plain_byol(made, target):
+def plain_byol(prediction, target):
     target = target.detach()
-    return (
-        (made / made.norm(dim=1, keepdim=True) - target / target.norm(dim=1, keepdim=True))
-        .square()
-        .sum(1)
-    )
+    prediction_direction = prediction / prediction.norm(dim=1, keepdim=True)
+    target_direction = target / target.norm(dim=1, keepdim=True)
+    return (prediction_direction - target_direction).square().sum(1)
 
 
-def plain_simsiam(made, target):
-    return -F.cosine_similarity(made, target.detach())
+def plain_simsiam(prediction, target):
+    return -F.cosine_similarity(prediction, target.detach())
 
 
-def plain_distillation(made, target, normalise=False):
+def plain_distillation(prediction, target, normalise=False):
     target = target.detach()
     if normalise:
-        target = (target - target.mean(-1, keepdim=True)) / (
-            target.var(-1, keepdim=True, correction=0) + 1e-5
-        ).sqrt()
-    d = (made - target).abs()
+        variance = target.var(-1, keepdim=True, correction=0)
+        target = (target - target.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
+    d = (prediction - target).abs()
     return torch.where(d < 2, 0.25 * d**2, d - 1).mean((1, 2))
 
 
-def plain_reconstruction(made, target, normalise=True):
+def plain_reconstruction(prediction, target, normalise=True):
     target = target.detach()
-    if normalise:  # correction 1, as in MAE's code
-        target = (target - target.mean(-1, keepdim=True)) / (
-            target.var(-1, keepdim=True, correction=1) + 1e-6
-        ) ** 0.5
-    return ((made - target) ** 2).mean(-1).mean(-1)
+    if normalise:
+        variance = target.var(-1, keepdim=True, correction=1)  # as in MAE's code
+        target = (target - target.mean(-1, keepdim=True)) / (variance + 1e-6) ** 0.5
+    return ((prediction - target) ** 2).mean(-1).mean(-1)
 
 
 def plain_released(image, text, scale, columns=None, first=0):
-    """SLIP's CLIPLoss: rows against detached columns, which are those of all ranks where they are
-    given.
+    """SLIP's CLIPLoss: rows against detached columns.
+
+    columns: images and texts of all ranks, by default those of the rows; first: the column of the
+    first row's positive.
     """
     images, texts = columns or (image.detach(), text.detach())
     labels = first + torch.arange(len(image))
-    return (
-        F.cross_entropy(scale * image @ texts.t(), labels)
-        + F.cross_entropy(scale * text @ images.t(), labels)
-    ) / 2
+    image_loss = F.cross_entropy(scale * image @ texts.t(), labels)
+    text_loss = F.cross_entropy(scale * text @ images.t(), labels)
+    return (image_loss + text_loss) / 2
+
+
+def gathered_without_grad(x):
+    parts = [torch.empty_like(x) for _ in range(ranks_worker.WORLD)]
+    dist.all_gather(parts, x.detach())
+    return torch.cat(parts)
 
 
 def literal_released(image, text, scale):
-    """The same as SLIP has it on real ranks: columns from an all_gather that carries no
-    gradient.
-    """
-    columns = [[torch.empty_like(x) for _ in range(ranks_worker.WORLD)] for x in (image, text)]
-    for parts, x in zip(columns, (image, text)):
-        dist.all_gather(parts, x.detach())
-    return plain_released(
-        image, text, scale, [torch.cat(parts) for parts in columns], dist.get_rank() * b
-    )
+    """SLIP's CLIPLoss on real ranks: columns from an all_gather that carries no gradient."""
+    columns = (gathered_without_grad(image), gathered_without_grad(text))
+    return plain_released(image, text, scale, columns, dist.get_rank() * b)
 
 
 def gathered_sigmoid(image, text, scale):
@@ -103,9 +100,9 @@ def gathered_sigmoid(image, text, scale):
     gathered columns.
     """
     texts = gather_with_grad(text)
-    own = torch.arange(len(image))
+    rows = torch.arange(len(image))
     sign = -torch.ones(len(image), len(texts), dtype=image.dtype)
-    sign[own, own + len(image) * rank()] = 1
+    sign[rows, rows + len(image) * rank()] = 1
     return mean(-F.logsigmoid(sign * (scale * image @ texts.t() - 1)).sum(1).mean())
 
 
@@ -118,23 +115,27 @@ def simclr(one, two):
     return losses.simclr(one, two, TAU)[0]
 
 
-def of_two(loss_of, **how):
-    return lambda one, two, _: loss_of(one, two, **how)
+def exact(image, text, scale):
+    return losses.contrastive(image, text, scale)[0]
+
+
+def released(image, text, scale):
+    return losses.contrastive(image, text, scale, exact=False)[0]
+
+
+def of_two(loss_of, **options):
+    return lambda one, two, _: loss_of(one, two, **options)
 
 
 def of_units(loss_of):
     return lambda image, text, scale: loss_of(F.normalize(image), F.normalize(text), scale)
 
 
-# ours and the reference, functions of (one, two, scale), and what stands before the width of a
-# sample
+# Ours and the reference, functions of (one, two, scale), and the shape of a sample before its
+# width.
 CASES = {
     "simclr": (of_two(simclr), of_two(plain_simclr), ()),
-    "released": (
-        of_units(lambda *x: losses.contrastive(*x, exact=False)[0]),
-        of_units(plain_released),
-        (),
-    ),
+    "released": (of_units(released), of_units(plain_released), ()),
     "gathered": (of_units(gathered_sigmoid), of_units(plain_sigmoid), ()),
     "byol": (of_two(losses.byol), of_two(plain_byol), ()),
     "simsiam": (of_two(losses.simsiam), of_two(plain_simsiam), ()),
@@ -151,42 +152,44 @@ CASES = {
         (M,),
     ),
 }
-# a number a sample; what comes second is a target
+# Losses that return a number for each sample, and whose second argument is a target.
 TARGETS = [name for name in CASES if name not in ("simclr", "released", "gathered")]
-# which are fp32
-KINDS = [
-    (name, kind)
-    for name, (*_, shape) in CASES.items()
-    for kind in NEAR
-    if not (shape and kind is torch.float64)
-]
+# Losses of tokens are computed in fp32.
+KINDS = []
+for case, (*_, case_shape) in CASES.items():
+    KINDS.append((case, torch.float32))
+    if not case_shape:
+        KINDS.append((case, torch.float64))
 
 
 def towers(kind):
-    """Leaves, the same on every rank: the weights of two towers (IN, E) and the log of the scale
-    (1,).
+    """Return leaves, the same on every rank: the weights of two towers (IN, E) and the log of the
+    scale (1,).
     """
     rng = torch.Generator().manual_seed(1)
     one = torch.randn(IN, E, generator=rng)
-    return [
-        x.to(kind).requires_grad_()
-        for x in (one, one + 0.5 * torch.randn(IN, E, generator=rng), torch.tensor([1.5]))
-    ]
+    two = one + 0.5 * torch.randn(IN, E, generator=rng)
+    log_scale = torch.tensor([1.5])
+    return [x.to(kind).requires_grad_() for x in (one, two, log_scale)]
 
 
 def embed(weights, shape, rank=None):
-    """What the towers make of the whole batch, or of a rank's share of it, and the scale."""
-    inputs = torch.randn(2, B, *shape, IN, generator=torch.Generator().manual_seed(2)).to(
-        weights[0].dtype
-    )
+    """Return the outputs of the towers for the global batch, or for a rank's share, and the
+    scale.
+    """
+    one_weight, two_weight, log_scale = weights
+    rng = torch.Generator().manual_seed(2)
+    inputs = torch.randn(2, B, *shape, IN, generator=rng).to(one_weight.dtype)
     inputs[1] = inputs[0] + 0.3 * inputs[1]
     share = slice(None) if rank is None else slice(rank * b, rank * b + b)
-    return [x[share] @ w for x, w in zip(inputs, weights)] + [weights[2].exp()]
+    one = inputs[0, share] @ one_weight
+    two = inputs[1, share] @ two_weight
+    return [one, two, log_scale.exp()]
 
 
 def measured(loss_of, kind, shape, rank=None):
-    """The loss (a number a sample where it is one), and its mean's gradients; on a rank, averaged
-    over all as DeepSpeed does.
+    """Return the loss (of each sample, for TARGETS), and the gradients of its mean; on a rank,
+    averaged over all as DeepSpeed does.
     """
     weights = towers(kind)
     loss = loss_of(*embed(weights, shape, rank))
@@ -202,8 +205,12 @@ def measured(loss_of, kind, shape, rank=None):
 
 
 def check(got, expected, near):
-    for x, y in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=near, atol=near)
+    """Compare two (loss, gradients)."""
+    loss, grads = got
+    expected_loss, expected_grads = expected
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=near, atol=near)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=near, atol=near)
 
 
 # ---- on one process
@@ -213,38 +220,47 @@ def check(got, expected, near):
 def test_equals_the_reference(monkeypatch, name, kind):
     monkeypatch.setattr(tiled_softmax, "TILE", (5, 7))
     ours, plain, shape = CASES[name]
-    got, expected = measured(ours, kind, shape), measured(plain, torch.float64, shape)
-    assert got[0].dtype == kind and got[0].shape == ((B,) if name in TARGETS else ())
-    assert expected[1][0].abs().max() > 1e-2, "gradients must be far above the tolerance"
-    check(got, expected, NEAR[kind])
+    loss_shape = (B,) if name in TARGETS else ()
+
+    loss, grads = measured(ours, kind, shape)
+    expected_loss, expected_grads = measured(plain, torch.float64, shape)
+
+    assert loss.dtype == kind
+    assert loss.shape == loss_shape
+    assert expected_grads[0].abs().max() > 1e-2, "gradients must be far above the tolerance"
+    check((loss, grads), (expected_loss, expected_grads), NEAR[kind])
 
 
 @pytest.mark.parametrize("name", ["simclr", *TARGETS])
 def test_bf16_features_leave_fp32_inside(name):
     ours, plain, shape = CASES[name]
-    one, two, scale = (
-        x.detach().bfloat16().requires_grad_() for x in embed(towers(torch.float32), shape)
-    )
+    embedded = embed(towers(torch.float32), shape)
+    one, two, scale = (x.detach().bfloat16().requires_grad_() for x in embedded)
+
     with torch.autocast("cpu", torch.bfloat16):
         loss = ours(one, two, scale)
     loss.mean().backward()
-    assert loss.dtype == torch.float32 and one.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        loss.double(), plain(one.double(), two.double(), scale.double()), rtol=1e-5, atol=1e-5
-    )
+
+    expected = plain(one.double(), two.double(), scale.double())
+    assert loss.dtype == torch.float32
+    assert one.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (5, 7), (7, 5), (13, 13), (512, 1024)])
 @pytest.mark.parametrize("pairs", [13, 2, 1])
 def test_simclr_over_tiles(monkeypatch, tile, pairs):
     monkeypatch.setattr(tiled_softmax, "TILE", tile)
-    rng, results = torch.Generator().manual_seed(0), []
+    rng = torch.Generator().manual_seed(0)
     views = torch.randn(2, pairs, E, generator=rng, dtype=torch.float64)
+    results = []
+
     for loss_of in (simclr, plain_simclr):
         leaves = [x.clone().requires_grad_() for x in views]
         loss = loss_of(*leaves)
         (3 * loss).backward()
         results.append([loss.detach(), *(x.grad for x in leaves)])
+
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
@@ -254,13 +270,18 @@ def test_simclr_accuracy(monkeypatch):
     one = torch.randn(40, E, generator=rng)
     two = one + 0.6 * torch.randn(40, E, generator=rng)
     expected = plain_accuracy(one, two)
-    got = losses.simclr(one, two.requires_grad_())[1]["simclr_accuracy"]
     assert 0.2 < expected < 0.9, "the case must be able to fail"
-    assert got == pytest.approx(expected) and not got.requires_grad
+
+    _, metrics = losses.simclr(one, two.requires_grad_())
+
+    accuracy = metrics["simclr_accuracy"]
+    assert accuracy == pytest.approx(expected)
+    assert not accuracy.requires_grad
+
+    # Equal features: the positive is one of 13 equal others.
     same = torch.ones(7, E)
     loss, metrics = losses.simclr(same, same)
     assert metrics["simclr_accuracy"] == 0, "a collapse is no accuracy"
-    # of 13 others, alike
     assert loss.item() == pytest.approx(torch.tensor(13.0).log().item(), abs=1e-5)
 
 
@@ -282,21 +303,26 @@ def test_simclr_refuses(one, two, complaint):
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_gradient_reaches_the_target(name):
     ours, _, shape = CASES[name]
-    made, target = (torch.randn(B, *shape, E).requires_grad_() for _ in range(2))
-    ours(made, target, None).sum().backward()
-    assert target.grad is None and made.grad.abs().max() > 0
+    prediction = torch.randn(B, *shape, E).requires_grad_()
+    target = torch.randn(B, *shape, E).requires_grad_()
+
+    ours(prediction, target, None).sum().backward()
+
+    assert target.grad is None
+    assert prediction.grad.abs().max() > 0
 
 
 def test_released_gradients_are_not_the_exact_ones():
     """The same value, another direction: about half of each tower's gradient is lost, but none of
     the scale's.
     """
-    exact = of_units(lambda *x: losses.contrastive(*x)[0])
-    (loss, grads), (full, other) = (
-        measured(loss_of, torch.float64, ()) for loss_of in (CASES["released"][0], exact)
-    )
-    assert loss == full and torch.equal(grads[2], other[2])
-    assert all((x - y).norm() > 0.2 * y.norm() for x, y in zip(grads[:2], other[:2]))
+    loss, grads = measured(of_units(released), torch.float64, ())
+    exact_loss, exact_grads = measured(of_units(exact), torch.float64, ())
+
+    assert loss == exact_loss
+    assert torch.equal(grads[2], exact_grads[2])
+    for grad, exact_grad in zip(grads[:2], exact_grads[:2]):
+        assert (grad - exact_grad).norm() > 0.2 * exact_grad.norm()
 
 
 @pytest.mark.parametrize(
@@ -309,73 +335,68 @@ def test_distillation_is_quadratic_below_beta(beta, expected):
 
 def test_patches_are_normalised_each_by_itself():
     rng = torch.Generator().manual_seed(0)
-    made, target = torch.randn(2, 4, M, 48, generator=rng)
-    contrast, brightness = (
-        1 + torch.rand(4, M, 1, generator=rng),
-        torch.randn(4, M, 1, generator=rng),
-    )
-    loss = losses.reconstruction(made, target)
-    torch.testing.assert_close(
-        losses.reconstruction(made, target * contrast + brightness), loss, rtol=1e-5, atol=1e-5
-    )
-    flat = losses.reconstruction(made, torch.full_like(target, 0.5))  # no deviation to divide by
-    torch.testing.assert_close(flat, made.square().mean((1, 2)))
+    prediction, target = torch.randn(2, 4, M, 48, generator=rng)
+    contrast = 1 + torch.rand(4, M, 1, generator=rng)
+    brightness = torch.randn(4, M, 1, generator=rng)
+    constant = torch.full_like(target, 0.5)  # no deviation to divide by
+
+    loss = losses.reconstruction(prediction, target)
+    changed_loss = losses.reconstruction(prediction, target * contrast + brightness)
+    constant_loss = losses.reconstruction(prediction, constant)
+
+    torch.testing.assert_close(changed_loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(constant_loss, prediction.square().mean((1, 2)))
 
 
 # ---- in A-CLIP
 
 
 def aclip(**options):
-    """A method, and its features of 4 samples with two views each, as leaves."""
+    """Build a method, and its features of 4 samples with two views each, as leaves."""
     torch.manual_seed(0)
-    method = Aclip(
-        ModelConfig(size="nano/8", image_size=32),
-        100,
-        12,
-        Options(block=16, simclr=0.7, hidden=32, out=16, **options),
-    )
-    views = {
-        name: dict(
+    cfg = ModelConfig(size="nano/8", image_size=32)
+    method = Aclip(cfg, 100, 12, Options(block=16, simclr=0.7, hidden=32, out=16, **options))
+    views = {}
+    for name in ("view1", "view2", "teacher"):
+        views[name] = dict(
             patches=torch.randn(4, 16, 192),
             positions=torch.arange(16).expand(4, -1),
             noise=torch.rand(4, 16),
             box=torch.tensor([[0.0, 0.0, 32.0, 32.0]]).expand(4, -1),
         )
-        for name in ("view1", "view2", "teacher")
-    }
-    text = dict(
-        ids=torch.arange(1, 13, dtype=torch.int32), lengths=torch.full((4,), 3, dtype=torch.int32)
-    )
-    return method, {
-        name: x.detach().requires_grad_()
-        for name, x in method(dict(views=views, text=text)).items()
-    }
+    ids = torch.arange(1, 13, dtype=torch.int32)
+    lengths = torch.full((4,), 3, dtype=torch.int32)
+    features = method(dict(views=views, text=dict(ids=ids, lengths=lengths)))
+    return method, {name: x.detach().requires_grad_() for name, x in features.items()}
 
 
 @pytest.mark.parametrize("as_released", [False, True])
 def test_aclip_compares_two_views(as_released):
     method, features = aclip(as_released=as_released)
-    one, two = features["simclr0"], features["simclr1"]
+    one = features["simclr0"]
+    two = features["simclr1"]
+    of_different_views = plain_simclr(one, two, 0.1).item()
+    of_the_same_view = plain_simclr(one, one, 0.1).item()
+    expected = of_the_same_view if as_released else of_different_views
+    difference = abs(of_different_views - of_the_same_view)
+    assert difference > 0.1, "the two must be told apart"
+
     loss, metrics = method.loss(features)
     loss.backward()
-    different, itself = plain_simclr(one, two, 0.1).item(), plain_simclr(one, one, 0.1).item()
-    expected = itself if as_released else different
-    assert abs(different - itself) > 0.1, "the two must be told apart"
+
     assert metrics["simclr"].item() == pytest.approx(expected, abs=1e-5)
     assert (two.grad is None) == as_released
-    contrast = [
-        losses.dense_contrastive(features[f"image{i}"], features["text"], features["scale"]).item()
-        for i in range(2)
-    ]
-    assert loss.item() == pytest.approx(sum(contrast) / 2 + 0.7 * expected, abs=1e-5)
+    contrast = 0.0
+    for image in (features["image0"], features["image1"]):
+        contrast += losses.dense_contrastive(image, features["text"], features["scale"]).item()
+    assert loss.item() == pytest.approx(contrast / 2 + 0.7 * expected, abs=1e-5)
 
 
 def test_simsiam_meets_the_other_views():
     p, z = torch.randn(2, 3, 5, E).unbind()
-    expected = (
-        sum(plain_simsiam(p[i], z[j]) for i, j in ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)))
-        / 6
-    )
+    pairs = ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1))
+    expected = sum(plain_simsiam(p[i], z[j]) for i, j in pairs) / 6
+
     torch.testing.assert_close(between(p.unbind(), z.unbind()), expected)
 
 
@@ -384,44 +405,54 @@ def test_simsiam_meets_the_other_views():
 
 def on_a_rank(rank):
     tiled_softmax.TILE = (4, 5)
-    found = {
-        (name, str(kind)): measured(CASES[name][0], kind, CASES[name][2], rank)
-        for name, kind in KINDS
-    }
-    found["literal"] = measured(of_units(literal_released), torch.float64, (), rank)
-    found["accuracy"] = losses.simclr(*embed(towers(torch.float32), (), rank)[:2])[1][
-        "simclr_accuracy"
-    ].item()
-    if rank:  # alone: it must refuse without a collective, in which it would wait for the other
+    results = {}
+    for name, kind in KINDS:
+        ours, _, shape = CASES[name]
+        results[name, str(kind)] = measured(ours, kind, shape, rank)
+    results["literal"] = measured(of_units(literal_released), torch.float64, (), rank)
+
+    one, two, _ = embed(towers(torch.float32), (), rank)
+    _, metrics = losses.simclr(one, two)
+    results["accuracy"] = metrics["simclr_accuracy"].item()
+
+    # A single rank must refuse without a collective, in which it would wait for the other.
+    if rank:
         with pytest.raises(ValueError) as refused:
             losses.simclr(torch.ones(b - 1, E), torch.ones(b - 1, E))
-        found["refused"] = str(refused.value)
-    return found
+        results["refused"] = str(refused.value)
+    return results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kind", KINDS)
 def test_ranks_average_to_the_global_gradient(name, kind):
-    loss, grads = measured(CASES[name][1], torch.float64, CASES[name][2])
-    for found in ranks_worker.found():
-        check(found["auxiliary"][name, str(kind)], (loss.mean(), grads), NEAR[kind])
+    _, plain, shape = CASES[name]
+    loss, grads = measured(plain, torch.float64, shape)
+
+    for results in ranks_worker.found():
+        check(results["auxiliary"][name, str(kind)], (loss.mean(), grads), NEAR[kind])
 
 
 @pytest.mark.slow
 def test_released_is_slip_literally():
-    ranks = [found["auxiliary"] for found in ranks_worker.found()]
-    loss = sum(found["literal"][0] for found in ranks) / len(ranks)  # a rank's own is of its rows
-    for found in ranks:
-        check(found["released", "torch.float64"], (loss, found["literal"][1]), 1e-12)
+    ranks = [results["auxiliary"] for results in ranks_worker.found()]
+    # Each rank's literal loss is that of its rows.
+    row_losses = [results["literal"][0] for results in ranks]
+    loss = sum(row_losses) / len(ranks)
+
+    for results in ranks:
+        _, grads = results["literal"]
+        check(results["released", "torch.float64"], (loss, grads), 1e-12)
 
 
 @pytest.mark.slow
 def test_simclr_over_ranks():
-    """Its accuracy is the whole batch's, and unequal batches are refused."""
-    ranks, expected = (
-        [found["auxiliary"] for found in ranks_worker.found()],
-        plain_accuracy(*embed(towers(torch.float32), ())[:2]),
-    )
+    """The accuracy is that of the global batch, and unequal batches are refused."""
+    one, two, _ = embed(towers(torch.float32), ())
+    expected = plain_accuracy(one, two)
     assert 0.1 < expected < 0.9, "the case must be able to fail"
-    assert [found["accuracy"] for found in ranks] == pytest.approx([expected] * len(ranks))
+
+    ranks = [results["auxiliary"] for results in ranks_worker.found()]
+
+    assert [results["accuracy"] for results in ranks] == pytest.approx([expected] * len(ranks))
     assert f"local batch {b - 1} on rank 1" in ranks[1]["refused"]

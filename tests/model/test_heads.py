@@ -1,11 +1,10 @@
-"""BatchNorm is torch's in train mode, on one process and over 2 gloo ranks; each head is built of
-the layers that the papers name; the decoder is MAE's: it knows of a hidden patch nothing but its
-place, and reads visible ones in any order.
+"""BatchNorm equals torch's in train mode, on one process and over 2 gloo ranks. Each head has the
+layers of its paper. The decoder is MAE's: its input for a hidden patch is the position alone, and
+it reads visible ones in any order.
 
 Letters: B samples, D width, K visible patches, M hidden ones, L = K + M of the grid.
 Run: pytest tests/model/test_heads.py (-m "not slow" leaves out the ranks, which
-tests/workers/ranks_worker.py
-starts)
+tests/workers/ranks_worker.py starts)
 """
 
 from functools import partial
@@ -28,23 +27,23 @@ B = b * ranks_worker.WORLD
 
 
 def batch(offset=0.0):
-    """Rows (B, D) whose columns differ in spread and whose halves, a rank's each, differ in mean;
-    weight, bias, and a probe (B, D).
+    """Return rows (B, D), weight, bias, and a probe (B, D).
+
+    The columns differ in spread, and the halves, one for each rank, differ in mean.
     """
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(B, D, generator=rng) * torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0]) + offset
+    spread = torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0])
+    x = torch.randn(B, D, generator=rng) * spread + offset
     x[b:] += 1
-    return (
-        x,
-        1 + torch.rand(D, generator=rng),
-        torch.randn(D, generator=rng),
-        torch.randn(B, D, generator=rng),
-    )
+    weight = 1 + torch.rand(D, generator=rng)
+    bias = torch.randn(D, generator=rng)
+    probe = torch.randn(B, D, generator=rng)
+    return x, weight, bias, probe
 
 
 def normed(norm, x, probe):
-    """What a norm makes of x, and the gradients of the mean over the batch of its rows' products
-    with the probe: x's, then parameters'.
+    """Return the output of a norm, and the gradients of its mean product with the probe: that of x,
+    then those of the parameters.
     """
     x = x.clone().requires_grad_()
     out = norm(x)
@@ -66,11 +65,13 @@ def torchs(x, weight, bias, probe, affine=True):
     return normed(norm, x.double(), probe.double())
 
 
-# 1e-4: a hundredth's rounding over the least spread
+# 1e-4: the rounding of 100 over the smallest spread.
 @pytest.mark.parametrize("offset, near", [(0.0, 2e-6), (100.0, 1e-4)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_is_torchs(affine, offset, near):
-    got, expected = ours(*batch(offset), affine), torchs(*batch(offset), affine)
+    got = ours(*batch(offset), affine)
+    expected = torchs(*batch(offset), affine)
+
     assert len(got) == (4 if affine else 2)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=near, atol=near)
@@ -95,16 +96,23 @@ def on_a_rank(rank):
 
 @pytest.mark.slow
 def test_batch_norm_spans_the_ranks():
-    """Values and inputs' gradients of a rank's rows, and the parameters' averaged over ranks, are
-    those of torch on the whole batch.
+    """The values and input gradients of each rank's rows, and the parameter gradients averaged over
+    ranks, are those of torch on the global batch.
     """
-    ranks, expected = [found["heads"] for found in ranks_worker.found()], torchs(*batch())
-    got = [torch.cat(x) for x in zip(*(found[:2] for found in ranks))]
-    alone = torchs(batch()[0][:b], *batch()[1:3], batch()[3][:b])[0]
-    assert (alone - expected[0][:b]).abs().max() > 0.1, "a rank's own statistics must be told apart"
-    for parameters in (found[2:] for found in ranks):
-        for x, y in zip([*got, *parameters], expected, strict=True):
-            torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
+    ranks = [results["heads"] for results in ranks_worker.found()]
+    x, weight, bias, probe = batch()
+    expected = torchs(x, weight, bias, probe)
+    local_output = torchs(x[:b], weight, bias, probe[:b])[0]
+    difference = (local_output - expected[0][:b]).abs().max()
+    assert difference > 0.1, "a rank's own statistics must be told apart"
+
+    outputs = torch.cat([results[0] for results in ranks])
+    input_gradients = torch.cat([results[1] for results in ranks])
+
+    for results in ranks:
+        got = [outputs, input_gradients, *results[2:]]
+        for actual, reference in zip(got, expected, strict=True):
+            torch.testing.assert_close(actual.double(), reference, rtol=2e-6, atol=2e-6)
 
 
 # ---- the heads
@@ -116,73 +124,93 @@ def between(width):
     return nn.BatchNorm1d(width), nn.ReLU()
 
 
-# docs/methods.md: ours for widths D, H, E; its layers; its parameters at ViT-B and the papers'
-# widths
-HEADS = {
-    "simclr_head": (
-        lambda D, H, E: heads.simclr_head(D, H, E),
-        20_996_352,
-        lambda D, H, E: [
-            nn.Linear(D, H),
-            *between(H),
-            nn.Linear(H, H),
-            *between(H),
-            nn.Linear(H, E),
-        ],
-    ),
-    "byol_projector": (
-        lambda D, H, E: heads.byol_projector(D, H, E),
-        4_202_496,
-        lambda D, H, E: [Bare(D, H), *between(H), Bare(H, E)],
-    ),
-    "byol_predictor": (
-        lambda D, H, E: heads.byol_predictor(H, E),
-        2_105_344,
-        lambda D, H, E: [Bare(E, H), *between(H), Bare(H, E)],
-    ),
-    "simsiam_projector": (
-        lambda D, H, E: heads.simsiam_projector(D, H // 2),
-        9_973_760,
-        lambda D, H, E: [
-            Bare(D, H // 2),
-            *between(H // 2),
-            Bare(H // 2, H // 2),
-            *between(H // 2),
-            Bare(H // 2, H // 2),
-            nn.BatchNorm1d(H // 2),
-        ],
-    ),
-    "simsiam_predictor": (
-        lambda D, H, E: heads.simsiam_predictor(H // 2),
-        2_100_736,
-        lambda D, H, E: [nn.Linear(H // 2, H // 8), *between(H // 8), nn.Linear(H // 8, H // 2)],
-    ),
+def simclr_head(D, H, E):
+    return [nn.Linear(D, H), *between(H), nn.Linear(H, H), *between(H), nn.Linear(H, E)]
+
+
+def byol_projector(D, H, E):
+    return [Bare(D, H), *between(H), Bare(H, E)]
+
+
+def byol_predictor(D, H, E):
+    return [Bare(E, H), *between(H), Bare(H, E)]
+
+
+def simsiam_projector(D, H, E):
+    width = H // 2
+    return [
+        Bare(D, width),
+        *between(width),
+        Bare(width, width),
+        *between(width),
+        Bare(width, width),
+        nn.BatchNorm1d(width),
+    ]
+
+
+def simsiam_predictor(D, H, E):
+    return [nn.Linear(H // 2, H // 8), *between(H // 8), nn.Linear(H // 8, H // 2)]
+
+
+# The layers of docs/methods.md for widths D, H, E.
+LAYERS = {
+    "simclr_head": simclr_head,
+    "byol_projector": byol_projector,
+    "byol_predictor": byol_predictor,
+    "simsiam_projector": simsiam_projector,
+    "simsiam_predictor": simsiam_predictor,
+}
+# The parameters at ViT-B and the papers' widths.
+PARAMETERS = {
+    "simclr_head": 20_996_352,
+    "byol_projector": 4_202_496,
+    "byol_predictor": 2_105_344,
+    "simsiam_projector": 9_973_760,
+    "simsiam_predictor": 2_100_736,
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+def build_head(name, D, H, E):
+    """Build the head of model/heads.py from the widths that it takes."""
+    widths = {
+        "simclr_head": (D, H, E),
+        "byol_projector": (D, H, E),
+        "byol_predictor": (H, E),
+        "simsiam_projector": (D, H // 2),
+        "simsiam_predictor": (H // 2,),
+    }
+    return getattr(heads, name)(*widths[name])
+
+
+def shapes(module):
+    return [(name, p.shape) for name, p in module.named_parameters()]
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_head_layer_by_layer(name):
     torch.manual_seed(0)
-    build, _, layers = HEADS[name]
-    head, reference = build(6, 32, 10), nn.Sequential(*layers(6, 32, 10))
+    head = build_head(name, 6, 32, 10)
+    reference = nn.Sequential(*LAYERS[name](6, 32, 10))
     reference.load_state_dict(head.state_dict(), strict=False)  # running statistics stay torch's
-    assert [(n, p.shape) for n, p in head.named_parameters()] == [
-        (n, p.shape) for n, p in reference.named_parameters()
-    ]
-    results, x = [], torch.randn(9, reference[0].in_features)
+    x = torch.randn(9, reference[0].in_features)
     probe = torch.randn(9, 32)
+
+    results = []
     for module in (head, reference):
         out = module(x)
         (out * probe[:, : out.shape[1]]).sum().backward()
         results.append([out.detach(), *(p.grad for p in module.parameters())])
+
+    assert shapes(head) == shapes(reference)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_at_the_papers_widths(name):
-    build, count, _ = HEADS[name]
     with torch.device("meta"):
-        assert sum(p.numel() for p in build(768, 4096, 256).parameters()) == count
+        head = build_head(name, 768, 4096, 256)
+
+    assert sum(p.numel() for p in head.parameters()) == PARAMETERS[name]
 
 
 # ---- the decoder
@@ -193,59 +221,68 @@ L = GRID[0] * GRID[1]
 
 def decoder(depth=2, attention=2):
     torch.manual_seed(0)
-    made = heads.Decoder(INPUTS, WIDTH, depth, attention, GRID, OUT)
-    nn.init.normal_(made.mask, std=1.0)  # as after some training: unlike nothing
-    nn.init.normal_(made.inputs.bias)
-    return made
+    module = heads.Decoder(INPUTS, WIDTH, depth, attention, GRID, OUT)
+    # As after some training: a mask token and a bias that differ from every default.
+    nn.init.normal_(module.mask, std=1.0)
+    nn.init.normal_(module.inputs.bias)
+    return module
 
 
 def seen():
-    """Tokens (2, 1 + K, INPUTS), the visible ones' positions (2, K), and the hidden ones' (2, M),
-    of 2 different masks.
+    """Return tokens (2, 1 + K, INPUTS), and the positions of visible (2, K) and hidden (2, M)
+    patches, of 2 different masks.
     """
     order = torch.rand(2, L, generator=torch.Generator().manual_seed(0)).argsort(1).short()
-    return (
-        torch.randn(2, 1 + K, INPUTS, generator=torch.Generator().manual_seed(1)),
-        order[:, :K],
-        order[:, K:],
-    )
+    tokens = torch.randn(2, 1 + K, INPUTS, generator=torch.Generator().manual_seed(1))
+    return tokens, order[:, :K], order[:, K:]
 
 
 def test_decoder_is_maes():
-    """As MAE writes it: mask tokens everywhere, visible ones put into their places, positions
-    added, the class token's none.
+    """MAE's code: mask tokens everywhere, visible tokens at their places, positions added, but none
+    to the class token.
     """
-    made, (tokens, positions, hidden) = decoder(), seen()
-    got = made(tokens, positions, hidden)
+    module = decoder()
+    tokens, positions, hidden = seen()
+
+    got = module(tokens, positions, hidden)
+
     assert got.shape == (2, L - K, OUT)
     for i in range(2):
-        embedded = made.inputs(tokens[i])
-        image = made.mask.expand(L, WIDTH).clone()
+        embedded = module.inputs(tokens[i])
+        image = module.mask.expand(L, WIDTH).clone()
         image[positions[i].long()] = embedded[1:]
         x = torch.cat([embedded[:1], image + sincos(GRID, WIDTH)])[None]
-        for block in made.blocks:
+        for block in module.blocks:
             x = block(x)
-        torch.testing.assert_close(got[i], made.out(made.norm(x))[0, 1:][hidden[i].long()])
+        outputs = module.out(module.norm(x))[0, 1:]
+        torch.testing.assert_close(got[i], outputs[hidden[i].long()])
 
 
 def test_decoder_positions_are_sincos_and_not_saved():
-    made = decoder()
-    assert torch.equal(made.positions, sincos(GRID, WIDTH))
-    assert "positions" not in made.state_dict() and "positions" not in dict(made.named_parameters())
+    module = decoder()
+
+    assert torch.equal(module.positions, sincos(GRID, WIDTH))
+    assert "positions" not in module.state_dict()
+    assert "positions" not in dict(module.named_parameters())
 
 
 def test_decoder_knows_places():
-    made, (tokens, positions, hidden) = decoder(), seen()
-    straight, turned = made(tokens, positions, hidden), torch.arange(K).roll(1)
-    torch.testing.assert_close(made(tokens, positions, hidden.roll(1, 1)), straight.roll(1, 1))
-    assert (straight - straight.roll(1, 1)).abs().amax(2).min() > 1e-2, (
-        "each hidden place has its own guess"
-    )
+    module = decoder()
+    tokens, positions, hidden = seen()
+    turned = torch.arange(K).roll(1)
     shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, turned]], dim=1)
-    torch.testing.assert_close(made(shuffled, positions[:, turned], hidden), straight)
-    assert (made(shuffled, positions, hidden) - straight).abs().max() > 1e-2, (
-        "but not with other tokens in these places"
-    )
+
+    straight = module(tokens, positions, hidden)
+    rolled = module(tokens, positions, hidden.roll(1, 1))
+    consistent = module(shuffled, positions[:, turned], hidden)
+    misplaced = module(shuffled, positions, hidden)
+
+    torch.testing.assert_close(rolled, straight.roll(1, 1))
+    differences = (straight - straight.roll(1, 1)).abs().amax(2)
+    assert differences.min() > 1e-2, "each hidden place has its own guess"
+    torch.testing.assert_close(consistent, straight)
+    difference = (misplaced - straight).abs().max()
+    assert difference > 1e-2, "but not with other tokens in these places"
 
 
 def test_decoder_reads_every_visible_token():
@@ -257,9 +294,12 @@ def test_decoder_reads_every_visible_token():
 
 
 def test_decoder_in_bf16():
-    made, (tokens, positions, hidden) = decoder(), seen()
-    exact = made(tokens, positions, hidden)
-    rounded = made.bfloat16()(tokens.bfloat16(), positions, hidden)
+    module = decoder()
+    tokens, positions, hidden = seen()
+
+    exact = module(tokens, positions, hidden)
+    rounded = module.bfloat16()(tokens.bfloat16(), positions, hidden)
+
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.1)
 
@@ -268,11 +308,11 @@ def test_decoder_in_bf16():
     "width, attention, multiple", [(20, 3, 12), (18, 3, 12), (0, 2, 4), (20, 0, 4)]
 )
 def test_decoder_refuses_a_width(width, attention, multiple):
+    message = (
+        f"options.width {width}: a decoder of {attention} heads needs a multiple of {multiple}$"
+    )
+
     heads.check_decoder(96, 16)
-    with pytest.raises(
-        ValueError,
-        match=(
-            f"options.width {width}: a decoder of {attention} heads needs a multiple of {multiple}$"
-        ),
-    ):
+
+    with pytest.raises(ValueError, match=message):
         heads.check_decoder(width, attention)

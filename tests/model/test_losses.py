@@ -1,7 +1,8 @@
-"""The tiled contrastive loss is the exact InfoNCE of the global batch: values and gradients against
-the dense loss in fp64, on one
-process, and on 2 and 4 gloo ranks, where gradients averaged over ranks (as DeepSpeed averages them)
-must be the one-process gradients.
+"""The tiled contrastive loss is the exact InfoNCE of the global batch.
+
+Values and gradients are compared with the dense loss in fp64, on one process, and on 2 and 4 gloo
+ranks, where gradients averaged over ranks (as DeepSpeed averages them) must be the one-process
+gradients.
 
 Letters: `b` pairs a rank, `B` pairs, `E` width. The multi-rank tests run this file as a script,
 once a rank: see `ranks`.
@@ -24,12 +25,12 @@ from torch.utils._pytree import tree_leaves
 from glimpse.model import losses, tiled_softmax
 
 EXACT = 1e-6
-# each rank's pairs, and the width before and after the towers of the multi-rank tests
+# The pairs of a rank, and the width before and after the towers of the multi-rank tests.
 b, IN, E = 6, 10, 8
 
 
 def features(B, E, noise, scale, seed=0):
-    """Unit image and text features (B, E), alike but for the noise, and the scale: fp32 leaves."""
+    """Return fp32 leaves: unit image and text features (B, E), equal up to noise, and the scale."""
     rng = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(B, E, generator=rng), dim=1)
     text = F.normalize(image + noise * torch.randn(B, E, generator=rng), dim=1)
@@ -41,15 +42,17 @@ def doubled(leaves):
 
 
 def both(leaves, kind=torch.float32):
-    """Losses and gradients of the tiled loss on leaves of that kind, and of the dense loss in
+    """Return losses and gradients: of the tiled loss on leaves of a dtype, of the dense one in
     fp64.
     """
-    ours, theirs = [x.detach().to(kind).requires_grad_() for x in leaves], doubled(leaves)
-    loss, metrics = losses.contrastive(*ours)
+    tiled_leaves = [x.detach().to(kind).requires_grad_() for x in leaves]
+    dense_leaves = doubled(leaves)
+    loss, metrics = losses.contrastive(*tiled_leaves)
     loss.backward()
-    dense = losses.dense_contrastive(*theirs)
+    dense = losses.dense_contrastive(*dense_leaves)
     dense.backward()
-    return (loss, dense, metrics), [(x.grad, y.grad) for x, y in zip(ours, theirs)]
+    grads = [(x.grad, y.grad) for x, y in zip(tiled_leaves, dense_leaves)]
+    return (loss, dense, metrics), grads
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (5, 7), (7, 5), (37, 37), (16, 4), (512, 1024)])
@@ -59,8 +62,11 @@ def both(leaves, kind=torch.float32):
 )
 def test_equals_the_dense_loss(monkeypatch, tile, B, noise, scale):
     monkeypatch.setattr(tiled_softmax, "TILE", tile)
+
     (loss, dense, _), grads = both(features(B, 19, noise, scale))
-    assert loss.shape == () and loss.dtype == torch.float32
+
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
     assert abs(loss.item() - dense.item()) < EXACT
     for got, expected in grads:
         assert got.shape == expected.shape
@@ -69,7 +75,9 @@ def test_equals_the_dense_loss(monkeypatch, tile, B, noise, scale):
 
 def test_the_tile_in_use_is_crossed():
     B = tiled_softmax.TILE[1] + 3
+
     (loss, dense, _), grads = both(features(B, 16, 1.0, 14.3))
+
     assert abs(loss.item() - dense.item()) < EXACT
     for got, expected in grads:
         torch.testing.assert_close(got.double(), expected, rtol=EXACT, atol=EXACT)
@@ -77,12 +85,15 @@ def test_the_tile_in_use_is_crossed():
 
 def test_a_steeper_gradient_passes_through(monkeypatch):
     monkeypatch.setattr(tiled_softmax, "TILE", (5, 7))
-    ours, theirs = features(13, 8, 1.0, 5.0), doubled(features(13, 8, 1.0, 5.0))
-    loss, _ = losses.contrastive(*ours)
+    tiled_leaves = features(13, 8, 1.0, 5.0)
+    dense_leaves = doubled(tiled_leaves)
+
+    loss, _ = losses.contrastive(*tiled_leaves)
     loss *= 3
     loss.backward()
-    (3 * losses.dense_contrastive(*theirs)).backward()
-    for got, expected in zip(ours, theirs):
+    (3 * losses.dense_contrastive(*dense_leaves)).backward()
+
+    for got, expected in zip(tiled_leaves, dense_leaves):
         torch.testing.assert_close(got.grad.double(), expected.grad, rtol=EXACT, atol=EXACT)
 
 
@@ -94,11 +105,12 @@ def test_gradcheck(monkeypatch):
 
 @pytest.mark.parametrize("noise", [1.0, 1e-3, 1e-5])
 def test_scale_100(monkeypatch, noise):
-    """Logits to +-100, cosines near 1: fp64 is exact, fp32 as near as the rounding of such logits
-    (100 / 2^24) lets it.
+    """Logits to +-100, cosines near 1: fp64 is exact, fp32 has the rounding error of such logits
+    (100 / 2^24).
     """
     monkeypatch.setattr(tiled_softmax, "TILE", (16, 24))
     leaves = features(50, 32, noise, 100.0)
+
     for kind, near in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         (loss, dense, _), grads = both(leaves, kind)
         assert abs(loss.item() - dense.item()) <= near * max(1, dense.item())
@@ -107,17 +119,19 @@ def test_scale_100(monkeypatch, noise):
 
 
 def test_all_alike_and_far_apart(monkeypatch):
-    """Neither collapsed features nor opposite pairs overflow; a collapse is no accuracy, where >=
-    would call it perfect.
+    """Neither collapsed features nor opposite pairs overflow. The accuracy of a collapse is 0;
+    with >= it would be 1.
     """
     monkeypatch.setattr(tiled_softmax, "TILE", (16, 24))
-    one = F.normalize(torch.ones(40, 8), dim=1)
-    for text, expected in ((one, torch.tensor(40.0).log()), (-one, torch.tensor(40.0).log())):
-        (loss, _, metrics), grads = both([one, text, torch.tensor([100.0])])
-        assert abs(loss - expected) < 1e-5 and metrics["accuracy"] == 0
+    collapsed = F.normalize(torch.ones(40, 8), dim=1)
+    for text in (collapsed, -collapsed):
+        (loss, _, metrics), grads = both([collapsed, text, torch.tensor([100.0])])
+        assert abs(loss - torch.tensor(40.0).log()) < 1e-5
+        assert metrics["accuracy"] == 0
         assert all(got.isfinite().all() for got, _ in grads)
+
+    # Positives of -1000 among zeros.
     image = torch.eye(8)
-    # a positive of -1000 against zeros
     (loss, dense, _), grads = both([image, -image, torch.tensor([1000.0])])
     assert abs(loss.item() - dense.item()) < 1e-3
     for got, expected in grads:
@@ -127,8 +141,11 @@ def test_all_alike_and_far_apart(monkeypatch):
 def test_a_solved_batch_keeps_its_small_loss():
     """Loss and gradients near 1e-9 keep relative accuracy, where the dense loss in fp32 gives 0."""
     leaves = features(50, 32, 1e-2, 40.0)
+
     (loss, dense, _), grads = both(leaves)
-    assert 0 < dense < 1e-6 and losses.dense_contrastive(*leaves) != loss
+
+    assert 0 < dense < 1e-6
+    assert losses.dense_contrastive(*leaves) != loss
     assert abs(loss.item() / dense.item() - 1) < 1e-4
     for got, expected in grads:
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -137,13 +154,18 @@ def test_a_solved_batch_keeps_its_small_loss():
 def test_accuracy(monkeypatch):
     monkeypatch.setattr(tiled_softmax, "TILE", (5, 7))
     leaves = features(60, 16, 0.5, 10.0)
-    (_, _, metrics), _ = both(leaves)
-    logits, labels = leaves[0] @ leaves[1].t(), torch.arange(60)
-    expected = (
-        (logits.argmax(1) == labels).float().mean() + (logits.argmax(0) == labels).float().mean()
-    ) / 2
+    image, text, _ = leaves
+    logits = image @ text.t()
+    labels = torch.arange(60)
+    image_accuracy = (logits.argmax(1) == labels).float().mean()
+    text_accuracy = (logits.argmax(0) == labels).float().mean()
+    expected = (image_accuracy + text_accuracy) / 2
     assert 0.2 < expected < 0.98, "the case must be able to fail"
-    assert torch.allclose(metrics["accuracy"], expected) and not metrics["accuracy"].requires_grad
+
+    (_, _, metrics), _ = both(leaves)
+
+    assert torch.allclose(metrics["accuracy"], expected)
+    assert not metrics["accuracy"].requires_grad
 
 
 def test_bf16_features_and_autocast_leave_fp32_inside():
@@ -152,12 +174,14 @@ def test_bf16_features_and_autocast_leave_fp32_inside():
         loss, _ = losses.contrastive(*leaves)
         loss.backward()
     dense = losses.dense_contrastive(*doubled(leaves))
-    assert loss.dtype == torch.float32 and leaves[0].grad.dtype == torch.bfloat16
+
+    assert loss.dtype == torch.float32
+    assert leaves[0].grad.dtype == torch.bfloat16
     assert abs(loss.item() - dense.item()) < EXACT  # bf16 logits would be off by 1e-2
 
 
 class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation returns meanwhile."""
+    """Record the size of the largest tensor that any operation returns."""
 
     size = 0
 
@@ -170,13 +194,15 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_of_size_b_x_B_is_stored(monkeypatch):
     monkeypatch.setattr(tiled_softmax, "TILE", (32, 40))
-    for loss_of, size in (
-        (lambda *x: losses.contrastive(*x)[0], 32 * 40),
-        (losses.dense_contrastive, 300 * 300),
-    ):
-        with Largest() as largest:
-            loss_of(*features(300, 4, 1.0, 10.0)).backward()
-        assert largest.size == size
+    leaves = features(300, 4, 1.0, 10.0)
+
+    with Largest() as tiled_largest:
+        losses.contrastive(*leaves)[0].backward()
+    with Largest() as dense_largest:
+        losses.dense_contrastive(*leaves).backward()
+
+    assert tiled_largest.size == 32 * 40
+    assert dense_largest.size == 300 * 300
 
 
 def test_a_nan_is_not_hidden():
@@ -201,44 +227,42 @@ def test_refuses(image, text, scale, complaint):
 
 
 def towers():
-    """Weights of an image tower (IN, E), of a text tower (IN, E), and the log of the scale (1,);
-    the same on every rank.
+    """Return the weights of an image tower (IN, E), of a text tower (IN, E), and the log of the
+    scale (1,); the same on every rank.
     """
     rng = torch.Generator().manual_seed(1)
-    return [
-        x.requires_grad_()
-        for x in (
-            torch.randn(IN, E, generator=rng),
-            torch.randn(IN, E, generator=rng),
-            torch.tensor([1.5]),
-        )
-    ]
+    image = torch.randn(IN, E, generator=rng)
+    text = torch.randn(IN, E, generator=rng)
+    log_scale = torch.tensor([1.5])
+    return [x.requires_grad_() for x in (image, text, log_scale)]
 
 
 def embed(weights, world, rank=None):
-    """Image and text features of the global batch, or of one rank's share of it, and the scale."""
-    inputs = torch.randn(2, b * world, IN, generator=torch.Generator().manual_seed(2)).to(
-        weights[0].dtype
-    )
+    """Return the features of the global batch, or of a rank's share of it, and the scale."""
+    image_weight, text_weight, log_scale = weights
+    rng = torch.Generator().manual_seed(2)
+    inputs = torch.randn(2, b * world, IN, generator=rng).to(image_weight.dtype)
     if rank is not None:
         inputs = inputs[:, rank * b : rank * b + b]
-    return [F.normalize(x @ w, dim=1) for x, w in zip(inputs, weights)] + [weights[2].exp()]
+    image = F.normalize(inputs[0] @ image_weight, dim=1)
+    text = F.normalize(inputs[1] @ text_weight, dim=1)
+    return [image, text, log_scale.exp()]
 
 
 def detached(image, text, scale):
-    """The wrong loss that must be told apart: local rows against gathered columns that carry no
-    gradient to the other ranks.
+    """Compute a wrong loss, which the tests must detect: local rows against gathered columns that
+    carry no gradient to the other ranks.
     """
     labels = dist.get_rank() * b + torch.arange(b)
-    images, texts = (tiled_softmax.gather(x.detach()) for x in (image, text))
-    return (
-        F.cross_entropy(scale * image @ texts.t(), labels)
-        + F.cross_entropy(scale * text @ images.t(), labels)
-    ) / 2
+    images = tiled_softmax.gather(image.detach())
+    texts = tiled_softmax.gather(text.detach())
+    image_loss = F.cross_entropy(scale * image @ texts.t(), labels)
+    text_loss = F.cross_entropy(scale * text @ images.t(), labels)
+    return (image_loss + text_loss) / 2
 
 
 def averaged(loss_of, kind, world, rank):
-    """The loss, and the parameter gradients averaged over ranks."""
+    """Return the loss, and the parameter gradients averaged over ranks."""
     weights = [w.detach().to(kind).requires_grad_() for w in towers()]
     loss = loss_of(*embed(weights, world, rank))
     loss.backward()
@@ -248,10 +272,12 @@ def averaged(loss_of, kind, world, rank):
 
 
 def refusal(size):
+    """Return the message with which a batch of that size is refused, None if it is not."""
     try:
         losses.contrastive(torch.ones(size, E), torch.ones(size, E), torch.ones(1))
     except ValueError as error:
         return str(error)
+    return None
 
 
 def worker(folder, world, rank):
@@ -268,28 +294,26 @@ def worker(folder, world, rank):
     tiled_softmax.TILE = (4, 5)
     accuracies = []
 
-    def ours(*features):
+    def tiled(*features):
         loss, metrics = losses.contrastive(*features)
         accuracies.append(metrics["accuracy"].item())
         return loss
 
-    found = {
-        name: averaged(loss_of, kind, world, rank)
-        for name, loss_of, kind in (
-            ("fp32", ours, torch.float32),
-            ("fp64", ours, torch.float64),
-            ("detached", detached, torch.float64),
-        )
+    results = {
+        "fp32": averaged(tiled, torch.float32, world, rank),
+        "fp64": averaged(tiled, torch.float64, world, rank),
+        "detached": averaged(detached, torch.float64, world, rank),
+        "accuracy": accuracies,
     }
-    found["accuracy"] = accuracies
-    # one rank alone, as at the end of an uneven epoch: it must refuse without a collective, in
-    # which it would wait for the others
-    found["later"] = refusal(b - 1) if rank == 1 else None
+    # A single rank, as at the end of an uneven epoch, must refuse without a collective, in which it
+    # would wait for the others.
+    results["later"] = refusal(b - 1) if rank == 1 else None
     dist.barrier()
     dist.destroy_process_group()
+    # In a new group, unequal batches in the first call.
     start("store2")
-    found["first"] = refusal(b + rank)
-    torch.save(found, folder / f"{rank}.pt")
+    results["first"] = refusal(b + rank)
+    torch.save(results, folder / f"{rank}.pt")
     sys.stderr.flush()
     dist.barrier()
     os._exit(0)  # gloo's threads abort some of the processes that end through the interpreter
@@ -297,20 +321,18 @@ def worker(folder, world, rank):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
-    """[what each rank found]: one launch of `worker` on so many ranks, in which a deprecated
-    collective is an error.
+    """Launch `worker` on 2 or 4 ranks, and return [results of each rank].
+
+    A deprecated collective is an error in them.
     """
-    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    folder = tmp_path_factory.mktemp("ranks")
+    world = request.param
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, folder, str(world), str(rank)],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    processes = []
+    for rank in range(world):
+        command = [sys.executable, __file__, folder, str(world), str(rank)]
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
@@ -328,40 +350,51 @@ def global_oracle(world):
 
 
 def apart(got, expected):
-    return max((x - y).abs().max().item() for x, y in zip(got, expected))
+    differences = [(x - y).abs().max() for x, y in zip(got, expected)]
+    return max(differences).item()
 
 
 @pytest.mark.slow
 def test_ranks_average_to_the_global_gradient(ranks):
     loss, grads = global_oracle(len(ranks))
-    assert min(grad.abs().max() for grad in grads) > 1e-2, (
-        "gradients must be far above the tolerance"
-    )
+    smallest = min(grad.abs().max() for grad in grads)
+    assert smallest > 1e-2, "gradients must be far above the tolerance"
+
     for kind, near in (("fp32", EXACT), ("fp64", 1e-12)):
-        for found in ranks:
-            assert abs(found[kind][0] - loss) < near
-            assert apart(found[kind][1], grads) < near
-        assert len({found[kind][0] for found in ranks}) == 1, "every rank returns the same number"
+        for results in ranks:
+            rank_loss, rank_grads = results[kind]
+            assert abs(rank_loss - loss) < near
+            assert apart(rank_grads, grads) < near
+        rank_losses = {results[kind][0] for results in ranks}
+        assert len(rank_losses) == 1, "every rank returns the same number"
 
 
 @pytest.mark.slow
 def test_a_detached_gather_would_be_caught(ranks):
     _, grads = global_oracle(len(ranks))
-    assert all(apart(found["detached"][1], grads) > 1000 * EXACT for found in ranks)
+
+    for results in ranks:
+        _, detached_grads = results["detached"]
+        assert apart(detached_grads, grads) > 1000 * EXACT
 
 
 @pytest.mark.slow
 def test_accuracy_is_global(ranks):
-    _, metrics = losses.contrastive(*embed([w.detach() for w in towers()], len(ranks)))
-    assert 0 < metrics["accuracy"] < 1
-    assert all(
-        found["accuracy"] == pytest.approx([metrics["accuracy"].item()] * 2) for found in ranks
-    )
+    weights = [w.detach() for w in towers()]
+    _, metrics = losses.contrastive(*embed(weights, len(ranks)))
+    accuracy = metrics["accuracy"].item()
+    assert 0 < accuracy < 1
+
+    for results in ranks:
+        assert results["accuracy"] == pytest.approx([accuracy] * 2)
 
 
 @pytest.mark.slow
 def test_unequal_batches_are_refused(ranks):
-    assert all(str([b + rank for rank in range(len(ranks))]) in found["first"] for found in ranks)
+    sizes = [b + rank for rank in range(len(ranks))]
+
+    for results in ranks:
+        assert str(sizes) in results["first"]
     assert f"local batch {b - 1} on rank 1" in ranks[1]["later"]
 
 

@@ -6,7 +6,7 @@ fp32 or bf16.
 
 Run: pytest tests/model/test_towers.py
 tests/golden/params.txt holds the parameters of every flavor and size; after adding a size:
-python -m tests.test_towers
+python -m tests.model.test_towers
 """
 
 import dataclasses
