@@ -13,6 +13,7 @@ checkpoint, on any number of ranks.
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 if __package__ is None:  # started as a file: import from the repository root, not from run/
@@ -44,7 +45,7 @@ def main() -> None:
     home = run_dir.check(Path(cfg.run), args.resume)
     distributed.start()
     if args.resume:
-        distributed.once(lambda: distributed.rank() or run_dir.hold(home))
+        distributed.once(partial(hold_lock, home))
 
     # Open everything that the run reads; rank 0 first, which may have to write an index.
     evals = distributed.once(lambda: parse_evals(cfg))
@@ -60,6 +61,12 @@ def main() -> None:
         Training(cfg, home, batches, trainer, evals, log).run()
     finally:
         log.close()
+
+
+def hold_lock(home: Path) -> None:
+    """Take the run folder's lock, on rank 0."""
+    if distributed.rank() == 0:
+        run_dir.hold(home)
 
 
 def plan_text(cfg: Run, args) -> str:

@@ -98,20 +98,26 @@ def scores_at(
     """Scores (B, L') of the teacher's grid -> (B, L): bilinear, at the centres of a view's patches;
     boxes (B, 4).
     """
-    where = []
-    for axis in (1, 0):  # grid_sample wants x before y
-        centres = (torch.arange(grid[axis], device=scores.device) + 0.5) / grid[axis]
-        # (B, rows or columns)
-        pixels = view_box[:, axis, None] + centres * view_box[:, 2 + axis, None]
-        where.append((pixels - teacher_box[:, axis, None]) / teacher_box[:, 2 + axis, None] * 2 - 1)
-    x, y = where
+    rows, columns = grid
+
+    # The centers of the view's patches, in pixels of the source and then from -1 to 1 in the
+    # teacher's box: (B, rows) or (B, columns).
+    places = []
+    for axis, count in enumerate(grid):
+        begin, length = view_box[:, axis, None], view_box[:, 2 + axis, None]
+        centers = (torch.arange(count, device=scores.device) + 0.5) / count
+        pixels = begin + centers * length
+        teacher_begin, teacher_length = teacher_box[:, axis, None], teacher_box[:, 2 + axis, None]
+        places.append((pixels - teacher_begin) / teacher_length * 2 - 1)
+    y, x = places
+    # grid_sample wants x before y
     at = torch.stack(
-        [x[:, None].expand(-1, grid[0], -1), y[:, :, None].expand(-1, -1, grid[1])], dim=3
+        [x[:, None].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, columns)], dim=3
     )
+
     image = scores.float().unflatten(1, teacher_grid)[:, None]
-    return F.grid_sample(
-        image, at, mode="bilinear", padding_mode="border", align_corners=False
-    ).flatten(1)
+    sampled = F.grid_sample(image, at, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.flatten(1)
 
 
 def take(patches: Tensor, keep: Tensor) -> Tensor:
