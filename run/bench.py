@@ -101,7 +101,7 @@ def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]
     for teacher, student in method.averaged():
         averaged += zip(teacher.parameters(), student.parameters())
 
-    def step():
+    def step() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss, _ = method.loss(method(part))
         loss.backward()
@@ -128,7 +128,7 @@ def peer_step(ratio: float, batch: int) -> Callable[[], object]:
     image = torch.randn(batch, 3, 224, 224, device=DEVICE)
     text = torch.randint(1, 49000, (batch, 77), device=DEVICE)
 
-    def step():
+    def step() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss = clip_loss(**model(image, text))
         loss.backward()

@@ -39,10 +39,10 @@ def main() -> None:
 
     # The evaluation sets are opened before the model, so that a wrong path ends this at once.
     cfg = load_model.config_of(path)
-    given = {"templates": args.templates} if args.templates else {}
+    defaults = {"templates": args.templates} if args.templates else {}
     specs = args.evals or cfg.evals
     data = args.data or cfg.eval_data
-    evals = distributed.once(lambda: parse(specs, data=data, **given))
+    evals = distributed.once(lambda: parse(specs, data=data, **defaults))
     if not evals:
         raise ValueError(
             "--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER"
@@ -51,7 +51,7 @@ def main() -> None:
     cfg, tokenizer, method = load_model.opened(path)
     if args.crop:
         cfg = replace(cfg, eval_crop=args.crop)
-        given["crop"] = args.crop
+        defaults["crop"] = args.crop
     all_weights = args.weights
     if not all_weights:
         all_weights = ["student", "teacher"] if method.averaged() else ["student"]
@@ -63,7 +63,7 @@ def main() -> None:
             evaluate(embedder, evals, partial(told, results))
         finally:  # what was done before something failed is kept
             if results and distributed.rank() == 0:
-                report(results, path, home, how | given)
+                report(results, path, home, how | defaults)
 
     # Sets of a suite that cannot be read do not keep the others from being evaluated.
     left_out: dict[str, None] = {}

@@ -290,8 +290,8 @@ def test_noise(data):
         assert noise.std() > 0.25
         assert len(noise.unique(dim=0)) == 16
         largest = noise.argsort(dim=1, descending=True)[:, :4]
-        kept = largest.sort(dim=1).values.short()
-        assert not torch.equal(kept, part["views"][name]["positions"][:, :4]), (
+        places = largest.sort(dim=1).values.short()
+        assert not torch.equal(places, part["views"][name]["positions"][:, :4]), (
             "not the noise that the mask used"
         )
     (plain,) = batches(data)[0]

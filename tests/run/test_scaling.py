@@ -36,7 +36,7 @@ def folders_of(runs: dict[str, list[grid.Planned]]) -> list[Path]:
 
 @pytest.fixture
 def scaling(monkeypatch, capsys):
-    """scaling("table --grid ...") -> (exit code, stdout)"""
+    """scaling("table --grid ...") -> (exit code, stdout)."""
 
     def run(line):
         monkeypatch.setattr(sys, "argv", ["run/scaling.py", *line.split()])
@@ -378,9 +378,8 @@ def launch_until(line: list[str], run: Path, step: int) -> None:
     )
     limit = time.time() + 120
     while len(steps(run)) < step:
-        logs = list(run.parent.rglob("*.log"))
-        assert process.poll() is None, (run, logs)
-        assert time.time() < limit, (run, logs)
+        assert process.poll() is None, (run, list(run.parent.rglob("*.log")))
+        assert time.time() < limit, (run, list(run.parent.rglob("*.log")))
         time.sleep(0.05)
     process.kill()
     process.wait()

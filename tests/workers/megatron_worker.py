@@ -62,10 +62,10 @@ def models(tree: dict, ranks: int):
         "quick_gelu": quick_gelu,
     }
 
-    def parts(given: dict, spec):
+    def parts(fields: dict, spec):
         """Return (TransformerConfig, layer spec, arguments of the module itself)."""
-        given = dict(given)
-        mask_type = AttnMaskType[given.pop("attn_mask_type")]
+        fields = dict(fields)
+        mask_type = AttnMaskType[fields.pop("attn_mask_type")]
         spec.submodules.self_attention.params = {"attn_mask_type": mask_type}
         module_arguments = {}
         for key in (
@@ -78,11 +78,11 @@ def models(tree: dict, ranks: int):
             "max_sequence_length",
             "output_dim",
         ):
-            if key in given:
-                module_arguments[key] = given.pop(key)
-        activation = activations[given.pop("activation_func")]
+            if key in fields:
+                module_arguments[key] = fields.pop(key)
+        activation = activations[fields.pop("activation_func")]
         config = TransformerConfig(
-            **given,
+            **fields,
             activation_func=activation,
             use_cpu_initialization=True,
             hidden_dropout=0.0,
@@ -161,7 +161,7 @@ def main(folder: Path, rank: int, world: int) -> None:
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    found = {}
+    results = {}
     for case in sorted((folder / "cases").iterdir()):
         tree = json.loads((case / "config.json").read_text())
         pair = models(tree, world)
@@ -173,7 +173,7 @@ def main(folder: Path, rank: int, world: int) -> None:
             "non_homogeneous_layers": False,
         }
         pair.load_state_dict(state)
-        found[case.name] = embeddings(
+        results[case.name] = embeddings(
             pair, tree, **torch.load(folder / f"inputs-{case.name[:-2]}.pt")
         )
         # a plain job's, and one's that wraps its model and keeps layers apart
@@ -190,7 +190,7 @@ def main(folder: Path, rank: int, world: int) -> None:
                     pair.sharded_state_dict(prefix=prefix, metadata={**metadata, **how}), str(saved)
                 )
     if rank == 0:
-        torch.save(found, folder / f"found{world}.pt")
+        torch.save(results, folder / f"found{world}.pt")
     filesystem_async._results_queue = None  # the process behind it would outlive this one
     gc.collect()
     torch.distributed.barrier()

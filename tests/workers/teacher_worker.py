@@ -58,8 +58,8 @@ class Plain:
     def follow(self, step: int) -> None:
         """Update the average after a step."""
         m = self.momentum(step / LENGTH)
-        students = whole(self.students)
-        self.kept = [m * kept + (1 - m) * student for kept, student in zip(self.kept, students)]
+        for i, student in enumerate(whole(self.students)):
+            self.kept[i] = m * self.kept[i] + (1 - m) * student
 
     def apart(self) -> float:
         """Return the largest difference from the teacher's weights, all of them."""
@@ -104,8 +104,8 @@ def teacher(data: Path, name: str) -> dict:
 
     # Sizes: of this rank's averages, to the full ones and to its shards of the teacher; and of what
     # the optimizer updates.
-    kept = trainer.average.kept
-    average_size = sum(tensor.numel() for tensor in kept.values())
+    averages = trainer.average.kept
+    average_size = sum(tensor.numel() for tensor in averages.values())
     results["share"] = average_size / sum(tensor.numel() for tensor in plain.kept)
     results["held"] = sum(t.ds_tensor.numel() for t in plain.teachers) / average_size
     states = trainer.ds.optimizer.optimizer.state.values()
@@ -118,7 +118,7 @@ def teacher(data: Path, name: str) -> dict:
     again, batches = start(cfg)
     elastic.resume(again, path, None)
     results["resumed"] = list(steps(cfg, again, batches, cfg.samples))
-    results["same teacher"] = equal(kept, again.average.kept)
+    results["same teacher"] = equal(averages, again.average.kept)
     again.ds.destroy()
     return results
 
@@ -147,12 +147,12 @@ def moved(data: Path, name: str, cfg) -> tuple:
     path = checkpoint.newest(data / name)
     trainer, batches = start(cfg, universal=True)
     elastic.resume(trainer, path, elastic.prepare_elastic(path, 1))
-    kept = {}
+    averages = {}
     for key, value in trainer.average.kept.items():
-        kept[key] = value.view(ema.shape(trainer.average.pairs[key][0]))
-    shapes = {key: value.shape for key, value in kept.items()}
+        averages[key] = value.view(ema.shape(trainer.average.pairs[key][0]))
+    shapes = {key: value.shape for key, value in averages.items()}
     saved = zero_reader.averages(path, shapes)
-    return trainer, batches, {"same teacher": equal(kept, saved)}
+    return trainer, batches, {"same teacher": equal(averages, saved)}
 
 
 def rounded(data: Path) -> dict:
