@@ -163,9 +163,10 @@ def test_what_else_holds_tensors_is_named(tmp_path):
     torch.save(content, tmp_path / "x.pt")
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x.pt"}}))
+    names = [f"t{i}" for i in range(22)]
 
     tensors = tensor_files.read(tmp_path / "x.pt")
-    notes = common.origin(Path("x"), "hf", ["odd"], [f"t{i}" for i in range(22)])["notes"]
+    notes = common.origin(Path("x"), "hf", ["odd"], names)["notes"]
 
     assert sorted(tensors) == ["a", "b"]
     assert tensors.left_out == ("ema", "optimizer", "extra", "7")

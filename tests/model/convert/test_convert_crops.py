@@ -93,11 +93,11 @@ def test_the_library_prepares_pictures_so(kind, crop, tmp_path):
     Image.fromarray((128 + columns + rows).astype(np.uint8)).save(out, "PNG")
     FORMATS[kind].save(made(CLIP, crop=crop), tmp_path / "out")
 
-    theirs = prepared(kind, tmp_path / "out")(Image.open(out))
+    reference = prepared(kind, tmp_path / "out")(Image.open(out))
     ours = torch.from_numpy(center_view(out.getvalue(), CLIP.image_size, crop)).permute(2, 0, 1)
 
-    assert theirs.shape == ours.shape
-    differences = (theirs - ours).abs()
+    assert reference.shape == ours.shape
+    differences = (reference - ours).abs()
     assert differences.max() < 2.01
     assert differences.mean() < 0.3
 

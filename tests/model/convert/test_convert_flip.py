@@ -76,7 +76,9 @@ def tree() -> dict[str, np.ndarray]:
         for name, kind in names(tower, depth).items():
             shape = mlp.get(kind, (width, width))
             shapes[name] = shape if name.endswith("kernel") else shape[-1:]
-    arrays = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays = {}
+    for name, shape in shapes.items():
+        arrays[name] = rng.normal(0, 0.2, shape).astype(np.float32)
     arrays["img_encoder/posembed_encoder/pos_embedding"] = sincos()
     arrays["logit_scale"] = np.array([2.5], np.float32)
     return arrays

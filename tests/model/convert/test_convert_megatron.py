@@ -65,7 +65,8 @@ def model(flavour, vision_only=False):
 def equal(a, b, dtype=torch.float32):
     assert (a.cfg, a.vocab, a.context) == (b.cfg, b.vocab, b.context)
     assert a.tensors.keys() == b.tensors.keys()
-    return all(torch.equal(a.tensors[name], b.tensors[name].to(dtype)) for name in b.tensors)
+    wanted = {name: tensor.to(dtype) for name, tensor in b.tensors.items()}
+    return all(torch.equal(a.tensors[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -132,11 +133,11 @@ def test_trained_elsewhere_positions_and_bias_count(tmp_path):
         ours = model(flavour)
         folder = tmp_path / flavour
         megatron.save(ours, folder)
-        theirs = megatron.named(torch_dist.Folder(folder))
+        foreign = megatron.named(torch_dist.Folder(folder))
         trained = {}
-        for name in theirs:
+        for name in foreign:
             changes = "position" in name or name.endswith("conv1.bias")
-            trained[name] = theirs[name] + (1e-3 if changes else 0)
+            trained[name] = foreign[name] + (1e-3 if changes else 0)
         places = {name: megatron.place(ours.cfg, name) for name in trained}
         torch_dist.write(folder, Tensors.held(trained), places, {}, {}, 1, torch.float32)
 
@@ -263,12 +264,12 @@ def test_an_index_that_would_run_code_is_refused(written, pickled, message):
 
 def test_an_index_of_an_older_megatron_is_read(written):
     index = pickle.dumps(torch_dist.Folder(written).index, protocol=2)
-    theirs = index.replace(
+    foreign = index.replace(
         b"torch.distributed.checkpoint.metadata\nMetadata\n",
         b"megatron.core.dist_checkpointing.strategies.torch\nMCoreMetadata\n",
     )
-    assert theirs != index
-    (written / ".metadata").write_bytes(theirs)
+    assert foreign != index
+    (written / ".metadata").write_bytes(foreign)
     assert equal(megatron.load(written), model("clip"))
 
 
@@ -323,9 +324,9 @@ def test_megatrons_own_modules_give_our_embeddings(jobs, flavour, world):
         scale = towers.temperature.logit_scale.exp()
 
     for tp in (1, 2):
-        theirs = results[f"{flavour}-{tp}"]
+        foreign = results[f"{flavour}-{tp}"]
         for name, ours in (("image", image), ("text", text), ("scale", scale)):
-            apart = float((theirs[name] - ours).abs().max())
+            apart = float((foreign[name] - ours).abs().max())
             print(f"{flavour} written for {tp}, loaded by {world}: {name} {apart:.1e} apart")
             assert apart < 1e-5
     assert (image[0] - image[1]).abs().max() > 1e-2

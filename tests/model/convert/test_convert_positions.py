@@ -89,9 +89,9 @@ def test_tuned_elsewhere_the_table_counts(tmp_path):
     tuned = {name: tensor.clone() for name, tensor in exported(table, ours.tensors).items()}
     keep(tmp_path, ours, table)
     tuned["table"][3, 5] += 1e-3
-    theirs = Tensors.held(tuned)
+    foreign = Tensors.held(tuned)
 
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", theirs, "here")
+    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", foreign, "here")
 
     assert cfg == PLAIN
     assert torch.equal(tensors["vision.positions"], tuned["table"])
@@ -99,7 +99,7 @@ def test_tuned_elsewhere_the_table_counts(tmp_path):
     about = tensor_files.metadata(tmp_path / KEPT)
     short = Tensors.held({"vision.patch.bias": torch.zeros(7)})
     tensor_files.write(tmp_path / KEPT, short, about=about)
-    assert taken(tmp_path, PLAIN, rules, "table", theirs, "here")[0] == PLAIN
+    assert taken(tmp_path, PLAIN, rules, "table", foreign, "here")[0] == PLAIN
 
 
 def test_a_table_that_is_missing_or_of_another_grid_is_named(tmp_path):

@@ -84,9 +84,9 @@ def test_out_and_back(tmp_path, flavour):
 
     # timm's own model and its preparation of images.
     images = torch.randn(3, 3, *ours.cfg.sides)
-    theirs, none = timm_format.peer(folder)(images, None)
-    far = float((features(ours, images) - theirs).abs().max())
-    print(f"{flavour}: {far:.1e} (features, of {float(theirs.abs().max()):.1f} at most)")
+    reference, none = timm_format.peer(folder)(images, None)
+    far = float((features(ours, images) - reference).abs().max())
+    print(f"{flavour}: {far:.1e} (features, of {float(reference.abs().max()):.1f} at most)")
     assert none is None
     assert far < 1e-5
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))
@@ -134,9 +134,9 @@ def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
 def test_tuned_elsewhere_a_bias_of_zeros_is_one(tmp_path):
     ours = pair(FLAVOURS["no norm, no bias"])
     timm_format.save(ours, tmp_path / "out")
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    theirs.patch_embed.proj.bias.data += 1
-    torch.save(theirs.state_dict(), tmp_path / "out" / "pytorch_model.bin")
+    reference = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    reference.patch_embed.proj.bias.data += 1
+    torch.save(reference.state_dict(), tmp_path / "out" / "pytorch_model.bin")
     (tmp_path / "out" / "model.safetensors").unlink()
 
     back = timm_format.load(tmp_path / "out")
@@ -182,9 +182,9 @@ SMALL = dict(embed_dim=96, depth=2, num_heads=6, img_size=32, patch_size=8)
 )
 def test_models_that_timm_wrote(tmp_path, name, args, vision):
     torch.manual_seed(1)
-    theirs = timm.create_model(name, **SMALL, **args)
-    timm.models.save_for_hf(theirs, tmp_path / "hub", safe_serialization=True)
-    prepared = theirs.pretrained_cfg
+    reference = timm.create_model(name, **SMALL, **args)
+    timm.models.save_for_hf(reference, tmp_path / "hub", safe_serialization=True)
+    prepared = reference.pretrained_cfg
 
     model = timm_format.load(tmp_path / "hub")
 
@@ -212,7 +212,7 @@ def bare(folder, change=lambda tensors: tensors, **args):
 
 
 def test_a_bare_file(tmp_path):
-    path, theirs = bare(tmp_path)
+    path, reference = bare(tmp_path)
     assert timm_format.claims(path)
     model = timm_format.load(path, heads=6, pool="mean", mean=[0.5] * 3)
     vision = VisionConfig(positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.5, 0.5))
@@ -221,7 +221,7 @@ def test_a_bare_file(tmp_path):
 
     images = torch.randn(2, 3, 32, 32)
     pooled, _ = timm_format.peer(path, heads=6, pool="mean")(images)
-    assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
+    assert (tokens(model, images) - reference.forward_features(images)).abs().max() < 1e-5
     assert (features(model, images) - pooled).abs().max() < 1e-5
 
     assert timm_format.load(path).cfg.shape.heads == 1  # 64 wide, unless given
@@ -357,7 +357,7 @@ def of_mae(tensors: dict) -> dict:
 
 
 def test_mae_pretrained(tmp_path):
-    path, theirs = bare(tmp_path, of_mae)
+    path, reference = bare(tmp_path, of_mae)
     assert timm_format.claims(path)
     model = timm_format.load(path, heads=6, pool="mean_with_cls")
     assert model.cfg.vision == VisionConfig(activation="gelu")
@@ -367,21 +367,21 @@ def test_mae_pretrained(tmp_path):
     assert notes.endswith("says otherwise")
     assert left_out == "decoder_blocks, decoder_embed, decoder_pos_embed, decoder_pred, mask_token"
 
-    theirs.pos_embed.data = sincos_of_mae(96, 4)[None]
+    reference.pos_embed.data = sincos_of_mae(96, 4)[None]
     images = torch.randn(2, 3, 32, 32)
     pooled, _ = timm_format.peer(path, heads=6, pool="mean_with_cls")(images)
-    assert (tokens(model, images) - theirs.forward_features(images)).abs().max() < 1e-5
+    assert (tokens(model, images) - reference.forward_features(images)).abs().max() < 1e-5
     assert (features(model, images) - pooled).abs().max() < 1e-5
 
 
 def test_mae_finetuned(tmp_path):
-    path, theirs = bare(tmp_path, global_pool="avg")
+    path, reference = bare(tmp_path, global_pool="avg")
     model = timm_format.load(path, heads=6)
     assert model.cfg.vision.pool == "mean_then_norm"
     assert model.about.source["notes"].endswith("; left out: head, model_ema")
 
     images = torch.randn(2, 3, 32, 32)
-    wanted = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    wanted = reference.forward_head(reference.forward_features(images), pre_logits=True)
     pooled, _ = timm_format.peer(path, heads=6)(images)
     assert (features(model, images) - wanted).abs().max() < 1e-5
     assert (pooled - wanted).abs().max() < 1e-5
