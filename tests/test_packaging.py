@@ -28,6 +28,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 EXTRAS = PROJECT["optional-dependencies"]
+DISTRIBUTIONS = packages_distributions()  # {module: packages that bring it}
+OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")  # of pip
 
 # The optional packages that these files import at module level, by extra.
 OPTIONAL = {
@@ -143,9 +145,6 @@ def test_every_import_is_declared(path):
         assert packages & (anywhere if lazy else required), f"{path}:{line}: {name} is not declared"
 
 
-DISTRIBUTIONS = packages_distributions()
-
-
 def test_scripts_start_without_the_extras():
     program = """
 import importlib, sys
@@ -173,6 +172,13 @@ for script in scripts:
 
     failures = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert failures.keys() <= NEEDS.keys(), failures
+
+
+def test_the_docs_name_the_scripts_that_need_an_extra():
+    table = (ROOT / "docs/running.md").read_text()
+    for script, extra in NEEDS.items():
+        row = re.search(rf"^\| `{extra}` .*$", table, re.M)[0]
+        assert f"run/{script}.py" in row
 
 
 def write_other_packages(where: Path) -> None:
@@ -215,9 +221,6 @@ def wheel(source, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     call(sys.executable, "-m", "pip", "wheel", *OFFLINE, "--wheel-dir", out, source)
     return next(out.glob("*.whl"))
-
-
-OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
 
 
 def call(*command, cwd: Path | None = None) -> str:
