@@ -1,5 +1,6 @@
-"""The main function and the progress bar of scripts without ranks. (Scripts on ranks end through
-run/lib/distributed.py.)
+"""The main function and the progress bar of scripts without ranks.
+
+Scripts on ranks end through run/lib/distributed.py.
 
     if __name__ == "__main__":
         run_script(main)
@@ -15,8 +16,9 @@ from tqdm import tqdm
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run main and exit with its code; an error that the user can fix prints one line and exits
-    with 2.
+    """Run main and exit with its code.
+
+    An error that the user can fix prints one line and exits with 2.
     """
     # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that half-written output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

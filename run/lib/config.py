@@ -1,5 +1,6 @@
-"""The config of a run: YAML over dataclasses, resolved once, saved with the run. The one place that
-reads the command line.
+"""The config of a run: YAML over dataclasses, resolved once, saved with the run.
+
+This is the one place that reads the command line.
 
     load("run/configs/flip_b16.yaml", ["seed=1", "views.image.mask=random(0.75)"]) -> Run
 
@@ -144,9 +145,7 @@ class Run:
         method.check(self.options, self.model, counts)
 
     def check_view_names(self) -> None:
-        """Raise ValueError unless the method's views are there, as often as it takes, and no
-        others.
-        """
+        """Raise ValueError unless the views are the method's, each as often as it takes."""
         method = METHODS[self.method]
         for name, counts in method.views.items():
             if name not in self.views:
@@ -273,8 +272,9 @@ def read_tree(path: Path) -> dict:
 
 
 def beside(tokenizer: str, folder: Path) -> str:
-    """Return a tokenizer's name with the vocabulary in the folder of a run or converted model,
-    if it has one: the folder may have been moved.
+    """Return a tokenizer's name with the copy of its vocabulary in a folder, if there is one.
+
+    The folder of a run or converted model may have been moved.
     """
     kind, bracket, file = tokenizer.removesuffix(")").partition("(")
     copy = folder / Path(file).name
@@ -443,6 +443,7 @@ def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
 
     The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's.
     """
+    # The options.
     args = parser(doc)
     args.add_argument(
         "--config",
@@ -471,6 +472,8 @@ def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
         help="print what the run would cost on a cluster; train nothing",
     )
     cluster_arguments(args.add_argument_group("of the cluster, with --plan"))
+
+    # The config that they name; the launcher's JSON takes precedence.
     arguments = args.parse_args()
     cfg = load(arguments.config, arguments.set)
     if arguments.deepspeed_config:

@@ -58,8 +58,9 @@ def take_lock(handle: int) -> bool:
 
 
 def hold(home: Path) -> None:
-    """Take the lock, or raise ValueError: two jobs that train one run would overwrite each other's
-    records and checkpoints.
+    """Take the lock, or raise ValueError if another job has it.
+
+    Two jobs that train one run would overwrite each other's records and checkpoints.
     """
     handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     LOCKS.append(handle)

@@ -9,8 +9,9 @@ from glimpse.data.stream import Stream
 
 
 class Audit:
-    """Counts broken samples and names each once in the log; writes every sample's key if data.trace
-    is set.
+    """Counts broken samples, names each once in the log, and writes the trace.
+
+    The trace, if data.trace is set, has the key of every sample.
 
     Raises ValueError when this rank's share of broken samples passes data.max_bad (of at least
     1,000 seen).

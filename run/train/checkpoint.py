@@ -126,15 +126,14 @@ def sync(path: Path) -> None:
 
 
 def whole(folder: Path) -> list[Path]:
-    """Return the checkpoints under RUN/checkpoints whose manifest fits their files, the newest
-    first.
-    """
+    """Return the complete checkpoints under RUN/checkpoints, the newest first."""
     return [path for path in sorted(folder.glob("step-*"), reverse=True) if manifest(path)]
 
 
 def manifest(path: Path) -> dict | None:
-    """Return the manifest of a complete checkpoint; None if there is none, or it does not fit the
-    files.
+    """Return the manifest of a complete checkpoint, or None.
+
+    None if there is no manifest, or it does not fit the files.
     """
     try:
         tree = json.loads((path / "manifest.json").read_text())
@@ -147,8 +146,9 @@ def manifest(path: Path) -> dict | None:
 
 
 def read_manifest(path: Path) -> dict:
-    """Return the manifest of a complete checkpoint; ValueError if there is none, or it does not
-    fit the files.
+    """Return the manifest of a complete checkpoint, or raise ValueError.
+
+    ValueError if there is no manifest, or it does not fit the files.
     """
     tree = manifest(path)
     if tree is not None:
@@ -159,8 +159,9 @@ def read_manifest(path: Path) -> dict:
 
 
 def damage(path: Path) -> str:
-    """Describe the first file whose size differs from the manifest; "" if all match or there is no
-    manifest.
+    """Describe the first file whose size differs from the manifest.
+
+    Returns "" if all match or there is no manifest.
     """
     try:
         sizes = json.loads((path / "manifest.json").read_text())["files"].items()
@@ -216,8 +217,9 @@ def check_identity(path: Path, expected: dict) -> None:
 
 
 def check_memory(path: Path, tree: dict) -> None:
-    """Raise ValueError if the DeepSpeed JSON has another ZeRO stage or precision than the
-    checkpoint's run: its files would not fit.
+    """Raise ValueError if the DeepSpeed JSON has another ZeRO stage or precision than the run.
+
+    The checkpoint's files would not fit.
     """
     saved = read_manifest(path)
     stage = tree.get("zero_optimization", {}).get("stage", 0)

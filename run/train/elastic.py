@@ -1,5 +1,7 @@
-"""Resume training: on as many ranks as wrote the checkpoint, or on any other number through
-DeepSpeed's universal format.
+"""Resume training from a checkpoint, on any number of ranks.
+
+On as many ranks as wrote it from DeepSpeed's own files, on another number through DeepSpeed's
+universal format.
 
     universal = prepare_elastic(path, world())
         converted beside the checkpoint where the number changed, else None
@@ -76,8 +78,9 @@ def room(path: Path) -> int:
 def convert(path: Path, target: Path) -> None:
     """Write the universal copy.
 
-    In this process, so that nothing goes on writing once the job was killed.
+    In this process, so that nothing goes on writing when the job is killed.
     """
+    # Refuse a disk that would fill up on the way.
     needed = room(path)
     free = shutil.disk_usage(path).free
     if free < needed:
@@ -86,7 +89,8 @@ def convert(path: Path, target: Path) -> None:
             f"{path}: another number of ranks needs a copy of {needed / GB:.1f} GB beside it for a"
             f" while, the disk has {free / GB:.1f} GB; make room, or go on on {ranks} ranks"
         )
-    # the arguments of DeepSpeed's script, with its defaults
+
+    # Convert, with the arguments of DeepSpeed's script and its defaults.
     arguments = SimpleNamespace(
         input_folder=str(path),
         output_folder=str(target),
@@ -97,7 +101,8 @@ def convert(path: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     try:
-        with (  # without its many lines of output
+        # without its many lines of output
+        with (
             mapped(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
@@ -153,8 +158,7 @@ def read_frozen(engine: Engine, path: Path) -> None:
 
 @contextlib.contextmanager
 def paddings(engine: Engine) -> Iterator[None]:
-    """Let stages 1 and 2 load the universal format where a rank's share of a parameter group is
-    padding alone.
+    """Let stages 1 and 2 load the universal format where a rank has only padding of a group.
 
     DeepSpeed looks at the first parameter of the group of which this rank has a part; here one
     stands in that has nothing to load.
@@ -173,8 +177,7 @@ def paddings(engine: Engine) -> Iterator[None]:
 
 
 def read_average(engine: Engine, path: Path, saved: dict) -> None:
-    """Read this rank's part of the teacher's averages, out of the parts of all ranks that wrote
-    them.
+    """Read this rank's part of the teacher's averages out of the saved parts of all ranks.
 
     ZeRO-3 lays shards of one size end to end and pads the last. Only the files of overlapping
     shards are opened. saved: the checkpoint's manifest.
@@ -196,6 +199,7 @@ def read_average(engine: Engine, path: Path, saved: dict) -> None:
         end = first + length
         after_last = min(count, -(-end // size))  # rounded up
 
+        # Copy the overlap with each of these shards.
         for i in range(first // size, after_last):
             begin = i * size - first  # where that shard would start in this rank's part
             piece = shards(i)[name][max(0, -begin) : length - begin]

@@ -1,5 +1,7 @@
-"""The weights that a new run starts from: those of the model at `init`, and of the tower that a
-method borrows; checked before they are loaded.
+"""The weights that a new run starts from.
+
+They are those of the model at `init`, and of the tower that a method borrows; both are checked
+before they are loaded.
 
     put = beginning(cfg.init, tokenizer.fingerprint)
     put(method)         before deepspeed.initialize, and again after it, for the fp32 master copies
@@ -84,8 +86,9 @@ def found_for(key: str, source: str, check: Callable[..., str], *expected) -> st
 
 
 def check_start(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
-    """Return the prefix of the weights that a run can start from: the towers, or the vision tower
-    if there is no other.
+    """Return the prefix of the weights that a run can start from.
+
+    The towers, or the vision tower if there is no other.
     """
     if is_one(path):
         source = provenance(path)
@@ -104,17 +107,16 @@ def check_start(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
 
 
 def check_tower(path: Path, cfg: ModelConfig) -> str:
-    """Return the prefix of a vision tower; ValueError naming the first thing in which its patch
-    tokens differ from the config's.
+    """Return the prefix of a vision tower.
+
+    Raises ValueError naming the first thing in which its patch tokens differ from the config's.
     """
     check_alike(path, cfg, "a borrowed tower must be the same", vision_only=True)
     return f"{TOWERS}vision."
 
 
 def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = False) -> None:
-    """Raise ValueError naming the first thing in which the model's tokens differ from the
-    config's.
-    """
+    """Raise ValueError naming the first thing in which the model's tokens differ."""
     tree = said(path)["model"] if is_one(path) else read_manifest(path)["identity"]["model"]
     model = build(ModelConfig, merge({}, tree), "model.")
     saved = plain(computation(model, vision_only))

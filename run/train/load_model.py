@@ -42,8 +42,10 @@ UNTRAINED = dict(
 
 
 def find(path: Path) -> Path:
-    """Return the newest checkpoint of a run folder, or what the path names: a checkpoint, or the
-    folder of a converted model (also by the weights in it).
+    """Return the model that a path names.
+
+    The newest checkpoint of a run folder, a checkpoint itself, or the folder of a converted model
+    (also by the weights in it).
     """
     from glimpse.model.convert import claimed
 
@@ -64,15 +66,17 @@ def find(path: Path) -> Path:
 
 
 def home(path: Path) -> Path:
-    """Return the folder for results of a model that `find` returned: the run's, or the converted
-    model's own.
+    """Return the folder for results of a model that `find` returned.
+
+    The run's, or the converted model's own.
     """
     return path if is_one(path) else path.parents[1]
 
 
 def config_of(path: Path) -> Run:
-    """Return the config of a model that `find` returned; training's keys of a converted model are
-    filled in.
+    """Return the config of a model that `find` returned.
+
+    Training's keys of a converted model are filled in.
     """
     if not is_one(path):
         run = path.parents[1]
@@ -280,8 +284,9 @@ def check_places(
 
 
 def opened(path: Path) -> tuple[Run, Tokenizer, Method]:
-    """Return (config, tokenizer, method on this rank's device) of a model that `find` returned,
-    for evaluation.
+    """Return (config, tokenizer, method on this rank's device) of a model, for evaluation.
+
+    path: as `find` returned it.
     """
     cfg = config_of(path)
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
@@ -329,8 +334,9 @@ def checksum(module: torch.nn.Module, cfg: Run, tokenizer: Tokenizer) -> str:
 
 
 def backbone(run: Path | str, weights: str = "student", **options) -> torch.nn.Module:
-    """Return the vision tower of a run, checkpoint or converted model as feature maps
-    (docs/transfer.md): unsharded, in fp32, all of it trainable.
+    """Return the vision tower of a model as feature maps (docs/transfer.md).
+
+    It is unsharded, in fp32, all of it trainable. run: a run folder, checkpoint or converted model.
 
     weights: student, or teacher (the moving average). options: of the Backbone. All ranks must
     call, after run.lib.distributed.start().

@@ -1,5 +1,6 @@
-"""The log of a run: a progress line, metrics.jsonl, TensorBoard. Silent on other ranks than 0, so
-that no caller checks its rank.
+"""The log of a run: a progress line, metrics.jsonl, TensorBoard.
+
+It is silent on other ranks than 0, so that no caller checks its rank.
 
 A record is one JSON object a line: {"step": 40, "samples": 10240, "loss": 4.1, ...}. Speeds are
 over the steps since the last record: samples_per_s over all ranks; mfu the share of the devices'
@@ -63,8 +64,9 @@ def peak_gib() -> float:
 
 
 class Log:
-    """Writes the records of a run into its folder and to the terminal; on other ranks than 0 every
-    call does nothing.
+    """Writes the records of a run into its folder and to the terminal.
+
+    On other ranks than 0 every call but `warn` does nothing.
     """
 
     def __init__(self, folder: Path, rank: int, steps: int, batch: int):
@@ -211,8 +213,9 @@ def clock(seconds: float) -> str:
 
 
 def table(results: dict[str, float]) -> str:
-    """Return {kind/set/metric: share} as a line a set, in percent; top1 also as a multiple of
-    chance.
+    """Return {kind/set/metric: share} as a line a set, in percent.
+
+    top1 is also shown as a multiple of chance.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, value in results.items():

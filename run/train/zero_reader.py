@@ -1,5 +1,6 @@
-"""Read the weights in a checkpoint's files: a tensor at a time, by any process, without DeepSpeed's
-optimizer.
+"""Read the weights in a checkpoint's files: a tensor at a time, by any process.
+
+DeepSpeed's optimizer is not needed.
 
     tensors = weights(path)             Tensors, fp32: every parameter of the method under its name
     tensors = averages(path, shapes)    a teacher's moving averages, under model/ema.py's names
@@ -157,9 +158,12 @@ def weights(path: Path) -> Tensors:
     for state, file in zip(states, optimizer_files):
         groups.append([run_of(part, file) for part in state[key]])
 
-    if stage < 3:  # the module is unsharded on rank 0, which alone has what is frozen
+    # Stages 1 and 2: the module is unsharded on rank 0, which alone has what is frozen.
+    if stage < 3:
         module = in_file(first["module"], model_files[0])
         return made(module | split_groups(first["param_shapes"], groups, states[0]))
+
+    # Stage 3: every rank has a part of what is frozen, too.
     trained = whole_shards(first["param_shapes"], groups)
     frozen = first.get("frozen_param_shapes")
     if not frozen:
@@ -169,8 +173,9 @@ def weights(path: Path) -> Tensors:
 
 
 def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[Run]]) -> Layout:
-    """Locate the parameters of stage 3: each rank has an equal part of every parameter, the last
-    padded; a rank's parts lie end to end.
+    """Locate the parameters of stage 3.
+
+    Each rank has an equal part of every parameter, the last padded; a rank's parts lie end to end.
     """
     where: Layout = {}
     at = 0
@@ -188,8 +193,9 @@ def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[Run]]) -
 def split_groups(
     shapes: list[dict[str, torch.Size]], groups: list[list[Run]], state: dict
 ) -> Layout:
-    """Locate the parameters of stages 1 and 2: those of a group lie end to end, and each rank has
-    an equal part of the group.
+    """Locate the parameters of stages 1 and 2.
+
+    Those of a group lie end to end, and each rank has an equal part of the group.
     """
     where: Layout = {}
     paddings = state.get("param_alignment_paddings")
@@ -219,8 +225,9 @@ def joined(
 
 
 def averages(path: Path, shapes: dict[str, torch.Size]) -> Tensors:
-    """Return the moving averages of these names and shapes, which run/train/checkpoint.py keeps
-    beside DeepSpeed's files.
+    """Return the moving averages of these names and shapes.
+
+    run/train/checkpoint.py saves them beside DeepSpeed's files.
     """
     shards = [(structure(file), file) for file in files(path, "average_rank_*")]
     return made(joined(shapes, shards))

@@ -1,5 +1,6 @@
-"""The end of scripts without ranks: a SIGTERM is a Ctrl-C, so that half-written output is removed;
-a closed pipe is no error.
+"""The end of scripts without ranks.
+
+A SIGTERM is a Ctrl-C, so that half-written output is removed; a closed pipe is no error.
 
     bash run/test.sh tests/run/lib/test_cli.py
 """

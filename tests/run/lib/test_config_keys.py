@@ -1,5 +1,6 @@
-"""Every key that a config may hold is read by some line of code, every shipped config loads, and a
-misspelt key is named.
+"""Every config key is read by some line of code.
+
+Every shipped config loads, and a misspelt key is named.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
-"""A user's mistake ends in one line, before training, with a non-zero exit: what is wrong, what is
-allowed and what to change.
+"""A user's mistake ends in one line, before training, with a non-zero exit.
+
+The line says what is wrong, what is allowed and what to change.
 
 Most start run/pretrain.py as one process, the last go through the launcher. `-s` prints the lines.
 """
@@ -139,6 +140,7 @@ def test_existing_run_and_other_architecture(data, tmp_path):
 
 def test_a_run_that_is_being_trained(data, tmp_path):
     """A second job is refused as long as the first lives, and goes on when that was killed."""
+    # The first job trains, and has saved a checkpoint.
     run = tmp_path / "run"
     first = subprocess.Popen(
         [sys.executable, "run/pretrain.py", *settings(data, run, "samples=1M", "save_every=16")],
@@ -154,6 +156,7 @@ def test_a_run_that_is_being_trained(data, tmp_path):
             time.sleep(0.1)
         assert trained_elsewhere(run)
 
+        # A second job is refused.
         second = pretrain(*settings(data, run, "samples=1M"), "--resume")
 
         fails(second, "is being trained by another job")
@@ -163,6 +166,7 @@ def test_a_run_that_is_being_trained(data, tmp_path):
         first.wait()
     assert not trained_elsewhere(run)
 
+    # When the first was killed another goes on.
     step = len((run / "metrics.jsonl").read_text().splitlines())
     done = pretrain(*settings(data, run, f"samples={16 * (step + 2)}"), "--resume")
 
@@ -191,9 +195,7 @@ def test_broken_images_beyond_the_budget(data, tmp_path):
 
 
 def test_more_ranks_than_devices(data, tmp_path):
-    """One more than there are GPUs; without GPUs, one more than the cores that the launcher may
-    use.
-    """
+    """One more rank than GPUs; without GPUs, one more than the launcher's cores."""
     devices = torch.cuda.device_count() or 1
     line = command(devices + 1, "run/pretrain.py", *settings(data, tmp_path / "run"))
     if not torch.cuda.is_available():

@@ -1,5 +1,6 @@
-"""The number of ranks, the ZeRO stage, accumulation and recomputation change nothing: the same
-twenty losses on the same global batches.
+"""The number of ranks, the ZeRO stage, accumulation and recomputation change nothing.
+
+All have the same twenty losses on the same global batches.
 
     bash run/test.sh tests/run/train/test_curves.py -s
         prints the largest relative differences
@@ -62,8 +63,10 @@ def test_accumulation_and_recomputation_agree(curves):
 
 @pytest.mark.slow
 def test_bf16_agrees_over_ranks(curves):
-    """As far as bf16 can; its start differs from fp32's, because weights are initialized in the
-    precision that they are stored in.
+    """The curves agree as far as bf16 can.
+
+    The start differs from fp32's, because weights are initialized in the precision that they are
+    stored in.
     """
     reference = curves[1]["flip stage 3 bf16"]
     assert reference != curves[1]["flip stage 3"]
@@ -73,8 +76,10 @@ def test_bf16_agrees_over_ranks(curves):
 
 @pytest.mark.slow
 def test_the_other_methods_accumulate_recompute_and_train_in_bf16(curves):
-    """Accumulated they are the same but for batch norm, whose batch is then a part; recomputed all
-    are the same; bf16 holds.
+    """The other methods agree where they should, and learn in bf16.
+
+    Accumulated they are the same but for batch norm, whose batch is then a micro-batch; recomputed
+    all are the same.
     """
     cases = curves[2]
     for name in ("mae", "maskclip"):
@@ -88,8 +93,9 @@ def test_the_other_methods_accumulate_recompute_and_train_in_bf16(curves):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["slip", "mae", "maskclip", "aclip"])
 def test_the_other_methods_agree(curves, name):
-    """Batch norm over ranks, several forwards of a tower in a step, and a teacher: two ZeRO-3 ranks
-    are one process.
+    """Two ZeRO-3 ranks are one process for every method.
+
+    With batch norm over ranks, several forwards of a tower in a step, and a teacher.
     """
     reference = curves[1][f"{name} stage 0"]
     assert reference[-1] < 0.95 * reference[0]

@@ -1,5 +1,7 @@
-"""Resuming on another number of ranks: refusals, without any; then 2 -> 4 -> 1 of them with every
-kind of state, ZeRO stage and precision.
+"""Resuming on another number of ranks.
+
+First the refusals, without any rank; then 2 -> 4 -> 1 ranks with every kind of state, ZeRO stage
+and precision.
 
     WHOLE=1 bash run/test.sh tests/run/train/test_elastic.py -s
         prints the differences; else two cases fewer; -m "not slow" is the first part
@@ -73,8 +75,9 @@ def test_a_conversion_that_fails_leaves_nothing(checkpoint):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return {ranks: the results of tests/workers/elastic_worker.py}; the later numbers go on from
-    the earlier ones' checkpoints.
+    """Return {ranks: the results of tests/workers/elastic_worker.py}.
+
+    The later numbers go on from the earlier ones' checkpoints.
     """
     data = shards(tmp_path_factory.mktemp("elastic"))
     by_ranks = {}
@@ -90,8 +93,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("ranks", ORDER[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_lost_on_another_number_of_ranks(results, name, ranks):
-    """Weights, fp32 copies, moments, frozen weights, averages, buffers and step counters are the
-    saved ones, bit for bit.
+    """All state is the saved one, bit for bit.
+
+    Weights, fp32 copies, moments, frozen weights, averages, buffers and step counters.
     """
     result = results[ranks][name]
     method = CASES[name][0]
@@ -111,7 +115,9 @@ def test_nothing_is_lost_on_another_number_of_ranks(results, name, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_losses_follow_those_of_a_run_that_stays(results, name):
-    """In fp32 but for the order of sums; in bf16 the ranks' gradients are rounded before they are
+    """The losses are those of a run that stays, but for rounding.
+
+    In fp32 the order of sums differs; in bf16 the ranks' gradients are rounded before they are
     summed.
     """
     straight = results[ORDER[0]][name]["straight"]

@@ -1,5 +1,7 @@
-"""The engine and its checkpoints: gradients that are missing are named, the temperature stays
-exact, weights go from run to run unchanged.
+"""The engine and its checkpoints.
+
+Gradients that are missing are named, the temperature stays exact, weights go from run to run
+unchanged.
 
     bash run/test.sh tests/run/train/test_engine.py
 The slow cases check the results of one launch of 2 ranks (tests/workers/engine_worker.py).
@@ -58,8 +60,9 @@ def test_the_temperature_keeps_its_fp32_value(results, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_groups_under_zero3(results, flavour):
-    """The parameters and sizes of a method that is not sharded, though every sharded parameter
-    looks one-dimensional and empty.
+    """The groups are those of an unsharded method.
+
+    Though every sharded parameter looks one-dimensional and empty.
     """
     cfg = config.load(
         "run/configs/quickstart.yaml",
@@ -91,8 +94,9 @@ def test_groups_under_zero3(results, flavour):
     ],
 )
 def test_weights_go_from_run_to_run(results, case):
-    """Stage, bf16, stage of the run that `init:` starts from it, with a frozen layer: fp32 values
-    are read and loaded, bit for bit.
+    """The fp32 values are read and loaded, bit for bit.
+
+    A case: stage, bf16, stage of the run that `init:` starts from it, with a frozen layer.
     """
     result = results[f"saved {case}"]
 
@@ -213,8 +217,9 @@ def test_the_newest_are_kept(folder):
     ],
 )
 def test_a_torn_checkpoint_is_skipped_and_written_again(folder, tear, flaw):
-    """Training goes on from an older one; whoever asks for the weights of a damaged one does not
-    get an older one silently.
+    """Training goes on from an older checkpoint.
+
+    Whoever asks for the weights of a damaged one does not get an older one silently.
     """
     tear(folder / "step-00000004")
 

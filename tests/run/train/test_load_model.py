@@ -1,5 +1,6 @@
-"""Models at a path: runs, their checkpoints and converted models by any of their names, and the
-errors where there is something else.
+"""Models at a path: runs, their checkpoints and converted models by any of their names.
+
+Anything else there is an error that names it.
 
     bash run/test.sh tests/run/train/test_load_model.py
 """
@@ -291,9 +292,7 @@ def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
 
 
 def test_memory_is_that_of_the_group(tmp_path):
-    """A job on a large machine that may use a little of it; what files are cached there does not
-    count.
-    """
+    """A job may use only a little of a large machine's memory; cached files do not count."""
     job = tmp_path / "cgroup"
     job.write_text("0::/slurm/job_1\n")
     group = tmp_path / "fs/slurm/job_1"

@@ -1,5 +1,6 @@
-"""The run's records: one JSON object a line, nothing off rank 0, trimmed on resume; numbers and
-tables for people.
+"""The records of a run, and numbers and tables for people.
+
+One JSON object a line, nothing on other ranks than 0, trimmed on resume.
 
     bash run/test.sh tests/run/train/test_log.py
 """
@@ -43,6 +44,7 @@ def test_records(tmp_path, capsys):
     log.say("hello")
     log.close()
 
+    # the records
     first, second = strict(tmp_path / "metrics.jsonl")
     expected = dict(step=1, samples=256, loss=5.5, lr=1e-3, temperature=0.07)
     assert first.items() >= expected.items()
@@ -55,6 +57,7 @@ def test_records(tmp_path, capsys):
     assert second["mfu"] == pytest.approx(second["samples_per_s"] * 1e9 / 1e12)
     assert second["stall"] == pytest.approx(0.02 * second["samples_per_s"] / 2560)
 
+    # the lines for people
     out = capsys.readouterr().out
     assert "step 11/40 · 2.82k samples · loss 4.2500 · temperature 0.0600" in out
     assert "ETA 0:" in out

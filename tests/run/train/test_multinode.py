@@ -1,5 +1,6 @@
-"""Two machines, each started by its own `deepspeed --hostfile H --no_ssh --node_rank N`, train as
-one process does.
+"""Two machines train as one process does.
+
+Each is started by its own `deepspeed --hostfile H --no_ssh --node_rank N`.
 
 The machines are network namespaces joined by a cable: what reaches the other goes over addresses,
 as between real hosts. Needs root and iproute2; skipped, with the reason, where they are missing.
@@ -23,8 +24,9 @@ NAMES = [f"glimpse{os.getpid() % 100000}{side}" for side in "ab"]
 
 @pytest.fixture
 def nodes():
-    """Return the names of two namespaces, 10.77.0.1 and 10.77.0.2, with a cable between them; each
-    end has the name of its namespace.
+    """Return the names of two namespaces, 10.77.0.1 and 10.77.0.2, joined by a cable.
+
+    Each end of the cable has the name of its namespace.
     """
     ip = shutil.which("ip")
     if not ip or os.geteuid():
@@ -37,11 +39,14 @@ def nodes():
     cable = ["link", "add", first, "netns", first]
     cable += ["type", "veth", "peer", "name", second, "netns", second]
     try:
+        # Make the namespaces and the cable; not every machine allows it.
         commands = [call("netns", "add", name) for name in NAMES]
         commands.append(call(*cable))
         failed = [done.stderr.strip() for done in commands if done.returncode]
         if failed:
             pytest.skip(f"this machine makes no network namespaces: {failed[0]}")
+
+        # Give each end of the cable its address.
         for n, name in enumerate(NAMES, 1):
             for args in (
                 ["addr", "add", f"10.77.0.{n}/24", "dev", name],

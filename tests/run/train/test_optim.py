@@ -1,5 +1,6 @@
-"""The optimizer's groups by kind of parameter, and the learning rate, against values worked out by
-hand. Under ZeRO-3: test_engine.py.
+"""The optimizer's groups, and the learning rate, against values worked out by hand.
+
+Under ZeRO-3: test_engine.py.
 
     bash run/test.sh tests/run/train/test_optim.py
 """
@@ -39,8 +40,9 @@ def method_and_config(flavour, *more):
 
 
 def free_names(method, cfg):
-    """Return the names of the group without decay; check that the two groups hold every trainable
-    parameter once.
+    """Return the names of the group without decay.
+
+    Checks that the two groups hold every trainable parameter once.
     """
     decayed, free = groups(method, cfg.optim)
     assert decayed["weight_decay"] == 0.2
@@ -56,8 +58,9 @@ def free_names(method, cfg):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_groups(flavour):
-    """The groups of each recipe: FLIP decays class token and temperature; open_clip its learned
-    positions and embeddings.
+    """The groups of each recipe.
+
+    FLIP decays class token and temperature; open_clip its learned positions and embeddings.
     """
     method, cfg = method_and_config(flavour)
     parameters = dict(method.named_parameters())
@@ -120,8 +123,9 @@ def test_kind():
 
 
 def test_flip_rates():
-    """FLIP: 4e-6 per 256 at batch 65,536 is 1.024e-3; 51.2M samples of warm-up, then a cosine to 0
-    at 12.8B.
+    """FLIP's schedule.
+
+    4e-6 per 256 at batch 65,536 is 1.024e-3; 51.2M samples of warm-up, then a cosine to 0 at 12.8B.
     """
     warmup = 51_200_000
     samples = 12_800_000_000

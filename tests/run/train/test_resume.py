@@ -1,5 +1,7 @@
-"""A run that is killed again and again, and goes on on other numbers of ranks, sees every sample of
-every epoch once and has the uninterrupted run's losses; its method has a teacher.
+"""A run that is killed again and again sees every sample of every epoch once.
+
+It has the uninterrupted run's losses, also when it goes on on other numbers of ranks; its method
+has a teacher.
 
     KILLS=10 bash run/test.sh tests/run/train/test_resume.py -s
         the full count; CI kills fewer times
@@ -58,8 +60,9 @@ def losses(run):
 
 
 def seen(run):
-    """Return {(epoch, shard, key): how often} over all of the run, each step counted as it was last
-    taken.
+    """Return {(epoch, shard, key): how often} over all of the run.
+
+    Each step counts as it was last taken.
     """
     steps = {}
     for path in sorted((run / "trace").glob("*.jsonl")):
@@ -95,8 +98,9 @@ def start(line, log):
 
 
 def kill_at(data, run, ranks, step, *more):
-    """Start or go on with the run, kill -9 its process group once metrics.jsonl has that step (or
-    the run ends first).
+    """Start or resume the run, and kill -9 its process group at a step, or let it end.
+
+    The step counts as reached once metrics.jsonl has it.
     """
     resume = ["--resume"] if (run / "config.yaml").exists() else []
     line = command(ranks, "run/pretrain.py", *settings(data, run, *SCHEDULE, *more), *resume)
@@ -191,9 +195,7 @@ def test_sigterm_saves_and_leaves(data):
 
 @pytest.mark.slow
 def test_a_failing_rank_ends_the_job(data):
-    """Rank 1 dies at its third step; the launcher's job is over within a minute, with its
-    message.
-    """
+    """Rank 1 dies at its third step; the job is over within a minute, with its message."""
     begin = time.time()
     done = launch(2, "tests/workers/failing_worker.py", *settings(data, data / "failing"))
 

@@ -1,5 +1,6 @@
-"""Teachers under ZeRO-3: a rank's part of the moving average is that of a plain fp32 average of
-unsharded weights.
+"""Teachers under ZeRO-3.
+
+A rank's part of the moving average is that of a plain fp32 average of unsharded weights.
 
 Every method that stops goes on as if it had not, a teacher also on another number of ranks.
 
@@ -19,8 +20,9 @@ OTHERS = ("slip", "mae")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return {ranks: the results of tests/workers/teacher_worker.py}: of 2 ranks, and of 1 that
-    goes on from their checkpoints.
+    """Return {ranks: the results of tests/workers/teacher_worker.py}.
+
+    Of 2 ranks, and of 1 that goes on from their checkpoints.
     """
     data = shards(tmp_path_factory.mktemp("teacher"))
     by_ranks = {}
@@ -54,8 +56,9 @@ def test_the_teacher_is_the_plain_average(results, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_costs_its_shard(results, name):
-    """Half of it on each of 2 ranks, in the teacher's own memory under fp32; nothing of it in the
-    optimizer.
+    """Each of 2 ranks holds half of it; nothing of it is in the optimizer.
+
+    Under fp32 it is in the teacher's own memory.
     """
     result = results[2][name]
     half = result["trainable"] / 2
@@ -83,8 +86,10 @@ def test_a_teacher_goes_on_on_one_rank(results, name):
 
 @pytest.mark.slow
 def test_stage_1_in_bf16_goes_on_from_a_converted_checkpoint(results):
-    """On as many ranks bit for bit; on one from equal weights and averages, with the losses of
-    another order of rounding.
+    """On as many ranks the losses are the same, bit for bit.
+
+    On one rank it starts from equal weights and averages; its losses have another order of
+    rounding.
     """
     two = results[2]["rounded"]
     one = results[1]["rounded"]
