@@ -15,9 +15,11 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from PIL import Image
 
@@ -34,6 +36,17 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 WORDNET = Path(__file__).parent / "imagenet.tsv"
 PROMPT = "a photo of a {c}."  # CLIP section 3.1.4
 Entries = dict[str, list[tuple[str, Path]]]  # split -> [(class, image)]
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Content(Generic[Row]):
+    """The classes of a set, the rows of its splits, and the function that makes samples of rows."""
+
+    classes: list[str]
+    left_out: int  # number of classes
+    splits: Mapping[str, Sequence[Row]]
+    samples: Callable[[Iterable[Row]], Iterator[tuple[str, dict[str, bytes]]]]
 
 
 def build(
@@ -59,35 +72,47 @@ def build(
         )
     lines = templates(prompts) if prompts else [PROMPT]
 
-    # The names of the classes, the rows of each split, and the function that makes samples of them.
+    content: Content[tuple[Path, dict]] | Content[tuple[str, Path]]
     if videos.is_video_set(source):
-        class_names = videos.classes(source)
-        left_out = 0
-        entries = {"test": videos.frames(source)}
-        make = videos.samples
+        content = video_content(source)
     else:
-        entries = tree(source) if source.is_dir() else table(source, image_column, class_column)
-        every = sorted_classes(entries)
-        name_of = named(every, names)
-        class_names = list(name_of.values())
-        left_out = len(every) - len(name_of)
-        for split, rows in entries.items():
-            entries[split] = [(label, path) for label, path in rows if label in name_of]
-        make = partial(samples, number={label: i for i, label in enumerate(name_of)})
+        content = image_content(source, names, image_column, class_column)
 
     # Written to a temporary folder first: an interrupted build leaves no `out`.
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         new = Path(folder, "new")
-        for split, rows in entries.items():
-            write_split(new / split, make(progress(rows, len(rows))))
-        classnames = "".join(f"{name}\n" for name in class_names)
+        for split, rows in content.splits.items():
+            write_split(new / split, content.samples(progress(rows, len(rows))))
+        classnames = "".join(f"{name}\n" for name in content.classes)
         zeroshot_templates = "".join(f"{line}\n" for line in lines)
         (new / "classnames.txt").write_text(classnames)
         (new / "zeroshot_classification_templates.txt").write_text(zeroshot_templates)
         os.rename(new, out)
-    counts = {split: len(rows) for split, rows in entries.items()}
-    return dict(classes=class_names, left_out=left_out, **counts)
+    counts = {split: len(rows) for split, rows in content.splits.items()}
+    return dict(classes=content.classes, left_out=content.left_out, **counts)
+
+
+def video_content(source: Path) -> Content[tuple[Path, dict]]:
+    """Return the content of an ImageNet-Vid-Robust."""
+    classes = videos.classes(source)
+    splits = {"test": videos.frames(source)}
+    return Content(classes, 0, splits, videos.samples)
+
+
+def image_content(
+    source: Path, names: Path | None, image_column: str | None, class_column: str | None
+) -> Content[tuple[str, Path]]:
+    """Return the content of a tree or a table, without the classes that `names` leaves out."""
+    entries = tree(source) if source.is_dir() else table(source, image_column, class_column)
+    every = sorted_classes(entries)
+    name_of = named(every, names)
+    left_out = len(every) - len(name_of)
+    splits = {}
+    for split, rows in entries.items():
+        splits[split] = [(label, path) for label, path in rows if label in name_of]
+    make = partial(samples, number={label: i for i, label in enumerate(name_of)})
+    return Content(list(name_of.values()), left_out, splits, make)
 
 
 def sorted_classes(entries: Entries) -> list[str]:
@@ -106,14 +131,15 @@ def tree(root: Path) -> Entries:
     folders = sorted(
         path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
-    splits = {}
+    splits: dict[str, Path] = {}
     for folder in folders:
         if folder.name.lower() in SPLITS:
             splits[SPLITS[folder.name.lower()]] = folder
     if splits and len(splits) == len(folders):
         # Without a test split, the validation split is the test split, or else the train split.
         if "test" not in splits:
-            splits["test"] = splits.pop("val", None) or splits.pop("train")
+            substitute = "val" if "val" in splits else "train"
+            splits["test"] = splits.pop(substitute)
     else:
         splits = {"test": root}
 
@@ -169,7 +195,7 @@ def table(path: Path, image_column: str | None, class_column: str | None) -> Ent
 class Classes(Csv):
     """A table of images and classes."""
 
-    second = ("class", CLASS_COLUMNS)
+    second: tuple[str, tuple[str, ...]] = ("class", CLASS_COLUMNS)
 
 
 def named(classes: list[str], names: Path | None) -> dict[str, str]:

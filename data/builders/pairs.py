@@ -22,11 +22,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import TypeVar
 
 from glimpse.data.evals.gallery import captions_beside, image_paths
 from glimpse.data.shards import IMAGES, Sample, build_index, write_shard
 
 Row = tuple[str, Callable[[], tuple[bytes, str]]]
+T = TypeVar("T")
 # Usual names, looked for in this order, in upper or lower case.
 IMAGE_COLUMNS = (
     "image",
@@ -162,7 +164,11 @@ def open_source(
         return Folder(source)
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
-    kinds = {".csv": Csv, ".tsv": Csv, ".parquet": Parquet}
+    kinds: dict[str, type[Csv] | type[Parquet]] = {
+        ".csv": Csv,
+        ".tsv": Csv,
+        ".parquet": Parquet,
+    }
     kind = kinds.get(source.suffix.lower())
     if kind is None:
         raise ValueError(
@@ -205,7 +211,7 @@ class Csv:
     """
 
     # The column beside the image: its name in messages, and its usual names.
-    second = ("caption", CAPTION_COLUMNS)
+    second: tuple[str, tuple[str, ...]] = ("caption", CAPTION_COLUMNS)
 
     def __init__(self, path: Path, image_column: str | None, caption_column: str | None):
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
@@ -214,13 +220,13 @@ class Csv:
             header = file.readline().decode("utf-8", errors="replace")
             self.lines = sum(1 for _ in file)
         self.separator = max("\t;,", key=header.count)
-        columns = next(self.read(csv.reader), [])
+        columns: list[str] = next(self.read(csv.reader), [])
         self.columns = pick_columns(path, columns, image_column, caption_column, self.second)
 
     def __len__(self) -> int:
         return self.lines  # more than the rows, where captions hold line breaks
 
-    def read(self, reader: Callable) -> Iterator:
+    def read(self, reader: Callable[..., Iterable[T]]) -> Iterator[T]:
         """Yield the rows of csv.reader or csv.DictReader; ValueError if the table is unreadable."""
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
@@ -304,10 +310,8 @@ def pick_column(
     return matches[0]
 
 
-def table_row(
-    path: Path, number: int, image: str | bytes | dict | None, caption: str | None
-) -> Row:
-    """Return the row of a table's cells.
+def table_row(path: Path, number: int, image: object, caption: object) -> Row:
+    """Return the row of a table's cells, which may hold anything.
 
     image: bytes, a path from the table's folder, or {bytes, path}; number: 1 for the first row
     below the header.
@@ -322,16 +326,18 @@ def table_row(
     return where, partial(read_cells, path.parent, image, caption)
 
 
-def read_cells(folder: Path, image: str | bytes | None, caption: str | None) -> tuple[bytes, str]:
+def read_cells(folder: Path, image: object, caption: object) -> tuple[bytes, str]:
     """Return (image bytes, caption) of a table's cells; ValueError if one cannot be used."""
-    for what, value, kinds in (("caption", caption, (str,)), ("image", image, (str, bytes))):
-        if value is None or value == "":
-            raise ValueError(f"no {what}")
-        if not isinstance(value, kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"the {what} is of type {type(value).__name__}, not {expected}")
+    if caption is None or caption == "":
+        raise ValueError("no caption")
+    if not isinstance(caption, str):
+        raise ValueError(f"the caption is of type {type(caption).__name__}, not str")
+    if image is None or image == "":
+        raise ValueError("no image")
     if isinstance(image, bytes):
         return image, caption
+    if not isinstance(image, str):
+        raise ValueError(f"the image is of type {type(image).__name__}, not str or bytes")
     if "://" in image:
         raise ValueError("the image is a URL; download the images first, e.g. with img2dataset")
     return (folder / image).read_bytes(), caption

@@ -25,13 +25,19 @@ The ids still differ in these cases (tests/data/builders/test_tokenizer_files.py
 
 import json
 import re
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
 from glimpse.data.tokenizer import ClipBpe, SentencePiece, Tokenizer, WordPiece, build
+
+# The classes of this module, which protoc wrote, are made when it is imported: a type checker
+# cannot see them. `ModelProto` and the classes above it describe the fields that are used here.
+sentencepiece_model_pb2 = import_module("sentencepiece.sentencepiece_model_pb2")
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's special tokens in vocab.json
 SPACES = normalizers.Replace(Regex(r"\s+"), " ")
@@ -47,14 +53,54 @@ PROBES = (
 )
 
 
+class Converted(NamedTuple):
+    """A tokenizer as Hugging Face's libraries read it."""
+
+    backend: tokenizers.Tokenizer  # content of tokenizer.json
+    config: dict  # content of tokenizer_config.json
+    files: dict[str, bytes]  # name -> content of the other files
+
+
+class Piece(Protocol):
+    """A piece of a SentencePiece model."""
+
+    piece: str
+    score: float
+    type: int
+    NORMAL: int  # a type
+    USER_DEFINED: int  # a type
+
+
+class TrainerSpec(Protocol):
+    """Settings of a SentencePiece model's training."""
+
+    model_type: int
+    UNIGRAM: int  # a model_type
+    byte_fallback: bool
+
+
+class NormalizerSpec(Protocol):
+    """Settings of a SentencePiece model's normalizer."""
+
+    precompiled_charsmap: bytes
+    remove_extra_whitespaces: bool
+    add_dummy_prefix: bool
+
+
+class ModelProto(Protocol):
+    """Content of a SentencePiece model's file."""
+
+    pieces: Sequence[Piece]
+    trainer_spec: TrainerSpec
+    normalizer_spec: NormalizerSpec
+
+
 def write(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the tokenizer's files into an existing folder.
 
     ValueError: Hugging Face's files cannot express a tokenizer with the same ids.
     """
-    kinds = {ClipBpe: clip_bpe, WordPiece: wordpiece, SentencePiece: sentencepiece}
-    kind = kinds[type(tokenizer)]
-    backend, config, files = kind(tokenizer)
+    backend, config, files = convert(tokenizer)
 
     # Start and end tokens around the caption ($A).
     if tokenizer.start or tokenizer.end:
@@ -74,6 +120,17 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def convert(tokenizer: Tokenizer) -> Converted:
+    """Convert a tokenizer of any of our kinds."""
+    if isinstance(tokenizer, ClipBpe):
+        return clip_bpe(tokenizer)
+    if isinstance(tokenizer, WordPiece):
+        return wordpiece(tokenizer)
+    if isinstance(tokenizer, SentencePiece):
+        return sentencepiece(tokenizer)
+    raise TypeError(f"{type(tokenizer).__name__}: no conversion to Hugging Face's files")
+
+
 def agree(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, otherwise: str) -> None:
     """Raise ValueError, with `otherwise` first, if the ids of a probe differ."""
     backend.encode_special_tokens = True
@@ -88,8 +145,8 @@ def agree(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, otherwise: str) -
             )
 
 
-def clip_bpe(tokenizer: ClipBpe) -> tuple[tokenizers.Tokenizer, dict, dict[str, bytes]]:
-    """Return (backend, content of tokenizer_config.json, other files)."""
+def clip_bpe(tokenizer: ClipBpe) -> Converted:
+    """Convert CLIP's byte pairs."""
     # Our BPE, with the special tokens in its vocabulary.
     state = json.loads(tokenizer.bpe.to_str())
     vocab = state["model"]["vocab"] | {START: tokenizer.start[0], END: tokenizer.end[0]}
@@ -110,11 +167,11 @@ def clip_bpe(tokenizer: ClipBpe) -> tuple[tokenizers.Tokenizer, dict, dict[str, 
         "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
         "merges.txt": b"#version: 0.2\n" + merges.encode(),
     }
-    return backend, config, files
+    return Converted(backend, config, files)
 
 
-def wordpiece(tokenizer: WordPiece) -> tuple[tokenizers.Tokenizer, dict, dict[str, bytes]]:
-    """Return (backend, content of tokenizer_config.json, other files)."""
+def wordpiece(tokenizer: WordPiece) -> Converted:
+    """Convert FLIP's WordPiece."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.pieces.to_str())
     # Case folding, as far as it can be expressed: sharp s and final sigma.
     folded = [
@@ -125,18 +182,20 @@ def wordpiece(tokenizer: WordPiece) -> tuple[tokenizers.Tokenizer, dict, dict[st
     ]
     backend.normalizer = normalizers.Sequence([*folded, tokenizer.pieces.normalizer])
     backend.add_special_tokens(["[PAD]", "[UNK]"])
-    vocab = sorted(tokenizer.pieces.get_vocab(), key=tokenizer.pieces.token_to_id)
+    ids = tokenizer.pieces.get_vocab()
+    vocab = sorted(ids, key=lambda piece: ids[piece])
     config = dict(tokenizer_class="PreTrainedTokenizerFast", unk_token="[UNK]", pad_token="[PAD]")
-    return backend, config, {"vocab.txt": "".join(piece + "\n" for piece in vocab).encode()}
+    files = {"vocab.txt": "".join(piece + "\n" for piece in vocab).encode()}
+    return Converted(backend, config, files)
 
 
-def sentencepiece(tokenizer: SentencePiece) -> tuple[tokenizers.Tokenizer, dict, dict[str, bytes]]:
-    """Return (backend, content of tokenizer_config.json, other files).
+def sentencepiece(tokenizer: SentencePiece) -> Converted:
+    """Convert a SentencePiece model.
 
     ValueError: the model is not of type unigram, or has user-defined pieces.
     """
     data = tokenizer.model.serialized_model_proto()
-    proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+    proto: ModelProto = sentencepiece_model_pb2.ModelProto.FromString(data)
     trainer = proto.trainer_spec
     user_defined = any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
     if trainer.model_type != trainer.UNIGRAM or user_defined:
@@ -159,13 +218,13 @@ def sentencepiece(tokenizer: SentencePiece) -> tuple[tokenizers.Tokenizer, dict,
     names = {key: tokenizer.model.id_to_piece(i) for key, i in ids.items()}
     backend.add_special_tokens(list(dict.fromkeys(names.values())))
     config = dict(tokenizer_class="PreTrainedTokenizerFast", **names)
-    return backend, config, {"tokenizer.model": data}
+    return Converted(backend, config, {"tokenizer.model": data})
 
 
-def normalizer(proto: sentencepiece_model_pb2.ModelProto) -> normalizers.Sequence:
+def normalizer(proto: ModelProto) -> normalizers.Sequence:
     """Return the normalizer of a SentencePiece model."""
     spec = proto.normalizer_spec
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -178,7 +237,7 @@ def normalizer(proto: sentencepiece_model_pb2.ModelProto) -> normalizers.Sequenc
     return normalizers.Sequence(steps)
 
 
-def pre_tokenizer(proto: sentencepiece_model_pb2.ModelProto) -> pre_tokenizers.Sequence:
+def pre_tokenizer(proto: ModelProto) -> pre_tokenizers.Sequence:
     """Return the pre-tokenizer of a SentencePiece model."""
     # A caption may spell a piece that is no text, <s> or <0x41>. It is split after the first
     # letter, so that the piece is not matched.
@@ -187,9 +246,10 @@ def pre_tokenizer(proto: sentencepiece_model_pb2.ModelProto) -> pre_tokenizers.S
         if piece.type != piece.NORMAL:
             first, rest = piece.piece[0], piece.piece[1:]
             patterns.append(f"{re.escape(first)}(?={re.escape(rest)})")
-    steps = [pre_tokenizers.Split(Regex("|".join(patterns)), "isolated")]
+    steps: list[pre_tokenizers.PreTokenizer] = []
     if proto.normalizer_spec.add_dummy_prefix:
-        steps.insert(0, pre_tokenizers.Metaspace("\u2581", "always", split=False))
+        steps.append(pre_tokenizers.Metaspace("\u2581", "always", split=False))
+    steps.append(pre_tokenizers.Split(Regex("|".join(patterns)), "isolated"))
     return pre_tokenizers.Sequence(steps)
 
 
@@ -199,6 +259,7 @@ def read(folder: Path) -> str:
     Its vocabulary is the file in the folder, unless it is that of an installed package.
     ValueError: it is none of ours, or its files are damaged.
     """
+    cause: Exception
     try:
         return found_in(folder)
     except ValueError as error:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from glimpse.data.evals.clip_benchmark import Images, Question
+from glimpse.data.evals.clip_benchmark import Question
 from glimpse.data.evals.segmentation_layouts import Files
 
 
@@ -23,6 +23,14 @@ def found(folder: Path, pattern: str) -> Path | None:
         if matches:
             return matches[0]
     return None
+
+
+def needed(folder: Path, pattern: str) -> Path:
+    """Return the file that `found` returns; ValueError if there is none."""
+    path = found(folder, pattern)
+    if path is None:
+        raise ValueError(f"evals: {folder}: it needs {pattern}")
+    return path
 
 
 @contextmanager
@@ -138,7 +146,7 @@ class Nocaps(CocoCaptions):
         return found(folder, "nocaps_val*.json") is not None
 
     def open(self, part: str) -> None:
-        path = found(self.folder, "nocaps_val*.json")
+        path = needed(self.folder, "nocaps_val*.json")
         places = ("val", "images", "validation", "images/val")
         self.read(path, [self.folder / place for place in places])
         with reading(path):
@@ -147,7 +155,7 @@ class Nocaps(CocoCaptions):
     def group(self, i: int) -> str:
         return self.domains[i]
 
-    def other(self, split: str) -> Images:
+    def other(self, split: str) -> Files:
         if split == "train":
             return CocoCaptions(self.folder, split)
         return super().other(split)
@@ -171,6 +179,10 @@ class Karpathy(Captioned):
 
     def open(self, part: str) -> None:
         path = self.file(self.folder)
+        if path is None:
+            raise ValueError(
+                f"evals: {self.folder}: it needs dataset_coco.json or dataset_flickr*.json"
+            )
         parts = ("train", "restval") if part == "train" else (part,)
         with reading(path) as content:
             rows = [row for row in content["images"] if row["split"] in parts]
@@ -197,8 +209,8 @@ class Vqa(Files):
         return found(folder, "v2_OpenEnded_mscoco_*_questions.json") is not None
 
     def open(self, part: str) -> None:
-        questions_file = self.needed(f"v2_OpenEnded_mscoco_{part}_questions.json")
-        answers_file = self.needed(f"v2_mscoco_{part}_annotations.json")
+        questions_file = needed(self.folder, f"v2_OpenEnded_mscoco_{part}_questions.json")
+        answers_file = needed(self.folder, f"v2_mscoco_{part}_annotations.json")
 
         # By question: its answers and its kind.
         answered: dict[int, tuple[tuple[str, ...], str]] = {}
@@ -223,13 +235,6 @@ class Vqa(Files):
         places = [self.folder / part, self.folder / "images" / part, self.folder / "images"]
         self.paths = located(questions_file, places, names)
         self.asked = list(by_image.values())
-
-    def needed(self, name: str) -> Path:
-        """Return the file of that name; ValueError: there is none."""
-        path = found(self.folder, name)
-        if path is None:
-            raise ValueError(f"evals: {self.folder}: it needs {name}")
-        return path
 
     def questions(self, i: int) -> list[Question]:
         return self.asked[i]

@@ -220,7 +220,7 @@ class Images(ABC):
 
     def other(self, split: str) -> "Images":
         """Return another split of the same set; ValueError if it has none of that name."""
-        return type(self)(self.folder, split)
+        raise self.lacks("other splits")
 
     def rounds(
         self, pre: Preprocess, batch: int, indices: Sequence[int], turns: int, workers: int

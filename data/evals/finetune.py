@@ -34,13 +34,15 @@ Row = tuple[int, int]  # epoch, sample
 def timm(name: str) -> ModuleType:
     """Load timm/data/NAME.py; ValueError if timm is not installed."""
     package = importlib.util.find_spec("timm")
-    if package is None:
+    if package is None or package.origin is None:
         raise ValueError(
             "finetune: RandAugment, random erasing, mixup and cutmix are timm's, which is not"
             " installed; pip install timm"
         )
     path = Path(package.origin).parent / "data" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"timm_{name}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"finetune: {path} is no Python module; reinstall timm")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

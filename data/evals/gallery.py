@@ -13,7 +13,7 @@ of shards as they lie in them. Names: m images of a block that can be read, L pa
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from glimpse.data.patches import grid, visible
 from glimpse.data.shards import CAPTIONS, IMAGES, Sample, Shards, read_index
 from glimpse.data.tokenizer import without_surrogates
 from glimpse.data.transforms import center_view, sides
+
+T = TypeVar("T")
 
 
 class Photos:
@@ -151,9 +153,9 @@ def blocks(
     )
 
 
-def same(block: Block) -> Block:
-    """Return the block unchanged: the loader's default would collate its lists."""
-    return block
+def same(sample: T) -> T:
+    """Return a sample unchanged: the loader's default would collate the lists of a Block."""
+    return sample
 
 
 class _Blocks(Dataset):

@@ -65,6 +65,9 @@ class Files(Images):
     def key(self, i: int) -> str:
         return str(self.paths[i].relative_to(self.folder))
 
+    def other(self, split: str) -> "Files":
+        return type(self)(self.folder, split)
+
 
 class LabelMaps(Files):
     """Pairs of files; `table`: (256,) from what a map stores to classes."""
@@ -154,10 +157,13 @@ class LabelMaps(Files):
                 f"evals: {self.folder}: it needs {name}, the data set's own list of classes"
             )
         lines = [line for line in path.read_text().splitlines() if line.strip()]
-        rows = [re.fullmatch(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*", line) for line in lines]
-        if not all(rows):
-            raise ValueError(f"evals: {path}: line {rows.index(None) + 1} is no 'NUMBER: NAME'")
-        return {int(row[1]): row[2] for row in rows}
+        names = {}
+        for number, line in enumerate(lines, start=1):
+            row = re.fullmatch(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*", line)
+            if row is None:
+                raise ValueError(f"evals: {path}: line {number} is no 'NUMBER: NAME'")
+            names[int(row[1])] = row[2]
+        return names
 
 
 class Ade20k(LabelMaps):

@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -135,7 +136,7 @@ def write_classes(folder: Path, concepts: Mapping[str, str]) -> None:
 # drawings
 
 
-def read_drawings(glyphs: Path, concepts: Mapping[str, str]) -> dict[str, Drawings]:
+def read_drawings(glyphs: Path, concepts: Mapping[str, str]) -> Mapping[str, Drawings]:
     """Return {train, test, unseen} -> the drawings of each concept.
 
     test has a third of the drawings in seen styles, train the others; unseen has the drawings in
@@ -143,7 +144,7 @@ def read_drawings(glyphs: Path, concepts: Mapping[str, str]) -> dict[str, Drawin
     """
     train = drawings_by_name(glyphs, "train", concepts)
     heldout = drawings_by_name(glyphs, "heldout", concepts)
-    drawings: dict[str, dict] = {"train": {}, "test": {}, "unseen": {}}
+    drawings: dict[str, dict[str, list[Image.Image]]] = {"train": {}, "test": {}, "unseen": {}}
     for name, caption in concepts.items():
         # Sorted by the hash of their keys, so that the third for test mixes styles.
         seen = sorted(train[name])
@@ -312,13 +313,24 @@ def background(rng: np.random.Generator) -> Image.Image:
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return the (left, top, right, bottom) of the True pixels; right and bottom are exclusive."""
-    ys = mask.any(1).nonzero()[0]
-    xs = mask.any(0).nonzero()[0]
+    ys = np.flatnonzero(mask.any(axis=1))
+    xs = np.flatnonzero(mask.any(axis=0))
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
 # --------------------------------------------------------------------------------------------------
 # writing
+
+
+class _Source(NamedTuple):
+    """The part, drawings and seed of all scenes that a worker process makes."""
+
+    part: str
+    drawings: Drawings
+    seed: tuple[int, int]
+
+
+_source: _Source | None = None  # set in worker processes alone
 
 
 def write_scenes(
@@ -338,15 +350,17 @@ def write_scenes(
     build_index(folder)
 
 
-def _hold(*source) -> None:
-    """Keep in a worker process what all its scenes are made of: part, drawings, seed."""
-    global _held
-    _held = source
+def _hold(part: str, drawings: Drawings, seed: tuple[int, int]) -> None:
+    """Keep in a worker process what all its scenes are made of."""
+    global _source
+    _source = _Source(part, drawings, seed)
 
 
 def _sample(number: int) -> tuple[str, dict[str, bytes]]:
     """Return (key, parts) of a scene, in a worker process."""
-    part, drawings, seed = _held
+    if _source is None:
+        raise RuntimeError("composites: _hold was not called in this process")
+    part, drawings, seed = _source
     rng = np.random.default_rng((*seed, number))
     return f"{part}_{number:06d}", sample(drawings, rng, captions_file=part != "train")
 

@@ -273,7 +273,7 @@ def is_there(
 ) -> Iterator[tuple[str, str]]:
     """Yield (question, answer): as many 'yes' as 'no'."""
     counts = Counter(t.name for t in things)
-    present = things[rng.integers(len(things))].name
+    present = things[int(rng.integers(len(things)))].name
     yield f"is there {one(present)}?", "yes"
     yield f"is there {one(absent(counts, names, rng))}?", "no"
 

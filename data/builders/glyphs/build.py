@@ -29,6 +29,7 @@ from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from PIL import Image
 from tqdm import tqdm
@@ -54,10 +55,23 @@ SHARD = 1000  # most samples in a shard
 SEEN_STYLE = "noto"
 UNSEEN_STYLE = "fluent3d"
 STAMPS = "tuxstamps"
-ENCODING = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "quality": 90, "method": 0}}
 RETRIEVAL = 1000  # image-caption pairs in eval/retrieval
 TEMPLATES = "{c}\n"  # captions here are bare names, and so are the prompts
 Progress = Callable[[Iterable, str], Iterable]
+
+
+class SaveOptions(TypedDict):
+    """Options of PIL's Image.save."""
+
+    format: str
+    quality: NotRequired[int]
+    method: NotRequired[int]
+
+
+ENCODING: dict[str, SaveOptions] = {
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "quality": 90, "method": 0},
+}
 
 
 def bar(items: Iterable, text: str) -> Iterable:
@@ -193,7 +207,7 @@ def one_per_image(glyphs: Iterable[Glyph]) -> list[Glyph]:
     """
 
     def same(glyph: Glyph) -> tuple:
-        return glyph.style, hashlib.md5(glyph.image).digest()
+        return glyph.style, hashlib.md5(image_of(glyph)).digest()
 
     def order(glyph: Glyph) -> tuple:
         return len(glyph.caption), glyph.caption, glyph.name
@@ -269,7 +283,12 @@ def write_shards(stem: Path, glyphs: list[Glyph], size: int) -> None:
 def sample(glyph: Glyph) -> tuple[str, dict[str, bytes]]:
     """Return (key, parts) of a glyph."""
     about = json.dumps(glyph.about, ensure_ascii=False).encode()
-    return glyph.key, {glyph.extension: glyph.image, "txt": glyph.caption.encode(), "json": about}
+    parts = {
+        glyph.extension: image_of(glyph),
+        "txt": glyph.caption.encode(),
+        "json": about,
+    }
+    return glyph.key, parts
 
 
 def licences(origins: dict[str, dict]) -> str:
@@ -304,7 +323,7 @@ def write_evals(out: Path, glyphs: list[Glyph], progress: Progress) -> dict[str,
     # The glyphs of all sets, on white.
     styles = (SEEN_STYLE, UNSEEN_STYLE, STAMPS)
     used = [g for g in glyphs if g.style in styles and not g.about["toned"]]
-    used = [replace(g, image=partial(on_white, g.image, g.extension)) for g in used]
+    used = [replace(g, image=partial(on_white, image_of(g), g.extension)) for g in used]
     used = draw(used, progress, "evaluation sets")
     emoji = [g for g in used if g.about["emoji"] and g.style != STAMPS]
 
@@ -365,7 +384,7 @@ def write_classification(out: Path, glyphs: list[Glyph]) -> dict:
     members = sorted(by_caption(glyphs), key=lambda g: g.caption)
     samples = []
     for label, g in enumerate(members):
-        samples.append((g.key, {g.extension: g.image, "cls": str(label).encode()}))
+        samples.append((g.key, {g.extension: image_of(g), "cls": str(label).encode()}))
     write_test_shard(out, samples)
     (out / "classnames.txt").write_text("".join(f"{g.caption}\n" for g in members))
     (out / "zeroshot_classification_templates.txt").write_text(TEMPLATES)
@@ -379,7 +398,7 @@ def write_retrieval(out: Path, glyphs: list[Glyph]) -> dict:
     """
     samples = []
     for g in glyphs:
-        samples.append((g.key, {g.extension: g.image, "txt": g.caption.encode()}))
+        samples.append((g.key, {g.extension: image_of(g), "txt": g.caption.encode()}))
     write_test_shard(out, samples)
     (out / "dataset_type.txt").write_text("retrieval\n")
     return dict(images=len(glyphs))

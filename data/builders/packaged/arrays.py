@@ -221,11 +221,11 @@ def animal_mnist(cache: Path, glyphs: Path) -> Found:
     path = wheel(cache / "pypi", *ANIMALS_WHEEL)
     folder = "animal_mnist/data/Animal_MNIST"
     with zipfile.ZipFile(path) as archive:
-        data = archive.read(f"{folder}/animal_data_version_3.gz")
-        labels = archive.read(f"{folder}/animal_label_version_3.gz")
+        image_file = archive.read(f"{folder}/animal_data_version_3.gz")
+        label_file = archive.read(f"{folder}/animal_label_version_3.gz")
         text = archive.read("animal_mnist-0.4.dist-info/licenses/LICENSE").decode()
-    images = pickled_array(gzip.decompress(data), (10_000, 28, 28), np.dtype("u1"), path)
-    labels = pickled_array(gzip.decompress(labels), (10_000,), np.dtype("<i8"), path)
+    images = pickled_array(gzip.decompress(image_file), (10_000, 28, 28), np.dtype("u1"), path)
+    labels = pickled_array(gzip.decompress(label_file), (10_000,), np.dtype("<i8"), path)
 
     templates = (
         "a silhouette of a {c}.",
@@ -286,6 +286,11 @@ def digits(cache: Path, glyphs: Path) -> Found:
     sets = [EvalSet("digits", splits, DIGITS, templates)]
 
     package_files = files("scikit-learn")
+    if package_files is None:
+        raise ValueError(
+            "digits: scikit-learn's installation has no list of its files, where its license is;"
+            " reinstall it with pip, or leave digits out"
+        )
     [terms] = [f for f in package_files if f.name == "COPYING" and "dist-info" in str(f)]
     text = f"{terms.read_text()}\n{data.DESCR}"
     return Found(sets, "PyPI scikit-learn", version("scikit-learn"), "BSD-3-Clause", text)
