@@ -1,6 +1,6 @@
-"""The tower as a backbone: its maps are the tower's own tokens, and open_clip's at every block; at
-other sizes the positions are those of MAE's and A-CLIP's bicubic; images that patches do not divide
-are padded; what trains gets a gradient.
+"""The tower as a backbone: its maps are the tower's tokens, and open_clip's at every block; at
+other sizes the positions are interpolated as in MAE and A-CLIP (bicubic); images that patches do
+not divide are padded; every trained parameter gets a gradient.
 
 Run: pytest tests/model/downstream/test_backbone.py
 """
@@ -25,23 +25,30 @@ def images_of(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_map_at_the_patches_stride_is_the_towers_own_tokens(flavour):
-    tower, images = small(flavour).vision, images_of(32, 32)
+    tower = small(flavour).vision
+    images = images_of(32, 32)
+
+    maps = Backbone(tower, LAST)(images)
+
     tokens = tower(patchify(images, 8), everywhere(2))[:, 1:]
-    found = Backbone(tower, LAST)(images)["2"]
-    torch.testing.assert_close(tower.norm(found.flatten(2).transpose(1, 2)), tokens)
+    map_tokens = maps["2"].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tower.norm(map_tokens), tokens)
 
 
 def test_tokens_equal_open_clips_at_every_block():
-    reference, towers = peer(), small("clip")
+    reference = peer()
+    towers = small("clip")
     towers.load_state_dict(ours(reference.state_dict()))
     images = images_of(32, 32)
-    theirs = reference.visual.forward_intermediates(
+
+    tokens = Backbone(towers.vision, (1, 2, 3, 4)).tokens(images)
+
+    results = reference.visual.forward_intermediates(
         images, indices=[0, 1, 2, 3], intermediates_only=True
-    )["image_intermediates"]
-    for mine, their in zip(
-        Backbone(towers.vision, (1, 2, 3, 4)).tokens(images), theirs, strict=True
-    ):
-        torch.testing.assert_close(mine, their, atol=1e-5, rtol=1e-5)
+    )
+    expected = results["image_intermediates"]
+    for block_tokens, block_expected in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(block_tokens, block_expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -50,46 +57,56 @@ def test_tokens_equal_open_clips_at_every_block():
 )
 def test_shapes(flavour, height, width, grid):
     rows, columns = grid
-    shapes = [
-        (2, 128, *side)
-        for side in (
-            (4 * rows, 4 * columns),
-            (2 * rows, 2 * columns),
-            grid,
-            (-(-rows // 2), -(-columns // 2)),
-        )
-    ]
+    half_rows = (rows + 1) // 2
+    half_columns = (columns + 1) // 2
+
     maps = Backbone(small(flavour).vision)(images_of(height, width))
-    assert {name: m.shape for name, m in maps.items()} == dict(zip("0123", shapes))
+
+    assert maps.keys() == {"0", "1", "2", "3"}
+    assert maps["0"].shape == (2, 128, 4 * rows, 4 * columns)
+    assert maps["1"].shape == (2, 128, 2 * rows, 2 * columns)
+    assert maps["2"].shape == (2, 128, rows, columns)
+    assert maps["3"].shape == (2, 128, half_rows, half_columns)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("grid", [(4, 4), (5, 8)])
 def test_positions_are_bicubic_and_at_the_native_grid_the_towers_own(flavour, grid):
-    """A tower made for another grid, whose table is the first one's interpolated, gives the same
+    """A tower of another grid, with the interpolated positions of the first, gives the same
     tokens.
     """
     tower = small(flavour).vision
-    with_cls = int(flavour == "clip")  # the first row of learned positions is the class token's
-    cls, table = tower.positions.detach().split([with_cls, 16])
-    image = F.interpolate(table.T.reshape(1, -1, 4, 4), grid, mode="bicubic", align_corners=False)
-    other, grown = deepcopy(tower), torch.cat([cls, image[0].flatten(1).T])
-    if grid == tower.grid:
-        torch.testing.assert_close(grown, tower.positions.detach())
-    other.grid, other.positions = grid, torch.nn.Parameter(grown)
     images = images_of(8 * grid[0], 8 * grid[1])
-    for a, b in zip(Backbone(tower).tokens(images), Backbone(other).tokens(images), strict=True):
+
+    # Learned positions have a first row for the class token.
+    class_rows = 1 if flavour == "clip" else 0
+    cls, table = tower.positions.detach().split([class_rows, 16])
+    image = F.interpolate(table.T.reshape(1, -1, 4, 4), grid, mode="bicubic", align_corners=False)
+    positions = torch.cat([cls, image[0].flatten(1).T])
+    if grid == tower.grid:
+        torch.testing.assert_close(positions, tower.positions.detach())
+    other = deepcopy(tower)
+    other.grid = grid
+    other.positions = torch.nn.Parameter(positions)
+
+    tokens = Backbone(tower).tokens(images)
+    other_tokens = Backbone(other).tokens(images)
+
+    for a, b in zip(tokens, other_tokens, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_bytes_are_normalised_and_padded_with_the_mean_colour():
-    backbone, pixels = (
-        Backbone(small("flip").vision),
-        torch.randint(0, 256, (2, 3, 30, 35), dtype=torch.uint8),
-    )
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP.vision.mean, CLIP.vision.std))
-    whole = F.pad((pixels / 255 - mean) / std, (0, 5, 0, 2))
-    for a, b in zip(backbone(pixels).values(), backbone(whole).values(), strict=True):
+    backbone = Backbone(small("flip").vision)
+    pixels = torch.randint(0, 256, (2, 3, 30, 35), dtype=torch.uint8)
+    mean = torch.tensor(CLIP.vision.mean).view(3, 1, 1)
+    std = torch.tensor(CLIP.vision.std).view(3, 1, 1)
+    padded = F.pad((pixels / 255 - mean) / std, (0, 5, 0, 2))
+
+    from_bytes = backbone(pixels)
+    from_floats = backbone(padded)
+
+    for a, b in zip(from_bytes.values(), from_floats.values(), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -99,30 +116,35 @@ def test_every_trainable_parameter_gets_a_gradient_and_recomputing_changes_none(
     for recompute in (False, True):
         torch.manual_seed(0)
         backbone = Backbone(small("clip", checkpoint_activations=recompute).vision, taps)
-        sum(m.square().mean() for m in backbone(images_of(24, 40)).values()).backward()
+        maps = backbone(images_of(24, 40))
+        loss = sum(m.square().mean() for m in maps.values())
+        loss.backward()
         trained = {name: p.grad for name, p in backbone.named_parameters() if p.requires_grad}
         results.append(trained)
         assert len(trained) > 30
-        assert all(
-            gradient is not None and gradient.any()
-            for name, gradient in trained.items()
-            if not name.endswith("bias")
-        )
+        for name, gradient in trained.items():
+            if not name.endswith("bias"):
+                assert gradient is not None, name
+                assert gradient.any(), name
         assert not any(block._forward_hooks for block in backbone.tower.blocks)
-    for name, gradient in results[0].items():
-        torch.testing.assert_close(gradient, results[1][name], msg=name)
+
+    stored, recomputed = results
+    for name, gradient in stored.items():
+        torch.testing.assert_close(gradient, recomputed[name], msg=name)
 
 
 def test_drop_path_is_for_training_and_spares_the_first_block():
-    backbone, images = (
-        Backbone(small("clip").vision, (1, 2, 3, 4), drop_path=0.9),
-        images_of(32, 32),
-    )
-    kept = Backbone(backbone.tower, (1, 2, 3, 4)).tokens(images)
+    backbone = Backbone(small("clip").vision, (1, 2, 3, 4), drop_path=0.9)
+    images = images_of(32, 32)
+    expected = Backbone(backbone.tower, (1, 2, 3, 4)).tokens(images)
+
     torch.manual_seed(0)
-    same = [torch.equal(a, b) for a, b in zip(backbone.tokens(images), kept)]
+    in_training = backbone.tokens(images)
+    in_evaluation = backbone.eval().tokens(images)
+
+    same = [torch.equal(a, b) for a, b in zip(in_training, expected)]
     assert same == [True, False, False, False]
-    assert all(torch.equal(a, b) for a, b in zip(backbone.eval().tokens(images), kept))
+    assert all(torch.equal(a, b) for a, b in zip(in_evaluation, expected))
 
 
 @pytest.mark.parametrize("depth, taps", [(12, (4, 6, 8, 12)), (24, (8, 12, 16, 24))])
@@ -140,9 +162,10 @@ def test_wrong_taps_say_what_is_allowed(taps):
 
 def test_statistics_are_the_towers():
     cfg = dataclasses.replace(CLIP.vision, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    tower, pixels = (
-        small("clip", vision=cfg).vision,
-        torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8),
-    )
-    backbone = Backbone(tower)
-    torch.testing.assert_close(backbone(pixels)["2"], backbone(pixels / 127.5 - 1)["2"])
+    backbone = Backbone(small("clip", vision=cfg).vision)
+    pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+
+    from_bytes = backbone(pixels)
+    from_floats = backbone(pixels / 127.5 - 1)
+
+    torch.testing.assert_close(from_bytes["2"], from_floats["2"])

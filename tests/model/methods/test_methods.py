@@ -1,10 +1,10 @@
 """Methods on nano models in one process: the student sees visible patches alone; losses are the
-papers' sums, made again by hand; gradients reach all that is trained and nothing of a teacher;
-FLOPs are torch's count. (A-CLIP's choice of patches: tests/model/methods/test_attentive.py.)
+sums of the papers, computed by hand; gradients reach every trained parameter and no teacher.
+(A-CLIP's choice of patches: tests/model/methods/test_attentive.py.)
 
 Run: pytest tests/model/methods/test_methods.py
-The real Reader makes the batches, of B pictures of 64 x 64 pixels, L = 8 x 8 patches. WHOLE: a view
-shows the picture as it is.
+The real Reader builds the batches, of B pictures of 64 x 64 pixels, L = 8 x 8 patches. WHOLE: a
+view shows the picture without a change.
 """
 
 import dataclasses
@@ -37,10 +37,12 @@ VIEWS = {
         "image": View(**WHOLE, mask="gaussian(0.5)"),
         "augmented": View(**WHOLE, mask="random(0.75)", count=2),
     },
-    **{name: {"image": View(**WHOLE, mask="random(0.75)")} for name in ("mae", "maskclip")},
+    "mae": {"image": View(**WHOLE, mask="random(0.75)")},
+    "maskclip": {"image": View(**WHOLE, mask="random(0.75)")},
     "aclip": {"view": View(**WHOLE, count=2), "teacher": View(encloses=("view",))},
 }
-HEADS, AUXILIARY = dict(hidden=64, out=32), dict(simclr=1.0, simsiam=0.5, byol=2.0)
+HEADS = dict(hidden=64, out=32)
+AUXILIARY = dict(simclr=1.0, simsiam=0.5, byol=2.0)
 OPTIONS = {
     "clip": {},
     "slip": HEADS,
@@ -62,63 +64,63 @@ VARIANTS = [
 
 
 def build(name: str, views: int = 2, **options) -> Method:
-    """A teacher is drawn apart from the student, so that the two cannot be confused.
+    """Build a method, whose teacher has other weights than the student.
 
-    views: how many A-CLIP is given.
+    views: the number of A-CLIP's views.
     """
     torch.manual_seed(0)
-    cfg = {"clip": ModelConfig(), "mae": ModelConfig()}.get(name, CLIP)  # FLIP's flavour, or CLIP's
-    changes = {"maskclip": dict(pool="mean"), "aclip": dict(freeze_patch=True)}.get(name, {})
-    cfg = dataclasses.replace(
-        cfg, size="nano/8", image_size=64, vision=dataclasses.replace(cfg.vision, **changes)
-    )
-    options = METHODS[name].Options(**{**OPTIONS[name], **options})
-    METHODS[name].check(options, cfg, {"view": views})
-    return METHODS[name](cfg, VOCAB, CONTEXT, options)
+    cfg = ModelConfig() if name in ("clip", "mae") else CLIP  # FLIP's flavor, or CLIP's
+    vision = cfg.vision
+    if name == "maskclip":
+        vision = dataclasses.replace(vision, pool="mean")
+    elif name == "aclip":
+        vision = dataclasses.replace(vision, freeze_patch=True)
+    cfg = dataclasses.replace(cfg, size="nano/8", image_size=64, vision=vision)
+    method_options = METHODS[name].Options(**{**OPTIONS[name], **options})
+    METHODS[name].check(method_options, cfg, {"view": views})
+    return METHODS[name](cfg, VOCAB, CONTEXT, method_options)
 
 
 def pictures() -> torch.Tensor:
-    """All their patches (B, L, 3 * 8 * 8), uint8."""
-    return torch.randint(
-        0, 256, (B, L, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    """Draw all patches (B, L, 3 * 8 * 8) of the pictures, uint8."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (B, L, 192), dtype=torch.uint8, generator=rng)
 
 
 def sample(number: int, patches: torch.Tensor) -> Sample:
+    pixels = unpatchify(patches[None], 8, GRID)[0].permute(1, 2, 0).numpy()
     out = io.BytesIO()
-    Image.fromarray(unpatchify(patches[None], 8, GRID)[0].permute(1, 2, 0).numpy()).save(out, "PNG")
+    Image.fromarray(pixels).save(out, "PNG")
     return Sample("", "", {"png": out.getvalue(), "txt": b"red circle " * (1 + number)})
 
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory):
-    """part(method's name, patches, other views, if so) -> what the Reader makes of pictures."""
+    """Return part(method name, patches, views to replace) -> the Reader's batch of the pictures."""
     path = tmp_path_factory.mktemp("methods") / "tokenizer.model"
-    train_sentencepiece(
-        [f"a {colour} {shape}" for colour in ("red", "green") for shape in ("circle", "square")],
-        path,
-        VOCAB,
-    )
+    texts = ["a red circle", "a red square", "a green circle", "a green square"]
+    train_sentencepiece(texts, path, VOCAB)
     data = DataConfig(train=("none",), tokenizer=f"sentencepiece({path})", context=CONTEXT)
 
-    def made(name, patches=None, **views):
+    def batch(name, patches=None, **views):
         extra = dict(hidden=METHODS[name].hidden, noise=METHODS[name].noise)
         reader = Reader(data, {**VIEWS[name], **views}, image_size=64, patch=8, seed=0, **extra)
-        return reader.part(
-            [
-                reader.row(sample(i, x), 0, i)
-                for i, x in enumerate(pictures() if patches is None else patches)
-            ],
-            [],
-        )
+        if patches is None:
+            patches = pictures()
+        rows = [reader.row(sample(i, x), 0, i) for i, x in enumerate(patches)]
+        return reader.part(rows, [])
 
-    return made
+    return batch
 
 
 def hooked(module: torch.nn.Module, work) -> tuple:
-    """(what work() returns, [(arguments, output) of each call of the module])."""
+    """Return (the result of work(), [(arguments, output) of each call of the module])."""
     calls = []
-    with module.register_forward_hook(lambda _, args, out: calls.append((args, out))):
+
+    def record(_, args, output):
+        calls.append((args, output))
+
+    with module.register_forward_hook(record):
         return work(), calls
 
 
@@ -130,54 +132,59 @@ def dense(features: dict, image: str = "image") -> torch.Tensor:
 
 
 def masked(method: Method, part: dict) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What a student makes of visible patches alone, and which patches each of its masked views
-    shows, (B, L).
+    """Return the outputs that depend on visible patches alone, and the patches (B, L) that each
+    masked view shows.
     """
     decoder = getattr(method, "decoder", torch.nn.Identity())
-    (features, decoded), calls = hooked(
-        method.towers.vision, lambda: hooked(decoder, lambda: method(part))
-    )
-    shown = [
-        torch.zeros(B, L, dtype=torch.bool).scatter_(1, own.long(), True)
-        for (_, at), _ in calls
-        for own in at.split(B)
-    ]
-    few, made = [x for x in shown if not x.all()], [out for _, out in decoded]
-    # no pass over whole pictures: no feature of them may know what is hidden
-    if len(few) == len(shown):
-        made += [
-            x
-            for key, x in features.items()
-            if key not in ("text", "scale", "reconstruction", "distillation")
-        ]
-    return made, few
+    vision = method.towers.vision
+    (features, decoded), calls = hooked(vision, lambda: hooked(decoder, lambda: method(part)))
+
+    # The patches of each view; views of equal length share a call.
+    shown = []
+    for (_, positions), _ in calls:
+        for keep in positions.split(B):
+            mask = torch.zeros(B, L, dtype=torch.bool)
+            shown.append(mask.scatter_(1, keep.long(), True))
+    partial = [x for x in shown if not x.all()]
+
+    outputs = [output for _, output in decoded]
+    # Without a pass over all patches, no image feature may depend on the hidden ones.
+    if len(partial) == len(shown):
+        others = ("text", "scale", "reconstruction", "distillation")
+        outputs += [x for key, x in features.items() if key not in others]
+    return outputs, partial
 
 
 @pytest.mark.parametrize("name, options", [*VARIANTS, ("aclip", dict(strategy="mixed"))])
 def test_the_student_never_sees_a_hidden_patch(part, monkeypatch, name, options):
-    """The pictures themselves are changed, wherever no masked view shows them, and then in one
-    patch that the first view shows.
+    """The pictures are changed wherever no masked view shows them, and then in a patch that the
+    first view shows.
     """
-    method, patches, fixed = (
-        build(name, **options),
-        pictures(),
-        (torch.rand(B, L), torch.randn(B, 128)),
-    )
-    # A-CLIP's teacher sees everything
-    monkeypatch.setattr(method, "look", lambda seen: fixed, raising=False)
-    made, few = masked(method, part(name))
-    seen, one = torch.stack(few).any(0), F.one_hot(few[0].int().argmax(1), L).bool()
-    unseen, other = (
-        masked(method, part(name, torch.where(x[:, :, None], 255 - patches, patches)))[0]
-        for x in (~seen, one)
-    )
-    assert not seen.all(1).any() and all(map(torch.equal, made, unseen))
-    assert (made[0] != other[0]).flatten(1).any(1).all()
+    method = build(name, **options)
+    patches = pictures()
+    # A-CLIP's teacher sees everything.
+    scores_and_tokens = (torch.rand(B, L), torch.randn(B, 128))
+    monkeypatch.setattr(method, "look", lambda seen: scores_and_tokens, raising=False)
+
+    def outputs_with_changes(changed):
+        changed_patches = torch.where(changed[:, :, None], 255 - patches, patches)
+        return masked(method, part(name, changed_patches))[0]
+
+    outputs, shown = masked(method, part(name))
+    seen = torch.stack(shown).any(0)
+    first_shown = F.one_hot(shown[0].int().argmax(1), L).bool()
+    without_hidden = outputs_with_changes(~seen)
+    with_visible = outputs_with_changes(first_shown)
+
+    assert not seen.all(1).any()
+    assert all(map(torch.equal, outputs, without_hidden))
+    assert (outputs[0] != with_visible[0]).flatten(1).any(1).all()
 
 
 def leaves(loss: torch.Tensor) -> set[int]:
-    """The ids of the tensors that a backward pass would reach."""
-    seen, todo = set(), [loss.grad_fn]
+    """Return the ids of the tensors that a backward pass would reach."""
+    seen = set()
+    todo = [loss.grad_fn]
     while todo:
         node = todo.pop()
         if node not in seen:
@@ -189,34 +196,43 @@ def leaves(loss: torch.Tensor) -> set[int]:
 @pytest.mark.parametrize("name, options", VARIANTS)
 def test_gradients_reach_what_is_trained_and_no_teacher(part, name, options):
     method = build(name, **options)
-    loss, _ = method.loss(method(part(name)))
-    frozen = ("teacher.", "byol_teacher.") + ("towers.vision.patch.",) * (name == "aclip")
-    frozen += ("towers.text", "towers.image_projection.", "towers.temperature.") * (
-        options.get("contrast") is False
-    )
-    trained = {key: p for key, p in method.named_parameters() if not key.startswith(frozen)}
-    assert leaves(loss) == {id(p) for p in trained.values()}
-    loss.backward()
+    frozen = ["teacher.", "byol_teacher."]
+    if name == "aclip":
+        frozen += ["towers.vision.patch."]
+    if options.get("contrast") is False:
+        frozen += ["towers.text", "towers.image_projection.", "towers.temperature."]
+    trained = {}
     for key, p in method.named_parameters():
-        assert p.requires_grad == (p.grad is not None) == (key in trained), key
-        assert key not in trained or p.grad.isfinite().all() and p.grad.any(), key
+        if not key.startswith(tuple(frozen)):
+            trained[key] = p
+
+    loss, _ = method.loss(method(part(name)))
+    reached = leaves(loss)
+    loss.backward()
+
+    assert reached == {id(p) for p in trained.values()}
+    for key, p in method.named_parameters():
+        assert p.requires_grad == (key in trained), key
+        assert (p.grad is not None) == (key in trained), key
+    for key, p in trained.items():
+        assert p.grad.isfinite().all(), key
+        assert p.grad.any(), key
 
 
 @pytest.mark.parametrize("name, options", [("maskclip", {}), ("aclip", {}), *VARIANTS[-2:]])
 def test_every_weight_of_a_teacher_follows_its_own(name, options):
     method = build(name, **options)
     names = {id(p): key for key, p in method.named_parameters()}
-    pairs = {
-        names[id(mine)]: names[id(theirs)]
-        for mine, theirs in ema.parameters(method.averaged()).values()
-    }
-    assert pairs.keys() == {
-        key for key in names.values() if key.startswith(("teacher.", "byol_teacher."))
-    }
-    assert all(
-        theirs == mine.replace("byol_teacher.", "byol_projector.").replace("teacher.", "towers.")
-        for mine, theirs in pairs.items()
-    )
+    teacher_names = {key for key in names.values() if key.startswith(("teacher.", "byol_teacher."))}
+
+    pairs = {}
+    for teacher, student in ema.parameters(method.averaged()).values():
+        pairs[names[id(teacher)]] = names[id(student)]
+
+    assert pairs.keys() == teacher_names
+    for teacher, student in pairs.items():
+        expected = teacher.replace("byol_teacher.", "byol_projector.")
+        assert student == expected.replace("teacher.", "towers.")
     assert any(".text" in key for key in pairs) == ("average_text" in options)
 
 
@@ -225,21 +241,27 @@ def test_every_weight_of_a_teacher_follows_its_own(name, options):
     [("maskclip", (0.999, 0.999225, 0.9999)), ("aclip", (0.996, 0.998 - 0.002 * 0.5**0.5, 1.0))],
 )
 def test_momentum(name, expected):
-    assert [build(name).momentum(t) for t in (0, 0.25, 1)] == pytest.approx(expected, abs=1e-9)
+    method = build(name)
+
+    momenta = [method.momentum(t) for t in (0, 0.25, 1)]
+
+    assert momenta == pytest.approx(expected, abs=1e-9)
 
 
 # ---- losses by hand
 
 
 def test_clip(part):
-    method, batch = build("clip"), part("clip")
-    features, view = method(batch), batch["views"]["image"]
-    assert torch.equal(view["patches"], take(pictures(), view["positions"].long())), (
-        "WHOLE shows the picture's own pixels"
-    )
-    torch.testing.assert_close(
-        features["image"], method.towers.encode_image(view["patches"], view["positions"])
-    )
+    method = build("clip")
+    batch = part("clip")
+    view = batch["views"]["image"]
+
+    features = method(batch)
+
+    patches = take(pictures(), view["positions"].long())
+    assert torch.equal(view["patches"], patches), "WHOLE shows the picture's own pixels"
+    embedding = method.towers.encode_image(view["patches"], view["positions"])
+    torch.testing.assert_close(features["image"], embedding)
     torch.testing.assert_close(method.loss(features)[0], dense(features))
 
 
@@ -247,81 +269,89 @@ def test_clip(part):
 def test_slip(part, as_released, mask):
     """Each view has its own batch statistics.
 
-    as_released: what a row is compared with carries no gradient.
+    as_released: the columns that a row is compared with carry no gradient.
     """
     method = build("slip", weight=0.7, temperature=0.2, as_released=as_released)
     batch = part("slip", image=View(mask=mask), augmented=View(count=2))
-    made, views = (
-        method(batch),
-        (batch["views"][view] for view in ("image", "augmented1", "augmented2")),
-    )
-    image, one, two = (
-        method.towers.image_features(view["patches"], view["positions"]) for view in views
-    )
-    for key, expected in dict(
-        image=method.towers.embed_image(image), one=method.head(one), two=method.head(two)
-    ).items():
-        torch.testing.assert_close(made[key], expected)
-    ours, theirs = ({key: x.detach().requires_grad_() for key, x in made.items()} for _ in range(2))
-    others = [theirs[key].detach() if as_released else theirs[key] for key in ("text", "image")]
-    logits = [
-        theirs["scale"] * theirs[key] @ other.T for key, other in zip(("image", "text"), others)
-    ]
-    expected = (
-        sum(F.cross_entropy(x, torch.arange(B)) for x in logits) / 2
-        + 0.7 * simclr(theirs["one"], theirs["two"], 0.2)[0]
-    )
-    loss, _ = method.loss(ours)
+
+    # The features of each view.
+    def image_features(name):
+        view = batch["views"][name]
+        return method.towers.image_features(view["patches"], view["positions"])
+
+    features = method(batch)
+    image = method.towers.embed_image(image_features("image"))
+    torch.testing.assert_close(features["image"], image)
+    torch.testing.assert_close(features["one"], method.head(image_features("augmented1")))
+    torch.testing.assert_close(features["two"], method.head(image_features("augmented2")))
+
+    # The loss, and its gradients with respect to the features.
+    actual = {key: x.detach().requires_grad_() for key, x in features.items()}
+    reference = {key: x.detach().requires_grad_() for key, x in features.items()}
+    image, text, scale = (reference[key] for key in ("image", "text", "scale"))
+    images, texts = (image.detach(), text.detach()) if as_released else (image, text)
+    image_loss = F.cross_entropy(scale * image @ texts.T, torch.arange(B))
+    text_loss = F.cross_entropy(scale * text @ images.T, torch.arange(B))
+    simclr_loss, _ = simclr(reference["one"], reference["two"], 0.2)
+    expected = (image_loss + text_loss) / 2 + 0.7 * simclr_loss
+    loss, _ = method.loss(actual)
     torch.testing.assert_close(loss, expected)
-    loss.backward(), expected.backward()
-    for key in ours:
-        torch.testing.assert_close(
-            ours[key].grad, theirs[key].grad, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    loss.backward()
+    expected.backward()
+    for key in actual:
+        assert_close_gradients(key, actual[key].grad, reference[key].grad)
+
+
+def assert_close_gradients(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    def message(text: str) -> str:
+        return f"{name}: {text}"
+
+    torch.testing.assert_close(actual, expected, msg=message)
 
 
 def hidden(batch: dict) -> torch.Tensor:
-    """The positions (B, L - K) that a batch's masked views do not show."""
-    return torch.tensor(
-        [sorted({*range(L)} - {*row}) for row in batch["views"]["image"]["positions"].tolist()]
-    )
+    """Return the positions (B, L - K) that a batch's masked views do not show."""
+    rows = batch["views"]["image"]["positions"].tolist()
+    return torch.tensor([sorted(set(range(L)) - set(row)) for row in rows])
 
 
 @pytest.mark.parametrize("contrast", ["image", "visible"])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_mae(part, contrast, normalise):
-    method, batch = build("mae", contrast=contrast, normalise=normalise, weight=0.3), part("mae")
-    features, ((_, made),) = hooked(method.decoder, lambda: method(batch))
-    mean, std = (
-        torch.tensor(x).repeat_interleave(64)
-        for x in (method.cfg.vision.mean, method.cfg.vision.std)
-    )
+    method = build("mae", contrast=contrast, normalise=normalise, weight=0.3)
+    batch = part("mae")
+    view = batch["views"]["image"]
+
+    features, ((_, prediction),) = hooked(method.decoder, lambda: method(batch))
+    loss, _ = method.loss(features)
+
+    # The reconstruction of hidden patches.
+    mean = torch.tensor(method.cfg.vision.mean).repeat_interleave(64)
+    std = torch.tensor(method.cfg.vision.std).repeat_interleave(64)
     target = take((pictures() / 255 - mean) / std, hidden(batch))
     if normalise:
         target = (target - target.mean(2, keepdim=True)) / target.std(2, keepdim=True)
-    torch.testing.assert_close(
-        features["reconstruction"], ((made - target) ** 2).mean((1, 2)), rtol=1e-4, atol=1e-5
-    )
-    view = batch["views"]["image"]
-    shown = (
-        (pictures(), torch.arange(L).expand(B, -1))
-        if contrast == "image"
-        else (view["patches"], view["positions"])
-    )
-    torch.testing.assert_close(features["image"], method.towers.encode_image(*shown))
-    torch.testing.assert_close(
-        method.loss(features)[0], dense(features) + 0.3 * features["reconstruction"].mean()
-    )
+    errors = ((prediction - target) ** 2).mean((1, 2))
+    torch.testing.assert_close(features["reconstruction"], errors, rtol=1e-4, atol=1e-5)
+
+    # The embedding, and the sum.
+    if contrast == "image":
+        embedding = method.towers.encode_image(pictures(), torch.arange(L).expand(B, -1))
+    else:
+        embedding = method.towers.encode_image(view["patches"], view["positions"])
+    total = dense(features) + 0.3 * features["reconstruction"].mean()
+    torch.testing.assert_close(features["image"], embedding)
+    torch.testing.assert_close(loss, total)
 
 
 @pytest.mark.parametrize("teacher", ["average", "student", "runs/x"])
 @pytest.mark.parametrize("convention, beta, normalise", [("sum", 2.0, False), ("half", 0.5, True)])
 def test_maskclip(part, teacher, convention, beta, normalise):
-    """The target is what the teacher makes of the whole picture, at the hidden patches.
+    """The target is the teacher's output for the whole picture, at the hidden patches.
 
-    Another run's goes without a contrast, too.
+    The teacher of another run works without a contrast, too.
     """
-    both = teacher != "runs/x"
+    contrast = teacher != "runs/x"
     method = build(
         "maskclip",
         teacher=teacher,
@@ -329,31 +359,40 @@ def test_maskclip(part, teacher, convention, beta, normalise):
         beta=beta,
         normalise=normalise,
         weight=0.3,
-        contrast=both,
+        contrast=contrast,
     )
-    assert method.borrowed() == ({} if both else {"teacher.": "runs/x"}) and len(
-        method.averaged()
-    ) == (teacher == "average")
-    batch, everything = part("maskclip"), (pictures(), torch.arange(L).expand(B, -1))
+    assert method.borrowed() == ({} if contrast else {"teacher.": "runs/x"})
+    assert len(method.averaged()) == (teacher == "average")
+    batch = part("maskclip")
+    all_patches = (pictures(), torch.arange(L).expand(B, -1))
     vision = (method.towers if teacher == "student" else method.teacher).vision
-    vision.norm.weight.data.uniform_(0.5, 2)  # or its outputs are layer-normalised already
-    features, ((_, made),) = hooked(method.decoder, lambda: method(batch))
-    target = take(vision(*everything)[:, 1:], hidden(batch))
-    far = (made - (F.layer_norm(target, (128,)) if normalise else target)).abs()
-    expected = torch.where(far < beta, far**2 / (2 * beta), far - beta / 2).mean((1, 2))
+    vision.norm.weight.data.uniform_(0.5, 2)  # or its outputs are layer-normalized already
+
+    # Distillation at the hidden patches.
+    features, ((_, prediction),) = hooked(method.decoder, lambda: method(batch))
+    target = take(vision(*all_patches)[:, 1:], hidden(batch))
+    if normalise:
+        target = F.layer_norm(target, (128,))
+    error = (prediction - target).abs()
+    smooth_l1 = torch.where(error < beta, error**2 / (2 * beta), error - beta / 2)
+    expected = smooth_l1.mean((1, 2))
     torch.testing.assert_close(features["distillation"], expected)
+
+    # The sum.
     total = 0.3 * expected.mean()
-    if both:
-        torch.testing.assert_close(features["image"], method.towers.encode_image(*everything))
+    if contrast:
+        torch.testing.assert_close(features["image"], method.towers.encode_image(*all_patches))
         total += {"sum": 2, "half": 1}[convention] * dense(features)
     torch.testing.assert_close(method.loss(features)[0], total)
-    order, view = torch.randperm(L - L // 4), batch["views"]["image"]
-    view |= {key: view[key][:, order] for key in ("hidden", "hidden_positions")}
-    torch.testing.assert_close(
-        method(batch)["distillation"],
-        expected,
-        msg="the order of the hidden patches does not matter",
-    )
+
+    # Hidden patches in another order.
+    order = torch.randperm(L - L // 4)
+    view = batch["views"]["image"]
+    for key in ("hidden", "hidden_positions"):
+        view[key] = view[key][:, order]
+    reordered = method(batch)["distillation"]
+    message = "the order of the hidden patches does not matter"
+    torch.testing.assert_close(reordered, expected, msg=message)
 
 
 @pytest.mark.parametrize(
@@ -374,65 +413,63 @@ def test_maskclip(part, teacher, convention, beta, normalise):
     ],
 )
 def test_aclip(part, count, size, kept, options):
-    """Views choose by scores read off at their own boxes; each meets the text; auxiliary losses are
-    means over views, or pairs of them.
+    """Views choose patches by the scores at their boxes; each view is contrasted with the text;
+    auxiliary losses are means over views, or pairs of them.
     """
-    method, batch = (
-        build("aclip", count, **options),
-        part("aclip", view=View(count=count), teacher=View(encloses=("view",), size=size)),
-    )
-    features, seen = method(batch), batch["views"]["teacher"]
-    (scores, whole), teacher_grid = method.look(seen), (4, 4) if size else GRID
-    choice, share, pooled = (
-        Attentive(method.options.strategy, 16, 8, GRID),
-        options.get("keep", 1 / count),
-        [],
-    )
+    method = build("aclip", count, **options)
+    batch = part("aclip", view=View(count=count), teacher=View(encloses=("view",), size=size))
+    teacher_view = batch["views"]["teacher"]
+    teacher_grid = (4, 4) if size else GRID
+    share = options.get("keep", 1 / count)
+
+    features = method(batch)
+    loss, metrics = method.loss(features)
+
+    # The choice of patches, and the embeddings of the views.
+    scores, teacher_tokens = method.look(teacher_view)
+    attentive = Attentive(method.options.strategy, 16, 8, GRID)
+    pooled = []
     for i in range(count):
         view = batch["views"][f"view{i + 1}" if count > 1 else "view"]
-        keep = choice.choose(
-            scores_at(scores, teacher_grid, seen["box"], view["box"], GRID), share, view["noise"]
-        )
+        view_scores = scores_at(scores, teacher_grid, teacher_view["box"], view["box"], GRID)
+        keep = attentive.choose(view_scores, share, view["noise"])
         assert keep.shape == (B, kept)
         pooled.append(method.towers.image_features(take(view["patches"], keep), keep))
         torch.testing.assert_close(features[f"image{i}"], method.towers.embed_image(pooled[i]))
-    expected, both = (
-        torch.stack([dense(features, f"image{i}") for i in range(count)]).mean(),
-        torch.cat(pooled),
-    )
-    if weight := options.get("simclr"):
-        z, t = method.simclr_head(both).chunk(count), method.options.temperature
-        pairs = [(0, 0)] if "as_released" in options else combinations(range(count), 2)
-        expected = (
-            expected + weight * torch.stack([simclr(z[i], z[j], t)[0] for i, j in pairs]).mean()
-        )
-    if weight := options.get("simsiam"):
-        z = method.simsiam_projector(both)
-        p, z = method.simsiam_predictor(z).chunk(count), z.chunk(count)
-        expected = (
-            expected
-            - weight
-            * torch.stack(
-                [F.cosine_similarity(p[i], z[j]) for i, j in permutations(range(count), 2)]
-            ).mean()
-        )
-    if weight := options.get("byol"):
-        p = method.byol_predictor(method.byol_projector(both)).chunk(count)
-        expected = (
-            expected
-            + weight
-            * torch.stack(
-                [2 - 2 * F.cosine_similarity(x, method.byol_teacher(whole)) for x in p]
-            ).mean()
-        )
-    loss, metrics = method.loss(features)
+
+    # The loss.
+    contrasts = [dense(features, f"image{i}") for i in range(count)]
+    expected = torch.stack(contrasts).mean()
+    expected += auxiliary_losses(method, torch.cat(pooled), teacher_tokens, count, options)
     torch.testing.assert_close(loss, expected)
-    assert metrics.keys() == {
-        "accuracy",
-        "contrastive",
-        "temperature",
-        *(options.keys() & AUXILIARY.keys()),
-    }
+    auxiliary = options.keys() & AUXILIARY.keys()
+    assert metrics.keys() == {"accuracy", "contrastive", "temperature", *auxiliary}
+
+
+def auxiliary_losses(
+    method: Method, pooled: torch.Tensor, teacher_tokens: torch.Tensor, count: int, options: dict
+) -> torch.Tensor:
+    """Return the weighted sum of A-CLIP's auxiliary losses of `count` views, (count B, D)."""
+    total = torch.zeros(())
+    if weight := options.get("simclr"):
+        z = method.simclr_head(pooled).chunk(count)
+        temperature = method.options.temperature
+        pairs = [(0, 0)] if "as_released" in options else combinations(range(count), 2)
+        terms = [simclr(z[i], z[j], temperature)[0] for i, j in pairs]
+        total = total + weight * torch.stack(terms).mean()
+    if weight := options.get("simsiam"):
+        projected = method.simsiam_projector(pooled)
+        p = method.simsiam_predictor(projected).chunk(count)
+        z = projected.chunk(count)
+        pairs = permutations(range(count), 2)
+        terms = [F.cosine_similarity(p[i], z[j]) for i, j in pairs]
+        total = total - weight * torch.stack(terms).mean()
+    if weight := options.get("byol"):
+        p = method.byol_predictor(method.byol_projector(pooled)).chunk(count)
+        target = method.byol_teacher(teacher_tokens)
+        terms = [2 - 2 * F.cosine_similarity(x, target) for x in p]
+        total = total + weight * torch.stack(terms).mean()
+    return total
 
 
 # ---- cost and refusals

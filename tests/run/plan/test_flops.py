@@ -1,4 +1,4 @@
-"""The FLOPs of a sample: against closed forms, against a real training step, and by parts."""
+"""Compare the FLOPs of a sample with closed forms and with the formulas of each method."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def load(name: str, *overrides: str) -> config.Run:
 
 
 def blocks(tokens: int, width: int, depth: int, queries: int) -> int:
-    """Multiply-adds of a transformer whose last block computes `queries` tokens only."""
+    """Count the multiply-adds of a transformer whose last block computes `queries` tokens only."""
     qkv = 3 * width**2
     rest = 2 * tokens * width + width**2 + 8 * width**2  # attention, projection, MLP
     return depth * tokens * (qkv + rest) - (tokens - queries) * rest
@@ -32,7 +32,7 @@ def test_the_closed_form_of_b16(mask, visible, pool, all_tokens):
     tokens = 1 + visible
     embedding = visible * 768 * 768
     vision = blocks(tokens, 768, 12, tokens if all_tokens else 1) + 768 * 512
-    # forward and two products backward, but none for the gradient of the pixels
+    # Forward and two products backward, but none for the gradient of the pixels.
     assert flops.images == 2 * (3 * vision + 2 * embedding)
     assert flops.captions == 2 * 3 * (blocks(TOKENS, 512, 12, 1) + 512 * 512)
     assert flops.loss == 2 * 4 * 4096 * 512
@@ -81,12 +81,13 @@ def test_a_frozen_text_tower_is_not_counted():
 
 def test_products_that_are_added_in_place_count():
     rows, width = 64, 32
-    image, text = (torch.randn(rows, width).requires_grad_() for _ in range(2))
+    image = torch.randn(rows, width).requires_grad_()
+    text = torch.randn(rows, width).requires_grad_()
 
-    with counter() as counted:
+    with counter() as flop_counter:
         contrastive(image, text, torch.ones(1, requires_grad=True))[0].backward()
 
-    assert counted.get_total_flops() == 4 * 2 * rows * rows * width
+    assert flop_counter.get_total_flops() == 4 * 2 * rows * rows * width
 
 
 def test_a_rank_counts_without_the_others(monkeypatch):

@@ -1,5 +1,5 @@
-"""The planner: FLOPs within 2 % of torch's counter, memory within 15 % of what is allocated; what
-it proposes, prints and refuses.
+"""The planner: FLOPs within 2 % of torch's counter, memory within 15 % of the allocated bytes; its
+proposals, its output and what it refuses.
 
     bash run/test.sh tests/run/plan/test_planner.py
 The slow case is a table of run/bench_plan.py from two ranks.
@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from glimpse.model import losses, tiled_softmax
@@ -26,10 +27,8 @@ from glimpse.tests.model.test_towers import GOLDEN
 VOCAB, MICRO, TOKENS = 500, 8, 6.0
 DEEP = [
     "model.size=custom/16",
-    (
-        "model.custom={width: 32, depth: 24, heads: 2, text_width: 48, text_depth: 10, text_heads:"
-        " 3, embed: 16}"
-    ),
+    "model.custom={width: 32, depth: 24, heads: 2, text_width: 48, text_depth: 10, text_heads: 3,"
+    " embed: 16}",
 ]
 NANO = ["model.size=nano/8", "model.image_size=128"]
 
@@ -42,12 +41,17 @@ def made_config(*overrides: str, base: str = "flip_b16") -> config.Run:
 
 
 def step(cfg: config.Run):
-    """A forward and backward pass whose gradients are dropped as they are made."""
+    """Return a function: a forward and backward pass that drops each gradient at once."""
     torch.manual_seed(0)
     method = build_method(cfg, VOCAB)
     part = synthetic_batch.part(cfg, TOKENS, MICRO)
-    for parameter in filter(lambda p: p.requires_grad, method.parameters()):
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def drop(parameter):
+        parameter.grad = None
+
+    for parameter in method.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop)
 
     def passes():
         features = [feature for feature in method(part).values() if feature.requires_grad]
@@ -62,29 +66,31 @@ def step(cfg: config.Run):
 def test_flops_and_activations_are_the_measured_ones(size, mask, again):
     cfg = made_config(*size, f"views.image.mask={mask}", f"model.checkpoint_activations={again}")
     passes = step(cfg)
+
+    # FLOPs.
     with flops.counter() as counter:
         passes()
+    counted = counter.get_total_flops() / MICRO
     parts = planner.costs(cfg, VOCAB, TOKENS, sharded=False)
-    assert sum(parts.values()) - parts["loss"] == pytest.approx(
-        counter.get_total_flops() / MICRO, rel=0.005
-    )
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    assert sum(parts.values()) - parts["loss"] == pytest.approx(counted, rel=0.005)
+
+    # The measured peak of memory. The batch existed before and is not part of it.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         passes()
-    events = sorted(
-        (e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    )
-    now = peak = 0
-    for event in events:
+    events = profiler.profiler.kineto_results.events()
+    memory_events = [event for event in events if event.name() == "[memory]"]
+    memory_events.sort(key=lambda event: event.start_ns())
+    now = 0
+    peak = 0
+    for event in memory_events:
         now += event.nbytes()
         peak = max(peak, now)
-    # which was there before
-    batch = sum(
-        x.nbytes for x in synthetic_batch.part(cfg, TOKENS, MICRO)["views"]["image"].values()
-    )
-    found = activation_memory.traced(cfg, VOCAB, TOKENS, MICRO, torch.float32, keep=False)
-    assert found.backward - batch == pytest.approx(peak, rel=0.15)
-    assert found.saved <= found.forward <= found.backward
+    image = synthetic_batch.part(cfg, TOKENS, MICRO)["views"]["image"]
+    batch = sum(x.nbytes for x in image.values())
+
+    trace = activation_memory.traced(cfg, VOCAB, TOKENS, MICRO, torch.float32, keep=False)
+    assert trace.backward - batch == pytest.approx(peak, rel=0.15)
+    assert trace.saved <= trace.forward <= trace.backward
 
 
 @pytest.mark.parametrize("name", ["aclip_b16", "maskclip_b16", "mae_b16", "slip_b16"])
@@ -92,22 +98,21 @@ def test_every_method_is_planned(name):
     """The teacher, the heads and the recomputation of each, against torch's counter."""
     cfg = made_config(*NANO, "model.checkpoint_activations=true", base=name)
     passes = step(cfg)
+    has_teacher = name in ("aclip_b16", "maskclip_b16")
+
     with flops.counter() as counter:
         passes()
-    found = planner.plan(cfg, planner.Cluster.of("H100", ranks=1), TOKENS, vocab=VOCAB)
-
-    # The plan is one of ZeRO-3, which computes more again than this plain process.
+    plan = planner.plan(cfg, planner.Cluster.of("H100", ranks=1), TOKENS, vocab=VOCAB)
     parts = planner.costs(cfg, VOCAB, TOKENS, sharded=False)
-    assert found.flops["recomputed"] > parts["recomputed"]
-    for what in ("images", "captions", "teacher", "loss"):
-        assert found.flops[what] == parts[what]
+
+    # The plan is for ZeRO-3, which recomputes more than this plain process.
+    assert plan.flops["recomputed"] > parts["recomputed"]
+    for purpose in ("images", "captions", "teacher", "loss"):
+        assert plan.flops[purpose] == parts[purpose]
     counted = counter.get_total_flops() / MICRO
     assert sum(parts.values()) - parts["loss"] == pytest.approx(counted, rel=0.005)
-    assert (
-        bool(found.flops["teacher"])
-        == bool(found.weights.frozen)
-        == (name in ("aclip_b16", "maskclip_b16"))
-    )
+    assert bool(plan.flops["teacher"]) == has_teacher
+    assert bool(plan.weights.frozen) == has_teacher
 
 
 @pytest.mark.parametrize(
@@ -118,29 +123,31 @@ def test_parameters_are_the_golden_ones(name, size):
     cfg = config.load(config.ROOT / f"run/configs/{name}.yaml")
     with torch.device("meta"):
         method = activation_memory.built(cfg, 30523, torch.bfloat16)
-    found = planner.Weights.of(method, cfg, 100_000)
-    assert found.all == int(golden[size]) and found.frozen == 0
+
+    weights = planner.Weights.of(method, cfg, 100_000)
+
+    assert weights.all == int(golden[size])
+    assert weights.frozen == 0
 
 
 def test_the_loss():
-    """Its memory in one process."""
+    """The memory of the loss in one process."""
     rows, embed = 2048, 64
-    image, text = (
-        torch.nn.functional.normalize(torch.randn(rows, embed), dim=1).requires_grad_()
-        for _ in range(2)
-    )
+    image = F.normalize(torch.randn(rows, embed), dim=1).requires_grad_()
+    text = F.normalize(torch.randn(rows, embed), dim=1).requires_grad_()
     scale = torch.ones(1, requires_grad=True)
+
     with activation_memory.Alive() as alive:
         alive.ignore(image, text, scale)
         losses.contrastive(image, text, scale)[0].backward()
-    assert tiled_softmax.contrastive_memory(rows, rows, embed) == pytest.approx(
-        alive.peak, rel=0.15
-    )
+
+    predicted = tiled_softmax.contrastive_memory(rows, rows, embed)
+    assert predicted == pytest.approx(alive.peak, rel=0.15)
 
 
 def test_states_beside_deepspeeds_own_estimate():
-    """It says 18 bytes a parameter of ZeRO-3 and the largest layer; 16 stay from step to step and
-    20 at the step of a whole group.
+    """DeepSpeed estimates 18 bytes for each parameter with ZeRO-3, and the largest layer. We plan
+    16 from step to step, and 20 while a group of all parameters is stepped.
     """
     cfg = config.load(config.ROOT / "run/configs/flip_l16.yaml")
     with torch.device("meta"):
@@ -149,75 +156,81 @@ def test_states_beside_deepspeeds_own_estimate():
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}
     )
     weights = planner.Weights.of(method, cfg, 0)
-    _, theirs, layer = estimate_zero3_model_states_mem_needs(
+
+    _, estimate, layer = estimate_zero3_model_states_mem_needs(
         weights.all, weights.largest, 8, 4, cpu_offload=False
     )
     held = sum(zero.held(weights, 32).values())
+    in_step = sum(zero.in_step(weights, 32, ADAM["gpu"]).values())
+
     assert held == pytest.approx(16 * weights.all / 32, rel=0.001)
-    assert held < theirs - layer < held + sum(zero.in_step(weights, 32, ADAM["gpu"]).values())
+    assert held < estimate - layer < held + in_step
 
 
 def test_what_a_rank_holds_shrinks_with_stage_and_ranks():
     cfg = made_config(*NANO)
     with torch.device("meta"):
-        weights = planner.Weights.of(activation_memory.built(cfg, VOCAB, torch.float32), cfg, 0)
-    held = [
-        [
-            sum(
-                Zero.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1}})
-                .held(weights, ranks)
-                .values()
-            )
-            for ranks in (1, 8)
-        ]
-        for stage in (0, 1, 2, 3)
-    ]
-    assert held[0][0] == held[0][1] == 12 * weights.all
-    assert held[1] == held[2] == [16 * weights.all, 5.5 * weights.all]
+        method = activation_memory.built(cfg, VOCAB, torch.float32)
+    weights = planner.Weights.of(method, cfg, 0)
+
+    held = []
+    for stage in (0, 1, 2, 3):
+        zero = Zero.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1}})
+        one_rank = sum(zero.held(weights, 1).values())
+        eight_ranks = sum(zero.held(weights, 8).values())
+        held.append([one_rank, eight_ranks])
+
+    assert held[0] == [12 * weights.all, 12 * weights.all]
+    assert held[1] == [16 * weights.all, 5.5 * weights.all]
+    assert held[2] == [16 * weights.all, 5.5 * weights.all]
     assert held[3] == pytest.approx([20 * weights.all, 2.5 * weights.all], rel=0.01)
 
 
 def test_proposals():
-    """Nothing is recomputed where memory is ample; then blocks, then parts; then nothing fits."""
+    """Nothing is recomputed with ample memory; with less, blocks or micro-batches are; then nothing
+    fits.
+    """
     cfg = config.load(
         config.ROOT / "run/configs/flip_b16.yaml", ["model.size=nano/16", "batch=1024"]
     )
-    found = [
-        planner.propose(cfg, planner.Cluster(ranks=2, tflops=100, memory=gib, mfu=0.3), TOKENS)
-        for gib in (80, 0.9, 0.001)
-    ]
-    ample, tight, none = found
-    assert (ample.cfg.model.checkpoint_activations, ample.cfg.accumulate) == (
-        False,
-        1,
-    ) and none is None
-    assert ample.fits and tight.fits and tight.hardware_flops > ample.hardware_flops
-    assert (
-        tight.cfg.model.checkpoint_activations or tight.cfg.accumulate > 1
-    ) and tight.cfg.batch == 1024
-    assert tight.utilisation == pytest.approx(
-        planner.plan(cfg, planner.Cluster(2, 100, 80, mfu=0.3), TOKENS).utilisation
-    )
-    assert "No shipped JSON fits" in planner.advice(cfg, none)
+
+    def propose(memory: float) -> planner.Plan | None:
+        cluster = planner.Cluster(ranks=2, tflops=100, memory=memory, mfu=0.3)
+        return planner.propose(cfg, cluster, TOKENS)
+
+    ample = propose(80)
+    tight = propose(0.9)
+    impossible = propose(0.001)
+    reference = planner.plan(cfg, planner.Cluster(2, 100, 80, mfu=0.3), TOKENS)
+
+    assert ample.fits
+    assert not ample.cfg.model.checkpoint_activations
+    assert ample.cfg.accumulate == 1
+    assert tight.fits
+    assert tight.hardware_flops > ample.hardware_flops
+    assert tight.cfg.model.checkpoint_activations or tight.cfg.accumulate > 1
+    assert tight.cfg.batch == 1024
+    assert tight.utilisation == pytest.approx(reference.utilisation)
+    assert impossible is None
+    assert "No shipped JSON fits" in planner.advice(cfg, impossible)
 
 
 def test_parts_hold_less_and_cost_a_forward_pass_more():
-    one, four = (
-        planner.plan(
-            made_config(*NANO, "batch=64", f"accumulate={parts}"),
-            planner.Cluster.of("H100", ranks=1),
-            TOKENS,
-            vocab=VOCAB,
-        )
-        for parts in (1, 4)
-    )
-    assert (
-        four.micro == 16
-        and four.moments["backward pass"]["activations"]
-        < 0.3 * one.moments["backward pass"]["activations"]
-    )
-    assert four.hardware_flops == pytest.approx(4 / 3 * one.hardware_flops, rel=0.001)
-    assert four.step_seconds == pytest.approx(one.step_seconds), "the same MFU is the same speed"
+    cluster = planner.Cluster.of("H100", ranks=1)
+
+    def plan(accumulate: int) -> planner.Plan:
+        cfg = made_config(*NANO, "batch=64", f"accumulate={accumulate}")
+        return planner.plan(cfg, cluster, TOKENS, vocab=VOCAB)
+
+    single = plan(1)
+    four = plan(4)
+
+    single_activations = single.moments["backward pass"]["activations"]
+    four_activations = four.moments["backward pass"]["activations"]
+    assert four.micro == 16
+    assert four_activations < 0.3 * single_activations
+    assert four.hardware_flops == pytest.approx(4 / 3 * single.hardware_flops, rel=0.001)
+    assert four.step_seconds == pytest.approx(single.step_seconds), "the same MFU is the same speed"
 
 
 def test_what_is_printed():
@@ -230,9 +243,13 @@ def test_what_is_printed():
         price=2.0,
         caption=None,
     )
-    said = plan_text(
-        made_config(*NANO, "samples=51.2k", "batch=512", "data.tokenizer=wordpiece(nowhere)"), args
+    cfg = made_config(*NANO, "samples=51.2k", "batch=512", "data.tokenizer=wordpiece(nowhere)")
+
+    text = plan_text(cfg, args)
+    other_text = plan_text(
+        made_config(*NANO, "batch=512"), replace_namespace(args, peak_tflops=10.0, gpu_memory=24.0)
     )
+
     for expected in (
         "Assumed:",
         "captions of 16 tokens on average",
@@ -240,16 +257,12 @@ def test_what_is_printed():
         "312 TFLOP/s",
         "MFU 40%",
         "at 2 a device-hour",
-        (
-            "Proposed: --deepspeed_config ds_configs/zero3.json --set accumulate=1"
-            " model.checkpoint_activations=false"
-        ),
+        "Proposed: --deepspeed_config ds_configs/zero3.json --set accumulate=1"
+        " model.checkpoint_activations=false",
     ):
-        assert expected in said
-    other = plan_text(
-        made_config(*NANO, "batch=512"), replace_namespace(args, peak_tflops=10.0, gpu_memory=24.0)
-    )
-    assert "8 x device," in other and "10 TFLOP/s" in other
+        assert expected in text
+    assert "8 x device," in other_text
+    assert "10 TFLOP/s" in other_text
 
 
 def replace_namespace(args: Namespace, **changes) -> Namespace:
@@ -310,27 +323,23 @@ def test_two_ranks_measure_what_is_planned():
         "4",
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in done.stdout.splitlines()
-        if line.startswith("| nano")
-    ]
-    assert len(rows) == 4
-    for row in rows:
-        held, passes, whole, flops, sent = (float(cell.rstrip("%")) for cell in row[8::3])
-        assert (
-            abs(held) < 5
-            and abs(passes) < 15
-            and abs(whole) < 15
-            and abs(flops) < 2
-            and abs(sent) < 2
-        ), row
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| nano")]
+    assert len(lines) == 4
+    for line in lines:
+        row = [cell.strip() for cell in line.strip("|").split("|")]
+        errors = [float(cell.rstrip("%")) for cell in row[8::3]]
+        held, passes, peak, flops_error, sent = errors
+        assert abs(held) < 5, row
+        assert abs(passes) < 15, row
+        assert abs(peak) < 15, row
+        assert abs(flops_error) < 2, row
+        assert abs(sent) < 2, row
 
 
 def test_more_than_the_peak_is_refused():
     cfg = config.load(config.ROOT / "run/configs/flip_h14.yaml")
-    with pytest.raises(
-        ValueError,
-        match=r"--mfu 0.8: .* would reach 1\d\d% of their peak; at most 0.7\d is possible",
-    ):
-        planner.propose(cfg, planner.Cluster.of("H100", ranks=256, mfu=0.8))
+    cluster = planner.Cluster.of("H100", ranks=256, mfu=0.8)
+    message = r"--mfu 0.8: .* would reach 1\d\d% of their peak; at most 0.7\d is possible"
+
+    with pytest.raises(ValueError, match=message):
+        planner.propose(cfg, cluster)
