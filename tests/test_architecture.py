@@ -114,7 +114,7 @@ def violations(path: str, source: str):
             yield f"{path}:{line}: relative import; write the full name"
         elif name.split(".")[0] in TOPS:
             yield f"{path}:{line} imports {name}; write glimpse.{name}"
-        elif within(name, "glimpse"):
+        elif name.startswith("glimpse."):
             own = name.removeprefix("glimpse.")
             extra = LAZILY.get(path, set()) if lazy else set()
             if not allowed(own, rules) and not allowed(own, extra):
