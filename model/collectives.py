@@ -16,7 +16,7 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # process group -> the b all its ranks brought to the first step
-_agreed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 _alone = False  # see single_process
@@ -70,11 +70,11 @@ def all_reduce(x: Tensor, largest: bool = False) -> Tensor:
 
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x: Tensor) -> Tensor:
         return gather(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> Tensor:
         return scatter_sum(grad.contiguous())
 
 
@@ -91,11 +91,11 @@ def gather_with_grad(x: Tensor) -> Tensor:
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x: Tensor) -> Tensor:
         return all_reduce(x.clone()) / world()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> Tensor:
         return all_reduce(grad.clone()) / world()
 
 
@@ -122,6 +122,7 @@ def check_batch(image: Tensor) -> None:
     if world() == 1:
         return
     b, group = len(image), dist.group.WORLD
+    assert group is not None
     if group not in _agreed:
         sizes = gather(torch.tensor([b], device=image.device)).tolist()
         if len(set(sizes)) > 1:

@@ -97,8 +97,10 @@ class Decoder(nn.Module):
 
     forward: tokens (B, 1 + K, inputs), the class token first, at positions (B, K), and the hidden
     patches' positions (B, M)
-    -> (B, M, out).  What the encoder saw of the hidden patches is nothing but their places.
+    -> (B, M, out). The decoder knows nothing of the hidden patches but their positions.
     """
+
+    positions: Tensor
 
     def __init__(
         self,
@@ -114,7 +116,6 @@ class Decoder(nn.Module):
         init = Init()
         self.inputs = Linear(inputs, width, "xavier")
         self.mask = drawn(width, std=0.02)
-        self.positions: Tensor
         self.register_buffer("positions", sincos(grid, width), persistent=False)
         self.blocks = Blocks(depth, width, heads, "gelu", 1e-6, init, recompute)
         self.norm = nn.LayerNorm(width, 1e-6)

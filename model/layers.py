@@ -61,7 +61,7 @@ class Watch:
     Not a list: ZeRO-3's hooks hand lists to a module as copies.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layers: list[Tensor] = []
 
 

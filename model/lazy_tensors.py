@@ -17,7 +17,7 @@ class Tensors(Mapping[str, Tensor]):
         self, meta: dict[str, Tensor], get: Callable[[str], Tensor], left_out: Iterable[str] = ()
     ):
         self.meta = meta
-        self.get = get
+        self._read = get
         self.left_out = tuple(left_out)
 
     @classmethod
@@ -29,7 +29,7 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.meta:
             raise KeyError(name)
-        return self.get(name)
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta)

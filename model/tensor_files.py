@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Collection
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,7 +113,7 @@ def sharded(index: Path) -> Tensors:
     return Tensors(meta, lambda name: shards[file_of[name]][name], left_out)
 
 
-def is_weight_map(tree: object) -> bool:
+def is_weight_map(tree: object) -> TypeGuard[dict[str, str]]:
     """Return True for {tensor: name of a file}; names with a folder are not allowed."""
     if not isinstance(tree, dict):
         return False
@@ -189,10 +190,12 @@ def write(
 
     One tensor is in memory at a time; two for a moment, if its type or memory layout changes.
     """
-    types = {}
+    types: dict[str, torch.dtype] = {}
     for name, meta in tensors.meta.items():
-        casts = dtype and name not in exact and meta.is_floating_point()
-        types[name] = dtype if casts else meta.dtype
+        if dtype is None or name in exact or not meta.is_floating_point():
+            types[name] = meta.dtype
+        else:
+            types[name] = dtype
 
     # The header. Large elements come first, so that each tensor is aligned to its elements.
     order = sorted(tensors, key=lambda name: (-types[name].itemsize, name))
@@ -212,7 +215,7 @@ def write(
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             value = tensors[name].detach().to(types[name]).contiguous().cpu()
-            file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
             del value  # before the next is read
         file.flush()
         os.fsync(file.fileno())

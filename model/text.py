@@ -26,7 +26,7 @@ class TextConfig:
     activation: str = "gelu_tanh"  # gelu | gelu_tanh | quick_gelu
     eps: float = 1e-6  # of every LayerNorm
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, known in (("pool", ("eot", "first")), ("activation", ACTIVATIONS)):
             if getattr(self, key) not in known:
                 raise ValueError(

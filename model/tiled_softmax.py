@@ -53,7 +53,9 @@ class Contrastive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, image, text, scale, exact):
+    def forward(
+        ctx, image: Tensor, text: Tensor, scale: Tensor, exact: bool
+    ) -> tuple[Tensor, Tensor]:
         first = len(image) * rank()
         rows = image * scale
         cols = gather(text)
@@ -89,7 +91,7 @@ class Contrastive(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         image, scale, cols, row_lse, col_lse, pull = ctx.saved_tensors
         rows = image * scale
         pairs = slice(ctx.first, ctx.first + len(image))
@@ -120,7 +122,7 @@ class SimCLR(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, one, two, scale):
+    def forward(ctx, one: Tensor, two: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         ctx.first, ctx.scale = len(one) * rank(), scale
         all_one, all_two = gather(one), gather(two)
         total = one.new_zeros(2)
@@ -144,7 +146,7 @@ class SimCLR(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         one, two, *everyone = ctx.saved_tensors[:4]
         saved = ctx.saved_tensors[4:]
         pairs = slice(ctx.first, ctx.first + len(one))

@@ -39,7 +39,7 @@ class Size:
     mlp: float = 4.0  # hidden width of the vision tower's MLPs, in widths
     text_mlp: float = 4.0  # of the text tower's
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "text_width", "text_depth", "text_heads", "embed"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.custom.{key} {getattr(self, key)}: it must be at least 1")
@@ -89,7 +89,7 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name, _, patch = self.size.partition("/")
         is_custom = name == "custom" and bool(re.fullmatch("[1-9][0-9]*", patch))
         is_row = name in SIZES and patch in map(str, PATCHES)
@@ -148,7 +148,7 @@ class Temperature(nn.Module):
     reach the loss. It carries no gradient.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         # not 0-dim, which DeepSpeed cannot hold
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))

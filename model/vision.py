@@ -44,7 +44,7 @@ class VisionConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per channel, pixels in 0..1; ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # the same
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, known in (
             ("positions", ("learned", "sincos")),
             ("pool", POOLS),
@@ -65,6 +65,8 @@ class VisionConfig:
 
 class VisionTower(nn.Module):
     """`grid` (rows, columns) of P x P patches; L = rows * columns."""
+
+    positions: Tensor  # (1 + L, D), learned, or (L, D), fixed
 
     def __init__(
         self,

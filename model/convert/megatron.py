@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from glimpse.model.convert import torch_dist
 from glimpse.model.convert.positions import keep, position_rule, taken
-from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, exported, one, scalar
+from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, exported, one, same, scalar
 from glimpse.model.convert.torch_dist import Folder, Place
 from glimpse.model.layers import hidden
 from glimpse.model.lazy_tensors import Tensors
@@ -278,9 +278,10 @@ def tower(ours: str, theirs: str, depth: int, heads: int, norms: tuple[str, str]
     return table
 
 
-def both(ours: str, theirs: str, *transforms: Callable) -> list[Rule]:
+def both(ours: str, theirs: str, out: Callable = same, back: Callable = same) -> list[Rule]:
     """Return the rules of a weight and a bias, given the prefixes of their names."""
-    return [Rule((ours + kind,), (theirs + kind,), *transforms) for kind in ("weight", "bias")]
+    names = [(ours + kind, theirs + kind) for kind in ("weight", "bias")]
+    return [Rule((name,), (foreign_name,), out, back) for name, foreign_name in names]
 
 
 def by_head(heads: int, qkv: Tensor) -> Tensor:
@@ -324,7 +325,8 @@ def place(cfg: ModelConfig, name: str) -> Place:
 
 def named(folder: Folder) -> Tensors:
     """Return the folder's tensors under the names of `rules`, layers one by one."""
-    meta, where = {}, {}
+    meta: dict[str, Tensor] = {}
+    where: dict[str, tuple[str, int | None]] = {}  # (key, row), as `Folder.read` takes them
     for key, tensor in folder.meta.items():
         if key.startswith("optimizer."):
             continue
@@ -406,7 +408,7 @@ def described(path: Path) -> tuple[ModelConfig, int, int, About]:
 
 def tupled(tree: dict) -> dict:
     """Return the tree with json's lists as the tuples that they were."""
-    fields = {}
+    fields: dict = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             fields[key] = tupled(value)

@@ -177,7 +177,7 @@ def named(config: str) -> dict:
     if Path(config).is_file():
         return tensor_files.read_json(Path(config))
     package = find_spec("open_clip")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         hint = ", which is not installed (pip install open-clip-torch)"
     else:
         folder = Path(package.submodule_search_locations[0]) / "model_configs"
@@ -302,7 +302,7 @@ def blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
                 yield Rule((block + name,), (foreign_block + foreign_name,))
 
 
-def peer(path: Path, config: str = "", **_) -> Callable:
+def peer(path: Path, config: str = "", **_: object) -> Callable:
     """Return open_clip's own model: (images (B, 3, H, W) normalized, ids (B, context)) -> unit
     embeddings of both.
     """

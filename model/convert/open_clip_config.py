@@ -113,14 +113,14 @@ def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
         tower, settings = trunk.tower_in(vision, f"{path}: model_cfg.vision_cfg")
     else:
         heads = width // vision.get("head_width", 64)
-        tower = dict(
+        tower = trunk.TowerSize(
             patch=vision.get("patch_size", 16),
             width=width,
             depth=vision.get("layers", 12),
             heads=heads,
             mlp=vision.get("mlp_ratio", 4.0),
         )
-        settings = dict(
+        settings = trunk.TowerSettings(
             pool=pool,
             pre_norm=not vision.get("no_ln_pre"),
             patch_bias=False,
@@ -298,7 +298,7 @@ def is_timms(cfg: ModelConfig) -> bool:
 
 def inside(tower: VisionConfig | TextConfig) -> dict[str, dict]:
     """Return the settings of a tower's norms and MLPs."""
-    settings = dict(norm_kwargs=dict(eps=tower.eps))
+    settings: dict[str, dict] = {"norm_kwargs": {"eps": tower.eps}}
     if tower.activation == "gelu_tanh":
         settings["act_kwargs"] = {"approximate": "tanh"}
     return settings
@@ -309,6 +309,7 @@ def pooled(model: Portable) -> dict:
 
     CLIP's tokenizer is open_clip's own; another lies in the folder as Hugging Face's files.
     """
+    settings: dict[str, object]
     if model.cfg.text.pool == "first":
         settings = dict(pool_type="first")
     elif model.about.eot in (None, model.vocab - 1):  # CLIP's is the largest id

@@ -13,6 +13,7 @@ in the vision tower alone. timm's towers keep their gelu. But a config has only 
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypedDict
 
 from glimpse.model.convert import positions, timm
 from glimpse.model.convert.rules import Rule
@@ -23,6 +24,26 @@ TRUNK = "visual.trunk."
 SIDE, EPS = 224, 1e-6
 POOLS = {"cls": "token", "mean": "avg"}  # as timm_pool names them
 PROJECTION = dict(timm_proj="linear", timm_proj_bias=False)
+
+
+class TowerSize(TypedDict):
+    """The patch side and the columns of Size of a vision tower."""
+
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp: float
+
+
+class TowerSettings(TypedDict):
+    """Fields of a VisionConfig."""
+
+    pool: str
+    pre_norm: bool
+    patch_bias: bool
+    activation: str
+    eps: float
 
 
 def named(cfg: ModelConfig) -> str:
@@ -65,8 +86,8 @@ def tower_out(cfg: ModelConfig) -> dict:
     )
 
 
-def tower_in(vision: dict, where: str) -> tuple[dict[str, float], dict]:
-    """Return (columns of Size with the patch side, fields of VisionConfig) of a vision_cfg.
+def tower_in(vision: dict, where: str) -> tuple[TowerSize, TowerSettings]:
+    """Return the size and the settings in a vision_cfg.
 
     where: its place, for errors.
     """
@@ -83,18 +104,20 @@ def tower_in(vision: dict, where: str) -> tuple[dict[str, float], dict]:
     pools = {theirs: ours for ours, theirs in POOLS.items()}
     pool = vision.get("timm_pool", "avg")
     image_size = vision.get("image_size", SIDE)
-    settings = [("timm_pool", pool, pools), ("image_size", image_size, (SIDE,))]
+    checks = [("timm_pool", pool, pools), ("image_size", image_size, (SIDE,))]
     for key, value in PROJECTION.items():
-        settings.append((key, vision.get(key, value), (value,)))
-    for key, value, allowed in settings:
+        checks.append((key, vision.get(key, value), (value,)))
+    for key, value, allowed in checks:
         if value not in allowed:
             choices = " or ".join(map(str, allowed))
             raise ValueError(f"{where}.{key} {value!r}: ours are {choices}")
 
     width, depth, heads = timm.SIZES[match[1]]
-    size = dict(patch=int(match[2]), width=width, depth=depth, heads=heads, mlp=4.0)
-    tower = dict(pool=pools[pool], pre_norm=False, patch_bias=True, activation="gelu", eps=EPS)
-    return size, tower
+    size = TowerSize(patch=int(match[2]), width=width, depth=depth, heads=heads, mlp=4.0)
+    settings = TowerSettings(
+        pool=pools[pool], pre_norm=False, patch_bias=True, activation="gelu", eps=EPS
+    )
+    return size, settings
 
 
 def is_fixed(tensors: Tensors, cfg: ModelConfig) -> bool:

@@ -93,7 +93,7 @@ def write(
     Computed tensors stay in fp32. If they were rounded, a library that has only the table would
     give other embeddings than ours.
     """
-    computed = []
+    computed: list[str] = []
     for rule in rules:
         if rule.folded or not rule.ours:
             computed += rule.theirs
@@ -103,7 +103,7 @@ def write(
 
 def keep(folder: Path, model: Portable, rules: list[Rule]) -> None:
     """Write those of our tensors that folding loses into the folder."""
-    lost = []
+    lost: list[str] = []
     for rule in rules:
         if rule.folded:
             lost += rule.ours
@@ -161,7 +161,7 @@ def unfolded(
             for name in rule.theirs:
                 del rest[name]
     plain_rules = [rule for rule in table if not rule.folded]
-    ours = imported(plain_rules, Tensors(rest, tensors.get), whose)
+    ours = imported(plain_rules, Tensors(rest, tensors.__getitem__), whose)
 
     def get(name: str) -> Tensor:
         return terms[name] if name in terms else ours[name]

@@ -5,29 +5,74 @@ custom size.
 """
 
 import math
+from typing import NotRequired, TypedDict
 
 from glimpse.model.layers import hidden
 from glimpse.model.towers import PATCHES, SIZES, Size
 
 
-def sized(patch: int, **known: float | None) -> dict[str, object]:
+class SizeFields(TypedDict):
+    """Fields of a ModelConfig."""
+
+    size: str
+    custom: NotRequired[Size]
+
+
+def sized(
+    patch: int,
+    *,
+    width: int,
+    depth: int,
+    heads: int | None = None,
+    text_width: int | None = None,
+    text_depth: int | None = None,
+    text_heads: int | None = None,
+    embed: int | None = None,
+    mlp: float | None = None,
+    text_mlp: float | None = None,
+) -> SizeFields:
     """Return `size` and `custom` of a ModelConfig.
 
-    known: columns of Size. A column that is left out, or None, is that of the first row that fits.
-    If no row fits, heads are 64 wide, and the text columns, which a vision tower alone does not
-    have, are those of the vision tower.
+    The arguments are columns of Size. A column that is left out, or None, is that of the first row
+    that fits. If no row fits, heads are 64 wide, and the text columns, which a vision tower alone
+    does not have, are those of the vision tower.
     """
-    known = {key: value for key, value in known.items() if value is not None}
+    columns = dict(
+        width=width,
+        depth=depth,
+        heads=heads,
+        text_width=text_width,
+        text_depth=text_depth,
+        text_heads=text_heads,
+        embed=embed,
+        mlp=mlp,
+        text_mlp=text_mlp,
+    )
+    known = {key: value for key, value in columns.items() if value is not None}
     if patch in PATCHES:
         for name, row in SIZES.items():
             if all(getattr(row, key) == value for key, value in known.items()):
                 return {"size": f"{name}/{patch}"}
-    for tower in ("", "text_"):
-        width = known.setdefault(f"{tower}width", known["width"])
-        known.setdefault(f"{tower}depth", known["depth"])
-        known.setdefault(f"{tower}heads", max(1, width // 64))
-    known.setdefault("embed", known["width"])
-    return {"size": f"custom/{patch}", "custom": Size(**known)}
+
+    # No row fits: fill in the columns that are not known.
+    if heads is None:
+        heads = max(1, width // 64)
+    if text_width is None:
+        text_width = width
+    if text_depth is None:
+        text_depth = depth
+    if text_heads is None:
+        text_heads = max(1, text_width // 64)
+    if embed is None:
+        embed = width
+    if mlp is None:
+        mlp = Size.mlp
+    if text_mlp is None:
+        text_mlp = Size.text_mlp
+    custom = Size(
+        width, depth, heads, text_width, text_depth, text_heads, embed, mlp=mlp, text_mlp=text_mlp
+    )
+    return {"size": f"custom/{patch}", "custom": custom}
 
 
 def ratio(width: int, inside: int) -> float:

@@ -52,14 +52,17 @@ def read(file: Path) -> Tensors:
             f"{file}: no parameters in it: it should hold optimizer.target, as t5x writes since its"
             " version 2"
         )
-    parameters = dict(leaves(tree["target"], file.parent))
+    parameters: dict[str, Packed | Zarr] = {}
     meta = {}
-    for name, leaf in parameters.items():
-        kind = leaf.dtype.decode() if leaf else "no tensor"
+    for name, leaf in dict(leaves(tree["target"], file.parent)).items():
+        if leaf is None:
+            raise ValueError(f"{file}: {name} is no tensor; parameters are floats")
+        kind = leaf.dtype.decode()
         dtype = getattr(torch, kind, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{file}: {name} is {kind}; parameters are floats")
         check(leaf, dtype, f"{file}: {name}")
+        parameters[name] = leaf
         meta[name] = torch.empty(leaf.shape, dtype=dtype, device="meta")
 
     def get(name: str) -> Tensor:
@@ -218,7 +221,9 @@ def nested(names: Iterable[str]) -> dict:
     return tree
 
 
-def packed(node: dict | str | int, tensors: Tensors, dtype: torch.dtype) -> Iterator[bytes]:
+def packed(
+    node: dict | str | int, tensors: Tensors, dtype: torch.dtype
+) -> Iterator[bytes | memoryview]:
     """Yield the msgpack form of a tree, piece by piece; its strings are names of tensors."""
     packer = msgpack.Packer()
     if isinstance(node, dict):
@@ -232,13 +237,13 @@ def packed(node: dict | str | int, tensors: Tensors, dtype: torch.dtype) -> Iter
         yield packer.pack(node)
 
 
-def packed_tensor(tensor: Tensor) -> Iterator[bytes]:
+def packed_tensor(tensor: Tensor) -> Iterator[bytes | memoryview]:
     """Yield flax's extension 1: (shape, type, bytes).
 
     Its parts are put together here, because msgpack itself would hold the bytes several times.
     """
     packer = msgpack.Packer()
-    body = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    body = tensor.reshape(-1).view(torch.uint8).numpy().data
     head = packer.pack_array_header(3)
     head += packer.pack(list(tensor.shape))
     head += packer.pack(str(tensor.dtype).removeprefix("torch."))

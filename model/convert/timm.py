@@ -42,7 +42,7 @@ BLOCK = {
     "mlp.up": "mlp.fc1",
     "mlp.down": "mlp.fc2",
 }
-POOLS = {
+POOLS: dict[str, dict[str, str | bool]] = {
     "cls": {"global_pool": "token"},
     "mean": {"global_pool": "avg", "fc_norm": False},
     "mean_with_cls": {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True},
@@ -278,7 +278,7 @@ def claims(path: Path) -> bool:
         return False
 
 
-def load(path: Path, **given) -> Portable:
+def load(path: Path, **given: object) -> Portable:
     """Load a folder, or a file of weights; given: as in Given."""
     if not path.is_dir():
         return portable(tensor_files.read(path), path, given)
@@ -465,6 +465,8 @@ def architecture(
 
     # 2. Settings: a norm before the blocks is that of CLIP's towers, whose other settings differ.
     pre_norm = "norm_pre.weight" in shapes
+    usual_mean: tuple[float, ...]
+    usual_std: tuple[float, ...]
     if pre_norm:
         usual_eps, usual_mean, usual_std = 1e-5, MEAN, STD
     else:
@@ -513,7 +515,7 @@ def numbers(shapes: dict[str, tuple[int, ...]], whose: Path) -> tuple[int, int, 
 
 def image_sides(
     positions: tuple[int, ...], patch: int, image_size: int | Sequence[int] | None, whose: Path
-) -> tuple[int, ...]:
+) -> tuple[int, int]:
     """Return (height, width) of the images.
 
     positions: the shape (1, 1 + L, D) of pos_embed. image_size: as given; None: a square.
@@ -521,7 +523,10 @@ def image_sides(
     patches = positions[1] - 1
     if image_size is None:
         image_size = math.isqrt(patches) * patch
-    sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size,) * 2
+    if isinstance(image_size, Sequence):
+        sides = image_size[0], image_size[1]
+    else:
+        sides = image_size, image_size
     if (sides[0] // patch) * (sides[1] // patch) != patches:
         raise ValueError(
             f"{whose}: pos_embed {positions}: not the places of a class token and of the patches of"
@@ -533,7 +538,7 @@ def image_sides(
 # ---- timm itself
 
 
-def peer(path: Path, **given) -> Callable[[Tensor, None], tuple[Tensor, None]]:
+def peer(path: Path, **given: object) -> Callable[[Tensor, None], tuple[Tensor, None]]:
     """Return timm's own model of what `load` takes: (images (B, 3, H, W), normalized, None) ->
     (features (B, D), None).
     """

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -167,10 +168,12 @@ class Pieces(DefaultSavePlanner):
             return self.transform_object(write_item, self.objects[write_item.index.fqn])
         name, rank = self.origin[write_item.index]
         axis = self.places[name].axis
+        piece = write_item.tensor_data
+        assert piece is not None, f"{name}: an item without the place of its piece"
         value = self.tensors[name].detach().to("cpu", self.dtype)
         if axis is not None:
             value = value.chunk(self.ranks, axis)[rank]
-        return value.reshape(write_item.tensor_data.chunk.sizes).contiguous()
+        return value.reshape(piece.chunk.sizes).contiguous()
 
 
 def is_one(folder: Path) -> bool:
@@ -192,10 +195,12 @@ class Folder:
         """ValueError if a file is missing or too short, or .metadata is not plain."""
         self.path = path
         self.index = read_index(path / INDEX)
-        self.meta = {}
+        self.meta: dict[str, Tensor] = {}
+        self.entries: dict[str, TensorStorageMetadata] = {}
         for key, entry in self.index.state_dict_metadata.items():
             if not isinstance(entry, BytesStorageMetadata):
                 dtype = entry.properties.dtype
+                self.entries[key] = entry
                 self.meta[key] = torch.empty(entry.size, dtype=dtype, device="meta")
 
         # Each file must reach to the end of its last piece.
@@ -219,7 +224,7 @@ class Folder:
             sizes[0], offsets[0] = 1, row
         target = torch.empty(sizes, dtype=meta.dtype)
         area = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, self.index.state_dict_metadata[key], [area])
+        items = create_read_items_for_chunk_list(key, self.entries[key], [area])
         if sum(item.lengths.numel() for item in items) != target.numel():
             raise ValueError(
                 f"{self.path}: the pieces of {key} do not make it up; a rank's part is missing:"

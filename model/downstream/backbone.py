@@ -13,7 +13,7 @@ Letters: B batch, H x W pixels, P patch side, D width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,11 @@ class Backbone(nn.Module):
         # 2. Run the tower, and keep the outputs of the tapped blocks.
         outputs: dict[int, Tensor] = {}
 
-        def keep(tap: int):
-            return lambda block, inputs, output: outputs.update({tap: output})
+        def keep(tap: int) -> Callable[[nn.Module, object, Tensor], None]:
+            def hook(block: nn.Module, inputs: object, output: Tensor) -> None:
+                outputs[tap] = output
+
+            return hook
 
         hooks = [blocks[tap - 1].register_forward_hook(keep(tap)) for tap in set(self.taps)]
         try:

@@ -10,6 +10,7 @@ Views: one to four of `view`, and `teacher`, which encloses them. Letters: B sam
 visible patches, L all, D width.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -31,6 +32,7 @@ from glimpse.model.losses import byol, contrastive, simclr, simsiam
 from glimpse.model.methods.attentive import Attentive, scores_at, take
 from glimpse.model.methods.base import Averaging, MicroBatch, ViewBatch, above, at_least
 from glimpse.model.towers import ModelConfig, Towers, vision_tower
+from glimpse.model.vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Options:
     average_text: bool = False  # average text tower and projections too, as the release does
     as_released: bool = False  # SimCLR of the first view with itself
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.layers not in ("all", "last"):
             raise ValueError(f"options.layers {self.layers!r}: unknown; known: all, last")
         if not 0 <= self.keep <= 1:
@@ -71,8 +73,9 @@ class Aclip(Averaging):
     views = {"view": (1, 2, 3, 4), "teacher": (1,)}
     noise = ("view",)
     enclosing = ("teacher",)
+    teacher: Towers | nn.ModuleDict
 
-    def __init__(self, cfg, vocab, context, options):
+    def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
         width, hidden, out = cfg.shape.width, options.hidden, options.out
         self.attentive = attentive(options, cfg)
@@ -98,7 +101,7 @@ class Aclip(Averaging):
             self.byol_predictor = byol_predictor(hidden, out)
 
     @staticmethod
-    def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+    def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
         attentive(options, cfg).kept(options.keep or 1 / counts["view"])
         if (options.simclr or options.simsiam) and counts["view"] < 2:
             raise ValueError(
@@ -108,10 +111,10 @@ class Aclip(Averaging):
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
         teacher, towers = self.teacher, self.towers
-        pairs: list[tuple[nn.Module, nn.Module]] = [(teacher.vision, towers.vision)]
+        pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher_vision(), towers.vision)]
         if self.options.byol:
             pairs.append((self.byol_teacher, self.byol_projector))
-        if self.options.average_text:
+        if isinstance(teacher, Towers):  # options.average_text
             pairs += [
                 (teacher.image_projection, towers.image_projection),
                 (teacher.text.blocks, towers.text.blocks),
@@ -175,7 +178,7 @@ class Aclip(Averaging):
         """The teacher's view -> attention scores (B, L), mean over heads and layers (equation 4),
         and its pooled features (B, D).
         """
-        vision, watch = self.teacher.vision, Watch()
+        vision, watch = self.teacher_vision(), Watch()
         tokens = vision(
             scene["patches"],
             scene["positions"],
@@ -196,6 +199,12 @@ class Aclip(Averaging):
         at_patches = scores_at(scores, grid, scene["box"], view["box"], self.cfg.grid)
         keep = self.attentive.choose(at_patches, share, view["noise"])
         return ViewBatch(patches=take(view["patches"], keep), positions=keep)
+
+    def teacher_vision(self) -> VisionTower:
+        """Return the teacher's vision tower."""
+        vision = self.teacher.vision
+        assert isinstance(vision, VisionTower)
+        return vision
 
     def teacher_grid(self, scene: ViewBatch) -> tuple[int, int]:
         """The grid of the teacher's view, which may have another resolution (A-CLIP-eff) but has
@@ -236,7 +245,7 @@ class Aclip(Averaging):
             metrics[name] = loss.detach()
         return total, metrics
 
-    def simclr_loss(self, views: list[Tensor]) -> Tensor:
+    def simclr_loss(self, views: Sequence[Tensor]) -> Tensor:
         """The mean over all pairs of views; as released, of the first view with itself."""
         pairs = list(combinations(views, 2))
         if self.options.as_released:
@@ -249,12 +258,12 @@ def attentive(options: Options, cfg: ModelConfig) -> Attentive:
     return Attentive(options.strategy, options.block, cfg.patch, cfg.grid)
 
 
-def in_order(features: dict[str, Tensor], name: str) -> list[Tensor]:
+def in_order(features: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """The features name0, name1, ..."""
     return [features[f"{name}{i}"] for i in range(len(features)) if f"{name}{i}" in features]
 
 
-def between(predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+def between(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """SimSiam over all pairs of views, both ways, (B,)."""
     losses = []
     for i, prediction in enumerate(predictions):

@@ -18,6 +18,7 @@ Letters: B samples, L patches of the grid, K visible patches, T tokens.
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -77,7 +78,7 @@ class Method(nn.Module, ABC):
         self.towers = Towers(cfg, vocab, context)
 
     @staticmethod
-    def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+    def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
         """Raise ValueError where the options do not go with the model, or with the number of draws
         of each view.
         """
@@ -106,7 +107,7 @@ class Method(nn.Module, ABC):
         assert isinstance(towers, Towers)
         return towers
 
-    def pooled(self, views: list[ViewBatch]) -> list[Tensor]:
+    def pooled(self, views: Sequence[ViewBatch]) -> list[Tensor]:
         """Pooled features (B, D) of each view; in one pass through the tower where all views have
         the same number of patches.
         """
@@ -156,7 +157,7 @@ class Averaging(Method):
         """
 
 
-def swapped(module: nn.Module, others: dict[nn.Module, nn.Module]) -> nn.Module:
+def swapped(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """The module with `others` in the place of some below it; it shares everything else with the
     original, which stays as it is.
     """

@@ -7,6 +7,7 @@ View: `image` with a mask, whose hidden patches are the targets. Letters: B samp
 patches, L all, D width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class Options:
     heads: int = 16
     normalise: bool = True  # targets are pixels normalised patch by patch
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.contrast not in ("image", "visible"):
             raise ValueError(f"options.contrast {self.contrast!r}: unknown; known: image, visible")
         at_least(1, depth=self.depth)
@@ -42,7 +43,7 @@ class Mae(Method):
     Options = Options
     hidden = ("image",)
 
-    def __init__(self, cfg, vocab, context, options):
+    def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
         self.decoder = Decoder(
             cfg.shape.width,
@@ -55,7 +56,7 @@ class Mae(Method):
         )
 
     @staticmethod
-    def check(options, cfg: ModelConfig, counts: dict[str, int]) -> None:
+    def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
         check_decoder(options.width, options.heads)
 
     def forward(self, part: MicroBatch) -> dict[str, Tensor]:

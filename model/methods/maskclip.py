@@ -19,7 +19,7 @@ from glimpse.model.ema import linear as linear_momentum
 from glimpse.model.heads import Decoder
 from glimpse.model.losses import contrastive, distillation
 from glimpse.model.methods.base import Averaging, MicroBatch, above, at_least, whole
-from glimpse.model.towers import vision_tower
+from glimpse.model.towers import ModelConfig, vision_tower
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Options:
     contrast: bool = True
     momentum: tuple[float, float] = (0.999, 0.9999)  # of the average, rising linearly
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.convention not in ("sum", "half"):
             raise ValueError(f"options.convention {self.convention!r}: unknown; known: half, sum")
         check_momentum(self.momentum)
@@ -55,7 +55,7 @@ class MaskClip(Averaging):
     Options = Options
     hidden = ("image",)
 
-    def __init__(self, cfg, vocab, context, options):
+    def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
         width = cfg.shape.width
         self.decoder = Decoder(

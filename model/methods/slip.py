@@ -11,6 +11,7 @@ from torch import Tensor
 from glimpse.model.heads import simclr_head
 from glimpse.model.losses import contrastive, simclr
 from glimpse.model.methods.base import Method, MicroBatch, above, at_least
+from glimpse.model.towers import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Options:
     # CLIP's loss without gradient through the gather, which loses half of it (docs/methods.md)
     as_released: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(0, weight=self.weight)
         at_least(1, hidden=self.hidden, out=self.out)
         above(0, temperature=self.temperature)
@@ -32,7 +33,7 @@ class Slip(Method):
     Options = Options
     views = {"image": (1,), "augmented": (2,)}
 
-    def __init__(self, cfg, vocab, context, options):
+    def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
         self.head = simclr_head(cfg.shape.width, options.hidden, options.out)
 
