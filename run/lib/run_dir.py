@@ -105,11 +105,11 @@ def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
     with (home / "command.txt").open("a") as file:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         print(started, shlex.join(sys.argv), f"# {world()} ranks", file=file)
-    saved = home / "config.yaml"
-    if saved.exists() and config.load(saved) != cfg:
-        shutil.copy(saved, home / f"config.until-{samples}.yaml")
+    config_file = home / "config.yaml"
+    if config_file.exists() and config.load(config_file) != cfg:
+        shutil.copy(config_file, home / f"config.until-{samples}.yaml")
     config.save(cfg, home / "config.yaml.part", provenance())
-    os.replace(home / "config.yaml.part", saved)  # at no moment without it
+    os.replace(home / "config.yaml.part", config_file)  # at no moment without it
     if vocab := vocabulary(cfg.data.tokenizer):
         keep(vocab, home / vocab.name)
 

@@ -207,9 +207,9 @@ def newest(run: Path) -> Path:
 
 def check_identity(path: Path, expected: dict) -> None:
     """Raise ValueError naming the first thing of `expected` in which the checkpoint differs."""
-    saved = read_manifest(path)["identity"]
-    saved = {key: saved.get(key) for key in expected}
-    for key, was, now in differences(saved, expected):
+    saved_identity = read_manifest(path)["identity"]
+    common = {key: saved_identity.get(key) for key in expected}
+    for key, was, now in differences(common, expected):
         raise ValueError(
             f"{path} was trained with {key}: {was!r}, this config says {now!r}; use the run's own"
             " config.yaml"
@@ -221,10 +221,10 @@ def check_memory(path: Path, tree: dict) -> None:
 
     The checkpoint's files would not fit.
     """
-    saved = read_manifest(path)
+    saved_manifest = read_manifest(path)
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     bf16 = bool(tree.get("bf16", {}).get("enabled"))
-    was = memory_use(saved["stage"], saved["bf16"])
+    was = memory_use(saved_manifest["stage"], saved_manifest["bf16"])
     now = memory_use(stage, bf16)
     if was != now:
         raise ValueError(

@@ -41,16 +41,16 @@ def prepare_elastic(path: Path, ranks: int) -> Path | None:
     Returns the converted copy, or None where the number is the same. Rank 0 converts, and removes
     whatever an earlier job left half converted; the other ranks wait as long as it takes.
     """
-    saved = read_manifest(path)
+    manifest = read_manifest(path)
     target = path.with_name(f"universal-{path.name}")
-    changed = saved["ranks"] != ranks and saved["stage"] > 0
+    changed = manifest["ranks"] != ranks and manifest["stage"] > 0
 
     def prepare() -> None:
         if rank() != 0:
             return
         remove(path.parent)
         if changed:
-            say(f"{path}: written by {saved['ranks']} ranks, made to fit {ranks}")
+            say(f"{path}: written by {manifest['ranks']} ranks, made to fit {ranks}")
             convert(path, target)
 
     once(prepare)
@@ -129,31 +129,31 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
 
     universal: its converted copy, if the number of ranks changed; it is removed.
     """
-    saved = read_manifest(path)
+    manifest = read_manifest(path)
     if universal:
         with mapped(), paddings(engine):
-            engine.restore(universal, saved)
+            engine.restore(universal, manifest)
         read_frozen(engine, path)
         barrier()
         if rank() == 0:
             remove(path.parent)
     else:
-        engine.restore(path, saved)
+        engine.restore(path, manifest)
     if engine.average.pairs:
-        read_average(engine, path, saved)
+        read_average(engine, path, manifest)
     engine.exact_temperature()
-    return saved
+    return manifest
 
 
 def read_frozen(engine: Engine, path: Path) -> None:
     """Load the frozen parameters, which the universal format drops, but for the averages."""
     averaged = {id(teacher) for teacher, _ in engine.average.pairs.values()}
-    frozen = {}
+    names = {}
     for name, parameter in engine.method.named_parameters():
         if not parameter.requires_grad and id(parameter) not in averaged:
-            frozen[name] = name
-    if frozen:
-        load(engine.method, path, frozen)
+            names[name] = name
+    if names:
+        load(engine.method, path, names)
 
 
 @contextlib.contextmanager
@@ -176,14 +176,14 @@ def paddings(engine: Engine) -> Iterator[None]:
         parameter._hp_mapping = None
 
 
-def read_average(engine: Engine, path: Path, saved: dict) -> None:
+def read_average(engine: Engine, path: Path, manifest: dict) -> None:
     """Read this rank's part of the teacher's averages out of the saved parts of all ranks.
 
     ZeRO-3 lays shards of one size end to end and pads the last. Only the files of overlapping
-    shards are opened. saved: the checkpoint's manifest.
+    shards are opened. manifest: the checkpoint's manifest.
     """
     sharded = engine.stage == 3
-    count = saved["ranks"] if sharded else 1
+    count = manifest["ranks"] if sharded else 1
     index = rank() if sharded else 0
 
     @cache

@@ -44,9 +44,11 @@ def beginning(init: str, vocabulary: str) -> Callable[[Method], None]:
 
         parameters = dict(method.named_parameters())
         for path, names, _ in places:
-            copied = {name: stored for name, stored in names.items() if has_copy(parameters[name])}
-            if copied:
-                load(method, path, copied, None)
+            master_copies = {
+                name: stored for name, stored in names.items() if has_copy(parameters[name])
+            }
+            if master_copies:
+                load(method, path, master_copies, None)
 
     return put
 
@@ -119,9 +121,9 @@ def check_alike(path: Path, cfg: ModelConfig, advice: str, vision_only: bool = F
     """Raise ValueError naming the first thing in which the model's tokens differ."""
     tree = said(path)["model"] if is_one(path) else read_manifest(path)["identity"]["model"]
     model = build(ModelConfig, merge({}, tree), "model.")
-    saved = plain(computation(model, vision_only))
-    wanted = plain(computation(cfg, vision_only))
-    for where, was, now in differences(saved, wanted, "model"):
+    stored_settings = plain(computation(model, vision_only))
+    config_settings = plain(computation(cfg, vision_only))
+    for where, was, now in differences(stored_settings, config_settings, "model"):
         if where in ("model.grid", "model.patch"):
             sides = " ".join(map(str, dict.fromkeys(cfg.sides)))
             advice = (

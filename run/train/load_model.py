@@ -203,16 +203,16 @@ def averaged(path: Path, cfg: Run, vocab: int, towers: Tensors) -> Tensors:
     # the teacher's parameters themselves.
     pairs = ema.parameters(method.averaged()).items()
     teachers = {id(teacher): (key, teacher.shape) for key, (teacher, _) in pairs}
-    replaced = {}
+    average_of = {}
     for name, parameter in method.shown("teacher").named_parameters():
         if id(parameter) in teachers:
-            replaced[name] = teachers[id(parameter)]
+            average_of[name] = teachers[id(parameter)]
 
-    keys = {name: key for name, (key, _) in replaced.items()}
-    averages = zero_reader.averages(path, dict(replaced.values())).renamed(keys)
+    keys = {name: key for name, (key, _) in average_of.items()}
+    averages = zero_reader.averages(path, dict(average_of.values())).renamed(keys)
 
     def get(name: str) -> torch.Tensor:
-        return averages[name] if name in replaced else towers[name]
+        return averages[name] if name in average_of else towers[name]
 
     return Tensors({**towers.meta, **averages.meta}, get)
 

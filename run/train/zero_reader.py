@@ -164,12 +164,12 @@ def weights(path: Path) -> Tensors:
         return made(module | split_groups(first["param_shapes"], groups, states[0]))
 
     # Stage 3: every rank has a part of what is frozen, too.
-    trained = whole_shards(first["param_shapes"], groups)
-    frozen = first.get("frozen_param_shapes")
-    if not frozen:
-        return made(trained)
+    trained_layout = whole_shards(first["param_shapes"], groups)
+    frozen_shapes = first.get("frozen_param_shapes")
+    if not frozen_shapes:
+        return made(trained_layout)
     shards = [(structure(file)["frozen_param_fragments"], file) for file in model_files]
-    return made(trained | joined(frozen, shards))
+    return made(trained_layout | joined(frozen_shapes, shards))
 
 
 def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[Run]]) -> Layout:

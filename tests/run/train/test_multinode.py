@@ -42,9 +42,9 @@ def nodes():
         # Make the namespaces and the cable; not every machine allows it.
         commands = [call("netns", "add", name) for name in NAMES]
         commands.append(call(*cable))
-        failed = [done.stderr.strip() for done in commands if done.returncode]
-        if failed:
-            pytest.skip(f"this machine makes no network namespaces: {failed[0]}")
+        errors = [done.stderr.strip() for done in commands if done.returncode]
+        if errors:
+            pytest.skip(f"this machine makes no network namespaces: {errors[0]}")
 
         # Give each end of the cable its address.
         for n, name in enumerate(NAMES, 1):

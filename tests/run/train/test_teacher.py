@@ -91,16 +91,16 @@ def test_stage_1_in_bf16_goes_on_from_a_converted_checkpoint(results):
     On one rank it starts from equal weights and averages; its losses have another order of
     rounding.
     """
-    two = results[2]["rounded"]
-    one = results[1]["rounded"]
-    far = apart(one["losses"], two["straight"])
+    two_ranks = results[2]["rounded"]
+    one_rank = results[1]["rounded"]
+    far = apart(one_rank["losses"], two_ranks["straight"])
     print(
         f"maskclip, stage 1, bf16: losses after the resume on 1 rank {far:.1e} from the two ranks'"
     )
 
-    assert two["resumed"] == two["straight"], "bit for bit"
-    assert one["same teacher"], "bit for bit"
-    assert one["same weights"], "bit for bit"
+    assert two_ranks["resumed"] == two_ranks["straight"], "bit for bit"
+    assert one_rank["same teacher"], "bit for bit"
+    assert one_rank["same weights"], "bit for bit"
     assert far < 2e-2
 
 
