@@ -1,5 +1,6 @@
-"""What ranks tell each other inside a forward or backward pass. One process without a process group
-is a world of one.
+"""Communication between ranks inside a forward or backward pass.
+
+One process without a process group is a world of one.
 
 Letters: `k` rows on this rank, `b` pairs.
 """
@@ -24,7 +25,7 @@ _alone = False  # see single_process
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Within it this rank is a world of one: for what a rank computes without the others."""
+    """Make this rank a world of one, for computations without the other ranks."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -42,7 +43,7 @@ def rank() -> int:
 
 
 def gather(x: Tensor) -> Tensor:
-    """x (k, ...) on each rank -> (k x ranks, ...), in rank order; no gradient."""
+    """Gather x (k, ...) of each rank: (k x ranks, ...), in rank order; no gradient."""
     if world() == 1:
         return x
     out = x.new_empty(len(x) * world(), *x.shape[1:])
@@ -51,9 +52,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def scatter_sum(x: Tensor) -> Tensor:
-    """x (k x ranks, ...) on each rank -> this rank's (k, ...) of the sum over ranks; no
-    gradient.
-    """
+    """Return this rank's rows (k, ...) of the sum over ranks of x (k x ranks, ...); no gradient."""
     if world() == 1:
         return x
     out = x.new_empty(len(x) // world(), *x.shape[1:])
@@ -62,7 +61,7 @@ def scatter_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce(x: Tensor, largest: bool = False) -> Tensor:
-    """The sum over ranks, or the largest, in place; no gradient."""
+    """Reduce x in place to the sum over ranks, or to the largest; no gradient."""
     if world() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return x
@@ -79,8 +78,9 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """x (k, ...) on each rank -> (k x ranks, ...), in rank order, with a gradient: each rank's rows
-    get the sum of what all ranks' losses send them.
+    """Gather x (k, ...) of each rank, (k x ranks, ...) in rank order, with a gradient.
+
+    The gradient of a rank's rows is the sum of the gradients of all ranks' losses.
 
     For a new loss across ranks: compute it from gathered features as a mean over the global batch.
     If every rank computes the same loss the summed gradient is `ranks` times that of the loss, and
@@ -100,15 +100,17 @@ class _Mean(torch.autograd.Function):
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean over ranks, the same on each; its gradient is that of the sum of all ranks' losses,
-    which DeepSpeed then averages.
+    """Return the mean over ranks, the same on each.
+
+    Its gradient is that of the sum of all ranks' losses, which DeepSpeed then averages.
     """
     return _Mean.apply(x) if world() > 1 else x
 
 
 def batch_mean(x: Tensor) -> Tensor:
-    """A number a sample, (b,), on each rank, as many -> (), the mean over all samples of the
-    batch.
+    """Return the mean over all samples of the batch, (b,) -> ().
+
+    x: a number per sample, as many on each rank.
     """
     return mean(x.mean())
 

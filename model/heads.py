@@ -1,8 +1,8 @@
-"""What is trained on top of the towers: the heads of SimCLR, BYOL and SimSiam, and the decoder of
-MAE and MaskCLIP.
+"""Modules on top of the towers: the heads of SimCLR, BYOL and SimSiam, and a decoder of patches.
 
-Letters: B samples, D width, E width of what is compared, K visible patches, M hidden ones, L = K +
-M of the grid.
+The decoder is that of MAE and MaskCLIP.
+Letters: B samples, D width, E width of the vectors that are compared, K visible patches, M hidden
+ones, L = K + M of the grid.
 Every layer draws its own weights in its __init__, as model/init.py asks.
 """
 
@@ -18,7 +18,7 @@ from glimpse.model.layers import Blocks, Linear, drawn, sincos
 
 
 class BatchNorm(nn.Module):
-    """(B, D) -> (B, D): batch normalisation over all ranks, each with as many rows, in fp32.
+    """Batch normalization over all ranks, (B, D) -> (B, D), each with as many rows, in fp32.
 
     Beside torch's SyncBatchNorm, which refuses CPU tensors, it keeps no running statistics: a head
     is never evaluated, and universal checkpoints drop buffers. With `accumulate`, the batch is a
@@ -41,8 +41,9 @@ class BatchNorm(nn.Module):
 
 
 def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
-    """Linear layers of these widths, with BatchNorm and ReLU between them; last_norm: a BatchNorm
-    after the last, too.
+    """Return linear layers of these widths, with BatchNorm and ReLU between them.
+
+    last_norm: a BatchNorm after the last, too.
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
@@ -56,34 +57,32 @@ def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
 
 
 def simclr_head(width: int, hidden: int, out: int) -> nn.Module:
-    """SLIP's and A-CLIP's: D -> 4096 -> 4096 -> 256."""
+    """Return SLIP's and A-CLIP's head of SimCLR: D -> 4096 -> 4096 -> 256."""
     return mlp(width, hidden, hidden, out, bias=True)
 
 
 def byol_projector(width: int, hidden: int, out: int) -> nn.Module:
-    """A-CLIP's release: D -> 4096 -> 256; a copy of it stands on the teacher."""
+    """Return the projector of A-CLIP's release, D -> 4096 -> 256; the teacher has a copy of it."""
     return mlp(width, hidden, out, bias=False)
 
 
 def byol_predictor(hidden: int, out: int) -> nn.Module:
-    """256 -> 4096 -> 256, on the student alone."""
+    """Return BYOL's predictor, 256 -> 4096 -> 256, which the student alone has."""
     return mlp(out, hidden, out, bias=False)
 
 
 def simsiam_projector(width: int, hidden: int) -> nn.Module:
-    """D -> 2048 -> 2048 -> 2048, the last normalised (SimSiam section 3)."""
+    """Return the projector D -> 2048 -> 2048 -> 2048, the last normalized (SimSiam section 3)."""
     return mlp(width, hidden, hidden, hidden, bias=False, last_norm=True)
 
 
 def simsiam_predictor(hidden: int) -> nn.Module:
-    """2048 -> 512 -> 2048."""
+    """Return SimSiam's predictor, 2048 -> 512 -> 2048."""
     return mlp(hidden, hidden // 4, hidden, bias=True)
 
 
 def check_decoder(width: int, heads: int) -> None:
-    """ValueError where a decoder's width does not divide: by its heads, and by four, for its
-    positions.
-    """
+    """Raise ValueError if the width is no multiple of the heads, or of four, for the positions."""
     if heads < 1 or width < 1 or width % heads or width % 4:
         raise ValueError(
             f"options.width {width}: a decoder of {heads} heads needs a multiple of"
@@ -92,8 +91,9 @@ def check_decoder(width: int, heads: int) -> None:
 
 
 class Decoder(nn.Module):
-    """MAE's (arXiv 2111.06377 section 3), of one block in MaskCLIP: visible and mask tokens, with
-    fixed sine-cosine positions.
+    """Decoder of hidden patches, over visible and mask tokens with fixed sine-cosine positions.
+
+    It is MAE's (arXiv 2111.06377 section 3); MaskCLIP's has one block.
 
     forward: tokens (B, 1 + K, inputs), the class token first, at positions (B, K), and the hidden
     patches' positions (B, M)
@@ -130,5 +130,5 @@ class Decoder(nn.Module):
         return self.out(self.norm(x[:, -hidden.shape[1] :]))
 
     def at(self, positions: Tensor, like: Tensor) -> Tensor:
-        """(B, K) -> (B, K, width)."""
+        """Return the embeddings of positions, (B, K) -> (B, K, width)."""
         return F.embedding(positions.long(), self.positions).to(like.dtype)

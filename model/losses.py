@@ -1,4 +1,4 @@
-"""The losses.
+"""Losses of the methods.
 
 The contrastive loss of B pairs (InfoNCE; CLIP, arXiv 2103.00020), as one would write it for one
 process:
@@ -22,7 +22,7 @@ from glimpse.model.tiled_softmax import Contrastive, SimCLR
 
 
 def unit(x: Tensor) -> Tensor:
-    """(..., E) -> (..., E) of length 1, fp32 (fp64 stays fp64)."""
+    """Return vectors (..., E) scaled to length 1, in fp32 (fp64 stays fp64)."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
@@ -32,8 +32,9 @@ def unit(x: Tensor) -> Tensor:
 def contrastive(
     image: Tensor, text: Tensor, scale: Tensor, exact: bool = True
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """image (b, E), text (b, E), scale (1,) -> (loss (), {"accuracy": ()}), the same numbers on
-    every rank.
+    """Return the contrastive loss () and {"accuracy": ()}, the same numbers on every rank.
+
+    image and text are (b, E), scale is (1,).
 
     The loss is the mean over the B pairs and both directions, in fp32 (fp64 stays fp64). Its
     gradients are those of the global mean loss times the number of ranks: DeepSpeed averages
@@ -61,8 +62,9 @@ def contrastive(
 
 
 def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """(B, E), (B, E), (1,) -> (): the definition above, for one process. Tests and benchmarks
-    compare with it.
+    """Return the loss as defined above, for one process: (B, E), (B, E), (1,) -> ().
+
+    Tests and benchmarks compare with it.
     """
     logits = scale * image @ text.t()
     labels = torch.arange(len(image), device=image.device)
@@ -70,10 +72,11 @@ def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def simclr(one: Tensor, two: Tensor, temperature: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
-    """one (b, E), two (b, E), two views' vectors -> (loss (), {"simclr_accuracy": ()}), the same
-    numbers on every rank.
+    """Return SimCLR's loss () and {"simclr_accuracy": ()}, the same numbers on every rank.
 
-    SimCLR's NT-Xent (arXiv 2002.05709, equation 1) over the views of all ranks: each view's
+    one and two: the vectors of two views, each (b, E).
+
+    The loss is NT-Xent (arXiv 2002.05709, equation 1) over the views of all ranks: each view's
     positive is the other view of its image, its negatives both views of all other images. Mean over
     the 2 B rows; gradients as `contrastive`'s.
     """
@@ -91,15 +94,17 @@ def simclr(one: Tensor, two: Tensor, temperature: float = 0.1) -> tuple[Tensor, 
 
 
 def byol(prediction: Tensor, target: Tensor) -> Tensor:
-    """(b, E) x 2 -> (b,): 2 - 2 cos (BYOL, arXiv 2006.07733, equation 2); no gradient reaches the
-    target.
+    """Return 2 - 2 cos, (b, E) x 2 -> (b,) (BYOL, arXiv 2006.07733, equation 2).
+
+    No gradient reaches the target.
     """
     return 2 - 2 * (unit(prediction) * unit(target.detach())).sum(-1)
 
 
 def simsiam(prediction: Tensor, target: Tensor) -> Tensor:
-    """(b, E) x 2 -> (b,): -cos (SimSiam, arXiv 2011.10566, equation 1); no gradient reaches the
-    target.
+    """Return -cos, (b, E) x 2 -> (b,) (SimSiam, arXiv 2011.10566, equation 1).
+
+    No gradient reaches the target.
     """
     return -(unit(prediction) * unit(target.detach())).sum(-1)
 
@@ -107,8 +112,9 @@ def simsiam(prediction: Tensor, target: Tensor) -> Tensor:
 def distillation(
     prediction: Tensor, target: Tensor, beta: float = 2.0, normalise: bool = False
 ) -> Tensor:
-    """(b, M, D) x 2 -> (b,): smooth L1, mean over tokens and channels (MaskCLIP section 3.2);
-    normalise: layer-normalize the targets.
+    """Return the smooth L1 loss, (b, M, D) x 2 -> (b,) (MaskCLIP section 3.2).
+
+    It is the mean over tokens and channels. normalise: layer-normalize the targets.
     """
     prediction, target = prediction.float(), target.detach().float()
     if normalise:
@@ -117,8 +123,9 @@ def distillation(
 
 
 def reconstruction(prediction: Tensor, target: Tensor, normalise: bool = True) -> Tensor:
-    """(b, M, X) x 2 -> (b,): mean squared error of patches; normalise: each target patch by its own
-    mean and deviation (MAE section 3).
+    """Return the mean squared error of patches, (b, M, X) x 2 -> (b,) (MAE section 3).
+
+    normalise: normalize each target patch by its own mean and standard deviation.
     """
     prediction, target = prediction.float(), target.detach().float()
     if normalise:

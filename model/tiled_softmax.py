@@ -36,8 +36,9 @@ TILE = (1024, 2048)
 
 
 def contrastive_memory(rows: int, batch: int, embed: int) -> float:
-    """Bytes that the contrastive loss holds at most, in fp32, beside its inputs (b x E each): in
-    the backward pass, for B columns.
+    """Return the most bytes that the contrastive loss holds beside its inputs (b x E each).
+
+    It holds them in the backward pass, for B columns in fp32.
     """
     columns = 1 if rows == batch else 2  # their gradient, and what other ranks sent
     tile = min(rows, TILE[0]) * min(batch, TILE[1])
@@ -45,8 +46,9 @@ def contrastive_memory(rows: int, batch: int, embed: int) -> float:
 
 
 class Contrastive(torch.autograd.Function):
-    """InfoNCE in both directions: (image (b, E), text (b, E), scale (1,), exact) -> (loss (),
-    accuracy ()).
+    """InfoNCE in both directions.
+
+    (image (b, E), text (b, E), scale (1,), exact) -> (loss (), accuracy ()).
 
     exact False: the gradients of SLIP's release, whose local rows meet gathered columns that carry
     none.
@@ -117,8 +119,9 @@ class Contrastive(torch.autograd.Function):
 
 
 class SimCLR(torch.autograd.Function):
-    """NT-Xent over two views: (unit vectors one (b, E), two (b, E), scale) -> (loss (),
-    accuracy ()).
+    """NT-Xent over two views.
+
+    (unit vectors one (b, E) and two (b, E), scale) -> (loss (), accuracy ()).
     """
 
     @staticmethod
@@ -215,8 +218,9 @@ def tiles(rows: Tensor, cols: Tensor, first: int) -> Iterator[Tile]:
 
 
 def negatives(rows: Tensor, cols: Tensor, first: int) -> tuple[Tensor, Sums, Sums]:
-    """rows (m, E), cols (n, E) -> the positives (m,), and the Sums of the other logits by row (m,)
-    and by column (n,).
+    """Return the positives (m,), and the Sums of the other logits by row and by column.
+
+    rows (m, E), cols (n, E); the Sums are (m,) and (n,).
     """
     positive = rows.new_empty(len(rows))
     # The least finite number, not -inf: a tile that holds nothing but a pair would compute
@@ -233,15 +237,16 @@ def negatives(rows: Tensor, cols: Tensor, first: int) -> tuple[Tensor, Sums, Sum
 
 
 def fold(largest: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
-    """Online log-sum-exp, in place: take a tile's logits into the sums so far."""
+    """Take a tile's logits into the sums so far, in place: online log-sum-exp."""
     new = torch.maximum(largest, logits.amax(dim))
     total.mul_((largest - new).exp_()).add_((logits - new.unsqueeze(dim)).exp_().sum(dim))
     largest.copy_(new)
 
 
 def score(positive: Tensor, lse: Tensor, largest: Tensor) -> Tensor:
-    """Positives, their negatives' log-sum-exp and largest, all (k,) -> [summed loss, number of
-    positives that beat every negative] (2,).
+    """Return [summed loss, number of positives that beat every negative], (2,).
+
+    lse, largest: of the negatives of each positive; all are (k,).
     """
     return torch.stack([-F.logsigmoid(positive - lse).sum(), (positive > largest).sum()])
 
@@ -249,8 +254,9 @@ def score(positive: Tensor, lse: Tensor, largest: Tensor) -> Tensor:
 def softmax_gradients(
     rows: Tensor, cols: Tensor, first: int, row_lse: Tensor, col_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return G @ cols (m, E) and G^T @ rows (n, E), where G is the softmax by row plus the softmax
-    by column, zero at the pairs that belong together.
+    """Return G @ cols (m, E) and G^T @ rows (n, E).
+
+    G is the softmax by row plus the softmax by column, zero at the pairs that belong together.
     """
     d_rows, d_cols = torch.zeros_like(rows), torch.zeros_like(cols)
     for tile in tiles(rows, cols, first):

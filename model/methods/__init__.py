@@ -1,6 +1,6 @@
-"""The methods that a config may name.
+"""Methods that a config may name.
 
-model/methods/base.py says what a method is; to add one: a file here and its row in METHODS.
+model/methods/base.py defines what a method is; to add one: a file here and its row in METHODS.
 """
 
 from glimpse.model.methods.aclip import Aclip

@@ -1,8 +1,8 @@
-"""A-CLIP (arXiv 2212.08653): views of half their patches, those that the class token of a moving
-average, the teacher, attends to most.
+"""A-CLIP (arXiv 2212.08653): views of half their patches, selected by a teacher's attention.
 
-The teacher sees the smallest box around all views, once; its attention scores are read off at each
-view's patches (section 3.3). Each view meets the text in a contrastive loss of its own (3.4).
+The selected patches are those to which the class token of the teacher, a moving average, attends
+most. The teacher sees the smallest box around all views, once; its attention scores are read off at
+each view's patches (section 3.3). Each view meets the text in a contrastive loss of its own (3.4).
 Auxiliary losses: SimCLR or SimSiam between the views, BYOL between a view and the teacher's whole
 image.
 
@@ -150,7 +150,7 @@ class Aclip(Averaging):
     def auxiliary_features(
         self, pooled: list[Tensor], teacher_features: Tensor | None
     ) -> dict[str, Tensor]:
-        """What the auxiliary losses compare: vectors of SimCLR, losses (B,) of SimSiam and BYOL."""
+        """Return the vectors of SimCLR, and the losses (B,) of SimSiam and BYOL."""
         options, k = self.options, len(pooled)
         together = torch.cat(pooled)
         features = {}
@@ -175,8 +175,9 @@ class Aclip(Averaging):
         return bool(self.options.byol) or (self.options.strategy != "random" and share < 1)
 
     def look(self, scene: ViewBatch) -> tuple[Tensor, Tensor]:
-        """The teacher's view -> attention scores (B, L), mean over heads and layers (equation 4),
-        and its pooled features (B, D).
+        """Return the teacher's attention scores (B, L) and its pooled features (B, D).
+
+        The scores are means over heads and layers (equation 4).
         """
         vision, watch = self.teacher_vision(), Watch()
         tokens = vision(
@@ -194,7 +195,7 @@ class Aclip(Averaging):
         return scores[:, 1:], vision.pool(tokens)
 
     def select(self, scores: Tensor, scene: ViewBatch, view: ViewBatch, share: float) -> ViewBatch:
-        """The patches of a view that stay: (B, K, 3 P P) at (B, K)."""
+        """Return the patches of a view that stay: (B, K, 3 P P) at (B, K)."""
         grid = self.teacher_grid(scene)
         at_patches = scores_at(scores, grid, scene["box"], view["box"], self.cfg.grid)
         keep = self.attentive.choose(at_patches, share, view["noise"])
@@ -207,16 +208,18 @@ class Aclip(Averaging):
         return vision
 
     def teacher_grid(self, scene: ViewBatch) -> tuple[int, int]:
-        """The grid of the teacher's view, which may have another resolution (A-CLIP-eff) but has
-        the model's proportions.
+        """Return the grid (rows, columns) of the teacher's view.
+
+        It may have another resolution (A-CLIP-eff), but has the model's proportions.
         """
         rows, columns = self.cfg.grid
         scale = (scene["positions"].shape[1] / (rows * columns)) ** 0.5
         return round(rows * scale), round(columns * scale)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean of the views' contrastive losses + the weighted auxiliary ones (sections 3.1 and
-        3.4).
+        """Return the mean of the views' contrastive losses + the weighted auxiliary losses.
+
+        Sections 3.1 and 3.4.
         """
         options = self.options
 
@@ -246,7 +249,7 @@ class Aclip(Averaging):
         return total, metrics
 
     def simclr_loss(self, views: Sequence[Tensor]) -> Tensor:
-        """The mean over all pairs of views; as released, of the first view with itself."""
+        """Return the mean over all pairs of views; as released, of the first view with itself."""
         pairs = list(combinations(views, 2))
         if self.options.as_released:
             pairs = [(views[0], views[0])]
@@ -259,12 +262,12 @@ def attentive(options: Options, cfg: ModelConfig) -> Attentive:
 
 
 def in_order(features: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """The features name0, name1, ..."""
+    """Return the features name0, name1, and so on."""
     return [features[f"{name}{i}"] for i in range(len(features)) if f"{name}{i}" in features]
 
 
 def between(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """SimSiam over all pairs of views, both ways, (B,)."""
+    """Return SimSiam's loss over all pairs of views, both ways, (B,)."""
     losses = []
     for i, prediction in enumerate(predictions):
         for j, target in enumerate(targets):

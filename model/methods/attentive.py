@@ -1,5 +1,6 @@
-"""A-CLIP's choice of visible patches from a teacher's attention (arXiv 2212.08653 section 3.3), on
-the device, for all images at once.
+"""A-CLIP's choice of visible patches from a teacher's attention (arXiv 2212.08653 section 3.3).
+
+It is made on the device, for all images at once.
 
     scores = scores_at(attention, teacher_grid, teacher_box, view_box, grid)     one map, read off
     at the patches of any view
@@ -21,9 +22,11 @@ DRAWN = 0.25  # of what the strategy mixed keeps
 
 
 class Attentive:
-    """`strategy`: low (the lowest scores go), high (the highest go), mixed (a quarter of what stays
-    is drawn, the rest scores highest), random. Patches stay or go in squares of `block` pixels, 1 x
-    1 patch or more.
+    """Choice of the patches that stay, by their scores.
+
+    strategy: low (the lowest scores go), high (the highest go), mixed (a quarter of the patches
+    that stay is drawn, the others have the highest scores), random. Patches stay or go in squares
+    of `block` pixels, 1 x 1 patch or more.
     """
 
     def __init__(self, strategy: str, block: int, patch: int, grid: tuple[int, int]):
@@ -46,7 +49,7 @@ class Attentive:
         self.members = self.blocks(torch.arange(grid[0] * grid[1])[None].double())[0].long()
 
     def blocks(self, scores: Tensor) -> Tensor:
-        """(B, L) -> (B, N, n)."""
+        """Return scores (B, L) by blocks, (B, N, n)."""
         rows, columns = (length // self.side for length in self.grid)
         return (
             scores.view(-1, rows, self.side, columns, self.side)
@@ -56,8 +59,7 @@ class Attentive:
         )
 
     def kept(self, share: float) -> int:
-        """How many blocks stay for a share of the patches: as many whole ones, and where a half is
-        left over, it counts as one.
+        """Return how many blocks stay for a share of the patches; half a block counts as one.
 
         Of 196 patches in 49 blocks: 25 blocks, 100 patches, at a half, as in A-CLIP's release; 64
         at a third and 48 at a quarter. One by one: 98, 65, 49. (Table 5 has 98, 65, 48.)
@@ -71,9 +73,9 @@ class Attentive:
         return count
 
     def choose(self, scores: Tensor, share: float, noise: Tensor | None = None) -> Tensor:
-        """scores (B, L), share of the patches to keep -> keep (B, K), ascending.
+        """Return the patches to keep, (B, K), ascending.
 
-        noise (B, L), uniform: for mixed and random.
+        scores (B, L). share: of the patches. noise (B, L), uniform: for mixed and random.
         """
         score, count = self.blocks(scores.float()).mean(2), self.kept(share)  # (B, N)
         if self.strategy in ("mixed", "random"):
@@ -95,8 +97,9 @@ def scores_at(
     view_box: Tensor,
     grid: tuple[int, int],
 ) -> Tensor:
-    """Scores (B, L') of the teacher's grid -> (B, L): bilinear, at the centres of a view's patches;
-    boxes (B, 4).
+    """Return scores (B, L') of the teacher's grid at the patches of a view, (B, L).
+
+    They are interpolated bilinearly at the centers of the patches. Boxes are (B, 4).
     """
     rows, columns = grid
 
@@ -121,5 +124,5 @@ def scores_at(
 
 
 def take(patches: Tensor, keep: Tensor) -> Tensor:
-    """(B, L, X), keep (B, K) -> (B, K, X)."""
+    """Return the patches to keep: (B, L, X), keep (B, K) -> (B, K, X)."""
     return patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))

@@ -1,4 +1,4 @@
-"""The contract between a training run and a method, the losses of a paper.
+"""Contract between a training run and a method, the losses of a paper.
 
 A method is an nn.Module that turns a micro-batch into features and features into a loss:
 
@@ -40,7 +40,7 @@ class ViewBatch(TypedDict):
 
 
 class TextBatch(TypedDict):
-    """The captions of a micro-batch, end to end."""
+    """Captions of a micro-batch, end to end."""
 
     ids: Tensor  # (T,) int32
     lengths: Tensor  # (B,) int32
@@ -49,7 +49,7 @@ class TextBatch(TypedDict):
 
 
 class MicroBatch(TypedDict):
-    """What a method reads of a batch."""
+    """Views and captions, the part of a batch that a method reads."""
 
     views: dict[str, ViewBatch]
     text: TextBatch
@@ -57,11 +57,11 @@ class MicroBatch(TypedDict):
 
 @dataclass(frozen=True)
 class Nothing:
-    """The options of a method that has none."""
+    """Options of a method that has none."""
 
 
 class Method(nn.Module, ABC):
-    """The towers, and what the rest must know of a method: its options, views and teacher."""
+    """Towers, and the facts on a method that a run needs: its options, views and teacher."""
 
     Options: type = Nothing  # what the config's `options:` may hold
     # the views that it reads, and how many of each it can use
@@ -79,25 +79,30 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
-        """Raise ValueError where the options do not go with the model, or with the number of draws
-        of each view.
+        """Raise ValueError if the options do not go with the model or the number of draws.
+
+        counts: draws of each view.
         """
 
     def borrowed(self) -> dict[str, str]:
-        """{prefix of parameters: the run whose towers they start from}, e.g. {"teacher.":
-        "runs/clip"}.
+        """Return {prefix of parameters: the run whose towers they start from}.
+
+        For example {"teacher.": "runs/clip"}.
         """
         return {}
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(teacher, student) pairs of modules that are built alike: the teacher follows the student
-        as a moving average (class Averaging).
+        """Return (teacher, student) pairs of modules that are built alike.
+
+        The teacher follows the student as a moving average (class Averaging).
         """
         return []
 
     def shown(self, weights: str = "student") -> Towers:
-        """The towers as evaluations see them: the student's, or with the moving averages in the
-        place of what they average.
+        """Return the towers that evaluations see.
+
+        They are the student's; for other weights, moving averages replace the modules that they
+        average.
         """
         if weights == "student":
             return self.towers
@@ -108,8 +113,9 @@ class Method(nn.Module, ABC):
         return towers
 
     def pooled(self, views: Sequence[ViewBatch]) -> list[Tensor]:
-        """Pooled features (B, D) of each view; in one pass through the tower where all views have
-        the same number of patches.
+        """Return the pooled features (B, D) of each view.
+
+        If all views have the same number of patches, they pass through the tower together.
         """
         patches = [view["patches"] for view in views]
         positions = [view["positions"] for view in views]
@@ -119,8 +125,9 @@ class Method(nn.Module, ABC):
         return [self.towers.image_features(x, at) for x, at in zip(patches, positions)]
 
     def pair_features(self, pooled: Tensor, text: TextBatch) -> dict[str, Tensor]:
-        """Pooled images (B, D) and captions -> unit embeddings image and text (B, E), and scale
-        (1,).
+        """Return the unit embeddings image and text (B, E), and scale (1,).
+
+        pooled: images (B, D).
         """
         return dict(
             image=self.towers.embed_image(pooled),
@@ -129,37 +136,40 @@ class Method(nn.Module, ABC):
         )
 
     def momentum(self, progress: float) -> float:
-        """The share of itself that a teacher keeps in a step, at `progress` (0 to 1) of the run;
-        see Averaging.
+        """Return the share of itself that a teacher keeps in a step; see Averaging.
+
+        progress: of the run, 0 to 1.
         """
         raise TypeError(f"{type(self).__name__} has no moving average")
 
     @abstractmethod
     def forward(self, part: MicroBatch) -> dict[str, Tensor]:
-        """A micro-batch -> features."""
+        """Return the features of a micro-batch."""
 
     @abstractmethod
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features of the whole batch on this rank -> (loss (), what to log)."""
+        """Return (loss (), metrics to log) for the features of the whole batch on this rank."""
 
 
 class Averaging(Method):
-    """A method with a teacher that is a moving average."""
+    """Method with a teacher that is a moving average."""
 
     @abstractmethod
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
-        """See Method.averaged; none, where the options ask for another teacher."""
+        """Return the pairs of Method.averaged; none if the options ask for another teacher."""
 
     @abstractmethod
     def momentum(self, progress: float) -> float:
-        """The share of itself that the teacher keeps in a step, at `progress` (0 to 1) of the
-        run.
+        """Return the share of itself that the teacher keeps in a step.
+
+        progress: of the run, 0 to 1.
         """
 
 
 def swapped(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """The module with `others` in the place of some below it; it shares everything else with the
-    original, which stays as it is.
+    """Return the module with `others` in the place of some below it.
+
+    It shares everything else with the original, which stays as it is.
     """
     if module in others:
         return others[module]
@@ -172,22 +182,23 @@ def swapped(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Modu
 
 
 def at_least(least: float, **options: float) -> None:
-    """ValueError naming the first option that is less."""
+    """Raise ValueError naming the first option that is less."""
     for name, value in options.items():
         if not value >= least:
             raise ValueError(f"options.{name} {value}: it must be at least {least}")
 
 
 def above(bound: float, **options: float) -> None:
-    """ValueError naming the first option that is not more."""
+    """Raise ValueError naming the first option that is not more."""
     for name, value in options.items():
         if not value > bound:
             raise ValueError(f"options.{name} {value}: it must be above {bound}")
 
 
 def whole(view: ViewBatch) -> tuple[Tensor, Tensor]:
-    """All patches (B, L, 3 P P) of a masked view and their positions (B, L): the visible ones, then
-    the hidden ones.
+    """Return all patches (B, L, 3 P P) of a masked view and their positions (B, L).
+
+    The visible ones come first, then the hidden ones.
     """
     patches = torch.cat([view["patches"], view["hidden"]], dim=1)
     positions = torch.cat([view["positions"], view["hidden_positions"]], dim=1)

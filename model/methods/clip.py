@@ -1,5 +1,4 @@
-"""Contrastive language-image pretraining: CLIP (arXiv 2103.00020); with a masked view FLIP
-(2212.00794) and GLIP (2403.15837).
+"""CLIP (arXiv 2103.00020); with a masked view FLIP (2212.00794) and GLIP (2403.15837).
 
 The three differ only in the `mask:` of the view `image`: none, random(0.5), gaussian(0.5).
 """
@@ -12,12 +11,12 @@ from glimpse.model.methods.base import Method, MicroBatch
 
 class Clip(Method):
     def forward(self, part: MicroBatch) -> dict[str, Tensor]:
-        """A micro-batch -> unit embeddings image and text (b, E), and scale (1,)."""
+        """Return the unit embeddings image and text (b, E), and scale (1,)."""
         view = part["views"]["image"]
         pooled = self.towers.image_features(view["patches"], view["positions"])
         return self.pair_features(pooled, part["text"])
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE over the pairs of all ranks (FLIP section 3)."""
+        """Return InfoNCE over the pairs of all ranks (FLIP section 3)."""
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
         return loss, {**metrics, "temperature": 1 / features["scale"].detach()}

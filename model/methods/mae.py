@@ -75,7 +75,7 @@ class Mae(Method):
         return dict(features, reconstruction=error)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Contrastive + weight * mean squared error of the hidden patches (FLIP section 4.1)."""
+        """Return contrastive + weight * squared error of the hidden patches (FLIP section 4.1)."""
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
         auxiliary = batch_mean(features["reconstruction"])
         total = loss + self.options.weight * auxiliary

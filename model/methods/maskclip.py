@@ -1,5 +1,4 @@
-"""MaskCLIP (arXiv 2208.12262v1): the contrastive loss on the whole image, and masked
-self-distillation.
+"""MaskCLIP (arXiv 2208.12262v1): contrast of the whole image, and masked self-distillation.
 
 A moving average of the vision tower, the teacher, sees the whole image; the student sees a quarter
 of its patches, and a decoder of one block predicts the teacher's features of the others (sections
@@ -117,7 +116,7 @@ class MaskClip(Averaging):
         return dict(features, distillation=error)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_I + L_T + lambda L_dist (section 3.3)."""
+        """Return L_I + L_T + lambda L_dist (section 3.3)."""
         auxiliary = batch_mean(features["distillation"])
         if not self.options.contrast:
             return self.options.weight * auxiliary, {"distillation": auxiliary.detach()}

@@ -1,6 +1,6 @@
-"""SLIP (arXiv 2112.12750): CLIP on one view of the image, and SimCLR on two strongly augmented
-views of it.
+"""SLIP (arXiv 2112.12750): CLIP on one view of the image, and SimCLR on two augmented views.
 
+The augmentation is strong.
 Views: `image`, and two of `augmented`.
 """
 
@@ -45,7 +45,7 @@ class Slip(Method):
         return dict(features, one=self.head(one), two=self.head(two))
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """CLIP + weight * SimCLR (SLIP section 3.3)."""
+        """Return CLIP + weight * SimCLR (SLIP section 3.3)."""
         loss, metrics = contrastive(
             features["image"],
             features["text"],
