@@ -21,7 +21,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
 
 import torch
 
-from glimpse.data.loader import Batches
+from glimpse.data.loader import Batches, MicroBatch
 from glimpse.data.shards import Shards
 from glimpse.data.stream import Stream, is_stream
 from glimpse.run.lib import distributed, run_dir
@@ -190,7 +190,7 @@ class Training:
         """Return True while the run has samples for another step."""
         return self.trainer.samples + self.cfg.batch <= self.cfg.samples
 
-    def report(self, parts: list[dict], lr: float, metrics: dict) -> None:
+    def report(self, parts: list[MicroBatch], lr: float, metrics: dict) -> None:
         """Log the step, if its turn has come; the first step also shows what the tower saw."""
         step, trainer = self.trainer.ds.global_steps, self.trainer
         if step == 1:
@@ -209,7 +209,7 @@ class Training:
         )
         self.log.step(step, trainer.samples, self.flops(parts[0]), self.peak, **values)
 
-    def flops(self, part: dict) -> float:
+    def flops(self, part: MicroBatch) -> float:
         """FLOPs of a sample whose caption is as long as the mean of the first batch's; counted
         once, on rank 0, which alone writes records.
         """

@@ -34,6 +34,7 @@ if ! ruff format --check --quiet .; then
   exit 1
 fi
 ruff check .
+bash run/typecheck.sh
 # Two at a time: much of a launch is one process's work, or waiting.
 for round in "not slow" slow; do
   python -m pytest -q -n 2 --dist loadfile -m "$round" --durations=10

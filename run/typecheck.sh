@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check the types of what training runs: data/, model/, run/lib and run/train.
+# Check the types of what training runs: data/, model/, run/lib, run/train and run/pretrain.py.
 #   bash run/typecheck.sh
 # A type checker cannot follow glimpse/__init__.py, which finds the packages at run time; so it is
 # shown a folder in which they lie where their import names say.
@@ -14,4 +14,4 @@ done
 ln -sf "$PWD/glimpse/__init__.py" "$view/__init__.py"
 cd "$view/.."
 mypy --config-file ../../pyproject.toml --cache-dir .. \
-  -p glimpse.data -p glimpse.model -p glimpse.run.lib -p glimpse.run.train
+  -p glimpse.data -p glimpse.model -p glimpse.run.lib -p glimpse.run.train -m glimpse.run.pretrain

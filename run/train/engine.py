@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from glimpse.data.loader import MicroBatch, share
 from glimpse.model import ema
 from glimpse.model.methods import build_method
+from glimpse.model.methods.base import Method
 from glimpse.model.towers import Temperature
 from glimpse.run.lib.config import ROOT, Run
 from glimpse.run.lib.distributed import device, rank, to_device, world
@@ -159,7 +160,7 @@ class Engine:
         vocab: int,
         *,
         universal: bool = False,
-        load: Callable[[torch.nn.Module], None] | None = None,
+        load: Callable[[Method], None] | None = None,
     ):
         """load: puts weights into the new method, by whole_parameter; universal: load_checkpoint
         will read that format.

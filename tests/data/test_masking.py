@@ -205,8 +205,7 @@ def test_parse_reads_what_a_config_writes():
         ("gaussian(0.5, sigm=0.1)", r"'sigm'; gaussian takes \(ratio: float, sigma: float = 0.2"),
         (
             "gausian(0.5)",
-            "unknown strategy 'gausian'; known: gaussian, inverse_gaussian, none, random;"
-            " did you mean 'gaussian'",
+            "unknown strategy 'gausian'; known: .*gaussian.*none.*; did you mean 'gaussian'",
         ),
         ("none(0.5)", "none takes no arguments"),
         ("", "cannot be read; write it as"),
