@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.loader import plan
+from glimpse.data.loader import MicroBatch, plan
 from glimpse.data.masking import parse
 from glimpse.data.patches import patchify, unpatchify
 from glimpse.data.shards import Shards
@@ -45,7 +45,7 @@ def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | 
     return list(images), list(captions)
 
 
-def masked_inputs(part: dict, cfg: Run) -> Tensor:
+def masked_inputs(part: MicroBatch, cfg: Run) -> Tensor:
     """Return the first images of each view of a part as one picture, (3, H, W) uint8.
 
     It has rows of eight images.
