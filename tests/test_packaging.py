@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import glimpse
-from tests.test_architecture import imports
+from glimpse.tests.test_architecture import imports
 
 ROOT = Path(__file__).parents[1]
 CODE = ("data", "model", "run")
@@ -28,7 +28,11 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 EXTRAS = PROJECT["optional-dependencies"]
-DISTRIBUTIONS = packages_distributions()  # {module: packages that bring it}
+# {module: the packages that bring it}
+DISTRIBUTIONS = {
+    module: set(map(canonicalize_name, packages))
+    for module, packages in packages_distributions().items()
+}
 OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")  # of pip
 
 # The optional packages that these files import at module level, by extra.
@@ -141,7 +145,7 @@ def test_every_import_is_declared(path):
         module = name.split(".")[0]
         if module in sys.stdlib_module_names or module == "glimpse":
             continue
-        packages = set(map(canonicalize_name, DISTRIBUTIONS.get(module, [module])))
+        packages = DISTRIBUTIONS.get(module, {module})
         assert packages & (anywhere if lazy else required), f"{path}:{line}: {name} is not declared"
 
 
@@ -158,7 +162,7 @@ for script in scripts:
         print(script, error.name)
 """
     optional = set().union(*(names(extra) for extra in EXTRAS if extra != "dev")) - names("")
-    modules = [name for name, of in DISTRIBUTIONS.items() if set(of) & optional]
+    modules = [module for module, packages in DISTRIBUTIONS.items() if packages & optional]
     scripts = [path.stem for path in (ROOT / "run").glob("[!_]*.py")]
     arguments = [",".join(scripts), ",".join(modules)]
 
