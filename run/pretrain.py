@@ -13,6 +13,7 @@ checkpoint, on any number of ranks.
 
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -218,7 +219,10 @@ class Training:
 
             text = part["text"]
             tokens = len(text["ids"]) / len(text["lengths"])
-            self.flops_per_sample = count(self.cfg, self.tokenizer.vocab_size, tokens).model
+            # what checkpointing computes again is no part of MFU
+            model = replace(self.cfg.model, checkpoint_activations=False)
+            plain = replace(self.cfg, model=model)
+            self.flops_per_sample = count(plain, self.tokenizer.vocab_size, tokens).model
         return self.flops_per_sample or 0.0
 
     def save(self) -> None:
