@@ -32,15 +32,7 @@ def read_spec(text: str, bare_words: bool = False) -> Spec:
     literals are values.
     Raise UnreadableSpec, or ValueError if an option is given twice or a value is no literal.
     """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, AttributeError, ValueError, TypeError):
-        raise UnreadableSpec(f"{text!r} cannot be read") from None
-    function = tree.func if isinstance(tree, ast.Call) else tree
-    if not isinstance(function, ast.Name):
-        raise UnreadableSpec(f"{text!r} cannot be read")
-    if not isinstance(tree, ast.Call):
-        return Spec(function.id, (), {})
+    name, tree = parse_call(text)
 
     def value(node: ast.expr) -> object:
         if bare_words and isinstance(node, ast.Name):
@@ -50,13 +42,27 @@ def read_spec(text: str, bare_words: bool = False) -> Spec:
         except (ValueError, TypeError):
             raise ValueError("arguments must be plain values, such as 0.5 or True") from None
 
+    if tree is None:
+        return Spec(name, (), {})
     # A keyword without a name is `**mapping`.
     nodes = {keyword.arg: keyword.value for keyword in tree.keywords if keyword.arg}
     if len(nodes) < len(tree.keywords):
         raise ValueError("name each option once")
-    options = {name: value(node) for name, node in nodes.items()}
+    options = {key: value(node) for key, node in nodes.items()}
     args = tuple(value(node) for node in tree.args)
-    return Spec(function.id, args, options)
+    return Spec(name, args, options)
+
+
+def parse_call(text: str) -> tuple[str, ast.Call | None]:
+    """'gaussian(0.5)' -> (its name, its syntax tree; None where there are no parentheses)."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, TypeError):
+        raise UnreadableSpec(f"{text!r} cannot be read") from None
+    function = tree.func if isinstance(tree, ast.Call) else tree
+    if not isinstance(function, ast.Name):
+        raise UnreadableSpec(f"{text!r} cannot be read")
+    return function.id, tree if isinstance(tree, ast.Call) else None
 
 
 def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: str) -> T:
@@ -66,22 +72,21 @@ def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: st
     the way to write a spec.
     """
     try:
-        spec = read_spec(text)
-    except (UnreadableSpec, AttributeError):
+        name, _ = parse_call(text)
+    except UnreadableSpec:
         raise ValueError(f"{key} {text!r} cannot be read; write it as none, {form}") from None
-    except ValueError as error:
-        raise ValueError(f"{key} {text!r}: {error}") from None
-    if spec.name not in strategies:
-        raise ValueError(f"{key} {text!r}: {unknown(spec.name, strategies)}")
+    if name not in strategies:
+        raise ValueError(f"{key} {text!r}: {unknown(name, strategies)}")
 
-    strategy = strategies[spec.name]
+    strategy = strategies[name]
     signature = inspect.signature(strategy)
     signature = signature.replace(return_annotation=inspect.Signature.empty)
     try:
+        spec = read_spec(text)
         signature.bind(*spec.args, **spec.options)
         return strategy(*spec.args, **spec.options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{key} {text!r}: {error}; {spec.name} takes {signature}") from None
+        raise ValueError(f"{key} {text!r}: {error}; {name} takes {signature}") from None
 
 
 def unknown(name: str, strategies: Iterable[str]) -> str:

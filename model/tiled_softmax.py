@@ -150,8 +150,8 @@ class SimCLR(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        one, two, *everyone = ctx.saved_tensors[:4]
-        saved = ctx.saved_tensors[4:]
+        one, two, all_one, all_two, *saved = ctx.saved_tensors
+        everyone = all_one, all_two
         pairs = slice(ctx.first, ctx.first + len(one))
         off = torch.full_like(everyone[0][:, 0], torch.inf)  # no softmax by column
 

@@ -82,7 +82,7 @@ def plan_text(cfg: Run, args) -> str:
 
 def parse_evals(cfg: Run) -> list:
     """The evaluations of `evals:`, or ValueError, before the training starts."""
-    if not cfg.evals:
+    if not cfg.evals and not cfg.eval_every:
         return []
     from glimpse.run.evals import parse
 
@@ -212,17 +212,20 @@ class Training:
 
     def flops(self, part: MicroBatch) -> float:
         """FLOPs of a sample whose caption is as long as the mean of the first batch's; counted
-        once, on rank 0, which alone writes records.
+        once, on rank 0, which alone writes records.  nan if the method cannot run without data.
         """
-        if self.flops_per_sample is None and not distributed.rank():
-            from glimpse.run.plan.flops import count
+        if self.flops_per_sample is None and distributed.rank() == 0:
+            from glimpse.run.plan.flops import count_model
 
             text = part["text"]
             tokens = len(text["ids"]) / len(text["lengths"])
-            # what checkpointing computes again is no part of MFU
-            model = replace(self.cfg.model, checkpoint_activations=False)
-            plain = replace(self.cfg, model=model)
-            self.flops_per_sample = count(plain, self.tokenizer.vocab_size, tokens).model
+            # these tokens were filled and masked already
+            cfg = replace(self.cfg, data=replace(self.cfg.data, pad_text=False))
+            try:
+                self.flops_per_sample = count_model(cfg, self.tokenizer.vocab_size, tokens)
+            except RuntimeError as error:  # control flow that depends on a tensor's values
+                self.flops_per_sample = float("nan")
+                self.log.say(f"no MFU: the method's FLOPs cannot be counted ({error})")
         return self.flops_per_sample or 0.0
 
     def save(self) -> None:

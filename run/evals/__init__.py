@@ -119,7 +119,7 @@ def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
     """'KIND(option=value)' -> (kind, its Options, '(option=value)')."""
     form = "write KIND:FOLDER or KIND(option=value):FOLDER"
     try:
-        parsed = read_spec(call, bare_words=True)
+        parsed = read_spec(call.strip(), bare_words=True)
     except UnreadableSpec:
         raise ValueError(f"evals: {spec!r} cannot be read; {form}") from None
     except ValueError as error:

@@ -72,13 +72,13 @@ class Flops:
 
 
 def count(cfg: Run, vocab: int, tokens: float, sharded: bool = False) -> Flops:
-    """Count the FLOPs of a sample whose caption has `tokens` tokens.
+    """Count the FLOPs of a sample whose caption has `tokens` tokens, a whole number of them.
 
     vocab: rows of the token table.
     sharded: under ZeRO-3, whose linear layer saves its input only after its product, so that
     checkpointing recomputes the last product of each block, too.
     """
-    plain = replace(cfg, model=replace(cfg.model, checkpoint_activations=False))
+    plain = without_checkpointing(cfg)
     with single_process(), FakeTensorMode():
         # The whole method, without recomputation.
         method = build_method(plain, vocab)
@@ -106,6 +106,18 @@ def count(cfg: Run, vocab: int, tokens: float, sharded: bool = False) -> Flops:
             loss=count_loss(method, features, cfg.batch),
             recomputed=recomputed,
         )
+
+
+def count_model(cfg: Run, vocab: int, tokens: float) -> float:
+    """Return `count(...).model` alone, whether or not the losses can be counted."""
+    plain = without_checkpointing(cfg)
+    with single_process(), FakeTensorMode():
+        features, forward = count_forward(build_method(plain, vocab), plain, tokens)
+        return forward("") + count_backward(features)
+
+
+def without_checkpointing(cfg: Run) -> Run:
+    return replace(cfg, model=replace(cfg.model, checkpoint_activations=False))
 
 
 def count_forward(

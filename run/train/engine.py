@@ -334,7 +334,8 @@ def check_buffers(method: torch.nn.Module) -> None:
     """Raise ValueError for a persistent buffer: DeepSpeed's universal format, by which a run is
     resumed on another number of ranks, silently drops it.
     """
-    buffers = sorted(method.state_dict().keys() - dict(method.named_parameters()).keys())
+    parameters = dict(method.named_parameters(remove_duplicate=False))
+    buffers = sorted(method.state_dict().keys() - parameters.keys())
     if buffers:
         raise ValueError(
             f"method: {type(method).__name__} keeps a persistent buffer, {buffers[0]}, which"

@@ -6,7 +6,7 @@ import torch
 from glimpse.model import collectives
 from glimpse.model.losses import contrastive
 from glimpse.run.lib import config
-from glimpse.run.plan.flops import count, counter
+from glimpse.run.plan.flops import count, count_model, counter
 
 VOCAB, TOKENS = 30523, 16
 
@@ -67,7 +67,7 @@ def test_formulas_by_hand(name):
     assert flops.loss / 1e9 == pytest.approx(loss, rel=0.02)
     assert flops.recomputed / 1e9 == pytest.approx(recomputed, rel=0.015)
     assert sharded.recomputed / 1e9 == pytest.approx(with_zero3, rel=0.005)
-    assert sharded.model == flops.model
+    assert sharded.model == flops.model == count_model(cfg, VOCAB, TOKENS)
 
 
 def test_a_frozen_text_tower_is_not_counted():

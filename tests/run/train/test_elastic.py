@@ -51,6 +51,13 @@ def test_a_method_with_a_persistent_buffer_is_refused():
         check_buffers(method)
 
 
+def test_a_module_that_stands_in_two_places_is_no_buffer():
+    method = build("clip")
+    method.frozen = method.towers.vision
+
+    check_buffers(method)
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(checkpoint):
     for rank in range(2):
         # sparse
