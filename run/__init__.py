@@ -1,5 +1,6 @@
-"""What scripts share. DeepSpeed reads DS_ACCELERATOR when it is first imported, and warns where it
-has to guess.
+"""The scripts, and the packages that they share.
+
+DeepSpeed reads DS_ACCELERATOR when it is first imported, and warns where it has to guess.
 """
 
 import os
