@@ -37,12 +37,11 @@ OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")  # of p
 
 # The optional packages that these files import at module level, by extra.
 OPTIONAL = {
-    "data/builders/glyphs/": "demo",
     "run/evals/embeddings.py": "parquet",
     "run/reports/plots.py": "plots",
 }
 # The scripts that cannot start without an extra; docs/running.md lists them.
-NEEDS = {"prepare": "demo", "embed": "parquet", "report": "plots", "scaling": "plots"}
+NEEDS = {"embed": "parquet", "report": "plots", "scaling": "plots"}
 
 
 def folder(package: str) -> Path:

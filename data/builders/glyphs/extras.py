@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 from glimpse.data.builders.glyphs.sources import Glyph, Vocabulary
@@ -290,6 +289,8 @@ def draw_photo(source: Path | bytes) -> bytes:
 
 def render(path: Path, width: int) -> Image.Image:
     """Render an SVG at a width in pixels."""
+    import resvg_py  # of the extra `demo`: only this data set is drawn
+
     png = resvg_py.svg_to_bytes(svg_path=str(path), width=width, dpi=96, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png)))
 

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-import resvg_py
-
 PACKAGES = {  # npm package -> version
     "@iconify-json/noto": "1.2.9",
     "@iconify-json/noto-v1": "1.2.5",
@@ -384,6 +382,8 @@ def draw_svg(source: str) -> bytes:
 
     The dpi is set because with resvg's default of 0 sizes in mm or pt are invalid.
     """
+    import resvg_py  # of the extra `demo`: only this data set is drawn
+
     png = resvg_py.svg_to_bytes(
         svg_string=source, width=PIXELS, height=PIXELS, dpi=96, skip_system_fonts=True
     )
