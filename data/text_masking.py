@@ -24,7 +24,7 @@ STRATEGIES: dict[str, type["TextMask"]] = {}
 
 @dataclass(frozen=True)
 class Caption:
-    """What all captions of a run have in common.
+    """The properties that all captions of a run share.
 
     FLIP's masks always keep the pooled token; CLIPA's keep the special tokens, of which it is one
     unless a vocabulary has none.
