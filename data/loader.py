@@ -116,7 +116,7 @@ class DataConfig:
                 raise ValueError(f"data.{name}: {getattr(self, name)}; it must be at least 1")
 
 
-class Draw(NamedTuple):
+class ViewSpec(NamedTuple):
     """One draw of a view: what is made of each image under one name."""
 
     name: str
@@ -125,7 +125,7 @@ class Draw(NamedTuple):
     grid: tuple[int, int]
 
 
-def plan(views: dict[str, View], image_size: Size, patch: int) -> list[Draw]:
+def plan(views: dict[str, View], image_size: Size, patch: int) -> list[ViewSpec]:
     """Every draw of every view; ValueError for what cannot be cut into patches, or a mask that
     hides all.
     """
@@ -143,11 +143,11 @@ def plan(views: dict[str, View], image_size: Size, patch: int) -> list[Draw]:
             mask.visible(grid[0] * grid[1])
         except ValueError as error:
             raise ValueError(f"views.{name}: {error}") from None
-        planned.append(Draw(name, view, mask, grid))
+        planned.append(ViewSpec(name, view, mask, grid))
     return planned
 
 
-class Reader:
+class SampleReader:
     """Turn samples into rows (tokens and visible patches), and rows into micro-batches.
 
     hidden, noise: the names of the views of which a method wants the hidden patches, or noise.
@@ -207,7 +207,7 @@ class Reader:
         return self.text_mask(ids, len(real), self.caption, rng)
 
     def view(
-        self, draw: Draw, image: np.ndarray, box: Box, rng: np.random.Generator
+        self, draw: ViewSpec, image: np.ndarray, box: Box, rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
         """The arrays of one view of one image, under the names of ViewBatch."""
         count = draw.grid[0] * draw.grid[1]
@@ -226,7 +226,7 @@ class Reader:
             arrays["noise"] = rng.random(count, dtype=np.float32)
         return arrays
 
-    def part(self, rows: list[Row], bad: list[Bad]) -> MicroBatch:
+    def micro_batch(self, rows: list[Row], bad: list[Bad]) -> MicroBatch:
         """Stack the views of rows, and pack their captions."""
         views = {name: stack([row.views[name] for row in rows]) for name in rows[0].views}
         ids, lengths = pack([row.ids for row in rows])
@@ -249,7 +249,7 @@ def stack(samples: list[dict[str, np.ndarray]]) -> ViewBatch:
     return cast(ViewBatch, {key: torch.from_numpy(array) for key, array in batch.items()})
 
 
-def share(batch: int, world: int, accumulate: int) -> int:
+def micro_batch_size(batch: int, world: int, accumulate: int) -> int:
     """The samples of a part on one rank, or ValueError."""
     parts = world * accumulate
     if batch % parts:
@@ -269,7 +269,7 @@ class Batches(Dataset):
 
     def __init__(
         self,
-        reader: Reader,
+        reader: SampleReader,
         shards: Shards,
         *,
         batch: int,
@@ -279,18 +279,18 @@ class Batches(Dataset):
     ):
         self.reader, self.shards, self.rank = reader, shards, rank
         self.order = Order(shards.counts, reader.seed, reader.cfg.window)
-        self.size = share(batch, world, accumulate)
+        self.size = micro_batch_size(batch, world, accumulate)
         self.parts = accumulate
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
         first = start + self.rank * self.size * self.parts
         begins = [first + n * self.size for n in range(self.parts)]
-        return [self.part(range(begin, begin + self.size)) for begin in begins]
+        return [self.micro_batch(range(begin, begin + self.size)) for begin in begins]
 
-    def part(self, positions: range) -> MicroBatch:
+    def micro_batch(self, positions: range) -> MicroBatch:
         bad: list[Bad] = []
         rows = [self.row(position, bad) for position in positions]
-        return self.reader.part(rows, bad)
+        return self.reader.micro_batch(rows, bad)
 
     def row(self, position: int, bad: list[Bad]) -> Row:
         """The row of a position or, when its sample cannot be read, of one drawn in its place:

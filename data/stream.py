@@ -17,7 +17,15 @@ import numpy as np
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from glimpse.data.loader import SUBSTITUTES, Bad, MicroBatch, Reader, Row, ahead, share
+from glimpse.data.loader import (
+    SUBSTITUTES,
+    Bad,
+    MicroBatch,
+    Row,
+    SampleReader,
+    ahead,
+    micro_batch_size,
+)
 from glimpse.data.shards import Sample, split_name
 
 BUFFER = 1000  # samples that a reader mixes
@@ -51,7 +59,7 @@ class Stream(IterableDataset):
 
     def __init__(
         self,
-        reader: Reader,
+        reader: SampleReader,
         train: tuple[str, ...],
         *,
         batch: int,
@@ -62,7 +70,7 @@ class Stream(IterableDataset):
     ):
         self.reader, self.rank, self.world, self.cursor = reader, rank, world, cursor
         self.urls = [url for path in train for url in webdataset.shardlists.expand_urls(path)]
-        self.size = share(batch, world, accumulate)
+        self.size = micro_batch_size(batch, world, accumulate)
         self.parts = accumulate
         # by worker: the oldest shard that it still needs
         self.behind = [cursor] * max(1, reader.cfg.workers)
@@ -85,7 +93,7 @@ class Stream(IterableDataset):
             parts = []
             for _ in range(self.parts):
                 oldest, mixed, keys = zip(*islice(rows, self.size))
-                part = self.reader.part(list(mixed), list(bad))
+                part = self.reader.micro_batch(list(mixed), list(bad))
                 part["keys"] = keys
                 part["worker"] = worker
                 part["oldest"] = oldest[-1]

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 
-def cosine(start: float, end: float, progress: float) -> float:
+def cosine_momentum(start: float, end: float, progress: float) -> float:
     """From start to end along half a cosine, progress 0 to 1 (BYOL, arXiv 2006.07733 section
     3.3).
     """
     return end - (end - start) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def linear(start: float, end: float, progress: float) -> float:
+def linear_momentum(start: float, end: float, progress: float) -> float:
     """From start to end (MaskCLIP appendix B)."""
     return start + (end - start) * min(1.0, progress)
 

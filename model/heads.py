@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from glimpse.model.collectives import mean
 from glimpse.model.init import Init
-from glimpse.model.layers import Blocks, Linear, drawn, sincos
+from glimpse.model.layers import Blocks, Linear, normal_parameter, sincos
 
 
 class BatchNorm(nn.Module):
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         super().__init__()
         init = Init()
         self.inputs = Linear(inputs, width, "xavier")
-        self.mask = drawn(width, std=0.02)
+        self.mask = normal_parameter(width, std=0.02)
         self.register_buffer("positions", sincos(grid, width), persistent=False)
         self.blocks = Blocks(depth, width, heads, "gelu", 1e-6, init, recompute)
         self.norm = nn.LayerNorm(width, 1e-6)

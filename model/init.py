@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 # 'xavier': U(+-sqrt(6 / (in + out))); 'uniform': torch's default, U(+-in ** -0.5); a number: normal
 # of that std
-Draw = str | float
+InitSpec = str | float
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Init:
     """How one tower draws its weights.  The defaults are FLIP's, which are MAE's."""
 
     # on the fused (3 D, D) weight; the bias is zero in every recipe, as is `out`'s
-    qkv: Draw = "xavier"
-    out: Draw = "xavier"  # attention's output layer
-    up: Draw = "xavier"  # MLP, D -> its hidden width
-    down: Draw = "xavier"  # MLP, back to D
-    patch: Draw = "xavier"  # patch embedding, its kernel seen as (D, 3 P P)
-    projection: Draw = "xavier"  # tower -> common embedding
+    qkv: InitSpec = "xavier"
+    out: InitSpec = "xavier"  # attention's output layer
+    up: InitSpec = "xavier"  # MLP, D -> its hidden width
+    down: InitSpec = "xavier"  # MLP, back to D
+    patch: InitSpec = "xavier"  # patch embedding, its kernel seen as (D, 3 P P)
+    projection: InitSpec = "xavier"  # tower -> common embedding
     bias: str = "zeros"  # biases of the MLP and of the patch embedding
     cls: float = 0.02  # std of the class token
     token: float = 0.02  # std of the token embedding

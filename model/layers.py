@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from glimpse.model.init import Draw, Init
+from glimpse.model.init import Init, InitSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -34,7 +34,7 @@ class Linear(nn.Linear):
     `bias`: 'zeros', 'uniform' (torch's default) or None for no bias.
     """
 
-    def __init__(self, inputs: int, outputs: int, weight: Draw, bias: str | None = "zeros"):
+    def __init__(self, inputs: int, outputs: int, weight: InitSpec, bias: str | None = "zeros"):
         # before super().__init__, which calls reset_parameters
         self.draw_weight, self.draw_bias = weight, bias
         super().__init__(inputs, outputs, bias=bias is not None)
@@ -55,7 +55,7 @@ class Linear(nn.Linear):
             nn.init.uniform_(self.bias, -bound, bound)
 
 
-class Watch:
+class AttentionRecorder:
     """Record the attention of the class token: `layers`, one (B, N) per layer, mean over heads.
 
     Not a list: ZeRO-3's hooks hand lists to a module as copies.
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         x: Tensor,
         packed: Packed | None = None,
         only: Only = None,
-        watch: Watch | None = None,
+        watch: AttentionRecorder | None = None,
         alone: bool = False,
     ) -> Tensor:
         """only: the tokens that are queries, and are returned.
@@ -201,7 +201,7 @@ class Block(nn.Module):
         x: Tensor,
         packed: Packed | None = None,
         only: Only = None,
-        watch: Watch | None = None,
+        watch: AttentionRecorder | None = None,
         alone: bool = False,
         paths: Tensor | None = None,
     ) -> Tensor:
@@ -256,7 +256,7 @@ class Blocks(nn.ModuleList):
         x: Tensor,
         packed: Packed | None = None,
         only: Only = None,
-        watch: Watch | None = None,
+        watch: AttentionRecorder | None = None,
         alone: bool = False,
         paths: Tensor | None = None,
     ) -> Tensor:
@@ -295,7 +295,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=self.std)
 
 
-def drawn(*shape: int, std: float) -> nn.Parameter:
+def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     """A parameter drawn from a normal."""
     return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=std))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glimpse.model.init import Init
-from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, drawn
+from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, normal_parameter
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.token = Embedding(vocab, width, init.token)
-        self.positions = drawn(context, width, std=init.positions)
+        self.positions = normal_parameter(context, width, std=init.positions)
         self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute, ratio)
         self.norm = nn.LayerNorm(width, cfg.eps)
 

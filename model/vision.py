@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glimpse.model.init import Init
-from glimpse.model.layers import ACTIVATIONS, Blocks, Linear, Watch, drawn, sincos
+from glimpse.model.layers import (
+    ACTIVATIONS,
+    AttentionRecorder,
+    Blocks,
+    Linear,
+    normal_parameter,
+    sincos,
+)
 
 # the tower's tokens (B, 1 + K, D) -> (B, D)
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,9 +92,9 @@ class VisionTower(nn.Module):
         bias = init.bias if cfg.patch_bias else None
         self.patch = Linear(3 * patch * patch, width, init.patch, bias)
         self.patch.requires_grad_(not cfg.freeze_patch)
-        self.cls = drawn(width, std=init.cls)
+        self.cls = normal_parameter(width, std=init.cls)
         if cfg.positions == "learned":
-            self.positions = drawn(1 + grid[0] * grid[1], width, std=init.positions)
+            self.positions = normal_parameter(1 + grid[0] * grid[1], width, std=init.positions)
         else:
             self.register_buffer("positions", sincos(grid, width), persistent=False)
         self.pre_norm = nn.LayerNorm(width, cfg.eps) if cfg.pre_norm else nn.Identity()
@@ -100,7 +107,7 @@ class VisionTower(nn.Module):
         positions: Tensor,
         grid: tuple[int, int] | None = None,
         only_cls: bool = False,
-        watch: Watch | None = None,
+        watch: AttentionRecorder | None = None,
         alone: bool = False,
         paths: Tensor | None = None,
     ) -> Tensor:

@@ -87,7 +87,7 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
 # step
 
 
-def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]:
+def our_step(cfg: config.RunConfig, tokens: float, batch: int) -> Callable[[], object]:
     """Return a training step: forward, loss, backward, AdamW and the teacher's average.
 
     tokens: of the batch's captions, on average.
@@ -96,9 +96,9 @@ def our_step(cfg: config.Run, tokens: float, batch: int) -> Callable[[], object]
     method = METHODS[cfg.method](cfg.model, 49408, cfg.data.context, cfg.options).to(DEVICE)
     trainable = [parameter for parameter in method.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5)
-    part = to_device(synthetic_batch.part(cfg, tokens, batch))
+    part = to_device(synthetic_batch.micro_batch(cfg, tokens, batch))
     averaged = []
-    for teacher, student in method.averaged():
+    for teacher, student in method.ema_pairs():
         averaged += zip(teacher.parameters(), student.parameters())
 
     def step() -> None:

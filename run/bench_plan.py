@@ -99,7 +99,7 @@ def case(
 
 def load_config(
     folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, batch: int
-) -> config.Run:
+) -> config.RunConfig:
     """Return the config of a case, whose DeepSpeed JSON rank 0 writes into the folder."""
     file = folder / f"{stage}-{kind}.json"
     tree = {"zero_optimization": {"stage": stage, **SMALL}}
@@ -110,7 +110,7 @@ def load_config(
         if distributed.rank() == 0:
             file.write_text(json.dumps(tree))
 
-    distributed.once(write)
+    distributed.rank0_first(write)
     spec = f"random({mask})" if mask else "none"
     return config.load(
         config.ROOT / "run/configs/flip_b16.yaml",
@@ -124,13 +124,13 @@ def load_config(
     )
 
 
-def measured(cfg: config.Run, micro: int) -> tuple[int, int, int, float, float]:
+def measured(cfg: config.RunConfig, micro: int) -> tuple[int, int, int, float, float]:
     """Train three steps, and return what the last takes.
 
     (bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a
     sample, bytes sent)
     """
-    part = synthetic_batch.part(cfg, TOKENS, micro)
+    part = synthetic_batch.micro_batch(cfg, TOKENS, micro)
     linear = torch.nn.functional.linear
     gc.collect()
     with activation_memory.Alive() as alive:
@@ -172,14 +172,14 @@ def main() -> None:
     args = parser.parse_args()
 
     distributed.start()
-    distributed.say("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
-    folder = Path(distributed.told(lambda: tempfile.mkdtemp()))
+    distributed.print_rank0("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
+    folder = Path(distributed.broadcast_from_rank0(lambda: tempfile.mkdtemp()))
     cases = itertools.product(args.sizes, args.stages, args.types, args.masks, (False, True))
     for size, stage, kind, mask, recompute in cases:
         if stage == 0 and kind != "fp32":
             continue
         row = case(folder, size, stage, kind, mask, recompute, args.micro)
-        distributed.say("| " + " | ".join(map(str, row)) + " |")
+        distributed.print_rank0("| " + " | ".join(map(str, row)) + " |")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def main() -> None:
     distributed.start()
 
     # What is embedded, and with which weights: all ranks, and a run that is resumed, must agree.
-    gallery = distributed.once(
+    gallery = distributed.rank0_first(
         lambda: Texts(args.texts) if args.texts else open_gallery(args.images)
     )
     cfg, tokenizer, method = load_model.opened(path)
-    checksum = load_model.checksum(method.shown(args.weights), cfg, tokenizer)
+    checksum = load_model.checksum(method.eval_towers(args.weights), cfg, tokenizer)
     source = args.texts or args.images
     about = agree(
         About(
@@ -61,7 +61,7 @@ def main() -> None:
     out = Output(args.out, about)
 
     # The parts that are left to do, as rank 0 finds them.
-    todo = json.loads(distributed.told(lambda: json.dumps(out.begin(args.resume))))
+    todo = json.loads(distributed.broadcast_from_rank0(lambda: json.dumps(out.begin(args.resume))))
     model = Embedder(
         method, cfg, tokenizer, home=load_model.home(path), tag=path.name, weights=args.weights
     )

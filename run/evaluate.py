@@ -42,7 +42,7 @@ def main() -> None:
     defaults = {"templates": args.templates} if args.templates else {}
     specs = args.evals or cfg.evals
     data = args.data or cfg.eval_data
-    evals = distributed.once(lambda: parse(specs, data=data, **defaults))
+    evals = distributed.rank0_first(lambda: parse(specs, data=data, **defaults))
     if not evals:
         raise ValueError(
             "--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER"
@@ -54,7 +54,7 @@ def main() -> None:
         defaults["crop"] = args.crop
     all_weights = args.weights
     if not all_weights:
-        all_weights = ["student", "teacher"] if method.averaged() else ["student"]
+        all_weights = ["student", "teacher"] if method.ema_pairs() else ["student"]
     for weights in all_weights:
         how = dict(weights=weights, mask=args.mask, ensemble=args.ensemble)
         embedder = Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how)
@@ -139,7 +139,7 @@ def told(results: dict[str, float], label: str, metrics: dict[str, float]) -> No
     for metric, value in metrics.items():
         results[f"{label}/{metric}"] = value
     values = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
-    distributed.say(f"{label}: {values}")
+    distributed.print_rank0(f"{label}: {values}")
 
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:

@@ -26,7 +26,7 @@ from glimpse.data.loader import Batches, MicroBatch
 from glimpse.data.shards import Shards
 from glimpse.data.stream import Stream, is_stream
 from glimpse.run.lib import distributed, run_dir
-from glimpse.run.lib.config import Run, reader, training_arguments
+from glimpse.run.lib.config import RunConfig, reader, training_arguments
 from glimpse.run.train import checkpoint, elastic, engine, initial_weights
 from glimpse.run.train.audit import Audit
 from glimpse.run.train.log import Log, peak_flops, short
@@ -46,14 +46,14 @@ def main() -> None:
     home = run_dir.check(Path(cfg.run), args.resume)
     distributed.start()
     if args.resume:
-        distributed.once(partial(hold_lock, home))
+        distributed.rank0_first(partial(hold_lock, home))
 
     # Open everything that the run reads; rank 0 first, which may have to write an index.
-    evals = distributed.once(lambda: parse_evals(cfg))
+    evals = distributed.rank0_first(lambda: parse_evals(cfg))
     batches = loader(cfg)
     trainer, manifest = restore(cfg, home, args.resume, batches)
     batches.begin(manifest.get("shards", 0))
-    distributed.once(lambda: run_dir.open_folder(home, cfg, trainer.samples, args.resume))
+    distributed.rank0_first(lambda: run_dir.open_folder(home, cfg, trainer.samples, args.resume))
 
     steps = trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch
     log = Log(home, distributed.rank(), steps, cfg.batch)
@@ -70,7 +70,7 @@ def hold_lock(home: Path) -> None:
         run_dir.hold(home)
 
 
-def plan_text(cfg: Run, args) -> str:
+def plan_text(cfg: RunConfig, args) -> str:
     """Describe the cost of the config as it is, and the cheapest way that fits the cluster."""
     from glimpse.run.plan import planner
 
@@ -80,7 +80,7 @@ def plan_text(cfg: Run, args) -> str:
     return f"{cost}\n\n{advice}"
 
 
-def parse_evals(cfg: Run) -> list:
+def parse_evals(cfg: RunConfig) -> list:
     """The evaluations of `evals:`, or ValueError, before the training starts."""
     if not cfg.evals and not cfg.eval_every:
         return []
@@ -89,7 +89,7 @@ def parse_evals(cfg: Run) -> list:
     return parse(cfg.evals, training=True, data=cfg.eval_data)
 
 
-def loader(cfg: Run) -> Batches | Stream:
+def loader(cfg: RunConfig) -> Batches | Stream:
     """This rank's batches: by position from indexed folders, front to back from streams."""
     rows = reader(cfg)
     share = dict(
@@ -101,16 +101,16 @@ def loader(cfg: Run) -> Batches | Stream:
     if is_stream(cfg.data.train):
         return Stream(rows, cfg.data.train, **share)
     # rank 0 makes an index where there is none
-    return Batches(rows, distributed.once(lambda: Shards(cfg.data.train)), **share)
+    return Batches(rows, distributed.rank0_first(lambda: Shards(cfg.data.train)), **share)
 
 
-def identity(cfg: Run, batches: Batches | Stream) -> dict:
+def identity(cfg: RunConfig, batches: Batches | Stream) -> dict:
     """What a checkpoint and the run that goes on from it have in common."""
     return checkpoint.identity(cfg, batches.reader.tokenizer.fingerprint, batches.fingerprint())
 
 
 def restore(
-    cfg: Run, home: Path, resume: bool, batches: Batches | Stream
+    cfg: RunConfig, home: Path, resume: bool, batches: Batches | Stream
 ) -> tuple[engine.Engine, dict]:
     """The engine at the beginning of the run, or where its newest complete checkpoint left it, and
     that checkpoint's manifest.
@@ -121,9 +121,9 @@ def restore(
         complete = checkpoint.whole(home / "checkpoints") if resume else None
         return str(complete[0]) if complete else ""
 
-    path = distributed.told(newest)
+    path = distributed.broadcast_from_rank0(newest)
     if not path:
-        load = initial_weights.beginning(cfg.init, tokenizer.fingerprint)
+        load = initial_weights.init_weights(cfg.init, tokenizer.fingerprint)
         return engine.Engine(cfg, tokenizer.vocab_size, load=load), {}
 
     checkpoint.check_identity(Path(path), identity(cfg, batches))
@@ -140,7 +140,7 @@ class Training:
 
     def __init__(
         self,
-        cfg: Run,
+        cfg: RunConfig,
         home: Path,
         batches: Batches | Stream,
         trainer: engine.Engine,
@@ -205,7 +205,7 @@ class Training:
             loss=self.loss,
             lr=lr,
             grad_norm=trainer.grad_norm(),
-            bad=distributed.total(torch.tensor(self.audit.bad)),
+            bad=distributed.all_reduce_sum(torch.tensor(self.audit.bad)),
             **metrics,
         )
         self.log.step(step, trainer.samples, self.flops(parts[0]), self.peak, **values)
@@ -235,7 +235,7 @@ class Training:
         check_finite(trainer.grad_norm() or 0.0, trainer.ds.global_steps, self.home)
         state = dict(
             identity=identity(self.cfg, self.batches),
-            shards=distributed.least(self.batches.position()),
+            shards=distributed.all_reduce_min(self.batches.position()),
         )
         path = checkpoint.save(trainer, self.home / "checkpoints", state, self.cfg.keep)
         self.log.say(f"saved {path}")
@@ -261,7 +261,7 @@ class Training:
         if self.examples:
             columns = gallery(trainer.method, self.cfg, self.tokenizer, *self.examples)
             self.log.picture("masks", sheet(columns), trainer.samples)
-        for weights in ("student", "teacher") if trainer.method.averaged() else ("student",):
+        for weights in ("student", "teacher") if trainer.method.ema_pairs() else ("student",):
             model = Embedder(
                 trainer.method,
                 self.cfg,
@@ -293,7 +293,7 @@ def check_finite(value: float, step: int, home: Path) -> None:
         )
 
 
-def headline(cfg: Run, trainer: engine.Engine, batches: Batches | Stream) -> str:
+def headline(cfg: RunConfig, trainer: engine.Engine, batches: Batches | Stream) -> str:
     """Describe the run in a line."""
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.method.parameters())
     masks = ", ".join(f"{name} {view.mask}" for name, view in cfg.views.items())

@@ -120,7 +120,9 @@ def masks() -> None:
     print(f"columns: {' | '.join(columns)}\nwrote {image_file} and {page}")
 
 
-def gallery(path: Path, images: list[str] | None, count: int) -> tuple[dict, list[str], config.Run]:
+def gallery(
+    path: Path, images: list[str] | None, count: int
+) -> tuple[dict, list[str], config.RunConfig]:
     """Return (columns of pictures, captions, config) of a model that load_model.find returned.
 
     Without `images`, the pictures are the model's own training images.

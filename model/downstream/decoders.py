@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.layers import Embedding, Linear, drawn
+from glimpse.model.layers import Embedding, Linear, normal_parameter
 
 PAD = 0
 
@@ -38,10 +38,13 @@ class Reader(nn.Module):
         """image: K and D."""
         super().__init__()
         self.causal = causal
-        self.token, self.positions = Embedding(vocab, width, 0.02), drawn(context, width, std=0.02)
+        self.token, self.positions = (
+            Embedding(vocab, width, 0.02),
+            normal_parameter(context, width, std=0.02),
+        )
         self.image, self.places = (
             Linear(image[1], width, "xavier"),
-            drawn(image[0], width, std=0.02),
+            normal_parameter(image[0], width, std=0.02),
         )
         layer = nn.TransformerDecoderLayer(
             width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True

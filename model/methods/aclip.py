@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from glimpse.model.collectives import batch_mean
 from glimpse.model.ema import check_momentum
-from glimpse.model.ema import cosine as cosine_momentum
+from glimpse.model.ema import cosine_momentum as cosine_momentum
 from glimpse.model.heads import (
     byol_predictor,
     byol_projector,
@@ -27,7 +27,7 @@ from glimpse.model.heads import (
     simsiam_predictor,
     simsiam_projector,
 )
-from glimpse.model.layers import Watch
+from glimpse.model.layers import AttentionRecorder
 from glimpse.model.losses import byol, contrastive, simclr, simsiam
 from glimpse.model.methods.attentive import Attentive, scores_at, take
 from glimpse.model.methods.base import Averaging, MicroBatch, ViewBatch, above, at_least
@@ -109,7 +109,7 @@ class Aclip(Averaging):
                 " set both to 0, or count to 2"
             )
 
-    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         teacher, towers = self.teacher, self.towers
         pairs: list[tuple[nn.Module, nn.Module]] = [(self.teacher_vision(), towers.vision)]
         if self.options.byol:
@@ -126,9 +126,9 @@ class Aclip(Averaging):
         start, end = self.options.momentum
         return cosine_momentum(start, end, progress)
 
-    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
-        options, scene = self.options, part["views"]["teacher"]
-        views = [view for name, view in sorted(part["views"].items()) if name != "teacher"]
+    def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        options, scene = self.options, micro_batch["views"]["teacher"]
+        views = [view for name, view in sorted(micro_batch["views"].items()) if name != "teacher"]
         share = options.keep or 1 / len(views)
 
         # 1. The teacher looks once at what encloses all views.
@@ -141,7 +141,7 @@ class Aclip(Averaging):
         selected = [self.select(scores, scene, view, share) for view in views]
         pooled = self.pooled(selected)  # k x (B, D)
         features = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(pooled)}
-        features["text"] = self.towers.encode_text(**part["text"])
+        features["text"] = self.towers.encode_text(**micro_batch["text"])
         features["scale"] = self.towers.temperature()
 
         # 3. Auxiliary heads, over all views at once.
@@ -179,7 +179,7 @@ class Aclip(Averaging):
 
         The scores are means over heads and layers (equation 4).
         """
-        vision, watch = self.teacher_vision(), Watch()
+        vision, watch = self.teacher_vision(), AttentionRecorder()
         tokens = vision(
             scene["patches"],
             scene["positions"],

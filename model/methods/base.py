@@ -84,21 +84,21 @@ class Method(nn.Module, ABC):
         counts: draws of each view.
         """
 
-    def borrowed(self) -> dict[str, str]:
+    def teacher_checkpoint(self) -> dict[str, str]:
         """Return {prefix of parameters: the run whose towers they start from}.
 
         For example {"teacher.": "runs/clip"}.
         """
         return {}
 
-    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (teacher, student) pairs of modules that are built alike.
 
         The teacher follows the student as a moving average (class Averaging).
         """
         return []
 
-    def shown(self, weights: str = "student") -> Towers:
+    def eval_towers(self, weights: str = "student") -> Towers:
         """Return the towers that evaluations see.
 
         They are the student's; for other weights, moving averages replace the modules that they
@@ -106,9 +106,11 @@ class Method(nn.Module, ABC):
         """
         if weights == "student":
             return self.towers
-        if not self.averaged():
+        if not self.ema_pairs():
             raise ValueError(f"--weights {weights}: this run was trained without a moving average")
-        towers = swapped(self.towers, {student: teacher for teacher, student in self.averaged()})
+        towers = replace_submodules(
+            self.towers, {student: teacher for teacher, student in self.ema_pairs()}
+        )
         assert isinstance(towers, Towers)
         return towers
 
@@ -143,7 +145,7 @@ class Method(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no moving average")
 
     @abstractmethod
-    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """Return the features of a micro-batch."""
 
     @abstractmethod
@@ -155,7 +157,7 @@ class Averaging(Method):
     """Method with a teacher that is a moving average."""
 
     @abstractmethod
-    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return the pairs of Method.averaged; none if the options ask for another teacher."""
 
     @abstractmethod
@@ -166,14 +168,16 @@ class Averaging(Method):
         """
 
 
-def swapped(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def replace_submodules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Return the module with `others` in the place of some below it.
 
     It shares everything else with the original, which stays as it is.
     """
     if module in others:
         return others[module]
-    below = {name: child and swapped(child, others) for name, child in module._modules.items()}
+    below = {
+        name: child and replace_submodules(child, others) for name, child in module._modules.items()
+    }
     if all(below[name] is child for name, child in module._modules.items()):
         return module
     twin = copy.copy(module)
@@ -195,7 +199,7 @@ def above(bound: float, **options: float) -> None:
             raise ValueError(f"options.{name} {value}: it must be above {bound}")
 
 
-def whole(view: ViewBatch) -> tuple[Tensor, Tensor]:
+def sees_all_patches(view: ViewBatch) -> tuple[Tensor, Tensor]:
     """Return all patches (B, L, 3 P P) of a masked view and their positions (B, L).
 
     The visible ones come first, then the hidden ones.

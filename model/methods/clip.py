@@ -10,11 +10,11 @@ from glimpse.model.methods.base import Method, MicroBatch
 
 
 class Clip(Method):
-    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
+    def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """Return the unit embeddings image and text (b, E), and scale (1,)."""
-        view = part["views"]["image"]
+        view = micro_batch["views"]["image"]
         pooled = self.towers.image_features(view["patches"], view["positions"])
-        return self.pair_features(pooled, part["text"])
+        return self.pair_features(pooled, micro_batch["text"])
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return InfoNCE over the pairs of all ranks (FLIP section 3)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from glimpse.model.collectives import batch_mean
 from glimpse.model.heads import Decoder, check_decoder
 from glimpse.model.losses import contrastive, reconstruction
-from glimpse.model.methods.base import Method, MicroBatch, above, at_least, whole
+from glimpse.model.methods.base import Method, MicroBatch, above, at_least, sees_all_patches
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import normalise
 
@@ -59,18 +59,18 @@ class Mae(Method):
     def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
         check_decoder(options.width, options.heads)
 
-    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
-        view, towers, vision = part["views"]["image"], self.towers, self.cfg.vision
+    def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        view, towers, vision = micro_batch["views"]["image"], self.towers, self.cfg.vision
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
         if self.options.contrast == "image":
-            pooled = towers.image_features(*whole(view))
+            pooled = towers.image_features(*sees_all_patches(view))
         else:
             pooled = towers.vision.pool(tokens)
 
         # The hidden patches, predicted and real: (B, L - K, 3 P P).
         prediction = self.decoder(tokens, view["positions"], view["hidden_positions"])
         target = normalise(view["hidden"], vision.mean, vision.std, torch.float32)
-        features = self.pair_features(pooled, part["text"])
+        features = self.pair_features(pooled, micro_batch["text"])
         error = reconstruction(prediction, target, self.options.normalise)
         return dict(features, reconstruction=error)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from glimpse.model.collectives import batch_mean
 from glimpse.model.ema import check_momentum
-from glimpse.model.ema import linear as linear_momentum
+from glimpse.model.ema import linear_momentum as linear_momentum
 from glimpse.model.heads import Decoder
 from glimpse.model.losses import contrastive, distillation
-from glimpse.model.methods.base import Averaging, MicroBatch, above, at_least, whole
+from glimpse.model.methods.base import Averaging, MicroBatch, above, at_least, sees_all_patches
 from glimpse.model.towers import ModelConfig, vision_tower
 
 
@@ -77,12 +77,12 @@ class MaskClip(Averaging):
             ):
                 module.requires_grad_(False)
 
-    def borrowed(self) -> dict[str, str]:
+    def teacher_checkpoint(self) -> dict[str, str]:
         if self.options.teacher in ("average", "student"):
             return {}
         return {"teacher.": self.options.teacher}
 
-    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         if self.options.teacher != "average":
             return []
         return [(self.teacher["vision"], self.towers.vision)]
@@ -91,22 +91,22 @@ class MaskClip(Averaging):
         start, end = self.options.momentum
         return linear_momentum(start, end, progress)
 
-    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
-        view, towers, options = part["views"]["image"], self.towers, self.options
-        patches, positions = whole(view)  # the hidden patches last
+    def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        view, towers, options = micro_batch["views"]["image"], self.towers, self.options
+        patches, positions = sees_all_patches(view)  # the hidden patches last
 
         # 1. The whole image, for the teacher's targets and the contrastive loss.
         features: dict[str, Tensor] = {}
         if options.teacher == "student":
             tokens = towers.vision(patches, positions)  # (B, 1 + L, D)
             target = tokens.detach()
-            features = self.pair_features(towers.vision.pool(tokens), part["text"])
+            features = self.pair_features(towers.vision.pool(tokens), micro_batch["text"])
         else:
             with torch.no_grad():
                 target = self.teacher["vision"](patches, positions)
             if options.contrast:
                 pooled = towers.image_features(patches, positions)
-                features = self.pair_features(pooled, part["text"])
+                features = self.pair_features(pooled, micro_batch["text"])
 
         # 2. The visible patches, from which the decoder predicts the targets of the hidden ones.
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)

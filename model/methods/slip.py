@@ -37,10 +37,10 @@ class Slip(Method):
         super().__init__(cfg, vocab, context, options)
         self.head = simclr_head(cfg.shape.width, options.hidden, options.out)
 
-    def forward(self, part: MicroBatch) -> dict[str, Tensor]:
-        views = part["views"]
+    def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        views = micro_batch["views"]
         image, one, two = self.pooled([views["image"], views["augmented1"], views["augmented2"]])
-        features = self.pair_features(image, part["text"])
+        features = self.pair_features(image, micro_batch["text"])
         # each view has its own batch statistics
         return dict(features, one=self.head(one), two=self.head(two))
 

@@ -32,7 +32,7 @@ from glimpse.data.evals.layouts import open_set
 from glimpse.data.spec import UnreadableSpec, read_spec
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.config import build, check_choice
-from glimpse.run.lib.distributed import say
+from glimpse.run.lib.distributed import print_rank0
 
 EVALS = {  # kind: its file
     "zero_shot": "zero_shot",
@@ -104,7 +104,7 @@ def evals_of_suite(suite, training: bool) -> list[Eval]:
 
     Its broken sets stop a training before it starts.
     """
-    say(str(suite))
+    print_rank0(str(suite))
     if training and suite.faults:
         raise ValueError("\n  ".join([f"evals: suite:{suite.name}: mend or remove", *suite.faults]))
     evals = [

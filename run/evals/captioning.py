@@ -35,7 +35,7 @@ from glimpse.run.evals.language import (
     tokens,
     trains_tower,
 )
-from glimpse.run.lib.distributed import to_device, told
+from glimpse.run.lib.distributed import broadcast_from_rank0, to_device
 
 SHOWN = 3  # captions that are printed
 SPICE = "spice/lib/stanford-corenlp-3.6.0.jar"
@@ -115,7 +115,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]
     groups = [images.group(i) for i in range(len(images))]
     captions = {"": said, "frequent_": [frequent] * len(truth)}
-    return json.loads(told(lambda: json.dumps(scores(captions, truth, groups))))
+    return json.loads(broadcast_from_rank0(lambda: json.dumps(scores(captions, truth, groups))))
 
 
 def spice() -> bool:

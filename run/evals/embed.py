@@ -20,8 +20,8 @@ from glimpse.data.tokenizer import Tokenizer, pack
 from glimpse.model.losses import unit
 from glimpse.model.methods.attentive import take
 from glimpse.model.methods.base import Method
-from glimpse.run.lib.config import Run
-from glimpse.run.lib.distributed import rank, say, to_device, total, world
+from glimpse.run.lib.config import RunConfig
+from glimpse.run.lib.distributed import all_reduce_sum, print_rank0, rank, to_device, world
 
 CELLS = 3  # cells of `grid` features, each way
 BATCH = 64  # images, or texts, that a rank embeds at once
@@ -42,7 +42,7 @@ class Embedder:
     def __init__(
         self,
         method: Method,
-        cfg: Run,
+        cfg: RunConfig,
         tokenizer: Tokenizer,
         *,
         home: Path,
@@ -50,12 +50,12 @@ class Embedder:
         weights: str = "student",
         mask: str = "none",
         ensemble: int = 1,
-        say: Callable[[str], None] = say,
+        say: Callable[[str], None] = print_rank0,
     ):
         self.mask = parse(mask)
         self.ensemble = ensemble
         self.grid = cfg.model.grid
-        self.towers = method.shown(weights)
+        self.towers = method.eval_towers(weights)
         self.tokenizer = tokenizer
         self.cfg = cfg
         self.say = say
@@ -103,7 +103,7 @@ class Embedder:
                 out[first:last] = self.read(texts[first:last]).cpu()
             else:  # no text is left for this rank, which goes through the tower in step
                 self.read(texts[:1])
-        return total(out)
+        return all_reduce_sum(out)
 
     def read(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings (n, E) of one batch of texts, which only this rank has."""

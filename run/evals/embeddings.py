@@ -33,7 +33,7 @@ from pyarrow import parquet
 from glimpse.data.evals.gallery import Block, Gallery, Texts, blocks
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.cli import bar
-from glimpse.run.lib.distributed import gathered, rank, told, world
+from glimpse.run.lib.distributed import all_gather_list, broadcast_from_rank0, rank, world
 
 PART = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
 ROWS = 8192  # rows of a row group of a parquet file, which readers load at once
@@ -73,7 +73,7 @@ def agree(about: About) -> About:
     ValueError: this rank sees other images than rank 0, which would shift rows.
     """
     text = json.dumps(asdict(about))
-    if told(lambda: text) != text:
+    if broadcast_from_rank0(lambda: text) != text:
         raise ValueError(
             f"{about.source}: {about.count} here, the last {about.last}; rank 0 sees others: is it"
             " still written to?"
@@ -225,7 +225,7 @@ def embeddings(
         for turn in range(0, len(firsts), world()):
             has_block = turn + rank() < len(firsts)
             block = [embedded(model, next(loaded), gallery, out.about.dtype)] if has_block else []
-            for row in gathered(block):
+            for row in all_gather_list(block):
                 rows.append(row if writes else row._replace(images=None, texts=None))
 
         # All ranks keep the images left out, so all of them stop here if any does.

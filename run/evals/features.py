@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glimpse.data.evals.clip_benchmark import Images
 from glimpse.run.evals.embed import BATCH, Embedder
-from glimpse.run.lib.distributed import barrier, once, rank, told, world
+from glimpse.run.lib.distributed import barrier, broadcast_from_rank0, rank, rank0_first, world
 
 CHUNK = 16 * BATCH
 KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, see Embedder.passed
@@ -70,7 +70,7 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
     what: as in Embedder.passed. labels: store the classes of the images too. All ranks must call.
     """
     folder = features_folder(model, images, what)
-    once(lambda: folder.mkdir(parents=True, exist_ok=True))
+    rank0_first(lambda: folder.mkdir(parents=True, exist_ok=True))
 
     count = len(images)
     kinds = ("", ".label") if labels else ("",)
@@ -83,7 +83,7 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
         return " ".join(missing)
 
     # Chunks still to be made, as rank 0 sees the folder; they are dealt out to the ranks in turn.
-    missing = [int(chunk) for chunk in told(missing_chunks).split()]
+    missing = [int(chunk) for chunk in broadcast_from_rank0(missing_chunks).split()]
     share = missing[rank() :: world()]
     samples: list[int] = []
     for chunk in share:

@@ -27,7 +27,7 @@ from glimpse.run.evals import metrics
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.supervised import cosine, fit, mean_loss, order, steps
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.distributed import once, rank, to_device, world
+from glimpse.run.lib.distributed import rank, rank0_first, to_device, world
 from glimpse.run.train.engine import wrapped
 from glimpse.run.train.optim import kind
 
@@ -166,7 +166,7 @@ def fits(model: Embedder, options: Options) -> None:
         )
     if options.save:
         home = kept(model, options)
-        if once(home.exists):
+        if rank0_first(home.exists):
             raise ValueError(f"finetune(save={options.save}): {home} exists; give another name")
 
 

@@ -21,7 +21,7 @@ from glimpse.model.downstream.decoders import PAD, Seeing
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import Features, features
 from glimpse.run.evals.supervised import Exact, cosine, fit, mean_loss, mine, order, steps
-from glimpse.run.lib.distributed import device, rank, to_device, total, world
+from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world
 from glimpse.run.train.engine import unwrapped, wrapped
 
 START, UNKNOWN = 1, 2
@@ -253,7 +253,7 @@ def found(count: int, width: int, make: Callable[[Tensor], Tensor]) -> Tensor:
     out = torch.zeros(count, width, dtype=torch.int64)
     for samples in torch.arange(count).split(TOLD)[rank() :: world()]:
         out[samples] = make(samples).cpu()
-    return total(out).cpu()
+    return all_reduce_sum(out).cpu()
 
 
 def keep(model: Embedder, kind: str, images: Images, rows: Iterable[dict]) -> None:

@@ -30,7 +30,7 @@ from glimpse.run.evals.lars import LARS
 from glimpse.run.evals.metrics import accuracies
 from glimpse.run.evals.supervised import Replicated, cosine, fit, mean_loss, mine, order, steps
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.distributed import device, rank, to_device, total, world
+from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world
 
 ITERATIONS = 1000  # of L-BFGS
 CHUNK = 4096  # rows that go through the classifier at once
@@ -264,7 +264,7 @@ class BatchNorm(nn.Module):
             # one all-reduce for the sums and the number of rows
             count = torch.full((1,), len(x), dtype=x.dtype, device=x.device)
             sums = torch.cat([x.sum(0), x.square().sum(0), count])
-            sums = total(sums.double())
+            sums = all_reduce_sum(sums.double())
             mean, square = (sums[:-1] / sums[-1]).chunk(2)
             var = (square - mean**2).clamp(min=0)
             self.mean.lerp_(mean.to(x.dtype), self.momentum)
@@ -296,7 +296,7 @@ def regression(
         # the mean loss and its gradients over all ranks, then the weight decay
         W = linear.weight
         b = linear.bias
-        sums = total(torch.cat([loss, W.grad.flatten(), b.grad])) / count
+        sums = all_reduce_sum(torch.cat([loss, W.grad.flatten(), b.grad])) / count
         W.grad.copy_(sums[1 : 1 + W.numel()].view_as(W))
         W.grad.add_(W.detach(), alpha=weight_decay / count)
         b.grad.copy_(sums[1 + W.numel() :])

@@ -17,7 +17,7 @@ Names: n images on this rank, N on all, C classes.
 import torch
 from torch import Tensor
 
-from glimpse.run.lib.distributed import to_device, total
+from glimpse.run.lib.distributed import all_reduce_sum, to_device
 
 METRICS = ("top1", "mean_per_class", "top1_top5", "roc_auc", "map", "pm")
 MAIN = {name: name for name in METRICS} | {"pm": "pm_10"}  # the one number that stands for a set
@@ -33,7 +33,7 @@ def counted(scores: Tensor, labels: Tensor) -> Tensor:
     images = torch.ones_like(labels, dtype=torch.float64)
     rows = torch.stack([images, hits[:, 0].double(), hits.any(1).double()])
     counts = torch.zeros(3, classes, dtype=torch.float64, device=scores.device)
-    return total(counts.index_add_(1, labels, rows))
+    return all_reduce_sum(counts.index_add_(1, labels, rows))
 
 
 def top1(counts: Tensor) -> float:
@@ -67,7 +67,7 @@ def everyone(indices: Tensor, values: Tensor, count: int) -> Tensor:
     """
     everything = torch.zeros(count, *values.shape[1:], dtype=torch.float64, device=values.device)
     everything[indices.to(values.device)] = values.double()
-    return total(everything)
+    return all_reduce_sum(everything)
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import Benchmark
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.lib.distributed import rank, total, world
+from glimpse.run.lib.distributed import all_reduce_sum, rank, world
 
 AT = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at once
@@ -43,7 +43,7 @@ def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[st
     indices, embeddings = model.images(benchmark)
     images = torch.zeros(len(captions), texts.shape[1])
     images[indices] = embeddings.cpu()
-    images = total(images)
+    images = all_reduce_sum(images)
 
     every = torch.arange(len(images), device=images.device)
     owner = owner.to(images.device)
@@ -85,7 +85,7 @@ def recalls(
             nearer += (~(similar(block, tile) < best) & is_other).sum(1)
         hits += torch.stack([(nearer < k).sum() for k in AT])
 
-    recall = total(hits) / len(queries)
+    recall = all_reduce_sum(hits) / len(queries)
     return {f"{name}_r{k}": float(value) for k, value in zip(AT, recall)}
 
 

@@ -21,7 +21,14 @@ from glimpse.data.transforms import decode
 from glimpse.run.evals.embed import BATCH, Embedder
 from glimpse.run.evals.segmentation_pictures import segmentations
 from glimpse.run.evals.zero_shot import class_embeddings
-from glimpse.run.lib.distributed import device, gathered, least, rank, total, world
+from glimpse.run.lib.distributed import (
+    all_gather_list,
+    all_reduce_min,
+    all_reduce_sum,
+    device,
+    rank,
+    world,
+)
 
 FEATURES = ("auto", "tokens", "values")
 READS = "label_map"
@@ -112,7 +119,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
             pixels = decode(images.image(i))
             samples.append((i, pixels, truth.numpy(), prediction.cpu().numpy()))
     picture(model, images, f"{what}-{size}", samples)
-    return scores(total(counts))
+    return scores(all_reduce_sum(counts))
 
 
 def similarities(
@@ -126,7 +133,9 @@ def similarities(
     # A rank without images goes through the tower in step.
     windows = Windows(images, sliding, share or [0])
     every_window = range(len(windows)) if share else []
-    turns = -least(-math.ceil(len(every_window) / BATCH))  # of the rank with the most windows
+    turns = -all_reduce_min(
+        -math.ceil(len(every_window) / BATCH)
+    )  # of the rank with the most windows
 
     waiting: list[Tensor] = []  # windows of the current image
     for indices, tokens in model.passed(windows, what, every_window, turns):
@@ -199,7 +208,7 @@ def picture(model: Embedder, images: Images, how: str, samples: list) -> None:
 
     samples: (number, image, label map, prediction) of each.
     """
-    samples = sorted(gathered(samples), key=lambda row: row[0])
+    samples = sorted(all_gather_list(samples), key=lambda row: row[0])
     if rank() or not samples:
         return
     path = model.home / "pictures" / f"{model.tag}-{images.name}-{how}.png"

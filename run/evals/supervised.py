@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from glimpse.run.lib.distributed import device, rank, total, world
+from glimpse.run.lib.distributed import all_reduce_sum, device, rank, world
 
 
 class Replicated:
@@ -42,7 +42,7 @@ class Replicated:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         # one all-reduce for all gradients
-        mean = total(torch.cat([g.flatten() for g in gradients])) / world()
+        mean = all_reduce_sum(torch.cat([g.flatten() for g in gradients])) / world()
         sizes = [p.numel() for p in parameters]
         for p, g in zip(parameters, mean.split(sizes)):
             p.grad = g.view_as(p)
@@ -78,7 +78,7 @@ class Exact(Replicated):
         """Do nothing: `learn` has added the gradients of the batch's slices."""
 
     def step(self) -> None:
-        sums = total(torch.cat([units.flatten() for units in self.sums]))
+        sums = all_reduce_sum(torch.cat([units.flatten() for units in self.sums]))
         sizes = [p.numel() for p in self.held]
         for p, units, gradient in zip(self.held, self.sums, sums.split(sizes)):
             p.grad = (gradient.double() * self.UNIT).to(p.dtype).view_as(p)
@@ -149,9 +149,9 @@ def fit(
         trainer.step()
         losses[step] = loss.detach()
         if say and (step + 1) % interval == 0:
-            mean = float(total(losses[step].clone())) / world()
+            mean = float(all_reduce_sum(losses[step].clone())) / world()
             say(f"step {step + 1}/{total_steps}  loss {mean:.6f}")
-    return (total(losses[: step + 1]) / world()).tolist()
+    return (all_reduce_sum(losses[: step + 1]) / world()).tolist()
 
 
 def cosine(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:

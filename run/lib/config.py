@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from glimpse.data.loader import DataConfig, Reader, plan
+from glimpse.data.loader import DataConfig, SampleReader, plan
 from glimpse.data.transforms import CROPS, View
 from glimpse.model.methods import METHODS
 from glimpse.model.towers import ModelConfig
@@ -82,7 +82,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     run: str  # the run's folder, e.g. runs/flip_b16
     method: str  # a row of model.methods.METHODS
     samples: int  # how many image-text pairs to train on; 12.8B is FLIP's schedule
@@ -189,10 +189,10 @@ class Run:
         return self.samples // self.batch
 
 
-def reader(cfg: Run) -> Reader:
+def reader(cfg: RunConfig) -> SampleReader:
     """Build the reader that turns this run's samples into batches."""
     method = METHODS[cfg.method]
-    return Reader(
+    return SampleReader(
         cfg.data,
         cfg.views,
         image_size=cfg.model.image_size,
@@ -214,12 +214,12 @@ def check_choice(key: str, value: str, known: Iterable[str]) -> None:
     raise ValueError(f"{key}: unknown {value!r}; known: {', '.join(choices) or 'none'}{hint}")
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Build the config at `path`, its bases below it, `a.b=value` overrides on top."""
     tree = read_tree(Path(path))
     for item in overrides:
         override(tree, item)
-    return build(Run, tree)
+    return build(RunConfig, tree)
 
 
 def override(tree: dict, item: str) -> None:
@@ -315,7 +315,7 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
             raise ValueError(f"{where}{field.name}: missing; it has no default")
 
     # The method decides the type of its options.
-    if cls is Run:
+    if cls is RunConfig:
         check_choice("method", tree["method"], METHODS)
         hints["options"] = METHODS[tree["method"]].Options
         tree = {"options": {}, **tree}
@@ -409,7 +409,7 @@ def to_str(value) -> str:
 SCALARS = {int: to_int, float: to_float, bool: to_bool, str: to_str}
 
 
-def save(cfg: Run, path: Path, provenance: dict) -> None:
+def save(cfg: RunConfig, path: Path, provenance: dict) -> None:
     """Write the resolved config; `load` reads it back."""
     tree = {"provenance": provenance, **plain(asdict(cfg))}
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=130))
@@ -438,7 +438,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-def training_arguments(doc: str) -> tuple[Run, argparse.Namespace]:
+def training_arguments(doc: str) -> tuple[RunConfig, argparse.Namespace]:
     """Return (config, the other arguments) of a training script.
 
     The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's.

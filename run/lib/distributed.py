@@ -90,7 +90,7 @@ def barrier() -> None:
     dist.barrier()
 
 
-def once(make: Callable[[], T]) -> T:
+def rank0_first(make: Callable[[], T]) -> T:
     """Return make(), called by rank 0 first and then by the others.
 
     For files that the first call makes and the later ones find.
@@ -130,7 +130,7 @@ def wait_for_first(key: str) -> None:
         finish(1)
 
 
-def told(make: Callable[[], str]) -> str:
+def broadcast_from_rank0(make: Callable[[], str]) -> str:
     """Return rank 0's make() on every rank; the others do not call it.
 
     For what ranks might see differently on a network file system.
@@ -144,8 +144,8 @@ def told(make: Callable[[], str]) -> str:
     def receive() -> str:
         return store().get(key).decode()
 
-    once(publish)
-    return once(receive)
+    rank0_first(publish)
+    return rank0_first(receive)
 
 
 def store() -> dist.Store:
@@ -169,27 +169,27 @@ def to_device(value):
     return value
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Return the sum over ranks; every rank must call."""
     values = values.to(device())
     dist.all_reduce(values)
     return values
 
 
-def gathered(items: list) -> list:
+def all_gather_list(items: list) -> list:
     """Return the ranks' lists as one, on every rank; for small things that can be pickled."""
     lists: list[list] = [[]] * world()
     dist.all_gather_object(lists, items)
     return [item for rank_items in lists for item in rank_items]
 
 
-def say(message: str) -> None:
+def print_rank0(message: str) -> None:
     """Print a line on rank 0 alone."""
     if rank() == 0:
         print(message, flush=True)
 
 
-def least(value: int) -> int:
+def all_reduce_min(value: int) -> int:
     """Return the smallest of the ranks' values; every rank must call."""
     smallest = torch.tensor([value], device=device())
     dist.all_reduce(smallest, dist.ReduceOp.MIN)

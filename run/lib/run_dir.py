@@ -27,7 +27,7 @@ from pathlib import Path
 
 from glimpse.data.tokenizer import vocabulary
 from glimpse.run.lib import config
-from glimpse.run.lib.config import ROOT, Run
+from glimpse.run.lib.config import ROOT, RunConfig
 from glimpse.run.lib.distributed import rank, world
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
@@ -87,7 +87,7 @@ def check(home: Path, resume: bool) -> Path:
     return home
 
 
-def open_folder(home: Path, cfg: Run, samples: int, resume: bool) -> None:
+def open_folder(home: Path, cfg: RunConfig, samples: int, resume: bool) -> None:
     """Make the folder, or prepare it for going on from `samples`.
 
     Records beyond them are dropped: their steps will be taken again. Rank 0 does it, before any

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from glimpse.model.methods import build_method
-from glimpse.run.lib.config import Run
+from glimpse.run.lib.config import RunConfig
 from glimpse.run.plan import synthetic_batch
 
 
@@ -68,7 +68,7 @@ class Trace:
 
 
 def traced(
-    cfg: Run, vocab: int, tokens: float, micro: int, dtype: torch.dtype, keep: bool
+    cfg: RunConfig, vocab: int, tokens: float, micro: int, dtype: torch.dtype, keep: bool
 ) -> Trace:
     """Trace a micro-batch of `micro` samples.
 
@@ -84,7 +84,7 @@ def traced(
         with Alive() as alive:
             # 1. Forward. The temporaries that drew the batch are not part of its peak.
             alive.ignore(*method.parameters(), *method.buffers())
-            part = synthetic_batch.part(cfg, tokens, micro)
+            part = synthetic_batch.micro_batch(cfg, tokens, micro)
             alive.peak = alive.now
             features = method(part)
             forward = alive.peak
@@ -98,7 +98,7 @@ def traced(
             return Trace(forward, saved, alive.peak, feature_bytes)
 
 
-def built(cfg: Run, vocab: int, dtype: torch.dtype) -> torch.nn.Module:
+def built(cfg: RunConfig, vocab: int, dtype: torch.dtype) -> torch.nn.Module:
     """Build the method with weights of a type, on the current device or under the current mode."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from glimpse.model.collectives import single_process
 from glimpse.model.methods import build_method
-from glimpse.run.lib.config import Run
+from glimpse.run.lib.config import RunConfig
 from glimpse.run.plan import synthetic_batch
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ class Flops:
         return self.images + self.captions + self.teacher
 
 
-def count(cfg: Run, vocab: int, tokens: float, sharded: bool = False) -> Flops:
+def count(cfg: RunConfig, vocab: int, tokens: float, sharded: bool = False) -> Flops:
     """Count the FLOPs of a sample whose caption has `tokens` tokens, a whole number of them.
 
     vocab: rows of the token table.
@@ -108,7 +108,7 @@ def count(cfg: Run, vocab: int, tokens: float, sharded: bool = False) -> Flops:
         )
 
 
-def count_model(cfg: Run, vocab: int, tokens: float) -> float:
+def count_model(cfg: RunConfig, vocab: int, tokens: float) -> float:
     """Return `count(...).model` alone, whether or not the losses can be counted."""
     plain = without_checkpointing(cfg)
     with single_process(), FakeTensorMode():
@@ -116,19 +116,19 @@ def count_model(cfg: Run, vocab: int, tokens: float) -> float:
         return forward("") + count_backward(features)
 
 
-def without_checkpointing(cfg: Run) -> Run:
+def without_checkpointing(cfg: RunConfig) -> RunConfig:
     return replace(cfg, model=replace(cfg.model, checkpoint_activations=False))
 
 
 def count_forward(
-    method: nn.Module, cfg: Run, tokens: float
+    method: nn.Module, cfg: RunConfig, tokens: float
 ) -> tuple[dict[str, Tensor], Callable[..., float]]:
     """Return the features of one sample, and a function: module name -> its forward FLOPs.
 
     The name is relative to the method: "" is the method. below: count containers, too, whose
     forward is never called, by the modules below them.
     """
-    batch = synthetic_batch.part(cfg, tokens, 1)
+    batch = synthetic_batch.micro_batch(cfg, tokens, 1)
     with counter() as flop_counter:
         features = method(batch)
     counts = flop_counter.get_flop_counts()

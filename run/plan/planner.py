@@ -17,10 +17,10 @@ from itertools import product
 
 import torch
 
-from glimpse.data.loader import share
+from glimpse.data.loader import micro_batch_size
 from glimpse.data.tokenizer import build as build_tokenizer
 from glimpse.model.tiled_softmax import contrastive_memory
-from glimpse.run.lib.config import Run
+from glimpse.run.lib.config import RunConfig
 from glimpse.run.plan import synthetic_batch
 from glimpse.run.plan.activation_memory import Trace, built, traced
 from glimpse.run.plan.flops import Flops, count
@@ -96,7 +96,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    cfg: Run
+    cfg: RunConfig
     cluster: Cluster
     zero: Zero
     weights: Weights
@@ -159,7 +159,7 @@ def model_flops(flops: dict[str, float]) -> float:
 
 
 def plan(
-    cfg: Run,
+    cfg: RunConfig,
     cluster: Cluster,
     tokens: float | None = None,
     *,
@@ -191,7 +191,7 @@ def plan(
     with torch.device("meta"):
         method = built(cfg, vocab, zero.dtype)
     weights = Weights.of(method, cfg, zero.threshold)
-    micro = share(cfg.batch, cluster.ranks, cfg.accumulate)
+    micro = micro_batch_size(cfg.batch, cluster.ranks, cfg.accumulate)
     flops = costs(cfg, vocab, tokens, zero.stage == 3)
     trace = remembered(cfg, vocab, tokens, micro, zero)
 
@@ -217,7 +217,7 @@ def plan(
     )
 
 
-def vocabulary(cfg: Run) -> tuple[int, list[str]]:
+def vocabulary(cfg: RunConfig) -> tuple[int, list[str]]:
     """Return the rows of the token table, and the assumptions behind them."""
     tokenizer = cfg.data.tokenizer
     try:
@@ -230,7 +230,7 @@ def vocabulary(cfg: Run) -> tuple[int, list[str]]:
         return rows, [f"{rows:,} rows in the token table: data.tokenizer {tokenizer} is not here"]
 
 
-def costs(cfg: Run, vocab: int, tokens: float, sharded: bool) -> dict[str, float]:
+def costs(cfg: RunConfig, vocab: int, tokens: float, sharded: bool) -> dict[str, float]:
     """Return the FLOPs of a sample by purpose; a multiply-add is 2."""
     flops = counted(cfg, vocab, tokens, sharded)
     twice = 0.0
@@ -250,7 +250,7 @@ def costs(cfg: Run, vocab: int, tokens: float, sharded: bool) -> dict[str, float
 COUNTS: dict[str, Flops] = {}
 
 
-def counted(cfg: Run, vocab: int, tokens: float, sharded: bool) -> Flops:
+def counted(cfg: RunConfig, vocab: int, tokens: float, sharded: bool) -> Flops:
     """Count FLOPs, once for all plans that differ in other settings."""
     parts = (cfg.method, cfg.model, cfg.views, cfg.options, cfg.data.context, cfg.data.pad_text)
     again = sharded and cfg.model.checkpoint_activations
@@ -263,7 +263,7 @@ def counted(cfg: Run, vocab: int, tokens: float, sharded: bool) -> Flops:
 TRACES: dict[str, Trace] = {}
 
 
-def remembered(cfg: Run, vocab: int, tokens: float, micro: int, zero: Zero) -> Trace:
+def remembered(cfg: RunConfig, vocab: int, tokens: float, micro: int, zero: Zero) -> Trace:
     """Trace a micro-batch, once for all plans that differ in other settings."""
     parts = (cfg.method, cfg.model, cfg.views, cfg.options, cfg.data.context)
     key = repr((parts, vocab, tokens, micro, zero.dtype, zero.keeps_gradients))
@@ -273,7 +273,7 @@ def remembered(cfg: Run, vocab: int, tokens: float, micro: int, zero: Zero) -> T
 
 
 def moments(
-    cfg: Run, cluster: Cluster, zero: Zero, weights: Weights, trace: Trace, adam: int
+    cfg: RunConfig, cluster: Cluster, zero: Zero, weights: Weights, trace: Trace, adam: int
 ) -> dict[str, dict[str, float]]:
     """Return {holder: bytes} on a rank at each moment of a step that may be the peak."""
     ranks = cluster.ranks
@@ -304,7 +304,7 @@ def moments(
     }
 
 
-def propose(cfg: Run, cluster: Cluster, tokens: float | None = None) -> Plan | None:
+def propose(cfg: RunConfig, cluster: Cluster, tokens: float | None = None) -> Plan | None:
     """Plan the shipped JSON, checkpointing and accumulation that fit with the least compute.
 
     Ties go to the fewest bytes sent. The batch stays. JSONs that offload come last, since the speed
@@ -327,7 +327,7 @@ def propose(cfg: Run, cluster: Cluster, tokens: float | None = None) -> Plan | N
     return None
 
 
-def candidates(cfg: Run, cluster: Cluster, reference: Plan) -> list[Run]:
+def candidates(cfg: RunConfig, cluster: Cluster, reference: Plan) -> list[RunConfig]:
     """List the configs whose states fit: without offloading, then by compute, then by bytes sent.
 
     reference: the plan of `cfg`.
@@ -438,7 +438,7 @@ def parts(amounts: dict[str, float], unit: float) -> str:
     return ", ".join(items)
 
 
-def advice(cfg: Run, proposal: Plan | None) -> str:
+def advice(cfg: RunConfig, proposal: Plan | None) -> str:
     """Write the arguments of the proposed plan, and its cost."""
     if proposal is None:
         return (
@@ -459,6 +459,6 @@ def advice(cfg: Run, proposal: Plan | None) -> str:
     )
 
 
-def settings(cfg: Run) -> tuple[str, int, bool]:
+def settings(cfg: RunConfig) -> tuple[str, int, bool]:
     """Return the settings of a config that a proposal may change."""
     return cfg.deepspeed, cfg.accumulate, cfg.model.checkpoint_activations

@@ -10,10 +10,10 @@ from torch import Tensor
 from glimpse.data.loader import plan
 from glimpse.data.transforms import draws
 from glimpse.model.methods import METHODS
-from glimpse.run.lib.config import Run
+from glimpse.run.lib.config import RunConfig
 
 
-def lengths(cfg: Run, tokens: float, batch: int) -> list[int]:
+def lengths(cfg: RunConfig, tokens: float, batch: int) -> list[int]:
     """Return the tokens of each of B captions; all have the full context if padded.
 
     They alternate between half and one and a half times the mean, or as near to these as 1 and the
@@ -34,7 +34,7 @@ def lengths(cfg: Run, tokens: float, batch: int) -> list[int]:
     return counts
 
 
-def visible(cfg: Run) -> dict[str, int]:
+def visible(cfg: RunConfig) -> dict[str, int]:
     """Return K of each view, as the loader sends it."""
     counts = {}
     for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
@@ -43,7 +43,7 @@ def visible(cfg: Run) -> dict[str, int]:
     return counts
 
 
-def draw_names(cfg: Run, views: tuple[str, ...]) -> set[str]:
+def draw_names(cfg: RunConfig, views: tuple[str, ...]) -> set[str]:
     """Return the names of all draws of some views."""
     return {draw for name in views for draw in draws(name, cfg.views[name])}
 
@@ -52,7 +52,7 @@ def random_pixels(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
-def part(cfg: Run, tokens: float, batch: int) -> dict:
+def micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
     """Return a micro-batch (data/loader.py) whose captions have `tokens` tokens on average.
 
     Under FakeTensorMode it takes no memory.

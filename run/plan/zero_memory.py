@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from glimpse.model import ema
-from glimpse.run.lib.config import Run
+from glimpse.run.lib.config import RunConfig
 from glimpse.run.train import optim
 
 FLOAT = 4  # bytes of fp32
@@ -41,13 +41,13 @@ class Weights:
         return self.trained + self.frozen
 
     @classmethod
-    def of(cls, method: torch.nn.Module, cfg: Run, threshold: int) -> "Weights":
+    def of(cls, method: torch.nn.Module, cfg: RunConfig, threshold: int) -> "Weights":
         """Count the parameters of a method; those below `threshold` are small."""
         trained = [p.numel() for p in method.parameters() if p.requires_grad]
         frozen = [p.numel() for p in method.parameters() if not p.requires_grad]
         groups = optim.groups(method, cfg.optim)
         group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-        averages = [teacher.numel() for teacher, _ in ema.parameters(method.averaged()).values()]
+        averages = [teacher.numel() for teacher, _ in ema.parameters(method.ema_pairs()).values()]
         small = [size for size in trained if size < threshold]
         return cls(
             trained=sum(trained),

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from glimpse.run.lib.config import Run, plain
+from glimpse.run.lib.config import RunConfig, plain
 from glimpse.run.reports import plots
 from glimpse.run.reports.markup import (
     document,
@@ -426,7 +426,7 @@ def mean_line(runs: list[list[tuple[int, float]]]) -> list[plots.Point]:
     return [(samples, *interval(at[samples])) for samples in sorted(at)]
 
 
-def first(groups: Groups) -> Run | None:
+def first(groups: Groups) -> RunConfig | None:
     """Return the config that others are compared with."""
     for group in groups.values():
         for result in group:
@@ -446,7 +446,7 @@ def longer(groups: Groups) -> dict[str, float]:
     return factors
 
 
-def recipe(cfg: Run) -> Run:
+def recipe(cfg: RunConfig) -> RunConfig:
     """Return a config without the settings that a longer schedule changes."""
     return replace(
         cfg,
@@ -460,7 +460,7 @@ def recipe(cfg: Run) -> Run:
     )
 
 
-def run_details(label: str, one: Result, base: Run | None) -> str:
+def run_details(label: str, one: Result, base: RunConfig | None) -> str:
     """Return a run's state, command, provenance and config, the last three folded."""
     name = one.run.name if label in str(one.run) else f"{label}: {one.run.name}"
     head = f"{escape(name)}, {one.state}"

@@ -14,10 +14,10 @@ from glimpse.data.patches import patchify, unpatchify
 from glimpse.data.shards import Shards
 from glimpse.data.tokenizer import Tokenizer, pack
 from glimpse.data.transforms import center_view, decode
-from glimpse.model.layers import Watch
+from glimpse.model.layers import AttentionRecorder
 from glimpse.model.methods.attentive import Attentive, take
 from glimpse.model.methods.base import Method
-from glimpse.run.lib.config import Run
+from glimpse.run.lib.config import RunConfig
 from glimpse.run.lib.distributed import to_device
 
 GRAY, IMAGES, COLUMNS = 128, 16, 8
@@ -45,7 +45,7 @@ def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | 
     return list(images), list(captions)
 
 
-def masked_inputs(part: MicroBatch, cfg: Run) -> Tensor:
+def masked_inputs(part: MicroBatch, cfg: RunConfig) -> Tensor:
     """Return the first images of each view of a part as one picture, (3, H, W) uint8.
 
     It has rows of eight images.
@@ -86,7 +86,7 @@ def framed(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gallery(
-    method: Method, cfg: Run, tokenizer: Tokenizer, images: list[bytes], captions: list[str]
+    method: Method, cfg: RunConfig, tokenizer: Tokenizer, images: list[bytes], captions: list[str]
 ) -> dict[str, Tensor]:
     """Return {column: (n, 3, H, W) uint8} for encoded images.
 
@@ -130,8 +130,8 @@ def looked(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, 
 
     The attention is that of the teacher if the method has one.
     """
-    student = Watch()
-    teacher = Watch()
+    student = AttentionRecorder()
+    teacher = AttentionRecorder()
     tokens = method.towers.vision(patches, positions, watch=student)
     if hasattr(method, "teacher"):
         method.teacher.vision(patches, positions, watch=teacher)
@@ -143,7 +143,7 @@ def looked(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, 
 
 
 def resemblance(
-    method: Method, cfg: Run, tokenizer: Tokenizer, tokens: Tensor, captions: list[str]
+    method: Method, cfg: RunConfig, tokenizer: Tokenizer, tokens: Tensor, captions: list[str]
 ) -> Tensor:
     """Return the cosine of each patch and its image's caption, (n, L) (MaskCLIP's figure 2)."""
     rows = [cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions]

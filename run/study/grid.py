@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from glimpse.run.lib import config
-from glimpse.run.lib.config import ROOT, Run
+from glimpse.run.lib.config import ROOT, RunConfig
 
 FOLDER = ROOT / "run" / "grids"
 # neither {a: b} nor a range of shards, {00000..00007}
@@ -47,7 +47,7 @@ class Scale:
 class Planned:
     """One run of a cell."""
 
-    cfg: Run
+    cfg: RunConfig
     source: Path  # the config file
     changes: tuple[str, ...]  # key=value, with the run's folder and seed
     needs: tuple[Path, ...]  # run folders that must be complete before
@@ -193,7 +193,7 @@ def filled(change: str, folders: dict[str, str]) -> str:
     return HOLE.sub(lambda match: folders[match[1]], change)
 
 
-def digest(cfg: Run, needs: Iterable[str] = ()) -> str:
+def digest(cfg: RunConfig, needs: Iterable[str] = ()) -> str:
     """Hash everything that affects a run's results except the seed.
 
     Default values are left out, so adding a config key does not change existing hashes.

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from glimpse.run.lib import config
-from glimpse.run.lib.config import Run
+from glimpse.run.lib.config import RunConfig
 from glimpse.run.study import grid
 
 AS_USUAL = {"weights": "student", "mask": "none", "ensemble": 1}  # evaluation during training
@@ -41,7 +41,7 @@ class Result:
     # absent (never began)
     state: str
     reason: str = ""  # why it is not complete
-    config: Run | None = None
+    config: RunConfig | None = None
     provenance: dict = field(default_factory=dict)  # commit, started, ranks, versions
     commands: tuple[str, ...] = ()
     # {metric: (samples seen, value)}, ascending
@@ -112,7 +112,7 @@ def why_without_config(run: Path, fault: Exception) -> str:
 
 
 def state_of(
-    cfg: Run, samples: int, ended: bool, final: dict[str, float], error: str
+    cfg: RunConfig, samples: int, ended: bool, final: dict[str, float], error: str
 ) -> tuple[str, str]:
     """Return the state of a run that began, and the reason if it is not complete."""
     if not ended:
@@ -126,7 +126,7 @@ def state_of(
     return "partial", reason
 
 
-def cost_with_start(run: Path, cfg: Run, steps: list[dict]) -> dict[str, float | None]:
+def cost_with_start(run: Path, cfg: RunConfig, steps: list[dict]) -> dict[str, float | None]:
     """Return the cost of a run, its seconds with those of the run that it began from."""
     spent = cost(steps)
     before = began_from(run, cfg)
@@ -136,7 +136,7 @@ def cost_with_start(run: Path, cfg: Run, steps: list[dict]) -> dict[str, float |
     return spent
 
 
-def began_from(run: Path, cfg: Run) -> Path | None:
+def began_from(run: Path, cfg: RunConfig) -> Path | None:
     """Return the run whose weights it began with, at its path or beside it.
 
     None if there is none, or it is a converted model.
@@ -249,7 +249,7 @@ def common(paths: list[str]) -> str:
     return re.sub(r"[-_.=/]+(seed|s)?[-_.=]*\d*$", "", os.path.commonprefix(paths))
 
 
-def unseeded(cfg: Run) -> Run:
+def unseeded(cfg: RunConfig) -> RunConfig:
     """Return the part of a config that runs of other seeds share.
 
     The runs that they began from or learn from differ in seed, too.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from glimpse.run.lib.config import Run, plain
+from glimpse.run.lib.config import RunConfig, plain
 from glimpse.run.lib.distributed import barrier, rank, world
 from glimpse.run.train.engine import Engine
 
@@ -26,7 +26,7 @@ from glimpse.run.train.engine import Engine
 AVERAGE = "average_rank_{:05d}.pt"
 
 
-def identity(cfg: Run, tokenizer: str, data: dict | None = None) -> dict:
+def identity(cfg: RunConfig, tokenizer: str, data: dict | None = None) -> dict:
     """Return everything that must agree to go on from a checkpoint.
 
     The architecture, the method and its options, the vocabulary; in training also the data and

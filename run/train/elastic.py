@@ -27,7 +27,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from torch.utils.serialization import config as serialization
 
-from glimpse.run.lib.distributed import barrier, once, rank, say
+from glimpse.run.lib.distributed import barrier, print_rank0, rank, rank0_first
 from glimpse.run.train.checkpoint import AVERAGE, read_manifest
 from glimpse.run.train.engine import Engine
 from glimpse.run.train.load_model import load
@@ -50,10 +50,10 @@ def prepare_elastic(path: Path, ranks: int) -> Path | None:
             return
         remove(path.parent)
         if changed:
-            say(f"{path}: written by {manifest['ranks']} ranks, made to fit {ranks}")
+            print_rank0(f"{path}: written by {manifest['ranks']} ranks, made to fit {ranks}")
             convert(path, target)
 
-    once(prepare)
+    rank0_first(prepare)
     return target if changed else None
 
 

@@ -27,12 +27,12 @@ from deepspeed.utils import (
 )
 from torch.nn import functional as F
 
-from glimpse.data.loader import MicroBatch, share
+from glimpse.data.loader import MicroBatch, micro_batch_size
 from glimpse.model import ema
 from glimpse.model.methods import build_method
 from glimpse.model.methods.base import Method
 from glimpse.model.towers import Temperature
-from glimpse.run.lib.config import ROOT, Run
+from glimpse.run.lib.config import ROOT, RunConfig
 from glimpse.run.lib.distributed import device, rank, to_device, world
 from glimpse.run.train import optim
 
@@ -87,7 +87,7 @@ def check_json(path: str, tree: dict) -> None:
         )
 
 
-def merged(cfg: Run, ranks: int) -> dict:
+def merged(cfg: RunConfig, ranks: int) -> dict:
     """The JSON, completed by what the config owns."""
     tree = read_json(cfg.deepspeed)
     betas = list(cfg.optim.betas)
@@ -95,7 +95,7 @@ def merged(cfg: Run, ranks: int) -> dict:
         **tree,
         "train_batch_size": cfg.batch,
         "gradient_accumulation_steps": cfg.accumulate,
-        "train_micro_batch_size_per_gpu": share(cfg.batch, ranks, cfg.accumulate),
+        "train_micro_batch_size_per_gpu": micro_batch_size(cfg.batch, ranks, cfg.accumulate),
         "gradient_clipping": cfg.optim.clip,
         "optimizer": adamw(tree, lr=cfg.optim.peak(cfg.batch), betas=betas, eps=cfg.optim.eps),
     }
@@ -156,7 +156,7 @@ class Engine:
 
     def __init__(
         self,
-        cfg: Run,
+        cfg: RunConfig,
         vocab: int,
         *,
         universal: bool = False,
@@ -203,7 +203,7 @@ class Engine:
         # 4. The temperature's fp32 value, and the teacher, which begins as the student.
         self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
         self.exact_temperature()
-        pairs = ema.parameters(method.averaged())
+        pairs = ema.parameters(method.ema_pairs())
         if self.stage == 3:
             teachers = [teacher for teacher, _ in pairs.values()]
             unkept(teachers, self.ds.optimizer.persistent_parameters)

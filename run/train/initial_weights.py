@@ -16,7 +16,7 @@ from glimpse.model.methods import Method
 from glimpse.model.portable import is_one
 from glimpse.model.towers import ModelConfig
 from glimpse.run.lib.config import build, merge, plain
-from glimpse.run.lib.distributed import told
+from glimpse.run.lib.distributed import broadcast_from_rank0
 from glimpse.run.train.checkpoint import differences, read_manifest
 from glimpse.run.train.engine import has_copy
 from glimpse.run.train.load_model import TOWERS, find, load, provenance, said
@@ -26,7 +26,7 @@ from glimpse.run.train.load_model import TOWERS, find, load, provenance, said
 Place = tuple[Path, dict[str, str], str | None]
 
 
-def beginning(init: str, vocabulary: str) -> Callable[[Method], None]:
+def init_weights(init: str, vocabulary: str) -> Callable[[Method], None]:
     """Return a function that loads the weights that a new run starts from into a method.
 
     The second call, after deepspeed.initialize, writes the fp32 master copies. It reads the same
@@ -62,12 +62,12 @@ def found_places(method: Method, init: str, vocabulary: str) -> Iterator[Place]:
     names = [name for name, _ in method.named_parameters()]
     if init:
         start = partial(found_for, "init", init, check_start, method.cfg, vocabulary)
-        path, under = told(start).split("\n")
+        path, under = broadcast_from_rank0(start).split("\n")
         yield Path(path), {name: name for name in names if name.startswith(under)}, under
 
-    for prefix, run in method.borrowed().items():
+    for prefix, run in method.teacher_checkpoint().items():
         tower = partial(found_for, "options.teacher", run, check_tower, method.cfg)
-        path, _under = told(tower).split("\n")
+        path, _under = broadcast_from_rank0(tower).split("\n")
         stored = {
             name: TOWERS + name.removeprefix(prefix) for name in names if name.startswith(prefix)
         }

@@ -23,9 +23,9 @@ from glimpse.model.lazy_tensors import Tensors, more
 from glimpse.model.methods import Method, build_method
 from glimpse.model.portable import CONFIG, WEIGHTS, About, Portable, is_one
 from glimpse.model.towers import ModelConfig
-from glimpse.run.lib.config import Run, beside, build, merge, plain
+from glimpse.run.lib.config import RunConfig, beside, build, merge, plain
 from glimpse.run.lib.config import load as read_config
-from glimpse.run.lib.distributed import device, rank, told
+from glimpse.run.lib.distributed import broadcast_from_rank0, device, rank
 from glimpse.run.train import zero_reader
 from glimpse.run.train.checkpoint import check_identity, identity, newest, read_manifest
 from glimpse.run.train.engine import place, whole_parameter
@@ -73,7 +73,7 @@ def home(path: Path) -> Path:
     return path if is_one(path) else path.parents[1]
 
 
-def config_of(path: Path) -> Run:
+def config_of(path: Path) -> RunConfig:
     """Return the config of a model that `find` returned.
 
     Training's keys of a converted model are filled in.
@@ -89,7 +89,7 @@ def config_of(path: Path) -> Run:
         raise ValueError(
             f"{path}: a vision tower alone, without text; start a run from it with init: {path}"
         )
-    return build(Run, merge({**UNTRAINED, "run": str(path)}, tree))
+    return build(RunConfig, merge({**UNTRAINED, "run": str(path)}, tree))
 
 
 def said(path: Path) -> dict:
@@ -189,22 +189,22 @@ def portable(path: Path, weights: str = "student") -> Portable:
     return Portable(cfg.model, vocab, cfg.data.context, towers, about)
 
 
-def interpolation(cfg: Run) -> str:
+def interpolation(cfg: RunConfig) -> str:
     """Return the interpolation of a run's first view, with which evaluations resize images."""
     return next(iter(cfg.views.values())).interpolation
 
 
-def averaged(path: Path, cfg: Run, vocab: int, towers: Tensors) -> Tensors:
+def averaged(path: Path, cfg: RunConfig, vocab: int, towers: Tensors) -> Tensors:
     """Return the towers' tensors, with the moving averages in place of what they average."""
     with torch.device("meta"):
         method = build_method(cfg, vocab)
 
     # {tower's tensor: name and shape of its average}. The towers with the averages in them hold
     # the teacher's parameters themselves.
-    pairs = ema.parameters(method.averaged()).items()
+    pairs = ema.parameters(method.ema_pairs()).items()
     teachers = {id(teacher): (key, teacher.shape) for key, (teacher, _) in pairs}
     average_of = {}
-    for name, parameter in method.shown("teacher").named_parameters():
+    for name, parameter in method.eval_towers("teacher").named_parameters():
         if id(parameter) in teachers:
             average_of[name] = teachers[id(parameter)]
 
@@ -249,7 +249,7 @@ def load(
 
     # Rank 0 alone reads; it compares names and shapes before any rank waits for weights.
     source = contents(path) if rank() == 0 else Tensors.held({})
-    told(partial(check_places, path, source, shapes, under))
+    broadcast_from_rank0(partial(check_places, path, source, shapes, under))
 
     for name, stored in names.items():
         with whole_parameter(parameters[name]) as tensor:
@@ -283,7 +283,7 @@ def check_places(
     return ""
 
 
-def opened(path: Path) -> tuple[Run, Tokenizer, Method]:
+def opened(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
     """Return (config, tokenizer, method on this rank's device) of a model, for evaluation.
 
     path: as `find` returned it.
@@ -310,7 +310,7 @@ def opened(path: Path) -> tuple[Run, Tokenizer, Method]:
     return cfg, tokenizer, method
 
 
-def checksum(module: torch.nn.Module, cfg: Run, tokenizer: Tokenizer) -> str:
+def checksum(module: torch.nn.Module, cfg: RunConfig, tokenizer: Tokenizer) -> str:
     """Hash everything that embeddings depend on.
 
     The preparation of images and texts, the architecture, and the sum of the weights' bits, which
@@ -344,5 +344,5 @@ def backbone(run: Path | str, weights: str = "student", **options) -> torch.nn.M
     from glimpse.model.downstream.backbone import Backbone
 
     _, _, method = opened(find(Path(run)))
-    tower = method.shown(weights).vision.float().requires_grad_(True)
+    tower = method.eval_towers(weights).vision.float().requires_grad_(True)
     return Backbone(tower, **options).to(device())

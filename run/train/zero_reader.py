@@ -38,7 +38,7 @@ TYPES = [
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRange:
     """`count` elements of one type that lie end to end in a file, from a byte on."""
 
     file: Path
@@ -46,9 +46,9 @@ class Run:
     count: int
     dtype: torch.dtype
 
-    def part(self, first: int, count: int) -> "Run":
+    def part(self, first: int, count: int) -> "StoredRange":
         """Return `count` of the elements, from the `first` on."""
-        return Run(self.file, self.begin + first * self.dtype.itemsize, count, self.dtype)
+        return StoredRange(self.file, self.begin + first * self.dtype.itemsize, count, self.dtype)
 
     def read_into(self, out: torch.Tensor) -> None:
         """Read the elements into a flat tensor of their number and type."""
@@ -60,7 +60,7 @@ class Run:
 
 
 # {name: (shape, the runs that hold its elements, one after another)}
-Layout = dict[str, tuple[torch.Size, list[Run]]]
+Layout = dict[str, tuple[torch.Size, list[StoredRange]]]
 
 
 def structure(file: Path) -> dict:
@@ -75,13 +75,13 @@ def structure(file: Path) -> dict:
         raise ValueError(f"{file}: truncated or no checkpoint ({first_line(error)})") from None
 
 
-def run_of(tensor: torch.Tensor, file: Path) -> Run:
+def run_of(tensor: torch.Tensor, file: Path) -> StoredRange:
     """Locate a tensor that `structure` returned in its file."""
     storage_begin = tensor.untyped_storage()._checkpoint_offset
     if storage_begin is None:
         raise ValueError(f"{file}: a tensor in it was not read by torch.load")
     begin = storage_begin + int(tensor.storage_offset()) * tensor.dtype.itemsize
-    return Run(file, begin, tensor.numel(), tensor.dtype)
+    return StoredRange(file, begin, tensor.numel(), tensor.dtype)
 
 
 def in_file(tensors: dict[str, torch.Tensor], file: Path) -> Layout:
@@ -89,7 +89,7 @@ def in_file(tensors: dict[str, torch.Tensor], file: Path) -> Layout:
     return {name: (tensor.shape, [run_of(tensor, file)]) for name, tensor in tensors.items()}
 
 
-def cut(runs: Iterable[Run], first: int, count: int) -> list[Run]:
+def cut(runs: Iterable[StoredRange], first: int, count: int) -> list[StoredRange]:
     """Return `count` elements of runs that lie end to end, from the `first` on."""
     pieces = []
     for run in runs:
@@ -172,7 +172,7 @@ def weights(path: Path) -> Tensors:
     return made(trained_layout | joined(frozen_shapes, shards))
 
 
-def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[Run]]) -> Layout:
+def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[StoredRange]]) -> Layout:
     """Locate the parameters of stage 3.
 
     Each rank has an equal part of every parameter, the last padded; a rank's parts lie end to end.
@@ -191,7 +191,7 @@ def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[Run]]) -
 
 
 def split_groups(
-    shapes: list[dict[str, torch.Size]], groups: list[list[Run]], state: dict
+    shapes: list[dict[str, torch.Size]], groups: list[list[StoredRange]], state: dict
 ) -> Layout:
     """Locate the parameters of stages 1 and 2.
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glimpse.data.loader import SUBSTITUTES, Batches, DataConfig, Reader, share
+from glimpse.data.loader import SUBSTITUTES, Batches, DataConfig, SampleReader, micro_batch_size
 from glimpse.data.masking import parse
 from glimpse.data.patches import patchify
 from glimpse.data.shards import Sample, Shards, write_shard
@@ -51,7 +51,7 @@ def batches(data, *, views=VIEWS, seed=3, train=None, workers=0, hidden=(), nois
         workers=workers,
         window=2,
     )
-    reader = Reader(cfg, views, image_size=32, patch=8, seed=seed, hidden=hidden, noise=noise)
+    reader = SampleReader(cfg, views, image_size=32, patch=8, seed=seed, hidden=hidden, noise=noise)
     return Batches(reader, Shards(cfg.train), **{"batch": 16, **more})
 
 
@@ -340,9 +340,9 @@ def test_a_view_that_makes_no_patches_is_named(data):
 
 def test_a_batch_that_does_not_divide():
     with pytest.raises(ValueError, match="nearest: 12 or 18"):
-        share(16, 3, 2)
+        micro_batch_size(16, 3, 2)
     with pytest.raises(ValueError, match="nearest: 8"):
-        share(6, 4, 2)
+        micro_batch_size(6, 4, 2)
 
 
 def test_a_batch_over_the_end_of_an_epoch(data):
@@ -469,7 +469,7 @@ def test_keys(data):
 
 def test_pad_text(data):
     cfg = replace(batches(data).reader.cfg, pad_text=True)
-    reader = Reader(cfg, VIEWS, image_size=32, patch=8, seed=0)
+    reader = SampleReader(cfg, VIEWS, image_size=32, patch=8, seed=0)
     (plain,) = batches(data, seed=0)[0]
 
     (part,) = Batches(reader, Shards(cfg.train), batch=16)[0]

@@ -19,7 +19,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from glimpse.data import stream as stream_module
-from glimpse.data.loader import DataConfig, Reader
+from glimpse.data.loader import DataConfig, SampleReader
 from glimpse.data.shards import headers, write_shard
 from glimpse.data.stream import Stream, is_stream
 from glimpse.data.transforms import View
@@ -58,7 +58,7 @@ def stream(data, *train, workers=0, **more):
         train=train, tokenizer=f"sentencepiece({data}/tokenizer.model)", context=12, workers=workers
     )
     view = View(crop=(0.5, 1.0), mask="random(0.5)")
-    reader = Reader(cfg, {"image": view}, image_size=32, patch=8, seed=0)
+    reader = SampleReader(cfg, {"image": view}, image_size=32, patch=8, seed=0)
     return Stream(reader, train, **{"batch": 8, **more})
 
 

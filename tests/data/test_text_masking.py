@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from glimpse.data.loader import DataConfig, Reader
+from glimpse.data.loader import DataConfig, SampleReader
 from glimpse.data.shards import Sample
 from glimpse.data.text_masking import (
     STRATEGIES,
@@ -270,14 +270,14 @@ def read(tokenizer, text_mask, *, pool="first", epoch=0, pad_text=False):
     cfg = DataConfig(
         train=("x",), tokenizer=tokenizer, context=CONTEXT, text_mask=text_mask, pad_text=pad_text
     )
-    reader = Reader(cfg, {"image": View()}, image_size=8, patch=8, seed=0, pool=pool)
+    reader = SampleReader(cfg, {"image": View()}, image_size=8, patch=8, seed=0, pool=pool)
     image = picture("red circle", np.random.default_rng(0))
     captions = [" ".join(NAMES[:n]) for n in (1, 2, 9)] + ["", "a purple square"]
     rows = []
     for i, text in enumerate(captions):
         sample = Sample("s", str(i), {"png": image, "txt": text.encode()})
         rows.append(reader.row(sample, epoch, i))
-    return reader.part(rows, [])["text"], [reader.tokenizer(text) for text in captions]
+    return reader.micro_batch(rows, [])["text"], [reader.tokenizer(text) for text in captions]
 
 
 @pytest.mark.parametrize("pool", ["first", "eot"])

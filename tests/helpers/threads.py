@@ -48,11 +48,11 @@ def ranks(monkeypatch: pytest.MonkeyPatch, world: int, batch: int) -> Iterator[C
     fakes["rank"] = lambda: this_thread.rank
     fakes["world"] = lambda: world
     fakes["barrier"] = lambda: barrier.wait(30)
-    fakes["once"] = lambda make: make()
-    fakes["told"] = lambda make: exchange(make())[0]
-    fakes["total"] = lambda values: sum(exchange(values.clone()))
-    fakes["least"] = lambda value: min(exchange(value))
-    fakes["gathered"] = lambda items: sum(exchange(items), [])
+    fakes["rank0_first"] = lambda make: make()
+    fakes["broadcast_from_rank0"] = lambda make: exchange(make())[0]
+    fakes["all_reduce_sum"] = lambda values: sum(exchange(values.clone()))
+    fakes["all_reduce_min"] = lambda value: min(exchange(value))
+    fakes["all_gather_list"] = lambda items: sum(exchange(items), [])
     fakes["dist"] = SimpleNamespace(broadcast=broadcast)
     replace_in_evals(monkeypatch, fakes)
     features = sys.modules[f"{PACKAGE}.features"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from glimpse.model.ema import Average, cosine, linear, parameters
+from glimpse.model.ema import Average, cosine_momentum, linear_momentum, parameters
 from glimpse.tests.model.methods.test_methods import build, pictures
 
 STEPS = 50
@@ -21,7 +21,7 @@ STEPS = 50
     "schedule, points",
     [
         (
-            cosine,
+            cosine_momentum,
             {
                 0.0: 0.996,
                 0.25: 1 - 0.004 * (math.sqrt(0.5) + 1) / 2,
@@ -29,7 +29,7 @@ STEPS = 50
                 0.75: 1 - 0.004 * (1 - math.sqrt(0.5)) / 2,
             },
         ),
-        (linear, {0.0: 0.996, 0.25: 0.997, 0.5: 0.998, 0.75: 0.999}),
+        (linear_momentum, {0.0: 0.996, 0.25: 0.997, 0.5: 0.998, 0.75: 0.999}),
     ],
 )
 def test_schedules(schedule, points):
@@ -68,7 +68,7 @@ def steps(student):
     for step in range(STEPS):
         for parameter in student.parameters():
             parameter.data += 0.01 + 0.01 * torch.randn(parameter.shape, generator=rng)
-        yield cosine(0.99, 1.0, step / STEPS)
+        yield cosine_momentum(0.99, 1.0, step / STEPS)
 
 
 def follow(kind):
@@ -208,13 +208,13 @@ def test_the_average_as_evaluations_see_it(name, options):
         image = towers.encode_image(pictures(), torch.arange(64).expand(6, -1))
         return image, towers.encode_text(ids, lengths)
 
-    teacher = method.shown("teacher")
+    teacher = method.eval_towers("teacher")
 
     for embedding, reference in zip(embeddings(teacher), embeddings(expected), strict=True):
         assert torch.equal(embedding, reference)
     assert not torch.equal(embeddings(teacher)[0], embeddings(method.towers)[0])
-    assert method.shown() is method.towers
+    assert method.eval_towers() is method.towers
     for key, value in method.towers.state_dict().items():
         assert torch.equal(value, before[key])
     with pytest.raises(ValueError, match="without a moving average"):
-        build("clip").shown("teacher")
+        build("clip").eval_towers("teacher")

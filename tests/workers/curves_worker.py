@@ -63,7 +63,7 @@ METHODS = {
 }
 
 
-def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> config.Run:
+def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> config.RunConfig:
     """Return the config of a tiny run, at a rate and an eps where rounding does not grow.
 
     Adam divides a gradient by its own size: one that is nothing but rounding (of a bias before
@@ -92,7 +92,7 @@ def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -
     )
 
 
-def start(cfg: config.Run, **how) -> tuple[engine.Engine, Batches]:
+def start(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]:
     """Return the engine of a run, and this rank's batches."""
     reader = config.reader(cfg)
     trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
@@ -107,7 +107,9 @@ def start(cfg: config.Run, **how) -> tuple[engine.Engine, Batches]:
     return trainer, batches
 
 
-def steps(cfg: config.Run, trainer: engine.Engine, batches: Batches, until: int) -> Iterator[float]:
+def steps(
+    cfg: config.RunConfig, trainer: engine.Engine, batches: Batches, until: int
+) -> Iterator[float]:
     """Train on until so many samples are seen, and yield the loss of each step."""
     for parts in batches.stream(range(trainer.samples, until, cfg.batch), pin=False):
         rate = cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples)

@@ -103,7 +103,9 @@ def joined(shard: torch.Tensor) -> torch.Tensor:
 def counters(trainer: engine.Engine) -> list[int]:
     """Return the different step counts of the optimizer's groups on all ranks, and the engine's."""
     states = trainer.ds.optimizer.optimizer.state.values()
-    counts = distributed.gathered([int(state["step"]) for state in states if "step" in state])
+    counts = distributed.all_gather_list(
+        [int(state["step"]) for state in states if "step" in state]
+    )
     return sorted({*counts, trainer.ds.global_steps, trainer.samples // trainer.batch})
 
 
@@ -137,7 +139,7 @@ def moved(cfg, home: Path) -> tuple:
     other = [name for name in saved if not torch.equal(saved[name], resumed[name])]
     moments = [saved[name] for name in saved if name.startswith("exp_avg ")]
     results = {}
-    results["other"] = sorted(set(distributed.gathered(other)))
+    results["other"] = sorted(set(distributed.all_gather_list(other)))
     results["kinds"] = Counter(name.split()[0] for name in saved)
     results["resumed"] = counters(trainer)
     results["moments"] = max(float(moment.abs().max()) for moment in moments)

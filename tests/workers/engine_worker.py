@@ -207,7 +207,7 @@ class Cases:
                 break
         both = torch.zeros(2)
         both[distributed.rank()] = at
-        return distributed.total(both).tolist()
+        return distributed.all_reduce_sum(both).tolist()
 
 
 def heat(method) -> None:

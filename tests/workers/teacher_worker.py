@@ -49,7 +49,7 @@ class Plain:
     """The moving average as the formula has it, of full fp32 tensors."""
 
     def __init__(self, trainer, name: str, kept: list | None = None):
-        pairs = ema.parameters(trainer.method.averaged()).values()
+        pairs = ema.parameters(trainer.method.ema_pairs()).values()
         self.teachers = [teacher for teacher, _ in pairs]
         self.students = [student for _, student in pairs]
         self.momentum = MOMENTA[name]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from glimpse.data.loader import DataConfig, Reader
+from glimpse.data.loader import DataConfig, SampleReader
 from glimpse.data.patches import unpatchify
 from glimpse.data.shards import Sample
 from glimpse.data.tokenizer import train_sentencepiece
@@ -104,11 +104,13 @@ def part(tmp_path_factory):
 
     def batch(name, patches=None, **views):
         extra = dict(hidden=METHODS[name].hidden, noise=METHODS[name].noise)
-        reader = Reader(data, {**VIEWS[name], **views}, image_size=64, patch=8, seed=0, **extra)
+        reader = SampleReader(
+            data, {**VIEWS[name], **views}, image_size=64, patch=8, seed=0, **extra
+        )
         if patches is None:
             patches = pictures()
         rows = [reader.row(sample(i, x), 0, i) for i, x in enumerate(patches)]
-        return reader.part(rows, [])
+        return reader.micro_batch(rows, [])
 
     return batch
 
@@ -226,7 +228,7 @@ def test_every_weight_of_a_teacher_follows_its_own(name, options):
     teacher_names = {key for key in names.values() if key.startswith(("teacher.", "byol_teacher."))}
 
     pairs = {}
-    for teacher, student in ema.parameters(method.averaged()).values():
+    for teacher, student in ema.parameters(method.ema_pairs()).values():
         pairs[names[id(teacher)]] = names[id(student)]
 
     assert pairs.keys() == teacher_names
@@ -361,8 +363,8 @@ def test_maskclip(part, teacher, convention, beta, normalise):
         weight=0.3,
         contrast=contrast,
     )
-    assert method.borrowed() == ({} if contrast else {"teacher.": "runs/x"})
-    assert len(method.averaged()) == (teacher == "average")
+    assert method.teacher_checkpoint() == ({} if contrast else {"teacher.": "runs/x"})
+    assert len(method.ema_pairs()) == (teacher == "average")
     batch = part("maskclip")
     all_patches = (pictures(), torch.arange(L).expand(B, -1))
     vision = (method.towers if teacher == "student" else method.teacher).vision

@@ -145,7 +145,7 @@ def test_the_same_accuracy_and_embeddings(both, evaluated, monkeypatch, name, cl
     assert texts_apart < 1e-5
 
 
-def peer_loss(peer, cfg: config.Run) -> float:
+def peer_loss(peer, cfg: config.RunConfig) -> float:
     """The loss that open_clip computes of the run's first batch, from pixels and padded ids."""
     import open_clip
 

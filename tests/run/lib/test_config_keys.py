@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glimpse.model.methods import METHODS
-from glimpse.run.lib.config import Run, build, load, save
+from glimpse.run.lib.config import RunConfig, build, load, save
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "run/configs").glob("*.yaml"))
@@ -38,7 +38,7 @@ def unread(cls):
 
 
 def test_every_key_is_read():
-    assert not unread(Run)
+    assert not unread(RunConfig)
     for method in METHODS.values():
         assert not unread(method.Options)
 
@@ -103,4 +103,4 @@ def test_units_and_rates():
 
 def test_missing_key():
     with pytest.raises(ValueError, match="run: missing"):
-        build(Run, {})
+        build(RunConfig, {})

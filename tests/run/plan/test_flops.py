@@ -11,7 +11,7 @@ from glimpse.run.plan.flops import count, count_model, counter
 VOCAB, TOKENS = 30523, 16
 
 
-def load(name: str, *overrides: str) -> config.Run:
+def load(name: str, *overrides: str) -> config.RunConfig:
     return config.load(config.ROOT / f"run/configs/{name}.yaml", overrides)
 
 

@@ -33,18 +33,18 @@ DEEP = [
 NANO = ["model.size=nano/8", "model.image_size=128"]
 
 
-def made_config(*overrides: str, base: str = "flip_b16") -> config.Run:
+def made_config(*overrides: str, base: str = "flip_b16") -> config.RunConfig:
     return config.load(
         config.ROOT / f"run/configs/{base}.yaml",
         ["batch=8", "deepspeed=ds_configs/cpu.json", *overrides],
     )
 
 
-def step(cfg: config.Run):
+def step(cfg: config.RunConfig):
     """Return a function: a forward and backward pass that drops each gradient at once."""
     torch.manual_seed(0)
     method = build_method(cfg, VOCAB)
-    part = synthetic_batch.part(cfg, TOKENS, MICRO)
+    part = synthetic_batch.micro_batch(cfg, TOKENS, MICRO)
 
     def drop(parameter):
         parameter.grad = None
@@ -85,7 +85,7 @@ def test_flops_and_activations_are_the_measured_ones(size, mask, again):
     for event in memory_events:
         now += event.nbytes()
         peak = max(peak, now)
-    image = synthetic_batch.part(cfg, TOKENS, MICRO)["views"]["image"]
+    image = synthetic_batch.micro_batch(cfg, TOKENS, MICRO)["views"]["image"]
     batch = sum(x.nbytes for x in image.values())
 
     trace = activation_memory.traced(cfg, VOCAB, TOKENS, MICRO, torch.float32, keep=False)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from glimpse.data.shards import Shards, build_index, write_shard
-from glimpse.model.layers import Packed, Watch
+from glimpse.model.layers import AttentionRecorder, Packed
 from glimpse.model.text import TextTower
 from glimpse.model.vision import resized
 from glimpse.run.reports.pictures import examples
@@ -58,7 +58,7 @@ def test_attention_of_the_class_token(layers):
     """
     vision = small("clip").vision
     patches = torch.randn(3, 16, 192)
-    watch = Watch()
+    watch = AttentionRecorder()
 
     tokens = vision(patches, everywhere(3), watch=watch)
 
@@ -81,8 +81,8 @@ def test_attention_of_the_class_token(layers):
 def test_watching_the_class_token_alone():
     vision = small("clip").vision
     patches = torch.randn(2, 16, 192)
-    watch_cls = Watch()
-    watch_all = Watch()
+    watch_cls = AttentionRecorder()
+    watch_all = AttentionRecorder()
 
     cls = vision(patches, everywhere(2), only_cls=True, watch=watch_cls)
     tokens = vision(patches, everywhere(2), watch=watch_all)

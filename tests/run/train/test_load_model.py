@@ -229,7 +229,7 @@ def test_where_a_run_starts_is_looked_up_once(monkeypatch):
     monkeypatch.setattr(initial_weights, "load", load)
     method = torch.nn.Linear(2, 2)
 
-    put = initial_weights.beginning("run", "vocabulary")
+    put = initial_weights.init_weights("run", "vocabulary")
     put(method)
     method.weight._hp_mapping = None  # DeepSpeed marks the parameters with an fp32 copy so
     put(method)
