@@ -45,6 +45,7 @@ from glimpse.run.lib import cli, config
 from glimpse.run.lib.distributed import to_device
 from glimpse.run.plan import flops, synthetic_batch
 from glimpse.run.train.log import peak_gib
+from glimpse.run.verify import reference_libs  # noqa: F401
 
 RATIOS = (0.0, 0.5, 0.75)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,6 +82,16 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
             if turn > 0:
                 times[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def has_open_clip() -> bool:
+    """Return True if open_clip is installed; else print how to install it."""
+    is_installed = importlib.util.find_spec("open_clip") is not None
+    if not is_installed:
+        print(
+            "open_clip is not installed, so its rows are missing: pip install -r requirements-dev.txt"
+        )
+    return is_installed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +162,7 @@ def bench_step(args: argparse.Namespace) -> None:
         return make
 
     kinds = {"11 tokens on average": ours(11), "77 tokens": ours(77)}
-    if importlib.util.find_spec("open_clip") and args.size == "B/16":
+    if args.size == "B/16" and has_open_clip():
         kinds["open_clip ViT-B-16, 77 tokens"] = lambda ratio: peer_step(ratio, args.batch)
     print(f"Training step of {args.size}, B {args.batch}, median of {args.repeats}, {machine()}\n")
     rows = []
@@ -222,7 +233,7 @@ def bench_data(args: argparse.Namespace) -> None:
     runs = {}
     for spec in ("none", "random(0.5)", "random(0.75)", "gaussian(0.75)"):
         runs[f"glimpse, {spec}"] = each(files, our_sample(spec))
-    if importlib.util.find_spec("open_clip"):
+    if has_open_clip():
         import open_clip
 
         transform = open_clip.image_transform(224, is_train=True, aug_cfg=dict(scale=(0.5, 1.0)))
