@@ -80,19 +80,31 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: tuple[str, ...]  # folders of tar shards, or FOLDER/NAME-{00000..00008}.tar
-    tokenizer: str  # clip_bpe, wordpiece(PATH) or sentencepiece(PATH)
-    context: int  # tokens of a caption at most: FLIP 32, CLIP 77
-    # fill every caption to the context and attend to the padding, as FLIP's released weights do
+    # Folders of tar shards, selected shards as FOLDER/NAME-{00000..00008}.tar, or streams
+    # (URLs and pipe: commands).
+    train: tuple[str, ...]
+    # Tokenizer: clip_bpe, clip_bpe(PATH), wordpiece, wordpiece(PATH) or sentencepiece(PATH).
+    tokenizer: str
+    # Maximum number of tokens in a caption, special tokens included; FLIP uses 32, CLIP 77.
+    context: int
+    # Pad every caption to the context length and attend to the padding, as FLIP's released
+    # weights do.
     pad_text: bool = False
-    # which tokens are seen: none, random(0.5), prioritised(0.5), first(16), ...
-    # (data/text_masking.py)
+    # Tokens that the text tower sees: none, random(RATIO), prioritised(RATIO), first(TOKENS),
+    # block(TOKENS) or shuffled(TOKENS); RATIO is the share of the context to hide, TOKENS the
+    # number to keep.
     text_mask: str = "none"
-    window: int = 16  # shards whose samples are mixed with each other
-    max_bad: float = 0.01  # share of unreadable samples above which a run stops
-    workers: int = 4  # loader processes on each rank; 0: load in the training process
-    prefetch: int = 2  # batches each worker prepares ahead
-    trace: bool = False  # write the sample keys of every step to RUN/trace/
+    # Shards that are mixed with each other at a time.
+    window: int = 16
+    # Share of unreadable samples, from 0 to below 1, above which a rank stops the run; the
+    # first 1,000 samples count as a whole.
+    max_bad: float = 0.01
+    # Loader processes on each rank; 0 loads in the training process.
+    workers: int = 4
+    # Batches that each loader process prepares in advance.
+    prefetch: int = 2
+    # Write the keys of every step's samples to RUN/trace/.
+    trace: bool = False
 
     def fill(self, ids: list[int], pad: int) -> list[int]:
         """Fill a caption's tokens to the context, where pad_text asks for it."""

@@ -44,26 +44,42 @@ TRIES = 10  # draws of a crop before the central one is taken, as in torchvision
 class View:
     """How one training view of an image is made."""
 
-    # smallest and largest share of the image's area that a crop covers, in (0, 1]; uniform between
+    # Smallest and largest share of the image's area that a crop covers, 0 < smallest <=
+    # largest <= 1.
     crop: tuple[float, float] = (0.5, 1.0)
-    # narrowest and widest crop, width : height in units of the view's; log-uniform
+    # Smallest and largest aspect ratio of a crop, width / height relative to the aspect ratio
+    # of the view.
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    # mirror one view in two; off where a method needs the view's box, which does not tell
+    # Mirror the view horizontally with probability 0.5; not allowed in a view that another
+    # view encloses.
     flip: bool = False
-    interpolation: str = "bicubic"  # bicubic or bilinear, both antialiased
-    # which patches stay visible: none, random(0.5), gaussian(0.75), ... as data/masking.py reads it
+    # Resampling filter: bicubic or bilinear, both antialiased.
+    interpolation: str = "bicubic"
+    # Patches that stay visible: none, random(RATIO), gaussian(RATIO) or
+    # inverse_gaussian(RATIO), where RATIO is the share to hide; the last two also take
+    # sigma=, e.g. gaussian(0.5, sigma=0.2).
     mask: str = "none"
-    # of brightness, contrast, saturation, hue, in four views of five
+    # Strength of the color jitter in brightness, contrast, saturation (0 or more) and hue (0
+    # to 0.5); it is applied with probability 0.8.
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    grey: float = 0.0  # probability
-    blur: float = 0.0  # probability
-    solarize: float = 0.0  # probability
-    # independent draws of this view; with two or more, they are called NAME1, NAME2, ...
+    # Probability of converting the view to grayscale.
+    grey: float = 0.0
+    # Probability of a Gaussian blur with a sigma of 0.1 to 2 pixels.
+    blur: float = 0.0
+    # Probability of inverting all pixel values from 128 on.
+    solarize: float = 0.0
+    # Independent draws of this view for each image, 1 to 9; two or more are named NAME1,
+    # NAME2, ...
     count: int = 1
-    # instead of a crop: the smallest box around those of these views (A-CLIP section 3.3)
+    # Views whose crops this view encloses: it is the smallest box around them and has no crop
+    # of its own.
     encloses: tuple[str, ...] = ()
-    enlarge: bool = False  # of an enclosing box: grown at random, as A-CLIP's release does
-    size: int = 0  # side in pixels; 0: model.image_size
+    # Move each side of the enclosing box outward by a random amount, as A-CLIP's released
+    # code does.
+    enlarge: bool = False
+    # Side of the view in pixels, only for a view that encloses others; 0 uses
+    # model.image_size.
+    size: int = 0
 
     def __post_init__(self):
         if not 0 < self.crop[0] <= self.crop[1] <= 1:

@@ -21,10 +21,14 @@ from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, normal_
 class TextConfig:
     """The defaults are FLIP's; CLIP's: causal, eot, gelu or quick_gelu, eps 1e-5."""
 
-    causal: bool = False  # a token sees only what stands before it
-    pool: str = "first"  # first | eot: the token that stands for the caption (eot: its last)
-    activation: str = "gelu_tanh"  # gelu | gelu_tanh | quick_gelu
-    eps: float = 1e-6  # of every LayerNorm
+    # Use causal attention; it requires pool: eot.
+    causal: bool = False
+    # Token that represents the caption: first or eot (the last token).
+    pool: str = "first"
+    # Activation of the MLPs: gelu, gelu_tanh or quick_gelu.
+    activation: str = "gelu_tanh"
+    # Epsilon of every LayerNorm.
+    eps: float = 1e-6
 
     def __post_init__(self) -> None:
         for key, known in (("pool", ("eot", "first")), ("activation", ACTIVATIONS)):

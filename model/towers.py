@@ -29,15 +29,24 @@ from glimpse.model.vision import VisionConfig, VisionTower
 class Size:
     """One row of SIZES, or what a config states under `model.custom`."""
 
-    width: int  # vision tower
+    # Width of the vision tower.
+    width: int
+    # Transformer blocks in the vision tower.
     depth: int
+    # Attention heads in the vision tower; the width is a multiple of them.
     heads: int
-    text_width: int  # text tower
+    # Width of the text tower.
+    text_width: int
+    # Transformer blocks in the text tower.
     text_depth: int
+    # Attention heads in the text tower; the text width is a multiple of them.
     text_heads: int
-    embed: int  # E
-    mlp: float = 4.0  # hidden width of the vision tower's MLPs, in widths
-    text_mlp: float = 4.0  # of the text tower's
+    # Width of the shared embedding.
+    embed: int
+    # Hidden width of the vision tower's MLPs as a multiple of its width.
+    mlp: float = 4.0
+    # Hidden width of the text tower's MLPs as a multiple of its width.
+    text_mlp: float = 4.0
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "text_width", "text_depth", "text_heads", "embed"):
@@ -79,12 +88,18 @@ INITS = ("clip", "flip")
 class ModelConfig:
     """The model as a run's config states it, under `model:`."""
 
-    size: str = "B/16"  # a row of SIZES, or custom / patch side in pixels
-    # the numbers of a size that is no row: for size custom/14 and the like alone
+    # Model size and patch side in pixels, as in B/16: nano, Ti, S, B, L, L512 (L with B's
+    # text tower) or H with 8, 14, 16 or 32, or custom with any patch side.
+    size: str = "B/16"
+    # Widths, depths and heads of a model of size custom/PATCH; the keys are listed below.
     custom: Size | None = None
-    image_size: int | tuple[int, int] = 224  # side of the square image, or height and width; pixels
-    init: str = "flip"  # flip (MAE's Xavier) | clip (open_clip's)
-    # recompute each block in the backward pass: less memory, a third more compute
+    # Side of the square input image, or [height, width], in pixels; multiples of the patch
+    # side.
+    image_size: int | tuple[int, int] = 224
+    # Weight initialization: flip (MAE's Xavier) or clip (open_clip's).
+    init: str = "flip"
+    # Recompute each transformer block in the backward pass, which saves memory and costs
+    # about a third more compute.
     checkpoint_activations: bool = False
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)

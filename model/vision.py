@@ -38,18 +38,26 @@ class VisionConfig:
     eps 1e-5, its own mean and std.
     """
 
-    # sincos (fixed; the class token has none) | learned (1 + L rows, the class token's first)
+    # Position embeddings: sincos (fixed) or learned.
     positions: str = "sincos"
-    # cls | mean | mean_with_cls, after the final norm; mean_then_norm: mean of the patches before
-    # it (CLIPA)
+    # Pooling: cls, mean, mean_with_cls (all after the final norm), or mean_then_norm (mean of
+    # the patch tokens, then the norm, as in CLIPA).
     pool: str = "mean_with_cls"
-    pre_norm: bool = False  # a LayerNorm between embedding and blocks
-    patch_bias: bool = True  # bias of the patch embedding
-    freeze_patch: bool = False  # leave the patch embedding at its random start
-    activation: str = "gelu_tanh"  # gelu | gelu_tanh | quick_gelu
-    eps: float = 1e-6  # of every LayerNorm
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per channel, pixels in 0..1; ImageNet's
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # the same
+    # Apply a LayerNorm between the embeddings and the first block, as CLIP does.
+    pre_norm: bool = False
+    # Give the patch embedding a bias.
+    patch_bias: bool = True
+    # Keep the patch embedding at its random initialization.
+    freeze_patch: bool = False
+    # Activation of the MLPs: gelu, gelu_tanh or quick_gelu.
+    activation: str = "gelu_tanh"
+    # Epsilon of every LayerNorm.
+    eps: float = 1e-6
+    # Mean of each color channel, for pixel values in 0 to 1; the default is ImageNet's.
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    # Standard deviation of each color channel, for pixel values in 0 to 1; the default is
+    # ImageNet's.
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         for key, known in (

@@ -37,21 +37,34 @@ from glimpse.model.vision import VisionTower
 
 @dataclass(frozen=True)
 class Options:
-    # which patches go: low (the lowest scores) | high | mixed (a quarter of what stays is drawn) |
-    # random
+    # Patches to drop: low (those with the lowest attention), high (the highest), mixed (low,
+    # but a quarter of the kept patches are drawn at random) or random.
     strategy: str = "low"
-    keep: float = 0.0  # share of its patches that a view keeps; 0: one over the number of views
-    block: int = 32  # pixels: patches stay or go in blocks of this side
-    layers: str = "all"  # whose attention counts: all | last
-    simclr: float = 0.0  # weights of the auxiliary losses; 0: off
+    # Share of a view's patches to keep, 0 to 1; 0 keeps one divided by the number of views.
+    keep: float = 0.0
+    # Side in pixels of the square blocks in which patches are kept or dropped.
+    block: int = 32
+    # Layers whose attention is averaged into the scores: all or last.
+    layers: str = "all"
+    # Weight of the SimCLR loss, which needs at least two views; 0 turns it off.
+    simclr: float = 0.0
+    # Weight of the SimSiam loss, which needs at least two views; 0 turns it off.
     simsiam: float = 0.0
+    # Weight of the BYOL loss; 0 turns it off.
     byol: float = 0.0
-    temperature: float = 0.1  # SimCLR's
-    hidden: int = 4096  # width of the heads of SimCLR and BYOL; SimSiam's have half of it
-    out: int = 256  # width of what SimCLR and BYOL compare
-    momentum: tuple[float, float] = (0.996, 1.0)  # of the teacher, along a cosine
-    average_text: bool = False  # average text tower and projections too, as the release does
-    as_released: bool = False  # SimCLR of the first view with itself
+    # Temperature of the SimCLR loss.
+    temperature: float = 0.1
+    # Hidden width of the SimCLR and BYOL heads; SimSiam's heads have half of it.
+    hidden: int = 4096
+    # Output width of the SimCLR and BYOL heads.
+    out: int = 256
+    # Momentum of the teacher's moving average at the start and at the end; it follows a
+    # cosine in between.
+    momentum: tuple[float, float] = (0.996, 1.0)
+    # Also average the text tower and the projections, as the released code does.
+    average_text: bool = False
+    # Compare the first view with itself in the SimCLR loss, a bug of the released code.
+    as_released: bool = False
 
     def __post_init__(self) -> None:
         if self.layers not in ("all", "last"):

@@ -23,14 +23,20 @@ from glimpse.model.vision import normalise
 
 @dataclass(frozen=True)
 class Options:
-    # image: the whole one is contrasted with the text, in a pass of its own | visible: the masked
-    # one
+    # Input of the contrastive loss: image (the whole image, in a second forward pass) or
+    # visible (the masked image).
     contrast: str = "image"
-    weight: float = 1.0  # of the reconstruction
-    width: int = 512  # of the decoder; MAE's default
+    # Weight of the reconstruction loss.
+    weight: float = 1.0
+    # Width of the decoder; a multiple of 4 and of heads.
+    width: int = 512
+    # Transformer blocks in the decoder.
     depth: int = 8
+    # Attention heads in the decoder.
     heads: int = 16
-    normalise: bool = True  # targets are pixels normalised patch by patch
+    # Normalize the target pixels by the mean and standard deviation of their patch; false
+    # normalizes them by color channel.
+    normalise: bool = True
 
     def __post_init__(self) -> None:
         if self.contrast not in ("image", "visible"):

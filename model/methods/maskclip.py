@@ -23,19 +23,27 @@ from glimpse.model.towers import ModelConfig, vision_tower
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 1.0  # lambda of L_I + L_T + lambda L_dist; the paper does not say its value
-    # sum: L_I + L_T, the paper's | half: (L_I + L_T) / 2, where weight 0.5 keeps the same balance
+    # Weight of the distillation loss, the paper's lambda.
+    weight: float = 1.0
+    # Combination of the two directions of the contrastive loss: sum (the paper's) or half
+    # (their mean).
     convention: str = "sum"
-    beta: float = 2.0  # of the smooth L1
-    normalise: bool = False  # layer-normalise the targets
-    depth: int = 1  # blocks of the decoder
-    # average of the student | student: its own features, without gradient | a run folder: its
-    # model, frozen
+    # Beta of the smooth L1 loss.
+    beta: float = 2.0
+    # Apply a LayerNorm without weights to the distillation targets.
+    normalise: bool = False
+    # Transformer blocks in the decoder.
+    depth: int = 1
+    # Teacher: average (a moving average of the student), student (the student itself, without
+    # gradient), or a run folder whose frozen vision tower is the teacher.
     teacher: str = "average"
-    # false: distillation alone, the second stage of the paper's table 3; the text side is left as
-    # it starts
+    # Train with the contrastive loss; false trains by distillation alone from a run folder's
+    # tower (the second stage of the paper's table 3) and leaves the text tower and
+    # projections at their initial weights.
     contrast: bool = True
-    momentum: tuple[float, float] = (0.999, 0.9999)  # of the average, rising linearly
+    # Momentum of the moving average at the start and at the end; it rises linearly in
+    # between.
+    momentum: tuple[float, float] = (0.999, 0.9999)
 
     def __post_init__(self) -> None:
         if self.convention not in ("sum", "half"):

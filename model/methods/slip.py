@@ -16,11 +16,16 @@ from glimpse.model.towers import ModelConfig
 
 @dataclass(frozen=True)
 class Options:
-    weight: float = 1.0  # of SimCLR's loss
-    temperature: float = 0.1  # of SimCLR's loss
-    hidden: int = 4096  # width of SimCLR's head
-    out: int = 256  # width of what SimCLR compares
-    # CLIP's loss without gradient through the gather, which loses half of it (docs/methods.md)
+    # Weight of the SimCLR loss.
+    weight: float = 1.0
+    # Temperature of the SimCLR loss.
+    temperature: float = 0.1
+    # Hidden width of the SimCLR projection head.
+    hidden: int = 4096
+    # Output width of the SimCLR projection head.
+    out: int = 256
+    # Gather the embeddings for CLIP's loss without gradient, as SLIP's released code does;
+    # this loses half of the gradient.
     as_released: bool = False
 
     def __post_init__(self) -> None:

@@ -37,14 +37,24 @@ KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: str  # the peak: absolute ('5e-4'), or by FLIP's rule ('4e-6 per 256': times batch / 256)
-    weight_decay: float  # decoupled; FLIP 0.2, CLIP and A-CLIP 0.5 at batch 4096, SLIP 0.1
-    warmup: int  # samples over which the rate rises linearly from 0
+    # Peak learning rate: absolute, e.g. 5e-4, or scaled with the batch by FLIP's rule, e.g.
+    # 4e-6 per 256 (times batch / 256).
+    lr: str
+    # Decoupled weight decay of AdamW; FLIP uses 0.2, CLIP and A-CLIP 0.5 at batch 4096, SLIP
+    # 0.1.
+    weight_decay: float
+    # Samples over which the learning rate rises linearly from 0 to its peak.
+    warmup: int
+    # AdamW's two decay rates of the moments.
     betas: tuple[float, float] = (0.9, 0.95)
+    # AdamW's epsilon.
     eps: float = 1e-8
-    min_lr: float = 0.0  # where the cosine ends
-    clip: float = 0.0  # gradient norm; 0: no clipping (DeepSpeed's own default would be 1.0)
-    # kinds of parameters that do not decay (FLIP's); all: see KINDS
+    # Learning rate at the end of the cosine schedule.
+    min_lr: float = 0.0
+    # Maximum gradient norm; 0 turns clipping off.
+    clip: float = 0.0
+    # Kinds of parameters without weight decay: bias, norm, positions, cls, tokens,
+    # logit_scale, weight.
     no_decay: tuple[str, ...] = ("bias", "norm", "positions")
 
     def __post_init__(self) -> None:
@@ -83,30 +93,48 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    run: str  # the run's folder, e.g. runs/flip_b16
-    method: str  # a row of model.methods.METHODS
-    samples: int  # how many image-text pairs to train on; 12.8B is FLIP's schedule
-    batch: int  # pairs in a step, over all ranks: these are each other's negatives
+    # Run folder, e.g. runs/flip_b16; an existing folder is only accepted with --resume.
+    run: str
+    # Training method: clip (also FLIP and GLIP), slip, mae, aclip or maskclip.
+    method: str
+    # Image-text pairs to train on; the number of steps is samples // batch.
+    samples: int
+    # Pairs in one step over all ranks; they are each other's negatives.
+    batch: int
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
     views: dict[str, View]  # the method's docstring says which it reads
-    # the method's `Options`, a dataclass in its file; built with the rest, so never None
+    # Options of the method; their keys are listed for each method below.
     options: Any = None
-    # how memory, precision and communication are spent; from the repository root
+    # DeepSpeed JSON with ZeRO stage and precision; a relative path starts at the repository
+    # root.
     deepspeed: str = "ds_configs/zero3.json"
-    # GradCache: so many forward-backward passes a step, with the negatives of the whole batch
+    # Micro-batches that GradCache splits each rank's share of a batch into; the negatives
+    # stay those of the whole batch.
     accumulate: int = 1
-    seed: int = 0  # weights, order of the data, crops and masks
-    # a run folder or checkpoint whose weights start this run; the optimizer starts anew
+    # Seed of the initial weights, the data order, the crops and the masks.
+    seed: int = 0
+    # Run folder or checkpoint that provides the initial weights; the optimizer and the
+    # schedule start anew.
     init: str = ""
-    log_every: int = 10  # steps
-    eval_every: int = 0  # samples; 0: only at the end
-    save_every: int = 0  # samples; 0: only at the end
-    keep: int = 2  # checkpoints kept; older ones are deleted
-    evals: tuple[str, ...] = ()  # e.g. zero_shot:FOLDER, retrieval:FOLDER, suite:aclip
-    eval_data: str = ""  # where the sets of suite:NAME lie
-    # evaluation images: resize_crop (short side, then centre), square (centre, then resize), squash
+    # Steps between two records in metrics.jsonl; the first and the last step are always
+    # recorded.
+    log_every: int = 10
+    # Samples between two evaluations; 0 evaluates only at the end.
+    eval_every: int = 0
+    # Samples between two checkpoints; 0 saves only at the end.
+    save_every: int = 0
+    # Newest checkpoints to keep; older ones are deleted.
+    keep: int = 2
+    # Evaluations during and after training, as KIND:FOLDER or suite:NAME, e.g.
+    # zero_shot:datasets/glyphs/eval/seen_concepts_seen_style.
+    evals: tuple[str, ...] = ()
+    # Folder that holds the evaluation sets of suite:NAME.
+    eval_data: str = ""
+    # How an evaluation image becomes square: resize_crop (resize the short side, then center
+    # crop; CLIP), square (center crop, then resize; FLIP) or squash (resize the whole image,
+    # ignoring its aspect ratio).
     eval_crop: str = "resize_crop"
 
     def __post_init__(self) -> None:

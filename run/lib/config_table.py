@@ -1,0 +1,145 @@
+"""The table of config keys in docs/config.md, generated from the config dataclasses.
+
+    python -m glimpse.run.lib.config_table          print the table
+    python -m glimpse.run.lib.config_table --write  put it between the marks of docs/config.md
+
+A key's description is the comment above its field, or behind it on the same line.
+tests/docs/test_config_table.py fails if docs/config.md does not hold the current table.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from glimpse.data.loader import DataConfig
+from glimpse.data.transforms import View
+from glimpse.model.methods import METHODS
+from glimpse.model.text import TextConfig
+from glimpse.model.towers import ModelConfig, Size
+from glimpse.model.vision import VisionConfig
+from glimpse.run.lib.config import ROOT, OptimConfig, RunConfig, plain
+
+PAGE = ROOT / "docs/config.md"
+BEGIN = "<!-- keys: begin -->\n"
+END = "<!-- keys: end -->\n"
+SECTIONS = {
+    "": RunConfig,
+    "data": DataConfig,
+    "views.NAME": View,
+    "model": ModelConfig,
+    "model.custom": Size,
+    "model.vision": VisionConfig,
+    "model.text": TextConfig,
+    "optim": OptimConfig,
+}
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Return the comment of each dataclass field, by the field's name."""
+    field_comments: dict[str, str] = {}
+    above: list[str] = []
+    source = inspect.getsource(cls)
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line = lines[token.start[0] - 1]
+        text = token.string.removeprefix("#").strip()
+        is_whole_line = line.lstrip().startswith("#")
+        if is_whole_line:
+            above.append(text)
+            following = lines[token.start[0]].strip()
+            if following.startswith("#"):
+                continue
+            line = following
+        name = re.match(r"\s*(\w+):", line)
+        if name:
+            parts = above if is_whole_line else [text]
+            field_comments[name[1]] = " ".join(parts)
+        above = []
+    return field_comments
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """Return the default as YAML, or "required"."""
+    if field.default_factory is not dataclasses.MISSING:
+        return ""
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if field.default == "":
+        return '`""`'
+    value: Any = plain(field.default)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+    return f"`{text.removesuffix('...').strip()}`"
+
+
+def type_of(field: dataclasses.Field) -> str:
+    """Return the field's type in the words of a YAML file."""
+    annotation = field.type
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if "[" in str(annotation):
+        name = str(annotation)
+    name = re.sub(r"\b[a-z_]+\.(?:[a-z_]+\.)*(?=[A-Z])", "", name)
+    name = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", name)
+    name = re.sub(r"tuple\[(\w+)(, \1)+\]", lambda m: f"{m[0].count(',') + 1} x {m[1]}", name)
+    return name.replace(" | ", " or ").replace(" or None", "")
+
+
+def rows(cls: type) -> Iterator[tuple[str, ...]]:
+    """Yield key, type, default and description of every field that holds a value."""
+    descriptions = comments(cls)
+    for field in dataclasses.fields(cls):
+        is_section = dataclasses.is_dataclass(field.type) or field.name in ("views", "options")
+        if cls in (RunConfig, ModelConfig) and is_section:
+            continue
+        if field.name not in descriptions:
+            raise ValueError(f"{cls.__name__}.{field.name} has no comment; describe the key in one")
+        description = descriptions[field.name].replace("|", "\\|")
+        yield f"`{field.name}`", type_of(field), default_of(field), description
+
+
+def table() -> str:
+    """Return the sections of docs/config.md with a row a key, as Markdown."""
+    sections = dict(SECTIONS)
+    for name, method in METHODS.items():
+        if dataclasses.fields(method.Options):
+            sections[f"options, with method: {name}"] = method.Options
+
+    text = ""
+    for section, cls in sections.items():
+        text += f"\n### {section or 'Top level'}\n\n"
+        text += "| key | type | default | meaning |\n|---|---|---|---|\n"
+        for cells in rows(cls):
+            text += f"| {' | '.join(cells)} |\n"
+    return text + "\n"
+
+
+def with_table(page: str) -> str:
+    """Return the page with the current table between its marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE}: no lines {BEGIN.strip()} and {END.strip()} to put the table in")
+    return before + begin + table() + end + after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="update docs/config.md")
+    if parser.parse_args().write:
+        PAGE.write_text(with_table(PAGE.read_text()))
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
