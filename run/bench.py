@@ -47,11 +47,11 @@ from glimpse.run.plan import flops, synthetic_batch
 from glimpse.run.train.log import peak_gib
 from glimpse.run.verify import reference_libs  # noqa: F401
 
-RATIOS = (0.0, 0.5, 0.75)
+MASK_RATIOS = (0.0, 0.5, 0.75)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def machine() -> str:
+def describe_machine() -> str:
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -59,14 +59,14 @@ def machine() -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def table(head: list[str], rows: list[list]) -> None:
+def print_table(head: list[str], rows: list[list]) -> None:
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in rows:
         cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row]
         print("| " + " | ".join(cells) + " |")
 
 
-def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def median_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each run.
 
     The runs take turns, so that other load on the machine meets them all; one turn warms up.
@@ -98,7 +98,7 @@ def has_open_clip() -> bool:
 # step
 
 
-def our_step(cfg: config.RunConfig, tokens: float, batch: int) -> Callable[[], object]:
+def glimpse_step(cfg: config.RunConfig, tokens: float, batch: int) -> Callable[[], object]:
     """Return a training step: forward, loss, backward, AdamW and the teacher's average.
 
     tokens: of the batch's captions, on average.
@@ -107,7 +107,7 @@ def our_step(cfg: config.RunConfig, tokens: float, batch: int) -> Callable[[], o
     method = METHODS[cfg.method](cfg.model, 49408, cfg.data.context, cfg.options).to(DEVICE)
     trainable = [parameter for parameter in method.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5)
-    part = to_device(synthetic_batch.micro_batch(cfg, tokens, batch))
+    part = to_device(synthetic_batch.random_micro_batch(cfg, tokens, batch))
     averaged = []
     for teacher, student in method.ema_pairs():
         averaged += zip(teacher.parameters(), student.parameters())
@@ -124,7 +124,7 @@ def our_step(cfg: config.RunConfig, tokens: float, batch: int) -> Callable[[], o
     return step
 
 
-def peer_step(ratio: float, batch: int) -> Callable[[], object]:
+def open_clip_step(ratio: float, batch: int) -> Callable[[], object]:
     """Return the same of open_clip's ViT-B-16 with its patch dropout.
 
     Its captions are always padded to 77 tokens.
@@ -157,22 +157,24 @@ def bench_step(args: argparse.Namespace) -> None:
                 config.ROOT / "run/configs/clip_b16.yaml",
                 [f"model.size={args.size}", f"views.image.mask={mask}"],
             )
-            return our_step(cfg, tokens, args.batch)
+            return glimpse_step(cfg, tokens, args.batch)
 
         return make
 
     kinds = {"11 tokens on average": ours(11), "77 tokens": ours(77)}
     if args.size == "B/16" and has_open_clip():
-        kinds["open_clip ViT-B-16, 77 tokens"] = lambda ratio: peer_step(ratio, args.batch)
-    print(f"Training step of {args.size}, B {args.batch}, median of {args.repeats}, {machine()}\n")
+        kinds["open_clip ViT-B-16, 77 tokens"] = lambda ratio: open_clip_step(ratio, args.batch)
+    print(
+        f"Training step of {args.size}, B {args.batch}, median of {args.repeats}, {describe_machine()}\n"
+    )
     rows = []
     for kind, make in kinds.items():
-        seconds = medians({str(ratio): make(ratio) for ratio in RATIOS}, args.repeats)
+        seconds = median_seconds({str(ratio): make(ratio) for ratio in MASK_RATIOS}, args.repeats)
         unmasked = seconds["0.0"]
-        for ratio in RATIOS:
+        for ratio in MASK_RATIOS:
             step = seconds[str(ratio)]
             rows.append([kind, f"{ratio:.0%}", step, step / unmasked, args.batch / step])
-    table(["captions", "mask", "s/step", "to unmasked", "samples/s"], rows)
+    print_table(["captions", "mask", "s/step", "to unmasked", "samples/s"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,30 +191,32 @@ def bench_methods(args: argparse.Namespace) -> None:
     """
     print(
         f"Training step of {args.size}, B {args.batch}, captions of 11 tokens, to clip's; median of"
-        f" {args.repeats}, {machine()}\n"
+        f" {args.repeats}, {describe_machine()}\n"
     )
     clip = make_method("slip", args, ["method=clip", "views.augmented=null", "options=null"])
-    clip_flops = counted(clip)
+    clip_flops = count_step_flops(clip)
     rows = []
     for name, paper_time in PAPER_TIME.items():
         step = make_method(name, args, [])
-        work = counted(step) / clip_flops
-        seconds = medians({"clip": clip, name: step}, args.repeats)
+        work = count_step_flops(step) / clip_flops
+        seconds = median_seconds({"clip": clip, name: step}, args.repeats)
         time_ratio = seconds[name] / seconds["clip"]
         rows.append([name, seconds[name], time_ratio, work, time_ratio / work, paper_time])
-    table(["method", "s/step", "to clip", "FLOPs to clip", "time / FLOPs", "paper's time"], rows)
+    print_table(
+        ["method", "s/step", "to clip", "FLOPs to clip", "time / FLOPs", "paper's time"], rows
+    )
 
 
 def make_method(name: str, args: argparse.Namespace, overrides: list[str]) -> Callable[[], object]:
     cfg = config.load(
         config.ROOT / f"run/configs/{name}_b16.yaml", [f"model.size={args.size}", *overrides]
     )
-    return our_step(cfg, 11, args.batch)
+    return glimpse_step(cfg, 11, args.batch)
 
 
-def counted(step: Callable[[], object]) -> int:
+def count_step_flops(step: Callable[[], object]) -> int:
     """Return the FLOPs of a step, by torch's counter."""
-    with flops.counter() as found:
+    with flops.create_counter() as found:
         step()
     return found.get_total_flops()
 
@@ -225,33 +229,33 @@ def bench_data(args: argparse.Namespace) -> None:
     if args.images:
         files = [path.read_bytes() for path in sorted(Path(args.images).glob("*.jp*g"))]
     else:
-        files = photographs()
+        files = sample_photographs()
     if not files:
         raise ValueError(f"--images {args.images}: no .jpg in it")
     torch.set_num_threads(1)
 
     runs = {}
     for spec in ("none", "random(0.5)", "random(0.75)", "gaussian(0.75)"):
-        runs[f"glimpse, {spec}"] = each(files, our_sample(spec))
+        runs[f"glimpse, {spec}"] = for_each_file(files, sample_pipeline(spec))
     if has_open_clip():
         import open_clip
 
         transform = open_clip.image_transform(224, is_train=True, aug_cfg=dict(scale=(0.5, 1.0)))
-        runs["open_clip, decode alone"] = each(files, decoded)
-        runs["open_clip"] = each(files, lambda data: transform(decoded(data)))
+        runs["open_clip, decode alone"] = for_each_file(files, decode_image)
+        runs["open_clip"] = for_each_file(files, lambda data: transform(decode_image(data)))
     print(
         f"{len(files)} images of {args.images or 'scikit-image'} to 224-px views, crop scale 0.5-1,"
         f" one core, median of {args.repeats}\n"
     )
-    seconds = medians(runs, args.repeats)
+    seconds = median_seconds(runs, args.repeats)
     peer = seconds.get("open_clip")
     rows = []
     for name, taken in seconds.items():
         rows.append([name, round(len(files) / taken), peer / taken if peer else "-"])
-    table(["path", "images/s", "to open_clip"], rows)
+    print_table(["path", "images/s", "to open_clip"], rows)
 
 
-def photographs(count: int = 100) -> list[bytes]:
+def sample_photographs(count: int = 100) -> list[bytes]:
     """Return JPEGs of about 500 pixels (quality 90, 4:2:0).
 
     They are windows of scikit-image's photographs, with a little sensor noise.
@@ -282,15 +286,15 @@ def photographs(count: int = 100) -> list[bytes]:
     return files
 
 
-def decoded(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def each(files: list[bytes], do: Callable[[bytes], object]) -> Callable[[], object]:
+def for_each_file(files: list[bytes], do: Callable[[bytes], object]) -> Callable[[], object]:
     return lambda: [do(data) for data in files]
 
 
-def our_sample(spec: str) -> Callable[[bytes], object]:
+def sample_pipeline(spec: str) -> Callable[[bytes], object]:
     """Return what a loader does for one image, from its bytes to visible uint8 patches."""
     rng = np.random.default_rng(0)
     view = View(crop=(0.5, 1.0), mask=spec)
@@ -316,16 +320,16 @@ def bench_loss(args: argparse.Namespace) -> None:
     """
     if args.case:
         return loss_case(*args.case)
-    print(f"Contrastive loss, forward and backward, one process, E 512, {machine()}\n")
+    print(f"Contrastive loss, forward and backward, one process, E 512, {describe_machine()}\n")
     rows = []
     for size in args.sizes:
-        tiled = measured_loss("tiled", size)
-        dense = measured_loss("dense", size)
+        tiled = measure_loss("tiled", size)
+        dense = measure_loss("dense", size)
         rows.append([size, tiled["seconds"], dense["seconds"], tiled["peak"], dense["peak"]])
-    table(["B", "tiled s", "dense s", "tiled GiB", "dense GiB"], rows)
+    print_table(["B", "tiled s", "dense s", "tiled GiB", "dense GiB"], rows)
 
 
-def measured_loss(kind: str, size: int) -> dict:
+def measure_loss(kind: str, size: int) -> dict:
     """Return {seconds, peak in GiB} of a case; seconds is a text where it could not be measured."""
     need = 2.0
     if kind == "dense":
@@ -363,11 +367,11 @@ def loss_case(kind: str, size: str) -> None:
             loss = losses.dense_contrastive(*tensors)
         loss.backward()
 
-    medians({"warm": lambda: step(inputs(256))}, 1)
+    median_seconds({"warm": lambda: step(inputs(256))}, 1)
     tensors = inputs(int(size))
     before = peak_gib()
     repeats = 1 if int(size) > 16384 else 3
-    seconds = medians({kind: lambda: step(tensors)}, repeats)[kind]
+    seconds = median_seconds({kind: lambda: step(tensors)}, repeats)[kind]
     print(json.dumps(dict(seconds=seconds, peak=peak_gib() - before)))
 
 

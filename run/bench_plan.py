@@ -35,7 +35,7 @@ from glimpse.run.lib import config, distributed
 from glimpse.run.plan import activation_memory, flops, planner, synthetic_batch
 from glimpse.run.train import engine
 
-SMALL = {
+SMALL_BUCKETS = {
     "reduce_bucket_size": 5_000_000,
     "stage3_prefetch_bucket_size": 5_000_000,
     "stage3_param_persistence_threshold": 100_000,
@@ -48,7 +48,7 @@ HEAD = (
 ).split(" | ")
 
 
-class Sent(TorchDispatchMode):
+class SentBytes(TorchDispatchMode):
     """Bytes that this rank sends in collectives: `bytes`."""
 
     def __init__(self):
@@ -67,22 +67,24 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def case(
+def measure_case(
     folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, micro: int
 ) -> list:
     """Return a row of the table: what is predicted and what is measured."""
     world = distributed.world()
     cfg = load_config(folder, size, stage, kind, mask, recompute, micro * world)
-    cluster = planner.Cluster.of("A100-40", ranks=world)
+    cluster = planner.Cluster.from_device("A100-40", ranks=world)
     plan = planner.plan(cfg, cluster, TOKENS, adam=planner.ADAM["cpu"], vocab=VOCAB)
-    held, passes, peak, flop_count, sent = measured(cfg, micro)
+    held, passes, peak, flop_count, sent = measure_step(cfg, micro)
 
     # Pairs of (predicted, measured).
-    predicted_held = sum(plan.zero.held(plan.weights, world).values())
+    predicted_held = sum(plan.zero.persistent_bytes(plan.weights, world).values())
     predicted_passes = max(
-        sum(parts.values()) for moment, parts in plan.moments.items() if moment != "optimizer step"
+        sum(parts.values())
+        for moment, parts in plan.memory_by_phase.items()
+        if moment != "optimizer step"
     )
-    predicted_sent = sum(plan.sent.values())
+    predicted_sent = sum(plan.sent_bytes.values())
     pairs = [
         (predicted_held / 2**20, held / 2**20),
         (predicted_passes / 2**20, passes / 2**20),
@@ -102,7 +104,7 @@ def load_config(
 ) -> config.RunConfig:
     """Return the config of a case, whose DeepSpeed JSON rank 0 writes into the folder."""
     file = folder / f"{stage}-{kind}.json"
-    tree = {"zero_optimization": {"stage": stage, **SMALL}}
+    tree = {"zero_optimization": {"stage": stage, **SMALL_BUCKETS}}
     if kind == "bf16":
         tree["bf16"] = {"enabled": True}
 
@@ -124,16 +126,16 @@ def load_config(
     )
 
 
-def measured(cfg: config.RunConfig, micro: int) -> tuple[int, int, int, float, float]:
+def measure_step(cfg: config.RunConfig, micro: int) -> tuple[int, int, int, float, float]:
     """Train three steps, and return what the last takes.
 
     (bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a
     sample, bytes sent)
     """
-    part = synthetic_batch.micro_batch(cfg, TOKENS, micro)
+    part = synthetic_batch.random_micro_batch(cfg, TOKENS, micro)
     linear = torch.nn.functional.linear
     gc.collect()
-    with activation_memory.Alive() as alive:
+    with activation_memory.LiveMemory() as alive:
         trainer = engine.Engine(cfg, VOCAB)
 
         # The peak when the optimizer's step begins is that of the forward and backward passes.
@@ -146,12 +148,12 @@ def measured(cfg: config.RunConfig, micro: int) -> tuple[int, int, int, float, f
 
         trainer.ds.step = step
         # not in the step whose memory is measured: it holds on to what checkpointing would free
-        with flops.counter() as counter:
+        with flops.create_counter() as counter:
             trainer.step([part], 1e-4)
         trainer.step([part], 1e-4)  # ZeRO-3 watches which module follows which
         gc.collect()
-        alive.peak = held = alive.now
-        with Sent() as sent:
+        alive.peak = held = alive.current
+        with SentBytes() as sent:
             trainer.step([part], 1e-4)
         peak = alive.peak
     trainer.ds.destroy()
@@ -178,7 +180,7 @@ def main() -> None:
     for size, stage, kind, mask, recompute in cases:
         if stage == 0 and kind != "fp32":
             continue
-        row = case(folder, size, stage, kind, mask, recompute, args.micro)
+        row = measure_case(folder, size, stage, kind, mask, recompute, args.micro)
         distributed.print_rank0("| " + " | ".join(map(str, row)) + " |")
 
 

@@ -74,9 +74,9 @@ def plan_text(cfg: RunConfig, args) -> str:
     """Describe the cost of the config as it is, and the cheapest way that fits the cluster."""
     from glimpse.run.plan import planner
 
-    cluster = planner.Cluster.asked(args)
-    cost = planner.described(planner.plan(cfg, cluster, args.caption))
-    advice = planner.advice(cfg, planner.propose(cfg, cluster, args.caption))
+    cluster = planner.Cluster.from_args(args)
+    cost = planner.describe_plan(planner.plan(cfg, cluster, args.caption))
+    advice = planner.describe_proposal(cfg, planner.propose(cfg, cluster, args.caption))
     return f"{cost}\n\n{advice}"
 
 
@@ -162,7 +162,7 @@ class Training:
         starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
         stream = self.batches.stream(starts, pin=distributed.device().type == "cuda")
 
-        while self.more() and not self.stop.asked():
+        while self.more() and not self.stop.from_args():
             # 1. Wait for the batch, and note what could not be read.
             begin = time.perf_counter()
             parts = next(stream)
@@ -195,9 +195,9 @@ class Training:
         """Log the step, if its turn has come; the first step also shows what the tower saw."""
         step, trainer = self.trainer.ds.global_steps, self.trainer
         if step == 1:
-            from glimpse.run.reports.pictures import masked_inputs
+            from glimpse.run.reports.pictures import masked_inputs_picture
 
-            self.log.picture("masked inputs", masked_inputs(parts[0], self.cfg), trainer.samples)
+            self.log.picture("masked inputs", masked_inputs_picture(parts[0], self.cfg), trainer.samples)
         if step % self.cfg.log_every and step not in (1, self.log.steps):
             return
         check_finite(float(self.loss), step, self.home)
@@ -215,14 +215,14 @@ class Training:
         once, on rank 0, which alone writes records.  nan if the method cannot run without data.
         """
         if self.flops_per_sample is None and distributed.rank() == 0:
-            from glimpse.run.plan.flops import count_model
+            from glimpse.run.plan.flops import count_model_flops
 
             text = part["text"]
             tokens = len(text["ids"]) / len(text["lengths"])
             # these tokens were filled and masked already
             cfg = replace(self.cfg, data=replace(self.cfg.data, pad_text=False))
             try:
-                self.flops_per_sample = count_model(cfg, self.tokenizer.vocab_size, tokens)
+                self.flops_per_sample = count_model_flops(cfg, self.tokenizer.vocab_size, tokens)
             except RuntimeError as error:  # control flow that depends on a tensor's values
                 self.flops_per_sample = float("nan")
                 self.log.say(f"no MFU: the method's FLOPs cannot be counted ({error})")
@@ -245,9 +245,9 @@ class Training:
         """A few images and captions, for pictures beside the evaluations."""
         if not isinstance(self.batches, Batches) or not (self.evals or self.cfg.eval_every):
             return None
-        from glimpse.run.reports.pictures import examples
+        from glimpse.run.reports.pictures import read_examples
 
-        return examples(self.batches.shards)
+        return read_examples(self.batches.shards)
 
     def evaluate(self) -> None:
         """Write a picture of what masks keep and the model attends to, and evaluate the student
@@ -255,12 +255,12 @@ class Training:
         """
         from glimpse.run.evals import evaluate
         from glimpse.run.evals.embed import Embedder
-        from glimpse.run.reports.pictures import gallery, sheet
+        from glimpse.run.reports.pictures import build_gallery, tile_gallery
 
         trainer, step = self.trainer, self.trainer.ds.global_steps
         if self.examples:
-            columns = gallery(trainer.method, self.cfg, self.tokenizer, *self.examples)
-            self.log.picture("masks", sheet(columns), trainer.samples)
+            columns = build_gallery(trainer.method, self.cfg, self.tokenizer, *self.examples)
+            self.log.picture("masks", tile_gallery(columns), trainer.samples)
         for weights in ("student", "teacher") if trainer.method.ema_pairs() else ("student",):
             model = Embedder(
                 trainer.method,

@@ -23,12 +23,12 @@ from glimpse.data.shards import Shards
 from glimpse.data.stream import is_stream
 from glimpse.run.lib import config, distributed
 from glimpse.run.reports import html_report, markup, pictures
-from glimpse.run.study.jobs import state
-from glimpse.run.study.results import Result, by_seed
+from glimpse.run.study.jobs import read_state
+from glimpse.run.study.results import RunResult, group_by_seed
 from glimpse.run.train import load_model
 
 
-def compare() -> None:
+def compare_runs() -> None:
     parser = config.parser(__doc__)
     parser.add_argument(
         "runs",
@@ -51,14 +51,14 @@ def compare() -> None:
     args = parser.parse_args()
 
     # RUNS/* names what run/scaling.py puts beside them, too
-    runs = [state(Path(run)) for run in args.runs if not Path(run).is_file()]
+    runs = [read_state(Path(run)) for run in args.runs if not Path(run).is_file()]
     if not runs:
         raise ValueError(f"RUN: {args.runs[0]}: no run folder")
     if all(run.config is None for run in runs):
         more = f", and {len(runs) - 1} more like it" if len(runs) > 1 else ""
         raise ValueError(f"RUN: {runs[0].run}: {runs[0].reason}{more}")
 
-    groups = by_seed(runs)
+    groups = group_by_seed(runs)
     galleries = {}
     if args.count > 0:
         for label, group in groups.items():
@@ -69,25 +69,25 @@ def compare() -> None:
             reason = f" ({run.reason})" if run.reason else ""
             states.append(f"{run.run.name} {run.state}{reason}")
         print(f"{label}: {', '.join(states)}")
-    page, *others = html_report.write(Path(args.out), groups, galleries)
+    page, *others = html_report.write_report(Path(args.out), groups, galleries)
     print(f"wrote {page}, and beside it {', '.join(path.name for path in others)}")
 
 
 def group_gallery(
-    group: list[Result], images: list[str] | None, count: int
+    group: list[RunResult], images: list[str] | None, count: int
 ) -> tuple[dict, list[str]] | str:
     """Return (pictures, captions) of the first run that has a checkpoint, or why none has."""
     reason = ""
     for run in group:
         try:
-            columns, captions, _ = gallery(load_model.find(run.run.resolve()), images, count)
+            columns, captions, _ = model_gallery(load_model.find(run.run.resolve()), images, count)
             return columns, captions
         except (ValueError, OSError) as fault:
             reason = run.reason or str(fault)
     return reason
 
 
-def masks() -> None:
+def write_masks() -> None:
     parser = config.parser(__doc__)
     parser.add_argument("masks")
     parser.add_argument(
@@ -104,23 +104,23 @@ def masks() -> None:
     if args.count < 1:
         raise ValueError(f"--count {args.count}: a number of images, 1 or more")
 
-    columns, captions, cfg = gallery(path, args.images, args.count)
+    columns, captions, cfg = model_gallery(path, args.images, args.count)
     folder = load_model.home(path) / "report"
     folder.mkdir(exist_ok=True)
     image_file = folder / "masks.png"
-    image_file.write_bytes(markup.encoded(pictures.sheet(columns), "png"))
+    image_file.write_bytes(markup.encode_image(pictures.tile_gallery(columns), "png"))
 
     samples = load_model.origin(path).get("samples")
     after = "" if samples is None else f", after {samples:,} samples"
-    about = f"{cfg.run}: {cfg.method}, {cfg.model.size}{after}. {html_report.KEY}"
+    about = f"{cfg.run}: {cfg.method}, {cfg.model.size}{after}. {html_report.PICTURE_LEGEND}"
     body = f"<h1>What each mask keeps</h1><p>{markup.escape(about)}</p>"
     body += markup.gallery_table(columns, captions)
     page = folder / "masks.html"
-    page.write_text(markup.document(f"Masks: {cfg.run}", body))
+    page.write_text(markup.html_document(f"Masks: {cfg.run}", body))
     print(f"columns: {' | '.join(columns)}\nwrote {image_file} and {page}")
 
 
-def gallery(
+def model_gallery(
     path: Path, images: list[str] | None, count: int
 ) -> tuple[dict, list[str], config.RunConfig]:
     """Return (columns of pictures, captions, config) of a model that load_model.find returned.
@@ -135,19 +135,19 @@ def gallery(
                 " one"
             )
     cfg, tokenizer, method = load_model.opened(path)
-    examples = pictures.examples(Shards(images or cfg.data.train), count)
+    examples = pictures.read_examples(Shards(images or cfg.data.train), count)
     if not examples:
         raise ValueError(
             f"--images: none of {count} samples can be read; run: run/prepare.py check DIR"
         )
     encoded_images, captions = examples
-    columns = pictures.gallery(method, cfg, tokenizer, encoded_images, captions)
+    columns = pictures.build_gallery(method, cfg, tokenizer, encoded_images, captions)
     return columns, captions, cfg
 
 
 def main() -> None:
     distributed.start()
-    command = masks if sys.argv[1:2] == ["masks"] else compare
+    command = write_masks if sys.argv[1:2] == ["masks"] else compare_runs
     command()
 
 

@@ -33,13 +33,13 @@ from glimpse.run.lib.config import ROOT
 from glimpse.run.plan import planner
 from glimpse.run.reports import html_report
 from glimpse.run.study import grid
-from glimpse.run.study.claims import judged, markdown, tested
-from glimpse.run.study.jobs import Jobs, command, line_of, state, why
-from glimpse.run.study.results import Result, difference, interval
+from glimpse.run.study.claims import claimed_runs, format_claims, judge_claims
+from glimpse.run.study.jobs import JobQueue, missing_reason, read_state, task_command, train_command
+from glimpse.run.study.results import RunResult, difference_interval, mean_interval
 from glimpse.run.train.log import clock, short
 
-TAKE_CLAIMS = ("plan", "launch", "status")  # with --grid claims: all that the claims are of
-COSTS = ("samples_per_s", "seconds", "memory_gib")  # fields of a Result that `table` shows
+CLAIMS_COMMANDS = ("plan", "launch", "status")  # with --grid claims: all that the claims are of
+COST_FIELDS = ("samples_per_s", "seconds", "memory_gib")  # fields of a Result that `table` shows
 
 
 def main() -> int | None:
@@ -47,16 +47,16 @@ def main() -> int | None:
     kinds = parser.add_subparsers(
         required=True, metavar="list|plan|launch|status|table|plot|claims"
     )
-    kinds.add_parser("list", help="the grids and their cells").set_defaults(do=show)
+    kinds.add_parser("list", help="the grids and their cells").set_defaults(do=list_grids)
     for name, do, text in (
-        ("plan", costs, "what each cell would cost on a cluster"),
+        ("plan", print_costs, "what each cell would cost on a cluster"),
         ("launch", launch, "train what is not trained yet"),
-        ("status", status, "how far each run is"),
-        ("table", table, "means over seeds"),
-        ("plot", plot, "curves, results and cost: plots, tables, a page"),
+        ("status", print_status, "how far each run is"),
+        ("table", print_table, "means over seeds"),
+        ("plot", write_plots, "curves, results and cost: plots, tables, a page"),
     ):
         kind = kinds.add_parser(name, help=text)
-        takes_claims = name in TAKE_CLAIMS
+        takes_claims = name in CLAIMS_COMMANDS
         add_grid_arguments(kind, takes_claims)
         kind.set_defaults(do=do, takes_claims=takes_claims)
         if name == "plan":
@@ -64,14 +64,14 @@ def main() -> int | None:
         if name == "launch":
             add_launch_arguments(kind)
     kind = kinds.add_parser("claims", help="what of the papers' claims holds")
-    common(kind)
-    kind.set_defaults(do=claims)
+    add_common_arguments(kind)
+    kind.set_defaults(do=print_claims)
 
     args = parser.parse_args()
     return args.do(args)
 
 
-def common(kind: argparse.ArgumentParser) -> None:
+def add_common_arguments(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--scale", default="glyphs", help="as the grid has them: paper, glyphs")
     kind.add_argument("--seeds", type=config.count, default=3)
     kind.add_argument(
@@ -81,11 +81,11 @@ def common(kind: argparse.ArgumentParser) -> None:
 
 def add_grid_arguments(kind: argparse.ArgumentParser, takes_claims: bool) -> None:
     kind.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
-    grids = f"{', '.join(grid.names())}, or a file"
+    grids = f"{', '.join(grid.grid_names())}, or a file"
     if takes_claims:
         grids = f"claims: all that the claims are of; {grids}"
     kind.add_argument("--grid", required=True, help=grids)
-    common(kind)
+    add_common_arguments(kind)
     kind.add_argument(
         "--set",
         nargs="+",
@@ -117,7 +117,7 @@ def add_launch_arguments(kind: argparse.ArgumentParser) -> None:
     )
 
 
-def planned(args: argparse.Namespace) -> dict[str, list[grid.Planned]]:
+def planned_runs(args: argparse.Namespace) -> dict[str, list[grid.PlannedRun]]:
     """Return {cell: its runs}, one run a seed, of the cells that the command line names."""
     if args.grid == "claims" and args.takes_claims:
         if args.cells:
@@ -125,33 +125,33 @@ def planned(args: argparse.Namespace) -> dict[str, list[grid.Planned]]:
                 f"CELL: {args.cells[0]!r}: --grid claims is of all cells that are claimed of; name"
                 " cells with their own grid"
             )
-        return tested(args.scale, args.seeds, args.out, args.set)
-    return grid.read(args.grid).runs(args.scale, args.cells, args.seeds, args.out, args.set)
+        return claimed_runs(args.scale, args.seeds, args.out, args.set)
+    return grid.read_grid(args.grid).runs(args.scale, args.cells, args.seeds, args.out, args.set)
 
 
-def states(args: argparse.Namespace) -> dict[str, list[Result]]:
+def run_results(args: argparse.Namespace) -> dict[str, list[RunResult]]:
     """Return {cell: what became of its runs} of the cells that the command line names."""
     results = {}
-    for cell, runs in planned(args).items():
-        results[cell] = [state(run.folder) for run in runs]
+    for cell, runs in planned_runs(args).items():
+        results[cell] = [read_state(run.folder) for run in runs]
     return results
 
 
-def show(args: argparse.Namespace) -> None:
-    for name in grid.names():
-        spec = grid.read(name)
+def list_grids(args: argparse.Namespace) -> None:
+    for name in grid.grid_names():
+        spec = grid.read_grid(name)
         print(f"{name}: {spec.title}")
         print(f"  {spec.source}")
         print(f"  cells: {' | '.join(spec.cells)}")
         print(f"  scales: {' | '.join(spec.scales)}")
 
 
-def costs(args: argparse.Namespace) -> None:
+def print_costs(args: argparse.Namespace) -> None:
     """Print a row for each cell: the cheapest way to fit one of its runs into the cluster.
 
     The last columns are what such a run and all of the cell's runs take.
     """
-    cluster = planner.Cluster.asked(args)
+    cluster = planner.Cluster.from_args(args)
     print(
         f"{args.ranks} x {cluster.name}, MFU {cluster.mfu:.0%} as the configs are, more where less"
         " is computed twice; run/pretrain.py --plan tells a run's in full\n"
@@ -164,7 +164,7 @@ def costs(args: argparse.Namespace) -> None:
 
     total = 0.0
     without = 0
-    for cell, runs in planned(args).items():
+    for cell, runs in planned_runs(args).items():
         plan = planner.propose(runs[0].cfg, cluster, args.caption)
         if plan is None:
             without += 1
@@ -183,7 +183,7 @@ def plan_columns(plan: planner.Plan) -> list[str]:
     """Return the columns of `costs` between the cell's name and the device-hours."""
     recompute = "yes" if plan.cfg.model.checkpoint_activations else "no"
     return [
-        short(plan.weights.all),
+        short(plan.weights.total),
         f"{plan.model_flops / 1e9:.3g}",
         f"{plan.cfg.deepspeed}",
         f"{plan.cfg.accumulate}",
@@ -195,18 +195,18 @@ def plan_columns(plan: planner.Plan) -> list[str]:
 
 
 def launch(args: argparse.Namespace) -> int:
-    runs = [run for cell in planned(args).values() for run in cell]
+    runs = [run for cell in planned_runs(args).values() for run in cell]
     if args.write:
         return write_scripts(runs, args)
     runs.sort(key=lambda run: run.cfg.seed)  # one seed of every cell before the next
-    if not Jobs(runs, args.ranks, args.jobs).go():
+    if not JobQueue(runs, args.ranks, args.jobs).run():
         return 1
-    count = len(grid.once(runs))
+    count = len(grid.merge_runs(runs))
     print(f"{args.grid}: {count} of {count} runs are complete")
     return 0
 
 
-def write_scripts(runs: list[grid.Planned], args: argparse.Namespace) -> int:
+def write_scripts(runs: list[grid.PlannedRun], args: argparse.Namespace) -> int:
     """Write one sbatch script a run, for a cluster, and submit.sh, which submits all.
 
     srun starts the launcher's processes (docs/running.md).
@@ -218,7 +218,7 @@ def write_scripts(runs: list[grid.Planned], args: argparse.Namespace) -> int:
             " folder, or remove it"
         )
     args.write.mkdir(parents=True, exist_ok=True)
-    runs = grid.once(runs)
+    runs = grid.merge_runs(runs)
     submit = [
         "#!/bin/bash",
         "# What needs another's weights waits for it.",
@@ -230,8 +230,8 @@ def write_scripts(runs: list[grid.Planned], args: argparse.Namespace) -> int:
         name = run.folder.name
         (args.write / f"{name}.sbatch").write_text(sbatch_script(run, args))
         waits = ""
-        if run.needs:
-            jobs = "".join(f":${{job[{need.name}]}}" for need in run.needs)
+        if run.dependencies:
+            jobs = "".join(f":${{job[{need.name}]}}" for need in run.dependencies)
             waits = f"--dependency=afterok{jobs} "
         submit.append(f"job[{name}]=$(sbatch --parsable {waits}{name}.sbatch)")
     submit.append(f'echo "submitted {len(runs)} jobs"')
@@ -243,9 +243,12 @@ def write_scripts(runs: list[grid.Planned], args: argparse.Namespace) -> int:
     return 0
 
 
-def sbatch_script(run: grid.Planned, args: argparse.Namespace) -> str:
+def sbatch_script(run: grid.PlannedRun, args: argparse.Namespace) -> str:
     """Return a script that trains a run, or goes on with it, and then evaluates it."""
-    commands = [command(run, ["python"]), *(line_of(run, item, 1) for item in run.evaluate)]
+    commands = [
+        train_command(run, ["python"]),
+        *(task_command(run, item, 1) for item in run.evaluate),
+    ]
     # line_of begins with the path of this machine's interpreter
     train, *evaluations = [shlex.join(["python", *line[1:]]) for line in commands]
 
@@ -268,10 +271,10 @@ on_all {train} $resume
     return script + "".join(f"on_all {line}\n" for line in evaluations)
 
 
-def status(args: argparse.Namespace) -> None:
-    for cell, runs in planned(args).items():
+def print_status(args: argparse.Namespace) -> None:
+    for cell, runs in planned_runs(args).items():
         for run in runs:
-            result = state(run.folder)
+            result = read_state(run.folder)
             progress = result.reason
             if result.seconds:
                 progress = f"{clock(result.seconds)}, {short(result.samples_per_s)}/s"
@@ -279,18 +282,18 @@ def status(args: argparse.Namespace) -> None:
             print(f"{cell:24} seed {seed}  {result.state:9} {progress}  {run.folder}")
 
 
-def table(args: argparse.Namespace) -> None:
+def print_table(args: argparse.Namespace) -> None:
     """Print a Markdown table of the metric, its interval, and the difference to the first cell.
 
     The paper's figures and the cost stand beside them.
     """
-    spec = grid.read(args.grid)
+    spec = grid.read_grid(args.grid)
     metric = spec.scale(args.scale).metric
-    cells = states(args)
+    cells = run_results(args)
 
     # The first cell of the grid is the baseline, here and in the paper.
     first = next(iter(spec.cells))
-    baseline = html_report.values(cells.get(first, []), metric)
+    baseline = html_report.final_values(cells.get(first, []), metric)
     paper_baseline = spec.paper.get(first)
 
     print(f"{spec.title}\n\n{args.scale}: {metric}, per cent. The paper: {spec.source}.\n")
@@ -309,29 +312,35 @@ def table(args: argparse.Namespace) -> None:
                 paper_gain = f"{paper - paper_baseline:+.1f}"
             paper_columns = f"{paper or ''} | {paper_gain}"
 
-            values = html_report.values(results, key)
+            values = html_report.final_values(results, key)
             if not values:
-                print(f"| {name} | absent: {why(results, key)} | | {paper_columns} | | | |")
+                print(
+                    f"| {name} | absent: {missing_reason(results, key)} | | {paper_columns} | | | |"
+                )
                 continue
 
-            value = f"{html_report.told(interval(values), 100, '.2f')} n={len(values)}"
+            value = (
+                f"{html_report.format_interval(mean_interval(values), 100, '.2f')} n={len(values)}"
+            )
             gain = ""
             if baseline and name != first:
-                gain = html_report.told(difference(values, baseline), 100, "+.2f")
-            cost = [""] * len(COSTS)
+                gain = html_report.format_interval(
+                    difference_interval(values, baseline), 100, "+.2f"
+                )
+            cost = [""] * len(COST_FIELDS)
             if not item:
-                cost = [f"{mean(results, field):.3g}" for field in COSTS]
+                cost = [f"{mean_cost(results, field):.3g}" for field in COST_FIELDS]
             print(f"| {name} | {value} | {gain} | {paper_columns} | {' | '.join(cost)} |")
 
 
-def plot(args: argparse.Namespace) -> None:
+def write_plots(args: argparse.Namespace) -> None:
     """Write the grid's plots, tables and page beside its runs.
 
     Pictures of masks are left out; run/report.py has them.
     """
-    groups = states(args)
-    spec = grid.read(args.grid)
-    page, *others = html_report.write(
+    groups = run_results(args)
+    spec = grid.read_grid(args.grid)
+    page, *others = html_report.write_report(
         args.out / args.scale / f"{Path(args.grid).stem}.html",
         groups,
         title=spec.title,
@@ -340,19 +349,19 @@ def plot(args: argparse.Namespace) -> None:
     print(f"wrote {page}, and beside it {', '.join(path.name for path in others)}")
 
 
-def mean(results: list[Result], name: str) -> float:
+def mean_cost(results: list[RunResult], name: str) -> float:
     """Return the mean of a field over complete runs that have it; nan if there are none."""
     complete = [result for result in results if result.state == "complete"]
     values = [getattr(result, name) for result in complete if getattr(result, name)]
     return sum(values) / len(values) if values else float("nan")
 
 
-def claims(args: argparse.Namespace) -> None:
-    rows = judged(args.scale, args.seeds, args.out)
+def print_claims(args: argparse.Namespace) -> None:
+    rows = judge_claims(args.scale, args.seeds, args.out)
     if args.scale != "glyphs":  # what was learned is of that scale
         rows = [replace(row, claim=replace(row.claim, learned="")) for row in rows]
-    metrics = {grid.read(row.claim.grid).scale(args.scale).metric for row in rows}
-    print(markdown(rows, " | ".join(metrics)))
+    metrics = {grid.read_grid(row.claim.grid).scale(args.scale).metric for row in rows}
+    print(format_claims(rows, " | ".join(metrics)))
 
 
 if __name__ == "__main__":

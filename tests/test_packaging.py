@@ -274,7 +274,7 @@ print(json.dumps({
     "files": [module.__file__ for module in (glimpse, glimpse.data, glimpse.model, glimpse.run)],
     "zero stage": read_json(config.deepspeed)["zero_optimization"]["stage"],
     "templates": len(templates("7")),
-    "read": [WORDNET.exists(), claims.FILE.exists(), (grid.FOLDER / "methods.yaml").exists()],
+    "read": [WORDNET.exists(), claims.CLAIMS_FILE.exists(), (grid.GRIDS_FOLDER / "methods.yaml").exists()],
 }))
 """
 

@@ -26,34 +26,34 @@ LOSS_ROWS = 256  # pairs that the losses are counted on; their FLOPs per pair gr
 Shape = Sequence[int]
 
 
-def attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+def attention_flops(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
     """Count the two products of attention."""
     return sdpa_flop_count(query, key, value)
 
 
-def attention_backward(
+def attention_backward_flops(
     _: Shape, query: Shape, key: Shape, value: Shape, *__: object, **___: object
 ) -> int:
     """Count four products, without those that fused attention computes twice."""
     return 2 * sdpa_flop_count(query, key, value)
 
 
-def addmm(_: Shape, left: Shape, right: Shape, **__: object) -> int:
+def addmm_flops(_: Shape, left: Shape, right: Shape, **__: object) -> int:
     """Count one product."""
     return 2 * left[0] * left[1] * right[1]
 
 
 # Kernels that torch's counter leaves out: attention on a CPU, and products added in place.
-KERNELS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    aten.addmm_: addmm,
+MISSING_KERNELS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    aten.addmm_: addmm_flops,
 }
 
 
-def counter() -> FlopCounterMode:
+def create_counter() -> FlopCounterMode:
     """Return torch's counter, completed by KERNELS."""
-    return FlopCounterMode(display=False, custom_mapping=KERNELS)
+    return FlopCounterMode(display=False, custom_mapping=MISSING_KERNELS)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Flops:
         return self.images + self.captions + self.teacher
 
 
-def count(cfg: RunConfig, vocab: int, tokens: float, sharded: bool = False) -> Flops:
+def count_flops(cfg: RunConfig, vocab: int, tokens: float, sharded: bool = False) -> Flops:
     """Count the FLOPs of a sample whose caption has `tokens` tokens, a whole number of them.
 
     vocab: rows of the token table.
@@ -87,9 +87,9 @@ def count(cfg: RunConfig, vocab: int, tokens: float, sharded: bool = False) -> F
 
         # The backward pass of the text tower has two products for each of its forward pass.
         captions = forward(".towers.text") + forward(".towers.text_projection")
-        if is_trained(method.towers.text):
+        if is_trainable(method.towers.text):
             captions *= 3
-        frozen = [name for name, child in method.named_children() if not is_trained(child)]
+        frozen = [name for name, child in method.named_children() if not is_trainable(child)]
         teacher = sum(forward(f".{name}", below=True) for name in frozen)
 
         # The recomputation is the difference to a pass with checkpoints.
@@ -108,7 +108,7 @@ def count(cfg: RunConfig, vocab: int, tokens: float, sharded: bool = False) -> F
         )
 
 
-def count_model(cfg: RunConfig, vocab: int, tokens: float) -> float:
+def count_model_flops(cfg: RunConfig, vocab: int, tokens: float) -> float:
     """Return `count(...).model` alone, whether or not the losses can be counted."""
     plain = without_checkpointing(cfg)
     with single_process(), FakeTensorMode():
@@ -128,8 +128,8 @@ def count_forward(
     The name is relative to the method: "" is the method. below: count containers, too, whose
     forward is never called, by the modules below them.
     """
-    batch = synthetic_batch.micro_batch(cfg, tokens, 1)
-    with counter() as flop_counter:
+    batch = synthetic_batch.random_micro_batch(cfg, tokens, 1)
+    with create_counter() as flop_counter:
         features = method(batch)
     counts = flop_counter.get_flop_counts()
     flops = {name: float(sum(ops.values())) for name, ops in counts.items()}
@@ -153,7 +153,7 @@ def count_forward(
 def count_backward(features: dict[str, Tensor]) -> float:
     """Return the FLOPs of the backward pass from the features that have one."""
     trained = [feature for feature in features.values() if feature.requires_grad]
-    with counter() as flop_counter:
+    with create_counter() as flop_counter:
         torch.autograd.backward(trained, [torch.ones_like(feature) for feature in trained])
     return float(flop_counter.get_total_flops())
 
@@ -167,12 +167,12 @@ def count_loss(method: nn.Module, features: dict[str, Tensor], batch: int) -> fl
     for name, feature in features.items():
         shape = feature.shape if name in method.shared else (LOSS_ROWS, *feature.shape[1:])
         rows[name] = feature.new_empty(shape).requires_grad_()
-    with counter() as flop_counter:
+    with create_counter() as flop_counter:
         loss, _ = method.loss(rows)
         loss.backward()
     return flop_counter.get_total_flops() / LOSS_ROWS * batch / LOSS_ROWS
 
 
-def is_trained(module: nn.Module) -> bool:
+def is_trainable(module: nn.Module) -> bool:
     """Return True if any parameter requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())

@@ -13,7 +13,7 @@ from glimpse.model.methods import METHODS
 from glimpse.run.lib.config import RunConfig
 
 
-def lengths(cfg: RunConfig, tokens: float, batch: int) -> list[int]:
+def caption_lengths(cfg: RunConfig, tokens: float, batch: int) -> list[int]:
     """Return the tokens of each of B captions; all have the full context if padded.
 
     They alternate between half and one and a half times the mean, or as near to these as 1 and the
@@ -34,7 +34,7 @@ def lengths(cfg: RunConfig, tokens: float, batch: int) -> list[int]:
     return counts
 
 
-def visible(cfg: RunConfig) -> dict[str, int]:
+def visible_patches(cfg: RunConfig) -> dict[str, int]:
     """Return K of each view, as the loader sends it."""
     counts = {}
     for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
@@ -52,7 +52,7 @@ def random_pixels(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
-def micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
+def random_micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
     """Return a micro-batch (data/loader.py) whose captions have `tokens` tokens on average.
 
     Under FakeTensorMode it takes no memory.
@@ -85,7 +85,7 @@ def micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
         views[name] = view
 
     # Captions, packed end to end.
-    counts = lengths(cfg, tokens, batch)
+    counts = caption_lengths(cfg, tokens, batch)
     text = dict(
         ids=torch.randint(1, 250, (sum(counts),), dtype=torch.int32),
         lengths=torch.tensor(counts),

@@ -20,24 +20,24 @@ from torch import Tensor
 from glimpse.run.lib.config import RunConfig, plain
 from glimpse.run.reports import plots
 from glimpse.run.reports.markup import (
-    document,
-    encoded,
+    encode_image,
     escape,
     gallery_table,
-    shown,
+    html_document,
+    html_table,
+    plot_grid,
     slug,
-    table,
 )
-from glimpse.run.reports.pictures import sheet
-from glimpse.run.study.results import Result, difference, interval
+from glimpse.run.reports.pictures import tile_gallery
+from glimpse.run.study.results import RunResult, difference_interval, mean_interval
 from glimpse.run.train.log import clock, short
 
-Groups = dict[str, list[Result]]
+Groups = dict[str, list[RunResult]]
 # the columns of run/reports/pictures.py `gallery`, and the captions of its rows
 Gallery = tuple[dict[str, Tensor], list[str]]
 
 # The metrics of a set that a table has room for; a suite shows all of its metrics.
-MAIN = {
+MAIN_METRICS = {
     "zero_shot": ("top1", "map", "pm_10", "roc_auc"),
     "retrieval": ("image_to_text_r1", "text_to_image_r1"),
     "knn": ("top1",),
@@ -47,7 +47,7 @@ MAIN = {
     "captioning": ("cider",),
     "vqa": ("accuracy",),
 }
-WORDS = {
+METRIC_WORDS = {
     "zero_shot": "zero-shot",
     "top1": "top-1",
     "top5": "top-5",
@@ -60,14 +60,14 @@ WORDS = {
     "cider": "CIDEr",
     "vqa": "VQA",
 }
-ABREAST = 4  # metrics in a table
-KEY = (
+METRICS_PER_TABLE = 4  # metrics in a table
+PICTURE_LEGEND = (
     "Grey patches are hidden. Attention: of the class token, bright where it looks. "
     "Resemblance: of each patch's embedding to the caption's."
 )
 
 
-def write(
+def write_report(
     out: Path,
     groups: Groups,
     galleries: dict[str, Gallery | str] | None = None,
@@ -82,26 +82,28 @@ def write(
     metric: the one that comes first, whatever its kind.
     """
     galleries = galleries or {}
-    names = metrics(groups, metric)
-    figures = drawn(groups, names)
+    names = select_metrics(groups, metric)
+    figures = build_plots(groups, names)
     files = {
-        out: page(groups, names, figures, galleries, title).encode(),
-        beside(out, "curves.csv"): curves_csv(groups),
-        beside(out, "runs.csv"): runs_csv(groups),
+        out: build_page(groups, names, figures, galleries, title).encode(),
+        sibling_path(out, "curves.csv"): curves_csv(groups),
+        sibling_path(out, "runs.csv"): runs_csv(groups),
     }
     for name, figure in figures.items():
-        files[beside(out, f"{slug(name)}.png")] = plots.png(figure)
+        files[sibling_path(out, f"{slug(name)}.png")] = plots.render_png(figure)
     for label, gallery in galleries.items():
         if not isinstance(gallery, str):
             columns, _captions = gallery
-            files[beside(out, f"masks_{slug(label)}.png")] = encoded(sheet(columns), "png")
+            files[sibling_path(out, f"masks_{slug(label)}.png")] = encode_image(
+                tile_gallery(columns), "png"
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         path.write_bytes(content)
     return list(files)
 
 
-def page(
+def build_page(
     groups: Groups,
     names: list[str],
     figures: dict[str, plots.Figure],
@@ -109,19 +111,19 @@ def page(
     title: str,
 ) -> str:
     """Return the page as HTML; names: the metrics in it."""
-    body = [f"<h1>{escape(title)}</h1><p>{escape(headline(groups))}</p>"]
+    body = [f"<h1>{escape(title)}</h1><p>{escape(summarize_runs(groups))}</p>"]
 
     # Results: the table, and two plots a metric.
     body += ["<h2>Results</h2>", results_table(groups, names)]
     by_samples = "By samples seen in training."
-    if longer(groups):
+    if longer_schedules(groups):
         by_samples += " Dashed: the longer schedule, rescaled along x."
     by_time = (
         "After training, by the time that training took. Grey: one recipe, trained for longer."
     )
     for name in names:
         captions = {f"{name} by samples": by_samples, f"{name} by time": by_time}
-        body.append(shown(figures, captions))
+        body.append(plot_grid(figures, captions))
 
     # Cost.
     captions = {
@@ -129,11 +131,13 @@ def page(
         "memory": "Peak memory of rank 0.",
         "loss": "Loss by samples seen.",
     }
-    body += ["<h2>Cost</h2>", cost_table(groups), shown(figures, captions)]
+    body += ["<h2>Cost</h2>", cost_table(groups), plot_grid(figures, captions)]
 
     # Pictures.
     if galleries:
-        body.append(f"<h2>What masks keep and towers look at</h2><p>{KEY} Of the first seed.</p>")
+        body.append(
+            f"<h2>What masks keep and towers look at</h2><p>{PICTURE_LEGEND} Of the first seed.</p>"
+        )
     for label, gallery in galleries.items():
         body.append(f"<h3>{escape(label)}</h3>")
         if isinstance(gallery, str):
@@ -143,13 +147,13 @@ def page(
 
     # Each run.
     body.append("<h2>Runs</h2>")
-    base = first(groups)
+    base = baseline_config(groups)
     for label, group in groups.items():
         body += [run_details(label, result, base) for result in group]
-    return document(title, "".join(body))
+    return html_document(title, "".join(body))
 
 
-def headline(groups: Groups) -> str:
+def summarize_runs(groups: Groups) -> str:
     runs = [result for group in groups.values() for result in group]
     complete = sum(result.state == "complete" for result in runs)
     text = (
@@ -162,14 +166,14 @@ def headline(groups: Groups) -> str:
     return text
 
 
-def metrics(groups: Groups, before: str = "") -> list[str]:
+def select_metrics(groups: Groups, before: str = "") -> list[str]:
     """Return the metrics for tables and plots that some run has, `before` and zero-shot first."""
     measured: dict[str, None] = {}  # in the order of the runs
     for group in groups.values():
         for result in group:
             measured |= dict.fromkeys(result.curve)
 
-    kinds = list(MAIN)
+    kinds = list(MAIN_METRICS)
     ranks = {}
     for name in measured:
         bare = name.removeprefix("teacher/").partition(" (")[0]
@@ -179,18 +183,18 @@ def metrics(groups: Groups, before: str = "") -> list[str]:
             ranks[name] = -2
         elif kind == "suite" and metric != "chance":
             ranks[name] = -1
-        elif metric in MAIN.get(kind, ()):
+        elif metric in MAIN_METRICS.get(kind, ()):
             ranks[name] = kinds.index(kind)
     return sorted(ranks, key=ranks.get)
 
 
-def spoken(name: str) -> tuple[str, str]:
+def metric_label(name: str) -> tuple[str, str]:
     """Return a metric and its set as text: ("zero-shot top-1 (%)", "shapes, teacher")."""
     bare, _, asked = name.partition(" (")
     kind, of, metric = bare.removeprefix("teacher/").split("/")
     kind, _, options = kind.partition("(")
-    kind_words = WORDS.get(kind, kind.replace("_", " "))
-    metric_words = WORDS.get(metric, metric.replace("_", " "))
+    kind_words = METRIC_WORDS.get(kind, kind.replace("_", " "))
+    metric_words = METRIC_WORDS.get(metric, metric.replace("_", " "))
     what = f"{kind_words} {metric_words} (%)".lstrip()
 
     where = [of.replace("_", " ")]
@@ -200,11 +204,11 @@ def spoken(name: str) -> tuple[str, str]:
     return what, ", ".join(where)
 
 
-def values(group: list[Result], metric: str) -> list[float]:
+def final_values(group: list[RunResult], metric: str) -> list[float]:
     return [result.final[metric] for result in group if metric in result.final]
 
 
-def why(group: list[Result]) -> str:
+def missing_reason(group: list[RunResult]) -> str:
     """Describe why a group lacks results."""
     reasons = []
     for result in group:
@@ -226,53 +230,53 @@ def results_table(groups: Groups, names: list[str]) -> str:
     if not names:
         return '<p class="absent">absent: no run was evaluated</p>'
     parts = []
-    for at in range(0, len(names), ABREAST):
-        parts.append(some_results(groups, names[at : at + ABREAST]))
+    for at in range(0, len(names), METRICS_PER_TABLE):
+        parts.append(results_subtable(groups, names[at : at + METRICS_PER_TABLE]))
 
     # The runs without results in groups that have some.
     left_out = []
     for label, group in groups.items():
         incomplete = any(result.reason for result in group)
         if incomplete and any(result.final for result in group):
-            left_out.append(f"<li>{escape(label)}: {escape(why(group))}</li>")
+            left_out.append(f"<li>{escape(label)}: {escape(missing_reason(group))}</li>")
     if left_out:
         parts.append(f"<p>Left out:</p><ul>{''.join(left_out)}</ul>")
     return "".join(parts)
 
 
-def some_results(groups: Groups, names: list[str]) -> str:
+def results_subtable(groups: Groups, names: list[str]) -> str:
     """Return a table of as many metrics as fit beside each other."""
     base = next(iter(groups.values()))
     rows = []
     for label, group in groups.items():
-        if not any(values(group, name) for name in names):
+        if not any(final_values(group, name) for name in names):
             rows.append((label, [absent_row(group, len(names))]))
             continue
         cells = [result_cell(group, base, name) for name in names]
         rows.append((label, cells))
     heads = []
     for name in names:
-        what, where = spoken(name)
+        what, where = metric_label(name)
         heads.append(f"{where}: {what}")
-    return table(heads, rows)
+    return html_table(heads, rows)
 
 
-def result_cell(group: list[Result], base: list[Result], metric: str) -> str:
+def result_cell(group: list[RunResult], base: list[RunResult], metric: str) -> str:
     """Return the <td> of a metric, with the difference to `base` in a second line."""
-    group_values = values(group, metric)
-    base_values = values(base, metric)
+    group_values = final_values(group, metric)
+    base_values = final_values(base, metric)
     if not group_values:
         return '<td class="absent">absent: not evaluated</td>'
-    cell = f"{told(interval(group_values), 100)} <small>n = {len(group_values)}</small>"
+    cell = f"{format_interval(mean_interval(group_values), 100)} <small>n = {len(group_values)}</small>"
     if base_values and group is not base:
-        change = told(difference(group_values, base_values), 100, "+.1f")
+        change = format_interval(difference_interval(group_values, base_values), 100, "+.1f")
         cell += f'<small class="to">{change}</small>'
     return f"<td>{cell}</td>"
 
 
-def absent_row(group: list[Result], columns: int) -> str:
+def absent_row(group: list[RunResult], columns: int) -> str:
     """Return one <td> over all columns, with the reason why a group has no values."""
-    reason = escape(why(group))
+    reason = escape(missing_reason(group))
     return f'<td class="absent" colspan="{columns}"><div>absent: {reason}</div></td>'
 
 
@@ -294,12 +298,12 @@ def cost_table(groups: Groups) -> str:
         cells = [f"<td>{len(group)}</td><td>{seen}</td>"]
         cells += [cost_cell(group, key, form) for key, form in forms.items()]
         rows.append((label, cells))
-    return table(heads, rows)
+    return html_table(heads, rows)
 
 
-def cost_cell(group: list[Result], key: str, form: Callable[[float], str]) -> str:
+def cost_cell(group: list[RunResult], key: str, form: Callable[[float], str]) -> str:
     """Return the <td> of a cost; form(value) -> text."""
-    point = spread(group, key)
+    point = cost_point(group, key)
     if point is None:
         return '<td class="absent">not known</td>'
     _, mean, low, high = point
@@ -307,19 +311,19 @@ def cost_cell(group: list[Result], key: str, form: Callable[[float], str]) -> st
     return f"<td>{form(mean)}{bounds}</td>"
 
 
-def told(found: tuple[float, float, float], by: float, form: str = ".1f") -> str:
+def format_interval(found: tuple[float, float, float], by: float, form: str = ".1f") -> str:
     """Return mean and interval as text, multiplied by `by`."""
     mean, low, high = (by * value for value in found)
     bounds = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
     return f"{mean:{form}}{bounds}"
 
 
-def of_first(name: str) -> bool:
+def has_chance_level(name: str) -> bool:
     """Return True if `chance` is the level of guessing of this metric."""
     return name.rpartition("/")[2].split(" ")[0] == "top1"
 
 
-def drawn(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
+def build_plots(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
     """Return {name: plot} of these metrics and of cost; a plot without any data is left out."""
     figures: dict[str, plots.Figure | None] = {}
     for name in names:
@@ -333,19 +337,19 @@ def drawn(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
 
 def plot_by_samples(groups: Groups, metric: str) -> plots.Figure | None:
     """Return the curves of a metric by samples seen, None if no run has it."""
-    what, where = spoken(metric)
-    lines = {label: line(group, metric) for label, group in groups.items()}
+    what, where = metric_label(metric)
+    lines = {label: metric_points(group, metric) for label, group in groups.items()}
     lines = {label: points for label, points in lines.items() if points}
     if not lines:
         return None
-    scaled = {label: factor for label, factor in longer(groups).items() if label in lines}
-    level = chance(groups, metric)
-    return plots.curves(where, lines, "samples seen", what, list(groups), scaled, level=level)
+    scaled = {label: factor for label, factor in longer_schedules(groups).items() if label in lines}
+    level = chance_level(groups, metric)
+    return plots.plot_curves(where, lines, "samples seen", what, list(groups), scaled, level=level)
 
 
-def chance(groups: Groups, metric: str) -> float | None:
+def chance_level(groups: Groups, metric: str) -> float | None:
     """Return the level of guessing of a metric, if some run has it."""
-    if not of_first(metric):
+    if not has_chance_level(metric):
         return None
     key = f"{metric.rpartition('/')[0]}/chance"
     for group in groups.values():
@@ -358,21 +362,21 @@ def chance(groups: Groups, metric: str) -> float | None:
 
 def plot_by_time(groups: Groups, metric: str) -> plots.Figure | None:
     """Return a metric after training by training time, None if no run has both."""
-    what, where = spoken(metric)
+    what, where = metric_label(metric)
     unit, per = time_unit(groups)
     points: dict[str, tuple[plots.Point, plots.Point]] = {}
     by_recipe: dict[str, list[str]] = {}  # {recipe: labels}
     for label, group in groups.items():
         ended = [result for result in group if metric in result.final and result.seconds]
         if ended:
-            mean = (0.0, *interval(values(ended, metric)))
-            points[label] = (spread(ended, "seconds", per), mean)
-            by_recipe.setdefault(repr(recipe(ended[0].config)), []).append(label)
+            mean = (0.0, *mean_interval(final_values(ended, metric)))
+            points[label] = (cost_point(ended, "seconds", per), mean)
+            by_recipe.setdefault(repr(without_schedule(ended[0].config)), []).append(label)
     if not points:
         return None
     chains = [labels for labels in by_recipe.values() if len(labels) > 1]
     x = f"training time ({unit})"
-    return plots.trade_off(where, points, chains, x, what, list(groups))
+    return plots.plot_trade_off(where, points, chains, x, what, list(groups))
 
 
 def time_unit(groups: Groups) -> tuple[str, int]:
@@ -386,47 +390,47 @@ def time_unit(groups: Groups) -> tuple[str, int]:
 
 def cost_plot(groups: Groups, key: str, what: str) -> plots.Figure | None:
     """Return bars of a cost, None if no run has it."""
-    points = {label: spread(group, key) for label, group in groups.items()}
+    points = {label: cost_point(group, key) for label, group in groups.items()}
     if not any(points.values()):
         return None
-    return plots.bars(points, what, list(groups))
+    return plots.plot_bars(points, what, list(groups))
 
 
 def loss_plot(groups: Groups) -> plots.Figure | None:
     lines = {}
     for label, group in groups.items():
-        points = mean_line([result.losses for result in group])
+        points = mean_points([result.losses for result in group])
         if points:
             lines[label] = points
     if not lines:
         return None
-    return plots.curves("", lines, "samples seen", "loss", list(groups), share=False)
+    return plots.plot_curves("", lines, "samples seen", "loss", list(groups), share=False)
 
 
-def spread(group: list[Result], key: str, per: float = 1) -> plots.Point | None:
+def cost_point(group: list[RunResult], key: str, per: float = 1) -> plots.Point | None:
     """Return a cost of a group, divided by `per`; the time is that of complete runs."""
     costs = []
     for result in group:
         value = getattr(result, key)
         if value is not None and (key != "seconds" or result.state == "complete"):
             costs.append(value / per)
-    return (0.0, *interval(costs)) if costs else None
+    return (0.0, *mean_interval(costs)) if costs else None
 
 
-def line(group: list[Result], metric: str) -> list[plots.Point]:
-    return mean_line([result.curve.get(metric, []) for result in group])
+def metric_points(group: list[RunResult], metric: str) -> list[plots.Point]:
+    return mean_points([result.curve.get(metric, []) for result in group])
 
 
-def mean_line(runs: list[list[tuple[int, float]]]) -> list[plots.Point]:
+def mean_points(runs: list[list[tuple[int, float]]]) -> list[plots.Point]:
     """Return (samples, mean, low, high) at all places where some run was measured."""
     at: dict[int, list[float]] = {}
     for points in runs:
         for samples, value in points:
             at.setdefault(samples, []).append(value)
-    return [(samples, *interval(at[samples])) for samples in sorted(at)]
+    return [(samples, *mean_interval(at[samples])) for samples in sorted(at)]
 
 
-def first(groups: Groups) -> RunConfig | None:
+def baseline_config(groups: Groups) -> RunConfig | None:
     """Return the config that others are compared with."""
     for group in groups.values():
         for result in group:
@@ -435,18 +439,18 @@ def first(groups: Groups) -> RunConfig | None:
     return None
 
 
-def longer(groups: Groups) -> dict[str, float]:
+def longer_schedules(groups: Groups) -> dict[str, float]:
     """Return {label: factor} of the groups that are the first recipe with a longer schedule."""
-    base = first(groups)
+    base = baseline_config(groups)
     factors = {}
     for label, group in groups.items():
         cfg = group[0].config if group else None
-        if cfg and recipe(cfg) == recipe(base) and cfg.samples > base.samples:
+        if cfg and without_schedule(cfg) == without_schedule(base) and cfg.samples > base.samples:
             factors[label] = base.samples / cfg.samples
     return factors
 
 
-def recipe(cfg: RunConfig) -> RunConfig:
+def without_schedule(cfg: RunConfig) -> RunConfig:
     """Return a config without the settings that a longer schedule changes."""
     return replace(
         cfg,
@@ -460,7 +464,7 @@ def recipe(cfg: RunConfig) -> RunConfig:
     )
 
 
-def run_details(label: str, one: Result, base: RunConfig | None) -> str:
+def run_details(label: str, one: RunResult, base: RunConfig | None) -> str:
     """Return a run's state, command, provenance and config, the last three folded."""
     name = one.run.name if label in str(one.run) else f"{label}: {one.run.name}"
     head = f"{escape(name)}, {one.state}"
@@ -471,8 +475,8 @@ def run_details(label: str, one: Result, base: RunConfig | None) -> str:
 
     # The keys that differ from the first config.
     tree = plain(asdict(one.config))
-    base_keys = flat(plain(asdict(base)))
-    run_keys = flat(tree)
+    base_keys = flatten(plain(asdict(base)))
+    run_keys = flatten(tree)
     changed = []
     for key, value in run_keys.items():
         if key != "run" and base_keys.get(key) != value:
@@ -493,12 +497,12 @@ def run_details(label: str, one: Result, base: RunConfig | None) -> str:
     )
 
 
-def flat(tree: dict, before: str = "") -> dict:
+def flatten(tree: dict, before: str = "") -> dict:
     """Return {'a.b': value} of nested mappings."""
     keys = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            keys |= flat(value, f"{before}{key}.")
+            keys |= flatten(value, f"{before}{key}.")
         else:
             keys[f"{before}{key}"] = value
     return keys
@@ -515,7 +519,7 @@ def curves_csv(groups: Groups) -> bytes:
             curves = {"loss": result.losses, **result.curve}
             for metric, points in curves.items():
                 rows += [(*run, metric, samples, value) for samples, value in points]
-    return table_csv(("group", "run", "seed", "metric", "samples", "value"), rows)
+    return format_csv(("group", "run", "seed", "metric", "samples", "value"), rows)
 
 
 def runs_csv(groups: Groups) -> bytes:
@@ -527,15 +531,15 @@ def runs_csv(groups: Groups) -> bytes:
             seed = result.config.seed if result.config else None
             known = [getattr(result, key) for key in keys]
             rows.append((label, result.run, seed, *known, result.provenance.get("commit")))
-    return table_csv(("group", "run", "seed", *keys, "commit"), rows)
+    return format_csv(("group", "run", "seed", *keys, "commit"), rows)
 
 
-def table_csv(head: tuple[str, ...], rows: list[tuple]) -> bytes:
+def format_csv(head: tuple[str, ...], rows: list[tuple]) -> bytes:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerows([head, *rows])
     return out.getvalue().encode()
 
 
-def beside(out: Path, name: str) -> Path:
+def sibling_path(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}")

@@ -8,7 +8,7 @@ import re
 from PIL import Image
 from torch import Tensor
 
-from glimpse.run.reports.plots import Figure, svg
+from glimpse.run.reports.plots import Figure, render_svg
 
 STYLE = """:root{color-scheme:light}*{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;margin:1.5rem auto;max-width:75rem;padding:0 1rem;
@@ -47,7 +47,7 @@ details.run::details-content{content-visibility:visible;height:auto}
 .values td,.values small{white-space:normal}}"""
 
 
-def document(title: str, body: str) -> str:
+def html_document(title: str, body: str) -> str:
     """Return a whole page; body: its HTML, title: text."""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
@@ -55,7 +55,7 @@ def document(title: str, body: str) -> str:
 """
 
 
-def table(heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
+def html_table(heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
     """Return a table; rows: (label, <td> elements)."""
     head = ""
     for name in heads:
@@ -70,7 +70,7 @@ def table(heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
     )
 
 
-def shown(figures: dict[str, Figure], captions: dict[str, str]) -> str:
+def plot_grid(figures: dict[str, Figure], captions: dict[str, str]) -> str:
     """Return plots with their captions, side by side where there is room.
 
     Captions without a figure are left out.
@@ -78,7 +78,7 @@ def shown(figures: dict[str, Figure], captions: dict[str, str]) -> str:
     elements = ""
     for name, caption in captions.items():
         if name in figures:
-            plot = svg(figures[name], slug(name))
+            plot = render_svg(figures[name], slug(name))
             elements += (
                 f'<figure role="img" aria-label="{escape(name)}">{plot}'
                 f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -91,7 +91,9 @@ def gallery_table(found: dict[str, Tensor], captions: list[str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in ("caption", *found))
     rows = ""
     for i, caption in enumerate(captions):
-        cells = "".join(f"<td>{inline(column[i], name)}</td>" for name, column in found.items())
+        cells = "".join(
+            f"<td>{inline_image(column[i], name)}</td>" for name, column in found.items()
+        )
         rows += f'<tr><td class="caption">{escape(caption)}</td>{cells}</tr>'
     return (
         '<div class="wide"><table class="gallery">'
@@ -99,17 +101,17 @@ def gallery_table(found: dict[str, Tensor], captions: list[str]) -> str:
     )
 
 
-def inline(image: Tensor, name: str) -> str:
+def inline_image(image: Tensor, name: str) -> str:
     """Return an <img> of (3, H, W) uint8 that contains its pixels.
 
     They are exact where they are few, else compressed.
     """
     kind = "png" if max(image.shape) <= 128 else "webp"
-    data = base64.b64encode(encoded(image, kind)).decode()
+    data = base64.b64encode(encode_image(image, kind)).decode()
     return f'<img alt="{escape(name)}" src="data:image/{kind};base64,{data}">'
 
 
-def encoded(image: Tensor, kind: str) -> bytes:
+def encode_image(image: Tensor, kind: str) -> bytes:
     """Return (3, H, W) uint8 as the bytes of a png or webp file."""
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, kind)

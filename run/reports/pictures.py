@@ -23,10 +23,12 @@ from glimpse.run.lib.distributed import to_device
 GRAY, IMAGES, COLUMNS = 128, 16, 8
 MASKS = ("random(0.5)", "gaussian(0.5)", "inverse_gaussian(0.5)")
 # dark to bright: Matplotlib's inferno
-HEAT = torch.tensor([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]])
+HEAT_COLORS = torch.tensor(
+    [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]
+)
 
 
-def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | None:
+def read_examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | None:
     """Return the images and captions of `count` samples, spread over the shards.
 
     Samples that cannot be read are left out; None if none is left.
@@ -45,7 +47,7 @@ def examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | 
     return list(images), list(captions)
 
 
-def masked_inputs(part: MicroBatch, cfg: RunConfig) -> Tensor:
+def masked_inputs_picture(part: MicroBatch, cfg: RunConfig) -> Tensor:
     """Return the first images of each view of a part as one picture, (3, H, W) uint8.
 
     It has rows of eight images.
@@ -56,7 +58,7 @@ def masked_inputs(part: MicroBatch, cfg: RunConfig) -> Tensor:
         view = part["views"][name]
         patches = view["patches"][:IMAGES].cpu()  # (n, K, 3 P P)
         positions = view["positions"][:IMAGES].cpu().long()  # (n, K)
-        images = framed(placed(patches, positions, cfg.model.patch, grid))
+        images = add_frames(place_patches(patches, positions, cfg.model.patch, grid))
         # white images fill the last row
         missing = -len(images) % COLUMNS
         blank = images.new_full((missing, *images.shape[1:]), 255)
@@ -71,7 +73,7 @@ def masked_inputs(part: MicroBatch, cfg: RunConfig) -> Tensor:
     return torch.cat(padded, dim=1)
 
 
-def placed(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+def place_patches(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """Return images (n, 3, H, W) of patches (n, K, 3 P P) uint8 at (n, K), gray elsewhere."""
     n, _, pixels = patches.shape
     canvas = torch.full((n, grid[0] * grid[1], pixels), GRAY, dtype=torch.uint8)
@@ -79,13 +81,13 @@ def placed(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]
     return unpatchify(canvas, patch, grid)
 
 
-def framed(images: Tensor) -> Tensor:
+def add_frames(images: Tensor) -> Tensor:
     """Return the images with a white line to the right of and below each."""
     return F.pad(images, (0, 2, 0, 2), value=255)
 
 
 @torch.no_grad()
-def gallery(
+def build_gallery(
     method: Method, cfg: RunConfig, tokenizer: Tokenizer, images: list[bytes], captions: list[str]
 ) -> dict[str, Tensor]:
     """Return {column: (n, 3, H, W) uint8} for encoded images.
@@ -102,8 +104,8 @@ def gallery(
     patches = patchify(originals, cfg.model.patch)
     grid = cfg.model.grid
     positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    scores, tokens = looked(method, **to_device(dict(patches=patches, positions=positions)))
-    similar = resemblance(method, cfg, tokenizer, tokens, captions)
+    scores, tokens = attend(method, **to_device(dict(patches=patches, positions=positions)))
+    similar = caption_similarity(method, cfg, tokenizer, tokens, captions)
 
     # The patches that each mask keeps, with the same noise for all.
     noise = np.random.default_rng(0).random(positions.shape, dtype=np.float32)
@@ -119,13 +121,13 @@ def gallery(
 
     columns = {"image": originals}
     for name, keep in keeps.items():
-        columns[name] = placed(take(patches, keep), keep, cfg.model.patch, grid)
-    columns["attention"] = heat(scores, grid, originals)
-    columns["resemblance"] = heat(similar, grid, originals)
+        columns[name] = place_patches(take(patches, keep), keep, cfg.model.patch, grid)
+    columns["attention"] = heat_maps(scores, grid, originals)
+    columns["resemblance"] = heat_maps(similar, grid, originals)
     return columns
 
 
-def looked(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def attend(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the class token's attention (n, L) and the student's patch tokens (n, L, D).
 
     The attention is that of the teacher if the method has one.
@@ -142,7 +144,7 @@ def looked(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, 
     return attention.float().cpu(), tokens[:, 1:]
 
 
-def resemblance(
+def caption_similarity(
     method: Method, cfg: RunConfig, tokenizer: Tokenizer, tokens: Tensor, captions: list[str]
 ) -> Tensor:
     """Return the cosine of each patch and its image's caption, (n, L) (MaskCLIP's figure 2)."""
@@ -154,7 +156,7 @@ def resemblance(
     return torch.einsum("nle,ne->nl", embedded, text).float().cpu()
 
 
-def heat(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
+def heat_maps(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
     """Return (n, 3, H, W): values (n, L) as colors over the gray image.
 
     In each row the smallest value is dark, the largest is bright.
@@ -163,19 +165,19 @@ def heat(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
     low = values.amin(1, keepdim=True)
     high = values.amax(1, keepdim=True)
     level = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid)[:, None]
-    level = F.interpolate(level, images.shape[2:], mode="nearest")[:, 0] * (len(HEAT) - 1)
+    level = F.interpolate(level, images.shape[2:], mode="nearest")[:, 0] * (len(HEAT_COLORS) - 1)
 
     # The color between the two nearest of the scale.
-    lower = level.floor().clamp(max=len(HEAT) - 2).long()
+    lower = level.floor().clamp(max=len(HEAT_COLORS) - 2).long()
     part = (level - lower)[..., None]
-    color = HEAT[lower] * (1 - part) + HEAT[lower + 1] * part  # (n, H, W, 3)
+    color = HEAT_COLORS[lower] * (1 - part) + HEAT_COLORS[lower + 1] * part  # (n, H, W, 3)
     gray = images.float().mean(1)[..., None]
     blended = 0.75 * color + 0.25 * gray
     return blended.round().to(torch.uint8).permute(0, 3, 1, 2)
 
 
-def sheet(columns: dict[str, Tensor]) -> Tensor:
+def tile_gallery(columns: dict[str, Tensor]) -> Tensor:
     """Return a gallery as one picture (3, H, W): a row an image, a column a mask."""
-    columns_framed = [framed(images) for images in columns.values()]
+    columns_framed = [add_frames(images) for images in columns.values()]
     rows = [torch.cat(row, dim=2) for row in zip(*columns_framed)]
     return torch.cat(rows, dim=1)

@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 Point = tuple[float, float, float, float]
 # Okabe and Ito's, which color-blind people can tell apart
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKS = "osD^vPX"
+MARKERS = "osD^vPX"
 STYLE = {
     "text.parse_math": False,
     "svg.fonttype": "none",
@@ -42,10 +42,10 @@ STYLE = {
     "legend.fontsize": 8,
 }
 # inches: width and height of a plot that fits a phone, height of a line of its legend
-WIDE, HIGH, LEGEND = 4.3, 2.9, 0.2
+WIDTH, HEIGHT, LEGEND_LINE = 4.3, 2.9, 0.2
 
 
-def curves(
+def plot_curves(
     title: str,
     lines: dict[str, list[Point]],
     x: str,
@@ -63,31 +63,31 @@ def curves(
     """
     scaled = scaled or {}
     legend_entries = len(lines) + len(scaled) + (level is not None)
-    figure, axes = blank(title, x, y, legend_entries)
+    figure, axes = empty_plot(title, x, y, legend_entries)
     for label, points in lines.items():
-        color, mark = look(label, colors)
-        xs, means, lows, highs = columns(points, 100 if share else 1)
+        color, mark = group_style(label, colors)
+        xs, means, lows, highs = point_columns(points, 100 if share else 1)
         axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
         # a loss has a point a record, too many for marks
         marker = mark if len(xs) <= 40 else None
-        gid = named("line", label)
+        gid = element_id("line", label)
         axes.plot(xs, means, color=color, marker=marker, label=label, gid=gid)
         factor = scaled.get(label)
         if factor:
             scaled_xs = [factor * at for at in xs]
             scaled_label = f"{label}, x scaled by {factor:.3g}"
             dashed = dict(color=color, linestyle="--", linewidth=1.2)
-            gid = named("scaled", label)
+            gid = element_id("scaled", label)
             axes.plot(scaled_xs, means, label=scaled_label, gid=gid, **dashed)
     if level is not None:
         dotted = dict(color="#888888", linestyle=":", linewidth=1)
         axes.axhline(100 * level, label="chance", gid="chance", **dotted)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
-    return finished(figure)
+    return add_legend(figure)
 
 
-def trade_off(
+def plot_trade_off(
     title: str,
     points: dict[str, tuple[Point, Point]],
     chains: list[list[str]],
@@ -100,7 +100,7 @@ def trade_off(
     points: {label: ((.., x, low, high), (.., y, low, high))}, y as shares. chains: groups joined by
     a line, as one recipe trained for longer and longer (FLIP, figure 1).
     """
-    figure, axes = blank(title, x, y, len(points))
+    figure, axes = empty_plot(title, x, y, len(points))
     for chain in chains:
         joined = []
         for label in chain:
@@ -109,22 +109,22 @@ def trade_off(
         xs, ys = zip(*sorted(joined))
         axes.plot(xs, ys, color="#999999", linewidth=1, zorder=1)
     for label, (across, up) in points.items():
-        color, mark = look(label, colors)
+        color, mark = group_style(label, colors)
         x_mean = across[1]
         y_mean = 100 * up[1]
         caps = dict(fmt="none", ecolor=color, capsize=2, elinewidth=1)
-        axes.errorbar(x_mean, y_mean, xerr=arms(across), yerr=arms(up, 100), **caps)
+        axes.errorbar(x_mean, y_mean, xerr=error_bars(across), yerr=error_bars(up, 100), **caps)
         style = dict(color=color, marker=mark, markersize=6, linestyle="none")
-        axes.plot(x_mean, y_mean, label=label, gid=named("line", label), **style)
+        axes.plot(x_mean, y_mean, label=label, gid=element_id("line", label), **style)
     axes.margins(0.12)
     axes.set_xlim(left=0)
-    return finished(figure)
+    return add_legend(figure)
 
 
-def bars(values: dict[str, Point | None], x: str, colors: list[str]) -> Figure:
+def plot_bars(values: dict[str, Point | None], x: str, colors: list[str]) -> Figure:
     """Return a bar a group, with its interval; a group without a value is marked as absent."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDE, 0.7 + 0.28 * len(values)), layout="constrained")
+        figure = Figure((WIDTH, 0.7 + 0.28 * len(values)), layout="constrained")
         axes = figure.subplots()
     beside = dict(textcoords="offset points", va="center")
     for row, (label, point) in enumerate(values.items()):
@@ -132,15 +132,15 @@ def bars(values: dict[str, Point | None], x: str, colors: list[str]) -> Figure:
             axes.annotate("absent", (0, row), (4, 0), color="#888888", style="italic", **beside)
             continue
         _, mean, _, high = point
-        color, _mark = look(label, colors)
+        color, _mark = group_style(label, colors)
         axes.barh(
             row,
             mean,
-            xerr=arms(point),
+            xerr=error_bars(point),
             color=color,
             height=0.6,
             error_kw=dict(elinewidth=1, capsize=2),
-            gid=named("line", label),
+            gid=element_id("line", label),
         )
         # the value stands to the right of the bar and its interval
         end = mean if math.isnan(high) else high
@@ -153,11 +153,11 @@ def bars(values: dict[str, Point | None], x: str, colors: list[str]) -> Figure:
     return figure
 
 
-def blank(title: str, x: str, y: str, named: int) -> tuple[Figure, Axes]:
+def empty_plot(title: str, x: str, y: str, named: int) -> tuple[Figure, Axes]:
     """Return an empty plot with room for a legend of `named` entries in two columns."""
-    height = HIGH + LEGEND * math.ceil(named / 2)
+    height = HEIGHT + LEGEND_LINE * math.ceil(named / 2)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDE, height), layout="constrained")
+        figure = Figure((WIDTH, height), layout="constrained")
         axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
@@ -165,27 +165,27 @@ def blank(title: str, x: str, y: str, named: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def finished(figure: Figure) -> Figure:
+def add_legend(figure: Figure) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 
-def look(label: str, colors: list[str]) -> tuple[str, str]:
+def group_style(label: str, colors: list[str]) -> tuple[str, str]:
     """Return a group's color and mark."""
     at = colors.index(label)
     color = COLORS[at % len(COLORS)]
     # when the colors begin again, each has another mark than before
-    mark = MARKS[(at + at // len(COLORS)) % len(MARKS)]
+    mark = MARKERS[(at + at // len(COLORS)) % len(MARKERS)]
     return color, mark
 
 
-def named(kind: str, label: str) -> str:
+def element_id(kind: str, label: str) -> str:
     """Return an id, without spaces."""
     return f"{kind}-" + re.sub(r"\s", "_", label)
 
 
-def columns(points: list[Point], by: float) -> list[list[float]]:
+def point_columns(points: list[Point], by: float) -> list[list[float]]:
     """Return the lists of x, mean, low and high, the last three multiplied by `by`."""
     xs, *rest = zip(*points)
     result = [list(xs)]
@@ -194,7 +194,7 @@ def columns(points: list[Point], by: float) -> list[list[float]]:
     return result
 
 
-def arms(point: Point, by: float = 1) -> list[list[float]] | None:
+def error_bars(point: Point, by: float = 1) -> list[list[float]] | None:
     """Return the lengths of error bars: the distances from the mean to low and high."""
     _, mean, low, high = point
     if math.isnan(low):
@@ -202,16 +202,16 @@ def arms(point: Point, by: float = 1) -> list[list[float]] | None:
     return [[by * (mean - low)], [by * (high - mean)]]
 
 
-def png(figure: Figure) -> bytes:
-    return saved(figure, format="png", dpi=200, metadata={"Software": None})
+def render_png(figure: Figure) -> bytes:
+    return render_figure(figure, format="png", dpi=200, metadata={"Software": None})
 
 
-def svg(figure: Figure, name: str) -> str:
+def render_svg(figure: Figure, name: str) -> str:
     """Return the plot as an element of a page.
 
     Ids begin with `name`, so that no two plots of a page share one.
     """
-    text = saved(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
+    text = render_figure(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
@@ -220,7 +220,7 @@ def svg(figure: Figure, name: str) -> str:
     return re.sub(r'<svg (.*?)width="[\d.]+pt" ', r"<svg \1", text, count=1)
 
 
-def saved(figure: Figure, **how: Any) -> bytes:
+def render_figure(figure: Figure, **how: Any) -> bytes:
     out = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(out, **how)

@@ -23,13 +23,13 @@ import yaml
 from glimpse.run.lib import config
 from glimpse.run.lib.config import ROOT
 from glimpse.run.study import grid
-from glimpse.run.study.jobs import state, why
-from glimpse.run.study.results import difference, interval
+from glimpse.run.study.jobs import missing_reason, read_state
+from glimpse.run.study.results import difference_interval, mean_interval
 
-FILE = ROOT / "run" / "claims.yaml"
-LEAST = 3  # seeds
+CLAIMS_FILE = ROOT / "run" / "claims.yaml"
+MIN_SEEDS = 3  # seeds
 VERDICTS = ("reproduced", "not distinguishable", "opposite", "absent")
-CHANCE = (
+CHANCE_NOTE = (
     "Of cells that do not differ, three seeds make about one pair in ten look better and one in ten"
     " worse; one in eight where they are compared seed by seed."
 )
@@ -56,31 +56,31 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClaimResult:
     claim: Claim
     verdict: str  # of VERDICTS
-    found: tuple[float, float, float] | None = None  # difference, low, high
+    difference: tuple[float, float, float] | None = None  # difference, low, high
     seeds: tuple[int, int] = (0, 0)
     reason: str = ""  # why absent
 
 
-def read(path: Path = FILE) -> list[Claim]:
+def read_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
     trees = yaml.safe_load(path.read_text())
     return [config.build(Claim, tree, f"{path.name}: ") for tree in trees]
 
 
-def tested(
+def claimed_runs(
     scale: str, seeds: int, out: Path, more: Sequence[str] = ()
-) -> dict[str, list[grid.Planned]]:
+) -> dict[str, list[grid.PlannedRun]]:
     """Return {"grid, cell": its runs} of all cells in the claims, each run once; as Grid.runs."""
-    cells: dict[str, list[grid.Planned]] = {}
-    for claim in read():
+    cells: dict[str, list[grid.PlannedRun]] = {}
+    for claim in read_claims():
         pair = [claim.better, claim.worse]
-        for cell, runs in grid.read(claim.grid).runs(scale, pair, seeds, out, more).items():
+        for cell, runs in grid.read_grid(claim.grid).runs(scale, pair, seeds, out, more).items():
             cells[f"{claim.grid}, {cell}"] = runs
 
     # A run of several cells belongs to the first of them.
-    merged = grid.once(run for runs in cells.values() for run in runs)
+    merged = grid.merge_runs(run for runs in cells.values() for run in runs)
     left = {run.folder: run for run in merged}
     result = {}
     for cell, runs in cells.items():
@@ -89,12 +89,12 @@ def tested(
     return result
 
 
-def judged(scale: str, seeds: int, out: Path) -> list[Judged]:
-    return [judge(claim, scale, seeds, out) for claim in read()]
+def judge_claims(scale: str, seeds: int, out: Path) -> list[ClaimResult]:
+    return [judge_claim(claim, scale, seeds, out) for claim in read_claims()]
 
 
-def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
-    claimed_in = grid.read(claim.grid)
+def judge_claim(claim: Claim, scale: str, seeds: int, out: Path) -> ClaimResult:
+    claimed_in = grid.read_grid(claim.grid)
     metric = claimed_in.scale(scale).metric
     runs = claimed_in.runs(scale, [claim.better, claim.worse], seeds, out)
 
@@ -103,34 +103,36 @@ def judge(claim: Claim, scale: str, seeds: int, out: Path) -> Judged:
     missing: list[str] = []
     for cell, how in claim.sides:
         name = f"{metric} ({how})" if how else metric
-        results = [state(run.folder) for run in runs[cell]]
+        results = [read_state(run.folder) for run in runs[cell]]
         values = {}
         for run, result in zip(runs[cell], results):
             if result.state == "complete" and name in result.final:
                 values[run.cfg.seed] = result.final[name]
         sides.append(values)
-        if len(values) < LEAST:
-            reason = why(results, name) or f"{seeds} asked for"
-            missing.append(f"{cell}: {len(values)} of {LEAST} seeds ({reason})")
+        if len(values) < MIN_SEEDS:
+            reason = missing_reason(results, name) or f"{seeds} asked for"
+            missing.append(f"{cell}: {len(values)} of {MIN_SEEDS} seeds ({reason})")
     better, worse = sides
-    paired = akin(runs[claim.better][0], runs[claim.worse][0])
+    paired = are_paired(runs[claim.better][0], runs[claim.worse][0])
     both = sorted(better.keys() & worse.keys())
-    if not missing and paired and len(both) < LEAST:
-        missing = [f"{len(both)} of {LEAST} seeds have both"]
+    if not missing and paired and len(both) < MIN_SEEDS:
+        missing = [f"{len(both)} of {MIN_SEEDS} seeds have both"]
     if missing:
-        return Judged(claim, "absent", seeds=(len(better), len(worse)), reason="; ".join(missing))
+        return ClaimResult(
+            claim, "absent", seeds=(len(better), len(worse)), reason="; ".join(missing)
+        )
 
     # The difference, with its interval.
     if paired:
-        far, low, high = interval([better[seed] - worse[seed] for seed in both])
+        far, low, high = mean_interval([better[seed] - worse[seed] for seed in both])
         counts = (len(both), len(both))
     else:
-        far, low, high = difference(list(better.values()), list(worse.values()))
+        far, low, high = difference_interval(list(better.values()), list(worse.values()))
         counts = (len(better), len(worse))
-    return Judged(claim, verdict_of(claim, low, high), (far, low, high), counts)
+    return ClaimResult(claim, choose_verdict(claim, low, high), (far, low, high), counts)
 
 
-def verdict_of(claim: Claim, low: float, high: float) -> str:
+def choose_verdict(claim: Claim, low: float, high: float) -> str:
     """Return the verdict, given the interval of the difference."""
     if low > 0:
         return "reproduced"
@@ -139,12 +141,16 @@ def verdict_of(claim: Claim, low: float, high: float) -> str:
     return "reproduced" if claim.no_gain else "not distinguishable"
 
 
-def akin(one: grid.Planned, other: grid.Planned) -> bool:
+def are_paired(one: grid.PlannedRun, other: grid.PlannedRun) -> bool:
     """Return True if they are the same run, or one began from the other."""
-    return one.folder == other.folder or one.folder in other.needs or other.folder in one.needs
+    return (
+        one.folder == other.folder
+        or one.folder in other.dependencies
+        or other.folder in one.dependencies
+    )
 
 
-def markdown(rows: list[Judged], metric: str) -> str:
+def format_claims(rows: list[ClaimResult], metric: str) -> str:
     """Return a table of the claims, and below it the reasons known for those that were tested."""
     lines = [
         f"| claim | paper | there | here: {metric} | grid: cells | verdict |",
@@ -154,8 +160,8 @@ def markdown(rows: list[Judged], metric: str) -> str:
         claim = row.claim
         there = f"{claim.paper[0] - claim.paper[1]:+.1f}"
         here = row.reason
-        if row.found:
-            far, low, high = (100 * value for value in row.found)
+        if row.difference:
+            far, low, high = (100 * value for value in row.difference)
             better, worse = row.seeds
             here = f"{far:+.2f} [{low:+.2f}, {high:+.2f}], n={better}+{worse}"
         cells = " against ".join(f"{cell}, {how}" if how else cell for cell, how in claim.sides)
@@ -165,8 +171,8 @@ def markdown(rows: list[Judged], metric: str) -> str:
         )
     counts = Counter(row.verdict for row in rows)
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
-    lines += ["", f"{summary}. {CHANCE}", ""]
+    lines += ["", f"{summary}. {CHANCE_NOTE}", ""]
     for row in rows:
-        if row.found and row.claim.learned:
+        if row.difference and row.claim.learned:
             lines.append(f"- {row.claim.says}: {row.verdict}. {row.claim.learned}")
     return "\n".join(lines)

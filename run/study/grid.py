@@ -25,11 +25,11 @@ import yaml
 from glimpse.run.lib import config
 from glimpse.run.lib.config import ROOT, RunConfig
 
-FOLDER = ROOT / "run" / "grids"
+GRIDS_FOLDER = ROOT / "run" / "grids"
 # neither {a: b} nor a range of shards, {00000..00007}
-HOLE = re.compile(r"\{((?:(?!\.\.)[^{}:])+)\}")
+CELL_REFERENCE = re.compile(r"\{((?:(?!\.\.)[^{}:])+)\}")
 # keys that a run's results do not depend on
-IDLE = ("run", "seed", "deepspeed", "log_every", "save_every", "keep")
+IGNORED_KEYS = ("run", "seed", "deepspeed", "log_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of a cell."""
 
     cfg: RunConfig
-    source: Path  # the config file
+    config_file: Path
     changes: tuple[str, ...]  # key=value, with the run's folder and seed
-    needs: tuple[Path, ...]  # run folders that must be complete before
+    dependencies: tuple[Path, ...]  # run folders that must be complete before
     # options of run/evaluate.py, with which it is evaluated afterwards, too
     evaluate: tuple[str, ...]
 
@@ -59,9 +59,9 @@ class Planned:
         return Path(self.cfg.run)
 
 
-def once(runs: Iterable[Planned]) -> list[Planned]:
+def merge_runs(runs: Iterable[PlannedRun]) -> list[PlannedRun]:
     """Return each run folder once, with the evaluations of all its runs."""
-    merged: dict[Path, Planned] = {}
+    merged: dict[Path, PlannedRun] = {}
     for run in runs:
         known = merged.setdefault(run.folder, run)
         evaluate = tuple(dict.fromkeys((*known.evaluate, *run.evaluate)))
@@ -112,7 +112,7 @@ class Grid:
 
     def runs(
         self, scale: str, cells: list[str], seeds: int, out: Path, more: Sequence[str] = ()
-    ) -> dict[str, list[Planned]]:
+    ) -> dict[str, list[PlannedRun]]:
         """Return {cell: a run for each seed}, with the cells that those need.
 
         more: key=value, on top of the scale's, for every cell.
@@ -125,20 +125,20 @@ class Grid:
                     f"--set {change}: a grid sets it; --seeds N takes 0 to N - 1, --out says where"
                     " runs go"
                 )
-        planned: dict[str, list[Planned]] = {}
+        planned: dict[str, list[PlannedRun]] = {}
         base = self.scale(scale)
         base = replace(base, set=(*base.set, *more))
         for cell in cells or self.cells:
-            self.add(cell, base, seeds, out / scale, planned)
+            self.plan_cell(cell, base, seeds, out / scale, planned)
         return planned
 
-    def add(
+    def plan_cell(
         self,
         cell: str,
         scale: Scale,
         seeds: int,
         out: Path,
-        planned: dict[str, list[Planned]],
+        planned: dict[str, list[PlannedRun]],
         above: tuple[str, ...] = (),
     ) -> None:
         """Add the runs of a cell to `planned`, after those of the cells that it needs.
@@ -158,10 +158,12 @@ class Grid:
             changes += [change] if "=" in change else scale.changes[change]
 
         # The cells whose runs this one needs come first.
-        needed = list(dict.fromkeys(name for change in changes for name in HOLE.findall(change)))
+        needed = list(
+            dict.fromkeys(name for change in changes for name in CELL_REFERENCE.findall(change))
+        )
         for name in needed:
             config.check_choice(f"cells: {cell}", name, self.cells)
-            self.add(name, scale, seeds, out, planned, (*above, cell))
+            self.plan_cell(name, scale, seeds, out, planned, (*above, cell))
 
         # The first config= names the file; it is no change of a key.
         configs = [
@@ -174,7 +176,7 @@ class Grid:
         planned[cell] = []
         for seed in range(seeds):
             folders = {name: str(planned[name][seed].folder) for name in needed}
-            settings = [filled(change, folders) for change in changes]
+            settings = [fill_references(change, folders) for change in changes]
             settings.append(f"seed={seed}")
             try:
                 cfg = config.load(path, settings)
@@ -184,13 +186,13 @@ class Grid:
             settings.append(f"run={folder}")
             needs = tuple(map(Path, folders.values()))
             evaluate = self.evaluate.get(cell, ())
-            run = Planned(replace(cfg, run=folder), path, tuple(settings), needs, evaluate)
+            run = PlannedRun(replace(cfg, run=folder), path, tuple(settings), needs, evaluate)
             planned[cell].append(run)
 
 
-def filled(change: str, folders: dict[str, str]) -> str:
+def fill_references(change: str, folders: dict[str, str]) -> str:
     """Replace each {CELL} of a change by that cell's folder."""
-    return HOLE.sub(lambda match: folders[match[1]], change)
+    return CELL_REFERENCE.sub(lambda match: folders[match[1]], change)
 
 
 def digest(cfg: RunConfig, needs: Iterable[str] = ()) -> str:
@@ -200,24 +202,24 @@ def digest(cfg: RunConfig, needs: Iterable[str] = ()) -> str:
 
     needs: folders of other runs in it; their digests count, their location and seed do not.
     """
-    tree = {key: value for key, value in stated(cfg).items() if key not in IDLE}
+    tree = {key: value for key, value in without_defaults(cfg).items() if key not in IGNORED_KEYS}
     for key in ("workers", "prefetch", "trace"):
         tree["data"].pop(key, None)
     text = json.dumps(tree, sort_keys=True)
     for folder in needs:
-        text = text.replace(json.dumps(folder), json.dumps(unseeded(folder)))
+        text = text.replace(json.dumps(folder), json.dumps(strip_seed(folder)))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def unseeded(folder: str) -> str:
+def strip_seed(folder: str) -> str:
     """Return the name of a run's folder without its seed."""
     return re.sub(r"-seed\d+$", "", Path(folder).name)
 
 
-def stated(value: Any) -> Any:
+def without_defaults(value: Any) -> Any:
     """Return a config as plain containers, without its default values."""
     if isinstance(value, dict):
-        return {key: stated(item) for key, item in value.items()}
+        return {key: without_defaults(item) for key, item in value.items()}
     if not is_dataclass(value):
         return config.plain(value)
     tree = {}
@@ -225,19 +227,19 @@ def stated(value: Any) -> Any:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         actual = getattr(value, f.name)
         if actual != default:
-            tree[f.name] = stated(actual)
+            tree[f.name] = without_defaults(actual)
     return tree
 
 
-def names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+def grid_names() -> list[str]:
+    return sorted(path.stem for path in GRIDS_FOLDER.glob("*.yaml"))
 
 
-def read(name: str) -> Grid:
+def read_grid(name: str) -> Grid:
     """Return a grid by its name, or by its file."""
-    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else GRIDS_FOLDER / f"{name}.yaml"
     if not path.is_file():
-        config.check_choice("--grid", name, names())
+        config.check_choice("--grid", name, grid_names())
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

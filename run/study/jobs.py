@@ -26,24 +26,24 @@ import torch
 
 from glimpse.run.lib import run_dir
 from glimpse.run.lib.config import ROOT
-from glimpse.run.study.grid import Planned, once
-from glimpse.run.study.results import Result, read
+from glimpse.run.study.grid import PlannedRun, merge_runs
+from glimpse.run.study.results import RunResult, read_result
 from glimpse.run.train.log import clock
 
 
-def beside(run: Path, ending: str) -> Path:
+def sibling_path(run: Path, ending: str) -> Path:
     """Return a path beside a run's folder; training refuses a folder with unknown files."""
     return run.with_name(f"{run.name}.{ending}")
 
 
-def state(run: Path) -> Result:
+def read_state(run: Path) -> RunResult:
     """Return the result of a run, with the reason its job failed, if it did."""
-    failed = beside(run, "failed")
+    failed = sibling_path(run, "failed")
     error = failed.read_text().strip() if failed.exists() else ""
-    return read(run, error)
+    return read_result(run, error)
 
 
-def why(results: list[Result], metric: str) -> str:
+def missing_reason(results: list[RunResult], metric: str) -> str:
     """Describe why some of a cell's runs have no value of this metric."""
     counts: Counter[str] = Counter()
     for result in results:
@@ -58,13 +58,13 @@ def why(results: list[Result], metric: str) -> str:
     )
 
 
-def left_to_do(planned: Planned) -> str | None:
+def next_task(planned: PlannedRun) -> str | None:
     """Return the next thing to do: "" for training, an evaluation, or None when all is done.
 
     An evaluation that failed half-way lacks some metric of training's last evaluation, and is done
     again.
     """
-    result = state(planned.folder)
+    result = read_state(planned.folder)
     if result.state != "complete":
         return ""
     in_training = [name for name in result.final if not name.endswith(")")]
@@ -75,10 +75,10 @@ def left_to_do(planned: Planned) -> str | None:
     return None
 
 
-def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]:
+def task_command(planned: PlannedRun, what: str, ranks: int, slot: int = 0) -> list[str]:
     """Return the command line of what left_to_do returned."""
     if not what:
-        return command(planned, local(ranks, slot))
+        return train_command(planned, local_launcher(ranks, slot))
     option, _, value = what.partition(" ")
     return [
         sys.executable,
@@ -90,16 +90,16 @@ def line_of(planned: Planned, what: str, ranks: int, slot: int = 0) -> list[str]
     ]
 
 
-def command(planned: Planned, launcher: list[str]) -> list[str]:
+def train_command(planned: PlannedRun, launcher: list[str]) -> list[str]:
     """Return the command line that trains a run, or resumes it."""
-    settings = ["--config", str(planned.source.relative_to(ROOT)), "--set", *planned.changes]
+    settings = ["--config", str(planned.config_file.relative_to(ROOT)), "--set", *planned.changes]
     line = [*launcher, str(ROOT / "run" / "pretrain.py"), *settings]
     if (planned.folder / "config.yaml").exists():
         line.append("--resume")
     return line
 
 
-def local(ranks: int, slot: int = 0) -> list[str]:
+def local_launcher(ranks: int, slot: int = 0) -> list[str]:
     """Return the launcher's command line on this machine, with a port that is free now.
 
     Each slot has `ranks` GPUs of its own, if there are GPUs.
@@ -129,17 +129,17 @@ def local(ranks: int, slot: int = 0) -> list[str]:
 
 @dataclass
 class Job:
-    planned: Planned
+    planned: PlannedRun
     process: subprocess.Popen | None = None
     lock: int = -1  # a file handle; -1: not held
-    before: int = 0  # bytes that earlier attempts wrote into its log
+    log_offset: int = 0  # bytes that earlier attempts wrote into its log
     slot: int = 0  # of those that run at a time, each with its GPUs
-    doing: str = ""  # what was started last, as left_to_do returns it
-    made: tuple[str, ...] = ()  # evaluations that were started
+    task: str = ""  # what was started last, as left_to_do returns it
+    started_tasks: tuple[str, ...] = ()  # evaluations that were started
 
-    def claim(self) -> bool:
+    def acquire_lock(self) -> bool:
         """Take the run's lock; return False while another job has it, or its ranks still train."""
-        path = beside(self.planned.folder, "lock")
+        path = sibling_path(self.planned.folder, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -155,18 +155,18 @@ class Job:
         self.lock = handle
         return True
 
-    def free(self) -> None:
+    def release_lock(self) -> None:
         os.close(self.lock)
         self.lock = -1
 
     def start(self, line: list[str]) -> None:
         run = self.planned.folder
-        beside(run, "failed").unlink(missing_ok=True)
+        sibling_path(run, "failed").unlink(missing_ok=True)
         if run.is_dir() and not (run / "config.yaml").exists():  # killed in its first moment
             shutil.rmtree(run)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        with beside(run, "log").open("a") as log:
-            self.before = os.fstat(log.fileno()).st_size
+        with sibling_path(run, "log").open("a") as log:
+            self.log_offset = os.fstat(log.fileno()).st_size
             self.process = subprocess.Popen(
                 line,
                 stdout=log,
@@ -176,33 +176,37 @@ class Job:
                 start_new_session=True,
             )
 
-    def ended(self, asked: bool) -> None:
+    def finish(self, asked: bool) -> None:
         """Write down why it failed, if it did and was not asked to stop; free the lock."""
         code = self.process.returncode
         if code and not asked:
-            output = beside(self.planned.folder, "log").read_bytes()[self.before :]
+            output = sibling_path(self.planned.folder, "log").read_bytes()[self.log_offset :]
             lines = output.decode(errors="replace").splitlines()
             errors = [line for line in lines if "rror" in line]
             reasons = errors or lines or ["it printed nothing"]
-            failed = beside(self.planned.folder, "failed")
+            failed = sibling_path(self.planned.folder, "failed")
             failed.write_text(f"exit code {code}: {reasons[-1].strip()[:300]}\n")
-        self.free()
+        self.release_lock()
 
     def stop(self) -> None:
         """Ask it to save and leave."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Return True if it runs, or a rank still saves after its launcher has gone."""
         return self.process.poll() is None or run_dir.trained_elsewhere(self.planned.folder)
 
 
-class Jobs:
+class JobQueue:
     """Runs in an order in which each comes after those that it needs."""
 
     def __init__(
-        self, planned: list[Planned], ranks: int, at_once: int, say: Callable[[str], None] = print
+        self,
+        planned: list[PlannedRun],
+        ranks: int,
+        at_once: int,
+        say: Callable[[str], None] = print,
     ):
         if torch.cuda.is_available():
             gpus = torch.cuda.device_count()
@@ -213,14 +217,14 @@ class Jobs:
                     f" this machine has {gpus}"
                 )
         self.ranks = ranks
-        self.at_once = at_once
-        self.say = say
-        self.waiting = [Job(run) for run in once(planned)]
+        self.max_running = at_once
+        self.report = say
+        self.waiting = [Job(run) for run in merge_runs(planned)]
         self.running: list[Job] = []
         self.failed: dict[Path, str] = {}
         self.stopping = False
 
-    def go(self) -> bool:
+    def run(self) -> bool:
         """Train all; return False if some failed, or if asked to stop."""
 
         def stop(*_: object) -> None:
@@ -235,79 +239,81 @@ class Jobs:
                         job.stop()
                     self.waiting = []
                 else:
-                    self.fill()
-                self.reap()
+                    self.start_jobs()
+                self.collect_ended()
                 time.sleep(0.5)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.stopping:
-            self.say("asked to stop; the same command goes on")
+            self.report("asked to stop; the same command goes on")
         return not (self.stopping or self.failed)
 
-    def fill(self) -> None:
+    def start_jobs(self) -> None:
         """Start the jobs that can start."""
         for job in list(self.waiting):
-            if len(self.running) >= self.at_once:
+            if len(self.running) >= self.max_running:
                 return
-            if left_to_do(job.planned) is None:
+            if next_task(job.planned) is None:
                 self.waiting.remove(job)
                 continue
-            missing = [need for need in job.planned.needs if state(need).state != "complete"]
+            missing = [
+                need for need in job.planned.dependencies if read_state(need).state != "complete"
+            ]
             broken = [need for need in missing if need in self.failed]
             if broken:
                 run = job.planned.folder
-                beside(run, "failed").write_text(f"it needs {broken[0]}, which failed\n")
-                self.end(job, state(run).reason)
-            elif not missing and job.claim():
-                self.begin(job)
+                sibling_path(run, "failed").write_text(f"it needs {broken[0]}, which failed\n")
+                self.fail(job, read_state(run).reason)
+            elif not missing and job.acquire_lock():
+                self.start_task(job)
 
-    def begin(self, job: Job) -> None:
+    def start_task(self, job: Job) -> None:
         """Start the next thing to do of a job whose lock is held."""
         run = job.planned.folder
-        what = left_to_do(job.planned)  # again: another job may have done it before the lock
+        what = next_task(job.planned)  # again: another job may have done it before the lock
         if what is None:
-            job.free()
+            job.release_lock()
             self.waiting.remove(job)
             return
-        if what and what in job.made:
-            job.free()
-            self.end(job, f"was evaluated, --{what}, and has no result of that")
+        if what and what in job.started_tasks:
+            job.release_lock()
+            self.fail(job, f"was evaluated, --{what}, and has no result of that")
             return
 
         self.waiting.remove(job)
-        job.doing = what
-        job.made = (*job.made, what)
+        job.task = what
+        job.started_tasks = (*job.started_tasks, what)
         if what:
-            self.say(f"{run}: is evaluated, --{what}")
+            self.report(f"{run}: is evaluated, --{what}")
         else:
-            self.say(f"{run}: {'goes on' if run.exists() else 'begins'}")
-        free_slots = set(range(self.at_once)) - {other.slot for other in self.running}
+            self.report(f"{run}: {'goes on' if run.exists() else 'begins'}")
+        free_slots = set(range(self.max_running)) - {other.slot for other in self.running}
         job.slot = min(free_slots)
         self.running.append(job)
-        job.start(line_of(job.planned, what, self.ranks, job.slot))
+        job.start(task_command(job.planned, what, self.ranks, job.slot))
 
-    def reap(self) -> None:
+    def collect_ended(self) -> None:
         """Take note of the jobs that have ended."""
-        ended = [job for job in self.running if not job.alive()]
+        ended = [job for job in self.running if not job.is_alive()]
         for job in ended:
             run = job.planned.folder
             self.running.remove(job)
-            job.ended(self.stopping)
-            result = state(run)
+            job.finish(self.stopping)
+            result = read_state(run)
             if result.state == "complete" and not job.process.returncode:
                 self.waiting.insert(0, job)  # there may be an evaluation to run
-                if not job.doing:
+                if not job.task:
                     spent = f", {clock(result.seconds)} of training" if result.seconds else ""
-                    self.say(f"{run}: complete{spent}")
+                    self.report(f"{run}: complete{spent}")
             elif self.stopping:
-                self.say(f"{run}: {result.reason or 'stopped in an evaluation'}")
+                self.report(f"{run}: {result.reason or 'stopped in an evaluation'}")
             else:
-                self.end(job, result.reason or beside(run, "failed").read_text().strip())
+                self.fail(job, result.reason or sibling_path(run, "failed").read_text().strip())
 
-    def end(self, job: Job, why: str) -> None:
+    def fail(self, job: Job, why: str) -> None:
         """Give a job up as failed."""
         if job in self.waiting:
             self.waiting.remove(job)
         self.failed[job.planned.folder] = why
-        self.say(f"{job.planned.folder}: {why}")
+        self.report(f"{job.planned.folder}: {why}")

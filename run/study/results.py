@@ -23,12 +23,16 @@ from glimpse.run.lib import config
 from glimpse.run.lib.config import RunConfig
 from glimpse.run.study import grid
 
-AS_USUAL = {"weights": "student", "mask": "none", "ensemble": 1}  # evaluation during training
+DEFAULT_OPTIONS = {
+    "weights": "student",
+    "mask": "none",
+    "ensemble": 1,
+}  # evaluation during training
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """The result of one run.
 
     Metrics are named KIND/SET/METRIC as in results.jsonl, `teacher/...` with the average's weights.
@@ -57,7 +61,7 @@ class Result:
     memory_gib: float | None = None  # rank 0's peak
 
 
-def read(run: Path, error: str = "") -> Result:
+def read_result(run: Path, error: str = "") -> RunResult:
     """Return the result of the run in a folder; error: why its job ended, if the caller knows."""
     path = run / "config.yaml"
     try:
@@ -65,28 +69,28 @@ def read(run: Path, error: str = "") -> Result:
         provenance = yaml.safe_load(path.read_text()).get("provenance", {})
     except (ValueError, OSError) as fault:
         state = "failed" if error else "absent"
-        return Result(run, state, error or why_without_config(run, fault))
+        return RunResult(run, state, error or describe_missing_config(run, fault))
 
     # How far it came. If the last record of training was cut off, its evaluation still counts.
-    rows = records(run / "metrics.jsonl")
+    rows = read_records(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
-    measured = records(run / "results.jsonl")
+    measured = read_records(run / "results.jsonl")
     samples = max((row.get("samples", 0) for row in rows + measured), default=0)
     ended = samples + cfg.batch > cfg.samples  # the rest is no full batch
 
     # Its metrics, final ones if it ended.
-    curve = curves(measured)
+    curve = metric_curves(measured)
     final = {}
     for name, points in curve.items():
         last_samples, value = points[-1]
         if ended and last_samples >= samples:
             final[name] = value
 
-    state, reason = state_of(cfg, samples, ended, final, error)
+    state, reason = run_state(cfg, samples, ended, final, error)
     losses = [(row["samples"], row["loss"]) for row in steps if row["loss"] is not None]
     command = run / "command.txt"
     commands = command.read_text().splitlines() if command.exists() else []
-    return Result(
+    return RunResult(
         run,
         state,
         reason,
@@ -97,11 +101,11 @@ def read(run: Path, error: str = "") -> Result:
         final=final,
         losses=losses,
         samples=samples,
-        **cost_with_start(run, cfg, steps),
+        **cost_with_initial_run(run, cfg, steps),
     )
 
 
-def why_without_config(run: Path, fault: Exception) -> str:
+def describe_missing_config(run: Path, fault: Exception) -> str:
     """Describe why a run has no config; fault: raised by reading it."""
     path = run / "config.yaml"
     if path.exists():
@@ -111,7 +115,7 @@ def why_without_config(run: Path, fault: Exception) -> str:
     return f"not run: there is no {run}"
 
 
-def state_of(
+def run_state(
     cfg: RunConfig, samples: int, ended: bool, final: dict[str, float], error: str
 ) -> tuple[str, str]:
     """Return the state of a run that began, and the reason if it is not complete."""
@@ -126,17 +130,17 @@ def state_of(
     return "partial", reason
 
 
-def cost_with_start(run: Path, cfg: RunConfig, steps: list[dict]) -> dict[str, float | None]:
+def cost_with_initial_run(run: Path, cfg: RunConfig, steps: list[dict]) -> dict[str, float | None]:
     """Return the cost of a run, its seconds with those of the run that it began from."""
-    spent = cost(steps)
-    before = began_from(run, cfg)
+    spent = training_cost(steps)
+    before = initial_run(run, cfg)
     if before and spent.get("seconds"):
-        earlier = read(before).seconds
+        earlier = read_result(before).seconds
         spent["seconds"] = earlier and spent["seconds"] + earlier
     return spent
 
 
-def began_from(run: Path, cfg: RunConfig) -> Path | None:
+def initial_run(run: Path, cfg: RunConfig) -> Path | None:
     """Return the run whose weights it began with, at its path or beside it.
 
     None if there is none, or it is a converted model.
@@ -149,7 +153,7 @@ def began_from(run: Path, cfg: RunConfig) -> Path | None:
     return None
 
 
-def records(path: Path) -> list[dict]:
+def read_records(path: Path) -> list[dict]:
     """Return the records of a file, none if there is no file.
 
     A last line that is still being written or was cut off is left out.
@@ -164,7 +168,7 @@ def records(path: Path) -> list[dict]:
     return rows
 
 
-def curves(results: list[dict]) -> dict[str, list[tuple[int, float]]]:
+def metric_curves(results: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """Return {metric: [(samples, value)]}, ascending; of two values at one place the later."""
     points: dict[str, dict[int, float]] = {}
     for row in results:
@@ -177,7 +181,9 @@ def curves(results: list[dict]) -> dict[str, list[tuple[int, float]]]:
                 options[key] = value
         weights = options.pop("weights", "student")
         prefix = "" if weights == "student" else f"{weights}/"
-        asked = [f"{key} {value}" for key, value in options.items() if AS_USUAL.get(key) != value]
+        asked = [
+            f"{key} {value}" for key, value in options.items() if DEFAULT_OPTIONS.get(key) != value
+        ]
         suffix = f" ({', '.join(asked)})" if asked else ""
 
         for name, value in row.items():
@@ -186,7 +192,7 @@ def curves(results: list[dict]) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(at.items()) for name, at in points.items()}
 
 
-def cost(steps: list[dict]) -> dict[str, float | None]:
+def training_cost(steps: list[dict]) -> dict[str, float | None]:
     """Return seconds, speed, MFU and memory from the records of training.
 
     The time is that of the samples at their measured speeds: evaluations, starts, and work that a
@@ -212,14 +218,14 @@ def cost(steps: list[dict]) -> dict[str, float | None]:
     )
 
 
-def by_seed(results: list[Result]) -> dict[str, list[Result]]:
+def group_by_seed(results: list[RunResult]) -> dict[str, list[RunResult]]:
     """Return {label: runs that differ in seed and folder alone}, in the order of the results.
 
     Labels are the common part of the runs' folders.
     """
-    groups: list[list[Result]] = []
+    groups: list[list[RunResult]] = []
     for result in results:
-        group = next((group for group in groups if differ_in_seed(result, group[0])), None)
+        group = next((group for group in groups if differ_only_in_seed(result, group[0])), None)
         # two runs of one seed are no group
         if group and result.config.seed not in [other.config.seed for other in group]:
             group.append(result)
@@ -228,57 +234,59 @@ def by_seed(results: list[Result]) -> dict[str, list[Result]]:
 
     # Folders as labels: their common part, as far as that tells groups apart, without the path
     # above all of them.
-    paths = [common([os.path.abspath(result.run) for result in group]) for group in groups]
+    paths = [common_path([os.path.abspath(result.run) for result in group]) for group in groups]
     if len(set(paths)) < len(paths):
         paths = [os.path.abspath(group[0].run) for group in groups]
     above = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     return {os.path.relpath(path, above): group for path, group in zip(paths, groups)}
 
 
-def differ_in_seed(a: Result, b: Result) -> bool:
+def differ_only_in_seed(a: RunResult, b: RunResult) -> bool:
     """Return True if two runs differ in their seed and folder at most."""
     if a.config is None or b.config is None:
         return False
-    return unseeded(a.config) == unseeded(b.config)
+    return without_seed(a.config) == without_seed(b.config)
 
 
-def common(paths: list[str]) -> str:
+def common_path(paths: list[str]) -> str:
     """Return a/flip for a/flip-seed0 and a/flip-seed1."""
     if len(paths) == 1:
         return paths[0]
     return re.sub(r"[-_.=/]+(seed|s)?[-_.=]*\d*$", "", os.path.commonprefix(paths))
 
 
-def unseeded(cfg: RunConfig) -> RunConfig:
+def without_seed(cfg: RunConfig) -> RunConfig:
     """Return the part of a config that runs of other seeds share.
 
     The runs that they began from or learn from differ in seed, too.
     """
-    same = replace(cfg, run="", seed=0, init=grid.unseeded(cfg.init))
+    same = replace(cfg, run="", seed=0, init=grid.strip_seed(cfg.init))
     teacher = getattr(cfg.options, "teacher", "")
     if not teacher:
         return same
-    return replace(same, options=replace(cfg.options, teacher=grid.unseeded(teacher)))
+    return replace(same, options=replace(cfg.options, teacher=grid.strip_seed(teacher)))
 
 
-def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
+def mean_interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
     """Return (mean, low, high): the 95 % percentile bootstrap interval of the mean of runs.
 
     low and high are nan for one run. For two or three runs they are the range of the values. With
     few runs the interval is too narrow: for normal values it contains the mean in 50 % of the cases
     with two runs, 75 % with three, about 84 % with five.
     """
-    low, high = bounds(resampled(values, seed))
+    low, high = percentile_bounds(resample_means(values, seed))
     return float(np.mean(values)), low, high
 
 
-def difference(a: list[float], b: list[float], seed: int = 0) -> tuple[float, float, float]:
+def difference_interval(
+    a: list[float], b: list[float], seed: int = 0
+) -> tuple[float, float, float]:
     """Return (mean of a - mean of b, low, high) of two independent groups, as `interval`."""
-    low, high = bounds(resampled(a, seed) - resampled(b, seed + 1))
+    low, high = percentile_bounds(resample_means(a, seed) - resample_means(b, seed + 1))
     return float(np.mean(a) - np.mean(b)), low, high
 
 
-def resampled(values: list[float], seed: int) -> np.ndarray:
+def resample_means(values: list[float], seed: int) -> np.ndarray:
     """Return means of samples drawn with replacement, independent of the order of values."""
     if not values:
         raise ValueError(
@@ -291,6 +299,6 @@ def resampled(values: list[float], seed: int) -> np.ndarray:
     return samples.mean(1)
 
 
-def bounds(means: np.ndarray) -> tuple[float, float]:
+def percentile_bounds(means: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)

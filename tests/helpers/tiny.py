@@ -23,7 +23,7 @@ from glimpse.data.shards import build_index, write_shard
 from glimpse.data.tokenizer import build, train_sentencepiece
 from glimpse.model.methods import METHODS
 from glimpse.run.lib import config
-from glimpse.run.study.grid import Planned
+from glimpse.run.study.grid import PlannedRun
 from glimpse.run.train.log import Log
 
 WHOLE = "WHOLE" in os.environ  # what CI shortens is done in full
@@ -274,7 +274,7 @@ def recorded(
 
 def finished(
     run: Path,
-    planned: Planned,
+    planned: PlannedRun,
     value: float,
     how: dict | None = None,
     metric: str = "zero_shot/seen_concepts_unseen_style/top5",

@@ -217,7 +217,7 @@ def test_two_steps_of_every_method(data, name, more):
             positions = view["positions"]
             assert positions.max() < L
             assert torch.equal(positions, positions.sort(1).values)
-        assert pictures.masked_inputs(part, cfg).shape[1] == sum(H + 2 for _ in part["views"])
+        assert pictures.masked_inputs_picture(part, cfg).shape[1] == sum(H + 2 for _ in part["views"])
         loss, _ = method.loss(method(part))
         loss.backward()
         assert all(p.grad is not None for p in trained)
@@ -229,7 +229,7 @@ def test_two_steps_of_every_method(data, name, more):
     samples = [loader.shards[i] for i in range(3)]
     images = [sample.image for sample in samples]
     captions = [sample.caption for sample in samples]
-    columns = pictures.gallery(method, cfg, reader.tokenizer, images, captions)
+    columns = pictures.build_gallery(method, cfg, reader.tokenizer, images, captions)
     assert all(column.shape == (3, 3, H, W) for column in columns.values())
 
 

@@ -9,7 +9,7 @@ import torch
 from glimpse.model.methods import METHODS
 from glimpse.model.methods.clip import Clip
 from glimpse.run.lib import config
-from glimpse.run.plan.flops import count_model
+from glimpse.run.plan.flops import count_model_flops
 from glimpse.run.pretrain import Training
 
 VOCAB = 500
@@ -41,8 +41,8 @@ def test_flops_are_those_of_the_tokens_that_the_tower_sees(overrides):
     flops = Training.flops(run, captions(tokens=8, count=4))
 
     plain = training("model.text.causal=false", "model.text.pool=first").cfg
-    assert flops == count_model(plain, VOCAB, 8)
-    assert flops < count_model(plain, VOCAB, 9)
+    assert flops == count_model_flops(plain, VOCAB, 8)
+    assert flops < count_model_flops(plain, VOCAB, 9)
 
 
 def test_flops_are_counted_once():

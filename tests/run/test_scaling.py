@@ -24,13 +24,13 @@ from glimpse.run.study import grid, jobs
 from glimpse.tests.helpers.tiny import ROOT, environment, finished, shards
 
 STEPS = 30
-GRIDS = {name: grid.read(name) for name in grid.names()}
+GRIDS = {name: grid.read_grid(name) for name in grid.grid_names()}
 
 
 SCALES = [(name, scale) for name, spec in GRIDS.items() for scale in spec.scales]
 
 
-def folders_of(runs: dict[str, list[grid.Planned]]) -> list[Path]:
+def folders_of(runs: dict[str, list[grid.PlannedRun]]) -> list[Path]:
     return [run.folder for cell in runs.values() for run in cell]
 
 
@@ -55,7 +55,7 @@ def test_every_cell_is_a_config(name, scale):
     assert len(folders) == len(set(folders)), "two cells of a grid train the same"
     for cell in runs.values():
         for run in cell:
-            cfg = config.load(run.source, run.changes)
+            cfg = config.load(run.config_file, run.changes)
             assert cfg == run.cfg, "the command line trains what was planned"
 
 
@@ -144,14 +144,14 @@ def test_grids_that_cannot_be(change, said, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree | change))
 
     with pytest.raises(ValueError, match=re.escape(said)):
-        grid.read(str(tmp_path / "mine.yaml")).runs("glyphs", [], 1, tmp_path)
+        grid.read_grid(str(tmp_path / "mine.yaml")).runs("glyphs", [], 1, tmp_path)
 
 
 def test_a_grid_that_is_no_yaml(tmp_path):
     (tmp_path / "mine.yaml").write_text("title: [")
 
     with pytest.raises(ValueError, match="mine.yaml is no YAML"):
-        grid.read(str(tmp_path / "mine.yaml"))
+        grid.read_grid(str(tmp_path / "mine.yaml"))
 
 
 def test_a_tuned_run_is_the_same_wherever_it_lies(tmp_path):
@@ -161,8 +161,8 @@ def test_a_tuned_run_is_the_same_wherever_it_lies(tmp_path):
     there = GRIDS["flip_table1"].runs("glyphs", [cell], 2, tmp_path)[cell]
 
     assert [run.folder.name for run in here] == [run.folder.name for run in there]
-    unseeded = grid.unseeded(str(there[1].folder))
-    assert grid.unseeded(str(here[0].folder)) == unseeded, "and of every seed but for the seed"
+    unseeded = grid.strip_seed(str(there[1].folder))
+    assert grid.strip_seed(str(here[0].folder)) == unseeded, "and of every seed but for the seed"
 
 
 def test_a_grid_sets_seeds_itself(tmp_path):
@@ -259,7 +259,7 @@ def test_what_is_wrong_in_a_grid_names_its_cell(cells, wrong, tmp_path):
     )
 
     with pytest.raises(ValueError, match=re.escape(wrong)):
-        grid.read(str(path)).runs("glyphs", [], 1, tmp_path)
+        grid.read_grid(str(path)).runs("glyphs", [], 1, tmp_path)
 
 
 def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, scaling):
@@ -338,7 +338,7 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
     options = f"--grid {path} --seeds 1 --out {out}".split()
     launch = [sys.executable, "run/scaling.py", "launch", *options, "--ranks", "1"]
     runs = {}
-    for cell, (run,) in grid.read(str(path)).runs("glyphs", [], 1, out).items():
+    for cell, (run,) in grid.read_grid(str(path)).runs("glyphs", [], 1, out).items():
         runs[cell] = run.folder
 
     launch_until(launch, runs["base"], 5)
@@ -350,11 +350,11 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
     print(done.stdout)
     assert done.returncode == 1, "one cell cannot be trained"
     for cell in ("base", "tuned"):
-        assert jobs.state(runs[cell]).state == "complete", cell
+        assert jobs.read_state(runs[cell]).state == "complete", cell
         assert steps(runs[cell]) == list(range(1, STEPS + 1)), cell
     assert len((runs["base"] / "command.txt").read_text().splitlines()) == 1, "trained once"
-    assert any(name.endswith("(mask random(0.5))") for name in jobs.state(runs["base"]).final)
-    assert "no such folder of shards" in jobs.state(runs["broken"]).reason
+    assert any(name.endswith("(mask random(0.5))") for name in jobs.read_state(runs["base"]).final)
+    assert "no such folder of shards" in jobs.read_state(runs["broken"]).reason
 
     table = [sys.executable, "run/scaling.py", "table", *options]
     done = subprocess.run(table, cwd=ROOT, env=environment(), capture_output=True, text=True)

@@ -6,7 +6,7 @@ import torch
 from glimpse.model import collectives
 from glimpse.model.losses import contrastive
 from glimpse.run.lib import config
-from glimpse.run.plan.flops import count, count_model, counter
+from glimpse.run.plan.flops import count_flops, count_model_flops, create_counter
 
 VOCAB, TOKENS = 30523, 16
 
@@ -27,7 +27,7 @@ def blocks(tokens: int, width: int, depth: int, queries: int) -> int:
 def test_the_closed_form_of_b16(mask, visible, pool, all_tokens):
     cfg = load("flip_b16", f"views.image.mask={mask}", f"model.vision.pool={pool}", "batch=4096")
 
-    flops = count(cfg, VOCAB, TOKENS)
+    flops = count_flops(cfg, VOCAB, TOKENS)
 
     tokens = 1 + visible
     embedding = visible * 768 * 768
@@ -58,7 +58,7 @@ def test_formulas_by_hand(name):
     cfg = load(name, "model.checkpoint_activations=true")
     images, captions, teacher, loss, _, with_zero3 = FORMULAS[name]
 
-    flops = count(cfg, VOCAB, TOKENS, sharded=True)
+    flops = count_flops(cfg, VOCAB, TOKENS, sharded=True)
 
     assert flops.images / 1e9 == pytest.approx(images, rel=0.003)
     assert flops.captions / 1e9 == pytest.approx(captions, rel=0.001)
@@ -72,16 +72,16 @@ def test_recomputation_without_zero3(name):
     cfg = load(name, "model.checkpoint_activations=true")
     recomputed = FORMULAS[name][4]
 
-    flops = count(cfg, VOCAB, TOKENS)
+    flops = count_flops(cfg, VOCAB, TOKENS)
 
     assert flops.recomputed / 1e9 == pytest.approx(recomputed, rel=0.015)
-    assert flops.model == count_model(cfg, VOCAB, TOKENS)
+    assert flops.model == count_model_flops(cfg, VOCAB, TOKENS)
 
 
 def test_a_frozen_text_tower_is_not_counted():
     overrides = ("options.contrast=false", "options.teacher=runs/clip")
 
-    flops = count(load("maskclip_b16", *overrides), VOCAB, TOKENS)
+    flops = count_flops(load("maskclip_b16", *overrides), VOCAB, TOKENS)
 
     assert flops.captions == flops.loss == 0
     assert flops.teacher > 0
@@ -92,7 +92,7 @@ def test_products_that_are_added_in_place_count():
     image = torch.randn(rows, width).requires_grad_()
     text = torch.randn(rows, width).requires_grad_()
 
-    with counter() as flop_counter:
+    with create_counter() as flop_counter:
         contrastive(image, text, torch.ones(1, requires_grad=True))[0].backward()
 
     assert flop_counter.get_total_flops() == 4 * 2 * rows * rows * width
@@ -111,7 +111,7 @@ def test_a_rank_counts_without_the_others(monkeypatch):
     for name in ("_all_gather", "_reduce_scatter"):
         monkeypatch.setattr(collectives, name, refuse)
 
-    assert count(load("aclip_b16"), VOCAB, TOKENS).model > 0
+    assert count_flops(load("aclip_b16"), VOCAB, TOKENS).model > 0
     assert collectives.world() == 2
     with pytest.raises(AssertionError, match="a collective"):
         collectives.all_reduce(torch.ones(1))

@@ -19,7 +19,7 @@ from glimpse.model import losses, tiled_softmax
 from glimpse.model.methods import build_method
 from glimpse.run.lib import config
 from glimpse.run.plan import activation_memory, flops, planner, synthetic_batch
-from glimpse.run.plan.zero_memory import ADAM, Zero
+from glimpse.run.plan.zero_memory import ADAM_TEMPORARIES, ZeroMemory
 from glimpse.run.pretrain import plan_text
 from glimpse.tests.helpers.tiny import launch
 from glimpse.tests.model.test_towers import GOLDEN
@@ -44,7 +44,7 @@ def step(cfg: config.RunConfig):
     """Return a function: a forward and backward pass that drops each gradient at once."""
     torch.manual_seed(0)
     method = build_method(cfg, VOCAB)
-    part = synthetic_batch.micro_batch(cfg, TOKENS, MICRO)
+    part = synthetic_batch.random_micro_batch(cfg, TOKENS, MICRO)
 
     def drop(parameter):
         parameter.grad = None
@@ -68,10 +68,10 @@ def test_flops_and_activations_are_the_measured_ones(size, mask, again):
     passes = step(cfg)
 
     # FLOPs.
-    with flops.counter() as counter:
+    with flops.create_counter() as counter:
         passes()
     counted = counter.get_total_flops() / MICRO
-    parts = planner.costs(cfg, VOCAB, TOKENS, sharded=False)
+    parts = planner.flops_by_purpose(cfg, VOCAB, TOKENS, sharded=False)
     assert sum(parts.values()) - parts["loss"] == pytest.approx(counted, rel=0.005)
 
     # The measured peak of memory. The batch existed before and is not part of it.
@@ -85,10 +85,12 @@ def test_flops_and_activations_are_the_measured_ones(size, mask, again):
     for event in memory_events:
         now += event.nbytes()
         peak = max(peak, now)
-    image = synthetic_batch.micro_batch(cfg, TOKENS, MICRO)["views"]["image"]
+    image = synthetic_batch.random_micro_batch(cfg, TOKENS, MICRO)["views"]["image"]
     batch = sum(x.nbytes for x in image.values())
 
-    trace = activation_memory.traced(cfg, VOCAB, TOKENS, MICRO, torch.float32, keep=False)
+    trace = activation_memory.trace_activations(
+        cfg, VOCAB, TOKENS, MICRO, torch.float32, keep_gradients=False
+    )
     assert trace.backward - batch == pytest.approx(peak, rel=0.15)
     assert trace.saved <= trace.forward <= trace.backward
 
@@ -100,10 +102,10 @@ def test_every_method_is_planned(name):
     passes = step(cfg)
     has_teacher = name in ("aclip_b16", "maskclip_b16")
 
-    with flops.counter() as counter:
+    with flops.create_counter() as counter:
         passes()
-    plan = planner.plan(cfg, planner.Cluster.of("H100", ranks=1), TOKENS, vocab=VOCAB)
-    parts = planner.costs(cfg, VOCAB, TOKENS, sharded=False)
+    plan = planner.plan(cfg, planner.Cluster.from_device("H100", ranks=1), TOKENS, vocab=VOCAB)
+    parts = planner.flops_by_purpose(cfg, VOCAB, TOKENS, sharded=False)
 
     # The plan is for ZeRO-3, which recomputes more than this plain process.
     assert plan.flops["recomputed"] > parts["recomputed"]
@@ -122,11 +124,11 @@ def test_parameters_are_the_golden_ones(name, size):
     golden = dict(line.rsplit(" ", 1) for line in GOLDEN.read_text().splitlines())
     cfg = config.load(config.ROOT / f"run/configs/{name}.yaml")
     with torch.device("meta"):
-        method = activation_memory.built(cfg, 30523, torch.bfloat16)
+        method = activation_memory.build_with_dtype(cfg, 30523, torch.bfloat16)
 
-    weights = planner.Weights.of(method, cfg, 100_000)
+    weights = planner.ParameterCounts.from_method(method, cfg, 100_000)
 
-    assert weights.all == int(golden[size])
+    assert weights.total == int(golden[size])
     assert weights.frozen == 0
 
 
@@ -137,7 +139,7 @@ def test_the_loss():
     text = F.normalize(torch.randn(rows, embed), dim=1).requires_grad_()
     scale = torch.ones(1, requires_grad=True)
 
-    with activation_memory.Alive() as alive:
+    with activation_memory.LiveMemory() as alive:
         alive.ignore(image, text, scale)
         losses.contrastive(image, text, scale)[0].backward()
 
@@ -151,39 +153,41 @@ def test_states_beside_deepspeeds_own_estimate():
     """
     cfg = config.load(config.ROOT / "run/configs/flip_l16.yaml")
     with torch.device("meta"):
-        method = activation_memory.built(cfg, 30523, torch.bfloat16)
-    zero = Zero.of(
+        method = activation_memory.build_with_dtype(cfg, 30523, torch.bfloat16)
+    zero = ZeroMemory.from_json(
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}
     )
-    weights = planner.Weights.of(method, cfg, 0)
+    weights = planner.ParameterCounts.from_method(method, cfg, 0)
 
     _, estimate, layer = estimate_zero3_model_states_mem_needs(
-        weights.all, weights.largest, 8, 4, cpu_offload=False
+        weights.total, weights.largest, 8, 4, cpu_offload=False
     )
-    held = sum(zero.held(weights, 32).values())
-    in_step = sum(zero.in_step(weights, 32, ADAM["gpu"]).values())
+    held = sum(zero.persistent_bytes(weights, 32).values())
+    in_step = sum(zero.step_bytes(weights, 32, ADAM_TEMPORARIES["gpu"]).values())
 
-    assert held == pytest.approx(16 * weights.all / 32, rel=0.001)
+    assert held == pytest.approx(16 * weights.total / 32, rel=0.001)
     assert held < estimate - layer < held + in_step
 
 
 def test_what_a_rank_holds_shrinks_with_stage_and_ranks():
     cfg = made_config(*NANO)
     with torch.device("meta"):
-        method = activation_memory.built(cfg, VOCAB, torch.float32)
-    weights = planner.Weights.of(method, cfg, 0)
+        method = activation_memory.build_with_dtype(cfg, VOCAB, torch.float32)
+    weights = planner.ParameterCounts.from_method(method, cfg, 0)
 
     held = []
     for stage in (0, 1, 2, 3):
-        zero = Zero.of({"zero_optimization": {"stage": stage, "reduce_bucket_size": 1}})
-        one_rank = sum(zero.held(weights, 1).values())
-        eight_ranks = sum(zero.held(weights, 8).values())
+        zero = ZeroMemory.from_json(
+            {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1}}
+        )
+        one_rank = sum(zero.persistent_bytes(weights, 1).values())
+        eight_ranks = sum(zero.persistent_bytes(weights, 8).values())
         held.append([one_rank, eight_ranks])
 
-    assert held[0] == [12 * weights.all, 12 * weights.all]
-    assert held[1] == [16 * weights.all, 5.5 * weights.all]
-    assert held[2] == [16 * weights.all, 5.5 * weights.all]
-    assert held[3] == pytest.approx([20 * weights.all, 2.5 * weights.all], rel=0.01)
+    assert held[0] == [12 * weights.total, 12 * weights.total]
+    assert held[1] == [16 * weights.total, 5.5 * weights.total]
+    assert held[2] == [16 * weights.total, 5.5 * weights.total]
+    assert held[3] == pytest.approx([20 * weights.total, 2.5 * weights.total], rel=0.01)
 
 
 def test_proposals():
@@ -210,13 +214,13 @@ def test_proposals():
     assert tight.hardware_flops > ample.hardware_flops
     assert tight.cfg.model.checkpoint_activations or tight.cfg.accumulate > 1
     assert tight.cfg.batch == 1024
-    assert tight.utilisation == pytest.approx(reference.utilisation)
+    assert tight.utilization == pytest.approx(reference.utilization)
     assert impossible is None
-    assert "No shipped JSON fits" in planner.advice(cfg, impossible)
+    assert "No shipped JSON fits" in planner.describe_proposal(cfg, impossible)
 
 
 def test_parts_hold_less_and_cost_a_forward_pass_more():
-    cluster = planner.Cluster.of("H100", ranks=1)
+    cluster = planner.Cluster.from_device("H100", ranks=1)
 
     def plan(accumulate: int) -> planner.Plan:
         cfg = made_config(*NANO, "batch=64", f"accumulate={accumulate}")
@@ -225,9 +229,9 @@ def test_parts_hold_less_and_cost_a_forward_pass_more():
     single = plan(1)
     four = plan(4)
 
-    single_activations = single.moments["backward pass"]["activations"]
-    four_activations = four.moments["backward pass"]["activations"]
-    assert four.micro == 16
+    single_activations = single.memory_by_phase["backward pass"]["activations"]
+    four_activations = four.memory_by_phase["backward pass"]["activations"]
+    assert four.micro_batch_size == 16
     assert four_activations < 0.3 * single_activations
     assert four.hardware_flops == pytest.approx(4 / 3 * single.hardware_flops, rel=0.001)
     assert four.step_seconds == pytest.approx(single.step_seconds), "the same MFU is the same speed"
@@ -273,27 +277,27 @@ def replace_namespace(args: Namespace, **changes) -> Namespace:
     "work, message",
     [
         (
-            lambda: planner.Cluster.of("H1000", ranks=1),
+            lambda: planner.Cluster.from_device("H1000", ranks=1),
             "--device H1000: unknown; known: A100-40, A100-80, H100",
         ),
-        (lambda: planner.Cluster.of("H100", ranks=0), "--ranks 0: it must be above 0"),
+        (lambda: planner.Cluster.from_device("H100", ranks=0), "--ranks 0: it must be above 0"),
         (
-            lambda: planner.Cluster.of("H100", ranks=1, mfu=40.0),
+            lambda: planner.Cluster.from_device("H100", ranks=1, mfu=40.0),
             "--mfu 40.0: a share of the peak, at most 1",
         ),
         (lambda: planner.Cluster(1, tflops=1, memory=0), "--gpu-memory 0: it must be above 0"),
         (
-            lambda: planner.plan(made_config(), planner.Cluster.of("H100", ranks=3)),
+            lambda: planner.plan(made_config(), planner.Cluster.from_device("H100", ranks=3)),
             "batch: 8 does not divide by 3 ranks",
         ),
         (
             lambda: planner.plan(
-                made_config(), planner.Cluster.of("H100", ranks=1), 99.0, vocab=VOCAB
+                made_config(), planner.Cluster.from_device("H100", ranks=1), 99.0, vocab=VOCAB
             ),
             "99 tokens of a caption: from 1 to data",
         ),
         (
-            lambda: planner.vocabulary(
+            lambda: planner.find_vocab_size(
                 replace(made_config(), data=replace(made_config().data, tokenizer="wordpeace"))
             ),
             "wordpeace",
@@ -338,7 +342,7 @@ def test_two_ranks_measure_what_is_planned():
 
 def test_more_than_the_peak_is_refused():
     cfg = config.load(config.ROOT / "run/configs/flip_h14.yaml")
-    cluster = planner.Cluster.of("H100", ranks=256, mfu=0.8)
+    cluster = planner.Cluster.from_device("H100", ranks=256, mfu=0.8)
     message = r"--mfu 0.8: .* would reach 1\d\d% of their peak; at most 0.7\d is possible"
 
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ from glimpse.data.shards import Shards, build_index, write_shard
 from glimpse.model.layers import AttentionRecorder, Packed
 from glimpse.model.text import TextTower
 from glimpse.model.vision import resized
-from glimpse.run.reports.pictures import examples
+from glimpse.run.reports.pictures import read_examples
 from glimpse.tests.helpers.tiny import picture
 from glimpse.tests.model.test_towers import FLAVOURS, captions, everywhere, small
 
@@ -120,7 +120,7 @@ def test_examples_leave_out_what_cannot_be_read(tmp_path):
     samples.append(("broken", {"png": pictures[0][:60], "txt": b"x"}))
     write_shard(tmp_path / "0.tar", samples)
 
-    images, captions = examples(Shards([tmp_path]), 4)
+    images, captions = read_examples(Shards([tmp_path]), 4)
 
     assert images == pictures
     assert captions == ["a red circle"] * 3
@@ -128,4 +128,4 @@ def test_examples_leave_out_what_cannot_be_read(tmp_path):
     write_shard(tmp_path / "0.tar", [("broken", {"png": b"x", "txt": b"x"})])
     build_index(tmp_path)
 
-    assert examples(Shards([tmp_path]), 4) is None
+    assert read_examples(Shards([tmp_path]), 4) is None

@@ -19,9 +19,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from glimpse.model import portable
-from glimpse.run.report import compare
+from glimpse.run.report import compare_runs
 from glimpse.run.reports import html_report, plots
-from glimpse.run.study.results import Result, by_seed, read
+from glimpse.run.study.results import RunResult, group_by_seed, read_result
 from glimpse.run.train import load_model
 from glimpse.tests.helpers.browser import opened
 from glimpse.tests.helpers.tiny import ROOT, environment, recorded, settings, shards
@@ -31,7 +31,7 @@ R1 = "retrieval/shapes/image_to_text_r1"
 EVALUATIONS = ("evals=[zero_shot:x/shapes]",)
 
 
-def study(folder: Path) -> dict[str, list[Result]]:
+def study(folder: Path) -> dict[str, list[RunResult]]:
     """Return three groups of two seeds, and a run that was never begun.
 
     One group is complete, one is complete and trained twice as long, one is cut off.
@@ -48,8 +48,12 @@ def study(folder: Path) -> dict[str, list[Result]]:
         cut = {200: {TOP1: 0.9}}
         options = ("samples=400", "optim.lr=1", *options)
         recorded(folder / f"cut-{seed}", (None, 25), cut, *options)
-    runs = [read(folder / f"{name}-{seed}") for name in ("base", "long", "cut") for seed in (0, 1)]
-    return by_seed([*runs, read(folder / "wide", "exit code 1: out of memory")])
+    runs = [
+        read_result(folder / f"{name}-{seed}")
+        for name in ("base", "long", "cut")
+        for seed in (0, 1)
+    ]
+    return group_by_seed([*runs, read_result(folder / "wide", "exit code 1: out of memory")])
 
 
 class Reader(HTMLParser):
@@ -97,7 +101,7 @@ def made(tmp_path_factory):
     gray = torch.full((2, 3, 16, 16), 200, dtype=torch.uint8)
     pictures = {"image": black, "attention": gray}
     galleries = {"base": (pictures, ["a <b> & c", "d"]), "cut": "no whole checkpoint"}
-    return groups, html_report.write(folder / "out/report.html", groups, galleries)
+    return groups, html_report.write_report(folder / "out/report.html", groups, galleries)
 
 
 def test_tables(made):
@@ -199,7 +203,7 @@ def test_chance_is_that_of_top1(tmp_path):
     results = {TOP1: 0.1, top5: 0.3, "zero_shot/shapes/chance": 0.04}
     run = recorded(tmp_path / "run", (50, 50), {200: results}, *EVALUATIONS)
 
-    figures = html_report.drawn({"run": [read(run)]}, [TOP1, top5])
+    figures = html_report.build_plots({"run": [read_result(run)]}, [TOP1, top5])
 
     for name, count in ((TOP1, 1), (top5, 0)):
         lines = figures[f"{name} by samples"].axes[0].lines
@@ -257,21 +261,21 @@ def test_tables_beside_it(made):
 def test_the_same_plot_again(made):
     groups, (page, *_others) = made
 
-    figures = html_report.drawn(groups, html_report.metrics(groups))
+    figures = html_report.build_plots(groups, html_report.select_metrics(groups))
 
-    assert plots.svg(figures["loss"], "loss") in page.read_text()
+    assert plots.render_svg(figures["loss"], "loss") in page.read_text()
 
 
 def test_a_grids_own_metric_stands_first(tmp_path):
     """Also one that the page has no room for otherwise."""
     top5 = "zero_shot/shapes/top5"
     run = recorded(tmp_path / "run", (None, 50), {200: {TOP1: 0.1, top5: 0.3}}, *EVALUATIONS)
-    groups = {"a": [read(run)]}
+    groups = {"a": [read_result(run)]}
 
-    assert html_report.metrics(groups) == [TOP1]
-    assert html_report.metrics(groups, top5) == [top5, TOP1]
+    assert html_report.select_metrics(groups) == [TOP1]
+    assert html_report.select_metrics(groups, top5) == [top5, TOP1]
 
-    page, *_others = html_report.write(tmp_path / "page.html", groups, metric=top5)
+    page, *_others = html_report.write_report(tmp_path / "page.html", groups, metric=top5)
 
     text = page.read_text()
     assert text.index("zero-shot top-5 (%)") < text.index("zero-shot top-1 (%)")
@@ -285,23 +289,23 @@ def test_what_scaling_leaves_beside_runs_is_no_run(tmp_path, monkeypatch, capsys
     line = ["run/report.py", run, lock, "--count", "0", "--out", page]
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
 
-    compare()
+    compare_runs()
 
     assert "run.lock" not in capsys.readouterr().out
     assert "absent: not run" not in page.read_text()
 
     monkeypatch.setattr(sys, "argv", ["run/report.py", str(lock)])
     with pytest.raises(ValueError, match="run.lock: no run folder"):
-        compare()
+        compare_runs()
 
 
 def test_runs_without_results(tmp_path):
     """The page shows that nothing was evaluated and nothing measured."""
     a = recorded(tmp_path / "$a$", (None,), {}, "evals=[]", "optim.lr=1")
     b = recorded(tmp_path / "b", (None,), {}, "evals=[]", "optim.lr=2")
-    groups = by_seed([read(path) for path in (a, b, tmp_path / "nowhere")])
+    groups = group_by_seed([read_result(path) for path in (a, b, tmp_path / "nowhere")])
 
-    page, *_others = html_report.write(tmp_path / "report.html", groups)
+    page, *_others = html_report.write_report(tmp_path / "report.html", groups)
 
     text = page.read_text()
     assert "absent: no run was evaluated" in text
@@ -321,7 +325,7 @@ def test_runs_without_results(tmp_path):
     ],
 )
 def test_names_of_metrics(name, said):
-    assert html_report.spoken(name) == said
+    assert html_report.metric_label(name) == said
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from deepspeed.launcher import runner
 from glimpse.run.study import grid, jobs
 from glimpse.tests.helpers.tiny import finished
 
-GRIDS = {name: grid.read(name) for name in ("flip_table1", "flip_table8")}
+GRIDS = {name: grid.read_grid(name) for name in ("flip_table1", "flip_table8")}
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -23,33 +23,33 @@ def test_a_failure_is_told_by_its_own_attempt(asked, tmp_path):
     """The log of an earlier attempt does not count; one that was asked to stop did not fail."""
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
     job = jobs.Job(planned)
-    log = jobs.beside(planned.folder, "log")
+    log = jobs.sibling_path(planned.folder, "log")
     log.parent.mkdir(parents=True)
     log.write_text("error: of yesterday\n")
-    assert job.claim()
-    assert not jobs.Job(planned).claim()
+    assert job.acquire_lock()
+    assert not jobs.Job(planned).acquire_lock()
 
     job.start([sys.executable, "-c", "import sys; sys.exit('error: of today')"])
     job.process.wait()
-    job.ended(asked)
+    job.finish(asked)
 
-    failed = jobs.beside(planned.folder, "failed")
+    failed = jobs.sibling_path(planned.folder, "failed")
     if asked:
         assert not failed.exists()
     else:
         assert failed.read_text() == "exit code 1: error: of today\n"
-    assert jobs.Job(planned).claim(), "its lock is free"
+    assert jobs.Job(planned).acquire_lock(), "its lock is free"
 
 
 def test_an_evaluation_that_leaves_no_result_is_made_once(tmp_path):
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
     finished(planned.folder, planned, 0.25)
     said = []
-    launcher = jobs.Jobs([planned], 1, 1, said.append)
+    launcher = jobs.JobQueue([planned], 1, 1, said.append)
     job = launcher.waiting[0]
-    job.made = (jobs.left_to_do(planned),)
+    job.started_tasks = (jobs.next_task(planned),)
 
-    launcher.fill()
+    launcher.start_jobs()
 
     assert not launcher.running
     assert not launcher.waiting
@@ -62,20 +62,20 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
     runs = GRIDS["flip_table1"].runs("glyphs", ["mask 75 + tuning"], 1, tmp_path)
     base, tuned = (runs[cell][0] for cell in ("mask 75", "mask 75 + tuning"))
     finished(base.folder, base, 0.25)
-    launcher = jobs.Jobs([tuned], 1, 1)
+    launcher = jobs.JobQueue([tuned], 1, 1)
     launcher.failed = {base.folder: "an evaluation failed"}
     begun = []
-    launcher.begin = begun.append
+    launcher.start_task = begun.append
 
-    launcher.fill()
+    launcher.start_jobs()
 
     assert [job.planned for job in begun] == [tuned]
-    assert not jobs.beside(tuned.folder, "failed").exists()
+    assert not jobs.sibling_path(tuned.folder, "failed").exists()
 
-    begun[0].free()
+    begun[0].release_lock()
     finished(tuned.folder, tuned, 0.25)
 
-    launcher.fill()
+    launcher.start_jobs()
 
     assert not launcher.waiting, "complete itself"
 
@@ -97,7 +97,7 @@ def test_an_evaluation_that_failed_half_way_is_made_again(tmp_path):
         with records.open("a") as file:
             file.write(json.dumps(row | more) + "\n")
 
-        assert jobs.left_to_do(planned) == wanted, more
+        assert jobs.next_task(planned) == wanted, more
 
 
 def test_a_run_of_another_version_says_so(tmp_path):
@@ -106,7 +106,7 @@ def test_a_run_of_another_version_says_so(tmp_path):
     with (planned.folder / "config.yaml").open("a") as file:
         file.write("gone: 1\n")
 
-    reason = jobs.why([jobs.state(planned.folder)], "any")
+    reason = jobs.missing_reason([jobs.read_state(planned.folder)], "any")
 
     assert "gone: unknown 'gone'" in reason
 
@@ -129,7 +129,7 @@ def test_who_asks_to_stop_waits_for_the_rank_that_saves(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(planned.folder)]
     rank = subprocess.Popen(command, stdout=subprocess.PIPE)
     rank.stdout.readline()
-    launcher = jobs.Jobs([planned], 1, 1, lambda line: None)
+    launcher = jobs.JobQueue([planned], 1, 1, lambda line: None)
     job = launcher.waiting.pop()
     job.lock = os.open(tmp_path / "any", os.O_CREAT)
     job.process = subprocess.Popen(["true"])
@@ -137,7 +137,7 @@ def test_who_asks_to_stop_waits_for_the_rank_that_saves(tmp_path):
     launcher.stopping = True
     job.process.wait()
 
-    assert not launcher.go()
+    assert not launcher.run()
     assert (planned.folder / "saved").exists()
     rank.wait()
 
@@ -147,15 +147,15 @@ def test_jobs_on_gpus_have_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     planned = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"]
 
-    jobs.Jobs(planned, 4, 2)
+    jobs.JobQueue(planned, 4, 2)
     words = "--jobs 3: with --ranks 4 each they take 12 GPUs; this machine has 8"
     with pytest.raises(ValueError, match=words):
-        jobs.Jobs(planned, 4, 3)
+        jobs.JobQueue(planned, 4, 3)
 
     for slot, gpus in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (1, [3])):
         if gpus == [3]:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-        args = runner.parse_args(jobs.line_of(planned[0], "", len(gpus), slot)[1:])
+        args = runner.parse_args(jobs.task_command(planned[0], "", len(gpus), slot)[1:])
         assert args.num_gpus == args.num_nodes == -1
         chosen = runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude)
         assert chosen == {"localhost": gpus}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glimpse.run.study.results import by_seed, difference, interval, read
+from glimpse.run.study.results import difference_interval, group_by_seed, mean_interval, read_result
 from glimpse.tests.helpers.tiny import recorded
 
 TOP1 = "zero_shot/shapes/top1"
@@ -20,7 +20,7 @@ def test_a_whole_run(tmp_path):
     speeds = (None, 50, 100, None, 200)
     run = recorded(tmp_path / "run", speeds, {200: {TOP1: 0.25}, 500: {TOP1: 0.5}})
 
-    result = read(run)
+    result = read_result(run)
 
     assert (result.state, result.reason, result.samples) == ("complete", "", 500)
     assert result.curve == {TOP1: [(200, 0.25), (500, 0.5)]}
@@ -42,33 +42,33 @@ def test_runs_that_are_not_whole(tmp_path):
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "samp')  # still being written
 
-    result = read(cut)
+    result = read_result(cut)
 
     assert (result.state, result.reason) == ("partial", "trained on 300 of 400 samples")
     assert result.curve[TOP1] == [(200, 0.25), (300, 0.3)]
     assert result.final == {}, "a result on the way is none at the end"
 
-    failed = read(cut, "out of memory")
+    failed = read_result(cut, "out of memory")
 
     assert failed.state == "failed"
     assert failed.reason.startswith("out of memory (trained on 300")
 
     unevaluated = recorded(tmp_path / "unevaluated", (50, 50), {100: {TOP1: 0.25}})
-    assert read(unevaluated).reason == "trained, but not evaluated"
-    assert read(unevaluated).final == {}
+    assert read_result(unevaluated).reason == "trained, but not evaluated"
+    assert read_result(unevaluated).final == {}
     no_evals = recorded(tmp_path / "no_evals", (50, 50), {}, "evals=[]")
-    assert read(no_evals).state == "complete"
+    assert read_result(no_evals).state == "complete"
 
     (tmp_path / "empty").mkdir()
     for name, why in (("empty", "never began"), ("nowhere", "not run")):
-        result = read(tmp_path / name)
+        result = read_result(tmp_path / name)
         assert result.state == "absent"
         assert result.reason.startswith(why)
         assert not result.final
         assert result.seconds is None
-    assert read(tmp_path / "nowhere", "exit code 1").state == "failed"
+    assert read_result(tmp_path / "nowhere", "exit code 1").state == "failed"
     (tmp_path / "empty/config.yaml").write_text("method: clip")
-    assert "empty/config.yaml: run: missing" in read(tmp_path / "empty").reason
+    assert "empty/config.yaml: run: missing" in read_result(tmp_path / "empty").reason
 
 
 def test_a_last_record_that_was_cut_off(tmp_path):
@@ -81,7 +81,7 @@ def test_a_last_record_that_was_cut_off(tmp_path):
         text += line[:20] if is_last else line
     path.write_text(text)
 
-    result = read(run)
+    result = read_result(run)
 
     assert result.losses[-1][0] == 200
     assert (result.state, result.samples, result.final) == ("complete", 300, {TOP1: 0.3})
@@ -97,25 +97,29 @@ def test_the_time_of_a_run_is_with_that_of_the_run_it_began_from(tmp_path):
             f"seed={seed}",
             f"init={tmp_path}/base-seed{seed}",
         )
-    tuned = read(tmp_path / "tuned-seed0")
+    tuned = read_result(tmp_path / "tuned-seed0")
     assert tuned.seconds == 2 + 2
     assert tuned.samples == 100
     assert tuned.samples_per_s == 50
 
-    runs = [read(tmp_path / f"{name}-seed{seed}") for name in ("base", "tuned") for seed in (0, 1)]
-    sizes = {label: len(group) for label, group in by_seed(runs).items()}
+    runs = [
+        read_result(tmp_path / f"{name}-seed{seed}")
+        for name in ("base", "tuned")
+        for seed in (0, 1)
+    ]
+    sizes = {label: len(group) for label, group in group_by_seed(runs).items()}
     assert sizes == {"base": 2, "tuned": 2}
 
     (tmp_path / "elsewhere").mkdir()
     for name in ("base-seed0", "tuned-seed0"):  # moved together
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
-    assert read(tmp_path / "elsewhere/tuned-seed0").seconds == 4
+    assert read_result(tmp_path / "elsewhere/tuned-seed0").seconds == 4
 
 
 def test_a_last_part_of_a_batch_is_not_trained_on(tmp_path):
     run = recorded(tmp_path / "run", (50, 50), {200: {TOP1: 0.25}}, "samples=299")
 
-    assert read(run).state == "complete"
+    assert read_result(run).state == "complete"
 
 
 def test_evaluations_of_all_kinds_keep_apart(tmp_path):
@@ -130,7 +134,7 @@ def test_evaluations_of_all_kinds_keep_apart(tmp_path):
     with (run / "results.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    assert read(run).final == {
+    assert read_result(run).final == {
         TOP1: 0.26,
         f"teacher/{TOP1}": 0.3,
         f"{TOP1} (ensemble 2)": 0.4,
@@ -147,53 +151,58 @@ def test_runs_that_differ_in_their_seed_alone(tmp_path):
     high = [run(f"flip_high_{seed}", seed, 2e-3) for seed in (0, 1)]
     nowhere = tmp_path / "nowhere"
 
-    groups = by_seed([read(path) for path in (*flip, *high, nowhere)])
+    groups = group_by_seed([read_result(path) for path in (*flip, *high, nowhere)])
 
     folders = {label: [result.run for result in group] for label, group in groups.items()}
     assert folders == {"flip": flip, "flip_high": high, "nowhere": [nowhere]}
-    assert list(by_seed([read(flip[0])])) == ["flip-seed0"]
+    assert list(group_by_seed([read_result(flip[0])])) == ["flip-seed0"]
 
     base = [run(f"deep/base/seed-{seed}", seed, 3e-3) for seed in (0, 1)]
     large = [run(f"deep/large/seed-{seed}", seed, 4e-3) for seed in (0, 1)]
-    nested = by_seed([read(path) for path in (*base, *large)])
+    nested = group_by_seed([read_result(path) for path in (*base, *large)])
     assert list(nested) == ["base", "large"]
 
-    single = by_seed([read(path) for path in (flip[0], high[0], base[0])])
+    single = group_by_seed([read_result(path) for path in (flip[0], high[0], base[0])])
     assert list(single) == ["flip-seed0", "flip_high_0", "deep/base/seed-0"]
 
     again = run("again", 0, 1e-3)
-    assert list(by_seed([read(flip[0]), read(again)])) == ["flip-seed0", "again"]
+    assert list(group_by_seed([read_result(flip[0]), read_result(again)])) == [
+        "flip-seed0",
+        "again",
+    ]
 
 
 def test_intervals():
-    assert interval([0.5, 0.25]) == (0.375, 0.25, 0.5), "the range, of two"
-    assert interval([1, 2, 3]) == (2, 1, 3), "the range, of three"
+    assert mean_interval([0.5, 0.25]) == (0.375, 0.25, 0.5), "the range, of two"
+    assert mean_interval([1, 2, 3]) == (2, 1, 3), "the range, of three"
 
-    mean, low, high = interval([0.5])
+    mean, low, high = mean_interval([0.5])
     assert mean == 0.5
     assert math.isnan(low), "one run does not show its spread"
     assert math.isnan(high), "one run does not show its spread"
 
     values = list(np.random.default_rng(0).normal(10, 2, 400))
-    mean, low, high = interval(values)
+    mean, low, high = mean_interval(values)
     half = 1.96 * np.std(values) / 20  # the normal approximation
     assert low == pytest.approx(mean - half, abs=0.03)
     assert high == pytest.approx(mean + half, abs=0.03)
-    assert interval(values[::-1]) == (pytest.approx(mean), low, high), "deterministic, in any order"
+    assert mean_interval(values[::-1]) == (pytest.approx(mean), low, high), (
+        "deterministic, in any order"
+    )
 
     with pytest.raises(ValueError, match="values: none"):
-        interval([])
+        mean_interval([])
 
 
 def test_differences():
-    assert difference([3, 4], [1, 2]) == (2, 1, 3)
-    assert difference([0.5, 0.5], [0.2, 0.2]) == pytest.approx((0.3, 0.3, 0.3))
-    assert math.isnan(difference([3], [1, 2])[1])
+    assert difference_interval([3, 4], [1, 2]) == (2, 1, 3)
+    assert difference_interval([0.5, 0.5], [0.2, 0.2]) == pytest.approx((0.3, 0.3, 0.3))
+    assert math.isnan(difference_interval([3], [1, 2])[1])
 
     rng = np.random.default_rng(0)
     a = list(rng.normal(1, 1, 300))
     b = list(rng.normal(0, 2, 300))
-    mean, low, high = difference(a, b)
+    mean, low, high = difference_interval(a, b)
     half = 1.96 * (np.var(a) / 300 + np.var(b) / 300) ** 0.5  # the normal approximation
     assert low == pytest.approx(mean - half, abs=0.02)
     assert high == pytest.approx(mean + half, abs=0.02)
