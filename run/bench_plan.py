@@ -78,7 +78,7 @@ def measure_case(
     held, passes, peak, flop_count, sent = measure_step(cfg, micro)
 
     # Pairs of (predicted, measured).
-    predicted_held = sum(plan.zero.persistent_bytes(plan.weights, world).values())
+    predicted_held = sum(plan.zero.persistent_bytes(plan.parameters, world).values())
     predicted_passes = max(
         sum(parts.values())
         for moment, parts in plan.memory_by_phase.items()

@@ -183,7 +183,7 @@ def plan_columns(plan: planner.Plan) -> list[str]:
     """Return the columns of `costs` between the cell's name and the device-hours."""
     recompute = "yes" if plan.cfg.model.checkpoint_activations else "no"
     return [
-        short(plan.weights.total),
+        short(plan.parameters.total),
         f"{plan.model_flops / 1e9:.3g}",
         f"{plan.cfg.deepspeed}",
         f"{plan.cfg.accumulate}",

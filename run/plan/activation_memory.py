@@ -1,13 +1,14 @@
-"""Measure the memory of a forward and backward pass, by running the method on fake tensors.
+"""Measure the activation memory of a forward and backward pass on fake tensors.
 
-    trace = traced(cfg, vocab, tokens, micro, torch.bfloat16, keep=False)
-        nothing of the size of a weight is ever allocated
-    trace.forward, trace.saved, trace.backward
+    trace = trace_activations(cfg, vocab, tokens, 8, torch.bfloat16, keep_gradients=False)
+    trace.forward, trace.saved, trace.backward    bytes on one rank
 
-Storages are counted while they live, as an allocator without waste would hold them. Weights and
-temporaries inside a kernel are not counted. The loss is left out: its memory grows with ranks and
-batch (model/losses.py, run/plan/zero_memory.py).
-Letters: B samples of a micro-batch.
+FakeTensorMode computes shapes and data types but allocates no storage, so even a large model is
+traced in seconds on a CPU. The result is the number of live bytes, without the fragmentation of a
+real allocator.
+
+Not counted: parameters, temporaries inside a kernel, and the loss, whose memory grows with the
+number of ranks and the batch (`contrastive_memory` in model/tiled_softmax.py).
 """
 
 import weakref
@@ -24,20 +25,24 @@ from glimpse.run.plan import synthetic_batch
 
 
 class LiveMemory(TorchDispatchMode):
-    """Count the bytes of live storages that operations allocated: `now`, and their `peak`."""
+    """Count the bytes of the live storages that operations under this mode have allocated.
+
+    `current` is the number of bytes now, `peak` the maximum since it was last set.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.current = 0
         self.peak = 0
-        self.sizes: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}  # {address of a storage: its bytes}
 
     def ignore(self, *tensors: torch.Tensor) -> None:
-        """Leave out storages that existed before."""
+        """Exclude the storages of these tensors from the count."""
         for tensor in tensors:
             self.sizes[tensor.untyped_storage()._cdata] = 0
 
     def add_storage(self, tensor: torch.Tensor) -> None:
+        """Count the tensor's storage, unless it is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.sizes:
@@ -59,12 +64,12 @@ class LiveMemory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class ActivationTrace:
-    """Bytes on one rank of the batch and of everything computed from it."""
+    """Bytes on one rank of a micro-batch and everything computed from it."""
 
-    forward: int  # peak in the forward pass
-    saved: int  # after the forward pass
-    backward: int  # peak from then on
-    features: int  # the inputs of the loss, a part of `saved`
+    forward: int  # peak of the forward pass
+    saved: int  # after the forward pass: what autograd keeps for the backward pass
+    backward: int  # peak of the backward pass
+    features: int  # the inputs of the loss, included in `saved`
 
 
 def trace_activations(
@@ -75,9 +80,12 @@ def trace_activations(
     dtype: torch.dtype,
     keep_gradients: bool,
 ) -> ActivationTrace:
-    """Trace a micro-batch of `micro` samples.
+    """Trace the forward and backward pass of one micro-batch.
 
-    keep: gradients stay until the end of the backward pass, as before ZeRO-2, and count.
+    vocab: rows of the token table.
+    tokens: mean number of tokens of a caption.
+    keep_gradients: count every gradient until the end of the backward pass, as ZeRO-0 and ZeRO-1
+        keep it. If False, each gradient is freed as soon as it is computed.
     """
     with FakeTensorMode():
         method = build_with_dtype(cfg, vocab, dtype)
@@ -86,31 +94,31 @@ def trace_activations(
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(free_gradient)
 
-        with LiveMemory() as alive:
-            # 1. Forward. The temporaries that drew the batch are not part of its peak.
-            alive.ignore(*method.parameters(), *method.buffers())
-            part = synthetic_batch.random_micro_batch(cfg, tokens, micro_batch_size)
-            alive.peak = alive.current
-            features = method(part)
-            forward = alive.peak
-            saved = alive.current
+        with LiveMemory() as memory:
+            # 1. Forward pass. Resetting the peak excludes the temporaries of random_micro_batch.
+            memory.ignore(*method.parameters(), *method.buffers())
+            micro_batch = synthetic_batch.random_micro_batch(cfg, tokens, micro_batch_size)
+            memory.peak = memory.current
+            features = method(micro_batch)
+            forward = memory.peak
+            saved = memory.current
 
-            # 2. Backward, from features that the loss would give a gradient.
-            alive.peak = alive.current
+            # 2. Backward pass. Ones stand in for the gradient of the loss.
+            memory.peak = memory.current
             trained = [feature for feature in features.values() if feature.requires_grad]
             torch.autograd.backward(trained, [torch.ones_like(feature) for feature in trained])
             feature_bytes = sum(feature.nbytes for feature in features.values())
-            return ActivationTrace(forward, saved, alive.peak, feature_bytes)
+            return ActivationTrace(forward, saved, memory.peak, feature_bytes)
 
 
 def build_with_dtype(cfg: RunConfig, vocab: int, dtype: torch.dtype) -> torch.nn.Module:
-    """Build the method with weights of a type, on the current device or under the current mode."""
-    before = torch.get_default_dtype()
+    """Build the method with parameters of `dtype`, under the active device or tensor mode."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         return build_method(cfg, vocab)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
 
 
 def free_gradient(parameter: torch.nn.Parameter) -> None:

@@ -1,10 +1,11 @@
-"""Count the FLOPs of a run's method, by running it on fake tensors.
+"""Count the FLOPs of a run's method by running it on fake tensors.
 
-    flops = count(cfg, vocab, tokens)    takes a second or two, and no memory of a weight's size
-    flops.model                          per sample, as in the MFU of metrics.jsonl
+    flops = count_flops(cfg, vocab, tokens)
+    flops.model                          FLOPs per sample, as used for the MFU in metrics.jsonl
 
-torch's FlopCounterMode counts matrix products and attention; a multiply-add is 2. Norms, softmax
-and look-ups are not counted.
+This takes a second or two and allocates no parameters. torch's FlopCounterMode counts matrix
+products and attention, with two FLOPs for a multiply-add. Norms, softmax and embedding lookups are
+not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,28 +23,30 @@ from glimpse.run.lib.config import RunConfig
 from glimpse.run.plan import synthetic_batch
 
 aten = torch.ops.aten
-LOSS_ROWS = 256  # pairs that the losses are counted on; their FLOPs per pair grow with the batch
+# Number of pairs for which the losses are counted. Their FLOPs per pair are proportional to the
+# batch, so a small batch is enough.
+LOSS_ROWS = 256
 Shape = Sequence[int]
 
 
 def attention_flops(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-    """Count the two products of attention."""
+    """Return the FLOPs of the two products of attention."""
     return sdpa_flop_count(query, key, value)
 
 
 def attention_backward_flops(
     _: Shape, query: Shape, key: Shape, value: Shape, *__: object, **___: object
 ) -> int:
-    """Count four products, without those that fused attention computes twice."""
+    """Return the FLOPs of the four products, without what fused attention recomputes."""
     return 2 * sdpa_flop_count(query, key, value)
 
 
 def addmm_flops(_: Shape, left: Shape, right: Shape, **__: object) -> int:
-    """Count one product."""
+    """Return the FLOPs of one matrix product."""
     return 2 * left[0] * left[1] * right[1]
 
 
-# Kernels that torch's counter leaves out: attention on a CPU, and products added in place.
+# Kernels that torch's counter does not know: attention on a CPU, and in-place addmm.
 MISSING_KERNELS = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
@@ -52,19 +55,19 @@ MISSING_KERNELS = {
 
 
 def create_counter() -> FlopCounterMode:
-    """Return torch's counter, completed by KERNELS."""
+    """Return torch's FLOP counter, extended by MISSING_KERNELS."""
     return FlopCounterMode(display=False, custom_mapping=MISSING_KERNELS)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one sample in training."""
+    """FLOPs per training sample."""
 
     images: float  # the student's vision side, forward and backward
     captions: float  # the text tower, forward and backward
-    teacher: float  # modules that are not trained, forward
+    teacher: float  # modules without gradients, forward
     loss: float  # the losses over the global batch
-    recomputed: float  # what checkpoint_activations computes again
+    recomputed: float  # the second forward pass of checkpoint_activations
 
     @property
     def model(self) -> float:
@@ -72,33 +75,36 @@ class Flops:
 
 
 def count_flops(cfg: RunConfig, vocab: int, tokens: float, sharded: bool = False) -> Flops:
-    """Count the FLOPs of a sample whose caption has `tokens` tokens, a whole number of them.
+    """Count the FLOPs of one sample.
 
     vocab: rows of the token table.
-    sharded: under ZeRO-3, whose linear layer saves its input only after its product, so that
-    checkpointing recomputes the last product of each block, too.
+    tokens: number of tokens of the caption, a whole number.
+    sharded: count as under ZeRO-3. Its linear layer saves its input only after the product, so
+        that checkpointing recomputes the last product of each block as well.
     """
-    plain = without_checkpointing(cfg)
+    plain_cfg = without_checkpointing(cfg)
     with single_process(), FakeTensorMode():
-        # The whole method, without recomputation.
-        method = build_method(plain, vocab)
-        features, forward = count_forward(method, plain, tokens)
-        total = forward("") + count_backward(features)
+        # 1. The whole method, without recomputation.
+        method = build_method(plain_cfg, vocab)
+        features, forward_flops = count_forward(method, plain_cfg, tokens)
+        total = forward_flops("") + count_backward(features)
 
-        # The backward pass of the text tower has two products for each of its forward pass.
-        captions = forward(".towers.text") + forward(".towers.text_projection")
+        # 2. The text tower. Its backward pass has two products for each product of the forward.
+        captions = forward_flops(".towers.text") + forward_flops(".towers.text_projection")
         if is_trainable(method.towers.text):
             captions *= 3
-        frozen = [name for name, child in method.named_children() if not is_trainable(child)]
-        teacher = sum(forward(f".{name}", below=True) for name in frozen)
 
-        # The recomputation is the difference to a pass with checkpoints.
+        # 3. Modules without gradients: only the forward pass.
+        frozen = [name for name, child in method.named_children() if not is_trainable(child)]
+        teacher = sum(forward_flops(f".{name}", sum_children=True) for name in frozen)
+
+        # 4. Recomputation: the difference between passes with and without checkpointing.
         recomputed = 0.0
         if cfg.model.checkpoint_activations:
             method = build_method(cfg, vocab)
             with set_checkpoint_early_stop(not sharded):
-                again, forward = count_forward(method, cfg, tokens)
-                recomputed = forward("") + count_backward(again) - total
+                checkpointed, forward_flops = count_forward(method, cfg, tokens)
+                recomputed = forward_flops("") + count_backward(checkpointed) - total
         return Flops(
             images=total - captions - teacher,
             captions=captions,
@@ -109,11 +115,15 @@ def count_flops(cfg: RunConfig, vocab: int, tokens: float, sharded: bool = False
 
 
 def count_model_flops(cfg: RunConfig, vocab: int, tokens: float) -> float:
-    """Return `count(...).model` alone, whether or not the losses can be counted."""
-    plain = without_checkpointing(cfg)
+    """Return `count_flops(...).model`, without running the losses.
+
+    It also works for a method whose losses cannot be counted.
+    """
+    plain_cfg = without_checkpointing(cfg)
     with single_process(), FakeTensorMode():
-        features, forward = count_forward(build_method(plain, vocab), plain, tokens)
-        return forward("") + count_backward(features)
+        method = build_method(plain_cfg, vocab)
+        features, forward_flops = count_forward(method, plain_cfg, tokens)
+        return forward_flops("") + count_backward(features)
 
 
 def without_checkpointing(cfg: RunConfig) -> RunConfig:
@@ -123,23 +133,23 @@ def without_checkpointing(cfg: RunConfig) -> RunConfig:
 def count_forward(
     method: nn.Module, cfg: RunConfig, tokens: float
 ) -> tuple[dict[str, Tensor], Callable[..., float]]:
-    """Return the features of one sample, and a function: module name -> its forward FLOPs.
+    """Return the features of one sample, and a function from a module's name to its FLOPs.
 
-    The name is relative to the method: "" is the method. below: count containers, too, whose
-    forward is never called, by the modules below them.
+    The name is relative to the method, which itself is "". With sum_children, a container whose
+    forward is never called counts as the sum of its children.
     """
-    batch = synthetic_batch.random_micro_batch(cfg, tokens, 1)
-    with create_counter() as flop_counter:
-        features = method(batch)
-    counts = flop_counter.get_flop_counts()
+    micro_batch = synthetic_batch.random_micro_batch(cfg, tokens, 1)
+    with create_counter() as counter:
+        features = method(micro_batch)
+    counts = counter.get_flop_counts()
     flops = {name: float(sum(ops.values())) for name, ops in counts.items()}
     root = type(method).__name__
 
-    def forward(name: str, below: bool = False) -> float:
+    def forward_flops(name: str, sum_children: bool = False) -> float:
         path = root + name
-        if path in flops or not below:
+        if path in flops or not sum_children:
             return flops.get(path, 0.0)
-        # The topmost modules only: their counts include those below them.
+        # Add the topmost modules only, because their counts include the modules inside them.
         inner = [key for key in flops if key.startswith(f"{path}.")]
         total = 0.0
         for key in inner:
@@ -147,30 +157,30 @@ def count_forward(
                 total += flops[key]
         return total
 
-    return features, forward
+    return features, forward_flops
 
 
 def count_backward(features: dict[str, Tensor]) -> float:
-    """Return the FLOPs of the backward pass from the features that have one."""
+    """Return the FLOPs of the backward pass from the features that require a gradient."""
     trained = [feature for feature in features.values() if feature.requires_grad]
-    with create_counter() as flop_counter:
+    with create_counter() as counter:
         torch.autograd.backward(trained, [torch.ones_like(feature) for feature in trained])
-    return float(flop_counter.get_total_flops())
+    return float(counter.get_total_flops())
 
 
 def count_loss(method: nn.Module, features: dict[str, Tensor], batch: int) -> float:
     """Return the FLOPs per sample of the losses over a global batch.
 
-    They are proportional to the batch, so they are counted on a small one.
+    They are counted on a batch of LOSS_ROWS and scaled, since they are proportional to the batch.
     """
     rows = {}
     for name, feature in features.items():
         shape = feature.shape if name in method.shared else (LOSS_ROWS, *feature.shape[1:])
         rows[name] = feature.new_empty(shape).requires_grad_()
-    with create_counter() as flop_counter:
+    with create_counter() as counter:
         loss, _ = method.loss(rows)
         loss.backward()
-    return flop_counter.get_total_flops() / LOSS_ROWS * batch / LOSS_ROWS
+    return counter.get_total_flops() / LOSS_ROWS * batch / LOSS_ROWS
 
 
 def is_trainable(module: nn.Module) -> bool:

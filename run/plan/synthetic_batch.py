@@ -1,7 +1,9 @@
-"""Batches like those of a config's loader, of random pixels and captions of a chosen mean length.
+"""Random micro-batches with the shapes of a config's loader, for benchmarks and the planner.
 
-Benchmarks measure, and the planner plans, with them.
-Letters: B samples, L patches, K visible ones, P patch side.
+Pixels and token ids are random. The mean length of the captions is a parameter, because the cost of
+the text tower depends on it.
+
+Letters: B samples, L patches, K visible patches, P patch side.
 """
 
 import torch
@@ -12,30 +14,33 @@ from glimpse.data.transforms import draws
 from glimpse.model.methods import METHODS
 from glimpse.run.lib.config import RunConfig
 
+SOURCE_SIDE = 256.0  # pixels of a square source image, for the boxes of crops
+
 
 def caption_lengths(cfg: RunConfig, tokens: float, batch: int) -> list[int]:
-    """Return the tokens of each of B captions; all have the full context if padded.
+    """Return the numbers of tokens of B captions with mean `tokens`.
 
-    They alternate between half and one and a half times the mean, or as near to these as 1 and the
-    context allow.
+    Lengths alternate between 0.5 and 1.5 times the mean, or closer to it where 1 and data.context
+    limit them. With data.pad_text every caption has data.context tokens.
     """
     if cfg.data.pad_text:
         return [cfg.data.context] * batch
     spread = min(tokens / 2, cfg.data.context - tokens, tokens - 1)
     if spread < 0:
         raise ValueError(
-            f"{tokens:g} tokens of a caption: from 1 to data.context, {cfg.data.context}"
+            f"--caption: {tokens:g} tokens is out of range; use 1 to data.context"
+            f" ({cfg.data.context})"
         )
     low = round(tokens - spread)
     high = round(tokens + spread)
-    counts = [high, low] * (batch // 2)
+    lengths = [high, low] * (batch // 2)
     if batch % 2:
-        counts.append(round(tokens))
-    return counts
+        lengths.append(round(tokens))
+    return lengths
 
 
 def visible_patches(cfg: RunConfig) -> dict[str, int]:
-    """Return K of each view, as the loader sends it."""
+    """Return the number K of visible patches of each view."""
     counts = {}
     for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
         rows, columns = grid
@@ -43,8 +48,8 @@ def visible_patches(cfg: RunConfig) -> dict[str, int]:
     return counts
 
 
-def draw_names(cfg: RunConfig, views: tuple[str, ...]) -> set[str]:
-    """Return the names of all draws of some views."""
+def expand_view_names(cfg: RunConfig, views: tuple[str, ...]) -> set[str]:
+    """Return the names of all draws of these views: view1 and view2 for a view with count 2."""
     return {draw for name in views for draw in draws(name, cfg.views[name])}
 
 
@@ -53,42 +58,43 @@ def random_pixels(*shape: int) -> Tensor:
 
 
 def random_micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
-    """Return a micro-batch (data/loader.py) whose captions have `tokens` tokens on average.
+    """Return a micro-batch (data/loader.py) of B samples with a mean of `tokens` tokens a caption.
 
     Under FakeTensorMode it takes no memory.
     """
     method = METHODS[cfg.method]
-    hidden_views = draw_names(cfg, method.hidden)
-    noise_views = draw_names(cfg, method.noise)
-    side = 256.0  # of a source image, in pixels
-    values = 3 * cfg.model.patch**2  # of a patch
+    hidden_views = expand_view_names(cfg, method.hidden)
+    noise_views = expand_view_names(cfg, method.noise)
+    patch_values = 3 * cfg.model.patch**2
 
-    # Views: patches, and what else the method reads of each.
+    # Views: the visible patches, and the extra inputs that the method reads for each view.
     views = {}
     for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
         L = grid[0] * grid[1]
         K = mask.visible(L)
-        # Costs depend on the number of visible patches only, so that any K will do.
+        # A uniform choice is enough: costs depend on the number of visible patches only.
         order = torch.rand(batch, L).argsort(1)
-        keep = order[:, :K].sort(1).values
-        hide = order[:, K:].sort(1).values
-        view = dict(patches=random_pixels(batch, K, values), positions=keep.to(torch.int16))
+        visible = order[:, :K].sort(1).values
+        hidden = order[:, K:].sort(1).values
+        view = dict(
+            patches=random_pixels(batch, K, patch_values), positions=visible.to(torch.int16)
+        )
         if method.enclosing:
-            corner = torch.rand(batch, 2) * side / 8
-            size = torch.full((batch, 2), 0.75 * side)
+            corner = torch.rand(batch, 2) * SOURCE_SIDE / 8
+            size = torch.full((batch, 2), 0.75 * SOURCE_SIDE)
             view["box"] = torch.cat([corner, size], 1)
         if name in noise_views:
             view["noise"] = torch.rand(batch, L)
         if name in hidden_views:
-            view["hidden"] = random_pixels(batch, L - K, values)
-            view["hidden_positions"] = hide.to(torch.int16)
+            view["hidden"] = random_pixels(batch, L - K, patch_values)
+            view["hidden_positions"] = hidden.to(torch.int16)
         views[name] = view
 
-    # Captions, packed end to end.
-    counts = caption_lengths(cfg, tokens, batch)
+    # Captions, packed without padding.
+    lengths = caption_lengths(cfg, tokens, batch)
     text = dict(
-        ids=torch.randint(1, 250, (sum(counts),), dtype=torch.int32),
-        lengths=torch.tensor(counts),
-        longest=max(counts),
+        ids=torch.randint(1, 250, (sum(lengths),), dtype=torch.int32),
+        lengths=torch.tensor(lengths),
+        longest=max(lengths),
     )
     return dict(views=views, text=text)

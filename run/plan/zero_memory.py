@@ -1,14 +1,19 @@
-"""Bytes that DeepSpeed 0.19.8 keeps on a rank, and sends, for a ZeRO stage.
+"""Memory and communication of DeepSpeed's ZeRO stages 0 to 3, by formula (DeepSpeed 0.19.8).
 
-    zero = Zero.of(json.loads(text))
-    zero.held(weights, ranks), zero.in_step(weights, ranks, ADAM["gpu"])        {holder: bytes}
+    zero = ZeroMemory.from_json(json.loads(text))
+    zero.persistent_bytes(counts, ranks)                          {purpose: bytes} on one rank
+    zero.step_bytes(counts, ranks, ADAM_TEMPORARIES["gpu"])       {purpose: bytes} on one rank
 
-The holders are weights, fp32 copies, moments, gradients and buffers. The formulas follow the
-sources of DeepSpeed and are checked by run/bench_plan.py. They differ from the papers: ZeRO-1 holds
-all gradients until the backward pass is over, the optimizer's temporaries are as large as the
-tensors that it steps at once, and ZeRO-3 keeps gathered weights by stage3_max_reuse_distance
-(stage3_max_live_parameters only bounds prefetching).
-All sizes are in bytes, counts in parameters.
+Purposes are weights, fp32 weights, moments, gradients and buffers. The formulas follow the source
+code of DeepSpeed, and run/bench_plan.py compares them with measurements. They differ from the ZeRO
+paper in three ways:
+
+- ZeRO-1 keeps all gradients until the end of the backward pass.
+- The temporaries of the optimizer are as large as the tensors that it updates at once.
+- ZeRO-3 keeps weights gathered according to stage3_max_reuse_distance. stage3_max_live_parameters
+  only limits prefetching.
+
+All memory is in bytes, all counts are numbers of parameters.
 """
 
 from dataclasses import dataclass
@@ -19,22 +24,22 @@ from glimpse.model import ema
 from glimpse.run.lib.config import RunConfig
 from glimpse.run.train import optim
 
-FP32_BYTES = 4  # bytes of fp32
-# fp32 temporaries of torch's AdamW, in sizes of the tensors that it steps at once: one tensor after
-# another, or foreach.
+FP32_BYTES = 4
+# fp32 temporaries of torch's AdamW, in sizes of the tensors that it updates at once: one tensor
+# after another on a CPU, foreach on a GPU.
 ADAM_TEMPORARIES = {"cpu": 2, "gpu": 1}
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Counts of a method's parameters."""
+    """Numbers of parameters of a method."""
 
     trained: int
     frozen: int
-    ema: int  # frozen parameters that follow the student
-    unsharded: int  # trained parameters that ZeRO-3 does not shard in use
+    ema: int  # frozen parameters of an EMA teacher
+    unsharded: int  # trained parameters below ZeRO-3's persistence threshold
     largest: int  # the largest trained parameter
-    largest_group: int  # the largest group of the optimizer
+    largest_group: int  # the largest parameter group of the optimizer
 
     @property
     def total(self) -> int:
@@ -44,18 +49,21 @@ class ParameterCounts:
     def from_method(
         cls, method: torch.nn.Module, cfg: RunConfig, threshold: int
     ) -> "ParameterCounts":
-        """Count the parameters of a method; those below `threshold` are small."""
+        """Count the parameters of a method.
+
+        threshold: trained parameters with fewer elements count as unsharded.
+        """
         trained = [p.numel() for p in method.parameters() if p.requires_grad]
         frozen = [p.numel() for p in method.parameters() if not p.requires_grad]
         groups = optim.groups(method, cfg.optim)
         group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-        averages = [teacher.numel() for teacher, _ in ema.parameters(method.ema_pairs()).values()]
-        small = [size for size in trained if size < threshold]
+        ema_sizes = [teacher.numel() for teacher, _ in ema.parameters(method.ema_pairs()).values()]
+        unsharded = [size for size in trained if size < threshold]
         return cls(
             trained=sum(trained),
             frozen=sum(frozen),
-            ema=sum(averages),
-            unsharded=sum(small),
+            ema=sum(ema_sizes),
+            unsharded=sum(unsharded),
             largest=max(trained),
             largest_group=max(group_sizes),
         )
@@ -63,32 +71,36 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class ZeroMemory:
-    """The settings of a DeepSpeed JSON that determine memory, with DeepSpeed's defaults."""
+    """Predict memory and communication from a DeepSpeed JSON.
+
+    The fields are the settings that matter for memory, with DeepSpeed's defaults.
+    """
 
     stage: int
     bf16: bool
-    bucket_elements: int  # elements of gradients that are sent together, all buffers
+    bucket_elements: int  # gradients that are reduced together, over all bucket buffers
     persistence_threshold: int
     max_reuse_distance: int
     prefetch_bucket_size: int
     sub_group_size: int
-    offload_optimizer: bool  # fp32 copies, moments and gradients in the host's memory
+    offload_optimizer: bool  # fp32 weights, moments and gradients are in host memory
     offload_parameters: bool
 
     @classmethod
     def from_json(cls, tree: dict) -> "ZeroMemory":
-        """Read the settings of a DeepSpeed JSON, as run/train/engine.py loads it."""
+        """Read the settings from a DeepSpeed JSON, as run/train/engine.py loads it."""
         zero = tree.get("zero_optimization", {})
         stage = zero.get("stage", 0)
-        buckets = 0
+        bucket_elements = 0
         if zero.get("contiguous_gradients", True):
-            buckets = int(zero.get("reduce_bucket_size", 5e8))
+            bucket_elements = int(zero.get("reduce_bucket_size", 5e8))
+        # overlap_comm fills one bucket while the other is reduced.
         if stage in (1, 2) and zero.get("overlap_comm"):
-            buckets *= 2
+            bucket_elements *= 2
         return cls(
             stage=stage,
             bf16=bool(tree.get("bf16", {}).get("enabled")),
-            bucket_elements=buckets,
+            bucket_elements=bucket_elements,
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             max_reuse_distance=int(zero.get("stage3_max_reuse_distance", 1e9)),
             prefetch_bucket_size=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
@@ -99,98 +111,102 @@ class ZeroMemory:
 
     @property
     def element_bytes(self) -> int:
-        """The size of a weight or gradient in computation and communication."""
+        """Bytes of one element of a weight or gradient in computation and communication."""
         return 2 if self.bf16 else FP32_BYTES
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    def persistent_bytes(self, w: ParameterCounts, ranks: int) -> dict[str, float]:
-        """Return the bytes that stay from step to step."""
-        share = 1 / ranks if self.stage == 3 else 1
-        shard = 0 if self.offload_optimizer else w.trained / ranks  # of the optimizer's states
-        held = {"weights": 0 if self.offload_parameters else self.element_bytes * w.total * share}
+    def persistent_bytes(self, counts: ParameterCounts, ranks: int) -> dict[str, float]:
+        """Return {purpose: bytes} that stay allocated between steps."""
+        weight_share = 1 / ranks if self.stage == 3 else 1
+        # This rank's shard of the optimizer states.
+        shard = 0 if self.offload_optimizer else counts.trained / ranks
+        weights = 0 if self.offload_parameters else self.element_bytes * counts.total * weight_share
+        memory = {"weights": weights}
         if self.stage == 0:
-            held["moments"] = 2 * FP32_BYTES * w.trained
+            memory["moments"] = 2 * FP32_BYTES * counts.trained
         else:
-            held["fp32 weights"] = FP32_BYTES * shard
-            held["moments"] = 2 * FP32_BYTES * shard
-        if w.ema:
-            # With bf16, an fp32 copy beside the teacher's weights.
-            held["average"] = FP32_BYTES * w.ema * share if self.bf16 else 0
+            memory["fp32 weights"] = FP32_BYTES * shard
+            memory["moments"] = 2 * FP32_BYTES * shard
+        if counts.ema:
+            # With bf16 the EMA teacher has an fp32 copy next to its bf16 weights.
+            memory["fp32 EMA"] = FP32_BYTES * counts.ema * weight_share if self.bf16 else 0
         if self.stage == 3:
-            held["gradients"] = self.element_bytes * shard
-            held["buckets"] = self.element_bytes * self.bucket_elements
-            # A single rank has full shards, and gathering them copies nothing.
-            held["small weights"] = 0 if ranks == 1 else self.element_bytes * w.unsharded
-        return held
+            memory["gradients"] = self.element_bytes * shard
+            memory["buckets"] = self.element_bytes * self.bucket_elements
+            # On one rank a shard is the full weight, and gathering copies nothing.
+            memory["small weights"] = 0 if ranks == 1 else self.element_bytes * counts.unsharded
+        return memory
 
     def parameters_kept_gathered(
-        self, w: ParameterCounts, accumulate: int, checkpointing: bool
+        self, counts: ParameterCounts, accumulate: int, checkpointing: bool
     ) -> float:
-        """Return the number of sharded weights that ZeRO-3 keeps gathered between two uses.
+        """Return the number of sharded parameters that ZeRO-3 keeps gathered between two uses.
 
-        It keeps a weight whose next use is nearer than `reuse`. The distance is counted in
-        parameters: through the weights above it and back to its backward pass, and with
-        recomputation once more.
-        With micro-batches DeepSpeed's record of the order of modules is never complete, and nothing
-        is kept or prefetched.
+        ZeRO-3 keeps a weight if its next use is nearer than stage3_max_reuse_distance. The distance
+        is counted in parameters, from the forward pass through the layers above and back to the
+        weight's backward pass; with recomputation the layers above count once more.
+        With micro-batches, DeepSpeed never completes its record of the order of modules, so that it
+        keeps and prefetches nothing.
         """
         if accumulate > 1:
             return 0.0
         passes = 3 if checkpointing else 2
-        return min(w.total - w.unsharded, self.max_reuse_distance / passes)
+        return min(counts.total - counts.unsharded, self.max_reuse_distance / passes)
 
     def backward_bytes(
-        self, w: ParameterCounts, ranks: int, accumulate: int, checkpointing: bool
+        self, counts: ParameterCounts, ranks: int, accumulate: int, checkpointing: bool
     ) -> dict[str, float]:
-        """Return the bytes beside the activations and the gradient that is being computed."""
+        """Return {purpose: bytes} during the backward pass.
+
+        Activations and the gradient that is being computed are not included.
+        """
         if self.stage == 0:
             return {}
         if self.stage == 3:
             gathered: float = 0
             if ranks > 1:
-                ahead = self.parameters_gathered(w, accumulate, checkpointing)
-                gathered = min(w.total - w.unsharded, ahead)
-            # A full bucket is copied to be sent. Without checkpointing, activations have been freed
-            # by then and make room for it.
-            sent = min(self.bucket_elements, w.trained) if checkpointing else 0
+                limit = self.parameters_gathered(counts, accumulate, checkpointing)
+                gathered = min(counts.total - counts.unsharded, limit)
+            # A full bucket is copied before it is sent. Without checkpointing, the activations that
+            # have been freed by then make room for the copy.
+            sent = min(self.bucket_elements, counts.trained) if checkpointing else 0
             return {
                 "gathered weights": self.element_bytes * gathered,
                 "gradients sent": self.element_bytes * sent,
             }
 
-        held: dict[str, float] = {}
+        memory: dict[str, float] = {}
         if self.stage == 2:
-            held["gradients"] = (
-                0 if self.offload_optimizer else self.element_bytes * w.trained / ranks
-            )
-        held["buckets"] = self.element_bytes * self.bucket_elements
-        return held
+            shard = 0 if self.offload_optimizer else self.element_bytes * counts.trained / ranks
+            memory["gradients"] = shard
+        memory["buckets"] = self.element_bytes * self.bucket_elements
+        return memory
 
     def parameters_gathered(
-        self, w: ParameterCounts, accumulate: int, checkpointing: bool
+        self, counts: ParameterCounts, accumulate: int, checkpointing: bool
     ) -> float:
-        """Return the number of weights that ZeRO-3 holds gathered, if there are that many."""
+        """Return an upper limit of the sharded parameters that ZeRO-3 holds gathered at once."""
         if accumulate > 1:
-            return 2 * w.largest
-        return (
-            self.parameters_kept_gathered(w, accumulate, checkpointing) + self.prefetch_bucket_size
-        )
+            return 2 * counts.largest
+        kept = self.parameters_kept_gathered(counts, accumulate, checkpointing)
+        return kept + self.prefetch_bucket_size
 
     @property
     def keeps_gradients(self) -> bool:
-        """True if each parameter's gradient stays until the backward pass is over."""
+        """True if every parameter keeps its gradient until the end of the backward pass."""
         return self.stage < 2
 
     def reduction_bytes(
-        self, w: ParameterCounts, ranks: int, accumulate: int, checkpointing: bool
+        self, counts: ParameterCounts, ranks: int, accumulate: int, checkpointing: bool
     ) -> dict[str, float]:
-        """Return the bytes while the last gradients are sent, when the activations are gone."""
-        gradients = self.element_bytes * w.trained
+        """Return {purpose: bytes} while the last gradients are reduced, after the backward pass."""
+        gradients = self.element_bytes * counts.trained
         if self.stage == 0:
-            return {"gradients": gradients, "all-reduce": self.element_bytes * min(w.trained, 5e8)}
+            all_reduce = self.element_bytes * min(counts.trained, 5e8)
+            return {"gradients": gradients, "all-reduce": all_reduce}
         if self.stage == 1:
             shard = 0 if self.offload_optimizer else gradients / ranks
             return {
@@ -199,55 +215,60 @@ class ZeroMemory:
             }
         if self.stage == 3:
             # The last bucket, its reduced shard, and the largest gradient.
-            held = self.backward_bytes(w, ranks, accumulate, checkpointing)
-            bucket = min(self.bucket_elements, w.trained)
-            held["gradients sent"] = self.element_bytes * (w.largest + bucket * (1 + 1 / ranks))
-            return held
+            memory = self.backward_bytes(counts, ranks, accumulate, checkpointing)
+            bucket = min(self.bucket_elements, counts.trained)
+            sent = counts.largest + bucket * (1 + 1 / ranks)
+            memory["gradients sent"] = self.element_bytes * sent
+            return memory
         return {}
 
-    def step_bytes(self, w: ParameterCounts, ranks: int, temporaries: int) -> dict[str, float]:
-        """Return the bytes while the optimizer steps; temporaries: a value of ADAM."""
+    def step_bytes(self, counts: ParameterCounts, ranks: int, temporaries: int) -> dict[str, float]:
+        """Return {purpose: bytes} during the optimizer step.
+
+        temporaries: a value of ADAM_TEMPORARIES.
+        """
         if self.offload_optimizer:
             return {}
         if self.stage == 0:
             return {
-                "gradients": FP32_BYTES * w.trained,
-                "optimizer's temporaries": temporaries * FP32_BYTES * w.largest,
+                "gradients": FP32_BYTES * counts.trained,
+                "optimizer's temporaries": temporaries * FP32_BYTES * counts.largest,
             }
 
-        held: dict[str, float] = {}
-        at_once = w.largest_group / ranks
+        memory: dict[str, float] = {}
+        updated_at_once = counts.largest_group / ranks
         if self.stage == 3:
-            at_once = min(at_once, self.sub_group_size)
+            updated_at_once = min(updated_at_once, self.sub_group_size)
         else:
-            held["gradients"] = self.element_bytes * w.trained / ranks
-        held["fp32 gradients"] = FP32_BYTES * at_once
-        held["optimizer's temporaries"] = temporaries * FP32_BYTES * at_once
-        return held
+            memory["gradients"] = self.element_bytes * counts.trained / ranks
+        memory["fp32 gradients"] = FP32_BYTES * updated_at_once
+        memory["optimizer's temporaries"] = temporaries * FP32_BYTES * updated_at_once
+        return memory
 
     def sent_bytes(
-        self, w: ParameterCounts, ranks: int, accumulate: int, checkpointing: bool
+        self, counts: ParameterCounts, ranks: int, accumulate: int, checkpointing: bool
     ) -> dict[str, float]:
-        """Return the bytes of weights and gradients that a rank sends in a step.
+        """Return {collective: bytes} of weights and gradients that a rank sends in one step.
 
-        The collectives send each byte once (rings).
+        Collectives are counted as rings: a gather or scatter sends (ranks - 1) / ranks of a tensor,
+        an all-reduce twice that.
         """
-        once = (ranks - 1) / ranks * self.element_bytes
+        ring = (ranks - 1) / ranks * self.element_bytes
         if self.stage == 3:
-            # GradCache adds a forward pass for each micro-batch.
+            # A weight is used in the forward and in the backward pass. GradCache adds a forward
+            # pass for each micro-batch.
             uses = 2 if accumulate == 1 else 3 * accumulate
-            sharded = w.total - w.unsharded
-            again = (uses - 1) * (
-                sharded - self.parameters_kept_gathered(w, accumulate, checkpointing)
-            )
+            sharded = counts.total - counts.unsharded
+            kept = self.parameters_kept_gathered(counts, accumulate, checkpointing)
+            gathered_again = (uses - 1) * (sharded - kept)
             return {
-                "gather weights": once * (sharded + again + w.unsharded),
-                "scatter gradients": once * w.trained * accumulate,
+                "gather weights": ring * (sharded + gathered_again + counts.unsharded),
+                "scatter gradients": ring * counts.trained * accumulate,
             }
         if self.stage == 0:
-            return {"all-reduce gradients": 2 * once * w.trained}
-        times = accumulate if self.stage == 2 else 1
+            return {"all-reduce gradients": 2 * ring * counts.trained}
+        reductions = accumulate if self.stage == 2 else 1
         return {
-            "all-reduce gradients": 2 * once * w.trained * times,
-            "gather weights": once * w.trained,
+            "all-reduce gradients": 2 * ring * counts.trained * reductions,
+            "gather weights": ring * counts.trained,
         }

@@ -1,4 +1,4 @@
-"""Compare the FLOPs of a sample with closed forms and with the formulas of each method."""
+"""Test the FLOPs of a sample against closed forms and against formulas of each method."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ def load(name: str, *overrides: str) -> config.RunConfig:
     return config.load(config.ROOT / f"run/configs/{name}.yaml", overrides)
 
 
-def blocks(tokens: int, width: int, depth: int, queries: int) -> int:
-    """Count the multiply-adds of a transformer whose last block computes `queries` tokens only."""
+def block_macs(tokens: int, width: int, depth: int, queries: int) -> int:
+    """Return the multiply-adds of a transformer whose last block has `queries` outputs only."""
     qkv = 3 * width**2
     rest = 2 * tokens * width + width**2 + 8 * width**2  # attention, projection, MLP
     return depth * tokens * (qkv + rest) - (tokens - queries) * rest
@@ -31,18 +31,19 @@ def test_the_closed_form_of_b16(mask, visible, pool, all_tokens):
 
     tokens = 1 + visible
     embedding = visible * 768 * 768
-    vision = blocks(tokens, 768, 12, tokens if all_tokens else 1) + 768 * 512
-    # Forward and two products backward, but none for the gradient of the pixels.
+    vision = block_macs(tokens, 768, 12, tokens if all_tokens else 1) + 768 * 512
+    # One product forward and two backward, but none for the gradient of the pixels.
     assert flops.images == 2 * (3 * vision + 2 * embedding)
-    assert flops.captions == 2 * 3 * (blocks(TOKENS, 512, 12, 1) + 512 * 512)
+    assert flops.captions == 2 * 3 * (block_macs(TOKENS, 512, 12, 1) + 512 * 512)
     assert flops.loss == 2 * 4 * 4096 * 512
-    assert flops.teacher == flops.recomputed == 0
+    assert flops.teacher == 0
+    assert flops.recomputed == 0
     assert flops.model == flops.images + flops.captions
 
 
-# GFLOP of images, captions, teacher, loss, and recomputed without and with ZeRO-3, by the formulas
-# that each method had until commit 916dcfa.
-FORMULAS = {
+# GFLOP of images, captions, teacher, loss, and recomputation without and with ZeRO-3. They were
+# computed with formulas for each method, which the code had until commit 916dcfa.
+EXPECTED = {
     "flip_b16": (51.884, 3.431, 0, 0.268, 12.344, 18.321),
     "flip_h14": (495.724, 28.221, 0, 0.537, 117.249, 174.451),
     "aclip_b16": (99.353, 3.431, 32.927, 0.067, 23.154, 34.042),
@@ -53,10 +54,10 @@ FORMULAS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_formulas_by_hand(name):
     cfg = load(name, "model.checkpoint_activations=true")
-    images, captions, teacher, loss, _, with_zero3 = FORMULAS[name]
+    images, captions, teacher, loss, _, with_zero3 = EXPECTED[name]
 
     flops = count_flops(cfg, VOCAB, TOKENS, sharded=True)
 
@@ -70,7 +71,7 @@ def test_formulas_by_hand(name):
 @pytest.mark.parametrize("name", ["flip_b16", "maskclip_b16"])
 def test_recomputation_without_zero3(name):
     cfg = load(name, "model.checkpoint_activations=true")
-    recomputed = FORMULAS[name][4]
+    recomputed = EXPECTED[name][4]
 
     flops = count_flops(cfg, VOCAB, TOKENS)
 
@@ -83,7 +84,8 @@ def test_a_frozen_text_tower_is_not_counted():
 
     flops = count_flops(load("maskclip_b16", *overrides), VOCAB, TOKENS)
 
-    assert flops.captions == flops.loss == 0
+    assert flops.captions == 0
+    assert flops.loss == 0
     assert flops.teacher > 0
 
 
@@ -92,17 +94,17 @@ def test_products_that_are_added_in_place_count():
     image = torch.randn(rows, width).requires_grad_()
     text = torch.randn(rows, width).requires_grad_()
 
-    with create_counter() as flop_counter:
+    with create_counter() as counter:
         contrastive(image, text, torch.ones(1, requires_grad=True))[0].backward()
 
-    assert flop_counter.get_total_flops() == 4 * 2 * rows * rows * width
+    assert counter.get_total_flops() == 4 * 2 * rows * rows * width
 
 
 def test_a_rank_counts_without_the_others(monkeypatch):
-    """A-CLIP's heads and losses would wait for the other ranks, which do not count."""
+    """Counting starts no collective: A-CLIP's heads and losses would wait for the other ranks."""
 
     def refuse(*_, **__):
-        raise AssertionError("a collective")
+        raise AssertionError("a collective was started")
 
     monkeypatch.setattr(collectives.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 2)
@@ -113,5 +115,5 @@ def test_a_rank_counts_without_the_others(monkeypatch):
 
     assert count_flops(load("aclip_b16"), VOCAB, TOKENS).model > 0
     assert collectives.world() == 2
-    with pytest.raises(AssertionError, match="a collective"):
+    with pytest.raises(AssertionError, match="a collective was started"):
         collectives.all_reduce(torch.ones(1))
