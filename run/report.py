@@ -1,16 +1,16 @@
-"""Make pages to look at from runs: one file each, no network.
+"""Write self-contained HTML pages about runs.
 
     python run/report.py runs/study/* --out report.html
-        curves, results and cost of runs, of several seeds with intervals; what masks keep; configs
-        and commands. Plots (PNG) and tables (CSV) beside it
+        compare runs: curves, results and cost, masks, configs and commands;
+        plots (PNG) and tables (CSV) are written next to the page
     python run/report.py masks --run runs/aclip_nano
-        what each strategy keeps of the same images, the model's attention, and where an image
-        resembles its caption
+        show what each mask keeps of some images, the model's attention, and the similarity of
+        patches to the caption, in RUN/report/masks.png and masks.html
 
-Runs that differ in their seed alone are one group, and the first group is what the others are
-compared with. A run that is missing, cut off or not evaluated is told as absent, with the reason.
-`masks` writes RUN/report/masks.png and masks.html. For pictures a run's last checkpoint is read;
-nothing of a run is changed.
+Runs that differ only in their seed form a group, shown with intervals over seeds. The first group
+is the baseline for the others. A run that is missing, incomplete or not evaluated is marked as
+absent, with the reason. Pictures are computed with the last checkpoint of a run. Apart from
+RUN/report, run folders are not changed.
 """
 
 import sys
@@ -22,7 +22,7 @@ if __package__ is None:  # started as a file: import from the repository root, n
 from glimpse.data.shards import Shards
 from glimpse.data.stream import is_stream
 from glimpse.run.lib import config, distributed
-from glimpse.run.reports import html_report, markup, pictures
+from glimpse.run.reports import html_report, markup, pictures, plots
 from glimpse.run.study.jobs import read_state
 from glimpse.run.study.results import RunResult, group_by_seed
 from glimpse.run.train import load_model
@@ -34,29 +34,32 @@ def compare_runs() -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="run folders; the first is what the others are compared with",
+        help="run folders; the first is the baseline for the others",
     )
-    parser.add_argument("--out", default="report.html", help="the page; default: report.html")
+    parser.add_argument(
+        "--out", default="report.html", help="path of the page; default: report.html"
+    )
     parser.add_argument(
         "--images",
         nargs="+",
-        help="folders of shards for the pictures; default: each run's own data.train",
+        help="folders of shards with images for the pictures; default: data.train of each run",
     )
     parser.add_argument(
         "--count",
         type=int,
         default=4,
-        help="images of each group; 0: no pictures, and no checkpoint is read",
+        help="images per group; 0: no pictures, so that no checkpoint is read",
     )
     args = parser.parse_args()
+    plots.check_matplotlib()
 
-    # RUNS/* names what run/scaling.py puts beside them, too
+    # A pattern like RUNS/* also matches the log and lock files of run/scaling.py.
     runs = [read_state(Path(run)) for run in args.runs if not Path(run).is_file()]
     if not runs:
-        raise ValueError(f"RUN: {args.runs[0]}: no run folder")
+        raise ValueError(f"RUN: {args.runs[0]} is a file; give run folders")
     if all(run.config is None for run in runs):
-        more = f", and {len(runs) - 1} more like it" if len(runs) > 1 else ""
-        raise ValueError(f"RUN: {runs[0].run}: {runs[0].reason}{more}")
+        others = f" (and {len(runs) - 1} more)" if len(runs) > 1 else ""
+        raise ValueError(f"RUN: no run has a config: {runs[0].reason}{others}")
 
     groups = group_by_seed(runs)
     galleries = {}
@@ -70,13 +73,13 @@ def compare_runs() -> None:
             states.append(f"{run.run.name} {run.state}{reason}")
         print(f"{label}: {', '.join(states)}")
     page, *others = html_report.write_report(Path(args.out), groups, galleries)
-    print(f"wrote {page}, and beside it {', '.join(path.name for path in others)}")
+    print(f"wrote {page}, and next to it {', '.join(path.name for path in others)}")
 
 
 def group_gallery(
     group: list[RunResult], images: list[str] | None, count: int
 ) -> tuple[dict, list[str]] | str:
-    """Return (pictures, captions) of the first run that has a checkpoint, or why none has."""
+    """Return (pictures, captions) for the first run with a checkpoint, or why there is none."""
     reason = ""
     for run in group:
         try:
@@ -91,18 +94,18 @@ def write_masks() -> None:
     parser = config.parser(__doc__)
     parser.add_argument("masks")
     parser.add_argument(
-        "--run", required=True, help="a run folder, one of its checkpoints, or a converted model"
+        "--run", required=True, help="a run folder, a checkpoint in it, or a converted model"
     )
     parser.add_argument(
         "--images",
         nargs="+",
-        help="folders of shards to take images from; default: the run's own data.train",
+        help="folders of shards with the images; default: the run's data.train",
     )
-    parser.add_argument("--count", type=int, default=8, help="images")
+    parser.add_argument("--count", type=int, default=8, help="number of images")
     args = parser.parse_args()
     path = load_model.find(Path(args.run).resolve())
     if args.count < 1:
-        raise ValueError(f"--count {args.count}: a number of images, 1 or more")
+        raise ValueError(f"--count: {args.count} is not positive; use 1 or more images")
 
     columns, captions, cfg = model_gallery(path, args.images, args.count)
     folder = load_model.home(path) / "report"
@@ -111,9 +114,9 @@ def write_masks() -> None:
     image_file.write_bytes(markup.encode_image(pictures.tile_gallery(columns), "png"))
 
     samples = load_model.origin(path).get("samples")
-    after = "" if samples is None else f", after {samples:,} samples"
-    about = f"{cfg.run}: {cfg.method}, {cfg.model.size}{after}. {html_report.PICTURE_LEGEND}"
-    body = f"<h1>What each mask keeps</h1><p>{markup.escape(about)}</p>"
+    progress = "" if samples is None else f", after {samples:,} samples"
+    about = f"{cfg.run}: {cfg.method}, {cfg.model.size}{progress}. {html_report.PICTURE_LEGEND}"
+    body = f"<h1>Masks, attention and similarity</h1><p>{markup.escape(about)}</p>"
     body += markup.gallery_table(columns, captions)
     page = folder / "masks.html"
     page.write_text(markup.html_document(f"Masks: {cfg.run}", body))
@@ -123,22 +126,24 @@ def write_masks() -> None:
 def model_gallery(
     path: Path, images: list[str] | None, count: int
 ) -> tuple[dict, list[str], config.RunConfig]:
-    """Return (columns of pictures, captions, config) of a model that load_model.find returned.
+    """Return (columns of pictures, captions, config) of a model.
 
-    Without `images`, the pictures are the model's own training images.
+    path: a return value of load_model.find.
+    images: folders of shards; by default the model's training data.
     """
     if not images:
         converted = load_model.home(path) == path
         if converted or is_stream(load_model.config_of(path).data.train):
             raise ValueError(
-                "--images: the model was trained on no folder of shards that is known here; name"
-                " one"
+                "--images: required for this model, because its training data is not a local folder"
+                " of shards; give folders of shards"
             )
     cfg, tokenizer, method = load_model.opened(path)
     examples = pictures.read_examples(Shards(images or cfg.data.train), count)
     if not examples:
         raise ValueError(
-            f"--images: none of {count} samples can be read; run: run/prepare.py check DIR"
+            f"--images: none of {count} samples can be read; find the reason with"
+            " `python run/prepare.py check DIR`"
         )
     encoded_images, captions = examples
     columns = pictures.build_gallery(method, cfg, tokenizer, encoded_images, captions)

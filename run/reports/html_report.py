@@ -1,8 +1,9 @@
-"""Groups of runs as one HTML page, which needs no network, and as PNG and CSV beside it.
+"""Write a self-contained HTML page that compares groups of runs, with plots (PNG) and tables (CSV).
 
-    write(Path("report.html"), {"baseline": [read(run), ...], "model scaling": [...]}, galleries)
+    groups = {"baseline": [read_result(run), ...], "larger model": [...]}
+    write_report(Path("report.html"), groups, galleries)
 
-The runs of a group differ in their seed alone (run/study/results.py), and the first group is the
+The runs of a group differ only in their seed (run/study/results.py). The first group is the
 baseline for the others. Results that were not measured are marked as absent, with the reason.
 """
 
@@ -33,10 +34,10 @@ from glimpse.run.study.results import RunResult, difference_interval, mean_inter
 from glimpse.run.train.log import clock, short
 
 Groups = dict[str, list[RunResult]]
-# the columns of run/reports/pictures.py `gallery`, and the captions of its rows
+# (columns, captions of the rows) from `build_gallery` in run/reports/pictures.py
 Gallery = tuple[dict[str, Tensor], list[str]]
 
-# The metrics of a set that a table has room for; a suite shows all of its metrics.
+# {evaluation: the metrics that tables and plots show}; suites show all of their metrics.
 MAIN_METRICS = {
     "zero_shot": ("top1", "map", "pm_10", "roc_auc"),
     "retrieval": ("image_to_text_r1", "text_to_image_r1"),
@@ -60,10 +61,10 @@ METRIC_WORDS = {
     "cider": "CIDEr",
     "vqa": "VQA",
 }
-METRICS_PER_TABLE = 4  # metrics in a table
+METRICS_PER_TABLE = 4
 PICTURE_LEGEND = (
-    "Grey patches are hidden. Attention: of the class token, bright where it looks. "
-    "Resemblance: of each patch's embedding to the caption's."
+    "Gray patches are hidden. Attention is the attention of the class token, bright where it is"
+    " high. Similarity is the cosine similarity of each patch embedding and the caption embedding."
 )
 
 
@@ -71,21 +72,22 @@ def write_report(
     out: Path,
     groups: Groups,
     galleries: dict[str, Gallery | str] | None = None,
-    title: str = "Runs compared",
+    title: str = "Comparison of runs",
     metric: str = "",
 ) -> list[Path]:
-    """Write the page, and beside it OUT-PLOT.png, OUT-curves.csv and OUT-runs.csv.
+    """Write the page, and next to it OUT-PLOT.png, OUT-curves.csv and OUT-runs.csv.
 
     Return all paths, the page first.
 
-    galleries: {label: the columns and captions of a gallery, or the reason why there is none};
-    metric: the one that comes first, whatever its kind.
+    galleries: {label: a gallery, or the reason why there is none}.
+    metric: the metric to show first; it is shown even if MAIN_METRICS leaves it out.
     """
+    plots.check_matplotlib()
     galleries = galleries or {}
-    names = select_metrics(groups, metric)
-    figures = build_plots(groups, names)
+    metrics = select_metrics(groups, metric)
+    figures = build_plots(groups, metrics)
     files = {
-        out: build_page(groups, names, figures, galleries, title).encode(),
+        out: build_page(groups, metrics, figures, galleries, title).encode(),
         sibling_path(out, "curves.csv"): curves_csv(groups),
         sibling_path(out, "runs.csv"): runs_csv(groups),
     }
@@ -94,9 +96,8 @@ def write_report(
     for label, gallery in galleries.items():
         if not isinstance(gallery, str):
             columns, _captions = gallery
-            files[sibling_path(out, f"masks_{slug(label)}.png")] = encode_image(
-                tile_gallery(columns), "png"
-            )
+            picture = encode_image(tile_gallery(columns), "png")
+            files[sibling_path(out, f"masks_{slug(label)}.png")] = picture
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         path.write_bytes(content)
@@ -105,39 +106,36 @@ def write_report(
 
 def build_page(
     groups: Groups,
-    names: list[str],
+    metrics: list[str],
     figures: dict[str, plots.Figure],
     galleries: dict[str, Gallery | str],
     title: str,
 ) -> str:
-    """Return the page as HTML; names: the metrics in it."""
+    """Return the page as HTML."""
     body = [f"<h1>{escape(title)}</h1><p>{escape(summarize_runs(groups))}</p>"]
 
-    # Results: the table, and two plots a metric.
-    body += ["<h2>Results</h2>", results_table(groups, names)]
+    # Results: the tables, and two plots for each metric.
+    body += ["<h2>Results</h2>", results_table(groups, metrics)]
     by_samples = "By samples seen in training."
     if longer_schedules(groups):
-        by_samples += " Dashed: the longer schedule, rescaled along x."
-    by_time = (
-        "After training, by the time that training took. Grey: one recipe, trained for longer."
-    )
-    for name in names:
-        captions = {f"{name} by samples": by_samples, f"{name} by time": by_time}
+        by_samples += " Dashed: a longer schedule, with x scaled to the length of the first run."
+    by_time = "After training, by training time. Gray lines join schedules of one recipe."
+    for metric in metrics:
+        captions = {f"{metric} by samples": by_samples, f"{metric} by time": by_time}
         body.append(plot_grid(figures, captions))
 
     # Cost.
     captions = {
         "speed": "Training throughput.",
         "memory": "Peak memory of rank 0.",
-        "loss": "Loss by samples seen.",
+        "loss": "Training loss by samples seen.",
     }
     body += ["<h2>Cost</h2>", cost_table(groups), plot_grid(figures, captions)]
 
     # Pictures.
     if galleries:
-        body.append(
-            f"<h2>What masks keep and towers look at</h2><p>{PICTURE_LEGEND} Of the first seed.</p>"
-        )
+        note = "The model is the first run of the group that has a checkpoint."
+        body.append(f"<h2>Masks, attention and similarity</h2><p>{PICTURE_LEGEND} {note}</p>")
     for label, gallery in galleries.items():
         body.append(f"<h3>{escape(label)}</h3>")
         if isinstance(gallery, str):
@@ -145,29 +143,35 @@ def build_page(
         else:
             body.append(gallery_table(*gallery))
 
-    # Each run.
+    # Details of each run.
     body.append("<h2>Runs</h2>")
-    base = baseline_config(groups)
+    baseline = baseline_config(groups)
     for label, group in groups.items():
-        body += [run_details(label, result, base) for result in group]
+        body += [run_details(label, result, baseline) for result in group]
     return html_document(title, "".join(body))
 
 
 def summarize_runs(groups: Groups) -> str:
+    """Return the introduction of the page: numbers of runs, and how to read the intervals."""
     runs = [result for group in groups.values() for result in group]
     complete = sum(result.state == "complete" for result in runs)
     text = (
-        f"Groups: {len(groups)}. Runs: {len(runs)}, {complete} of them complete; those of a group"
-        " differ in their seed alone. [low, high] and bands: 95 % bootstrap intervals of the mean"
-        " over n seeds; of two or three seeds that is their range."
+        f"Groups: {len(groups)}. Runs: {len(runs)}, {complete} of them complete. The runs of a"
+        " group differ only in their seed. [low, high] and shaded bands are 95 % bootstrap"
+        " intervals of the mean over n seeds; with two or three seeds they are the range of the"
+        " values."
     )
     if len(groups) > 1:
-        text += f" A second line is the difference to {next(iter(groups))}."
+        baseline = next(iter(groups))
+        text += f" The second line of a cell is the difference to {baseline}."
     return text
 
 
-def select_metrics(groups: Groups, before: str = "") -> list[str]:
-    """Return the metrics for tables and plots that some run has, `before` and zero-shot first."""
+def select_metrics(groups: Groups, first: str = "") -> list[str]:
+    """Return the metrics to show, of those that any run has.
+
+    `first` comes first, then suites, then the evaluations in the order of MAIN_METRICS.
+    """
     measured: dict[str, None] = {}  # in the order of the runs
     for group in groups.values():
         for result in group:
@@ -179,7 +183,7 @@ def select_metrics(groups: Groups, before: str = "") -> list[str]:
         bare = name.removeprefix("teacher/").partition(" (")[0]
         kind = re.split(r"[(/]", bare)[0]
         metric = bare.rpartition("/")[2]
-        if name == before:
+        if name == first:
             ranks[name] = -2
         elif kind == "suite" and metric != "chance":
             ranks[name] = -1
@@ -189,19 +193,19 @@ def select_metrics(groups: Groups, before: str = "") -> list[str]:
 
 
 def metric_label(name: str) -> tuple[str, str]:
-    """Return a metric and its set as text: ("zero-shot top-1 (%)", "shapes, teacher")."""
-    bare, _, asked = name.partition(" (")
-    kind, of, metric = bare.removeprefix("teacher/").split("/")
-    kind, _, options = kind.partition("(")
+    """Return (metric, evaluation set) as text: ("zero-shot top-1 (%)", "shapes, teacher")."""
+    bare, _, run_options = name.partition(" (")
+    kind, evaluation_set, metric = bare.removeprefix("teacher/").split("/")
+    kind, _, kind_options = kind.partition("(")
     kind_words = METRIC_WORDS.get(kind, kind.replace("_", " "))
     metric_words = METRIC_WORDS.get(metric, metric.replace("_", " "))
-    what = f"{kind_words} {metric_words} (%)".lstrip()
+    label = f"{kind_words} {metric_words} (%)".lstrip()
 
-    where = [of.replace("_", " ")]
+    details = [evaluation_set.replace("_", " ")]
     if bare.startswith("teacher/"):
-        where.append("teacher")
-    where += [text.removesuffix(")") for text in (options, asked) if text]
-    return what, ", ".join(where)
+        details.append("teacher")
+    details += [text.removesuffix(")") for text in (kind_options, run_options) if text]
+    return label, ", ".join(details)
 
 
 def final_values(group: list[RunResult], metric: str) -> list[float]:
@@ -222,54 +226,56 @@ def missing_reason(group: list[RunResult]) -> str:
     return "not evaluated" if group else "not run"
 
 
-def results_table(groups: Groups, names: list[str]) -> str:
-    """Return a table with a row a group.
+def results_table(groups: Groups, metrics: list[str]) -> str:
+    """Return tables with a row per group.
 
-    A cell has a metric's mean, interval and number of seeds, and the difference to the first group.
+    A cell has the mean of a metric, its interval, the number of seeds, and the difference to the
+    first group.
     """
-    if not names:
+    if not metrics:
         return '<p class="absent">absent: no run was evaluated</p>'
-    parts = []
-    for at in range(0, len(names), METRICS_PER_TABLE):
-        parts.append(results_subtable(groups, names[at : at + METRICS_PER_TABLE]))
+    elements = []
+    for start in range(0, len(metrics), METRICS_PER_TABLE):
+        elements.append(results_subtable(groups, metrics[start : start + METRICS_PER_TABLE]))
 
-    # The runs without results in groups that have some.
+    # Incomplete runs of groups that have other results.
     left_out = []
     for label, group in groups.items():
-        incomplete = any(result.reason for result in group)
-        if incomplete and any(result.final for result in group):
+        is_incomplete = any(result.reason for result in group)
+        if is_incomplete and any(result.final for result in group):
             left_out.append(f"<li>{escape(label)}: {escape(missing_reason(group))}</li>")
     if left_out:
-        parts.append(f"<p>Left out:</p><ul>{''.join(left_out)}</ul>")
-    return "".join(parts)
+        elements.append(f"<p>Not included:</p><ul>{''.join(left_out)}</ul>")
+    return "".join(elements)
 
 
-def results_subtable(groups: Groups, names: list[str]) -> str:
-    """Return a table of as many metrics as fit beside each other."""
-    base = next(iter(groups.values()))
+def results_subtable(groups: Groups, metrics: list[str]) -> str:
+    """Return one table, with the metrics as columns."""
+    baseline = next(iter(groups.values()))
     rows = []
     for label, group in groups.items():
-        if not any(final_values(group, name) for name in names):
-            rows.append((label, [absent_row(group, len(names))]))
+        if not any(final_values(group, metric) for metric in metrics):
+            rows.append((label, [absent_row(group, len(metrics))]))
             continue
-        cells = [result_cell(group, base, name) for name in names]
+        cells = [result_cell(group, baseline, metric) for metric in metrics]
         rows.append((label, cells))
     heads = []
-    for name in names:
-        what, where = metric_label(name)
-        heads.append(f"{where}: {what}")
+    for metric in metrics:
+        label, details = metric_label(metric)
+        heads.append(f"{details}: {label}")
     return html_table(heads, rows)
 
 
-def result_cell(group: list[RunResult], base: list[RunResult], metric: str) -> str:
-    """Return the <td> of a metric, with the difference to `base` in a second line."""
-    group_values = final_values(group, metric)
-    base_values = final_values(base, metric)
-    if not group_values:
+def result_cell(group: list[RunResult], baseline: list[RunResult], metric: str) -> str:
+    """Return the <td> of a metric, with the difference to the baseline in a second line."""
+    values = final_values(group, metric)
+    baseline_values = final_values(baseline, metric)
+    if not values:
         return '<td class="absent">absent: not evaluated</td>'
-    cell = f"{format_interval(mean_interval(group_values), 100)} <small>n = {len(group_values)}</small>"
-    if base_values and group is not base:
-        change = format_interval(difference_interval(group_values, base_values), 100, "+.1f")
+    mean = format_interval(mean_interval(values), 100)
+    cell = f"{mean} <small>n = {len(values)}</small>"
+    if baseline_values and group is not baseline:
+        change = format_interval(difference_interval(values, baseline_values), 100, "+.1f")
         cell += f'<small class="to">{change}</small>'
     return f"<td>{cell}</td>"
 
@@ -281,11 +287,12 @@ def absent_row(group: list[RunResult], columns: int) -> str:
 
 
 def cost_table(groups: Groups) -> str:
+    """Return a table of samples, time, throughput, MFU and memory, with a row per group."""
     heads = ["runs", "samples seen", "training time", "samples/s", "MFU", "peak memory, GiB"]
-    forms = {
+    formatters = {
         "seconds": clock,
         "samples_per_s": short,
-        "mfu": lambda share: f"{share:.0%}",
+        "mfu": lambda mfu: f"{mfu:.0%}",
         "memory_gib": lambda gib: f"{gib:.2f}",
     }
     rows = []
@@ -296,59 +303,67 @@ def cost_table(groups: Groups) -> str:
             continue
         seen = "; ".join(dict.fromkeys(samples))
         cells = [f"<td>{len(group)}</td><td>{seen}</td>"]
-        cells += [cost_cell(group, key, form) for key, form in forms.items()]
+        cells += [cost_cell(group, key, formatter) for key, formatter in formatters.items()]
         rows.append((label, cells))
     return html_table(heads, rows)
 
 
-def cost_cell(group: list[RunResult], key: str, form: Callable[[float], str]) -> str:
-    """Return the <td> of a cost; form(value) -> text."""
+def cost_cell(group: list[RunResult], key: str, formatter: Callable[[float], str]) -> str:
+    """Return the <td> of a cost: mean and interval, each formatted by `formatter`."""
     point = cost_point(group, key)
     if point is None:
-        return '<td class="absent">not known</td>'
+        return '<td class="absent">unknown</td>'
     _, mean, low, high = point
-    bounds = "" if math.isnan(low) else f" [{form(low)}, {form(high)}]"
-    return f"<td>{form(mean)}{bounds}</td>"
+    bounds = "" if math.isnan(low) else f" [{formatter(low)}, {formatter(high)}]"
+    return f"<td>{formatter(mean)}{bounds}</td>"
 
 
-def format_interval(found: tuple[float, float, float], by: float, form: str = ".1f") -> str:
-    """Return mean and interval as text, multiplied by `by`."""
-    mean, low, high = (by * value for value in found)
-    bounds = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
-    return f"{mean:{form}}{bounds}"
+def format_interval(
+    interval: tuple[float, float, float], factor: float, number_format: str = ".1f"
+) -> str:
+    """Format (mean, low, high), multiplied by `factor`, as `MEAN [LOW, HIGH]`."""
+    mean, low, high = (factor * value for value in interval)
+    bounds = "" if math.isnan(low) else f" [{low:{number_format}}, {high:{number_format}}]"
+    return f"{mean:{number_format}}{bounds}"
 
 
 def has_chance_level(name: str) -> bool:
-    """Return True if `chance` is the level of guessing of this metric."""
+    """Return True if the metric `chance` is the chance level of this metric: for top-1 only."""
     return name.rpartition("/")[2].split(" ")[0] == "top1"
 
 
-def build_plots(groups: Groups, names: list[str]) -> dict[str, plots.Figure]:
-    """Return {name: plot} of these metrics and of cost; a plot without any data is left out."""
+def build_plots(groups: Groups, metrics: list[str]) -> dict[str, plots.Figure]:
+    """Return {name: plot} of these metrics and of cost, without plots that have no data."""
     figures: dict[str, plots.Figure | None] = {}
-    for name in names:
-        figures[f"{name} by samples"] = plot_by_samples(groups, name)
-        figures[f"{name} by time"] = plot_by_time(groups, name)
-    figures["speed"] = cost_plot(groups, "samples_per_s", "samples a second")
+    for metric in metrics:
+        figures[f"{metric} by samples"] = plot_by_samples(groups, metric)
+        figures[f"{metric} by time"] = plot_by_time(groups, metric)
+    figures["speed"] = cost_plot(groups, "samples_per_s", "samples per second")
     figures["memory"] = cost_plot(groups, "memory_gib", "peak memory (GiB)")
     figures["loss"] = loss_plot(groups)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def plot_by_samples(groups: Groups, metric: str) -> plots.Figure | None:
-    """Return the curves of a metric by samples seen, None if no run has it."""
-    what, where = metric_label(metric)
-    lines = {label: metric_points(group, metric) for label, group in groups.items()}
-    lines = {label: points for label, points in lines.items() if points}
+    """Return the curves of a metric by samples seen; None if no run has the metric."""
+    label, details = metric_label(metric)
+    lines = {}
+    for group_label, group in groups.items():
+        points = metric_points(group, metric)
+        if points:
+            lines[group_label] = points
     if not lines:
         return None
-    scaled = {label: factor for label, factor in longer_schedules(groups).items() if label in lines}
+    schedules = longer_schedules(groups)
+    scaled = {name: factor for name, factor in schedules.items() if name in lines}
     level = chance_level(groups, metric)
-    return plots.plot_curves(where, lines, "samples seen", what, list(groups), scaled, level=level)
+    return plots.plot_curves(
+        details, lines, "samples seen", label, list(groups), scaled, level=level
+    )
 
 
 def chance_level(groups: Groups, metric: str) -> float | None:
-    """Return the level of guessing of a metric, if some run has it."""
+    """Return the chance level of a metric, or None if no run has recorded it."""
     if not has_chance_level(metric):
         return None
     key = f"{metric.rpartition('/')[0]}/chance"
@@ -361,22 +376,23 @@ def chance_level(groups: Groups, metric: str) -> float | None:
 
 
 def plot_by_time(groups: Groups, metric: str) -> plots.Figure | None:
-    """Return a metric after training by training time, None if no run has both."""
-    what, where = metric_label(metric)
-    unit, per = time_unit(groups)
+    """Return a plot of the final metric by training time; None if no run has both."""
+    label, details = metric_label(metric)
+    unit, unit_seconds = time_unit(groups)
     points: dict[str, tuple[plots.Point, plots.Point]] = {}
-    by_recipe: dict[str, list[str]] = {}  # {recipe: labels}
-    for label, group in groups.items():
-        ended = [result for result in group if metric in result.final and result.seconds]
-        if ended:
-            mean = (0.0, *mean_interval(final_values(ended, metric)))
-            points[label] = (cost_point(ended, "seconds", per), mean)
-            by_recipe.setdefault(repr(without_schedule(ended[0].config)), []).append(label)
+    by_recipe: dict[str, list[str]] = {}  # {config without its schedule: labels of groups}
+    for group_label, group in groups.items():
+        timed = [result for result in group if metric in result.final and result.seconds]
+        if timed:
+            mean = (0.0, *mean_interval(final_values(timed, metric)))
+            points[group_label] = (cost_point(timed, "seconds", unit_seconds), mean)
+            recipe = repr(without_schedule(timed[0].config))
+            by_recipe.setdefault(recipe, []).append(group_label)
     if not points:
         return None
     chains = [labels for labels in by_recipe.values() if len(labels) > 1]
     x = f"training time ({unit})"
-    return plots.plot_trade_off(where, points, chains, x, what, list(groups))
+    return plots.plot_trade_off(details, points, chains, x, label, list(groups))
 
 
 def time_unit(groups: Groups) -> tuple[str, int]:
@@ -388,15 +404,16 @@ def time_unit(groups: Groups) -> tuple[str, int]:
     return ("hours", 3600) if longest >= 3600 else ("minutes", 60)
 
 
-def cost_plot(groups: Groups, key: str, what: str) -> plots.Figure | None:
-    """Return bars of a cost, None if no run has it."""
+def cost_plot(groups: Groups, key: str, x: str) -> plots.Figure | None:
+    """Return a bar plot of a cost; None if no run has it."""
     points = {label: cost_point(group, key) for label, group in groups.items()}
     if not any(points.values()):
         return None
-    return plots.plot_bars(points, what, list(groups))
+    return plots.plot_bars(points, x, list(groups))
 
 
 def loss_plot(groups: Groups) -> plots.Figure | None:
+    """Return the curves of the training loss; None if no run has recorded it."""
     lines = {}
     for label, group in groups.items():
         points = mean_points([result.losses for result in group])
@@ -404,16 +421,19 @@ def loss_plot(groups: Groups) -> plots.Figure | None:
             lines[label] = points
     if not lines:
         return None
-    return plots.plot_curves("", lines, "samples seen", "loss", list(groups), share=False)
+    return plots.plot_curves("", lines, "samples seen", "loss", list(groups), is_fraction=False)
 
 
-def cost_point(group: list[RunResult], key: str, per: float = 1) -> plots.Point | None:
-    """Return a cost of a group, divided by `per`; the time is that of complete runs."""
+def cost_point(group: list[RunResult], key: str, divisor: float = 1) -> plots.Point | None:
+    """Return the mean and interval of a cost, divided by `divisor`; None if it is unknown.
+
+    Training time is that of complete runs only.
+    """
     costs = []
     for result in group:
         value = getattr(result, key)
         if value is not None and (key != "seconds" or result.state == "complete"):
-            costs.append(value / per)
+            costs.append(value / divisor)
     return (0.0, *mean_interval(costs)) if costs else None
 
 
@@ -421,17 +441,17 @@ def metric_points(group: list[RunResult], metric: str) -> list[plots.Point]:
     return mean_points([result.curve.get(metric, []) for result in group])
 
 
-def mean_points(runs: list[list[tuple[int, float]]]) -> list[plots.Point]:
-    """Return (samples, mean, low, high) at all places where some run was measured."""
-    at: dict[int, list[float]] = {}
-    for points in runs:
+def mean_points(curves: list[list[tuple[int, float]]]) -> list[plots.Point]:
+    """Return (samples, mean, low, high) for every number of samples at which a run was measured."""
+    by_samples: dict[int, list[float]] = {}
+    for points in curves:
         for samples, value in points:
-            at.setdefault(samples, []).append(value)
-    return [(samples, *mean_interval(at[samples])) for samples in sorted(at)]
+            by_samples.setdefault(samples, []).append(value)
+    return [(samples, *mean_interval(by_samples[samples])) for samples in sorted(by_samples)]
 
 
 def baseline_config(groups: Groups) -> RunConfig | None:
-    """Return the config that others are compared with."""
+    """Return the config with which others are compared: that of the first run that has one."""
     for group in groups.values():
         for result in group:
             if result.config:
@@ -440,18 +460,23 @@ def baseline_config(groups: Groups) -> RunConfig | None:
 
 
 def longer_schedules(groups: Groups) -> dict[str, float]:
-    """Return {label: factor} of the groups that are the first recipe with a longer schedule."""
-    base = baseline_config(groups)
+    """Return {label: factor} for groups with the baseline's recipe and a longer schedule.
+
+    The factor is the length of the baseline's schedule relative to that of the group.
+    """
+    baseline = baseline_config(groups)
     factors = {}
     for label, group in groups.items():
         cfg = group[0].config if group else None
-        if cfg and without_schedule(cfg) == without_schedule(base) and cfg.samples > base.samples:
-            factors[label] = base.samples / cfg.samples
+        if cfg is None or without_schedule(cfg) != without_schedule(baseline):
+            continue
+        if cfg.samples > baseline.samples:
+            factors[label] = baseline.samples / cfg.samples
     return factors
 
 
 def without_schedule(cfg: RunConfig) -> RunConfig:
-    """Return a config without the settings that a longer schedule changes."""
+    """Return the config without the settings that a longer schedule changes."""
     return replace(
         cfg,
         run="",
@@ -464,52 +489,52 @@ def without_schedule(cfg: RunConfig) -> RunConfig:
     )
 
 
-def run_details(label: str, one: RunResult, base: RunConfig | None) -> str:
-    """Return a run's state, command, provenance and config, the last three folded."""
-    name = one.run.name if label in str(one.run) else f"{label}: {one.run.name}"
-    head = f"{escape(name)}, {one.state}"
-    if one.reason:
-        head += f' <span class="absent">({escape(one.reason)})</span>'
-    if one.config is None:
+def run_details(label: str, result: RunResult, baseline: RunConfig | None) -> str:
+    """Return a <details> element with a run's state, command, provenance and config."""
+    name = result.run.name if label in str(result.run) else f"{label}: {result.run.name}"
+    head = f"{escape(name)}, {result.state}"
+    if result.reason:
+        head += f' <span class="absent">({escape(result.reason)})</span>'
+    if result.config is None:
         return f"<details class='run'><summary>{head}</summary></details>"
 
-    # The keys that differ from the first config.
-    tree = plain(asdict(one.config))
-    base_keys = flatten(plain(asdict(base)))
+    # The keys that differ from the baseline's config.
+    tree = plain(asdict(result.config))
+    baseline_keys = flatten(plain(asdict(baseline)))
     run_keys = flatten(tree)
-    changed = []
+    changes = []
     for key, value in run_keys.items():
-        if key != "run" and base_keys.get(key) != value:
-            changed.append(f"{key}: {value}")
-    changed += [f"{key}: none" for key in base_keys if key not in run_keys]
+        if key != "run" and baseline_keys.get(key) != value:
+            changes.append(f"{key}: {value}")
+    changes += [f"{key}: none" for key in baseline_keys if key not in run_keys]
 
-    commands = escape("\n".join(one.commands)) or "no command recorded"
-    provenance = ", ".join(f"{key} {value}" for key, value in one.provenance.items())
-    differences = escape("; ".join(changed)) or "nothing"
+    commands = escape("\n".join(result.commands)) or "no command recorded"
+    provenance = ", ".join(f"{key} {value}" for key, value in result.provenance.items())
+    differences = escape("; ".join(changes)) or "nothing"
     config = escape(yaml.safe_dump(tree, sort_keys=False))
     return (
         f'<details class="run"><summary>{head}</summary>'
         f"<pre>{commands}</pre>"
         f"<p>{escape(provenance)}</p>"
-        f"<p>Unlike the first: {differences}.</p>"
-        f"<details><summary>whole config</summary><pre>{config}</pre></details>"
+        f"<p>Differences from the first run: {differences}.</p>"
+        f"<details><summary>full config</summary><pre>{config}</pre></details>"
         "</details>"
     )
 
 
-def flatten(tree: dict, before: str = "") -> dict:
-    """Return {'a.b': value} of nested mappings."""
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Return {"a.b": value} for nested mappings."""
     keys = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            keys |= flatten(value, f"{before}{key}.")
+            keys |= flatten(value, f"{prefix}{key}.")
         else:
-            keys[f"{before}{key}"] = value
+            keys[f"{prefix}{key}"] = value
     return keys
 
 
 def curves_csv(groups: Groups) -> bytes:
-    """Return a row a measurement."""
+    """Return a CSV table with a row per measurement."""
     rows = []
     for label, group in groups.items():
         for result in group:
@@ -523,14 +548,14 @@ def curves_csv(groups: Groups) -> bytes:
 
 
 def runs_csv(groups: Groups) -> bytes:
-    """Return a row a run; unknown values are empty."""
+    """Return a CSV table with a row per run; unknown values are empty."""
     keys = ("state", "reason", "samples", "seconds", "samples_per_s", "mfu", "memory_gib")
     rows = []
     for label, group in groups.items():
         for result in group:
             seed = result.config.seed if result.config else None
-            known = [getattr(result, key) for key in keys]
-            rows.append((label, result.run, seed, *known, result.provenance.get("commit")))
+            values = [getattr(result, key) for key in keys]
+            rows.append((label, result.run, seed, *values, result.provenance.get("commit")))
     return format_csv(("group", "run", "seed", *keys, "commit"), rows)
 
 

@@ -1,4 +1,4 @@
-"""The pieces of an HTML page that needs no network: frame, style, tables, plots, galleries."""
+"""Build self-contained HTML pages: document, style, tables, plots and galleries of pictures."""
 
 import base64
 import html
@@ -48,7 +48,7 @@ details.run::details-content{content-visibility:visible;height:auto}
 
 
 def html_document(title: str, body: str) -> str:
-    """Return a whole page; body: its HTML, title: text."""
+    """Return a complete page; `body` is HTML, `title` is plain text."""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}</style>{body}</html>
@@ -56,9 +56,10 @@ def html_document(title: str, body: str) -> str:
 
 
 def html_table(heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """Return a table; rows: (label, <td> elements)."""
+    """Return a table; a row is (label, <td> elements)."""
     head = ""
     for name in heads:
+        # Allow line breaks inside names of metrics.
         breakable = escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
         head += f"<th>{breakable}</th>"
     body = ""
@@ -71,9 +72,9 @@ def html_table(heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
 
 
 def plot_grid(figures: dict[str, Figure], captions: dict[str, str]) -> str:
-    """Return plots with their captions, side by side where there is room.
+    """Return plots with captions, side by side where the window is wide enough.
 
-    Captions without a figure are left out.
+    captions: {name of a figure: caption}. Captions without a figure are skipped.
     """
     elements = ""
     for name, caption in captions.items():
@@ -86,13 +87,16 @@ def plot_grid(figures: dict[str, Figure], captions: dict[str, str]) -> str:
     return f'<div class="plots">{elements}</div>'
 
 
-def gallery_table(found: dict[str, Tensor], captions: list[str]) -> str:
-    """Return a table of pictures; found: {column: (n, 3, H, W) uint8}, captions: of its n rows."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("caption", *found))
+def gallery_table(columns: dict[str, Tensor], captions: list[str]) -> str:
+    """Return a table of pictures, one row per caption.
+
+    columns: {name: (n, 3, H, W) uint8}; captions: one text per row.
+    """
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("caption", *columns))
     rows = ""
     for i, caption in enumerate(captions):
         cells = "".join(
-            f"<td>{inline_image(column[i], name)}</td>" for name, column in found.items()
+            f"<td>{inline_image(column[i], name)}</td>" for name, column in columns.items()
         )
         rows += f'<tr><td class="caption">{escape(caption)}</td>{cells}</tr>'
     return (
@@ -102,9 +106,9 @@ def gallery_table(found: dict[str, Tensor], captions: list[str]) -> str:
 
 
 def inline_image(image: Tensor, name: str) -> str:
-    """Return an <img> of (3, H, W) uint8 that contains its pixels.
+    """Return an <img> element that embeds a picture (3, H, W) uint8.
 
-    They are exact where they are few, else compressed.
+    Pictures up to 128 pixels are lossless PNG, larger ones are WebP.
     """
     kind = "png" if max(image.shape) <= 128 else "webp"
     data = base64.b64encode(encode_image(image, kind)).decode()
@@ -112,14 +116,14 @@ def inline_image(image: Tensor, name: str) -> str:
 
 
 def encode_image(image: Tensor, kind: str) -> bytes:
-    """Return (3, H, W) uint8 as the bytes of a png or webp file."""
+    """Encode a picture (3, H, W) uint8; kind: png or webp."""
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, kind)
     return out.getvalue()
 
 
 def slug(name: str) -> str:
-    """Return a name as part of a file name or id."""
+    """Replace all characters but letters, digits and _, for file names and ids."""
     return re.sub(r"\W+", "_", name).strip("_")
 
 

@@ -1,6 +1,10 @@
-"""Pictures of masked inputs, masks, attention, and the resemblance of patches to a caption.
+"""Pictures of masked inputs, masks, attention, and the similarity of patches to a caption.
 
-Letters: n images, L patches, (rows, columns) their grid, P patch side, H x W image sides.
+    columns = build_gallery(method, cfg, tokenizer, images, captions)    {column: (n, 3, H, W)}
+    picture = tile_gallery(columns)                                      (3, H, W) uint8
+
+Letters: n images, L patches, K visible patches, (rows, columns) grid of patches, P patch side,
+H x W image sides, D width of the vision tower.
 """
 
 import numpy as np
@@ -20,18 +24,20 @@ from glimpse.model.methods.base import Method
 from glimpse.run.lib.config import RunConfig
 from glimpse.run.lib.distributed import to_device
 
-GRAY, IMAGES, COLUMNS = 128, 16, 8
+GRAY = 128  # value of hidden patches
+MAX_IMAGES = 16  # images per view in masked_inputs_picture
+IMAGES_PER_ROW = 8
 MASKS = ("random(0.5)", "gaussian(0.5)", "inverse_gaussian(0.5)")
-# dark to bright: Matplotlib's inferno
+# From dark to bright: colors of Matplotlib's inferno.
 HEAT_COLORS = torch.tensor(
     [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]
 )
 
 
 def read_examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str]] | None:
-    """Return the images and captions of `count` samples, spread over the shards.
+    """Return the encoded images and the captions of `count` samples, spread over the shards.
 
-    Samples that cannot be read are left out; None if none is left.
+    Samples that cannot be read are left out. Return None if no sample can be read.
     """
     samples = []
     for i in range(count):
@@ -47,24 +53,23 @@ def read_examples(shards: Shards, count: int = 8) -> tuple[list[bytes], list[str
     return list(images), list(captions)
 
 
-def masked_inputs_picture(part: MicroBatch, cfg: RunConfig) -> Tensor:
-    """Return the first images of each view of a part as one picture, (3, H, W) uint8.
-
-    It has rows of eight images.
-    """
+def masked_inputs_picture(micro_batch: MicroBatch, cfg: RunConfig) -> Tensor:
+    """Return the first images of each view of a micro-batch as one picture (3, H, W) uint8."""
+    # Rows of images, view by view.
     rows: list[Tensor] = []
     views = plan(cfg.views, cfg.model.image_size, cfg.model.patch)
     for name, _, _, grid in views:
-        view = part["views"][name]
-        patches = view["patches"][:IMAGES].cpu()  # (n, K, 3 P P)
-        positions = view["positions"][:IMAGES].cpu().long()  # (n, K)
+        view = micro_batch["views"][name]
+        patches = view["patches"][:MAX_IMAGES].cpu()  # (n, K, 3 P P)
+        positions = view["positions"][:MAX_IMAGES].cpu().long()  # (n, K)
         images = add_frames(place_patches(patches, positions, cfg.model.patch, grid))
-        # white images fill the last row
-        missing = -len(images) % COLUMNS
+        # Fill the last row with white images.
+        missing = -len(images) % IMAGES_PER_ROW
         blank = images.new_full((missing, *images.shape[1:]), 255)
-        for row in torch.cat([images, blank]).split(COLUMNS):
+        for row in torch.cat([images, blank]).split(IMAGES_PER_ROW):
             rows.append(torch.cat(list(row), dim=2))
-    # views may differ in width
+
+    # Views may differ in width; pad all rows to the widest.
     width = max(row.shape[2] for row in rows)
     padded = []
     for row in rows:
@@ -74,7 +79,10 @@ def masked_inputs_picture(part: MicroBatch, cfg: RunConfig) -> Tensor:
 
 
 def place_patches(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """Return images (n, 3, H, W) of patches (n, K, 3 P P) uint8 at (n, K), gray elsewhere."""
+    """Return images (n, 3, H, W) with patches at their positions, and gray elsewhere.
+
+    patches: (n, K, 3 P P) uint8. positions: (n, K).
+    """
     n, _, pixels = patches.shape
     canvas = torch.full((n, grid[0] * grid[1], pixels), GRAY, dtype=torch.uint8)
     canvas.scatter_(1, positions[:, :, None].expand_as(patches), patches)
@@ -90,11 +98,12 @@ def add_frames(images: Tensor) -> Tensor:
 def build_gallery(
     method: Method, cfg: RunConfig, tokenizer: Tokenizer, images: list[bytes], captions: list[str]
 ) -> dict[str, Tensor]:
-    """Return {column: (n, 3, H, W) uint8} for encoded images.
+    """Return {column: (n, 3, H, W) uint8} of encoded images.
 
-    All ranks must call, with the same images.
+    The columns are the image, what each mask keeps of it, the class token's attention, and the
+    similarity to the caption. All ranks must call this with the same images.
     """
-    # The images and what the model computes of them.
+    # 1. The images, and the model's attention and similarities.
     view = next(iter(cfg.views.values()))
     pixels = [
         center_view(image, cfg.model.image_size, cfg.eval_crop, view.interpolation)
@@ -104,33 +113,36 @@ def build_gallery(
     patches = patchify(originals, cfg.model.patch)
     grid = cfg.model.grid
     positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    scores, tokens = attend(method, **to_device(dict(patches=patches, positions=positions)))
-    similar = caption_similarity(method, cfg, tokenizer, tokens, captions)
+    attention, tokens = attend(method, **to_device(dict(patches=patches, positions=positions)))
+    similarity = caption_similarity(method, cfg, tokenizer, tokens, captions)
 
-    # The patches that each mask keeps, with the same noise for all.
+    # 2. The patches that each mask keeps, with the same noise for all masks.
     noise = np.random.default_rng(0).random(positions.shape, dtype=np.float32)
     noise = torch.from_numpy(noise)
-    keeps = {spec: parse(spec)(noise, grid) for spec in MASKS}
-    # blocks as in A-CLIP's options, or of 2 x 2 patches where the grid can be divided so
-    even = all(side % 2 == 0 for side in grid)
-    usual_block = 2 * cfg.model.patch if even else cfg.model.patch
-    block = getattr(cfg.options, "block", usual_block)
+    kept_positions = {spec: parse(spec)(noise, grid) for spec in MASKS}
+    # Attentive masks choose blocks of the size in A-CLIP's options, by default 2 x 2 patches if
+    # the grid can be divided into them.
+    is_even = all(side % 2 == 0 for side in grid)
+    default_block = 2 * cfg.model.patch if is_even else cfg.model.patch
+    block = getattr(cfg.options, "block", default_block)
     for strategy in ("low", "high"):
         mask = Attentive(strategy, block, cfg.model.patch, grid)
-        keeps[f"attentive, {strategy}, blocks of {block} px"] = mask.choose(scores, 0.5)
+        name = f"attentive, {strategy}, blocks of {block} px"
+        kept_positions[name] = mask.choose(attention, 0.5)
 
+    # 3. The columns.
     columns = {"image": originals}
-    for name, keep in keeps.items():
-        columns[name] = place_patches(take(patches, keep), keep, cfg.model.patch, grid)
-    columns["attention"] = heat_maps(scores, grid, originals)
-    columns["resemblance"] = heat_maps(similar, grid, originals)
+    for name, kept in kept_positions.items():
+        columns[name] = place_patches(take(patches, kept), kept, cfg.model.patch, grid)
+    columns["attention"] = heat_maps(attention, grid, originals)
+    columns["similarity"] = heat_maps(similarity, grid, originals)
     return columns
 
 
 def attend(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the class token's attention (n, L) and the student's patch tokens (n, L, D).
 
-    The attention is that of the teacher if the method has one.
+    The attention is the mean over layers and heads, of the teacher if the method has one.
     """
     student = AttentionRecorder()
     teacher = AttentionRecorder()
@@ -147,7 +159,7 @@ def attend(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, 
 def caption_similarity(
     method: Method, cfg: RunConfig, tokenizer: Tokenizer, tokens: Tensor, captions: list[str]
 ) -> Tensor:
-    """Return the cosine of each patch and its image's caption, (n, L) (MaskCLIP's figure 2)."""
+    """Return the cosine (n, L) of each patch token and its image's caption (MaskCLIP, figure 2)."""
     rows = [cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions]
     ids, lengths = pack(rows)
     inputs = to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max())))
@@ -159,25 +171,27 @@ def caption_similarity(
 def heat_maps(values: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
     """Return (n, 3, H, W): values (n, L) as colors over the gray image.
 
-    In each row the smallest value is dark, the largest is bright.
+    For each image the smallest value is dark and the largest is bright.
     """
-    # Each pixel's place on the color scale.
+    # Position of each pixel on the color scale, from 0 to len(HEAT_COLORS) - 1.
     low = values.amin(1, keepdim=True)
     high = values.amax(1, keepdim=True)
     level = ((values - low) / (high - low).clamp(min=1e-12)).unflatten(1, grid)[:, None]
     level = F.interpolate(level, images.shape[2:], mode="nearest")[:, 0] * (len(HEAT_COLORS) - 1)
 
-    # The color between the two nearest of the scale.
-    lower = level.floor().clamp(max=len(HEAT_COLORS) - 2).long()
-    part = (level - lower)[..., None]
-    color = HEAT_COLORS[lower] * (1 - part) + HEAT_COLORS[lower + 1] * part  # (n, H, W, 3)
+    # Interpolate between the two nearest colors of the scale.
+    index = level.floor().clamp(max=len(HEAT_COLORS) - 2).long()
+    fraction = (level - index)[..., None]
+    lower = HEAT_COLORS[index]
+    upper = HEAT_COLORS[index + 1]
+    color = lower * (1 - fraction) + upper * fraction  # (n, H, W, 3)
     gray = images.float().mean(1)[..., None]
     blended = 0.75 * color + 0.25 * gray
     return blended.round().to(torch.uint8).permute(0, 3, 1, 2)
 
 
 def tile_gallery(columns: dict[str, Tensor]) -> Tensor:
-    """Return a gallery as one picture (3, H, W): a row an image, a column a mask."""
-    columns_framed = [add_frames(images) for images in columns.values()]
-    rows = [torch.cat(row, dim=2) for row in zip(*columns_framed)]
+    """Return a gallery as one picture (3, H, W), with a row per image and a column per mask."""
+    framed_columns = [add_frames(images) for images in columns.values()]
+    rows = [torch.cat(row, dim=2) for row in zip(*framed_columns)]
     return torch.cat(rows, dim=1)

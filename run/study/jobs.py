@@ -1,12 +1,14 @@
-"""Training runs of a grid, one after another or several at a time.
+"""Train the runs of a grid as processes, one after another or several at a time.
 
-    Jobs(planned, ranks=1, at_once=2).go()          True if all are complete
+    JobQueue(planned, ranks=1, max_running=2).run()         True if all runs are complete
 
-Each run is a process of the deepspeed launcher. A complete run is left alone, an interrupted one is
-resumed. A run's lock is held here and by the deepspeed launcher until its rank 0 has one of its own
-(run/lib/run_dir.py). So if some of these processes are killed, no second job starts beside the
-others, but waits for them. A run's output is beside its folder, RUN.log; the reason of a failure is
-RUN.failed, which the next launch removes.
+Each run is a process of the deepspeed launcher. A complete run is skipped, an interrupted one is
+resumed. Next to a run's folder, RUN.log has its output, and RUN.failed has the reason if it failed;
+the next launch removes RUN.failed.
+
+RUN.lock keeps a run from being trained twice. This process and the deepspeed launcher hold it until
+rank 0 holds the lock inside the run folder (run/lib/run_dir.py). So if some of these processes are
+killed, a second queue waits for the others instead of starting the run again.
 """
 
 import fcntl
@@ -32,19 +34,19 @@ from glimpse.run.train.log import clock
 
 
 def sibling_path(run: Path, ending: str) -> Path:
-    """Return a path beside a run's folder; training refuses a folder with unknown files."""
+    """Return RUN.ending, next to the run folder: training refuses a folder with unknown files."""
     return run.with_name(f"{run.name}.{ending}")
 
 
 def read_state(run: Path) -> RunResult:
-    """Return the result of a run, with the reason its job failed, if it did."""
+    """Read the result of a run, including the reason if its job failed."""
     failed = sibling_path(run, "failed")
     error = failed.read_text().strip() if failed.exists() else ""
     return read_result(run, error)
 
 
 def missing_reason(results: list[RunResult], metric: str) -> str:
-    """Describe why some of a cell's runs have no value of this metric."""
+    """Describe why some runs of a cell have no value of this metric; "" if all have one."""
     counts: Counter[str] = Counter()
     for result in results:
         if result.state == "complete" and metric in result.final:
@@ -52,34 +54,34 @@ def missing_reason(results: list[RunResult], metric: str) -> str:
         if result.state == "absent" and not (result.run / "config.yaml").exists():
             counts["not trained"] += 1
         else:
-            counts[result.reason or f"has no {metric}"] += 1
+            counts[result.reason or f"no result for {metric}"] += 1
     return "; ".join(
         f"{count} {'run' if count == 1 else 'runs'}: {reason}" for reason, count in counts.items()
     )
 
 
 def next_task(planned: PlannedRun) -> str | None:
-    """Return the next thing to do: "" for training, an evaluation, or None when all is done.
+    """Return the next task of a run: "" to train, an evaluation's option, or None if complete.
 
-    An evaluation that failed half-way lacks some metric of training's last evaluation, and is done
-    again.
+    An evaluation is complete if it has every metric of the last evaluation in training. One that
+    failed halfway is repeated.
     """
     result = read_state(planned.folder)
     if result.state != "complete":
         return ""
-    in_training = [name for name in result.final if not name.endswith(")")]
+    training_metrics = [name for name in result.final if not name.endswith(")")]
     for item in planned.evaluate:
-        wanted = [f"{name} ({item})" for name in in_training]
-        if not wanted or any(name not in result.final for name in wanted):
+        expected = [f"{name} ({item})" for name in training_metrics]
+        if not expected or any(name not in result.final for name in expected):
             return item
     return None
 
 
-def task_command(planned: PlannedRun, what: str, ranks: int, slot: int = 0) -> list[str]:
-    """Return the command line of what left_to_do returned."""
-    if not what:
+def task_command(planned: PlannedRun, task: str, ranks: int, slot: int = 0) -> list[str]:
+    """Return the command line of a task, as returned by next_task."""
+    if not task:
         return train_command(planned, local_launcher(ranks, slot))
-    option, _, value = what.partition(" ")
+    option, _, value = task.partition(" ")
     return [
         sys.executable,
         str(ROOT / "run" / "evaluate.py"),
@@ -92,7 +94,7 @@ def task_command(planned: PlannedRun, what: str, ranks: int, slot: int = 0) -> l
 
 def train_command(planned: PlannedRun, launcher: list[str]) -> list[str]:
     """Return the command line that trains a run, or resumes it."""
-    settings = ["--config", str(planned.config_file.relative_to(ROOT)), "--set", *planned.changes]
+    settings = ["--config", str(planned.config_file), "--set", *planned.changes]
     line = [*launcher, str(ROOT / "run" / "pretrain.py"), *settings]
     if (planned.folder / "config.yaml").exists():
         line.append("--resume")
@@ -100,14 +102,14 @@ def train_command(planned: PlannedRun, launcher: list[str]) -> list[str]:
 
 
 def local_launcher(ranks: int, slot: int = 0) -> list[str]:
-    """Return the launcher's command line on this machine, with a port that is free now.
+    """Return the deepspeed command line for this machine, with a free port.
 
-    Each slot has `ranks` GPUs of its own, if there are GPUs.
+    If there are GPUs, each slot uses its own `ranks` GPUs.
     """
     gpus: list[str] = []
     if torch.cuda.is_available():
         gpus = list(map(str, range(torch.cuda.device_count())))
-    # DeepSpeed ignores this variable where it has --include
+    # With --include, DeepSpeed ignores CUDA_VISIBLE_DEVICES.
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if gpus and allowed:
         gpus = allowed.split(",")
@@ -115,9 +117,9 @@ def local_launcher(ranks: int, slot: int = 0) -> list[str]:
     devices = ["--num_accelerators", str(ranks)]
     if slot_gpus:
         devices = ["--include", f"localhost:{slot_gpus}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     return [
         str(Path(sys.executable).with_name("deepspeed")),
         "--quiet",
@@ -129,16 +131,18 @@ def local_launcher(ranks: int, slot: int = 0) -> list[str]:
 
 @dataclass
 class Job:
+    """A run in a queue, and the process that works on it."""
+
     planned: PlannedRun
     process: subprocess.Popen | None = None
-    lock: int = -1  # a file handle; -1: not held
-    log_offset: int = 0  # bytes that earlier attempts wrote into its log
-    slot: int = 0  # of those that run at a time, each with its GPUs
-    task: str = ""  # what was started last, as left_to_do returns it
-    started_tasks: tuple[str, ...] = ()  # evaluations that were started
+    lock: int = -1  # a file descriptor; -1: not held
+    log_offset: int = 0  # size of the log when the process was started
+    slot: int = 0  # position among the running jobs, which selects its GPUs
+    task: str = ""  # the task that was started last, as returned by next_task
+    started_tasks: tuple[str, ...] = ()
 
     def acquire_lock(self) -> bool:
-        """Take the run's lock; return False while another job has it, or its ranks still train."""
+        """Lock the run; return False if another job holds it or its ranks are still training."""
         path = sibling_path(self.planned.folder, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -160,9 +164,11 @@ class Job:
         self.lock = -1
 
     def start(self, line: list[str]) -> None:
+        """Start a command line in its own session, with its output appended to RUN.log."""
         run = self.planned.folder
         sibling_path(run, "failed").unlink(missing_ok=True)
-        if run.is_dir() and not (run / "config.yaml").exists():  # killed in its first moment
+        # A folder without a config is left by a job that was killed while it created the folder.
+        if run.is_dir() and not (run / "config.yaml").exists():
             shutil.rmtree(run)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with sibling_path(run, "log").open("a") as log:
@@ -171,67 +177,70 @@ class Job:
                 line,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self.lock],
+                pass_fds=[self.lock],  # the launcher keeps the lock if this process is killed
                 env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path},
                 start_new_session=True,
             )
 
-    def finish(self, asked: bool) -> None:
-        """Write down why it failed, if it did and was not asked to stop; free the lock."""
+    def finish(self, was_stopped: bool) -> None:
+        """Release the lock; if the process failed, write the reason to RUN.failed.
+
+        was_stopped: the process was asked to stop, so that a nonzero exit code is no failure.
+        """
         code = self.process.returncode
-        if code and not asked:
+        if code and not was_stopped:
             output = sibling_path(self.planned.folder, "log").read_bytes()[self.log_offset :]
             lines = output.decode(errors="replace").splitlines()
             errors = [line for line in lines if "rror" in line]
-            reasons = errors or lines or ["it printed nothing"]
+            reasons = errors or lines or ["no output"]
             failed = sibling_path(self.planned.folder, "failed")
             failed.write_text(f"exit code {code}: {reasons[-1].strip()[:300]}\n")
         self.release_lock()
 
     def stop(self) -> None:
-        """Ask it to save and leave."""
+        """Ask the process to save a checkpoint and exit."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
 
     def is_alive(self) -> bool:
-        """Return True if it runs, or a rank still saves after its launcher has gone."""
+        """Return True if the process is running, or a rank is saving after its launcher exited."""
         return self.process.poll() is None or run_dir.trained_elsewhere(self.planned.folder)
 
 
 class JobQueue:
-    """Runs in an order in which each comes after those that it needs."""
+    """Train runs in an order in which each comes after the runs that it depends on."""
 
     def __init__(
         self,
         planned: list[PlannedRun],
         ranks: int,
-        at_once: int,
-        say: Callable[[str], None] = print,
+        max_running: int,
+        report: Callable[[str], None] = print,
     ):
         if torch.cuda.is_available():
             gpus = torch.cuda.device_count()
-            needed = ranks * at_once
+            needed = ranks * max_running
             if needed > gpus:
                 raise ValueError(
-                    f"--jobs {at_once}: with --ranks {ranks} each they take {needed} GPUs;"
-                    f" this machine has {gpus}"
+                    f"--jobs: {max_running} jobs with --ranks {ranks} need {needed} GPUs, and this"
+                    f" machine has {gpus}; use fewer jobs or ranks"
                 )
         self.ranks = ranks
-        self.max_running = at_once
-        self.report = say
+        self.max_running = max_running
+        self.report = report
         self.waiting = [Job(run) for run in merge_runs(planned)]
         self.running: list[Job] = []
         self.failed: dict[Path, str] = {}
         self.stopping = False
 
     def run(self) -> bool:
-        """Train all; return False if some failed, or if asked to stop."""
+        """Train all runs; return False if some failed, or if a signal stopped the queue."""
 
-        def stop(*_: object) -> None:
+        def request_stop(*_: object) -> None:
             self.stopping = True
 
         signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, stop) for number in signals}
+        handlers = {number: signal.signal(number, request_stop) for number in signals}
         try:
             while self.running or self.waiting and not self.stopping:
                 if self.stopping:
@@ -243,58 +252,60 @@ class JobQueue:
                 self.collect_ended()
                 time.sleep(0.5)
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stopping:
-            self.report("asked to stop; the same command goes on")
+            self.report("stopped by a signal; repeat the command to continue")
         return not (self.stopping or self.failed)
 
     def start_jobs(self) -> None:
-        """Start the jobs that can start."""
+        """Start waiting jobs up to the limit, as far as the runs they depend on are complete."""
         for job in list(self.waiting):
             if len(self.running) >= self.max_running:
                 return
             if next_task(job.planned) is None:
                 self.waiting.remove(job)
                 continue
-            missing = [
-                need for need in job.planned.dependencies if read_state(need).state != "complete"
-            ]
-            broken = [need for need in missing if need in self.failed]
-            if broken:
+            missing = []
+            for dependency in job.planned.dependencies:
+                if read_state(dependency).state != "complete":
+                    missing.append(dependency)
+            failed = [dependency for dependency in missing if dependency in self.failed]
+            if failed:
                 run = job.planned.folder
-                sibling_path(run, "failed").write_text(f"it needs {broken[0]}, which failed\n")
+                sibling_path(run, "failed").write_text(f"it depends on {failed[0]}, which failed\n")
                 self.fail(job, read_state(run).reason)
             elif not missing and job.acquire_lock():
                 self.start_task(job)
 
     def start_task(self, job: Job) -> None:
-        """Start the next thing to do of a job whose lock is held."""
+        """Start the next task of a job whose lock is held."""
         run = job.planned.folder
-        what = next_task(job.planned)  # again: another job may have done it before the lock
-        if what is None:
+        # Look again: another queue may have completed the task before this one got the lock.
+        task = next_task(job.planned)
+        if task is None:
             job.release_lock()
             self.waiting.remove(job)
             return
-        if what and what in job.started_tasks:
+        if task and task in job.started_tasks:
             job.release_lock()
-            self.fail(job, f"was evaluated, --{what}, and has no result of that")
+            self.fail(job, f"the evaluation with --{task} ended without writing its results")
             return
 
         self.waiting.remove(job)
-        job.task = what
-        job.started_tasks = (*job.started_tasks, what)
-        if what:
-            self.report(f"{run}: is evaluated, --{what}")
+        job.task = task
+        job.started_tasks = (*job.started_tasks, task)
+        if task:
+            self.report(f"{run}: evaluating with --{task}")
         else:
-            self.report(f"{run}: {'goes on' if run.exists() else 'begins'}")
+            self.report(f"{run}: {'resuming' if run.exists() else 'starting'}")
         free_slots = set(range(self.max_running)) - {other.slot for other in self.running}
         job.slot = min(free_slots)
         self.running.append(job)
-        job.start(task_command(job.planned, what, self.ranks, job.slot))
+        job.start(task_command(job.planned, task, self.ranks, job.slot))
 
     def collect_ended(self) -> None:
-        """Take note of the jobs that have ended."""
+        """Remove the jobs that have ended from `running`, and report their results."""
         ended = [job for job in self.running if not job.is_alive()]
         for job in ended:
             run = job.planned.folder
@@ -302,18 +313,18 @@ class JobQueue:
             job.finish(self.stopping)
             result = read_state(run)
             if result.state == "complete" and not job.process.returncode:
-                self.waiting.insert(0, job)  # there may be an evaluation to run
+                self.waiting.insert(0, job)  # it may have evaluations left
                 if not job.task:
-                    spent = f", {clock(result.seconds)} of training" if result.seconds else ""
-                    self.report(f"{run}: complete{spent}")
+                    time_text = f", {clock(result.seconds)} of training" if result.seconds else ""
+                    self.report(f"{run}: complete{time_text}")
             elif self.stopping:
-                self.report(f"{run}: {result.reason or 'stopped in an evaluation'}")
+                self.report(f"{run}: {result.reason or 'stopped during an evaluation'}")
             else:
                 self.fail(job, result.reason or sibling_path(run, "failed").read_text().strip())
 
-    def fail(self, job: Job, why: str) -> None:
-        """Give a job up as failed."""
+    def fail(self, job: Job, reason: str) -> None:
+        """Record a job as failed and stop trying."""
         if job in self.waiting:
             self.waiting.remove(job)
-        self.failed[job.planned.folder] = why
-        self.report(f"{job.planned.folder}: {why}")
+        self.failed[job.planned.folder] = reason
+        self.report(f"{job.planned.folder}: {reason}")

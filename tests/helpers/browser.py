@@ -1,8 +1,9 @@
-"""A headless Chromium from Debian for tests that look at pages.
+"""A headless Chromium for tests that open HTML pages.
 
-The machine's own is used; else one is fetched and unpacked without root.
+An installed Chromium is used if there is one. Otherwise Debian's package is downloaded and unpacked
+below ~/.cache, which needs no root.
 
-    with opened() as browser:              a playwright browser, without a network
+    with open_browser() as browser:        a playwright Browser
         page = browser.new_page(viewport=dict(width=390, height=844))
 """
 
@@ -22,8 +23,8 @@ PACKAGE = "chromium-headless-shell"
 CACHE = Path.home() / ".cache/glimpse/browser"
 
 
-def found() -> tuple[str, dict[str, str]]:
-    """Return the program, and the environment variables that it needs."""
+def find_browser() -> tuple[str, dict[str, str]]:
+    """Return the path of the program, and the environment variables that it needs."""
     for name in (PACKAGE, "chromium"):
         program = shutil.which(name)
         if program:
@@ -31,10 +32,11 @@ def found() -> tuple[str, dict[str, str]]:
 
     if not CACHE.exists():
         try:
-            fetch()
-        except ValueError:  # the lists of packages may be missing or old; without root they stay so
+            download_browser()
+        except ValueError:
+            # The package lists may be missing or outdated. Updating them needs root.
             subprocess.run(["apt-get", "update", "-q"], capture_output=True)
-            fetch()
+            download_browser()
     folders = []
     for pattern in ("*-linux-gnu", "*-linux-gnu/pulseaudio"):
         folders += (CACHE / "usr/lib").glob(pattern)
@@ -42,10 +44,10 @@ def found() -> tuple[str, dict[str, str]]:
     return str(CACHE / "usr/lib/chromium" / PACKAGE), {"LD_LIBRARY_PATH": library_path}
 
 
-def fetch() -> None:
-    """Unpack the browser's package, and those that it needs and this machine lacks.
+def download_browser() -> None:
+    """Unpack the browser's package and all packages that apt would install with it.
 
-    They are those that apt would install; all are unpacked, or ValueError is raised.
+    Raise ValueError if one of them cannot be downloaded or unpacked.
     """
     plan = run(["apt-get", "install", "-s", "--no-install-recommends", PACKAGE], PACKAGE)
     packages = re.findall(r"^Inst (\S+)", plan, re.MULTILINE)
@@ -58,11 +60,12 @@ def fetch() -> None:
 
 
 @contextmanager
-def opened():
-    program, more = found()
+def open_browser():
+    """Start the browser, and close it at the end of the with block."""
+    program, variables = find_browser()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=program, env={**os.environ, **more}, args=["--no-sandbox"]
+            executable_path=program, env={**os.environ, **variables}, args=["--no-sandbox"]
         )
         try:
             yield browser

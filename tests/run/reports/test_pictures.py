@@ -1,4 +1,4 @@
-"""Outputs of a tower beyond its tokens: attention, another resolution, the pooled tokens alone.
+"""Test what pictures need from a tower: attention, other resolutions, and the pooled tokens only.
 
 Run: pytest tests/run/reports/test_pictures.py
 """
@@ -17,29 +17,29 @@ from glimpse.tests.helpers.tiny import picture
 from glimpse.tests.model.test_towers import FLAVOURS, captions, everywhere, small
 
 
-def whole_captions(
+def block_inputs(
     text: TextTower, ids: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, Packed]:
-    """Return inputs of the blocks for which they return every token, not the pooled ones alone."""
+    """Return inputs with which the blocks compute all tokens, not only the pooled ones."""
     packed = Packed(lengths, len(ids), None, text.cfg.causal)
     return text.token(ids) + text.positions[packed.positions], packed
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_last_block_for_the_pooled_tokens_alone(flavour):
-    """The shortcut of both towers equals all tokens, values and gradients."""
+    """Computing only the pooled tokens gives the values and gradients of computing all tokens."""
     towers = small(flavour).double()
     patches = torch.randn(2, 16, 192).double()
     ids, lengths = captions()
 
     results = []
-    for short in (True, False):
+    for pooled_only in (True, False):
         towers.zero_grad()
-        image = towers.vision(patches, everywhere(2), only_cls=short)[:, 0]
-        if short:
+        image = towers.vision(patches, everywhere(2), only_cls=pooled_only)[:, 0]
+        if pooled_only:
             text = towers.text(ids, lengths)
         else:
-            x, packed = whole_captions(towers.text, ids, lengths)
+            x, packed = block_inputs(towers.text, ids, lengths)
             pooled = packed.last if flavour == "clip" else packed.first
             text = towers.text.norm(towers.text.blocks(x, packed)[pooled])
         (image.sin().sum() + text.sin().sum()).backward()
@@ -52,24 +52,24 @@ def test_the_last_block_for_the_pooled_tokens_alone(flavour):
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_attention_of_the_class_token(layers):
-    """It equals that of the full attention matrix, computed from the weights, block by block.
+    """The recorded attention equals that of the full attention matrix, block by block.
 
-    Watching does not change the tokens.
+    Recording it does not change the tokens.
     """
     vision = small("clip").vision
     patches = torch.randn(3, 16, 192)
-    watch = AttentionRecorder()
+    recorder = AttentionRecorder()
 
-    tokens = vision(patches, everywhere(3), watch=watch)
+    tokens = vision(patches, everywhere(3), watch=recorder)
 
     torch.testing.assert_close(tokens, vision(patches, everywhere(3)))
-    assert len(watch.layers) == 4
-    assert watch.layers[0].shape == (3, 17)
+    assert len(recorder.layers) == 4
+    assert recorder.layers[0].shape == (3, 17)
 
     cls = (vision.cls + vision.positions[0]).expand(3, 1, -1)
     x = vision.patch(patches) + vision.positions[1:]
     x = vision.pre_norm(torch.cat([cls, x], 1))
-    for block, attention in zip(list(vision.blocks)[:layers], watch.layers):
+    for block, attention in zip(list(vision.blocks)[:layers], recorder.layers):
         qkv = block.attn.qkv(block.norm1(x))
         q, k, _ = qkv.unflatten(2, (3, 4, 32)).permute(2, 0, 3, 1, 4)
         matrix = (q @ k.transpose(2, 3) / 32**0.5).softmax(3)
@@ -78,26 +78,23 @@ def test_attention_of_the_class_token(layers):
         x = block(x)
 
 
-def test_watching_the_class_token_alone():
+def test_attention_of_the_class_token_without_other_outputs():
     vision = small("clip").vision
     patches = torch.randn(2, 16, 192)
-    watch_cls = AttentionRecorder()
-    watch_all = AttentionRecorder()
+    cls_recorder = AttentionRecorder()
+    full_recorder = AttentionRecorder()
 
-    cls = vision(patches, everywhere(2), only_cls=True, watch=watch_cls)
-    tokens = vision(patches, everywhere(2), watch=watch_all)
+    cls = vision(patches, everywhere(2), only_cls=True, watch=cls_recorder)
+    tokens = vision(patches, everywhere(2), watch=full_recorder)
 
     torch.testing.assert_close(cls, tokens[:, :1])
-    for a, b in zip(watch_cls.layers, watch_all.layers, strict=True):
+    for a, b in zip(cls_recorder.layers, full_recorder.layers, strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_another_resolution(flavour):
-    """Positions of a 2 x 2 grid are those of the 4 x 4 one, interpolated.
-
-    Those of the tower's grid do not change.
-    """
+    """Positions of a 2 x 2 grid are interpolated from those of the tower's 4 x 4 grid."""
     vision = small(flavour).vision
     patches = torch.randn(1, 4, 192)
     table = vision.positions[1:] if flavour == "clip" else vision.positions
@@ -112,7 +109,7 @@ def test_another_resolution(flavour):
 
 
 def test_examples_leave_out_what_cannot_be_read(tmp_path):
-    """A broken picture among those chosen for the pictures of a run must not end it."""
+    """A broken image among the examples must not end a run."""
     pictures = [picture("red circle", np.random.default_rng(i)) for i in range(3)]
     samples = []
     for i, png in enumerate(pictures):

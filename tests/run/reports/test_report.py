@@ -1,7 +1,7 @@
-"""The page of runs: tables, plots and files against the runs' records, and in a real browser.
+"""Test the page of runs: tables, plots and files against the records, and in a real browser.
 
 Run: pytest tests/run/reports/test_report.py
-    (-m slow: trains a tiny run, and looks at the page on a phone and in print)
+    (-m slow: trains a tiny run, and opens the page at the width of a phone and in print)
 """
 
 import csv
@@ -19,11 +19,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from glimpse.model import portable
+from glimpse.run import scaling
 from glimpse.run.report import compare_runs
 from glimpse.run.reports import html_report, plots
 from glimpse.run.study.results import RunResult, group_by_seed, read_result
 from glimpse.run.train import load_model
-from glimpse.tests.helpers.browser import opened
+from glimpse.tests.helpers.browser import open_browser
 from glimpse.tests.helpers.tiny import ROOT, environment, recorded, settings, shards
 
 TOP1 = "zero_shot/shapes/top1"
@@ -32,9 +33,9 @@ EVALUATIONS = ("evals=[zero_shot:x/shapes]",)
 
 
 def study(folder: Path) -> dict[str, list[RunResult]]:
-    """Return three groups of two seeds, and a run that was never begun.
+    """Return three groups of two seeds, and a run that was never started.
 
-    One group is complete, one is complete and trained twice as long, one is cut off.
+    `base` is complete, `long` is complete and trained twice as long, and `cut` is incomplete.
     """
     for seed in (0, 1):
         options = (f"seed={seed}", *EVALUATIONS)
@@ -56,56 +57,58 @@ def study(folder: Path) -> dict[str, list[RunResult]]:
     return group_by_seed([*runs, read_result(folder / "wide", "exit code 1: out of memory")])
 
 
-class Reader(HTMLParser):
-    """A parser for the rows of tables, all ids of a page, and the addresses that it would fetch."""
+class PageParser(HTMLParser):
+    """Collect the rows of tables, all ids of a page, and the URLs that a browser would fetch."""
 
     def __init__(self, text: str):
         super().__init__()
         self.rows: list[list[str]] = []
         self.ids: list[str] = []
-        self.fetched: list[str] = []
-        self.cell = False  # inside a cell
+        self.urls: list[str] = []
+        self.in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for key, value in attrs:
             if key == "id":
                 self.ids.append(value)
-            is_address = key in ("src", "href", "xlink:href")
-            if is_address and not value.startswith(("data:", "#")):
-                self.fetched.append(value)
+            is_url = key in ("src", "href", "xlink:href")
+            if is_url and not value.startswith(("data:", "#")):
+                self.urls.append(value)
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-            self.cell = True
+            self.in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th"):
-            self.cell = False
+            self.in_cell = False
 
     def handle_data(self, data: str) -> None:
-        if self.cell:
+        if self.in_cell:
             self.rows[-1][-1] += data
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text())))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def report(tmp_path_factory):
+    """Return the groups of the study and the paths of its report."""
     folder = tmp_path_factory.mktemp("study")
     groups = study(folder)
     black = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     gray = torch.full((2, 3, 16, 16), 200, dtype=torch.uint8)
     pictures = {"image": black, "attention": gray}
-    galleries = {"base": (pictures, ["a <b> & c", "d"]), "cut": "no whole checkpoint"}
+    galleries = {"base": (pictures, ["a <b> & c", "d"]), "cut": "no complete checkpoint"}
     return groups, html_report.write_report(folder / "out/report.html", groups, galleries)
 
 
-def test_tables(made):
-    page = Reader(made[1][0].read_text())
+def test_tables(report):
+    _groups, (path, *_others) = report
+    page = PageParser(path.read_text())
     results = {row[0]: row[1:] for row in page.rows[:5]}
     cost = {row[0]: row[1:] for row in page.rows[5:10]}
 
@@ -122,67 +125,69 @@ def test_tables(made):
 
     assert cost["base"][:4] == ["2", "400", "0:08 [0:08, 0:08]", "50 [50, 50]"]
     assert cost["long"][2] == "0:08 [0:08, 0:08]"
-    assert cost["cut"][:4] == ["2", "200", "not known", "25 [25, 25]"], (
-        "the time of half a run is not the time of a run"
+    assert cost["cut"][:4] == ["2", "200", "unknown", "25 [25, 25]"], (
+        "the time of an incomplete run is not the training time"
     )
     assert cost["wide"] == ["absent: failed: exit code 1: out of memory"]
 
     text = "".join(map("".join, (*results.values(), *cost.values())))
-    assert not re.search(r"\b0\.0\b|nan|None", text), "nothing absent as a number"
+    assert not re.search(r"\b0\.0\b|nan|None", text), "absent values are not shown as numbers"
 
 
-def test_page_needs_nothing_else(made):
-    text = made[1][0].read_text()
+def test_page_needs_nothing_else(report):
+    _groups, (path, *_others) = report
+    text = path.read_text()
 
-    page = Reader(text)
+    page = PageParser(text)
 
-    assert page.fetched == []
+    assert page.urls == []
     assert not re.search(r"url\((?!#)|@import|<script|<link", text)
-    assert len(page.ids) == len(set(page.ids)), "ids of several plots do not meet"
+    assert len(page.ids) == len(set(page.ids)), "plots share no ids"
     assert "a &lt;b&gt; &amp; c" in text
     assert text.count("data:image/png;base64,") == 4
-    assert "absent: no whole checkpoint" in text
+    assert "absent: no complete checkpoint" in text
     assert text.count("--config quickstart.yaml") == 6
-    assert "Unlike the first: samples: 800." in text
-    assert "whole config" in text
+    assert "Differences from the first run: samples: 800." in text
+    assert "full config" in text
 
 
-def across(text: str, of: str) -> list[float] | None:
-    """Return the x of all points of the line with the id `of`; None if there is no such line."""
-    match = re.search(rf'<g id="{re.escape(of)}">\s*<path d="([^"]*)"', text)
+def line_xs(text: str, line_id: str) -> list[float] | None:
+    """Return the x values of the points of a line; None if there is no line with this id."""
+    match = re.search(rf'<g id="{re.escape(line_id)}">\s*<path d="([^"]*)"', text)
     if match is None:
         return None
     return [float(x) for x in re.findall(r"[ML] ([\d.]+)", match[1])]
 
 
-def vertices(text: str, of: str) -> int | None:
-    points = across(text, of)
-    return None if points is None else len(points)
+def count_points(text: str, line_id: str) -> int | None:
+    xs = line_xs(text, line_id)
+    return None if xs is None else len(xs)
 
 
-def test_plots(made):
-    """Each curve has a vertex for each evaluation; the longer schedule is plotted again, rescaled.
+def test_plots(report):
+    """Each curve has a point per evaluation, and the longer schedule a second, rescaled curve.
 
-    Nothing is plotted of results that do not exist.
+    Absent results are not plotted.
     """
+    _groups, (path, *_others) = report
     curve = "zero_shot_shapes_top1_by_samples"
     time = "zero_shot_shapes_top1_by_time"
-    text = made[1][0].read_text()
+    text = path.read_text()
 
     # By samples.
     for label, count in (("base", 2), ("long", 2), ("cut", 1), ("wide", None)):
-        assert vertices(text, f"{curve}-line-{label}") == count, label
+        assert count_points(text, f"{curve}-line-{label}") == count, label
     assert f'id="{curve}-scaled-long"' in text
     assert text.count("-scaled-") == 1
     assert f'id="{curve}-chance"' in text
-    assert across(text, f"{curve}-scaled-long") == across(text, f"{curve}-line-base"), (
-        "400 and 800 at the half"
+    assert line_xs(text, f"{curve}-scaled-long") == line_xs(text, f"{curve}-line-base"), (
+        "half of 400 and 800 samples"
     )
     assert "long, x scaled by 0.5" in text
     assert "samples seen" in text
     assert "zero-shot top-1 (%)" in text
 
-    # By time, of complete runs.
+    # By time: complete runs only.
     for label in ("base", "long"):
         assert f'id="{time}-line-{label}"' in text, label
     for label in ("cut", "wide"):
@@ -195,7 +200,7 @@ def test_plots(made):
     assert 'id="speed-line-wide"' not in text
     assert ">absent</text>" in text
     for label, count in (("base", 4), ("long", 8), ("cut", 2)):
-        assert vertices(text, f"loss-line-{label}") == count, label
+        assert count_points(text, f"loss-line-{label}") == count, label
 
 
 def test_chance_is_that_of_top1(tmp_path):
@@ -211,8 +216,8 @@ def test_chance_is_that_of_top1(tmp_path):
         assert ids.count("chance") == count, name
 
 
-def test_files_beside_it(made):
-    _groups, (page, *others) = made
+def test_files_beside_it(report):
+    _groups, (page, *others) = report
 
     names = {path.name for path in others}
     assert names >= {
@@ -231,11 +236,11 @@ def test_files_beside_it(made):
     assert masks.getextrema()[0] == (0, 255), "black, gray and white lines between"
 
 
-def test_tables_beside_it(made):
-    _groups, (page, *_others) = made
+def test_tables_beside_it(report):
+    _groups, (page, *_others) = report
 
     points = []
-    for row in rows_of(page.with_name("report-curves.csv")):
+    for row in read_csv(page.with_name("report-curves.csv")):
         if row["metric"] == TOP1:
             points.append((row["group"], row["seed"], row["samples"], row["value"]))
     assert points[:3] == [
@@ -245,7 +250,7 @@ def test_tables_beside_it(made):
     ]
     assert {group for group, *_ in points} == {"base", "long", "cut"}
 
-    rows = rows_of(page.with_name("report-runs.csv"))
+    rows = read_csv(page.with_name("report-runs.csv"))
     runs = {row["run"].rpartition("/")[2]: row for row in rows}
     base = runs["base-0"]
     assert base["state"] == "complete"
@@ -255,19 +260,20 @@ def test_tables_beside_it(made):
     wide = runs["wide"]
     assert wide["state"] == "failed"
     assert wide["group"] == "wide"
-    assert wide["seconds"] == wide["memory_gib"] == wide["seed"] == "", "not known is empty"
+    for key in ("seconds", "memory_gib", "seed"):
+        assert wide[key] == "", "unknown values are empty"
 
 
-def test_the_same_plot_again(made):
-    groups, (page, *_others) = made
+def test_the_same_plot_again(report):
+    groups, (page, *_others) = report
 
     figures = html_report.build_plots(groups, html_report.select_metrics(groups))
 
     assert plots.render_svg(figures["loss"], "loss") in page.read_text()
 
 
-def test_a_grids_own_metric_stands_first(tmp_path):
-    """Also one that the page has no room for otherwise."""
+def test_a_grids_metric_is_shown_first(tmp_path):
+    """This includes a metric that the page does not show otherwise."""
     top5 = "zero_shot/shapes/top5"
     run = recorded(tmp_path / "run", (None, 50), {200: {TOP1: 0.1, top5: 0.3}}, *EVALUATIONS)
     groups = {"a": [read_result(run)]}
@@ -281,7 +287,7 @@ def test_a_grids_own_metric_stands_first(tmp_path):
     assert text.index("zero-shot top-5 (%)") < text.index("zero-shot top-1 (%)")
 
 
-def test_what_scaling_leaves_beside_runs_is_no_run(tmp_path, monkeypatch, capsys):
+def test_files_of_scaling_next_to_runs_are_skipped(tmp_path, monkeypatch, capsys):
     run = recorded(tmp_path / "run", (None, 50), {200: {TOP1: 0.1}}, *EVALUATIONS)
     lock = tmp_path / "run.lock"
     lock.touch()
@@ -295,12 +301,52 @@ def test_what_scaling_leaves_beside_runs_is_no_run(tmp_path, monkeypatch, capsys
     assert "absent: not run" not in page.read_text()
 
     monkeypatch.setattr(sys, "argv", ["run/report.py", str(lock)])
-    with pytest.raises(ValueError, match="run.lock: no run folder"):
+    with pytest.raises(ValueError, match="run.lock is a file; give run folders"):
         compare_runs()
 
 
+WITHOUT_MATPLOTLIB = """
+import runpy, sys
+sys.modules["matplotlib"] = None  # makes an import fail
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "line, code, error",
+    [
+        ("run/scaling.py list", 0, ""),
+        (
+            "run/report.py runs/nowhere",
+            2,
+            "error: plots need Matplotlib; run: pip install 'glimpse-clip[plots]'\n",
+        ),
+    ],
+)
+def test_without_matplotlib_only_plotting_fails(line, code, error):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MATPLOTLIB, *line.split()],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.stderr == error
+    assert done.returncode == code
+
+
+def test_a_grid_is_not_plotted_without_matplotlib(monkeypatch):
+    monkeypatch.setattr(plots, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", "run/scaling.py plot --grid flip_table8".split())
+
+    with pytest.raises(ValueError, match=re.escape("pip install 'glimpse-clip[plots]'")):
+        scaling.main()
+
+
 def test_runs_without_results(tmp_path):
-    """The page shows that nothing was evaluated and nothing measured."""
+    """The page says that no run was evaluated, and has no plots of unknown costs."""
     a = recorded(tmp_path / "$a$", (None,), {}, "evals=[]", "optim.lr=1")
     b = recorded(tmp_path / "b", (None,), {}, "evals=[]", "optim.lr=2")
     groups = group_by_seed([read_result(path) for path in (a, b, tmp_path / "nowhere")])
@@ -309,14 +355,14 @@ def test_runs_without_results(tmp_path):
 
     text = page.read_text()
     assert "absent: no run was evaluated" in text
-    assert "absent: not run: there is no" in text
+    assert f"absent: not run: {tmp_path}/nowhere does not exist" in text
     assert "$a$" in text
     assert 'id="speed' not in text
     assert 'id="loss-line-b"' in text
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, label",
     [
         (TOP1, ("zero-shot top-1 (%)", "shapes")),
         (f"teacher/{TOP1} (ensemble 2)", ("zero-shot top-1 (%)", "shapes, teacher, ensemble 2")),
@@ -324,13 +370,13 @@ def test_runs_without_results(tmp_path):
         (R1, ("image-to-text R@1 (%)", "shapes")),
     ],
 )
-def test_names_of_metrics(name, said):
-    assert html_report.metric_label(name) == said
+def test_names_of_metrics(name, label):
+    assert html_report.metric_label(name) == label
 
 
 @pytest.mark.slow
 def test_in_a_browser(tmp_path):
-    """run/report.py of a trained run and of the study, on a phone, on a desk and in print."""
+    """Open the pages of a trained run and of the study, at two widths and in print."""
     data = shards(tmp_path / "data")
     trained = tmp_path / "trained"
     study(tmp_path / "study")
@@ -345,7 +391,7 @@ def test_in_a_browser(tmp_path):
     assert ", after 64 samples. " in masks
     assert Image.open(trained / "report/masks.png").width == 8 * 34
 
-    # Masks of a converted model, whose number of samples is not known.
+    # Masks of a converted model, whose number of samples is unknown.
     pair = load_model.portable(load_model.find(trained))
     about = replace(pair.about, source={"path": "elsewhere"})
     portable.save(replace(pair, about=about), tmp_path / "pair")
@@ -361,18 +407,18 @@ def test_in_a_browser(tmp_path):
     report = tmp_path / "report.html"
     output = succeed("run/report.py", *runs, "--out", report, "--count", 2)
 
-    assert "no absent (not run: there is no" in output
+    assert f"no absent (not run: {tmp_path}/study/no does not exist)" in output
     assert "trained complete" in output
-    with opened() as browser:
+    with open_browser() as browser:
         for width in (390, 1200):
-            page = look(browser, report, width)
+            page = check_page(browser, report, width)
         page.emulate_media(media="print")
         page.set_viewport_size(dict(width=720, height=1000))
         assert page.locator("details.run pre").first.is_visible(), (
-            "commands are printed, though they are folded on a screen"
+            "commands are visible in print, although they are folded on a screen"
         )
         assert not page.locator("details.run details pre").first.is_visible(), (
-            "whole configs are not"
+            "full configs are not"
         )
         assert page.evaluate("document.documentElement.scrollWidth") <= 720
         assert page.pdf(format="A4").startswith(b"%PDF")
@@ -392,8 +438,8 @@ def succeed(*command: object) -> str:
     return done.stdout
 
 
-def look(browser: Browser, report: Path, width: int) -> Page:
-    """Open the page: no errors, no network, not wider than the window; return it."""
+def check_page(browser: Browser, report: Path, width: int) -> Page:
+    """Open and return the page; it has no errors, no requests, and fits the window."""
     page = browser.new_page(viewport=dict(width=width, height=844))
     messages = []
     urls = []
@@ -407,17 +453,18 @@ def look(browser: Browser, report: Path, width: int) -> Page:
     assert {url.partition(":")[0] for url in urls} <= {"file", "data"}
     assert [url for url in urls if url.startswith("file")] == [f"file://{report}"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, (
-        "a page that has to be pushed sideways"
+        "the page scrolls horizontally"
     )
-    look_at_plots(page, width)
-    look_at_pictures(page)
+    check_plots(page, width)
+    check_pictures(page)
     return page
 
 
-def look_at_plots(page: Page, width: int) -> None:
-    """Plots are in the window, with visible lines and readable words."""
+def check_plots(page: Page, width: int) -> None:
+    """Check that plots are in the window, with visible lines and readable text."""
     plots = page.locator("figure svg")
-    assert plots.count() == page.locator("figure").count() >= 7
+    assert plots.count() >= 7
+    assert plots.count() == page.locator("figure").count()
     for i in range(plots.count()):
         box = plots.nth(i).bounding_box()
         assert 300 < box["width"] <= width
@@ -425,34 +472,35 @@ def look_at_plots(page: Page, width: int) -> None:
         assert 0 <= box["x"]
         assert box["x"] + box["width"] <= width
 
-    # Lines have all steps, a color, and lie inside the plot.
+    # Lines have all segments and a color, and lie inside the plot.
     curve = "zero_shot_shapes_top1_by_samples-line"
     lines = ((f"{curve}-study/base", 1), (f"{curve}-trained", 1), ("loss-line-study/long", 7))
-    for of, steps in lines:
-        line = page.locator(f'[id="{of}"] path').first
-        assert len(re.findall("L", line.get_attribute("d"))) == steps
+    for line_id, segments in lines:
+        line = page.locator(f'[id="{line_id}"] path').first
+        assert len(re.findall("L", line.get_attribute("d"))) == segments
         assert line.evaluate("path => path.getTotalLength()") > 5
-        color, box, around = line.evaluate(
+        color, box, plot_box = line.evaluate(
             """path => [getComputedStyle(path).stroke, ...[path, path.ownerSVGElement].map(each => {
             const {x, y, width, height} = each.getBoundingClientRect();
             return [x, y, x + width, y + height] })]"""
         )
         assert color not in ("none", "rgb(255, 255, 255)")
-        assert around[0] <= box[0] < box[2] <= around[2]
-        assert around[1] <= box[1] <= box[3]
+        assert plot_box[0] <= box[0] < box[2] <= plot_box[2]
+        assert plot_box[1] <= box[1] <= box[3]
 
-    # No text is too small.
+    # The smallest text is readable.
     smallest = page.evaluate(
         """() => Math.min(...[...document.querySelectorAll('figure svg text')].map(text =>
         parseFloat(getComputedStyle(text).fontSize) *
         Math.hypot(text.getScreenCTM().a, text.getScreenCTM().b)))"""
     )
-    assert smallest >= 8, f"words of {smallest} pixels"
+    assert smallest >= 8, f"text of {smallest} pixels"
 
 
-def look_at_pictures(page: Page) -> None:
-    loaded = page.evaluate(
+def check_pictures(page: Page) -> None:
+    """Check that all pictures of the gallery are decoded."""
+    widths = page.evaluate(
         "[...document.images].map(image => image.complete && image.naturalWidth)"
     )
-    assert len(loaded) == 2 * 8
-    assert all(loaded)
+    assert len(widths) == 2 * 8
+    assert all(widths)

@@ -1,35 +1,38 @@
-"""The papers' claims: cells that exist, the papers' figures, verdicts from differences over seeds.
+"""Test the papers' claims: their cells and values, and the verdicts.
 
 bash run/test.sh tests/run/study/test_claims.py
 """
 
 import sys
+import tarfile
 from dataclasses import replace
 
 import pytest
 
 from glimpse.run.scaling import main
 from glimpse.run.study import claims, grid
-from glimpse.tests.helpers.tiny import finished
+from glimpse.tests.helpers.tiny import ROOT, finished
 
+RESULTS = ROOT / "docs/results"
 GRIDS = {name: grid.read_grid(name) for name in grid.grid_names()}
 
 
 @pytest.mark.parametrize("claim", claims.read_claims(), ids=lambda claim: claim.says)
 def test_claims_are_of_cells_and_say_what_their_papers_do(claim):
-    claimed_in = GRIDS[claim.grid]
-    for (cell, how), paper in zip(claim.sides, claim.paper):
-        assert cell in claimed_in.cells
-        assert not how or how in claimed_in.evaluate[cell]
-        key = f"{cell}, {how}" if how else cell
-        assert claimed_in.paper[key] == paper
+    claim_grid = GRIDS[claim.grid]
+    for (cell, evaluation), paper in zip(claim.sides, claim.paper):
+        assert cell in claim_grid.cells
+        assert not evaluation or evaluation in claim_grid.evaluate[cell]
+        key = f"{cell}, {evaluation}" if evaluation else cell
+        assert claim_grid.paper[key] == paper
     assert claim.paper[0] > claim.paper[1]
 
 
 def test_there_are_claims_of_all_four_papers():
-    rows = claims.read_claims()
-    assert len(rows) >= 12
-    papers = {row.source.split()[0] for row in rows}
+    all_claims = claims.read_claims()
+
+    papers = {claim.source.split()[0] for claim in all_claims}
+    assert len(all_claims) >= 12
     assert papers == {"FLIP", "GLIP", "A-CLIP", "MaskCLIP"}
 
 
@@ -37,8 +40,8 @@ def test_there_are_claims_of_all_four_papers():
     "gains, verdict",
     [
         ((0.02, 0.03, 0.04), "reproduced"),
-        ((-0.02, 0.01, 0.00), "not distinguishable"),
-        ((-0.02, -0.03, -0.02), "opposite"),
+        ((-0.02, 0.01, 0.00), "inconclusive"),
+        ((-0.02, -0.03, -0.02), "contradicted"),
         ((0.02, 0.03), "absent"),
     ],
 )
@@ -50,16 +53,18 @@ def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     for planned, gain in zip(runs[claim.better], gains):
         finished(planned.folder, planned, 0.1 + gain)
 
-    judged = claims.judge_claim(claim, "glyphs", 3, tmp_path)
+    result = claims.judge_claim(claim, "glyphs", 3, tmp_path)
+    table = claims.format_claims([result], "top5")
 
-    assert judged.verdict == verdict
-    table = claims.format_claims([judged], "top5")
+    assert result.verdict == verdict
     assert verdict in table
     assert ("1 run: not trained" in table) == (verdict == "absent")
-    explained = replace(judged, claim=replace(claim, learned="why so"))
+
+    explained = replace(result, claim=replace(claim, learned="the reason"))
     table = claims.format_claims([explained], "top5")
-    assert table.endswith(f"- {claim.says}: {verdict}. why so") == (verdict != "absent"), (
-        "nothing was learned of what was not run"
+
+    assert table.endswith(f"- {claim.says}: {verdict}. the reason") == (verdict != "absent"), (
+        "a claim without runs has no explanation"
     )
 
 
@@ -67,9 +72,9 @@ def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     "no_gain, seeds, verdict",
     [
         (False, ((0.30, 0.20, 0.25), (0.28, 0.18, 0.23)), "reproduced"),
-        (False, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "not distinguishable"),
+        (False, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "inconclusive"),
         (True, ((0.30, 0.20, 0.25), (0.31, 0.19, 0.25)), "reproduced"),
-        (True, ((0.28, 0.18, 0.23), (0.30, 0.20, 0.25)), "opposite"),
+        (True, ((0.28, 0.18, 0.23), (0.30, 0.20, 0.25)), "contradicted"),
     ],
 )
 def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verdict, tmp_path):
@@ -92,19 +97,19 @@ def test_seeds_that_only_one_side_has_are_not_compared(tmp_path):
             gain = 0.1 if cell == claim.better else 0.0
             finished(planned.folder, planned, 0.2 + 0.01 * seed + gain)
 
-    judged = claims.judge_claim(claim, "glyphs", 5, tmp_path)
+    result = claims.judge_claim(claim, "glyphs", 5, tmp_path)
 
-    assert judged.verdict == "absent"
-    assert judged.reason == "1 of 3 seeds have both"
+    assert result.verdict == "absent"
+    assert result.reason == "1 of 3 seeds have both"
 
     for planned, seed in zip(runs[claim.better][3:], (3, 4), strict=True):
         finished(planned.folder, planned, 0.3 + 0.01 * seed)
 
-    judged = claims.judge_claim(claim, "glyphs", 5, tmp_path)
+    result = claims.judge_claim(claim, "glyphs", 5, tmp_path)
 
-    assert judged.verdict == "reproduced"
-    assert judged.seeds == (3, 3)
-    assert judged.difference == pytest.approx((0.1, 0.1, 0.1))
+    assert result.verdict == "reproduced"
+    assert result.seeds == (3, 3)
+    assert result.difference == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
@@ -112,26 +117,29 @@ def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
 
     runs = [run for cell in cells.values() for run in cell]
     by_folder = {run.folder: run for run in runs}
-    assert len(by_folder) == len(runs) == 3 * len(cells)
+    assert len(runs) == 3 * len(cells)
+    assert len(by_folder) == len(runs), "each run is listed once"
+
     for claim in claims.read_claims():
-        for cell, how in claim.sides:
+        for cell, evaluation in claim.sides:
             planned = GRIDS[claim.grid].runs("glyphs", [cell], 3, tmp_path)[cell][2]
             run = by_folder[planned.folder]
-            assert not how or how in run.evaluate
-    needed = set()
+            assert not evaluation or evaluation in run.evaluate
+
+    dependencies = set()
     for run in runs:
-        needed.update(run.dependencies)
-    assert needed
-    assert needed <= set(by_folder), "what a cell begins from is among them"
+        dependencies.update(run.dependencies)
+    assert dependencies
+    assert dependencies <= set(by_folder), "the runs that others start from are included"
 
 
 def test_a_run_of_two_cells_is_evaluated_in_the_ways_of_both(tmp_path):
     cells = claims.claimed_runs("glyphs", 3, tmp_path)
     run, *others = [run for cell in cells.values() for run in cell]
-    before = replace(run, evaluate=("ensemble 2",))
-    after = replace(run, evaluate=("mask random(0.5)", "ensemble 2"))
+    first = replace(run, evaluate=("ensemble 2",))
+    second = replace(run, evaluate=("mask random(0.5)", "ensemble 2"))
 
-    merged = grid.merge_runs([before, *others, after])
+    merged = grid.merge_runs([first, *others, second])
 
     assert merged == [replace(run, evaluate=("ensemble 2", "mask random(0.5)")), *others]
 
@@ -139,9 +147,9 @@ def test_a_run_of_two_cells_is_evaluated_in_the_ways_of_both(tmp_path):
 @pytest.mark.parametrize("scale", ["glyphs", "paper"])
 def test_what_was_learned_is_of_the_scale_where_it_was(scale, tmp_path, monkeypatch, capsys):
     claim = next(claim for claim in claims.read_claims() if claim.better == "joint")
-    claimed_in = GRIDS["flip_table8"]
-    metric = claimed_in.scale(scale).metric
-    cells = claimed_in.runs(scale, [claim.better, claim.worse], 3, tmp_path)
+    claim_grid = GRIDS["flip_table8"]
+    metric = claim_grid.scale(scale).metric
+    cells = claim_grid.runs(scale, [claim.better, claim.worse], 3, tmp_path)
     for runs in cells.values():
         for planned in runs:
             finished(planned.folder, planned, 0.1, metric=metric)
@@ -151,5 +159,33 @@ def test_what_was_learned_is_of_the_scale_where_it_was(scale, tmp_path, monkeypa
     main()
 
     output = capsys.readouterr().out
-    assert "0 reproduced, 1 not distinguishable, 0 opposite, 33 absent" in output
+    assert "0 reproduced, 0 contradicted, 1 inconclusive, 33 absent" in output
     assert (claim.learned in output) == (scale == "glyphs")
+
+
+TABLES = sorted(path.stem for path in RESULTS.glob("*_table*.md"))
+
+
+@pytest.fixture(scope="module")
+def committed_runs(tmp_path_factory):
+    """Unpack the records of the runs behind docs/results; return the folder of the runs."""
+    folder = tmp_path_factory.mktemp("scaling")
+    with tarfile.open(RESULTS / "scaling_runs.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command, file",
+    [("claims", "claims.md"), *((f"table --grid {name}", f"{name}.md") for name in TABLES)],
+)
+def test_committed_results_are_what_the_commands_print(
+    command, file, committed_runs, monkeypatch, capsys
+):
+    """The tables in docs/results can be printed again from the records of the runs."""
+    line = f"run/scaling.py {command} --out {committed_runs}"
+    monkeypatch.setattr(sys, "argv", line.split())
+
+    main()
+
+    assert capsys.readouterr().out == (RESULTS / file).read_text()

@@ -1,4 +1,4 @@
-"""Results of run folders: progress, cost, results by seed, intervals against known numbers.
+"""Test the results of run folders: progress, cost, grouping by seed, and intervals.
 
 Run: pytest tests/run/study/test_results.py
 """
@@ -22,12 +22,15 @@ def test_a_whole_run(tmp_path):
 
     result = read_result(run)
 
-    assert (result.state, result.reason, result.samples) == ("complete", "", 500)
+    assert result.state == "complete"
+    assert result.reason == ""
+    assert result.samples == 500
     assert result.curve == {TOP1: [(200, 0.25), (500, 0.5)]}
     assert result.final == {TOP1: 0.5}
     assert result.losses[0] == (100, 5.0)
     assert len(result.losses) == 5
-    # 100 samples each: two without a speed at the median of 100 a second, the others 2 + 1 + 0.5 s
+    # Steps of 100 samples. The two without a speed count at the median of 100 samples/s; the others
+    # take 2, 1 and 0.5 s.
     assert result.seconds == pytest.approx(1 + 2 + 1 + 1 + 0.5)
     assert result.samples_per_s == pytest.approx(500 / 5.5)
     assert result.memory_gib == pytest.approx(1.05)
@@ -38,17 +41,18 @@ def test_a_whole_run(tmp_path):
 
 def test_runs_that_are_not_whole(tmp_path):
     curve = {200: {TOP1: 0.25}, 300: {TOP1: 0.3}}
-    cut = recorded(tmp_path / "cut", (None, 50, 50), curve, "samples=400")
-    with (cut / "metrics.jsonl").open("a") as file:
+    partial = recorded(tmp_path / "partial", (None, 50, 50), curve, "samples=400")
+    with (partial / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "samp')  # still being written
 
-    result = read_result(cut)
+    result = read_result(partial)
 
-    assert (result.state, result.reason) == ("partial", "trained on 300 of 400 samples")
+    assert result.state == "partial"
+    assert result.reason == "trained on 300 of 400 samples"
     assert result.curve[TOP1] == [(200, 0.25), (300, 0.3)]
-    assert result.final == {}, "a result on the way is none at the end"
+    assert result.final == {}, "an evaluation during training is not the final result"
 
-    failed = read_result(cut, "out of memory")
+    failed = read_result(partial, "out of memory")
 
     assert failed.state == "failed"
     assert failed.reason.startswith("out of memory (trained on 300")
@@ -60,10 +64,10 @@ def test_runs_that_are_not_whole(tmp_path):
     assert read_result(no_evals).state == "complete"
 
     (tmp_path / "empty").mkdir()
-    for name, why in (("empty", "never began"), ("nowhere", "not run")):
+    for name, reason in (("empty", "not started"), ("nowhere", "not run")):
         result = read_result(tmp_path / name)
         assert result.state == "absent"
-        assert result.reason.startswith(why)
+        assert result.reason.startswith(reason)
         assert not result.final
         assert result.seconds is None
     assert read_result(tmp_path / "nowhere", "exit code 1").state == "failed"
@@ -72,7 +76,7 @@ def test_runs_that_are_not_whole(tmp_path):
 
 
 def test_a_last_record_that_was_cut_off(tmp_path):
-    """The evaluation after it shows that the run came to its end."""
+    """The evaluation after a truncated record shows that the run reached its end."""
     run = recorded(tmp_path / "run", (50, 50, 50), {300: {TOP1: 0.3}})
     path = run / "metrics.jsonl"
     text = ""
@@ -84,7 +88,9 @@ def test_a_last_record_that_was_cut_off(tmp_path):
     result = read_result(run)
 
     assert result.losses[-1][0] == 200
-    assert (result.state, result.samples, result.final) == ("complete", 300, {TOP1: 0.3})
+    assert result.state == "complete"
+    assert result.samples == 300
+    assert result.final == {TOP1: 0.3}
 
 
 def test_the_time_of_a_run_is_with_that_of_the_run_it_began_from(tmp_path):
@@ -111,7 +117,7 @@ def test_the_time_of_a_run_is_with_that_of_the_run_it_began_from(tmp_path):
     assert sizes == {"base": 2, "tuned": 2}
 
     (tmp_path / "elsewhere").mkdir()
-    for name in ("base-seed0", "tuned-seed0"):  # moved together
+    for name in ("base-seed0", "tuned-seed0"):  # both runs are moved
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
     assert read_result(tmp_path / "elsewhere/tuned-seed0").seconds == 4
 
@@ -124,12 +130,12 @@ def test_a_last_part_of_a_batch_is_not_trained_on(tmp_path):
 
 def test_evaluations_of_all_kinds_keep_apart(tmp_path):
     run = recorded(tmp_path / "run", (50, 50), {200: {TOP1: 0.25}})
-    usual = dict(step=2, samples=200, weights="student", mask="none", ensemble=1)
+    defaults = dict(step=2, samples=200, weights="student", mask="none", ensemble=1)
     rows = [
-        usual | {"weights": "teacher", TOP1: 0.3},
-        usual | {"ensemble": 2, TOP1: 0.4},
-        usual | {"mask": "random(0.5)", "crop": "square", TOP1: 0.2},
-        usual | {TOP1: 0.26, "linear_probe/shapes/top1": 0.6, "knn/shapes/top1": None},
+        defaults | {"weights": "teacher", TOP1: 0.3},
+        defaults | {"ensemble": 2, TOP1: 0.4},
+        defaults | {"mask": "random(0.5)", "crop": "square", TOP1: 0.2},
+        defaults | {TOP1: 0.26, "linear_probe/shapes/top1": 0.6, "knn/shapes/top1": None},
     ]
     with (run / "results.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -173,13 +179,13 @@ def test_runs_that_differ_in_their_seed_alone(tmp_path):
 
 
 def test_intervals():
-    assert mean_interval([0.5, 0.25]) == (0.375, 0.25, 0.5), "the range, of two"
-    assert mean_interval([1, 2, 3]) == (2, 1, 3), "the range, of three"
+    assert mean_interval([0.5, 0.25]) == (0.375, 0.25, 0.5), "two values: their range"
+    assert mean_interval([1, 2, 3]) == (2, 1, 3), "three values: their range"
 
     mean, low, high = mean_interval([0.5])
     assert mean == 0.5
-    assert math.isnan(low), "one run does not show its spread"
-    assert math.isnan(high), "one run does not show its spread"
+    assert math.isnan(low), "one run has no interval"
+    assert math.isnan(high), "one run has no interval"
 
     values = list(np.random.default_rng(0).normal(10, 2, 400))
     mean, low, high = mean_interval(values)
@@ -187,10 +193,10 @@ def test_intervals():
     assert low == pytest.approx(mean - half, abs=0.03)
     assert high == pytest.approx(mean + half, abs=0.03)
     assert mean_interval(values[::-1]) == (pytest.approx(mean), low, high), (
-        "deterministic, in any order"
+        "the order of the values does not matter"
     )
 
-    with pytest.raises(ValueError, match="values: none"):
+    with pytest.raises(ValueError, match="values: the list is empty"):
         mean_interval([])
 
 
