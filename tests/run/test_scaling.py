@@ -1,8 +1,6 @@
-"""Grids of runs: every shipped one resolves, and what two have in common is trained once.
+"""Test grids of runs: shipped grids, shared runs, commands, SLURM scripts, and killed jobs.
 
-Kills lose and repeat nothing.
-
-    bash run/test.sh tests/run/test_scaling.py -m slow -s
+bash run/test.sh tests/run/test_scaling.py -m slow -s
 """
 
 import json
@@ -25,8 +23,6 @@ from glimpse.tests.helpers.tiny import ROOT, environment, finished, shards
 
 STEPS = 30
 GRIDS = {name: grid.read_grid(name) for name in grid.grid_names()}
-
-
 SCALES = [(name, scale) for name, spec in GRIDS.items() for scale in spec.scales]
 
 
@@ -52,11 +48,11 @@ def test_every_cell_is_a_config(name, scale):
 
     assert set(runs) == set(GRIDS[name].cells)
     folders = folders_of(runs)
-    assert len(folders) == len(set(folders)), "two cells of a grid train the same"
+    assert len(folders) == len(set(folders)), "two cells of a grid share a run"
     for cell in runs.values():
         for run in cell:
             cfg = config.load(run.config_file, run.changes)
-            assert cfg == run.cfg, "the command line trains what was planned"
+            assert cfg == run.cfg, "the command line gives the planned config"
 
 
 def test_the_cells_of_flips_table_8():
@@ -75,83 +71,86 @@ def test_the_cells_of_flips_table_8():
     }
 
 
-def test_what_a_grid_costs_is_told(scaling):
-    _, said = scaling("plan --grid maskclip_table7 --scale paper --ranks 64 --price 2")
+def test_the_costs_of_a_grid(scaling):
+    _, output = scaling("plan --grid maskclip_table7 --scale paper --ranks 64 --price 2")
 
-    assert "| with average |" in said
-    assert "| without |" in said
-    assert "in money" in said
+    assert "| with average |" in output
+    assert "| without |" in output
+    assert "device-hours, which cost " in output
 
-    _, said = scaling(
+    _, output = scaling(
         "plan --grid maskclip_table7 --ranks 1 --peak-tflops 100 --gpu-memory 0.01 --set batch=2"
     )
 
-    assert "| without | does not fit" in said
-    assert "in all 0 device-hours, without the 2 that do not fit" in said
+    assert "| without | does not fit" in output
+    assert "total: 0 device-hours, without the 2 cells that do not fit" in output
 
 
-def test_what_grids_have_in_common_is_one_run():
+def test_grids_share_runs():
     table2 = folders_of(GRIDS["glip_table2"].runs("glyphs", [], 1, Path("out")))
     table7 = folders_of(GRIDS["glip_table7"].runs("glyphs", [], 1, Path("out")))
 
-    common = set(table2) & set(table7)
-    assert len(common) == 4, "random and gaussian masks of half, and these tuned"
+    shared = set(table2) & set(table7)
+    assert len(shared) == 4, "random and Gaussian 50 % masks, with and without tuning"
 
 
-def test_a_folder_is_named_by_what_its_results_depend_on():
+def test_a_folder_is_named_by_the_settings_that_affect_results():
     path = "run/configs/quickstart.yaml"
     digest = grid.digest(config.load(path))
 
-    for idle in (
+    for change in (
         "seed=3",
         "run=elsewhere",
         "log_every=3",
         "data.workers=0",
         "deepspeed=ds_configs/zero1.json",
     ):
-        assert grid.digest(config.load(path, [idle])) == digest
+        assert grid.digest(config.load(path, [change])) == digest
 
-    for other in (
+    for change in (
         "samples=129k",
         "views.image.mask=random(0.6)",
         "model.vision.eps=1e-5",
         "data.text_mask=random(0.5)",
     ):
-        assert grid.digest(config.load(path, [other])) != digest
+        assert grid.digest(config.load(path, [change])) != digest
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (
             dict(cells=dict(a=["init={b}"], b=["init={a}"])),
-            "cells: a needs b needs a; none of them can be trained first",
+            "cells: a needs b needs a; remove one of these {CELL} references",
         ),
         (
             dict(evaluate=dict(a=["weights teacher"])),
-            "evaluate: a: 'weights teacher'; it must be `mask STRATEGY` or `ensemble N`",
+            "evaluate: a: 'weights teacher' is not a further evaluation; use `mask STRATEGY` or"
+            " `ensemble N`",
         ),
         (dict(paper={"a, ensemble 2": 1.0}), "paper: unknown 'a, ensemble 2'; known: a, b"),
     ],
 )
-def test_grids_that_cannot_be(change, said, tmp_path):
+def test_invalid_grids(change, message, tmp_path):
     tree = dict(
         title="t",
         source="s",
         cells=dict(a=[], b=[]),
         scales=dict(glyphs=dict(config="quickstart", metric="m")),
     )
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree | change))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree | change))
 
-    with pytest.raises(ValueError, match=re.escape(said)):
-        grid.read_grid(str(tmp_path / "mine.yaml")).runs("glyphs", [], 1, tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grid.read_grid(str(path)).runs("glyphs", [], 1, tmp_path)
 
 
-def test_a_grid_that_is_no_yaml(tmp_path):
-    (tmp_path / "mine.yaml").write_text("title: [")
+def test_a_grid_that_is_not_yaml(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text("title: [")
 
-    with pytest.raises(ValueError, match="mine.yaml is no YAML"):
-        grid.read_grid(str(tmp_path / "mine.yaml"))
+    with pytest.raises(ValueError, match="tiny.yaml is not YAML"):
+        grid.read_grid(str(path))
 
 
 def test_a_tuned_run_is_the_same_wherever_it_lies(tmp_path):
@@ -161,20 +160,19 @@ def test_a_tuned_run_is_the_same_wherever_it_lies(tmp_path):
     there = GRIDS["flip_table1"].runs("glyphs", [cell], 2, tmp_path)[cell]
 
     assert [run.folder.name for run in here] == [run.folder.name for run in there]
-    unseeded = grid.strip_seed(str(there[1].folder))
-    assert grid.strip_seed(str(here[0].folder)) == unseeded, "and of every seed but for the seed"
+    name = grid.strip_seed(str(here[0].folder))
+    assert grid.strip_seed(str(there[1].folder)) == name, "seeds differ in -seedN only"
 
 
 def test_a_grid_sets_seeds_itself(tmp_path):
-    with pytest.raises(ValueError, match="--set seed=5: a grid sets it"):
+    with pytest.raises(ValueError, match="--set: seed=5 is set by the grid"):
         GRIDS["flip_table1"].runs("glyphs", [], 1, tmp_path, ["seed=5"])
 
 
 def test_scripts_for_slurm(tmp_path, scaling):
-    """Each is shell, begins at the repository, trains, then evaluates.
+    """Scripts are valid shell, start in the current folder, train, and then evaluate.
 
-    submit.sh has tuning wait for what it tunes. sbatch is a stand-in that answers a number and
-    notes what it was asked.
+    submit.sh submits tuning with a dependency on the run that it tunes.
     """
     line = (
         f"launch --grid flip_table1 --seeds 1 --out {tmp_path}/a;b --write {tmp_path}/jobs"
@@ -193,9 +191,9 @@ def test_scripts_for_slurm(tmp_path, scaling):
     for script in [*scripts, jobs_folder / "submit.sh"]:
         subprocess.run(["bash", "-n", script], check=True)
 
-    # A script trains, then evaluates as the grid asks.
+    # A script trains, then evaluates with the options of the grid.
     text = (jobs_folder / f"{names['mask 75']}.sbatch").read_text()
-    assert f"--chdir={ROOT}" in text
+    assert f"--chdir={Path.cwd()}" in text
     assert "--nodes=4" in text
     assert "--ntasks-per-node=8" in text
     train, *evaluations = [line for line in text.splitlines() if line.startswith("on_all ")]
@@ -205,27 +203,31 @@ def test_scripts_for_slurm(tmp_path, scaling):
     options = [shlex.split(evaluation)[-2:] for evaluation in evaluations]
     assert options == [["--mask", "random(0.75)"], ["--ensemble", "4"]]
 
-    # submit.sh submits each, tuning after the run that it tunes.
-    asked = submitted(jobs_folder, tmp_path, len(scripts))
-    number = {}
-    for i, arguments in enumerate(asked, 1):
+    # submit.sh submits all scripts, tuning after the run that it tunes.
+    calls = submit(jobs_folder, tmp_path, len(scripts))
+    numbers = {}
+    for i, arguments in enumerate(calls, 1):
         name = arguments.split()[-1].removesuffix(".sbatch")
-        number[name] = i
-    base = number[names["mask 75"]]
-    tuned = number[names["mask 75 + tuning"]]
-    assert f"--dependency=afterok:{base} " in asked[tuned - 1]
-    assert "afterok" not in asked[base - 1]
+        numbers[name] = i
+    base = numbers[names["mask 75"]]
+    tuned = numbers[names["mask 75 + tuning"]]
+    assert f"--dependency=afterok:{base} " in calls[tuned - 1]
+    assert "afterok" not in calls[base - 1]
 
-    with pytest.raises(ValueError, match="jobs: it has a submit.sh, which may have been edited"):
+    # An edited submit.sh is not overwritten.
+    with pytest.raises(ValueError, match="jobs/submit.sh exists and may have been edited"):
         scaling(line)
 
 
-def submitted(jobs_folder: Path, tmp_path: Path, count: int) -> list[str]:
-    """Run submit.sh with a stand-in for sbatch, and return the arguments of its calls."""
-    asked = tmp_path / "asked"
+def submit(jobs_folder: Path, tmp_path: Path, count: int) -> list[str]:
+    """Run submit.sh with a fake sbatch, and return the arguments of each call.
+
+    The fake prints the number of the call as the id of the job.
+    """
+    record = tmp_path / "calls"
     stand_in = tmp_path / "bin/sbatch"
     stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/bash\necho "$@" >> {asked}\nwc -l < {asked}\n')
+    stand_in.write_text(f'#!/bin/bash\necho "$@" >> {record}\nwc -l < {record}\n')
     stand_in.chmod(0o755)
     path = f"{stand_in.parent}:{os.environ['PATH']}"
 
@@ -237,28 +239,28 @@ def submitted(jobs_folder: Path, tmp_path: Path, count: int) -> list[str]:
         check=True,
     )
 
-    calls = asked.read_text().splitlines()
+    calls = record.read_text().splitlines()
     assert len(calls) == count
     assert f"submitted {count} jobs" in done.stdout
     return calls
 
 
 @pytest.mark.parametrize(
-    "cells, wrong",
+    "cells, message",
     [
-        ("{50: []}", "mine.yaml: cells: 50: YAML reads this name as no text; put it in quotes"),
-        ("{on: []}", "cells: True: YAML reads this name as no text"),
+        ("{50: []}", "tiny.yaml: cells: YAML reads the name 50 as int, not text; put it in quotes"),
+        ("{on: []}", "cells: YAML reads the name True as bool, not text"),
         ("{one: [modle.size=H/14]}", "cells: one: modle: unknown 'modle'"),
     ],
 )
-def test_what_is_wrong_in_a_grid_names_its_cell(cells, wrong, tmp_path):
-    path = tmp_path / "mine.yaml"
+def test_an_error_in_a_grid_names_its_cell(cells, message, tmp_path):
+    path = tmp_path / "tiny.yaml"
     path.write_text(
-        f"title: mine\nsource: none\ncells: {cells}\n"
+        f"title: tiny\nsource: none\ncells: {cells}\n"
         "scales: {glyphs: {config: quickstart, metric: zero_shot/a/top1}}\n"
     )
 
-    with pytest.raises(ValueError, match=re.escape(wrong)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         grid.read_grid(str(path)).runs("glyphs", [], 1, tmp_path)
 
 
@@ -266,30 +268,31 @@ def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, scaling):
     (run,) = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"]
     finished(run.folder, run, 0.25, {"ensemble": 2})
 
-    _, said = scaling(f"table --grid flip_table1 --seeds 1 --out {tmp_path}")
+    _, output = scaling(f"table --grid flip_table1 --seeds 1 --out {tmp_path}")
 
-    assert "zero_shot/seen_concepts_unseen_style/top5, per cent" in said
-    assert "| mask 50, ensemble 2 | 25.00 n=1 |" in said
-    assert "| 68.1 | -0.5 |" in said
-    assert "| mask 50 | absent: 1 run: " in said
-    assert "| mask 75 | absent: 1 run: not trained | | 68.2 | -0.4 | | | |" in said
+    assert "zero_shot/seen_concepts_unseen_style/top5, in per cent" in output
+    assert "| mask 50, ensemble 2 | 25.00 n=1 |" in output
+    assert "| 68.1 | -0.5 |" in output
+    assert "| mask 50 | absent: 1 run: " in output
+    assert "| mask 75 | absent: 1 run: not trained | | 68.2 | -0.4 | | | |" in output
 
 
-def test_launch_tells_that_all_is_complete(tmp_path, scaling):
+def test_launch_reports_that_all_runs_are_complete(tmp_path, scaling):
     runs = GRIDS["flip_table8"].runs("glyphs", ["baseline"], 2, tmp_path)
     for planned in runs["baseline"]:
         finished(planned.folder, planned, 0.25)
 
-    code, said = scaling(f"launch baseline --grid flip_table8 --seeds 2 --out {tmp_path}")
+    code, output = scaling(f"launch baseline --grid flip_table8 --seeds 2 --out {tmp_path}")
 
     assert code == 0
-    assert said == "flip_table8: 2 of 2 runs are complete\n"
+    assert output == "flip_table8: 2 of 2 runs are complete\n"
 
 
 # --- training
 
 
-def tiny_grid(folder: Path) -> Path:
+def write_tiny_grid(folder: Path) -> Path:
+    """Write a grid of four short runs, one of which fails and one of which depends on it."""
     data = shards(folder / "data")
     settings = [
         f"data.train={data / 'train'}",
@@ -323,17 +326,18 @@ def tiny_grid(folder: Path) -> Path:
         evaluate={"base": ["mask random(0.5)"]},
         scales=dict(glyphs=scale),
     )
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    return folder / "tiny.yaml"
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
 
 
 @pytest.mark.slow
 def test_kills_lose_and_repeat_nothing(tmp_path):
-    """All but the rank that trains is killed, and that goes on; then all of the next run.
+    """Repeating the command after kills trains every step exactly once.
 
-    The same command then finishes what is left.
+    The first kill leaves the rank that trains alive, the second one kills all processes of a run.
     """
-    path = tiny_grid(tmp_path)
+    path = write_tiny_grid(tmp_path)
     out = tmp_path / "runs"
     options = f"--grid {path} --seeds 1 --out {out}".split()
     launch = [sys.executable, "run/scaling.py", "launch", *options, "--ranks", "1"]
@@ -342,16 +346,16 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
         runs[cell] = run.folder
 
     launch_until(launch, runs["base"], 5)
-    kill(runs["base"], ranks=False)  # its rank goes on, alone
+    kill_processes(runs["base"], ranks=False)  # its rank continues without a launcher
     launch_until(launch, runs["tuned"], 5)
-    kill(runs["tuned"], ranks=True)
+    kill_processes(runs["tuned"], ranks=True)
     done = subprocess.run(launch, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
     print(done.stdout)
-    assert done.returncode == 1, "one cell cannot be trained"
+    assert done.returncode == 1, "the cell `broken` cannot be trained"
     for cell in ("base", "tuned"):
         assert jobs.read_state(runs[cell]).state == "complete", cell
-        assert steps(runs[cell]) == list(range(1, STEPS + 1)), cell
+        assert recorded_steps(runs[cell]) == list(range(1, STEPS + 1)), cell
     assert len((runs["base"] / "command.txt").read_text().splitlines()) == 1, "trained once"
     assert any(name.endswith("(mask random(0.5))") for name in jobs.read_state(runs["base"]).final)
     assert "no such folder of shards" in jobs.read_state(runs["broken"]).reason
@@ -364,11 +368,11 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
         "| broken | absent: 1 run: exit code 2: error: nowhere: no such folder of shards; see"
         " data.train" in done.stdout
     )
-    assert f"| after | absent: 1 run: it needs {runs['broken']}, which failed" in done.stdout
+    assert f"| after | absent: 1 run: it depends on {runs['broken']}, which failed" in done.stdout
 
 
 def launch_until(line: list[str], run: Path, step: int) -> None:
-    """Launch, and kill the launching process, and no other, after so many steps of a run."""
+    """Start the command, and kill only its own process when a run has recorded `step` steps."""
     process = subprocess.Popen(
         line,
         cwd=ROOT,
@@ -376,17 +380,17 @@ def launch_until(line: list[str], run: Path, step: int) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    limit = time.time() + 120
-    while len(steps(run)) < step:
+    deadline = time.time() + 120
+    while len(recorded_steps(run)) < step:
         assert process.poll() is None, (run, list(run.parent.rglob("*.log")))
-        assert time.time() < limit, (run, list(run.parent.rglob("*.log")))
+        assert time.time() < deadline, (run, list(run.parent.rglob("*.log")))
         time.sleep(0.05)
     process.kill()
     process.wait()
 
 
-def kill(run: Path, ranks: bool) -> None:
-    """Kill the processes of a run: also its ranks, or all but them."""
+def kill_processes(run: Path, ranks: bool) -> None:
+    """Kill the processes of a run; without `ranks`, only those that are not ranks."""
     for pid in os.listdir("/proc"):
         if not pid.isdigit():
             continue
@@ -398,12 +402,12 @@ def kill(run: Path, ranks: bool) -> None:
             continue
 
 
-def steps(run: Path) -> list[int]:
+def recorded_steps(run: Path) -> list[int]:
     """Return the steps that a run has recorded."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    # The last line may be half written.
+    # The last line may be incomplete.
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
     rows = [json.loads(line) for line in lines]
     return [row["step"] for row in rows if "loss" in row]
