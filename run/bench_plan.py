@@ -1,19 +1,20 @@
-"""Measure what run/plan/planner.py predicts: bytes on a rank and FLOPs of a sample.
-
-The cases are all combinations of sizes, ZeRO stages, masks and checkpointing.
+"""Compare the planner's predictions with measurements: memory, FLOPs and communication of a step.
 
     python run/bench_plan.py
         one rank
     deepspeed --num_accelerators 2 run/bench_plan.py --sizes nano/8 S/16
-        two
+        two ranks
 
-Each case is a real engine that takes three steps on made-up batches; the last is measured. Bytes
-are of rank 0's tensors that live (Alive in run/plan/activation_memory.py), from before the engine
-is built: between steps, at most until the backward pass is over, and at most in a whole step. What
-a kernel allocates inside itself is not seen. Bytes sent are those of each collective's tensors, as
-a ring sends them.
-DeepSpeed's `destroy` leaves much of an engine behind: on a small machine measure B/16 a stage at a
-time.
+The cases are all combinations of sizes, ZeRO stages, data types, masks and checkpointing. Each case
+trains three steps on random batches with a DeepSpeed engine, and measures the last one.
+
+Memory is the number of bytes of live tensors on rank 0 (`LiveMemory` in
+run/plan/activation_memory.py) that were allocated since before the engine was built: between steps,
+the peak until the end of the backward pass, and the peak of the step. Memory inside kernels is not
+counted. Communication is the size of the tensors of all collectives, counted as rings.
+
+DeepSpeed's `destroy` does not free all memory of an engine. On a small machine measure B/16 one
+stage at a time.
 """
 
 import sys
@@ -33,23 +34,28 @@ from torch.utils._pytree import tree_iter
 
 from glimpse.run.lib import config, distributed
 from glimpse.run.plan import activation_memory, flops, planner, synthetic_batch
+from glimpse.run.plan.zero_memory import ADAM_TEMPORARIES
 from glimpse.run.train import engine
 
+# DeepSpeed settings that suit small models.
 SMALL_BUCKETS = {
     "reduce_bucket_size": 5_000_000,
     "stage3_prefetch_bucket_size": 5_000_000,
     "stage3_param_persistence_threshold": 100_000,
 }
-TOKENS, VOCAB = 12.0, 30523
+TOKENS = 12.0
+VOCAB = 30523
+MIB = 2**20
+# Each predicted value is followed by its measurement and by the error of the prediction.
 HEAD = (
     "size | ranks | ZeRO | type | mask | recompute | held, MiB | measured | off | passes, MiB |"
-    " measured | off | step, MiB | measured | off | GFLOP a sample | measured | off | sent, MB |"
+    " measured | off | step, MiB | measured | off | GFLOP per sample | measured | off | sent, MB |"
     " measured | off"
 ).split(" | ")
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes that this rank sends in collectives: `bytes`."""
+    """Count the bytes that this rank sends in collectives, as `bytes`."""
 
     def __init__(self):
         super().__init__()
@@ -61,58 +67,58 @@ class SentBytes(TorchDispatchMode):
             sizes = [leaf.nbytes for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)]
             if "allreduce" in name:
                 size = 2 * sum(sizes)
-            else:  # what a gather makes, what a scatter is given
+            else:  # the full tensor: the output of a gather, the input of a scatter
                 size = max(sizes, default=0)
             self.bytes += size * (distributed.world() - 1) / distributed.world()
         return func(*args, **(kwargs or {}))
 
 
 def measure_case(
-    folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, micro: int
+    folder: Path, size: str, stage: int, dtype: str, mask: float, recompute: bool, samples: int
 ) -> list:
-    """Return a row of the table: what is predicted and what is measured."""
+    """Return a row of the table; samples: size of the micro-batch on one rank."""
     world = distributed.world()
-    cfg = load_config(folder, size, stage, kind, mask, recompute, micro * world)
+    cfg = load_config(folder, size, stage, dtype, mask, recompute, samples * world)
     cluster = planner.Cluster.from_device("A100-40", ranks=world)
-    plan = planner.plan(cfg, cluster, TOKENS, adam=planner.ADAM["cpu"], vocab=VOCAB)
-    held, passes, peak, flop_count, sent = measure_step(cfg, micro)
+    plan = planner.plan(cfg, cluster, TOKENS, adam=ADAM_TEMPORARIES["cpu"], vocab=VOCAB)
+    persistent, passes_peak, step_peak, flop_count, sent = measure_step(cfg, samples)
 
     # Pairs of (predicted, measured).
-    predicted_held = sum(plan.zero.persistent_bytes(plan.parameters, world).values())
+    predicted_persistent = sum(plan.zero.persistent_bytes(plan.parameters, world).values())
     predicted_passes = max(
-        sum(parts.values())
-        for moment, parts in plan.memory_by_phase.items()
-        if moment != "optimizer step"
+        sum(memory.values())
+        for phase, memory in plan.memory_by_phase.items()
+        if phase != "optimizer step"
     )
     predicted_sent = sum(plan.sent_bytes.values())
     pairs = [
-        (predicted_held / 2**20, held / 2**20),
-        (predicted_passes / 2**20, passes / 2**20),
-        (plan.peak[1] / 2**20, peak / 2**20),
+        (predicted_persistent / MIB, persistent / MIB),
+        (predicted_passes / MIB, passes_peak / MIB),
+        (plan.peak[1] / MIB, step_peak / MIB),
         (plan.hardware_flops / 1e9, flop_count / 1e9),
         (predicted_sent / 1e6, sent / 1e6),
     ]
-    row = [size, world, stage, kind, f"{mask:.0%}", "yes" if recompute else "no"]
-    for predicted, real in pairs:
-        off = f"{predicted / real - 1:+.1%}" if real else ""
-        row += [f"{predicted:.4g}", f"{real:.4g}", off]
+    row = [size, world, stage, dtype, f"{mask:.0%}", "yes" if recompute else "no"]
+    for predicted, measured in pairs:
+        error = f"{predicted / measured - 1:+.1%}" if measured else ""
+        row += [f"{predicted:.4g}", f"{measured:.4g}", error]
     return row
 
 
 def load_config(
-    folder: Path, size: str, stage: int, kind: str, mask: float, recompute: bool, batch: int
+    folder: Path, size: str, stage: int, dtype: str, mask: float, recompute: bool, batch: int
 ) -> config.RunConfig:
-    """Return the config of a case, whose DeepSpeed JSON rank 0 writes into the folder."""
-    file = folder / f"{stage}-{kind}.json"
+    """Return the config of a case; rank 0 writes its DeepSpeed JSON into the folder."""
+    file = folder / f"{stage}-{dtype}.json"
     tree = {"zero_optimization": {"stage": stage, **SMALL_BUCKETS}}
-    if kind == "bf16":
+    if dtype == "bf16":
         tree["bf16"] = {"enabled": True}
 
-    def write() -> None:
+    def write_json() -> None:
         if distributed.rank() == 0:
             file.write_text(json.dumps(tree))
 
-    distributed.rank0_first(write)
+    distributed.rank0_first(write_json)
     spec = f"random({mask})" if mask else "none"
     return config.load(
         config.ROOT / "run/configs/flip_b16.yaml",
@@ -126,39 +132,47 @@ def load_config(
     )
 
 
-def measure_step(cfg: config.RunConfig, micro: int) -> tuple[int, int, int, float, float]:
-    """Train three steps, and return what the last takes.
+def measure_step(cfg: config.RunConfig, samples: int) -> tuple[int, int, int, float, float]:
+    """Train three steps, and measure the last one.
 
-    (bytes between steps, at most until the backward pass is over, at most in a step, FLOPs of a
-    sample, bytes sent)
+    Return bytes between steps, peak bytes until the end of the backward pass, peak bytes of the
+    step, FLOPs per sample, and bytes sent.
     """
-    part = synthetic_batch.random_micro_batch(cfg, TOKENS, micro)
+    micro_batch = synthetic_batch.random_micro_batch(cfg, TOKENS, samples)
     linear = torch.nn.functional.linear
     gc.collect()
-    with activation_memory.LiveMemory() as alive:
+    with activation_memory.LiveMemory() as memory:
         trainer = engine.Engine(cfg, VOCAB)
 
-        # The peak when the optimizer's step begins is that of the forward and backward passes.
-        update = trainer.ds.step
-        passes = []
+        # The peak at the start of the optimizer step is that of the forward and backward passes.
+        optimizer_step = trainer.ds.step
+        passes_peaks = []
 
-        def step():
-            passes.append(alive.peak)
-            return update()
+        def record_peak():
+            passes_peaks.append(memory.peak)
+            return optimizer_step()
 
-        trainer.ds.step = step
-        # not in the step whose memory is measured: it holds on to what checkpointing would free
+        trainer.ds.step = record_peak
+
+        # 1. Count FLOPs. This cannot be the step whose memory is measured: the counter keeps
+        # tensors alive that checkpointing would free.
         with flops.create_counter() as counter:
-            trainer.step([part], 1e-4)
-        trainer.step([part], 1e-4)  # ZeRO-3 watches which module follows which
+            trainer.step([micro_batch], 1e-4)
+
+        # 2. Let ZeRO-3 complete its record of the order of modules.
+        trainer.step([micro_batch], 1e-4)
+
+        # 3. Measure memory and communication.
         gc.collect()
-        alive.peak = held = alive.current
+        persistent = memory.current
+        memory.peak = persistent
         with SentBytes() as sent:
-            trainer.step([part], 1e-4)
-        peak = alive.peak
+            trainer.step([micro_batch], 1e-4)
+        step_peak = memory.peak
     trainer.ds.destroy()
-    torch.nn.functional.linear = linear  # ZeRO-3 leaves its own there, for the next case too
-    return held, passes[2], peak, counter.get_total_flops() / micro, sent.bytes
+    # ZeRO-3 replaces this function and does not restore it.
+    torch.nn.functional.linear = linear
+    return persistent, passes_peaks[2], step_peak, counter.get_total_flops() / samples, sent.bytes
 
 
 def main() -> None:
@@ -166,21 +180,21 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["nano/8", "S/16", "B/16"])
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument(
-        "--types", nargs="+", default=["fp32", "bf16"], help="bf16 needs a stage above 0"
+        "--types", nargs="+", default=["fp32", "bf16"], help="bf16 is skipped for stage 0"
     )
     parser.add_argument("--masks", nargs="+", type=float, default=[0.0, 0.5, 0.75])
-    parser.add_argument("--micro", type=int, default=8, help="samples on a rank")
-    parser.add_argument("--local_rank", type=int, help="from the launcher")
+    parser.add_argument("--micro", type=int, default=8, help="samples per rank")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
     args = parser.parse_args()
 
     distributed.start()
     distributed.print_rank0("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     folder = Path(distributed.broadcast_from_rank0(lambda: tempfile.mkdtemp()))
     cases = itertools.product(args.sizes, args.stages, args.types, args.masks, (False, True))
-    for size, stage, kind, mask, recompute in cases:
-        if stage == 0 and kind != "fp32":
+    for size, stage, dtype, mask, recompute in cases:
+        if stage == 0 and dtype != "fp32":
             continue
-        row = measure_case(folder, size, stage, kind, mask, recompute, args.micro)
+        row = measure_case(folder, size, stage, dtype, mask, recompute, args.micro)
         distributed.print_rank0("| " + " | ".join(map(str, row)) + " |")
 
 

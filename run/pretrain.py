@@ -162,7 +162,7 @@ class Training:
         starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
         stream = self.batches.stream(starts, pin=distributed.device().type == "cuda")
 
-        while self.more() and not self.stop.from_args():
+        while self.more() and not self.stop.asked():
             # 1. Wait for the batch, and note what could not be read.
             begin = time.perf_counter()
             parts = next(stream)
