@@ -1,19 +1,18 @@
-"""Measure Glimpse on this machine, against a peer in the same process tree.
-
-Ratios carry over to other machines; seconds do not.
+"""Measure the speed of Glimpse on this machine, next to open_clip where it is installed.
 
     python run/bench.py step
-        a B/16's training step at masks of 0, 50, 75 %, short and long captions, and open_clip's
+        training step of a B/16 with masks of 0, 50 and 75 %, and that of open_clip
     python run/bench.py methods
-        a B/16's training step by each method, to clip's, beside the ratio of FLOPs
+        training step of each method relative to CLIP, next to the ratio of FLOPs
     python run/bench.py data
-        images/s of decode + augment + mask + patches on one core, and open_clip's transform
+        images/s of decoding, augmentation, masking and patches on one core, and of open_clip
     python run/bench.py loss
-        time and memory of the tiled loss and of the dense one
+        time and memory of the tiled and the dense contrastive loss
 
-open_clip and the photographs come with requirements-dev.txt; the peer is left out where it is not
-installed.
-Letters: B batch, P patch side.
+Compare ratios between machines, not seconds. open_clip and the photographs of scikit-image come
+with requirements-dev.txt.
+
+Letters: B batch, E width of the embeddings.
 """
 
 import sys
@@ -48,6 +47,7 @@ from glimpse.run.train.log import peak_gib
 from glimpse.run.verify import reference_libs  # noqa: F401
 
 MASK_RATIOS = (0.0, 0.5, 0.75)
+VOCAB = 49408
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -67,18 +67,18 @@ def print_table(head: list[str], rows: list[list]) -> None:
 
 
 def median_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each run.
+    """Return the median seconds of each run, after one warm-up.
 
-    The runs take turns, so that other load on the machine meets them all; one turn warms up.
+    The runs take turns, so that other load on the machine affects all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(1 + repeats):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            start = time.perf_counter()
             run()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - start
             if turn > 0:
                 times[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -89,7 +89,8 @@ def has_open_clip() -> bool:
     is_installed = importlib.util.find_spec("open_clip") is not None
     if not is_installed:
         print(
-            "open_clip is not installed, so its rows are missing: pip install -r requirements-dev.txt"
+            "open_clip is not installed, so its rows are left out;"
+            " run: pip install -r requirements-dev.txt"
         )
     return is_installed
 
@@ -99,35 +100,35 @@ def has_open_clip() -> bool:
 
 
 def glimpse_step(cfg: config.RunConfig, tokens: float, batch: int) -> Callable[[], object]:
-    """Return a training step: forward, loss, backward, AdamW and the teacher's average.
+    """Return a function that runs a training step: forward, loss, backward, AdamW, EMA update.
 
-    tokens: of the batch's captions, on average.
+    tokens: mean number of tokens of a caption.
     """
     torch.manual_seed(0)
-    method = METHODS[cfg.method](cfg.model, 49408, cfg.data.context, cfg.options).to(DEVICE)
+    method = METHODS[cfg.method](cfg.model, VOCAB, cfg.data.context, cfg.options).to(DEVICE)
     trainable = [parameter for parameter in method.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5)
-    part = to_device(synthetic_batch.random_micro_batch(cfg, tokens, batch))
-    averaged = []
+    micro_batch = to_device(synthetic_batch.random_micro_batch(cfg, tokens, batch))
+    ema_parameters = []
     for teacher, student in method.ema_pairs():
-        averaged += zip(teacher.parameters(), student.parameters())
+        ema_parameters += zip(teacher.parameters(), student.parameters())
 
     def step() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss, _ = method.loss(method(part))
+            loss, _ = method.loss(method(micro_batch))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        for teacher, student in averaged:
+        for teacher, student in ema_parameters:
             teacher.data.lerp_(student.data, 0.004)
 
     return step
 
 
 def open_clip_step(ratio: float, batch: int) -> Callable[[], object]:
-    """Return the same of open_clip's ViT-B-16 with its patch dropout.
+    """Return a training step of open_clip's ViT-B-16 with patch dropout `ratio`.
 
-    Its captions are always padded to 77 tokens.
+    Captions are padded to 77 tokens, as always in open_clip.
     """
     import open_clip
 
@@ -150,8 +151,8 @@ def open_clip_step(ratio: float, batch: int) -> Callable[[], object]:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    def ours(tokens: float) -> Callable:
-        def make(ratio: float) -> Callable[[], object]:
+    def glimpse_builder(tokens: float) -> Callable[[float], Callable[[], object]]:
+        def build_step(ratio: float) -> Callable[[], object]:
             mask = f"random({ratio})" if ratio else "none"
             cfg = config.load(
                 config.ROOT / "run/configs/clip_b16.yaml",
@@ -159,55 +160,62 @@ def bench_step(args: argparse.Namespace) -> None:
             )
             return glimpse_step(cfg, tokens, args.batch)
 
-        return make
+        return build_step
 
-    kinds = {"11 tokens on average": ours(11), "77 tokens": ours(77)}
+    builders = {
+        "11 tokens on average": glimpse_builder(11),
+        "77 tokens": glimpse_builder(77),
+    }
     if args.size == "B/16" and has_open_clip():
-        kinds["open_clip ViT-B-16, 77 tokens"] = lambda ratio: open_clip_step(ratio, args.batch)
+        builders["open_clip ViT-B-16, 77 tokens"] = lambda ratio: open_clip_step(ratio, args.batch)
     print(
-        f"Training step of {args.size}, B {args.batch}, median of {args.repeats}, {describe_machine()}\n"
+        f"Training step of {args.size}, B {args.batch}, median of {args.repeats},"
+        f" {describe_machine()}\n"
     )
     rows = []
-    for kind, make in kinds.items():
-        seconds = median_seconds({str(ratio): make(ratio) for ratio in MASK_RATIOS}, args.repeats)
+    for captions, build_step in builders.items():
+        steps = {str(ratio): build_step(ratio) for ratio in MASK_RATIOS}
+        seconds = median_seconds(steps, args.repeats)
         unmasked = seconds["0.0"]
         for ratio in MASK_RATIOS:
             step = seconds[str(ratio)]
-            rows.append([kind, f"{ratio:.0%}", step, step / unmasked, args.batch / step])
-    print_table(["captions", "mask", "s/step", "to unmasked", "samples/s"], rows)
+            rows.append([captions, f"{ratio:.0%}", step, step / unmasked, args.batch / step])
+    print_table(["captions", "mask", "s/step", "vs. unmasked", "samples/s"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # methods
 
-# to CLIP, A-CLIP's Table 1 and MaskCLIP's
+# Training time relative to CLIP: A-CLIP's table 1 and MaskCLIP's table 1.
 PAPER_TIME = {"aclip": 1.16, "aclip_eff": 0.86, "maskclip": 1.56, "slip": 2.67, "mae": 1.30}
 
 
 def bench_methods(args: argparse.Namespace) -> None:
-    """Compare each method's step with clip's, in turns.
+    """Compare the step of each method with that of CLIP.
 
-    In a process tree of its own, a step would meet other noise.
+    Both run in turns in this process, so that other load on the machine affects both.
     """
     print(
-        f"Training step of {args.size}, B {args.batch}, captions of 11 tokens, to clip's; median of"
-        f" {args.repeats}, {describe_machine()}\n"
+        f"Training step of {args.size} relative to CLIP, B {args.batch}, captions of 11 tokens,"
+        f" median of {args.repeats}, {describe_machine()}\n"
     )
-    clip = make_method("slip", args, ["method=clip", "views.augmented=null", "options=null"])
+    clip_overrides = ["method=clip", "views.augmented=null", "options=null"]
+    clip = method_step("slip", args, clip_overrides)
     clip_flops = count_step_flops(clip)
     rows = []
     for name, paper_time in PAPER_TIME.items():
-        step = make_method(name, args, [])
-        work = count_step_flops(step) / clip_flops
+        step = method_step(name, args, [])
+        flops_ratio = count_step_flops(step) / clip_flops
         seconds = median_seconds({"clip": clip, name: step}, args.repeats)
         time_ratio = seconds[name] / seconds["clip"]
-        rows.append([name, seconds[name], time_ratio, work, time_ratio / work, paper_time])
-    print_table(
-        ["method", "s/step", "to clip", "FLOPs to clip", "time / FLOPs", "paper's time"], rows
-    )
+        rows.append(
+            [name, seconds[name], time_ratio, flops_ratio, time_ratio / flops_ratio, paper_time]
+        )
+    head = ["method", "s/step", "vs. CLIP", "FLOPs vs. CLIP", "time / FLOPs", "time in the paper"]
+    print_table(head, rows)
 
 
-def make_method(name: str, args: argparse.Namespace, overrides: list[str]) -> Callable[[], object]:
+def method_step(name: str, args: argparse.Namespace, overrides: list[str]) -> Callable[[], object]:
     cfg = config.load(
         config.ROOT / f"run/configs/{name}_b16.yaml", [f"model.size={args.size}", *overrides]
     )
@@ -215,10 +223,10 @@ def make_method(name: str, args: argparse.Namespace, overrides: list[str]) -> Ca
 
 
 def count_step_flops(step: Callable[[], object]) -> int:
-    """Return the FLOPs of a step, by torch's counter."""
-    with flops.create_counter() as found:
+    """Return the FLOPs of a step by torch's counter."""
+    with flops.create_counter() as counter:
         step()
-    return found.get_total_flops()
+    return counter.get_total_flops()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,7 +239,7 @@ def bench_data(args: argparse.Namespace) -> None:
     else:
         files = sample_photographs()
     if not files:
-        raise ValueError(f"--images {args.images}: no .jpg in it")
+        raise ValueError(f"--images: {args.images} has no .jpg files; give a folder of JPEGs")
     torch.set_num_threads(1)
 
     runs = {}
@@ -241,24 +249,25 @@ def bench_data(args: argparse.Namespace) -> None:
         import open_clip
 
         transform = open_clip.image_transform(224, is_train=True, aug_cfg=dict(scale=(0.5, 1.0)))
-        runs["open_clip, decode alone"] = for_each_file(files, decode_image)
+        runs["open_clip, decoding only"] = for_each_file(files, decode_image)
         runs["open_clip"] = for_each_file(files, lambda data: transform(decode_image(data)))
     print(
-        f"{len(files)} images of {args.images or 'scikit-image'} to 224-px views, crop scale 0.5-1,"
+        f"{len(files)} images of {args.images or 'scikit-image'}, 224-pixel views, crop scale 0.5-1,"
         f" one core, median of {args.repeats}\n"
     )
     seconds = median_seconds(runs, args.repeats)
-    peer = seconds.get("open_clip")
+    open_clip_seconds = seconds.get("open_clip")
     rows = []
-    for name, taken in seconds.items():
-        rows.append([name, round(len(files) / taken), peer / taken if peer else "-"])
-    print_table(["path", "images/s", "to open_clip"], rows)
+    for name, run_seconds in seconds.items():
+        speedup = open_clip_seconds / run_seconds if open_clip_seconds else "-"
+        rows.append([name, round(len(files) / run_seconds), speedup])
+    print_table(["path", "images/s", "vs. open_clip"], rows)
 
 
 def sample_photographs(count: int = 100) -> list[bytes]:
-    """Return JPEGs of about 500 pixels (quality 90, 4:2:0).
+    """Return JPEG files of about 500 pixels (quality 90, 4:2:0).
 
-    They are windows of scikit-image's photographs, with a little sensor noise.
+    They are random crops of scikit-image's photographs with a little sensor noise.
     """
     import skimage.data
 
@@ -269,7 +278,7 @@ def sample_photographs(count: int = 100) -> list[bytes]:
     for i in range(count):
         picture = Image.fromarray(getattr(skimage.data, names[i % 4])())
 
-        # A window anywhere, nearly as large as fits.
+        # A random window, at 80 to 100 % of the largest possible size.
         width, height = sizes[rng.integers(5)]
         largest = min(picture.width / width, picture.height / height)
         zoom = largest * rng.uniform(0.8, 1)
@@ -290,12 +299,12 @@ def decode_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def for_each_file(files: list[bytes], do: Callable[[bytes], object]) -> Callable[[], object]:
-    return lambda: [do(data) for data in files]
+def for_each_file(files: list[bytes], function: Callable[[bytes], object]) -> Callable[[], object]:
+    return lambda: [function(data) for data in files]
 
 
 def sample_pipeline(spec: str) -> Callable[[bytes], object]:
-    """Return what a loader does for one image, from its bytes to visible uint8 patches."""
+    """Return the loader's work on one image: from JPEG bytes to visible uint8 patches."""
     rng = np.random.default_rng(0)
     view = View(crop=(0.5, 1.0), mask=spec)
     mask = parse(spec)
@@ -303,8 +312,8 @@ def sample_pipeline(spec: str) -> Callable[[bytes], object]:
     def sample(data: bytes) -> np.ndarray:
         image, _ = random_view(data, 224, view, rng)
         noise = torch.from_numpy(rng.random((1, 196), dtype=np.float32))
-        keep = mask(noise, (14, 14))[0].numpy()
-        return visible(image, 16, keep)
+        positions = mask(noise, (14, 14))[0].numpy()
+        return visible(image, 16, positions)
 
     return sample
 
@@ -314,9 +323,9 @@ def sample_pipeline(spec: str) -> Callable[[bytes], object]:
 
 
 def bench_loss(args: argparse.Namespace) -> None:
-    """Measure each case in a process of its own.
+    """Measure each case in a new process.
 
-    The loss's memory is that process's peak above what it held before.
+    The memory of a loss is the growth of the process's peak while it is computed.
     """
     if args.case:
         return loss_case(*args.case)
@@ -330,12 +339,12 @@ def bench_loss(args: argparse.Namespace) -> None:
 
 
 def measure_loss(kind: str, size: int) -> dict:
-    """Return {seconds, peak in GiB} of a case; seconds is a text where it could not be measured."""
-    need = 2.0
+    """Return {seconds, peak} of a case, peak in GiB; `seconds` is a text if it was not measured."""
+    needed = 2.0
     if kind == "dense":
-        need += 18 * (size / 32768) ** 2
-    if DEVICE.type == "cpu" and free_gib() < need:
-        return dict(seconds=f"needs {need:.0f} GiB free", peak="-")
+        needed += 18 * (size / 32768) ** 2
+    if DEVICE.type == "cpu" and free_gib() < needed:
+        return dict(seconds=f"needs {needed:.0f} GiB of free memory", peak="-")
     process = subprocess.run(
         [sys.executable, __file__, "loss", "--case", kind, str(size)],
         capture_output=True,
@@ -353,7 +362,9 @@ def free_gib() -> float:
 
 
 def loss_case(kind: str, size: str) -> None:
-    def inputs(n: int) -> list[torch.Tensor]:
+    """Print {seconds, peak} of a case as JSON."""
+
+    def random_inputs(n: int) -> list[torch.Tensor]:
         torch.manual_seed(0)
         image = torch.nn.functional.normalize(torch.randn(n, 512, device=DEVICE), dim=1)
         text = torch.nn.functional.normalize(image + 0.05 * torch.randn_like(image), dim=1)
@@ -367,37 +378,37 @@ def loss_case(kind: str, size: str) -> None:
             loss = losses.dense_contrastive(*tensors)
         loss.backward()
 
-    median_seconds({"warm": lambda: step(inputs(256))}, 1)
-    tensors = inputs(int(size))
-    before = peak_gib()
+    median_seconds({"warm-up": lambda: step(random_inputs(256))}, 1)
+    tensors = random_inputs(int(size))
+    peak_before = peak_gib()
     repeats = 1 if int(size) > 16384 else 3
     seconds = median_seconds({kind: lambda: step(tensors)}, repeats)[kind]
-    print(json.dumps(dict(seconds=seconds, peak=peak_gib() - before)))
+    print(json.dumps(dict(seconds=seconds, peak=peak_gib() - peak_before)))
 
 
 def main() -> None:
     parser = config.parser(__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="step | methods | data | loss")
-    step = kinds.add_parser("step", help="training step by mask")
-    methods = kinds.add_parser("methods", help="training step by method")
-    for sub in (step, methods):
-        sub.add_argument("--batch", type=int, default=8)
-        sub.add_argument("--size", default="B/16", help="a size and patch of model/towers.py")
-    data = kinds.add_parser("data", help="decode and augment")
+    commands = parser.add_subparsers(required=True, metavar="step | methods | data | loss")
+    step = commands.add_parser("step", help="training step by mask")
+    methods = commands.add_parser("methods", help="training step by method")
+    for command in (step, methods):
+        command.add_argument("--batch", type=int, default=8)
+        command.add_argument("--size", default="B/16", help="a model size of model/towers.py")
+    data = commands.add_parser("data", help="decoding and augmentation")
     data.add_argument(
-        "--images", help="a folder of JPEGs; default: a hundred made of scikit-image's photographs"
+        "--images", help="a folder of JPEGs; default: 100 crops of scikit-image's photographs"
     )
-    loss = kinds.add_parser("loss", help="tiled and dense contrastive loss")
+    loss = commands.add_parser("loss", help="tiled and dense contrastive loss")
     loss.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384, 32768], metavar="B")
-    loss.add_argument("--case", nargs=2, help="one case, as the benchmark itself starts it")
-    for sub, run in (
+    loss.add_argument("--case", nargs=2, help="measure one case; used by the benchmark itself")
+    for command, run in (
         (step, bench_step),
         (methods, bench_methods),
         (data, bench_data),
         (loss, bench_loss),
     ):
-        sub.add_argument("--repeats", type=int, default=5)
-        sub.set_defaults(run=run)
+        command.add_argument("--repeats", type=int, default=5)
+        command.set_defaults(run=run)
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     args.run(args)
