@@ -252,8 +252,8 @@ def bench_data(args: argparse.Namespace) -> None:
         runs["open_clip, decoding only"] = for_each_file(files, decode_image)
         runs["open_clip"] = for_each_file(files, lambda data: transform(decode_image(data)))
     print(
-        f"{len(files)} images of {args.images or 'scikit-image'}, 224-pixel views, crop scale 0.5-1,"
-        f" one core, median of {args.repeats}\n"
+        f"{len(files)} images of {args.images or 'scikit-image'}, 224-pixel views, crop scale"
+        f" 0.5-1, one core, median of {args.repeats}\n"
     )
     seconds = median_seconds(runs, args.repeats)
     open_clip_seconds = seconds.get("open_clip")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All tests, in a virtual environment of their own.
-#   bash run/test.sh                  everything: lint, fast tests, then the slow ones (real ranks)
-#   bash run/test.sh -m "not slow"    any pytest arguments instead of the default two rounds
+# Run the tests in the virtual environment .venv-test, which is created if necessary.
+#   bash run/test.sh                  lint, type check, fast tests, then slow tests (with real ranks)
+#   bash run/test.sh -m "not slow"    run pytest with these arguments only
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,8 +11,8 @@ export PATH="$PWD/$venv/bin:$PATH" OMP_NUM_THREADS=1 DS_ACCELERATOR="${DS_ACCELE
 [ -n "$DS_ACCELERATOR" ] || unset DS_ACCELERATOR
 if ! cmp -s <(cat requirements*.txt) "$venv/installed.txt"; then
   pip install --quiet --disable-pip-version-check -r requirements.txt
-  # With the runtime packages alone every module must import: a package that only the peers bring in
-  # would hide a missing one.
+  # Import every module before the development packages are installed, since these could hide a
+  # missing entry in requirements.txt.
   if [ ! -e "$venv/installed.txt" ]; then
     python - <<'PYTHON'
 import importlib
@@ -30,12 +30,12 @@ fi
 
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
 if ! ruff format --check --quiet .; then
-  echo 'not formatted: run ruff format .'
+  echo 'Some files are not formatted; run: ruff format .'
   exit 1
 fi
 ruff check .
 bash run/typecheck.sh
-# Two at a time: much of a launch is one process's work, or waiting.
+# Run two tests at a time: a launch of ranks is often a single busy process, or waits.
 for round in "not slow" slow; do
   python -m pytest -q -n 2 --dist loadfile -m "$round" --durations=10
 done

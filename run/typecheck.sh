@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Check the types of what training runs: data/, model/, run/lib, run/train and run/pretrain.py.
+# Check the types of the code that training runs: data/, model/, run/lib, run/train and
+# run/pretrain.py.
 #   bash run/typecheck.sh
-# A type checker cannot follow glimpse/__init__.py, which finds the packages at run time; so it is
-# shown a folder in which they lie where their import names say.
+# glimpse/__init__.py extends the package's path at run time, which mypy cannot follow. So mypy
+# reads a folder in which links place the packages at their import names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
