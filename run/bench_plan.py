@@ -99,9 +99,9 @@ def measure_case(
         (predicted_sent / 1e6, sent / 1e6),
     ]
     row = [size, world, stage, dtype, f"{mask:.0%}", "yes" if recompute else "no"]
-    for predicted, measured in pairs:
-        error = f"{predicted / measured - 1:+.1%}" if measured else ""
-        row += [f"{predicted:.4g}", f"{measured:.4g}", error]
+    for prediction, measurement in pairs:
+        error = f"{prediction / measurement - 1:+.1%}" if measurement else ""
+        row += [f"{prediction:.4g}", f"{measurement:.4g}", error]
     return row
 
 

@@ -72,8 +72,8 @@ def compare_runs() -> None:
             reason = f" ({run.reason})" if run.reason else ""
             states.append(f"{run.run.name} {run.state}{reason}")
         print(f"{label}: {', '.join(states)}")
-    page, *others = html_report.write_report(Path(args.out), groups, galleries)
-    print(f"wrote {page}, and next to it {', '.join(path.name for path in others)}")
+    page, *files = html_report.write_report(Path(args.out), groups, galleries)
+    print(f"wrote {page}, and next to it {', '.join(path.name for path in files)}")
 
 
 def group_gallery(

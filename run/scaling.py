@@ -187,9 +187,9 @@ def print_costs(args: argparse.Namespace) -> None:
         total += device_hours
         print(f"| {cell} | {' | '.join(plan_columns(plan))} | {device_hours:,.0f} |")
 
-    left_out = f", without the {without_fit} cells that do not fit" if without_fit else ""
+    note = f", without the {without_fit} cells that do not fit" if without_fit else ""
     cost = f", which cost {total * cluster.price:,.0f}" if cluster.price else ""
-    print(f"\ntotal: {total:,.0f} device-hours{cost}{left_out}")
+    print(f"\ntotal: {total:,.0f} device-hours{cost}{note}")
 
 
 def plan_columns(plan: planner.Plan) -> list[str]:
@@ -350,13 +350,13 @@ def write_plots(args: argparse.Namespace) -> None:
     plots.check_matplotlib()
     groups = run_results(args)
     spec = grid.read_grid(args.grid)
-    page, *others = html_report.write_report(
+    page, *files = html_report.write_report(
         args.out / args.scale / f"{Path(args.grid).stem}.html",
         groups,
         title=spec.title,
         metric=spec.scale(args.scale).metric,
     )
-    print(f"wrote {page}, and next to it {', '.join(path.name for path in others)}")
+    print(f"wrote {page}, and next to it {', '.join(path.name for path in files)}")
 
 
 def mean_cost(results: list[RunResult], name: str) -> float:

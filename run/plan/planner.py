@@ -77,9 +77,9 @@ class Cluster:
     def from_device(cls, device: str, **fields: float | str | None) -> "Cluster":
         """Build a cluster of a device in DEVICES; `fields` override its values."""
         if device not in DEVICES:
-            known = ", ".join(DEVICES)
+            names = ", ".join(DEVICES)
             raise ValueError(
-                f"--device: unknown {device!r}; known: {known}. For another device set"
+                f"--device: unknown {device!r}; known: {names}. For another device set"
                 " --peak-tflops and --gpu-memory"
             )
         tflops, memory = DEVICES[device]

@@ -191,8 +191,8 @@ class ZeroMemory:
         """Return an upper limit of the sharded parameters that ZeRO-3 holds gathered at once."""
         if accumulate > 1:
             return 2 * counts.largest
-        kept = self.parameters_kept_gathered(counts, accumulate, checkpointing)
-        return kept + self.prefetch_bucket_size
+        kept_parameters = self.parameters_kept_gathered(counts, accumulate, checkpointing)
+        return kept_parameters + self.prefetch_bucket_size
 
     @property
     def keeps_gradients(self) -> bool:
@@ -259,8 +259,8 @@ class ZeroMemory:
             # pass for each micro-batch.
             uses = 2 if accumulate == 1 else 3 * accumulate
             sharded = counts.total - counts.unsharded
-            kept = self.parameters_kept_gathered(counts, accumulate, checkpointing)
-            gathered_again = (uses - 1) * (sharded - kept)
+            kept_parameters = self.parameters_kept_gathered(counts, accumulate, checkpointing)
+            gathered_again = (uses - 1) * (sharded - kept_parameters)
             return {
                 "gather weights": ring * (sharded + gathered_again + counts.unsharded),
                 "scatter gradients": ring * counts.trained * accumulate,

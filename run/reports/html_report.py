@@ -172,14 +172,14 @@ def select_metrics(groups: Groups, first: str = "") -> list[str]:
 
     `first` comes first, then suites, then the evaluations in the order of MAIN_METRICS.
     """
-    measured: dict[str, None] = {}  # in the order of the runs
+    measured_metrics: dict[str, None] = {}  # in the order of the runs
     for group in groups.values():
         for result in group:
-            measured |= dict.fromkeys(result.curve)
+            measured_metrics |= dict.fromkeys(result.curve)
 
     kinds = list(MAIN_METRICS)
     ranks = {}
-    for name in measured:
+    for name in measured_metrics:
         bare = name.removeprefix("teacher/").partition(" (")[0]
         kind = re.split(r"[(/]", bare)[0]
         metric = bare.rpartition("/")[2]
@@ -219,8 +219,8 @@ def missing_reason(group: list[RunResult]) -> str:
         if not result.reason:
             continue
         name = f"{result.run.name}: " if len(group) > 1 else ""
-        failed = "failed: " if result.state == "failed" else ""
-        reasons.append(f"{name}{failed}{result.reason}")
+        prefix = "failed: " if result.state == "failed" else ""
+        reasons.append(f"{name}{prefix}{result.reason}")
     if reasons:
         return "; ".join(reasons)
     return "not evaluated" if group else "not run"
@@ -239,13 +239,13 @@ def results_table(groups: Groups, metrics: list[str]) -> str:
         elements.append(results_subtable(groups, metrics[start : start + METRICS_PER_TABLE]))
 
     # Incomplete runs of groups that have other results.
-    left_out = []
+    notes = []
     for label, group in groups.items():
         is_incomplete = any(result.reason for result in group)
         if is_incomplete and any(result.final for result in group):
-            left_out.append(f"<li>{escape(label)}: {escape(missing_reason(group))}</li>")
-    if left_out:
-        elements.append(f"<p>Not included:</p><ul>{''.join(left_out)}</ul>")
+            notes.append(f"<li>{escape(label)}: {escape(missing_reason(group))}</li>")
+    if notes:
+        elements.append(f"<p>Not included:</p><ul>{''.join(notes)}</ul>")
     return "".join(elements)
 
 
@@ -301,8 +301,8 @@ def cost_table(groups: Groups) -> str:
         if not samples:
             rows.append((label, [absent_row(group, len(heads))]))
             continue
-        seen = "; ".join(dict.fromkeys(samples))
-        cells = [f"<td>{len(group)}</td><td>{seen}</td>"]
+        samples_text = "; ".join(dict.fromkeys(samples))
+        cells = [f"<td>{len(group)}</td><td>{samples_text}</td>"]
         cells += [cost_cell(group, key, formatter) for key, formatter in formatters.items()]
         rows.append((label, cells))
     return html_table(heads, rows)

@@ -71,11 +71,11 @@ def masked_inputs_picture(micro_batch: MicroBatch, cfg: RunConfig) -> Tensor:
 
     # Views may differ in width; pad all rows to the widest.
     width = max(row.shape[2] for row in rows)
-    padded = []
+    padded_rows = []
     for row in rows:
         gap = width - row.shape[2]
-        padded.append(F.pad(row, (0, gap), value=255))
-    return torch.cat(padded, dim=1)
+        padded_rows.append(F.pad(row, (0, gap), value=255))
+    return torch.cat(padded_rows, dim=1)
 
 
 def place_patches(patches: Tensor, positions: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
@@ -119,7 +119,7 @@ def build_gallery(
     # 2. The patches that each mask keeps, with the same noise for all masks.
     noise = np.random.default_rng(0).random(positions.shape, dtype=np.float32)
     noise = torch.from_numpy(noise)
-    kept_positions = {spec: parse(spec)(noise, grid) for spec in MASKS}
+    visible_positions = {spec: parse(spec)(noise, grid) for spec in MASKS}
     # Attentive masks choose blocks of the size in A-CLIP's options, by default 2 x 2 patches if
     # the grid can be divided into them.
     is_even = all(side % 2 == 0 for side in grid)
@@ -128,12 +128,12 @@ def build_gallery(
     for strategy in ("low", "high"):
         mask = Attentive(strategy, block, cfg.model.patch, grid)
         name = f"attentive, {strategy}, blocks of {block} px"
-        kept_positions[name] = mask.choose(attention, 0.5)
+        visible_positions[name] = mask.choose(attention, 0.5)
 
     # 3. The columns.
     columns = {"image": originals}
-    for name, kept in kept_positions.items():
-        columns[name] = place_patches(take(patches, kept), kept, cfg.model.patch, grid)
+    for name, visible in visible_positions.items():
+        columns[name] = place_patches(take(patches, visible), visible, cfg.model.patch, grid)
     columns["attention"] = heat_maps(attention, grid, originals)
     columns["similarity"] = heat_maps(similarity, grid, originals)
     return columns

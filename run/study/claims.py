@@ -88,8 +88,8 @@ def claimed_runs(
             cells[f"{claim.grid}, {cell}"] = runs
 
     # List a run that several cells share under the first of them only.
-    merged = grid.merge_runs(run for runs in cells.values() for run in runs)
-    unlisted = {run.folder: run for run in merged}
+    unique_runs = grid.merge_runs(run for runs in cells.values() for run in runs)
+    unlisted = {run.folder: run for run in unique_runs}
     result = {}
     for cell, runs in cells.items():
         if runs[0].folder in unlisted:

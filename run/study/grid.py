@@ -141,12 +141,12 @@ class Grid:
                     f"--set: {change} is set by the grid; use --seeds N for the seeds 0 to N - 1,"
                     " and --out for the folder of the runs"
                 )
-        planned: dict[str, list[PlannedRun]] = {}
+        runs_by_cell: dict[str, list[PlannedRun]] = {}
         base = self.scale(scale)
         base = replace(base, set=(*base.set, *overrides))
         for cell in cells or self.cells:
-            self.plan_cell(cell, base, seeds, out / scale, planned)
-        return planned
+            self.plan_cell(cell, base, seeds, out / scale, runs_by_cell)
+        return runs_by_cell
 
     def plan_cell(
         self,
@@ -154,14 +154,14 @@ class Grid:
         scale: Scale,
         seeds: int,
         out: Path,
-        planned: dict[str, list[PlannedRun]],
+        runs_by_cell: dict[str, list[PlannedRun]],
         dependents: tuple[str, ...] = (),
     ) -> None:
-        """Add the runs of a cell to `planned`, after those of the cells that it depends on.
+        """Add the runs of a cell to `runs_by_cell`, after those of the cells that it depends on.
 
         dependents: the chain of cells that depend on this one, to detect a cycle.
         """
-        if cell in planned:
+        if cell in runs_by_cell:
             return
         if cell in dependents:
             raise ValueError(
@@ -179,7 +179,7 @@ class Grid:
         dependencies = list(dict.fromkeys(references))
         for name in dependencies:
             config.check_choice(f"cells: {cell}", name, self.cells)
-            self.plan_cell(name, scale, seeds, out, planned, (*dependents, cell))
+            self.plan_cell(name, scale, seeds, out, runs_by_cell, (*dependents, cell))
 
         # 3. The config file: that of the first config=NAME, which is not a change of a key.
         configs = [
@@ -190,9 +190,9 @@ class Grid:
         path = ROOT / "run" / "configs" / f"{name}.yaml"
 
         # 4. One run per seed.
-        planned[cell] = []
+        runs_by_cell[cell] = []
         for seed in range(seeds):
-            folders = {name: str(planned[name][seed].folder) for name in dependencies}
+            folders = {name: str(runs_by_cell[name][seed].folder) for name in dependencies}
             settings = [fill_references(change, folders) for change in changes]
             settings.append(f"seed={seed}")
             try:
@@ -208,7 +208,7 @@ class Grid:
                 dependencies=tuple(map(Path, folders.values())),
                 evaluate=self.evaluate.get(cell, ()),
             )
-            planned[cell].append(run)
+            runs_by_cell[cell].append(run)
 
 
 def fill_references(change: str, folders: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Train the runs of a grid as processes, one after another or several at a time.
 
-    JobQueue(planned, ranks=1, max_running=2).run()         True if all runs are complete
+    JobQueue(planned_runs, ranks=1, max_running=2).run()         True if all runs are complete
 
 Each run is a process of the deepspeed launcher. A complete run is skipped, an interrupted one is
 resumed. Next to a run's folder, RUN.log has its output, and RUN.failed has the reason if it failed;
@@ -40,8 +40,8 @@ def sibling_path(run: Path, ending: str) -> Path:
 
 def read_state(run: Path) -> RunResult:
     """Read the result of a run, including the reason if its job failed."""
-    failed = sibling_path(run, "failed")
-    error = failed.read_text().strip() if failed.exists() else ""
+    failure_file = sibling_path(run, "failed")
+    error = failure_file.read_text().strip() if failure_file.exists() else ""
     return read_result(run, error)
 
 
@@ -60,43 +60,43 @@ def missing_reason(results: list[RunResult], metric: str) -> str:
     )
 
 
-def next_task(planned: PlannedRun) -> str | None:
+def next_task(planned_run: PlannedRun) -> str | None:
     """Return the next task of a run: "" to train, an evaluation's option, or None if complete.
 
     An evaluation is complete if it has every metric of the last evaluation in training. One that
     failed halfway is repeated.
     """
-    result = read_state(planned.folder)
+    result = read_state(planned_run.folder)
     if result.state != "complete":
         return ""
     training_metrics = [name for name in result.final if not name.endswith(")")]
-    for item in planned.evaluate:
+    for item in planned_run.evaluate:
         expected = [f"{name} ({item})" for name in training_metrics]
         if not expected or any(name not in result.final for name in expected):
             return item
     return None
 
 
-def task_command(planned: PlannedRun, task: str, ranks: int, slot: int = 0) -> list[str]:
+def task_command(planned_run: PlannedRun, task: str, ranks: int, slot: int = 0) -> list[str]:
     """Return the command line of a task, as returned by next_task."""
     if not task:
-        return train_command(planned, local_launcher(ranks, slot))
+        return train_command(planned_run, local_launcher(ranks, slot))
     option, _, value = task.partition(" ")
     return [
         sys.executable,
         str(ROOT / "run" / "evaluate.py"),
         "--run",
-        str(planned.folder),
+        str(planned_run.folder),
         f"--{option}",
         value,
     ]
 
 
-def train_command(planned: PlannedRun, launcher: list[str]) -> list[str]:
+def train_command(planned_run: PlannedRun, launcher: list[str]) -> list[str]:
     """Return the command line that trains a run, or resumes it."""
-    settings = ["--config", str(planned.config_file), "--set", *planned.changes]
+    settings = ["--config", str(planned_run.config_file), "--set", *planned_run.changes]
     line = [*launcher, str(ROOT / "run" / "pretrain.py"), *settings]
-    if (planned.folder / "config.yaml").exists():
+    if (planned_run.folder / "config.yaml").exists():
         line.append("--resume")
     return line
 
@@ -133,7 +133,7 @@ def local_launcher(ranks: int, slot: int = 0) -> list[str]:
 class Job:
     """A run in a queue, and the process that works on it."""
 
-    planned: PlannedRun
+    planned_run: PlannedRun
     process: subprocess.Popen | None = None
     lock: int = -1  # a file descriptor; -1: not held
     log_offset: int = 0  # size of the log when the process was started
@@ -143,7 +143,7 @@ class Job:
 
     def acquire_lock(self) -> bool:
         """Lock the run; return False if another job holds it or its ranks are still training."""
-        path = sibling_path(self.planned.folder, "lock")
+        path = sibling_path(self.planned_run.folder, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -153,7 +153,7 @@ class Job:
             return False
         except OSError:  # a file system without locks
             pass
-        if run_dir.trained_elsewhere(self.planned.folder):
+        if run_dir.trained_elsewhere(self.planned_run.folder):
             os.close(handle)
             return False
         self.lock = handle
@@ -165,7 +165,7 @@ class Job:
 
     def start(self, line: list[str]) -> None:
         """Start a command line in its own session, with its output appended to RUN.log."""
-        run = self.planned.folder
+        run = self.planned_run.folder
         sibling_path(run, "failed").unlink(missing_ok=True)
         # A folder without a config is left by a job that was killed while it created the folder.
         if run.is_dir() and not (run / "config.yaml").exists():
@@ -189,12 +189,12 @@ class Job:
         """
         code = self.process.returncode
         if code and not was_stopped:
-            output = sibling_path(self.planned.folder, "log").read_bytes()[self.log_offset :]
+            output = sibling_path(self.planned_run.folder, "log").read_bytes()[self.log_offset :]
             lines = output.decode(errors="replace").splitlines()
             errors = [line for line in lines if "rror" in line]
             reasons = errors or lines or ["no output"]
-            failed = sibling_path(self.planned.folder, "failed")
-            failed.write_text(f"exit code {code}: {reasons[-1].strip()[:300]}\n")
+            failure_file = sibling_path(self.planned_run.folder, "failed")
+            failure_file.write_text(f"exit code {code}: {reasons[-1].strip()[:300]}\n")
         self.release_lock()
 
     def stop(self) -> None:
@@ -204,7 +204,7 @@ class Job:
 
     def is_alive(self) -> bool:
         """Return True if the process is running, or a rank is saving after its launcher exited."""
-        return self.process.poll() is None or run_dir.trained_elsewhere(self.planned.folder)
+        return self.process.poll() is None or run_dir.trained_elsewhere(self.planned_run.folder)
 
 
 class JobQueue:
@@ -212,7 +212,7 @@ class JobQueue:
 
     def __init__(
         self,
-        planned: list[PlannedRun],
+        planned_runs: list[PlannedRun],
         ranks: int,
         max_running: int,
         report: Callable[[str], None] = print,
@@ -228,7 +228,7 @@ class JobQueue:
         self.ranks = ranks
         self.max_running = max_running
         self.report = report
-        self.waiting = [Job(run) for run in merge_runs(planned)]
+        self.waiting = [Job(run) for run in merge_runs(planned_runs)]
         self.running: list[Job] = []
         self.failed: dict[Path, str] = {}
         self.stopping = False
@@ -263,26 +263,28 @@ class JobQueue:
         for job in list(self.waiting):
             if len(self.running) >= self.max_running:
                 return
-            if next_task(job.planned) is None:
+            if next_task(job.planned_run) is None:
                 self.waiting.remove(job)
                 continue
-            missing = []
-            for dependency in job.planned.dependencies:
+            incomplete = []
+            for dependency in job.planned_run.dependencies:
                 if read_state(dependency).state != "complete":
-                    missing.append(dependency)
-            failed = [dependency for dependency in missing if dependency in self.failed]
-            if failed:
-                run = job.planned.folder
-                sibling_path(run, "failed").write_text(f"it depends on {failed[0]}, which failed\n")
+                    incomplete.append(dependency)
+            failures = [dependency for dependency in incomplete if dependency in self.failed]
+            if failures:
+                run = job.planned_run.folder
+                sibling_path(run, "failed").write_text(
+                    f"it depends on {failures[0]}, which failed\n"
+                )
                 self.fail(job, read_state(run).reason)
-            elif not missing and job.acquire_lock():
+            elif not incomplete and job.acquire_lock():
                 self.start_task(job)
 
     def start_task(self, job: Job) -> None:
         """Start the next task of a job whose lock is held."""
-        run = job.planned.folder
+        run = job.planned_run.folder
         # Look again: another queue may have completed the task before this one got the lock.
-        task = next_task(job.planned)
+        task = next_task(job.planned_run)
         if task is None:
             job.release_lock()
             self.waiting.remove(job)
@@ -302,13 +304,13 @@ class JobQueue:
         free_slots = set(range(self.max_running)) - {other.slot for other in self.running}
         job.slot = min(free_slots)
         self.running.append(job)
-        job.start(task_command(job.planned, task, self.ranks, job.slot))
+        job.start(task_command(job.planned_run, task, self.ranks, job.slot))
 
     def collect_ended(self) -> None:
         """Remove the jobs that have ended from `running`, and report their results."""
-        ended = [job for job in self.running if not job.is_alive()]
-        for job in ended:
-            run = job.planned.folder
+        ended_jobs = [job for job in self.running if not job.is_alive()]
+        for job in ended_jobs:
+            run = job.planned_run.folder
             self.running.remove(job)
             job.finish(self.stopping)
             result = read_state(run)
@@ -326,5 +328,5 @@ class JobQueue:
         """Record a job as failed and stop trying."""
         if job in self.waiting:
             self.waiting.remove(job)
-        self.failed[job.planned.folder] = reason
-        self.report(f"{job.planned.folder}: {reason}")
+        self.failed[job.planned_run.folder] = reason
+        self.report(f"{job.planned_run.folder}: {reason}")

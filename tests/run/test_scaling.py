@@ -231,7 +231,7 @@ def submit(jobs_folder: Path, tmp_path: Path, count: int) -> list[str]:
     stand_in.chmod(0o755)
     path = f"{stand_in.parent}:{os.environ['PATH']}"
 
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", jobs_folder / "submit.sh"],
         env={**os.environ, "PATH": path},
         capture_output=True,
@@ -241,7 +241,7 @@ def submit(jobs_folder: Path, tmp_path: Path, count: int) -> list[str]:
 
     calls = record.read_text().splitlines()
     assert len(calls) == count
-    assert f"submitted {count} jobs" in done.stdout
+    assert f"submitted {count} jobs" in process.stdout
     return calls
 
 
@@ -279,8 +279,8 @@ def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, scaling):
 
 def test_launch_reports_that_all_runs_are_complete(tmp_path, scaling):
     runs = GRIDS["flip_table8"].runs("glyphs", ["baseline"], 2, tmp_path)
-    for planned in runs["baseline"]:
-        finished(planned.folder, planned, 0.25)
+    for planned_run in runs["baseline"]:
+        finished(planned_run.folder, planned_run, 0.25)
 
     code, output = scaling(f"launch baseline --grid flip_table8 --seeds 2 --out {tmp_path}")
 
@@ -349,10 +349,10 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
     kill_processes(runs["base"], ranks=False)  # its rank continues without a launcher
     launch_until(launch, runs["tuned"], 5)
     kill_processes(runs["tuned"], ranks=True)
-    done = subprocess.run(launch, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    process = subprocess.run(launch, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
-    print(done.stdout)
-    assert done.returncode == 1, "the cell `broken` cannot be trained"
+    print(process.stdout)
+    assert process.returncode == 1, "the cell `broken` cannot be trained"
     for cell in ("base", "tuned"):
         assert jobs.read_state(runs[cell]).state == "complete", cell
         assert recorded_steps(runs[cell]) == list(range(1, STEPS + 1)), cell
@@ -361,14 +361,16 @@ def test_kills_lose_and_repeat_nothing(tmp_path):
     assert "no such folder of shards" in jobs.read_state(runs["broken"]).reason
 
     table = [sys.executable, "run/scaling.py", "table", *options]
-    done = subprocess.run(table, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    process = subprocess.run(table, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
-    print(done.stdout)
+    print(process.stdout)
     assert (
         "| broken | absent: 1 run: exit code 2: error: nowhere: no such folder of shards; see"
-        " data.train" in done.stdout
+        " data.train" in process.stdout
     )
-    assert f"| after | absent: 1 run: it depends on {runs['broken']}, which failed" in done.stdout
+    assert (
+        f"| after | absent: 1 run: it depends on {runs['broken']}, which failed" in process.stdout
+    )
 
 
 def launch_until(line: list[str], run: Path, step: int) -> None:

@@ -330,10 +330,10 @@ def test_bad_input_is_named(call, message):
 def test_two_ranks_measure_what_is_planned():
     arguments = "--sizes nano/8 --stages 1 3 --types bf16 --masks 0.75 --micro 4"
 
-    done = launch(2, "run/bench_plan.py", *arguments.split())
+    process = launch(2, "run/bench_plan.py", *arguments.split())
 
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| nano")]
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("| nano")]
     assert len(lines) == 4
     for line in lines:
         row = [cell.strip() for cell in line.strip("|").split("|")]

@@ -325,7 +325,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ],
 )
 def test_without_matplotlib_only_plotting_fails(line, code, error):
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", WITHOUT_MATPLOTLIB, *line.split()],
         cwd=ROOT,
         env=environment(),
@@ -333,8 +333,8 @@ def test_without_matplotlib_only_plotting_fails(line, code, error):
         text=True,
     )
 
-    assert done.stderr == error
-    assert done.returncode == code
+    assert process.stderr == error
+    assert process.returncode == code
 
 
 def test_a_grid_is_not_plotted_without_matplotlib(monkeypatch):
@@ -426,7 +426,7 @@ def test_in_a_browser(tmp_path):
 
 def succeed(*command: object) -> str:
     """Run a script that must succeed; return its output."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
         env=environment(),
@@ -434,8 +434,8 @@ def succeed(*command: object) -> str:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def check_page(browser: Browser, report: Path, width: int) -> Page:

@@ -48,10 +48,10 @@ def test_there_are_claims_of_all_four_papers():
 def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     claim = next(claim for claim in claims.read_claims() if claim.better == "gaussian 50")
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
-    for planned in runs[claim.worse]:
-        finished(planned.folder, planned, 0.1)
-    for planned, gain in zip(runs[claim.better], gains):
-        finished(planned.folder, planned, 0.1 + gain)
+    for planned_run in runs[claim.worse]:
+        finished(planned_run.folder, planned_run, 0.1)
+    for planned_run, gain in zip(runs[claim.better], gains):
+        finished(planned_run.folder, planned_run, 0.1 + gain)
 
     result = claims.judge_claim(claim, "glyphs", 3, tmp_path)
     table = claims.format_claims([result], "top5")
@@ -82,8 +82,8 @@ def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verd
     claim = replace(claim, no_gain=no_gain)
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
     for cell, values in zip((claim.better, claim.worse), seeds):
-        for planned, value in zip(runs[cell], values):
-            finished(planned.folder, planned, value)
+        for planned_run, value in zip(runs[cell], values):
+            finished(planned_run.folder, planned_run, value)
 
     assert claims.judge_claim(claim, "glyphs", 3, tmp_path).verdict == verdict
 
@@ -91,19 +91,20 @@ def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verd
 def test_seeds_that_only_one_side_has_are_not_compared(tmp_path):
     claim = next(claim for claim in claims.read_claims() if claim.better == "mask 75 + tuning")
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 5, tmp_path)
-    for seeds, cell in (((0, 1, 2), claim.better), ((2, 3, 4), claim.worse)):
-        for seed in seeds:
-            planned = runs[cell][seed]
-            gain = 0.1 if cell == claim.better else 0.0
-            finished(planned.folder, planned, 0.2 + 0.01 * seed + gain)
+    for seed in (0, 1, 2):
+        planned_run = runs[claim.better][seed]
+        finished(planned_run.folder, planned_run, 0.3 + 0.01 * seed)
+    for seed in (2, 3, 4):
+        planned_run = runs[claim.worse][seed]
+        finished(planned_run.folder, planned_run, 0.2 + 0.01 * seed)
 
     result = claims.judge_claim(claim, "glyphs", 5, tmp_path)
 
     assert result.verdict == "absent"
     assert result.reason == "1 of 3 seeds have both"
 
-    for planned, seed in zip(runs[claim.better][3:], (3, 4), strict=True):
-        finished(planned.folder, planned, 0.3 + 0.01 * seed)
+    for planned_run, seed in zip(runs[claim.better][3:], (3, 4), strict=True):
+        finished(planned_run.folder, planned_run, 0.3 + 0.01 * seed)
 
     result = claims.judge_claim(claim, "glyphs", 5, tmp_path)
 
@@ -122,8 +123,8 @@ def test_all_that_is_claimed_of_can_be_launched_at_once(tmp_path):
 
     for claim in claims.read_claims():
         for cell, evaluation in claim.sides:
-            planned = GRIDS[claim.grid].runs("glyphs", [cell], 3, tmp_path)[cell][2]
-            run = by_folder[planned.folder]
+            planned_run = GRIDS[claim.grid].runs("glyphs", [cell], 3, tmp_path)[cell][2]
+            run = by_folder[planned_run.folder]
             assert not evaluation or evaluation in run.evaluate
 
     dependencies = set()
@@ -139,9 +140,9 @@ def test_a_run_of_two_cells_is_evaluated_in_the_ways_of_both(tmp_path):
     first = replace(run, evaluate=("ensemble 2",))
     second = replace(run, evaluate=("mask random(0.5)", "ensemble 2"))
 
-    merged = grid.merge_runs([first, *others, second])
+    unique_runs = grid.merge_runs([first, *others, second])
 
-    assert merged == [replace(run, evaluate=("ensemble 2", "mask random(0.5)")), *others]
+    assert unique_runs == [replace(run, evaluate=("ensemble 2", "mask random(0.5)")), *others]
 
 
 @pytest.mark.parametrize("scale", ["glyphs", "paper"])
@@ -151,8 +152,8 @@ def test_what_was_learned_is_of_the_scale_where_it_was(scale, tmp_path, monkeypa
     metric = claim_grid.scale(scale).metric
     cells = claim_grid.runs(scale, [claim.better, claim.worse], 3, tmp_path)
     for runs in cells.values():
-        for planned in runs:
-            finished(planned.folder, planned, 0.1, metric=metric)
+        for planned_run in runs:
+            finished(planned_run.folder, planned_run, 0.1, metric=metric)
     command = f"run/scaling.py claims --scale {scale} --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
 

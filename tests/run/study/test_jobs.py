@@ -20,7 +20,7 @@ GRIDS = {name: grid.read_grid(name) for name in ("flip_table1", "flip_table8")}
 
 
 @pytest.fixture
-def planned(tmp_path):
+def planned_run(tmp_path):
     """A run without dependencies and with two evaluations."""
     return GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"][0]
 
@@ -32,41 +32,41 @@ def baseline(tmp_path):
 
 
 @pytest.mark.parametrize("was_stopped", [False, True])
-def test_a_failure_is_told_by_its_own_attempt(was_stopped, planned):
+def test_a_failure_is_told_by_its_own_attempt(was_stopped, planned_run):
     """The log of an earlier attempt does not count, and a job that was stopped did not fail."""
-    job = jobs.Job(planned)
-    log = jobs.sibling_path(planned.folder, "log")
+    job = jobs.Job(planned_run)
+    log = jobs.sibling_path(planned_run.folder, "log")
     log.parent.mkdir(parents=True)
     log.write_text("error: of yesterday\n")
 
     assert job.acquire_lock()
-    assert not jobs.Job(planned).acquire_lock()
+    assert not jobs.Job(planned_run).acquire_lock()
 
     job.start([sys.executable, "-c", "import sys; sys.exit('error: of today')"])
     job.process.wait()
     job.finish(was_stopped)
 
-    failed = jobs.sibling_path(planned.folder, "failed")
+    failure_file = jobs.sibling_path(planned_run.folder, "failed")
     if was_stopped:
-        assert not failed.exists()
+        assert not failure_file.exists()
     else:
-        assert failed.read_text() == "exit code 1: error: of today\n"
-    assert jobs.Job(planned).acquire_lock(), "the lock was released"
+        assert failure_file.read_text() == "exit code 1: error: of today\n"
+    assert jobs.Job(planned_run).acquire_lock(), "the lock was released"
 
 
-def test_an_evaluation_that_leaves_no_result_is_made_once(planned):
-    finished(planned.folder, planned, 0.25)
+def test_an_evaluation_that_leaves_no_result_is_made_once(planned_run):
+    finished(planned_run.folder, planned_run, 0.25)
     messages = []
-    queue = jobs.JobQueue([planned], 1, 1, messages.append)
+    queue = jobs.JobQueue([planned_run], 1, 1, messages.append)
     job = queue.waiting[0]
-    job.started_tasks = (jobs.next_task(planned),)
+    job.started_tasks = (jobs.next_task(planned_run),)
 
     queue.start_jobs()
 
     assert not queue.running
     assert not queue.waiting
     assert "ended without writing its results" in messages[-1]
-    assert planned.folder in queue.failed
+    assert planned_run.folder in queue.failed
 
 
 def test_what_needs_a_complete_run_is_not_refused(tmp_path):
@@ -81,7 +81,7 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
 
     queue.start_jobs()
 
-    assert [job.planned for job in started] == [tuned]
+    assert [job.planned_run for job in started] == [tuned]
     assert not jobs.sibling_path(tuned.folder, "failed").exists()
 
     started[0].release_lock()
@@ -94,9 +94,9 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
 
 def test_an_evaluation_that_failed_half_way_is_made_again(baseline):
     """An evaluation is complete only with the results of both models on all evaluation sets."""
-    planned = replace(baseline, evaluate=("ensemble 2",))
-    finished(planned.folder, planned, 0.25)
-    records = planned.folder / "results.jsonl"
+    planned_run = replace(baseline, evaluate=("ensemble 2",))
+    finished(planned_run.folder, planned_run, 0.25)
+    records = planned_run.folder / "results.jsonl"
     row = json.loads(records.read_text())
     metric = next(name for name in row if "/" in name)
     for columns, expected in (
@@ -108,7 +108,7 @@ def test_an_evaluation_that_failed_half_way_is_made_again(baseline):
         with records.open("a") as file:
             file.write(json.dumps(row | columns) + "\n")
 
-        assert jobs.next_task(planned) == expected, columns
+        assert jobs.next_task(planned_run) == expected, columns
 
 
 def test_a_run_of_another_version_is_reported(baseline):
@@ -133,13 +133,13 @@ time.sleep(1)
 """
 
 
-def test_stopping_waits_for_the_rank_that_saves(planned, tmp_path):
+def test_stopping_waits_for_the_rank_that_saves(planned_run, tmp_path):
     """DeepSpeed's launcher exits before its rank has saved."""
-    planned.folder.mkdir(parents=True)
-    command = [sys.executable, "-c", RANK, str(planned.folder)]
+    planned_run.folder.mkdir(parents=True)
+    command = [sys.executable, "-c", RANK, str(planned_run.folder)]
     rank = subprocess.Popen(command, stdout=subprocess.PIPE)
     rank.stdout.readline()
-    queue = jobs.JobQueue([planned], 1, 1, lambda line: None)
+    queue = jobs.JobQueue([planned_run], 1, 1, lambda line: None)
     job = queue.waiting.pop()
     job.lock = os.open(tmp_path / "any", os.O_CREAT)
     job.process = subprocess.Popen(["true"])
@@ -148,34 +148,44 @@ def test_stopping_waits_for_the_rank_that_saves(planned, tmp_path):
     job.process.wait()
 
     assert not queue.run()
-    assert (planned.folder / "saved").exists()
+    assert (planned_run.folder / "saved").exists()
     rank.wait()
 
 
-def test_jobs_use_different_gpus(planned, monkeypatch):
+def test_jobs_use_different_gpus(planned_run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
 
-    jobs.JobQueue([planned], 4, 2)
+    jobs.JobQueue([planned_run], 4, 2)
     message = "--jobs: 3 jobs with --ranks 4 need 12 GPUs, and this machine has 8"
     with pytest.raises(ValueError, match=message):
-        jobs.JobQueue([planned], 4, 3)
+        jobs.JobQueue([planned_run], 4, 3)
 
-    for slot, gpus in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (1, [3])):
-        if gpus == [3]:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-        args = runner.parse_args(jobs.task_command(planned, "", len(gpus), slot)[1:])
-        assert args.num_gpus == args.num_nodes == -1
-        chosen = runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude)
-        assert chosen == {"localhost": gpus}
+    assert selected_gpus(planned_run, ranks=4, slot=0) == [0, 1, 2, 3]
+    assert selected_gpus(planned_run, ranks=4, slot=1) == [4, 5, 6, 7]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+
+    assert selected_gpus(planned_run, ranks=1, slot=1) == [3]
 
 
-def test_commands_work_from_any_folder(planned, tmp_path, monkeypatch):
+def selected_gpus(planned_run: grid.PlannedRun, ranks: int, slot: int) -> list[int]:
+    """Return the GPUs that DeepSpeed's launcher selects for the command of a job."""
+    command = jobs.task_command(planned_run, "", ranks, slot)
+    args = runner.parse_args(command[1:])
+    assert args.num_gpus == -1
+    assert args.num_nodes == -1
+    return runner.parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude)[
+        "localhost"
+    ]
+
+
+def test_commands_work_from_any_folder(planned_run, tmp_path, monkeypatch):
     """An installed package is not the current folder."""
     monkeypatch.chdir(tmp_path)
 
-    line = jobs.train_command(planned, ["python"])
+    line = jobs.train_command(planned_run, ["python"])
 
     config_file = line[line.index("--config") + 1]
     changes = line[line.index("--set") + 1 :]
-    assert config.load(config_file, changes) == planned.cfg
+    assert config.load(config_file, changes) == planned_run.cfg

@@ -52,10 +52,10 @@ def test_runs_that_are_not_whole(tmp_path):
     assert result.curve[TOP1] == [(200, 0.25), (300, 0.3)]
     assert result.final == {}, "an evaluation during training is not the final result"
 
-    failed = read_result(partial, "out of memory")
+    failed_result = read_result(partial, "out of memory")
 
-    assert failed.state == "failed"
-    assert failed.reason.startswith("out of memory (trained on 300")
+    assert failed_result.state == "failed"
+    assert failed_result.reason.startswith("out of memory (trained on 300")
 
     unevaluated = recorded(tmp_path / "unevaluated", (50, 50), {100: {TOP1: 0.25}})
     assert read_result(unevaluated).reason == "trained, but not evaluated"
@@ -171,8 +171,8 @@ def test_runs_that_differ_in_their_seed_alone(tmp_path):
     single = group_by_seed([read_result(path) for path in (flip[0], high[0], base[0])])
     assert list(single) == ["flip-seed0", "flip_high_0", "deep/base/seed-0"]
 
-    again = run("again", 0, 1e-3)
-    assert list(group_by_seed([read_result(flip[0]), read_result(again)])) == [
+    repeated = run("again", 0, 1e-3)
+    assert list(group_by_seed([read_result(flip[0]), read_result(repeated)])) == [
         "flip-seed0",
         "again",
     ]
