@@ -134,7 +134,7 @@ def build_page(
 
     # Pictures.
     if galleries:
-        note = "The model is the first run of the group that has a checkpoint."
+        note = "The model is that of the first run with a checkpoint in each group."
         body.append(f"<h2>Masks, attention and similarity</h2><p>{PICTURE_LEGEND} {note}</p>")
     for label, gallery in galleries.items():
         body.append(f"<h3>{escape(label)}</h3>")
@@ -163,7 +163,7 @@ def summarize_runs(groups: Groups) -> str:
     )
     if len(groups) > 1:
         baseline = next(iter(groups))
-        text += f" The second line of a cell is the difference to {baseline}."
+        text += f" The second line of a cell is the difference to the group {baseline}."
     return text
 
 
