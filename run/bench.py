@@ -387,7 +387,7 @@ def loss_case(kind: str, size: str) -> None:
 
 
 def main() -> None:
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="step | methods | data | loss")
     step = commands.add_parser("step", help="training step by mask")
     methods = commands.add_parser("methods", help="training step by method")

@@ -69,7 +69,7 @@ class SentBytes(TorchDispatchMode):
                 size = 2 * sum(sizes)
             else:  # the full tensor: the output of a gather, the input of a scatter
                 size = max(sizes, default=0)
-            self.bytes += size * (distributed.world() - 1) / distributed.world()
+            self.bytes += size * (distributed.world_size() - 1) / distributed.world_size()
         return func(*args, **(kwargs or {}))
 
 
@@ -77,7 +77,7 @@ def measure_case(
     folder: Path, size: str, stage: int, dtype: str, mask: float, recompute: bool, samples: int
 ) -> list:
     """Return a row of the table; samples: size of the micro-batch on one rank."""
-    world = distributed.world()
+    world = distributed.world_size()
     cfg = load_config(folder, size, stage, dtype, mask, recompute, samples * world)
     cluster = planner.Cluster.from_device("A100-40", ranks=world)
     plan = planner.plan(cfg, cluster, TOKENS, adam=ADAM_TEMPORARIES["cpu"], vocab=VOCAB)
@@ -176,7 +176,7 @@ def measure_step(cfg: config.RunConfig, samples: int) -> tuple[int, int, int, fl
 
 
 def main() -> None:
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["nano/8", "S/16", "B/16"])
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument(

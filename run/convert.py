@@ -49,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    args = config.parser(__doc__)
+    args = config.argument_parser(__doc__)
     commands = args.add_subparsers(required=True, metavar="FORMAT|inspect")
     for name in ["glimpse", *(name for name, module in FORMATS.items() if hasattr(module, "save"))]:
         add_format(commands.add_parser(name, help=f"convert into {name}"), name)
@@ -147,7 +147,7 @@ def convert(args: Namespace) -> None:
         if args.format in FORMATS:
             again = FORMATS[args.format].load(part)
         else:
-            again = load_model.converted(part)
+            again = load_model.open_converted(part)
         notes += proofs(model, again, args, tokenizer, part, peer)
         part.rename(args.out)
 

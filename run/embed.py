@@ -35,14 +35,14 @@ from glimpse.run.train import load_model
 
 def main() -> None:
     args = arguments()
-    path = load_model.find(Path(args.model).resolve())
+    path = load_model.find_model(Path(args.model).resolve())
     distributed.start()
 
     # What is embedded, and with which weights: all ranks, and a run that is resumed, must agree.
     gallery = distributed.rank0_first(
         lambda: Texts(args.texts) if args.texts else open_gallery(args.images)
     )
-    cfg, tokenizer, method = load_model.opened(path)
+    cfg, tokenizer, method = load_model.open_model(path)
     checksum = load_model.checksum(method.eval_towers(args.weights), cfg, tokenizer)
     source = args.texts or args.images
     about = agree(
@@ -63,7 +63,12 @@ def main() -> None:
     # The parts that are left to do, as rank 0 finds them.
     todo = json.loads(distributed.broadcast_from_rank0(lambda: json.dumps(out.begin(args.resume))))
     model = Embedder(
-        method, cfg, tokenizer, home=load_model.home(path), tag=path.name, weights=args.weights
+        method,
+        cfg,
+        tokenizer,
+        home=load_model.results_folder(path),
+        tag=path.name,
+        weights=args.weights,
     )
     workers = args.workers
     if workers is None:
@@ -78,7 +83,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """Return the checked command line."""
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     parser.add_argument(
         "model", help="a run folder, one of its checkpoints, or a folder that run/convert.py wrote"
     )

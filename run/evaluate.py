@@ -28,17 +28,17 @@ from glimpse.run.evals import EVALS, evaluate, parse
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib import config, distributed
 from glimpse.run.train import load_model
-from glimpse.run.train.log import table
+from glimpse.run.train.log import format_results
 
 
 def main() -> None:
     args = arguments()
-    path = load_model.find(Path(args.run).resolve())
-    home = load_model.home(path)
+    path = load_model.find_model(Path(args.run).resolve())
+    home = load_model.results_folder(path)
     distributed.start()
 
     # The evaluation sets are opened before the model, so that a wrong path ends this at once.
-    cfg = load_model.config_of(path)
+    cfg = load_model.read_run_config(path)
     defaults = {"templates": args.templates} if args.templates else {}
     specs = args.evals or cfg.evals
     data = args.data or cfg.eval_data
@@ -48,7 +48,7 @@ def main() -> None:
             "--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER"
         )
 
-    cfg, tokenizer, method = load_model.opened(path)
+    cfg, tokenizer, method = load_model.open_model(path)
     if args.crop:
         cfg = replace(cfg, eval_crop=args.crop)
         defaults["crop"] = args.crop
@@ -77,7 +77,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """Return the checked command line."""
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     parser.add_argument(
         "--run",
         required=True,
@@ -144,10 +144,10 @@ def told(results: dict[str, float], label: str, metrics: dict[str, float]) -> No
 
 def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:
     """Append a line to HOME/results.jsonl, and print the results as a table."""
-    origin = load_model.origin(path)
+    origin = load_model.training_progress(path)
     with (home / "results.jsonl").open("a") as file:
         print(json.dumps(dict(**origin, **how, **results)), file=file)
-    print(table(results))
+    print(format_results(results))
     print(", ".join(f"{key} {value}" for key, value in how.items()))
     trained = f": step {origin['step']}, {origin['samples']:,} samples" if origin else ""
     print(f"{path}{trained}; appended to {home / 'results.jsonl'}")

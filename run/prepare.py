@@ -49,13 +49,13 @@ from glimpse.data.loader import DataConfig
 from glimpse.data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs
 from glimpse.data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates
 from glimpse.run.lib import config
-from glimpse.run.lib.cli import bar, run_script
+from glimpse.run.lib.cli import progress_bar, run_script
 
 TEXTS = 2_000_000  # captions that a tokenizer is trained on at most: they are held in memory
 
 
 def main() -> int | None:
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_glyphs(commands)
     add_composites(commands)
@@ -404,7 +404,7 @@ def tokenizer(folder: Path, out: Path, vocab_size: int) -> None:
         f"{folder}: training on {counted(count, 'caption')}, which takes seconds to minutes",
         flush=True,
     )
-    texts = bar(captions(folder, rows, step), "reading", " captions", count)
+    texts = progress_bar(captions(folder, rows, step), "reading", " captions", count)
     train_sentencepiece(texts, out, vocab_size)
 
     size = SentencePiece(out, context=1).vocab_size
@@ -491,7 +491,7 @@ def captions(folder: Path, rows: list[dict], step: int) -> Iterator[str]:
 
 def progress(text: str, unit: str) -> Callable[..., Iterable]:
     """Return a function that wraps items, and perhaps their number, in a progress bar."""
-    return lambda items, total=None: bar(items, text, unit, total)
+    return lambda items, total=None: progress_bar(items, text, unit, total)
 
 
 def existing(folder: Path) -> Path:

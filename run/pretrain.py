@@ -26,38 +26,40 @@ from glimpse.data.loader import Batches, MicroBatch
 from glimpse.data.shards import Shards
 from glimpse.data.stream import Stream, is_stream
 from glimpse.run.lib import distributed, run_dir
-from glimpse.run.lib.config import RunConfig, reader, training_arguments
+from glimpse.run.lib.config import RunConfig, build_reader, parse_training_arguments
 from glimpse.run.train import checkpoint, elastic, engine, initial_weights
 from glimpse.run.train.audit import Audit
-from glimpse.run.train.log import Log, peak_flops, short
+from glimpse.run.train.log import Log, format_count, peak_flops
 
 # Evaluations, the planner and pictures are imported where they are used: training needs none of
 # the packages that only they need.
 
 
 def main() -> None:
-    cfg, args = training_arguments(__doc__)
+    cfg, args = parse_training_arguments(__doc__)
     if args.plan:
-        print(plan_text(cfg, args))
+        print(describe_costs(cfg, args))
         return
 
     # Refuse what is wrong with the JSON, the batch or the run folder before any rank starts.
-    engine.merged(cfg, distributed.world())
-    home = run_dir.check(Path(cfg.run), args.resume)
+    engine.build_deepspeed_config(cfg, distributed.world_size())
+    home = run_dir.check_run_folder(Path(cfg.run), args.resume)
     distributed.start()
     if args.resume:
         distributed.rank0_first(partial(hold_lock, home))
 
     # Open everything that the run reads; rank 0 first, which may have to write an index.
     evals = distributed.rank0_first(lambda: parse_evals(cfg))
-    batches = loader(cfg)
+    batches = build_loader(cfg)
     trainer, manifest = restore(cfg, home, args.resume, batches)
     batches.begin(manifest.get("shards", 0))
-    distributed.rank0_first(lambda: run_dir.open_folder(home, cfg, trainer.samples, args.resume))
+    distributed.rank0_first(
+        lambda: run_dir.prepare_run_folder(home, cfg, trainer.samples, args.resume)
+    )
 
     steps = trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch
     log = Log(home, distributed.rank(), steps, cfg.batch)
-    log.say(headline(cfg, trainer, batches))
+    log.info(describe_run(cfg, trainer, batches))
     try:
         Training(cfg, home, batches, trainer, evals, log).run()
     finally:
@@ -67,10 +69,10 @@ def main() -> None:
 def hold_lock(home: Path) -> None:
     """Take the run folder's lock, on rank 0."""
     if distributed.rank() == 0:
-        run_dir.hold(home)
+        run_dir.acquire_lock(home)
 
 
-def plan_text(cfg: RunConfig, args) -> str:
+def describe_costs(cfg: RunConfig, args) -> str:
     """Describe the cost of the config as it is, and the cheapest way that fits the cluster."""
     from glimpse.run.plan import planner
 
@@ -89,14 +91,14 @@ def parse_evals(cfg: RunConfig) -> list:
     return parse(cfg.evals, training=True, data=cfg.eval_data)
 
 
-def loader(cfg: RunConfig) -> Batches | Stream:
+def build_loader(cfg: RunConfig) -> Batches | Stream:
     """This rank's batches: by position from indexed folders, front to back from streams."""
-    rows = reader(cfg)
+    rows = build_reader(cfg)
     share = dict(
         batch=cfg.batch,
         accumulate=cfg.accumulate,
         rank=distributed.rank(),
-        world=distributed.world(),
+        world=distributed.world_size(),
     )
     if is_stream(cfg.data.train):
         return Stream(rows, cfg.data.train, **share)
@@ -104,7 +106,7 @@ def loader(cfg: RunConfig) -> Batches | Stream:
     return Batches(rows, distributed.rank0_first(lambda: Shards(cfg.data.train)), **share)
 
 
-def identity(cfg: RunConfig, batches: Batches | Stream) -> dict:
+def run_identity(cfg: RunConfig, batches: Batches | Stream) -> dict:
     """What a checkpoint and the run that goes on from it have in common."""
     return checkpoint.identity(cfg, batches.reader.tokenizer.fingerprint, batches.fingerprint())
 
@@ -118,7 +120,7 @@ def restore(
     tokenizer = batches.reader.tokenizer
 
     def newest() -> str:
-        complete = checkpoint.whole(home / "checkpoints") if resume else None
+        complete = checkpoint.complete_checkpoints(home / "checkpoints") if resume else None
         return str(complete[0]) if complete else ""
 
     path = distributed.broadcast_from_rank0(newest)
@@ -126,9 +128,11 @@ def restore(
         load = initial_weights.init_weights(cfg.init, tokenizer.fingerprint)
         return engine.Engine(cfg, tokenizer.vocab_size, load=load), {}
 
-    checkpoint.check_identity(Path(path), identity(cfg, batches))
-    checkpoint.check_memory(Path(path), engine.merged(cfg, distributed.world()))
-    universal = elastic.prepare_elastic(Path(path), distributed.world())
+    checkpoint.check_identity(Path(path), run_identity(cfg, batches))
+    checkpoint.check_zero_settings(
+        Path(path), engine.build_deepspeed_config(cfg, distributed.world_size())
+    )
+    universal = elastic.prepare_elastic(Path(path), distributed.world_size())
     trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
     return trainer, elastic.resume(trainer, Path(path), universal)
 
@@ -150,10 +154,10 @@ class Training:
         self.cfg, self.home, self.batches = cfg, home, batches
         self.trainer, self.evals, self.log = trainer, evals, log
         self.tokenizer = batches.reader.tokenizer
-        self.stop = distributed.Stop()
-        self.audit = Audit(home, distributed.rank(), cfg.data, log.warn)
-        self.peak = peak_flops() * distributed.world()
-        self.saved = trainer.samples
+        self.stop = distributed.StopSignal()
+        self.audit = Audit(home, distributed.rank(), cfg.data, log.warning)
+        self.peak_flops = peak_flops() * distributed.world_size()
+        self.saved_samples = trainer.samples
         self.examples = self.read_examples()
         self.flops_per_sample: float | None = None
 
@@ -162,32 +166,32 @@ class Training:
         starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
         stream = self.batches.stream(starts, pin=distributed.device().type == "cuda")
 
-        while self.more() and not self.stop.asked():
+        while self.has_more_steps() and not self.stop.is_requested():
             # 1. Wait for the batch, and note what could not be read.
             begin = time.perf_counter()
             parts = next(stream)
-            self.log.wait(time.perf_counter() - begin)
+            self.log.add_wait_time(time.perf_counter() - begin)
             self.audit(self.batches, parts, trainer.samples + cfg.batch)
 
             # 2. Update.
-            lr = cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples)
+            lr = cfg.optim.lr_at(trainer.samples, cfg.batch, cfg.samples)
             self.loss, metrics = trainer.step(parts, lr)
 
             # 3. Report, save and evaluate where it is due.
             self.report(parts, lr, metrics)
-            if due(cfg.save_every, trainer.samples, cfg.batch):
+            if is_due(cfg.save_every, trainer.samples, cfg.batch):
                 self.save()
-            if self.more() and due(cfg.eval_every, trainer.samples, cfg.batch):
+            if self.has_more_steps() and is_due(cfg.eval_every, trainer.samples, cfg.batch):
                 self.evaluate()
 
-        if self.saved < trainer.samples:
+        if self.saved_samples < trainer.samples:
             self.save()
-        if self.more():
-            self.log.say(f"asked to stop after {trainer.samples} samples; go on with --resume")
+        if self.has_more_steps():
+            self.log.info(f"asked to stop after {trainer.samples} samples; go on with --resume")
         elif self.evals:
             self.evaluate()
 
-    def more(self) -> bool:
+    def has_more_steps(self) -> bool:
         """Return True while the run has samples for another step."""
         return self.trainer.samples + self.cfg.batch <= self.cfg.samples
 
@@ -197,7 +201,9 @@ class Training:
         if step == 1:
             from glimpse.run.reports.pictures import masked_inputs_picture
 
-            self.log.picture("masked inputs", masked_inputs_picture(parts[0], self.cfg), trainer.samples)
+            self.log.add_image(
+                "masked inputs", masked_inputs_picture(parts[0], self.cfg), trainer.samples
+            )
         if step % self.cfg.log_every and step not in (1, self.log.steps):
             return
         check_finite(float(self.loss), step, self.home)
@@ -208,7 +214,7 @@ class Training:
             bad=distributed.all_reduce_sum(torch.tensor(self.audit.bad)),
             **metrics,
         )
-        self.log.step(step, trainer.samples, self.flops(parts[0]), self.peak, **values)
+        self.log.record_step(step, trainer.samples, self.flops(parts[0]), self.peak_flops, **values)
 
     def flops(self, part: MicroBatch) -> float:
         """FLOPs of a sample whose caption is as long as the mean of the first batch's; counted
@@ -225,7 +231,7 @@ class Training:
                 self.flops_per_sample = count_model_flops(cfg, self.tokenizer.vocab_size, tokens)
             except RuntimeError as error:  # control flow that depends on a tensor's values
                 self.flops_per_sample = float("nan")
-                self.log.say(f"no MFU: the method's FLOPs cannot be counted ({error})")
+                self.log.info(f"no MFU: the method's FLOPs cannot be counted ({error})")
         return self.flops_per_sample or 0.0
 
     def save(self) -> None:
@@ -234,12 +240,12 @@ class Training:
         check_finite(float(self.loss), trainer.ds.global_steps, self.home)
         check_finite(trainer.grad_norm() or 0.0, trainer.ds.global_steps, self.home)
         state = dict(
-            identity=identity(self.cfg, self.batches),
+            identity=run_identity(self.cfg, self.batches),
             shards=distributed.all_reduce_min(self.batches.position()),
         )
         path = checkpoint.save(trainer, self.home / "checkpoints", state, self.cfg.keep)
-        self.log.say(f"saved {path}")
-        self.saved = trainer.samples
+        self.log.info(f"saved {path}")
+        self.saved_samples = trainer.samples
 
     def read_examples(self) -> tuple[list[bytes], list[str]] | None:
         """A few images and captions, for pictures beside the evaluations."""
@@ -260,7 +266,7 @@ class Training:
         trainer, step = self.trainer, self.trainer.ds.global_steps
         if self.examples:
             columns = build_gallery(trainer.method, self.cfg, self.tokenizer, *self.examples)
-            self.log.picture("masks", tile_gallery(columns), trainer.samples)
+            self.log.add_image("masks", tile_gallery(columns), trainer.samples)
         for weights in ("student", "teacher") if trainer.method.ema_pairs() else ("student",):
             model = Embedder(
                 trainer.method,
@@ -269,16 +275,16 @@ class Training:
                 home=self.home,
                 tag=f"training-{step}",
                 weights=weights,
-                say=self.log.say,
+                say=self.log.info,
             )
             # Features of a job that was killed here may be of weights that differ by a rounding.
             model.forget()
             results = evaluate(model, self.evals)
-            self.log.evaluation(step, trainer.samples, results, weights)
+            self.log.record_evaluation(step, trainer.samples, results, weights)
             model.forget()
 
 
-def due(every: int, samples: int, batch: int) -> bool:
+def is_due(every: int, samples: int, batch: int) -> bool:
     """Return True if this step crossed a multiple of `every` samples."""
     return every > 0 and samples // every > (samples - batch) // every
 
@@ -293,7 +299,7 @@ def check_finite(value: float, step: int, home: Path) -> None:
         )
 
 
-def headline(cfg: RunConfig, trainer: engine.Engine, batches: Batches | Stream) -> str:
+def describe_run(cfg: RunConfig, trainer: engine.Engine, batches: Batches | Stream) -> str:
     """Describe the run in a line."""
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.method.parameters())
     masks = ", ".join(f"{name} {view.mask}" for name, view in cfg.views.items())
@@ -302,11 +308,11 @@ def headline(cfg: RunConfig, trainer: engine.Engine, batches: Batches | Stream) 
     else:
         size = f"{len(batches.urls):,} streamed shards"
     precision = "bf16" if trainer.bf16 else "fp32"
-    world = distributed.world()
+    world = distributed.world_size()
     return (
-        f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {short(count)} parameters · "
+        f"{cfg.run}: {cfg.method}, {masks}, {cfg.model.size}, {format_count(count)} parameters · "
         f"{world} rank{'' if world == 1 else 's'}, ZeRO {trainer.stage}, {precision} · "
-        f"{short(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}"
+        f"{format_count(cfg.samples)} samples of {size} in {cfg.steps} steps of {cfg.batch}"
     )
 
 

@@ -29,7 +29,7 @@ from glimpse.run.train import load_model
 
 
 def compare_runs() -> None:
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     parser.add_argument(
         "runs",
         nargs="+",
@@ -83,7 +83,9 @@ def group_gallery(
     reason = ""
     for run in group:
         try:
-            columns, captions, _ = model_gallery(load_model.find(run.run.resolve()), images, count)
+            columns, captions, _ = model_gallery(
+                load_model.find_model(run.run.resolve()), images, count
+            )
             return columns, captions
         except (ValueError, OSError) as fault:
             reason = run.reason or str(fault)
@@ -91,7 +93,7 @@ def group_gallery(
 
 
 def write_masks() -> None:
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     parser.add_argument("masks")
     parser.add_argument(
         "--run", required=True, help="a run folder, a checkpoint in it, or a converted model"
@@ -103,17 +105,17 @@ def write_masks() -> None:
     )
     parser.add_argument("--count", type=int, default=8, help="number of images")
     args = parser.parse_args()
-    path = load_model.find(Path(args.run).resolve())
+    path = load_model.find_model(Path(args.run).resolve())
     if args.count < 1:
         raise ValueError(f"--count: {args.count} is not positive; use 1 or more images")
 
     columns, captions, cfg = model_gallery(path, args.images, args.count)
-    folder = load_model.home(path) / "report"
+    folder = load_model.results_folder(path) / "report"
     folder.mkdir(exist_ok=True)
     image_file = folder / "masks.png"
     image_file.write_bytes(markup.encode_image(pictures.tile_gallery(columns), "png"))
 
-    samples = load_model.origin(path).get("samples")
+    samples = load_model.training_progress(path).get("samples")
     progress = "" if samples is None else f", after {samples:,} samples"
     about = f"{cfg.run}: {cfg.method}, {cfg.model.size}{progress}. {html_report.PICTURE_LEGEND}"
     body = f"<h1>Masks, attention and similarity</h1><p>{markup.escape(about)}</p>"
@@ -132,13 +134,13 @@ def model_gallery(
     images: folders of shards; by default the model's training data.
     """
     if not images:
-        converted = load_model.home(path) == path
-        if converted or is_stream(load_model.config_of(path).data.train):
+        converted = load_model.results_folder(path) == path
+        if converted or is_stream(load_model.read_run_config(path).data.train):
             raise ValueError(
                 "--images: required for this model, because its training data is not a local folder"
                 " of shards; give folders of shards"
             )
-    cfg, tokenizer, method = load_model.opened(path)
+    cfg, tokenizer, method = load_model.open_model(path)
     examples = pictures.read_examples(Shards(images or cfg.data.train), count)
     if not examples:
         raise ValueError(

@@ -42,14 +42,14 @@ from glimpse.run.study.jobs import (
     train_command,
 )
 from glimpse.run.study.results import RunResult, difference_interval, mean_interval
-from glimpse.run.train.log import clock, short
+from glimpse.run.train.log import format_count, format_duration
 
 CLAIMS_COMMANDS = ("plan", "launch", "status")  # accept --grid claims: all cells in claims.yaml
 COST_FIELDS = ("samples_per_s", "seconds", "memory_gib")  # fields of RunResult in a table
 
 
 def main() -> int | None:
-    parser = config.parser(__doc__)
+    parser = config.argument_parser(__doc__)
     commands = parser.add_subparsers(
         required=True, metavar="list|plan|launch|status|table|plot|claims"
     )
@@ -66,7 +66,7 @@ def main() -> int | None:
         add_grid_arguments(command, takes_claims)
         command.set_defaults(do=do, takes_claims=takes_claims)
         if name == "plan":
-            config.cluster_arguments(command)
+            config.add_cluster_arguments(command)
         if name == "launch":
             add_launch_arguments(command)
     command = commands.add_parser("claims", help="compare the papers' claims with the runs")
@@ -82,7 +82,7 @@ def add_common_arguments(command: argparse.ArgumentParser) -> None:
         "--scale", default="glyphs", help="a scale of the grid: glyphs (default) or paper"
     )
     command.add_argument(
-        "--seeds", type=config.count, default=3, help="runs per cell, with seeds 0 to N - 1"
+        "--seeds", type=config.positive_int, default=3, help="runs per cell, with seeds 0 to N - 1"
     )
     command.add_argument(
         "--out",
@@ -111,10 +111,13 @@ def add_grid_arguments(command: argparse.ArgumentParser, takes_claims: bool) -> 
 
 def add_launch_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--ranks", type=config.count, default=2, help="processes (or GPUs) per run and node"
+        "--ranks", type=config.positive_int, default=2, help="processes (or GPUs) per run and node"
     )
     command.add_argument(
-        "--jobs", type=config.count, default=1, help="runs at a time, each on --ranks processes"
+        "--jobs",
+        type=config.positive_int,
+        default=1,
+        help="runs at a time, each on --ranks processes",
     )
     command.add_argument(
         "--write",
@@ -124,7 +127,7 @@ def add_launch_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--nodes",
-        type=config.count,
+        type=config.positive_int,
         default=1,
         help="nodes of a SLURM script, each with --ranks processes",
     )
@@ -196,7 +199,7 @@ def plan_columns(plan: planner.Plan) -> list[str]:
     """Return the columns of `print_costs` between the cell's name and the device-hours."""
     checkpointing = "yes" if plan.cfg.model.checkpoint_activations else "no"
     return [
-        short(plan.parameters.total),
+        format_count(plan.parameters.total),
         f"{plan.model_flops / 1e9:.3g}",
         f"{plan.cfg.deepspeed}",
         f"{plan.cfg.accumulate}",
@@ -290,7 +293,9 @@ def print_status(args: argparse.Namespace) -> None:
             result = read_state(run.folder)
             progress = result.reason
             if result.seconds:
-                progress = f"{clock(result.seconds)}, {short(result.samples_per_s)}/s"
+                progress = (
+                    f"{format_duration(result.seconds)}, {format_count(result.samples_per_s)}/s"
+                )
             seed = run.cfg.seed
             print(f"{cell:24} seed {seed}  {result.state:9} {progress}  {run.folder}")
 

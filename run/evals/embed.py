@@ -21,7 +21,7 @@ from glimpse.model.losses import unit
 from glimpse.model.methods.attentive import take
 from glimpse.model.methods.base import Method
 from glimpse.run.lib.config import RunConfig
-from glimpse.run.lib.distributed import all_reduce_sum, print_rank0, rank, to_device, world
+from glimpse.run.lib.distributed import all_reduce_sum, print_rank0, rank, to_device, world_size
 
 CELLS = 3  # cells of `grid` features, each way
 BATCH = 64  # images, or texts, that a rank embeds at once
@@ -96,7 +96,7 @@ class Embedder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of the texts, (N, E), all of them on every rank."""
         out = torch.zeros(len(texts), self.cfg.model.shape.embed)
-        for turn in range(0, len(texts), BATCH * world()):
+        for turn in range(0, len(texts), BATCH * world_size()):
             first = turn + rank() * BATCH
             last = min(first + BATCH, len(texts))
             if first < last:
@@ -119,11 +119,11 @@ class Embedder:
         Over the ranks, every image comes once. what: as in `passed`.
         """
         # Batches are dealt out to the ranks in turn.
-        turns = math.ceil(len(images) / (BATCH * world()))
+        turns = math.ceil(len(images) / (BATCH * world_size()))
         everything = range(len(images))
         share: list[int] = []
         for turn in range(turns):
-            first = (turn * world() + rank()) * BATCH
+            first = (turn * world_size() + rank()) * BATCH
             share += everything[first : first + BATCH]
 
         indices, embeddings = zip(*self.passed(images, what, share, turns))

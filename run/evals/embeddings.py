@@ -32,8 +32,8 @@ from pyarrow import parquet
 
 from glimpse.data.evals.gallery import Block, Gallery, Texts, blocks
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.lib.cli import bar
-from glimpse.run.lib.distributed import all_gather_list, broadcast_from_rank0, rank, world
+from glimpse.run.lib.cli import progress_bar
+from glimpse.run.lib.distributed import all_gather_list, broadcast_from_rank0, rank, world_size
 
 PART = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
 ROWS = 8192  # rows of a row group of a parquet file, which readers load at once
@@ -210,19 +210,21 @@ def embeddings(
     for part in todo:
         first, last = out.span(part)
         starts_of[part] = np.arange(first, last, batch)
-        share = starts_of[part][rank() :: world()]
+        share = starts_of[part][rank() :: world_size()]
         starts.append(share)
         ends.append(np.minimum(share + batch, last))
     starts, ends = np.concatenate(starts), np.concatenate(ends)
     loaded = blocks(gallery, model.pre, starts, ends, workers)
     if rank() == 0:
-        loaded = iter(bar(loaded, "embedding", " rows", len(starts), scale=batch * world()))
+        loaded = iter(
+            progress_bar(loaded, "embedding", " rows", len(starts), scale=batch * world_size())
+        )
 
     for part, firsts in starts_of.items():
         # Every rank embeds a block a turn; the rank that writes the part keeps them all.
-        writes = part % world() == rank()
+        writes = part % world_size() == rank()
         rows: list[Rows] = []
-        for turn in range(0, len(firsts), world()):
+        for turn in range(0, len(firsts), world_size()):
             has_block = turn + rank() < len(firsts)
             block = [embedded(model, next(loaded), gallery, out.about.dtype)] if has_block else []
             for row in all_gather_list(block):

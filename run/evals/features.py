@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glimpse.data.evals.clip_benchmark import Images
 from glimpse.run.evals.embed import BATCH, Embedder
-from glimpse.run.lib.distributed import barrier, broadcast_from_rank0, rank, rank0_first, world
+from glimpse.run.lib.distributed import barrier, broadcast_from_rank0, rank, rank0_first, world_size
 
 CHUNK = 16 * BATCH
 KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, see Embedder.passed
@@ -84,11 +84,11 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
 
     # Chunks still to be made, as rank 0 sees the folder; they are dealt out to the ranks in turn.
     missing = [int(chunk) for chunk in broadcast_from_rank0(missing_chunks).split()]
-    share = missing[rank() :: world()]
+    share = missing[rank() :: world_size()]
     samples: list[int] = []
     for chunk in share:
         samples += range(chunk * CHUNK, min((chunk + 1) * CHUNK, count))
-    most_chunks = math.ceil(len(missing) / world())  # of any rank
+    most_chunks = math.ceil(len(missing) / world_size())  # of any rank
     turns = most_chunks * (CHUNK // BATCH)
 
     # Batches wait until they fill a chunk, or end with the set's last image.

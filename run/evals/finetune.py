@@ -27,9 +27,9 @@ from glimpse.run.evals import metrics
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.supervised import cosine, fit, mean_loss, order, steps
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.distributed import rank, rank0_first, to_device, world
-from glimpse.run.train.engine import wrapped
-from glimpse.run.train.optim import kind
+from glimpse.run.lib.distributed import rank, rank0_first, to_device, world_size
+from glimpse.run.train.engine import initialize_supervised
+from glimpse.run.train.optim import parameter_kind
 
 # the options in [0, upper bound]
 SHARES = dict(decay=1, drop_path=0.99, warmup=0.99, smoothing=1, erase=1, crop=1)
@@ -159,10 +159,10 @@ def check(images: Images, options: Options) -> None:
 
 def fits(model: Embedder, options: Options) -> None:
     batch = options.resolved(model.cfg.model.shape.depth).batch
-    if batch < 2 * options.accumulate * world():
+    if batch < 2 * options.accumulate * world_size():
         raise ValueError(
-            f"finetune(batch={batch}): less than a pair of images for each of {world()} ranks x"
-            f" accumulate {options.accumulate}"
+            f"finetune(batch={batch}): less than a pair of images for each of {world_size()} ranks"
+            f" x accumulate {options.accumulate}"
         )
     if options.save:
         home = kept(model, options)
@@ -215,7 +215,7 @@ def groups(model: Classifier, recipe: Recipe) -> list[dict]:
     parameters: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for where, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            key = layer(f"{where}.{name}", depth), kind(module, name) in NO_DECAY
+            key = layer(f"{where}.{name}", depth), parameter_kind(module, name) in NO_DECAY
             parameters.setdefault(key, []).append(parameter)
     result = []
     for at, undecayed in sorted(parameters):
@@ -285,7 +285,9 @@ def tuned(model: Embedder, images: Images, options: Options) -> tuple[nn.Module,
         classifier = Classifier(model.towers.vision, model.cfg.model.shape.width, classes)
         chosen = torch.randperm(len(train))[: options.samples or None]
     layers = groups(classifier, recipe)
-    trainer = wrapped(classifier, layers, model.cfg.deepspeed, accumulate=options.accumulate)
+    trainer = initialize_supervised(
+        classifier, layers, model.cfg.deepspeed, accumulate=options.accumulate
+    )
     trainer.train()
     count = steps(len(chosen), recipe.batch, recipe.epochs)
     model.say(
@@ -347,4 +349,4 @@ def shares(chosen: Tensor, recipe: Recipe, options: Options) -> Iterator[list[Ro
             epoch = place // len(chosen)
             rows.append((epoch, int(chosen[i])))
         for first in range(0, recipe.batch, size):
-            yield paired(rows[first : first + size], rank(), world())
+            yield paired(rows[first : first + size], rank(), world_size())

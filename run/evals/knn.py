@@ -19,7 +19,7 @@ from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import KINDS, Features, check_splits, check_view, splits
 from glimpse.run.evals.metrics import accuracies
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.distributed import rank, to_device, world
+from glimpse.run.lib.distributed import rank, to_device, world_size
 
 CHUNK = 4096  # train images compared at once
 QUERIES = 256  # with so many test images
@@ -48,7 +48,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     train, test = splits(model, images, options.features)
     classes = len(images.classes())
     labels = train.labels()
-    blocks = torch.arange(len(test)).split(QUERIES)[rank() :: world()]
+    blocks = torch.arange(len(test)).split(QUERIES)[rank() :: world_size()]
     queries = [test.rows(block) for block in blocks]
 
     predictions = [torch.empty(0, classes)]  # for a rank without a share

@@ -21,8 +21,8 @@ from glimpse.model.downstream.decoders import PAD, Seeing
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import Features, features
 from glimpse.run.evals.supervised import Exact, cosine, fit, mean_loss, mine, order, steps
-from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world
-from glimpse.run.train.engine import unwrapped, wrapped
+from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world_size
+from glimpse.run.train.engine import gather_state_dict, initialize_supervised
 
 START, UNKNOWN = 1, 2
 TOLD = 128  # samples of an inference batch, whichever rank takes it
@@ -110,10 +110,10 @@ def fits(model: Embedder, options: Reading) -> None:
         raise ValueError("--ensemble: what reads patch tokens sees one view; leave it out")
     if options.tower and not model.whole:
         raise ValueError("--mask: a tower is tuned on all patches; leave it out, or tower=0")
-    if options.tower and options.batch % world():
+    if options.tower and options.batch % world_size():
         raise ValueError(
             f"evals: batch={options.batch}: where the tower is trained, too, a multiple of"
-            f" {world()} ranks"
+            f" {world_size()} ranks"
         )
 
 
@@ -178,10 +178,10 @@ def frozen(
     def loss_of(trainer: Exact, samples: Tensor) -> Tensor:
         loss_count = weight(samples)
         loss = torch.zeros((), device=device())
-        for part in samples.split(SLICE)[rank() :: world()]:
+        for part in samples.split(SLICE)[rank() :: world_size()]:
             image = to_device(image_tokens.rows(owner[part]))
             loss += trainer.learn(losses_of(reader, part, image).sum() / loss_count)
-        return loss * world()
+        return loss * world_size()
 
     batches = order(len(owner), how.batch, how.epochs, how.seed)
     step_count = steps(len(owner), how.batch, how.epochs)
@@ -210,7 +210,7 @@ def tuned(
     for part, scale in ((module.vision, how.tower), (module.reader, 1.0)):
         parameters = list(part.parameters())
         groups.append(dict(params=parameters, weight_decay=how.weight_decay, scale=scale))
-    trainer = wrapped(module, groups, model.cfg.deepspeed)
+    trainer = initialize_supervised(module, groups, model.cfg.deepspeed)
     trainer.train()
 
     # Each step's global batch, and the images of this rank's share.
@@ -218,7 +218,7 @@ def tuned(
     share = torch.cat([mine(samples) for samples in batches])
     workers = min(model.cfg.data.workers, 2)
     rounds = train.rounds(
-        model.pre, how.batch // world(), owner[share].tolist(), len(batches), workers
+        model.pre, how.batch // world_size(), owner[share].tolist(), len(batches), workers
     )
 
     def read(ids: Tensor, image: tuple[Tensor, Tensor]) -> Tensor:
@@ -234,7 +234,7 @@ def tuned(
     losses = fit(trainer, zip(batches, rounds), loss_of, rate, len(batches), model.say)
 
     # The model, with the trained tower in the place of its own.
-    plain.load_state_dict(unwrapped(trainer))
+    plain.load_state_dict(gather_state_dict(trainer))
     trainer.destroy()
     plain = plain.to(device()).eval()
     embedder = copy.copy(model)
@@ -251,7 +251,7 @@ def found(count: int, width: int, make: Callable[[Tensor], Tensor]) -> Tensor:
     make(samples (b,)) -> (b, width) int64; each sample is computed by one rank.
     """
     out = torch.zeros(count, width, dtype=torch.int64)
-    for samples in torch.arange(count).split(TOLD)[rank() :: world()]:
+    for samples in torch.arange(count).split(TOLD)[rank() :: world_size()]:
         out[samples] = make(samples).cpu()
     return all_reduce_sum(out).cpu()
 

@@ -30,7 +30,7 @@ from glimpse.run.evals.lars import LARS
 from glimpse.run.evals.metrics import accuracies
 from glimpse.run.evals.supervised import Replicated, cosine, fit, mean_loss, mine, order, steps
 from glimpse.run.lib.config import check_choice
-from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world
+from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world_size
 
 ITERATIONS = 1000  # of L-BFGS
 CHUNK = 4096  # rows that go through the classifier at once
@@ -168,7 +168,7 @@ def decay(i: int) -> float:
 def scored(probe: nn.Module, features: Features, indices: Tensor) -> dict[str, float]:
     """Return the probe's accuracies on these images; each rank computes a share of them."""
     probe.eval()
-    share = indices[rank() :: world()]
+    share = indices[rank() :: world_size()]
     dtype = next(probe.parameters()).dtype
     with torch.no_grad():
         chunks = [probe(rows(features, part).to(dtype)) for part in share.split(CHUNK)]

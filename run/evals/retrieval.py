@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import Benchmark
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.lib.distributed import all_reduce_sum, rank, world
+from glimpse.run.lib.distributed import all_reduce_sum, rank, world_size
 
 AT = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at once
@@ -63,7 +63,7 @@ def recalls(
     hits = torch.zeros(len(AT), dtype=torch.float64, device=queries.device)
     tiles = list(zip(targets.split(TILE), target_ids.split(TILE)))
     spans = [(int(ids[0]), int(ids[-1])) for _, ids in tiles]
-    for first in range(rank() * CHUNK, len(queries), world() * CHUNK):
+    for first in range(rank() * CHUNK, len(queries), world_size() * CHUNK):
         block = queries[first : first + CHUNK]
         ids = query_ids[first : first + CHUNK]
         lowest, highest = int(ids[0]), int(ids[-1])

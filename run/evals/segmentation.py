@@ -27,7 +27,7 @@ from glimpse.run.lib.distributed import (
     all_reduce_sum,
     device,
     rank,
-    world,
+    world_size,
 )
 
 FEATURES = ("auto", "tokens", "values")
@@ -129,7 +129,7 @@ def similarities(
 
     The cosines to each class are (C, canvas rows, canvas columns), a pixel of the canvas each.
     """
-    share = range(rank(), len(images), world())
+    share = range(rank(), len(images), world_size())
     # A rank without images goes through the tower in step.
     windows = Windows(images, sliding, share or [0])
     every_window = range(len(windows)) if share else []

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from glimpse.run.lib.distributed import all_reduce_sum, device, rank, world
+from glimpse.run.lib.distributed import all_reduce_sum, device, rank, world_size
 
 
 class Replicated:
@@ -42,7 +42,7 @@ class Replicated:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         # one all-reduce for all gradients
-        mean = all_reduce_sum(torch.cat([g.flatten() for g in gradients])) / world()
+        mean = all_reduce_sum(torch.cat([g.flatten() for g in gradients])) / world_size()
         sizes = [p.numel() for p in parameters]
         for p, g in zip(parameters, mean.split(sizes)):
             p.grad = g.view_as(p)
@@ -111,7 +111,7 @@ def steps(count: int, batch: int, epochs: float) -> int:
 
 def mine(samples: Tensor) -> Tensor:
     """Return this rank's share of a global batch; shares differ by one where it does not divide."""
-    return samples[rank() :: world()]
+    return samples[rank() :: world_size()]
 
 
 def mean_loss(losses: Tensor, batch: int) -> Tensor:
@@ -119,7 +119,7 @@ def mean_loss(losses: Tensor, batch: int) -> Tensor:
 
     Its mean over the ranks is the mean loss of the global batch of B samples.
     """
-    return losses.sum() * world() / batch
+    return losses.sum() * world_size() / batch
 
 
 def fit(
@@ -149,9 +149,9 @@ def fit(
         trainer.step()
         losses[step] = loss.detach()
         if say and (step + 1) % interval == 0:
-            mean = float(all_reduce_sum(losses[step].clone())) / world()
+            mean = float(all_reduce_sum(losses[step].clone())) / world_size()
             say(f"step {step + 1}/{total_steps}  loss {mean:.6f}")
-    return (all_reduce_sum(losses[: step + 1]) / world()).tolist()
+    return (all_reduce_sum(losses[: step + 1]) / world_size()).tolist()
 
 
 def cosine(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:

@@ -27,10 +27,10 @@ def run_script(main: Callable[[], int | None]) -> None:
         if sys.stdout:
             sys.stdout.flush()  # here, where it may still fail
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and unheard():
+        if isinstance(error, BrokenPipeError) and stdout_closed():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
             sys.exit(128 + signal.SIGPIPE)
-        print(f"error: {described(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -38,21 +38,21 @@ def run_script(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def described(error: ValueError | OSError) -> str:
+def describe_error(error: ValueError | OSError) -> str:
     """Return the error's message; of an operating system's error the file and the reason."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
-def unheard() -> bool:
+def stdout_closed() -> bool:
     """Return True if stdout's reader has closed the pipe (as `head` does)."""
     stdout = select.poll()
     stdout.register(1, 0)
     return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
-def bar(
+def progress_bar(
     items: Iterable, text: str, unit: str = "", total: int | None = None, scale: int = 1
 ) -> Iterable:
     """Return the items, with a progress bar on a terminal and silently elsewhere.

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
-KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
+PARAMETER_KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ class OptimConfig:
     no_decay: tuple[str, ...] = ("bias", "norm", "positions")
 
     def __post_init__(self) -> None:
-        self.peak(1)
+        self.peak_lr(1)
         for kind in self.no_decay:
-            if kind not in KINDS:
-                raise ValueError(f"optim.no_decay: unknown {kind!r}; known: {', '.join(KINDS)}")
+            if kind not in PARAMETER_KINDS:
+                raise ValueError(
+                    f"optim.no_decay: unknown {kind!r}; known: {', '.join(PARAMETER_KINDS)}"
+                )
 
-    def peak(self, batch: int) -> float:
+    def peak_lr(self, batch: int) -> float:
         """Return the peak learning rate for a global batch."""
         complaint = f"optim.lr: {self.lr!r}; write 5e-4, or 4e-6 per 256"
         match = re.fullmatch(r"([\d.e+-]+)(?: per (\d+))?", self.lr)
@@ -78,12 +80,12 @@ class OptimConfig:
             return rate
         return rate * (batch / int(reference_batch))
 
-    def rate(self, seen: int, batch: int, samples: int) -> float:
+    def lr_at(self, seen: int, batch: int, samples: int) -> float:
         """Return the learning rate of the step that starts with `seen` samples behind it.
 
         Linear warm-up, then a cosine to min_lr.
         """
-        peak = self.peak(batch)
+        peak = self.peak_lr(batch)
         if seen < self.warmup:
             return peak * min(1.0, (seen + batch) / self.warmup)
         progress = (seen - self.warmup) / max(1, samples - self.warmup)
@@ -217,7 +219,7 @@ class RunConfig:
         return self.samples // self.batch
 
 
-def reader(cfg: RunConfig) -> SampleReader:
+def build_reader(cfg: RunConfig) -> SampleReader:
     """Build the reader that turns this run's samples into batches."""
     method = METHODS[cfg.method]
     return SampleReader(
@@ -246,11 +248,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Build the config at `path`, its bases below it, `a.b=value` overrides on top."""
     tree = read_tree(Path(path))
     for item in overrides:
-        override(tree, item)
+        apply_override(tree, item)
     return build(RunConfig, tree)
 
 
-def override(tree: dict, item: str) -> None:
+def apply_override(tree: dict, item: str) -> None:
     """Set the key of `a.b=value` in the tree; the value null removes it."""
     key, equals, text = item.partition("=")
     if not equals:
@@ -290,7 +292,7 @@ def read_tree(path: Path) -> dict:
     provenance = tree.pop("provenance", None)
     is_converted = isinstance(provenance, dict) and provenance.get("format") == "glimpse"
     if is_converted and tree.get("data"):
-        tokenizer = beside(tree["data"]["tokenizer"], path.parent)
+        tokenizer = relocate_tokenizer(tree["data"]["tokenizer"], path.parent)
         tree["data"] = {**tree["data"], "tokenizer": tokenizer}
 
     base = tree.pop("base", None)
@@ -299,7 +301,7 @@ def read_tree(path: Path) -> dict:
     return merge(read_tree(path.parent / base), tree)
 
 
-def beside(tokenizer: str, folder: Path) -> str:
+def relocate_tokenizer(tokenizer: str, folder: Path) -> str:
     """Return a tokenizer's name with the copy of its vocabulary in a folder, if there is one.
 
     The folder of a run or converted model may have been moved.
@@ -347,12 +349,12 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
         check_choice("method", tree["method"], METHODS)
         hints["options"] = METHODS[tree["method"]].Options
         tree = {"options": {}, **tree}
-    values = {key: convert(hints[key], value, f"{where}{key}") for key, value in tree.items()}
+    values = {key: convert_value(hints[key], value, f"{where}{key}") for key, value in tree.items()}
     return cls(**values)
 
 
 # The kind is a type or a generic alias such as tuple[int, ...], which have no common type.
-def convert(kind: Any, value, where: str):
+def convert_value(kind: Any, value, where: str):
     """Return the value as `kind`, or raise ValueError."""
     if isinstance(kind, type) and is_dataclass(kind):
         return build(kind, value, f"{where}.")
@@ -373,7 +375,7 @@ def convert_mapping(kind: Any, value, where: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {value!r}; it must be a mapping")
     _, value_kind = typing.get_args(kind)
-    return {key: convert(value_kind, item, f"{where}.{key}") for key, item in value.items()}
+    return {key: convert_value(value_kind, item, f"{where}.{key}") for key, item in value.items()}
 
 
 def convert_tuple(kind: Any, value, where: str) -> tuple:
@@ -384,7 +386,7 @@ def convert_tuple(kind: Any, value, where: str) -> tuple:
     if len(items) != len(kinds):
         raise ValueError(f"{where}: {value!r}; it takes {len(kinds)} values")
     return tuple(
-        convert(item_kind, item, f"{where}.{i}")
+        convert_value(item_kind, item, f"{where}.{i}")
         for i, (item_kind, item) in enumerate(zip(kinds, items))
     )
 
@@ -396,10 +398,10 @@ def convert_union(kind: Any, value, where: str):
     if value is None and types.NoneType in args:
         return None
     if len(options) == 1:
-        return convert(options[0], value, where)
+        return convert_value(options[0], value, where)
     for option in options:
         try:
-            return convert(option, value, where)
+            return convert_value(option, value, where)
         except ValueError:
             continue
     raise ValueError(f"{where}: {value!r}; it must be {kind}")
@@ -439,40 +441,40 @@ SCALARS = {int: to_int, float: to_float, bool: to_bool, str: to_str}
 
 def save(cfg: RunConfig, path: Path, provenance: dict) -> None:
     """Write the resolved config; `load` reads it back."""
-    tree = {"provenance": provenance, **plain(asdict(cfg))}
+    tree = {"provenance": provenance, **tuples_to_lists(asdict(cfg))}
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=130))
 
 
-def plain(value):
+def tuples_to_lists(value):
     """Return the value with lists instead of tuples, as YAML and JSON know them."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: tuples_to_lists(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [tuples_to_lists(item) for item in value]
     return value
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+def argument_parser(doc: str) -> argparse.ArgumentParser:
     """Return a script's command line; its help is the script's docstring."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     """Return the number that an argument gives; the type of arguments that count something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
 
 
-def training_arguments(doc: str) -> tuple[RunConfig, argparse.Namespace]:
+def parse_training_arguments(doc: str) -> tuple[RunConfig, argparse.Namespace]:
     """Return (config, the other arguments) of a training script.
 
     The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's.
     """
     # The options.
-    args = parser(doc)
+    args = argument_parser(doc)
     args.add_argument(
         "--config",
         required=True,
@@ -499,7 +501,7 @@ def training_arguments(doc: str) -> tuple[RunConfig, argparse.Namespace]:
         action="store_true",
         help="print what the run would cost on a cluster; train nothing",
     )
-    cluster_arguments(args.add_argument_group("of the cluster, with --plan"))
+    add_cluster_arguments(args.add_argument_group("of the cluster, with --plan"))
 
     # The config that they name; the launcher's JSON takes precedence.
     arguments = args.parse_args()
@@ -509,7 +511,7 @@ def training_arguments(doc: str) -> tuple[RunConfig, argparse.Namespace]:
     return cfg, arguments
 
 
-def cluster_arguments(cluster) -> None:
+def add_cluster_arguments(cluster) -> None:
     """Add the arguments that describe the devices of a plan."""
     cluster.add_argument("--ranks", type=int, default=8, help="devices")
     cluster.add_argument(

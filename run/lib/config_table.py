@@ -24,7 +24,7 @@ from glimpse.model.methods import METHODS
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size
 from glimpse.model.vision import VisionConfig
-from glimpse.run.lib.config import ROOT, OptimConfig, RunConfig, plain
+from glimpse.run.lib.config import ROOT, OptimConfig, RunConfig, tuples_to_lists
 
 PAGE = ROOT / "docs/config.md"
 BEGIN = "<!-- keys: begin -->\n"
@@ -41,7 +41,7 @@ SECTIONS = {
 }
 
 
-def comments(cls: type) -> dict[str, str]:
+def field_comments(cls: type) -> dict[str, str]:
     """Return the comment of each dataclass field, by the field's name."""
     field_comments: dict[str, str] = {}
     above: list[str] = []
@@ -67,7 +67,7 @@ def comments(cls: type) -> dict[str, str]:
     return field_comments
 
 
-def default_of(field: dataclasses.Field) -> str:
+def format_default(field: dataclasses.Field) -> str:
     """Return the default as YAML, or "required"."""
     if field.default_factory is not dataclasses.MISSING:
         return ""
@@ -75,12 +75,12 @@ def default_of(field: dataclasses.Field) -> str:
         return "required"
     if field.default == "":
         return '`""`'
-    value: Any = plain(field.default)
+    value: Any = tuples_to_lists(field.default)
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
     return f"`{text.removesuffix('...').strip()}`"
 
 
-def type_of(field: dataclasses.Field) -> str:
+def format_type(field: dataclasses.Field) -> str:
     """Return the field's type in the words of a YAML file."""
     annotation = field.type
     name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
@@ -92,9 +92,9 @@ def type_of(field: dataclasses.Field) -> str:
     return name.replace(" | ", " or ").replace(" or None", "")
 
 
-def rows(cls: type) -> Iterator[tuple[str, ...]]:
+def table_rows(cls: type) -> Iterator[tuple[str, ...]]:
     """Yield key, type, default and description of every field that holds a value."""
-    descriptions = comments(cls)
+    descriptions = field_comments(cls)
     for field in dataclasses.fields(cls):
         is_section = dataclasses.is_dataclass(field.type) or field.name in ("views", "options")
         if cls in (RunConfig, ModelConfig) and is_section:
@@ -102,10 +102,10 @@ def rows(cls: type) -> Iterator[tuple[str, ...]]:
         if field.name not in descriptions:
             raise ValueError(f"{cls.__name__}.{field.name} has no comment; describe the key in one")
         description = descriptions[field.name].replace("|", "\\|")
-        yield f"`{field.name}`", type_of(field), default_of(field), description
+        yield f"`{field.name}`", format_type(field), format_default(field), description
 
 
-def table() -> str:
+def config_table() -> str:
     """Return the sections of docs/config.md with a row a key, as Markdown."""
     sections = dict(SECTIONS)
     for name, method in METHODS.items():
@@ -116,18 +116,18 @@ def table() -> str:
     for section, cls in sections.items():
         text += f"\n### {section or 'Top level'}\n\n"
         text += "| key | type | default | meaning |\n|---|---|---|---|\n"
-        for cells in rows(cls):
+        for cells in table_rows(cls):
             text += f"| {' | '.join(cells)} |\n"
     return text + "\n"
 
 
-def with_table(page: str) -> str:
+def replace_table(page: str) -> str:
     """Return the page with the current table between its marks."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{PAGE}: no lines {BEGIN.strip()} and {END.strip()} to put the table in")
-    return before + begin + table() + end + after
+    return before + begin + config_table() + end + after
 
 
 def main() -> None:
@@ -136,9 +136,9 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="update docs/config.md")
     if parser.parse_args().write:
-        PAGE.write_text(with_table(PAGE.read_text()))
+        PAGE.write_text(replace_table(PAGE.read_text()))
     else:
-        print(table())
+        print(config_table())
 
 
 if __name__ == "__main__":

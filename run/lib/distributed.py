@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 # for a rank that hangs; a rank that dies ends its launcher's job at once
 TIMEOUT = datetime.timedelta(minutes=5)
 FAILED = "failed"
-_once: list[str] = []  # the keys at the store that `once` has used
+_store_keys: list[str] = []  # the keys at the store that `once` has used
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def world() -> int:
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -95,21 +95,21 @@ def rank0_first(make: Callable[[], T]) -> T:
 
     For files that the first call makes and the later ones find.
     """
-    key = f"once {len(_once)}"
-    _once.append(key)
+    key = f"once {len(_store_keys)}"
+    _store_keys.append(key)
     if rank() == 0:
-        return make_first(make, key)
-    wait_for_first(key)
+        return call_on_rank0(make, key)
+    wait_for_rank0(key)
     return make()
 
 
-def make_first(make: Callable[[], T], key: str) -> T:
+def call_on_rank0(make: Callable[[], T], key: str) -> T:
     """Return make() on rank 0, and set the key at the store that the other ranks wait for."""
     try:
         result = make()
     except BaseException:
         store().set(key, FAILED)
-        if world() > 1:
+        if world_size() > 1:
             # The store ends with this process; give the other ranks time to read it.
             time.sleep(0.5)
         raise
@@ -117,7 +117,7 @@ def make_first(make: Callable[[], T], key: str) -> T:
     return result
 
 
-def wait_for_first(key: str) -> None:
+def wait_for_rank0(key: str) -> None:
     """Wait until rank 0 has set the key; exit with 1 if it failed or is gone."""
     try:
         store().wait([key], datetime.timedelta(hours=12))
@@ -127,7 +127,7 @@ def wait_for_first(key: str) -> None:
     if failed:
         # Rank 0 prints its error, and the launcher ends this process meanwhile.
         time.sleep(10)
-        finish(1)
+        exit_process(1)
 
 
 def broadcast_from_rank0(make: Callable[[], str]) -> str:
@@ -135,7 +135,7 @@ def broadcast_from_rank0(make: Callable[[], str]) -> str:
 
     For what ranks might see differently on a network file system.
     """
-    key = f"told {len(_once)}"
+    key = f"told {len(_store_keys)}"
 
     def publish() -> None:
         if rank() == 0:
@@ -178,7 +178,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 def all_gather_list(items: list) -> list:
     """Return the ranks' lists as one, on every rank; for small things that can be pickled."""
-    lists: list[list] = [[]] * world()
+    lists: list[list] = [[]] * world_size()
     dist.all_gather_object(lists, items)
     return [item for rank_items in lists for item in rank_items]
 
@@ -196,7 +196,7 @@ def all_reduce_min(value: int) -> int:
     return int(smallest)
 
 
-class Stop:
+class StopSignal:
     """SIGTERM or SIGINT, agreed on by all ranks.
 
     `asked()` becomes true on every rank after the same step. The flags are reduced in the
@@ -206,22 +206,22 @@ class Stop:
     def __init__(self) -> None:
         self.flag = 0.0
         # returns the reduced flags of the last call of `asked`
-        self.pending: Callable[[], torch.Tensor] | None = None
+        self.pending_reduction: Callable[[], torch.Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+            signal.signal(number, self.handle_signal)
 
-    def ask(self, *_) -> None:
+    def handle_signal(self, *_) -> None:
         self.flag = 1.0
 
-    def asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Return True if a rank had been asked to stop at the last call; every rank must call."""
         answer = False
-        if self.pending is not None:
-            answer = bool(self.pending().item())
-        self.pending = self.reduce()
+        if self.pending_reduction is not None:
+            answer = bool(self.pending_reduction().item())
+        self.pending_reduction = self.start_reduction()
         return answer
 
-    def reduce(self) -> Callable[[], torch.Tensor]:
+    def start_reduction(self) -> Callable[[], torch.Tensor]:
         """Start the sum of the ranks' flags; return a function that waits for it."""
         flags = torch.full((1,), self.flag, device=device())
         work = dist.all_reduce(flags, async_op=True)
@@ -247,7 +247,7 @@ class Stop:
         return copied
 
 
-def finish(code: int = 0) -> NoReturn:
+def exit_process(code: int = 0) -> NoReturn:
     """Exit at once, without the interpreter's shutdown.
 
     gloo's threads abort 8-20 % of the processes that end through it (docs/log.md).
@@ -267,17 +267,17 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        report(error)
-        finish(2)
+        print_error(error)
+        exit_process(2)
     except SystemExit as error:
-        finish(error.code if isinstance(error.code, int) else 1)
+        exit_process(error.code if isinstance(error.code, int) else 1)
     except BaseException:
         traceback.print_exc()
-        finish(1)
-    finish(0)
+        exit_process(1)
+    exit_process(0)
 
 
-def report(error: ValueError | OSError) -> None:
+def print_error(error: ValueError | OSError) -> None:
     """Print an error in one line, with the rank if it is not 0."""
     if rank():
         # Where all ranks fail alike, rank 0 prints, and the launcher ends the others meanwhile.

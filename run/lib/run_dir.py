@@ -28,25 +28,25 @@ from pathlib import Path
 from glimpse.data.tokenizer import vocabulary
 from glimpse.run.lib import config
 from glimpse.run.lib.config import ROOT, RunConfig
-from glimpse.run.lib.distributed import rank, world
+from glimpse.run.lib.distributed import rank, world_size
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pillow")
 LOCKS: list[int] = []  # file handles, open as long as this process lives
 
 
-def trained_elsewhere(home: Path) -> bool:
+def is_locked(home: Path) -> bool:
     """Return True if a process holds the lock of this run's folder."""
     try:
         handle = os.open(home / "lock", os.O_RDWR)
     except OSError:
         return False
     try:
-        return not take_lock(handle)
+        return not try_lock(handle)
     finally:
         os.close(handle)
 
 
-def take_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     """Lock an open file, without waiting; False if another process holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,7 +57,7 @@ def take_lock(handle: int) -> bool:
     return True
 
 
-def hold(home: Path) -> None:
+def acquire_lock(home: Path) -> None:
     """Take the lock, or raise ValueError if another job has it.
 
     Two jobs that train one run would overwrite each other's records and checkpoints.
@@ -65,16 +65,16 @@ def hold(home: Path) -> None:
     handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     LOCKS.append(handle)
     for _ in range(10):  # loader processes of a killed job live on for a moment
-        if take_lock(handle):
+        if try_lock(handle):
             return
         time.sleep(1)
-    if not take_lock(handle):
+    if not try_lock(handle):
         raise ValueError(
             f"run: {home} is being trained by another job; wait until it has ended, or stop it"
         )
 
 
-def check(home: Path, resume: bool) -> Path:
+def check_run_folder(home: Path, resume: bool) -> Path:
     """Return the run's folder, or raise ValueError: a run is never overwritten."""
     if home.exists() and not resume:
         raise ValueError(
@@ -87,7 +87,7 @@ def check(home: Path, resume: bool) -> Path:
     return home
 
 
-def open_folder(home: Path, cfg: RunConfig, samples: int, resume: bool) -> None:
+def prepare_run_folder(home: Path, cfg: RunConfig, samples: int, resume: bool) -> None:
     """Make the folder, or prepare it for going on from `samples`.
 
     Records beyond them are dropped: their steps will be taken again. Rank 0 does it, before any
@@ -99,29 +99,29 @@ def open_folder(home: Path, cfg: RunConfig, samples: int, resume: bool) -> None:
     # A folder that another job with the same `run:` has made meanwhile is refused.
     home.mkdir(parents=True, exist_ok=resume)
     if not resume:
-        hold(home)
+        acquire_lock(home)
 
     # What explains the run: command, config and vocabulary.
     with (home / "command.txt").open("a") as file:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(started, shlex.join(sys.argv), f"# {world()} ranks", file=file)
+        print(started, shlex.join(sys.argv), f"# {world_size()} ranks", file=file)
     config_file = home / "config.yaml"
     if config_file.exists() and config.load(config_file) != cfg:
         shutil.copy(config_file, home / f"config.until-{samples}.yaml")
     config.save(cfg, home / "config.yaml.part", provenance())
     os.replace(home / "config.yaml.part", config_file)  # at no moment without it
     if vocab := vocabulary(cfg.data.tokenizer):
-        keep(vocab, home / vocab.name)
+        copy_if_changed(vocab, home / vocab.name)
 
     # The records, without those of steps that will be taken again.
     trace = home / "trace"
     if cfg.data.trace:
         trace.mkdir(exist_ok=True)
     for records in [home / "metrics.jsonl", home / "results.jsonl", *trace.glob("*.jsonl")]:
-        trim(records, samples)
+        drop_records_after(records, samples)
 
 
-def keep(file: Path, copy: Path) -> None:
+def copy_if_changed(file: Path, copy: Path) -> None:
     """Copy a file, unless the same copy exists."""
     if copy.exists() and filecmp.cmp(file, copy, shallow=False):
         return
@@ -130,7 +130,7 @@ def keep(file: Path, copy: Path) -> None:
     os.replace(part, copy)
 
 
-def trim(records: Path, samples: int) -> None:
+def drop_records_after(records: Path, samples: int) -> None:
     """Drop the records of steps after `samples`, and a last line that a kill cut off."""
     if not records.exists():
         return
@@ -156,7 +156,7 @@ def provenance() -> dict:
     return dict(
         commit=commit,
         started=time.strftime("%Y-%m-%d %H:%M:%S"),
-        ranks=world(),
+        ranks=world_size(),
         python=platform.python_version(),
         **versions,
     )

@@ -25,8 +25,8 @@ from glimpse.run.plan import synthetic_batch
 from glimpse.run.plan.activation_memory import ActivationTrace, build_with_dtype, trace_activations
 from glimpse.run.plan.flops import Flops, count_flops
 from glimpse.run.plan.zero_memory import ADAM_TEMPORARIES, ParameterCounts, ZeroMemory
-from glimpse.run.train.engine import merged
-from glimpse.run.train.log import PEAK_TFLOPS, short
+from glimpse.run.train.engine import build_deepspeed_config
+from glimpse.run.train.log import PEAK_TFLOPS, format_count
 
 GIB = 2**30
 # {device: (dense bf16 TFLOP/s, memory in GiB)}. Sources: NVIDIA's data sheets (SXM, HGX) and
@@ -194,7 +194,7 @@ def plan(
         assumptions += vocab_assumptions
 
     # Parameters, FLOPs and activations. merged() raises ValueError if the batch does not divide.
-    zero = ZeroMemory.from_json(merged(cfg, cluster.ranks))
+    zero = ZeroMemory.from_json(build_deepspeed_config(cfg, cluster.ranks))
     with torch.device("meta"):
         method = build_with_dtype(cfg, vocab, zero.dtype)
     counts = ParameterCounts.from_method(method, cfg, zero.persistence_threshold)
@@ -366,7 +366,7 @@ def list_candidates(cfg: RunConfig, cluster: Cluster, reference: Plan) -> list[R
             accumulate=accumulate,
             model=replace(cfg.model, checkpoint_activations=checkpointing),
         )
-        zero = ZeroMemory.from_json(merged(candidate, cluster.ranks))
+        zero = ZeroMemory.from_json(build_deepspeed_config(candidate, cluster.ranks))
         persistent = zero.persistent_bytes(reference.parameters, cluster.ranks)
         if sum(persistent.values()) >= usable:
             continue
@@ -396,7 +396,7 @@ def describe_plan(estimate: Plan) -> str:
     checkpointing = str(model.checkpoint_activations).lower()
     lines = [
         f"{cfg.method} {model.size}, {model.image_size}-pixel images, visible patches: {visible};"
-        f" {short(cfg.samples)} samples in {cfg.steps:,} steps of {cfg.batch:,}",
+        f" {format_count(cfg.samples)} samples in {cfg.steps:,} steps of {cfg.batch:,}",
         f"{cluster.ranks} x {cluster.name}, {cfg.deepspeed} (ZeRO-{zero.stage}, {dtype}),"
         f" {cfg.accumulate} x {estimate.micro_batch_size} samples per rank and step,"
         f" checkpoint_activations {checkpointing}",

@@ -55,7 +55,7 @@ class ParameterCounts:
         """
         trained = [p.numel() for p in method.parameters() if p.requires_grad]
         frozen = [p.numel() for p in method.parameters() if not p.requires_grad]
-        groups = optim.groups(method, cfg.optim)
+        groups = optim.parameter_groups(method, cfg.optim)
         group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]
         ema_sizes = [teacher.numel() for teacher, _ in ema.parameters(method.ema_pairs()).values()]
         unsharded = [size for size in trained if size < threshold]

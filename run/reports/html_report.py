@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from glimpse.run.lib.config import RunConfig, plain
+from glimpse.run.lib.config import RunConfig, tuples_to_lists
 from glimpse.run.reports import plots
 from glimpse.run.reports.markup import (
     encode_image,
@@ -31,7 +31,7 @@ from glimpse.run.reports.markup import (
 )
 from glimpse.run.reports.pictures import tile_gallery
 from glimpse.run.study.results import RunResult, difference_interval, mean_interval
-from glimpse.run.train.log import clock, short
+from glimpse.run.train.log import format_count, format_duration
 
 Groups = dict[str, list[RunResult]]
 # (columns, captions of the rows) from `build_gallery` in run/reports/pictures.py
@@ -290,8 +290,8 @@ def cost_table(groups: Groups) -> str:
     """Return a table of samples, time, throughput, MFU and memory, with a row per group."""
     heads = ["runs", "samples seen", "training time", "samples/s", "MFU", "peak memory, GiB"]
     formatters = {
-        "seconds": clock,
-        "samples_per_s": short,
+        "seconds": format_duration,
+        "samples_per_s": format_count,
         "mfu": lambda mfu: f"{mfu:.0%}",
         "memory_gib": lambda gib: f"{gib:.2f}",
     }
@@ -499,8 +499,8 @@ def run_details(label: str, result: RunResult, baseline: RunConfig | None) -> st
         return f"<details class='run'><summary>{head}</summary></details>"
 
     # The keys that differ from the baseline's config.
-    tree = plain(asdict(result.config))
-    baseline_keys = flatten(plain(asdict(baseline)))
+    tree = tuples_to_lists(asdict(result.config))
+    baseline_keys = flatten(tuples_to_lists(asdict(baseline)))
     run_keys = flatten(tree)
     changes = []
     for key, value in run_keys.items():

@@ -243,7 +243,7 @@ def without_defaults(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_defaults(item) for key, item in value.items()}
     if not is_dataclass(value):
-        return config.plain(value)
+        return config.tuples_to_lists(value)
     tree = {}
     for f in fields(value):
         default = f.default if f.default_factory is MISSING else f.default_factory()

@@ -30,7 +30,7 @@ from glimpse.run.lib import run_dir
 from glimpse.run.lib.config import ROOT
 from glimpse.run.study.grid import PlannedRun, merge_runs
 from glimpse.run.study.results import RunResult, read_result
-from glimpse.run.train.log import clock
+from glimpse.run.train.log import format_duration
 
 
 def sibling_path(run: Path, ending: str) -> Path:
@@ -153,7 +153,7 @@ class Job:
             return False
         except OSError:  # a file system without locks
             pass
-        if run_dir.trained_elsewhere(self.planned_run.folder):
+        if run_dir.is_locked(self.planned_run.folder):
             os.close(handle)
             return False
         self.lock = handle
@@ -204,7 +204,7 @@ class Job:
 
     def is_alive(self) -> bool:
         """Return True if the process is running, or a rank is saving after its launcher exited."""
-        return self.process.poll() is None or run_dir.trained_elsewhere(self.planned_run.folder)
+        return self.process.poll() is None or run_dir.is_locked(self.planned_run.folder)
 
 
 class JobQueue:
@@ -317,7 +317,9 @@ class JobQueue:
             if result.state == "complete" and not job.process.returncode:
                 self.waiting.insert(0, job)  # it may have evaluations left
                 if not job.task:
-                    time_text = f", {clock(result.seconds)} of training" if result.seconds else ""
+                    time_text = (
+                        f", {format_duration(result.seconds)} of training" if result.seconds else ""
+                    )
                     self.report(f"{run}: complete{time_text}")
             elif self.stopping:
                 self.report(f"{run}: {result.reason or 'stopped during an evaluation'}")

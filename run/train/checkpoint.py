@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from glimpse.run.lib.config import RunConfig, plain
-from glimpse.run.lib.distributed import barrier, rank, world
+from glimpse.run.lib.config import RunConfig, tuples_to_lists
+from glimpse.run.lib.distributed import barrier, rank, world_size
 from glimpse.run.train.engine import Engine
 
 # a rank's part of the teacher in fp32; all of it on rank 0 where the stage is below 3
-AVERAGE = "average_rank_{:05d}.pt"
+AVERAGE_FILE = "average_rank_{:05d}.pt"
 
 
 def identity(cfg: RunConfig, tokenizer: str, data: dict | None = None) -> dict:
@@ -32,11 +32,11 @@ def identity(cfg: RunConfig, tokenizer: str, data: dict | None = None) -> dict:
     The architecture, the method and its options, the vocabulary; in training also the data and
     their order.
     """
-    model = plain(asdict(cfg.model))
+    model = tuples_to_lists(asdict(cfg.model))
     del model["checkpoint_activations"]
     settings = dict(
         method=cfg.method,
-        options=plain(asdict(cfg.options)),
+        options=tuples_to_lists(asdict(cfg.options)),
         model=model,
         context=cfg.data.context,
         tokenizer=tokenizer,
@@ -60,16 +60,16 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
 
     # Every rank writes its shards.
     engine.ds.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
-    if engine.average.pairs and (engine.stage == 3 or rank() == 0):
-        averages = {name: average.clone() for name, average in engine.average.kept.items()}
-        torch.save(averages, path / AVERAGE.format(rank()))
+    if engine.averages.pairs and (engine.stage == 3 or rank() == 0):
+        averages = {name: average.clone() for name, average in engine.averages.kept.items()}
+        torch.save(averages, path / AVERAGE_FILE.format(rank()))
     barrier()
 
     # Rank 0 commits the checkpoint once all of them are on disk, and deletes old ones.
     if rank() == 0:
         check_shards(engine, path)
-        commit(engine, path, state)
-        for old in whole(folder)[keep:]:
+        write_manifest(engine, path, state)
+        for old in complete_checkpoints(folder)[keep:]:
             (old / "manifest.json").unlink()  # first: half a deletion must not look whole
             shutil.rmtree(old)
     barrier()
@@ -79,14 +79,14 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
 def check_shards(engine: Engine, path: Path) -> None:
     """Raise OSError if the files of other ranks are not there."""
     shards = len(list(path.glob("*_optim_states.pt")))
-    if engine.stage and shards != world():
+    if engine.stage and shards != world_size():
         raise OSError(
-            f"{path}: {shards} of {world()} ranks' shards are there; is it on a file system that"
-            " all machines share?"
+            f"{path}: {shards} of {world_size()} ranks' shards are there; is it on a file system"
+            " that all machines share?"
         )
     due = 0
-    if engine.average.pairs:
-        due = world() if engine.stage == 3 else 1
+    if engine.averages.pairs:
+        due = world_size() if engine.stage == 3 else 1
     parts = len(list(path.glob("average_rank_*.pt")))
     if parts != due:
         raise OSError(
@@ -95,42 +95,44 @@ def check_shards(engine: Engine, path: Path) -> None:
         )
 
 
-def commit(engine: Engine, path: Path, state: dict) -> None:
+def write_manifest(engine: Engine, path: Path, state: dict) -> None:
     """Flush every file of a checkpoint to disk, then write its manifest."""
     sizes = {}
     for file in sorted(path.rglob("*")):
         if file.is_file():
             sizes[file.relative_to(path).as_posix()] = file.stat().st_size
     for name in sizes:
-        sync(path / name)
+        fsync(path / name)
     counts = dict(
         step=engine.ds.global_steps,
         samples=engine.samples,
-        ranks=world(),
+        ranks=world_size(),
         stage=engine.stage,
         bf16=engine.bf16,
     )
     part = path / "manifest.json.part"
     tree = dict(state, **counts, files=sizes)
     part.write_text(json.dumps(tree, indent=1))
-    sync(part)
+    fsync(part)
     os.replace(part, path / "manifest.json")
-    sync(path)
+    fsync(path)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def whole(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints under RUN/checkpoints, the newest first."""
-    return [path for path in sorted(folder.glob("step-*"), reverse=True) if manifest(path)]
+    return [
+        path for path in sorted(folder.glob("step-*"), reverse=True) if manifest_if_complete(path)
+    ]
 
 
-def manifest(path: Path) -> dict | None:
+def manifest_if_complete(path: Path) -> dict | None:
     """Return the manifest of a complete checkpoint, or None.
 
     None if there is no manifest, or it does not fit the files.
@@ -150,15 +152,15 @@ def read_manifest(path: Path) -> dict:
 
     ValueError if there is no manifest, or it does not fit the files.
     """
-    tree = manifest(path)
+    tree = manifest_if_complete(path)
     if tree is not None:
         return tree
-    if flaw := damage(path):
+    if flaw := describe_damage(path):
         raise ValueError(f"{path}: {flaw}: damaged, or still being copied")
     raise ValueError(f"{path}: no whole checkpoint; its manifest.json is missing or incomplete")
 
 
-def damage(path: Path) -> str:
+def describe_damage(path: Path) -> str:
     """Describe the first file whose size differs from the manifest.
 
     Returns "" if all match or there is no manifest.
@@ -178,7 +180,7 @@ def damage(path: Path) -> str:
     return ""
 
 
-def newest(run: Path) -> Path:
+def newest_checkpoint(run: Path) -> Path:
     """Return the newest checkpoint of a run folder, or a checkpoint itself.
 
     Raises ValueError where that is damaged, instead of returning an older one silently.
@@ -190,10 +192,10 @@ def newest(run: Path) -> Path:
     else:
         steps = sorted(run.glob("checkpoints/step-*"), reverse=True)
     for path in steps:
-        if manifest(path):
+        if manifest_if_complete(path):
             return path.resolve()
-        if flaw := damage(path):
-            older = whole(path.parent)
+        if flaw := describe_damage(path):
+            older = complete_checkpoints(path.parent)
             advice = ""
             if older and path != run:
                 advice = f"; {older[0]} is whole and may be named instead"
@@ -216,7 +218,7 @@ def check_identity(path: Path, expected: dict) -> None:
         )
 
 
-def check_memory(path: Path, tree: dict) -> None:
+def check_zero_settings(path: Path, tree: dict) -> None:
     """Raise ValueError if the DeepSpeed JSON has another ZeRO stage or precision than the run.
 
     The checkpoint's files would not fit.
@@ -224,8 +226,8 @@ def check_memory(path: Path, tree: dict) -> None:
     saved_manifest = read_manifest(path)
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     bf16 = bool(tree.get("bf16", {}).get("enabled"))
-    was = memory_use(saved_manifest["stage"], saved_manifest["bf16"])
-    now = memory_use(stage, bf16)
+    was = describe_zero_settings(saved_manifest["stage"], saved_manifest["bf16"])
+    now = describe_zero_settings(stage, bf16)
     if was != now:
         raise ValueError(
             f"{path} was trained with {was}, this DeepSpeed JSON says {now}; go on with the old, or"
@@ -233,7 +235,7 @@ def check_memory(path: Path, tree: dict) -> None:
         )
 
 
-def memory_use(stage: int, bf16: bool) -> str:
+def describe_zero_settings(stage: int, bf16: bool) -> str:
     return f"ZeRO stage {stage} in {'bf16' if bf16 else 'fp32'}"
 
 

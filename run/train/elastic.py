@@ -28,9 +28,9 @@ from deepspeed.checkpoint import ds_to_universal
 from torch.utils.serialization import config as serialization
 
 from glimpse.run.lib.distributed import barrier, print_rank0, rank, rank0_first
-from glimpse.run.train.checkpoint import AVERAGE, read_manifest
+from glimpse.run.train.checkpoint import AVERAGE_FILE, read_manifest
 from glimpse.run.train.engine import Engine
-from glimpse.run.train.load_model import load
+from glimpse.run.train.load_model import load_weights
 
 GB = 1e9
 
@@ -48,23 +48,23 @@ def prepare_elastic(path: Path, ranks: int) -> Path | None:
     def prepare() -> None:
         if rank() != 0:
             return
-        remove(path.parent)
+        remove_universal(path.parent)
         if changed:
             print_rank0(f"{path}: written by {manifest['ranks']} ranks, made to fit {ranks}")
-            convert(path, target)
+            convert_to_universal(path, target)
 
     rank0_first(prepare)
     return target if changed else None
 
 
-def remove(folder: Path) -> None:
+def remove_universal(folder: Path) -> None:
     """Remove all converted copies under RUN/checkpoints."""
     for copy in folder.glob("universal-*"):
         shutil.rmtree(copy)
     (folder / "latest_universal").unlink(missing_ok=True)
 
 
-def room(path: Path) -> int:
+def conversion_bytes(path: Path) -> int:
     """Return the bytes that a conversion needs at most.
 
     They hold the optimizer's state in pieces and in whole tensors, one rank's share of it, and the
@@ -75,13 +75,13 @@ def room(path: Path) -> int:
     return sum(sizes.values()) + sum(optimizer) + max(optimizer)
 
 
-def convert(path: Path, target: Path) -> None:
+def convert_to_universal(path: Path, target: Path) -> None:
     """Write the universal copy.
 
     In this process, so that nothing goes on writing when the job is killed.
     """
     # Refuse a disk that would fill up on the way.
-    needed = room(path)
+    needed = conversion_bytes(path)
     free = shutil.disk_usage(path).free
     if free < needed:
         ranks = read_manifest(path)["ranks"]
@@ -103,18 +103,18 @@ def convert(path: Path, target: Path) -> None:
     try:
         # without its many lines of output
         with (
-            mapped(),
+            memory_map_files(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):
             ds_to_universal.main(arguments)
     except Exception as error:
-        remove(path.parent)
+        remove_universal(path.parent)
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"{path}: conversion to the universal format failed: {first}") from error
 
 
-def mapped() -> contextlib.AbstractContextManager:
+def memory_map_files() -> contextlib.AbstractContextManager:
     """Map files into memory in torch.load, of which only what is used is then read.
 
     torch.save writes no checksums, which take half of its time.
@@ -131,33 +131,33 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
     """
     manifest = read_manifest(path)
     if universal:
-        with mapped(), paddings(engine):
+        with memory_map_files(), skip_padding_only_groups(engine):
             engine.restore(universal, manifest)
-        read_frozen(engine, path)
+        load_frozen(engine, path)
         barrier()
         if rank() == 0:
-            remove(path.parent)
+            remove_universal(path.parent)
     else:
         engine.restore(path, manifest)
-    if engine.average.pairs:
-        read_average(engine, path, manifest)
-    engine.exact_temperature()
+    if engine.averages.pairs:
+        load_averages(engine, path, manifest)
+    engine.update_temperature_residuals()
     return manifest
 
 
-def read_frozen(engine: Engine, path: Path) -> None:
+def load_frozen(engine: Engine, path: Path) -> None:
     """Load the frozen parameters, which the universal format drops, but for the averages."""
-    averaged = {id(teacher) for teacher, _ in engine.average.pairs.values()}
+    averaged = {id(teacher) for teacher, _ in engine.averages.pairs.values()}
     names = {}
     for name, parameter in engine.method.named_parameters():
         if not parameter.requires_grad and id(parameter) not in averaged:
             names[name] = name
     if names:
-        load(engine.method, path, names)
+        load_weights(engine.method, path, names)
 
 
 @contextlib.contextmanager
-def paddings(engine: Engine) -> Iterator[None]:
+def skip_padding_only_groups(engine: Engine) -> Iterator[None]:
     """Let stages 1 and 2 load the universal format where a rank has only padding of a group.
 
     DeepSpeed looks at the first parameter of the group of which this rank has a part; here one
@@ -176,7 +176,7 @@ def paddings(engine: Engine) -> Iterator[None]:
         parameter._hp_mapping = None
 
 
-def read_average(engine: Engine, path: Path, manifest: dict) -> None:
+def load_averages(engine: Engine, path: Path, manifest: dict) -> None:
     """Read this rank's part of the teacher's averages out of the saved parts of all ranks.
 
     ZeRO-3 lays shards of one size end to end and pads the last. Only the files of overlapping
@@ -188,10 +188,10 @@ def read_average(engine: Engine, path: Path, manifest: dict) -> None:
 
     @cache
     def shards(i: int) -> dict[str, torch.Tensor]:
-        file = path / AVERAGE.format(i)
+        file = path / AVERAGE_FILE.format(i)
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
-    for name, average in engine.average.kept.items():
+    for name, average in engine.averages.kept.items():
         # This rank's elements of the flat parameter, [first, end), in shards of `size` elements.
         length = len(average)
         size = len(shards(min(index, count - 1))[name])
@@ -204,4 +204,4 @@ def read_average(engine: Engine, path: Path, manifest: dict) -> None:
             begin = i * size - first  # where that shard would start in this rank's part
             piece = shards(i)[name][max(0, -begin) : length - begin]
             average[max(0, begin) :][: len(piece)].copy_(piece)
-    engine.average.write()
+    engine.averages.write()

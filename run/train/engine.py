@@ -33,10 +33,10 @@ from glimpse.model.methods import build_method
 from glimpse.model.methods.base import Method
 from glimpse.model.towers import Temperature
 from glimpse.run.lib.config import ROOT, RunConfig
-from glimpse.run.lib.distributed import device, rank, to_device, world
+from glimpse.run.lib.distributed import device, rank, to_device, world_size
 from glimpse.run.train import optim
 
-OWNED = {
+CONFIG_OWNED_KEYS = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch",
     "gradient_accumulation_steps": "accumulate",
@@ -46,7 +46,7 @@ OWNED = {
 }
 
 
-def read_json(path: str) -> dict:
+def read_deepspeed_json(path: str) -> dict:
     """The DeepSpeed JSON of a config; a path that is not absolute starts at the repository root."""
     try:
         tree = json.loads((ROOT / path).read_text())
@@ -57,14 +57,14 @@ def read_json(path: str) -> dict:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed: {path}: not JSON: {error}") from None
-    check_json(path, tree)
+    check_deepspeed_json(path, tree)
     return tree
 
 
-def check_json(path: str, tree: dict) -> None:
+def check_deepspeed_json(path: str, tree: dict) -> None:
     """Raise ValueError for settings that belong to the config, or that would train wrongly."""
     zero = tree.get("zero_optimization", {})
-    for key, owner in OWNED.items():
+    for key, owner in CONFIG_OWNED_KEYS.items():
         if key in tree:
             raise ValueError(
                 f"deepspeed: {path} sets {key!r}, which the config owns; remove it there and set"
@@ -87,9 +87,9 @@ def check_json(path: str, tree: dict) -> None:
         )
 
 
-def merged(cfg: RunConfig, ranks: int) -> dict:
+def build_deepspeed_config(cfg: RunConfig, ranks: int) -> dict:
     """The JSON, completed by what the config owns."""
-    tree = read_json(cfg.deepspeed)
+    tree = read_deepspeed_json(cfg.deepspeed)
     betas = list(cfg.optim.betas)
     return {
         **tree,
@@ -97,11 +97,13 @@ def merged(cfg: RunConfig, ranks: int) -> dict:
         "gradient_accumulation_steps": cfg.accumulate,
         "train_micro_batch_size_per_gpu": micro_batch_size(cfg.batch, ranks, cfg.accumulate),
         "gradient_clipping": cfg.optim.clip,
-        "optimizer": adamw(tree, lr=cfg.optim.peak(cfg.batch), betas=betas, eps=cfg.optim.eps),
+        "optimizer": adamw_section(
+            tree, lr=cfg.optim.peak_lr(cfg.batch), betas=betas, eps=cfg.optim.eps
+        ),
     }
 
 
-def adamw(tree: dict, **settings) -> dict:
+def adamw_section(tree: dict, **settings) -> dict:
     """The optimizer's part of a JSON: torch's AdamW, or DeepSpeed's own on the CPU if the JSON
     offloads it.
     """
@@ -111,7 +113,7 @@ def adamw(tree: dict, **settings) -> dict:
     return dict(type="AdamW", params=settings)
 
 
-def wrapped(
+def initialize_supervised(
     module: torch.nn.Module,
     groups: list[dict],
     path: str,
@@ -125,18 +127,18 @@ def wrapped(
     Stage 3 shards the module's own parameters. accumulate: backward passes to a step, whose mean
     gradient it takes.
     """
-    tree = read_json(path)
+    tree = read_deepspeed_json(path)
     tree.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
     tree |= {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts by it
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 0.0,
-        "optimizer": adamw(tree, lr=0.0, betas=list(betas), eps=1e-8),
+        "optimizer": adamw_section(tree, lr=0.0, betas=list(betas), eps=1e-8),
     }
     return deepspeed.initialize(model=module, model_parameters=groups, config=tree)[0]
 
 
-def unwrapped(trainer: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+def gather_state_dict(trainer: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The weights of such a module, whole on every rank; all ranks must call."""
     parameters = list(trainer.module.parameters())
     gather = contextlib.nullcontext()
@@ -165,12 +167,12 @@ class Engine:
         """load: puts weights into the new method, by whole_parameter; universal: load_checkpoint
         will read that format.
         """
-        tree = merged(cfg, world())
+        tree = build_deepspeed_config(cfg, world_size())
         if universal:
             tree["checkpoint"] = {"load_universal": True}
         self.stage = tree.get("zero_optimization", {}).get("stage", 0)
         self.bf16 = bool(tree.get("bf16", {}).get("enabled"))
-        self.samples, self.batch, self.length = 0, cfg.batch, cfg.samples
+        self.samples, self.batch, self.total_samples = 0, cfg.batch, cfg.samples
 
         # 1. Build the method, sharded where the JSON says stage 3, and put weights into it.
         torch.manual_seed(cfg.seed)
@@ -185,9 +187,9 @@ class Engine:
         self.method = method
 
         # 2. Hand it to DeepSpeed, which makes fp32 copies of bf16 weights: they are written again.
-        groups = optim.groups(method, cfg.optim)
+        groups = optim.parameter_groups(method, cfg.optim)
         self.ds, *_ = deepspeed.initialize(model=method, model_parameters=groups, config=tree)
-        self.settings = [
+        self.group_settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.ds.optimizer.param_groups
         ]
@@ -195,20 +197,20 @@ class Engine:
             load(method)
 
         # 3. Watch which trainable parameters get a gradient in a backward pass.
-        self.got: set[str] = set()
+        self.parameters_with_gradient: set[str] = set()
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         for name, parameter in self.trainable.items():
-            parameter.register_hook(lambda _, name=name: self.got.add(name))
+            parameter.register_hook(lambda _, name=name: self.parameters_with_gradient.add(name))
 
         # 4. The temperature's fp32 value, and the teacher, which begins as the student.
         self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
-        self.exact_temperature()
+        self.update_temperature_residuals()
         pairs = ema.parameters(method.ema_pairs())
         if self.stage == 3:
             teachers = [teacher for teacher, _ in pairs.values()]
-            unkept(teachers, self.ds.optimizer.persistent_parameters)
-        self.average = ema.Average(pairs, own_part, newest_part, written)
-        self.average.update(0.0)
+            disable_persistence(teachers, self.ds.optimizer.persistent_parameters)
+        self.averages = ema.Average(pairs, local_shard, local_fp32_shard, discard_gathered)
+        self.averages.update(0.0)
 
     def restore(self, folder: Path, found: dict) -> None:
         """Weights, optimizer and counts of a checkpoint folder; `found` is its manifest."""
@@ -217,7 +219,7 @@ class Engine:
             raise OSError(f"{folder}: DeepSpeed could not load it")
         # Undo two faults of the universal format with more than one group: all groups get the first
         # one's weight decay, and share one step counter, which each of them then counts up.
-        for group, settings in zip(self.ds.optimizer.param_groups, self.settings):
+        for group, settings in zip(self.ds.optimizer.param_groups, self.group_settings):
             group.update(settings)
         optimizer = getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
         for state in optimizer.state.values():
@@ -235,11 +237,11 @@ class Engine:
             loss, metrics = self.plain_step(on_device[0])
         else:
             loss, metrics = self.cached_step(on_device)
-        self.exact_temperature()
+        self.update_temperature_residuals()
         self.samples += self.batch
         # after the step: A-CLIP's release does it before the next forward, which is the same
-        if self.average.pairs:
-            self.average.update(self.method.momentum(self.samples / self.length))
+        if self.averages.pairs:
+            self.averages.update(self.method.momentum(self.samples / self.total_samples))
         return loss.detach(), metrics
 
     def plain_step(self, part: dict) -> tuple[torch.Tensor, dict]:
@@ -256,7 +258,7 @@ class Engine:
         # 1. Features of all micro-batches, without a graph.
         with torch.no_grad():
             outputs = [self.ds(part) for part in parts]
-        features = self.join(outputs)
+        features = self.concatenate(outputs)
 
         # 2. The loss of the whole batch, and its gradient with respect to the features.
         loss, metrics = self.method.loss(features)
@@ -272,7 +274,7 @@ class Engine:
             self.backward(sum((again[name] * gradient[name]).sum() for name in again))
         return loss, metrics
 
-    def join(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def concatenate(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Features of micro-batches -> those of the whole batch, as leaves; `shared` ones are the
         same in all.
         """
@@ -301,10 +303,10 @@ class Engine:
         """One backward pass and DeepSpeed's step, which updates the weights after the last part
         only.
         """
-        self.got.clear()
+        self.parameters_with_gradient.clear()
         # parts add up: the loss is already that of the whole batch
         self.ds.backward(loss, scale_wrt_gas=False)
-        missed = self.trainable.keys() - self.got
+        missed = self.trainable.keys() - self.parameters_with_gradient
         if missed:  # ZeRO-3 would apply their previous gradient again, silently
             raise RuntimeError(
                 f"no gradient reached {len(missed)} trainable parameters, e.g. {sorted(missed)[0]};"
@@ -314,7 +316,7 @@ class Engine:
         self.ds.step()
 
     @torch.no_grad()
-    def exact_temperature(self) -> None:
+    def update_temperature_residuals(self) -> None:
         """Under bf16, hand the forward what rounding took from the temperature: near ln 100 bf16
         steps are 3 % of the scale.
         """
@@ -343,14 +345,14 @@ def check_buffers(method: torch.nn.Module) -> None:
         )
 
 
-def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+def local_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The elements of a parameter that this rank holds, flat: its shard under ZeRO-3, else all."""
     if is_sharded(parameter):
-        return sharding_of(parameter).ds_tensor.data
+        return zero_attributes(parameter).ds_tensor.data
     return parameter.data.view(-1)
 
 
-def newest_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+def local_fp32_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The same in the precision that the optimizer works in, without communication.
 
     Under bf16 in stages 1 and 2, where a rank's fp32 copy is of other elements than it needs, the
@@ -358,10 +360,12 @@ def newest_part(parameter: torch.nn.Parameter) -> torch.Tensor:
     """
     if is_sharded(parameter) and parameter.requires_grad:
         return safe_get_local_fp32_param(parameter)
-    return own_part(parameter)
+    return local_shard(parameter)
 
 
-def unkept(teachers: list[torch.nn.Parameter], persistent: list[torch.nn.Parameter]) -> None:
+def disable_persistence(
+    teachers: list[torch.nn.Parameter], persistent: list[torch.nn.Parameter]
+) -> None:
     """Have ZeRO-3 gather small teacher parameters when they are used, as it does large ones.
 
     It gathers the small ones of a model after each optimizer step, which is before the averages
@@ -369,28 +373,28 @@ def unkept(teachers: list[torch.nn.Parameter], persistent: list[torch.nn.Paramet
     """
     known = {id(parameter) for parameter in teachers}
     for parameter in teachers:
-        sharding_of(parameter).ds_persist = False
+        zero_attributes(parameter).ds_persist = False
     persistent[:] = [parameter for parameter in persistent if id(parameter) not in known]
 
 
-def written(parameter: torch.nn.Parameter) -> None:
+def discard_gathered(parameter: torch.nn.Parameter) -> None:
     """Make ZeRO-3 forget what it gathered of a frozen parameter before its shard changed."""
     if not is_sharded(parameter):
         return
-    sharding = sharding_of(parameter)
+    sharding = zero_attributes(parameter)
     sharding.ds_secondary_tensor = None  # hierarchical partitioning keeps a second shard
     if sharding.ds_status == ZeroParamStatus.AVAILABLE:
         sharding.partition(has_been_updated=False)
 
 
-def sharding_of(parameter: torch.nn.Parameter) -> Any:
+def zero_attributes(parameter: torch.nn.Parameter) -> Any:
     """The parameter itself, for its attributes ds_tensor, ds_shape, ..., which ZeRO-3 adds to it
     and no type knows.
     """
     return parameter
 
 
-def has_copy(parameter: torch.nn.Parameter) -> bool:
+def has_fp32_copy(parameter: torch.nn.Parameter) -> bool:
     """Return True if DeepSpeed has made an fp32 copy of the parameter, which it trains."""
     return parameter.requires_grad and (
         hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
@@ -398,21 +402,21 @@ def has_copy(parameter: torch.nn.Parameter) -> bool:
 
 
 @contextlib.contextmanager
-def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+def full_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
     """Yield a tensor of the parameter's full shape for rank 0 to write; afterwards it is on every
     rank, or in every shard.
 
     It is the parameter itself, or the fp32 copy that DeepSpeed trains, once it has made one.
     """
     with torch.no_grad():
-        if has_copy(parameter):
+        if has_fp32_copy(parameter):
             sharded = is_sharded(parameter)
-            shape = sharding_of(parameter).ds_shape if sharded else parameter.shape
+            shape = zero_attributes(parameter).ds_shape if sharded else parameter.shape
             full = torch.empty(shape, device=device())
             yield full
             dist.broadcast(full, 0)
             if sharded:
-                write_shard(parameter, full)
+                write_fp32_shard(parameter, full)
             else:
                 safe_set_full_fp32_param(parameter, full)
         elif is_sharded(parameter):
@@ -426,16 +430,16 @@ def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
             parameter.data.copy_(sent)
 
 
-def write_shard(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
+def write_fp32_shard(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
     """Write this rank's shard of the fp32 copy; DeepSpeed's setter of the whole parameter does not
     know that the last shard is padded.
     """
-    size = sharding_of(parameter).ds_tensor.numel()
+    size = zero_attributes(parameter).ds_tensor.numel()
     shard = full.flatten()[rank() * size :][:size]
     safe_set_local_fp32_param(parameter, F.pad(shard, (0, size - len(shard))))
 
 
-def place(method: torch.nn.Module, bf16: bool) -> torch.nn.Module:
+def move_to_device(method: torch.nn.Module, bf16: bool) -> torch.nn.Module:
     """Move a method that is not trained to this rank's device, in the precision that its run
     trained in.
     """

@@ -23,16 +23,16 @@ from glimpse.model.lazy_tensors import Tensors, more
 from glimpse.model.methods import Method, build_method
 from glimpse.model.portable import CONFIG, WEIGHTS, About, Portable, is_one
 from glimpse.model.towers import ModelConfig
-from glimpse.run.lib.config import RunConfig, beside, build, merge, plain
+from glimpse.run.lib.config import RunConfig, build, merge, relocate_tokenizer, tuples_to_lists
 from glimpse.run.lib.config import load as read_config
 from glimpse.run.lib.distributed import broadcast_from_rank0, device, rank
 from glimpse.run.train import zero_reader
-from glimpse.run.train.checkpoint import check_identity, identity, newest, read_manifest
-from glimpse.run.train.engine import place, whole_parameter
+from glimpse.run.train.checkpoint import check_identity, identity, newest_checkpoint, read_manifest
+from glimpse.run.train.engine import full_parameter, move_to_device
 
 TOWERS = "towers."  # prefix of a method's parameters that a converted model holds
 # The keys that a converted model's config.json lacks, since only training reads them.
-UNTRAINED = dict(
+TRAINING_PLACEHOLDERS = dict(
     method="clip",
     samples=1,
     batch=1,
@@ -41,7 +41,7 @@ UNTRAINED = dict(
 )
 
 
-def find(path: Path) -> Path:
+def find_model(path: Path) -> Path:
     """Return the model that a path names.
 
     The newest checkpoint of a run folder, a checkpoint itself, or the folder of a converted model
@@ -62,10 +62,10 @@ def find(path: Path) -> Path:
         )
     if (path / CONFIG).is_file():
         tensor_files.read_json(path / CONFIG)  # raises ValueError if it is damaged
-    return newest(path)
+    return newest_checkpoint(path)
 
 
-def home(path: Path) -> Path:
+def results_folder(path: Path) -> Path:
     """Return the folder for results of a model that `find` returned.
 
     The run's, or the converted model's own.
@@ -73,7 +73,7 @@ def home(path: Path) -> Path:
     return path if is_one(path) else path.parents[1]
 
 
-def config_of(path: Path) -> RunConfig:
+def read_run_config(path: Path) -> RunConfig:
     """Return the config of a model that `find` returned.
 
     Training's keys of a converted model are filled in.
@@ -81,18 +81,18 @@ def config_of(path: Path) -> RunConfig:
     if not is_one(path):
         run = path.parents[1]
         cfg = read_config(run / "config.yaml")
-        data = replace(cfg.data, tokenizer=beside(cfg.data.tokenizer, run))
+        data = replace(cfg.data, tokenizer=relocate_tokenizer(cfg.data.tokenizer, run))
         return replace(cfg, data=data)
-    tree = said(path)
+    tree = read_portable_config(path)
     del tree["provenance"]
     if not tree.get("data"):
         raise ValueError(
             f"{path}: a vision tower alone, without text; start a run from it with init: {path}"
         )
-    return build(RunConfig, merge({**UNTRAINED, "run": str(path)}, tree))
+    return build(RunConfig, merge({**TRAINING_PLACEHOLDERS, "run": str(path)}, tree))
 
 
-def said(path: Path) -> dict:
+def read_portable_config(path: Path) -> dict:
     """Return a converted model's config.json, with the path of its vocabulary as it is now.
 
     Raises ValueError if a key is missing.
@@ -102,7 +102,7 @@ def said(path: Path) -> dict:
     check_keys(path, tree, "provenance", ("vocab", "fingerprint", "eot", "source"))
     if tree["provenance"].get("vocab") or tree.get("data"):
         check_keys(path, tree, "data", ("context", "tokenizer", "pad_text"))
-        tree["data"]["tokenizer"] = beside(str(tree["data"]["tokenizer"]), path)
+        tree["data"]["tokenizer"] = relocate_tokenizer(str(tree["data"]["tokenizer"]), path)
     return tree
 
 
@@ -116,20 +116,20 @@ def check_keys(path: Path, tree: dict, key: str, names: tuple[str, ...]) -> None
         raise ValueError(f"{path / CONFIG}: {', '.join(missing)} missing; convert the model again")
 
 
-def provenance(path: Path) -> dict:
+def read_provenance(path: Path) -> dict:
     """Return the record in a converted model's config.json of how it was made."""
-    return said(path)["provenance"]
+    return read_portable_config(path)["provenance"]
 
 
-def origin(path: Path) -> dict:
+def training_progress(path: Path) -> dict:
     """Return how far a model was trained: its step and samples, if they are known."""
-    source = provenance(path)["source"] if is_one(path) else read_manifest(path)
+    source = read_provenance(path)["source"] if is_one(path) else read_manifest(path)
     return {key: source[key] for key in ("step", "samples") if key in source}
 
 
-def converted(path: Path) -> Portable:
+def open_converted(path: Path) -> Portable:
     """Open a converted model's folder."""
-    tree = said(path)
+    tree = read_portable_config(path)
     record = tree["provenance"]
     data = tree.get("data", {})
     about = About(
@@ -146,7 +146,7 @@ def converted(path: Path) -> Portable:
     return Portable(model, record["vocab"], data.get("context", 0), tensors, about)
 
 
-def portable(path: Path, weights: str = "student") -> Portable:
+def open_portable(path: Path, weights: str = "student") -> Portable:
     """Open the towers of a model that `find` returned, in fp32.
 
     weights: student, or teacher: the moving averages in place of the weights that they average.
@@ -157,17 +157,17 @@ def portable(path: Path, weights: str = "student") -> Portable:
                 f"--weights {weights}: {path} holds one model; convert the run again with --weights"
                 f" {weights}"
             )
-        return converted(path)
+        return open_converted(path)
 
     # The towers' weights.
-    cfg = config_of(path)
+    cfg = read_run_config(path)
     manifest = read_manifest(path)
-    tensors = zero_reader.weights(path)
+    tensors = zero_reader.read_weights(path)
     names = {name.removeprefix(TOWERS): name for name in tensors if name.startswith(TOWERS)}
     vocab = tensors.meta[f"{TOWERS}text.token.weight"].shape[0]
     towers = tensors.renamed(names)
     if weights == "teacher":
-        towers = averaged(path, cfg, vocab, towers)
+        towers = replace_by_averages(path, cfg, vocab, towers)
 
     # The record of where they come from.
     source = dict(
@@ -183,18 +183,18 @@ def portable(path: Path, weights: str = "student") -> Portable:
         fingerprint=manifest["identity"]["tokenizer"],
         pad_text=cfg.data.pad_text,
         crop=cfg.eval_crop,
-        interpolation=interpolation(cfg),
+        interpolation=eval_interpolation(cfg),
         source=source,
     )
     return Portable(cfg.model, vocab, cfg.data.context, towers, about)
 
 
-def interpolation(cfg: RunConfig) -> str:
+def eval_interpolation(cfg: RunConfig) -> str:
     """Return the interpolation of a run's first view, with which evaluations resize images."""
     return next(iter(cfg.views.values())).interpolation
 
 
-def averaged(path: Path, cfg: RunConfig, vocab: int, towers: Tensors) -> Tensors:
+def replace_by_averages(path: Path, cfg: RunConfig, vocab: int, towers: Tensors) -> Tensors:
     """Return the towers' tensors, with the moving averages in place of what they average."""
     with torch.device("meta"):
         method = build_method(cfg, vocab)
@@ -209,7 +209,7 @@ def averaged(path: Path, cfg: RunConfig, vocab: int, towers: Tensors) -> Tensors
             average_of[name] = teachers[id(parameter)]
 
     keys = {name: key for name, (key, _) in average_of.items()}
-    averages = zero_reader.averages(path, dict(average_of.values())).renamed(keys)
+    averages = zero_reader.read_averages(path, dict(average_of.values())).renamed(keys)
 
     def get(name: str) -> torch.Tensor:
         return averages[name] if name in average_of else towers[name]
@@ -217,15 +217,15 @@ def averaged(path: Path, cfg: RunConfig, vocab: int, towers: Tensors) -> Tensors
     return Tensors({**towers.meta, **averages.meta}, get)
 
 
-def contents(path: Path) -> Tensors:
+def read_weights(path: Path) -> Tensors:
     """Return the weights of a checkpoint or converted model, under the names of a method."""
     if not is_one(path):
-        return zero_reader.weights(path)
+        return zero_reader.read_weights(path)
     tensors = tensor_files.read(path / WEIGHTS)
     return tensors.renamed({TOWERS + name: name for name in tensors})
 
 
-def load(
+def load_weights(
     method: torch.nn.Module,
     path: Path,
     names: dict[str, str] | None = None,
@@ -248,16 +248,16 @@ def load(
         shapes[stored] = getattr(parameter, "ds_shape", parameter.shape)
 
     # Rank 0 alone reads; it compares names and shapes before any rank waits for weights.
-    source = contents(path) if rank() == 0 else Tensors.held({})
-    broadcast_from_rank0(partial(check_places, path, source, shapes, under))
+    source = read_weights(path) if rank() == 0 else Tensors.held({})
+    broadcast_from_rank0(partial(check_names_and_shapes, path, source, shapes, under))
 
     for name, stored in names.items():
-        with whole_parameter(parameters[name]) as tensor:
+        with full_parameter(parameters[name]) as tensor:
             if rank() == 0:
                 tensor.copy_(source[stored])
 
 
-def check_places(
+def check_names_and_shapes(
     path: Path, source: Tensors, shapes: dict[str, torch.Size], under: str | None
 ) -> str:
     """Return "", or raise ValueError if the weights at a path are not those that `load` needs."""
@@ -283,15 +283,15 @@ def check_places(
     return ""
 
 
-def opened(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
+def open_model(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
     """Return (config, tokenizer, method on this rank's device) of a model, for evaluation.
 
     path: as `find` returned it.
     """
-    cfg = config_of(path)
+    cfg = read_run_config(path)
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
     if is_one(path):
-        source = provenance(path)
+        source = read_provenance(path)
         if source["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
                 f"{path}: trained with tokenizer {source['fingerprint']}; {cfg.data.tokenizer} is"
@@ -305,8 +305,8 @@ def opened(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
         vocab = tokenizer.vocab_size
         bf16 = read_manifest(path)["bf16"]
     method = build_method(cfg, vocab)
-    load(method, path)
-    place(method, bf16)
+    load_weights(method, path)
+    move_to_device(method, bf16)
     return cfg, tokenizer, method
 
 
@@ -323,9 +323,9 @@ def checksum(module: torch.nn.Module, cfg: RunConfig, tokenizer: Tokenizer) -> s
         total += int(bits.sum(dtype=torch.int64))
     settings = [
         total,
-        plain(asdict(cfg.model)),
+        tuples_to_lists(asdict(cfg.model)),
         cfg.eval_crop,
-        interpolation(cfg),
+        eval_interpolation(cfg),
         cfg.data.context,
         cfg.data.pad_text,
         tokenizer.fingerprint,
@@ -343,6 +343,6 @@ def backbone(run: Path | str, weights: str = "student", **options) -> torch.nn.M
     """
     from glimpse.model.downstream.backbone import Backbone
 
-    _, _, method = opened(find(Path(run)))
+    _, _, method = open_model(find_model(Path(run)))
     tower = method.eval_towers(weights).vision.float().requires_grad_(True)
     return Backbone(tower, **options).to(device())

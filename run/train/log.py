@@ -71,14 +71,14 @@ class Log:
 
     def __init__(self, folder: Path, rank: int, steps: int, batch: int):
         self.rank = rank
-        self.on = rank == 0
+        self.is_rank0 = rank == 0
         self.steps = steps
         self.batch = batch
         # since the last record: seconds without a batch, its time, its step
-        self.waited = 0.0
-        self.since = time.perf_counter()
+        self.wait_seconds = 0.0
+        self.last_time = time.perf_counter()
         self.last_step: int | None = None
-        if not self.on:
+        if not self.is_rank0:
             return
         from torch.utils.tensorboard import SummaryWriter
 
@@ -86,54 +86,58 @@ class Log:
         self.metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self.text = (folder / "log.txt").open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard")
-        self.live = sys.stdout.isatty()
+        self.is_terminal = sys.stdout.isatty()
 
-    def say(self, message: str) -> None:
+    def info(self, message: str) -> None:
         """Write a line for people: terminal and log.txt."""
-        if self.on:
-            self.show(message, end="\n")
+        if self.is_rank0:
+            self.print_line(message, end="\n")
             print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=self.text)
 
-    def show(self, line: str, end: str) -> None:
+    def print_line(self, line: str, end: str) -> None:
         """Print a line; on a terminal in place of the progress line."""
-        clear = "\r\033[K" if self.live else ""
+        clear = "\r\033[K" if self.is_terminal else ""
         print(f"{clear}{line}", end=end, flush=True)
 
-    def warn(self, message: str) -> None:
+    def warning(self, message: str) -> None:
         """Write a line about this rank's data, on every rank."""
-        if self.on:
-            self.say(message)
+        if self.is_rank0:
+            self.info(message)
         else:
             print(f"rank {self.rank}: {message}", flush=True)
 
-    def wait(self, seconds: float) -> None:
+    def add_wait_time(self, seconds: float) -> None:
         """Count time in which the loop had no batch."""
-        self.waited += seconds
+        self.wait_seconds += seconds
 
-    def step(self, step: int, samples: int, flops_per_sample: float, peak: float, **values) -> None:
+    def record_step(
+        self, step: int, samples: int, flops_per_sample: float, peak: float, **values
+    ) -> None:
         """Record a training step; step counts from 1, peak is of all devices together."""
-        if not self.on:
+        if not self.is_rank0:
             return
         now = time.perf_counter()
-        values = numbers(values)
+        values = to_floats(values)
         values["memory_gib"] = peak_gib()
         if self.last_step is not None:
-            elapsed = max(now - self.since, 1e-9)
+            elapsed = max(now - self.last_time, 1e-9)
             speed = (step - self.last_step) * self.batch / elapsed
             values["samples_per_s"] = speed
             values["mfu"] = speed * flops_per_sample / peak
-            values["stall"] = min(1.0, self.waited / elapsed)
+            values["stall"] = min(1.0, self.wait_seconds / elapsed)
         self.last_step = step
-        self.since = now
-        self.waited = 0.0
-        self.write(step, samples, values)
-        self.show(self.line(step, samples, values), end="" if self.live else "\n")
+        self.last_time = now
+        self.wait_seconds = 0.0
+        self.write_record(step, samples, values)
+        self.print_line(
+            self.progress_line(step, samples, values), end="" if self.is_terminal else "\n"
+        )
 
-    def line(self, step: int, samples: int, values: dict) -> str:
+    def progress_line(self, step: int, samples: int, values: dict) -> str:
         """Return the progress line of a step."""
         parts = [
             f"step {step}/{self.steps}",
-            f"{short(samples)} samples",
+            f"{format_count(samples)} samples",
             f"loss {values['loss']:.4f}",
         ]
         if "temperature" in values:
@@ -143,33 +147,35 @@ class Log:
             mfu = "?" if math.isnan(values["mfu"]) else f"{values['mfu']:.0%}"
             seconds_left = (self.steps - step) * self.batch / speed
             parts += [
-                f"{short(speed)}/s",
+                f"{format_count(speed)}/s",
                 f"MFU {mfu}",
                 f"data stall {values['stall']:.0%}",
-                f"ETA {clock(seconds_left)}",
+                f"ETA {format_duration(seconds_left)}",
             ]
         return " · ".join(parts)
 
-    def evaluation(self, step: int, samples: int, values: dict[str, float], weights: str) -> None:
+    def record_evaluation(
+        self, step: int, samples: int, values: dict[str, float], weights: str
+    ) -> None:
         """Record an evaluation; weights: whose results these are, student or teacher."""
-        if self.on and values:
+        if self.is_rank0 and values:
             names = values
             if weights != "student":
                 names = {f"{weights}/{name}": value for name, value in values.items()}
-            self.write(step, samples, names)
+            self.write_record(step, samples, names)
             record = dict(step=step, samples=samples, weights=weights, **values)
             with (self.folder / "results.jsonl").open("a") as results:
                 print(json.dumps(record), file=results)
-            self.say(
-                f"evaluated the {weights} after step {step}, {short(samples)} samples:\n"
-                f"{table(values)}"
+            self.info(
+                f"evaluated the {weights} after step {step}, {format_count(samples)} samples:\n"
+                f"{format_results(values)}"
             )
         # evaluating is not training time
-        self.since = time.perf_counter()
-        self.waited = 0.0
+        self.last_time = time.perf_counter()
+        self.wait_seconds = 0.0
         self.last_step = step
 
-    def write(self, step: int, samples: int, values: dict) -> None:
+    def write_record(self, step: int, samples: int, values: dict) -> None:
         """Append a record to metrics.jsonl and TensorBoard."""
         # JSON has no nan or inf
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -178,26 +184,26 @@ class Log:
         for name, value in values.items():
             self.board.add_scalar(name, value, samples)
 
-    def picture(self, name: str, image: Tensor, samples: int) -> None:
+    def add_image(self, name: str, image: Tensor, samples: int) -> None:
         """Show an image (3, H, W) uint8 on TensorBoard."""
-        if self.on:
+        if self.is_rank0:
             self.board.add_image(name, image, samples)
 
     def close(self) -> None:
-        if self.on:
-            if self.live:
+        if self.is_rank0:
+            if self.is_terminal:
                 print(flush=True)
             self.board.close()
             self.metrics.close()
             self.text.close()
 
 
-def numbers(values: dict) -> dict[str, float]:
+def to_floats(values: dict) -> dict[str, float]:
     """Return the values as floats, without those that are None."""
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def short(count: float) -> str:
+def format_count(count: float) -> str:
     """Return a count with a unit: 12800000000 -> '12.8B'."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * size:  # 999,950 is 1M, not 1e+03k
@@ -205,14 +211,14 @@ def short(count: float) -> str:
     return f"{count:.3g}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time as minutes and seconds, or hours too: 90061 -> '25:01:01'."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def table(results: dict[str, float]) -> str:
+def format_results(results: dict[str, float]) -> str:
     """Return {kind/set/metric: share} as a line a set, in percent.
 
     top1 is also shown as a multiple of chance.
@@ -225,11 +231,11 @@ def table(results: dict[str, float]) -> str:
     lines = []
     for name, values in rows.items():
         cells = "  ".join(f"{metric} {value:7.2%}" for metric, value in values.items())
-        lines.append(f"{name:{width}}  {cells}{against_chance(values)}")
+        lines.append(f"{name:{width}}  {cells}{format_chance_ratio(values)}")
     return "\n".join(lines)
 
 
-def against_chance(values: dict[str, float]) -> str:
+def format_chance_ratio(values: dict[str, float]) -> str:
     """Return top1 as a multiple of chance, or "" if either is missing."""
     if "top1" not in values or "chance" not in values:
         return ""

@@ -7,19 +7,19 @@ looks one-dimensional.
 from torch import nn
 
 from glimpse.model.heads import BatchNorm
-from glimpse.run.lib.config import KINDS, OptimConfig
+from glimpse.run.lib.config import PARAMETER_KINDS, OptimConfig
 
 
-def kind(module: nn.Module, name: str) -> str:
+def parameter_kind(module: nn.Module, name: str) -> str:
     """Return the kind of the parameter `module.name`, one of KINDS."""
     if isinstance(module, (nn.LayerNorm, BatchNorm)):
         return "norm"
     if isinstance(module, nn.Embedding):
         return "tokens"
-    return name if name in KINDS else "weight"
+    return name if name in PARAMETER_KINDS else "weight"
 
 
-def groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
     """Return two groups, with and without decay, that hold every trainable parameter once."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -27,7 +27,7 @@ def groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            if kind(module, name) in cfg.no_decay:
+            if parameter_kind(module, name) in cfg.no_decay:
                 undecayed.append(parameter)
             else:
                 decayed.append(parameter)

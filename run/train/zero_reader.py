@@ -42,18 +42,18 @@ class StoredRange:
     """`count` elements of one type that lie end to end in a file, from a byte on."""
 
     file: Path
-    begin: int
+    offset: int
     count: int
     dtype: torch.dtype
 
-    def part(self, first: int, count: int) -> "StoredRange":
+    def slice(self, first: int, count: int) -> "StoredRange":
         """Return `count` of the elements, from the `first` on."""
-        return StoredRange(self.file, self.begin + first * self.dtype.itemsize, count, self.dtype)
+        return StoredRange(self.file, self.offset + first * self.dtype.itemsize, count, self.dtype)
 
     def read_into(self, out: torch.Tensor) -> None:
         """Read the elements into a flat tensor of their number and type."""
         with self.file.open("rb") as file:
-            file.seek(self.begin)
+            file.seek(self.offset)
             size = file.readinto(out.view(torch.uint8).numpy().data)
         if size != self.count * self.dtype.itemsize:
             raise ValueError(f"{self.file}: truncated")
@@ -63,7 +63,7 @@ class StoredRange:
 Layout = dict[str, tuple[torch.Size, list[StoredRange]]]
 
 
-def structure(file: Path) -> dict:
+def read_structure(file: Path) -> dict:
     """Return the contents of a file, its tensors without their values."""
     try:
         with torch.serialization.safe_globals(TYPES):
@@ -75,7 +75,7 @@ def structure(file: Path) -> dict:
         raise ValueError(f"{file}: truncated or no checkpoint ({first_line(error)})") from None
 
 
-def run_of(tensor: torch.Tensor, file: Path) -> StoredRange:
+def locate(tensor: torch.Tensor, file: Path) -> StoredRange:
     """Locate a tensor that `structure` returned in its file."""
     storage_begin = tensor.untyped_storage()._checkpoint_offset
     if storage_begin is None:
@@ -84,24 +84,24 @@ def run_of(tensor: torch.Tensor, file: Path) -> StoredRange:
     return StoredRange(file, begin, tensor.numel(), tensor.dtype)
 
 
-def in_file(tensors: dict[str, torch.Tensor], file: Path) -> Layout:
+def locate_all(tensors: dict[str, torch.Tensor], file: Path) -> Layout:
     """Locate unsharded tensors that `structure` returned in their file."""
-    return {name: (tensor.shape, [run_of(tensor, file)]) for name, tensor in tensors.items()}
+    return {name: (tensor.shape, [locate(tensor, file)]) for name, tensor in tensors.items()}
 
 
-def cut(runs: Iterable[StoredRange], first: int, count: int) -> list[StoredRange]:
+def slice_ranges(runs: Iterable[StoredRange], first: int, count: int) -> list[StoredRange]:
     """Return `count` elements of runs that lie end to end, from the `first` on."""
     pieces = []
     for run in runs:
         begin = max(0, first)
         end = min(run.count, first + count)
         if begin < end:
-            pieces.append(run.part(begin, end - begin))
+            pieces.append(run.slice(begin, end - begin))
         first -= run.count
     return pieces
 
 
-def made(where: Layout) -> Tensors:
+def build_tensors(where: Layout) -> Tensors:
     """Return the tensors of a layout, read when they are asked for, as fp32."""
     for name, (shape, runs) in where.items():
         if sum(run.count for run in runs) != shape.numel():
@@ -127,7 +127,7 @@ def made(where: Layout) -> Tensors:
     return Tensors(meta, get)
 
 
-def files(path: Path, kind: str) -> list[Path]:
+def rank_files(path: Path, kind: str) -> list[Path]:
     """Return the ranks' files of a kind, in the order of ranks."""
 
     def numbers(file: Path) -> list[int]:
@@ -139,40 +139,40 @@ def files(path: Path, kind: str) -> list[Path]:
     return matches
 
 
-def weights(path: Path) -> Tensors:
+def read_weights(path: Path) -> Tensors:
     """Return every parameter of a checkpoint's method in fp32.
 
     The optimizer's master copy of what was trained; frozen parameters as they are.
     """
     stage = json.loads((path / "manifest.json").read_text())["stage"]
-    model_files = files(path, "model_states")
-    first = structure(model_files[0])
+    model_files = rank_files(path, "model_states")
+    first = read_structure(model_files[0])
     if stage == 0:
-        return made(in_file(first["module"], model_files[0]))
+        return build_tensors(locate_all(first["module"], model_files[0]))
 
     # The master copies, flat: groups[rank][group].
-    optimizer_files = files(path, "optim_states")
-    states = [structure(file)["optimizer_state_dict"] for file in optimizer_files]
+    optimizer_files = rank_files(path, "optim_states")
+    states = [read_structure(file)["optimizer_state_dict"] for file in optimizer_files]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     groups = []
     for state, file in zip(states, optimizer_files):
-        groups.append([run_of(part, file) for part in state[key]])
+        groups.append([locate(part, file) for part in state[key]])
 
     # Stages 1 and 2: the module is unsharded on rank 0, which alone has what is frozen.
     if stage < 3:
-        module = in_file(first["module"], model_files[0])
-        return made(module | split_groups(first["param_shapes"], groups, states[0]))
+        module = locate_all(first["module"], model_files[0])
+        return build_tensors(module | stage12_layout(first["param_shapes"], groups, states[0]))
 
     # Stage 3: every rank has a part of what is frozen, too.
-    trained_layout = whole_shards(first["param_shapes"], groups)
+    trained_layout = stage3_layout(first["param_shapes"], groups)
     frozen_shapes = first.get("frozen_param_shapes")
     if not frozen_shapes:
-        return made(trained_layout)
-    shards = [(structure(file)["frozen_param_fragments"], file) for file in model_files]
-    return made(trained_layout | joined(frozen_shapes, shards))
+        return build_tensors(trained_layout)
+    shards = [(read_structure(file)["frozen_param_fragments"], file) for file in model_files]
+    return build_tensors(trained_layout | sharded_layout(frozen_shapes, shards))
 
 
-def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[StoredRange]]) -> Layout:
+def stage3_layout(shapes: list[dict[str, torch.Size]], groups: list[list[StoredRange]]) -> Layout:
     """Locate the parameters of stage 3.
 
     Each rank has an equal part of every parameter, the last padded; a rank's parts lie end to end.
@@ -184,13 +184,13 @@ def whole_shards(shapes: list[dict[str, torch.Size]], groups: list[list[StoredRa
             size = math.ceil(shape.numel() / len(groups))
             pieces = []
             for rank_runs in groups:
-                pieces += cut(rank_runs, at, size)
-            where[name] = (shape, cut(pieces, 0, shape.numel()))
+                pieces += slice_ranges(rank_runs, at, size)
+            where[name] = (shape, slice_ranges(pieces, 0, shape.numel()))
             at += size
     return where
 
 
-def split_groups(
+def stage12_layout(
     shapes: list[dict[str, torch.Size]], groups: list[list[StoredRange]], state: dict
 ) -> Layout:
     """Locate the parameters of stages 1 and 2.
@@ -203,14 +203,14 @@ def split_groups(
         runs = [rank_runs[i] for rank_runs in groups]
         at = 0
         for j, (name, shape) in enumerate(group.items()):
-            where[name] = (shape, cut(runs, at, shape.numel()))
+            where[name] = (shape, slice_ranges(runs, at, shape.numel()))
             at += shape.numel()
             if paddings:
                 at += paddings[i][j]
     return where
 
 
-def joined(
+def sharded_layout(
     shapes: dict[str, torch.Size], shards: list[tuple[dict[str, torch.Tensor], Path]]
 ) -> Layout:
     """Locate tensors of which each rank's file has a part, the last padded.
@@ -219,15 +219,15 @@ def joined(
     """
     where: Layout = {}
     for name, shape in shapes.items():
-        runs = [run_of(parts[name], file) for parts, file in shards]
-        where[name] = (shape, cut(runs, 0, shape.numel()))
+        runs = [locate(parts[name], file) for parts, file in shards]
+        where[name] = (shape, slice_ranges(runs, 0, shape.numel()))
     return where
 
 
-def averages(path: Path, shapes: dict[str, torch.Size]) -> Tensors:
+def read_averages(path: Path, shapes: dict[str, torch.Size]) -> Tensors:
     """Return the moving averages of these names and shapes.
 
     run/train/checkpoint.py saves them beside DeepSpeed's files.
     """
-    shards = [(structure(file), file) for file in files(path, "average_rank_*")]
-    return made(joined(shapes, shards))
+    shards = [(read_structure(file), file) for file in rank_files(path, "average_rank_*")]
+    return build_tensors(sharded_layout(shapes, shards))

@@ -9,7 +9,7 @@ from glimpse.model import tensor_files
 from glimpse.model.convert import claimed
 from glimpse.model.portable import Portable, is_one
 from glimpse.run.train import checkpoint
-from glimpse.run.train.log import short
+from glimpse.run.train.log import format_count
 from glimpse.run.verify import open_any
 
 
@@ -40,7 +40,7 @@ def describe(path: Path, given: dict | None = None) -> str:
     rows["stored as"] = f"{' and '.join(stored_types(model))}, {size_of(path)}"
 
     # The run that it is from, or the source of a converted model.
-    if manifest := checkpoint.manifest(path):
+    if manifest := checkpoint.manifest_if_complete(path):
         rows |= run_rows(manifest)
     else:
         unlisted = ("path", "format", "notes")
@@ -146,7 +146,7 @@ def architecture(model: Portable) -> str:
     else:
         text = ", no text tower"
     sizes = f"{shape.width} x {shape.depth}{text}"
-    return f"ViT-{model.cfg.size} ({sizes}), {short(total)} parameters"
+    return f"ViT-{model.cfg.size} ({sizes}), {format_count(total)} parameters"
 
 
 def sides(model: Portable) -> str:
@@ -161,7 +161,9 @@ def counts(model: Portable) -> dict[str, str]:
     for name, meta in model.tensors.meta.items():
         tower = name.partition(".")[0]
         towers[tower] = towers.get(tower, 0) + meta.numel()
-    return {"parameters": ", ".join(f"{tower} {short(count)}" for tower, count in towers.items())}
+    return {
+        "parameters": ", ".join(f"{tower} {format_count(count)}" for tower, count in towers.items())
+    }
 
 
 def size_of(path: Path) -> str:

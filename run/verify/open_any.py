@@ -6,8 +6,8 @@ from pathlib import Path
 from glimpse.model import safe_unpickler, tensor_files
 from glimpse.model.convert import FORMATS, claimed
 from glimpse.model.portable import CONFIG, Portable, is_one
-from glimpse.run.lib.config import beside, build
-from glimpse.run.train.load_model import find, portable
+from glimpse.run.lib.config import build, relocate_tokenizer
+from glimpse.run.train.load_model import find_model, open_portable
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ def anything(
         if format_name := claimed(path):
             return format_name, foreign(path, format_name, weights, given or {})
         check_known(path)
-        folder = find(path)
+        folder = find_model(path)
         if given:
             raise ValueError(
                 f"--given {' '.join(given)}: {path} tells everything itself; leave it out"
             )
-        return "glimpse" if is_one(folder) else "checkpoint of a run", portable(folder, weights)
+        return "glimpse" if is_one(folder) else "checkpoint of a run", open_portable(
+            folder, weights
+        )
     except ValueError as error:
         if str(path) in str(error):
             raise error from None
@@ -56,7 +58,7 @@ def foreign(path: Path, format_name: str, weights: str, given: dict) -> Portable
     module = FORMATS[format_name]
     options = build(getattr(module, "Given", Nothing), given, f"--given for {format_name}: ")
     model = module.load(path, **{key: getattr(options, key) for key in given})
-    tokenizer = beside(model.about.tokenizer, path)
+    tokenizer = relocate_tokenizer(model.about.tokenizer, path)
     return replace(model, about=replace(model.about, tokenizer=tokenizer))
 
 

@@ -8,7 +8,7 @@ from glimpse.run.lib import config_table
 def test_the_table_is_current():
     page = config_table.PAGE.read_text()
 
-    assert config_table.with_table(page) == page, (
+    assert config_table.replace_table(page) == page, (
         "docs/config.md is stale; run: python -m glimpse.run.lib.config_table --write"
     )
 
@@ -21,11 +21,11 @@ def test_a_changed_default_makes_the_table_stale(monkeypatch):
 
     monkeypatch.setattr(window, "default", 17)
 
-    assert config_table.with_table(page) != page
+    assert config_table.replace_table(page) != page
 
 
 def test_a_key_without_a_description_is_an_error(monkeypatch):
-    monkeypatch.setattr(config_table, "comments", lambda cls: {})
+    monkeypatch.setattr(config_table, "field_comments", lambda cls: {})
 
     with pytest.raises(ValueError, match="has no comment; describe the key in one"):
-        config_table.table()
+        config_table.config_table()

@@ -46,7 +46,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, world: int, batch: int) -> Iterator[C
 
     fakes = {"BATCH": batch, "CHUNK": CHUNK}
     fakes["rank"] = lambda: this_thread.rank
-    fakes["world"] = lambda: world
+    fakes["world_size"] = lambda: world
     fakes["barrier"] = lambda: barrier.wait(30)
     fakes["rank0_first"] = lambda make: make()
     fakes["broadcast_from_rank0"] = lambda make: exchange(make())[0]

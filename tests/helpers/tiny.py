@@ -266,8 +266,8 @@ def recorded(
         record = dict(loss=5 / step, memory_gib=1 + step / 100)
         if speed is not None:
             record |= dict(samples_per_s=speed, mfu=0.25)
-        log.write(step, samples, record)
-        log.evaluation(step, samples, results.get(samples, {}), "student")
+        log.write_record(step, samples, record)
+        log.record_evaluation(step, samples, results.get(samples, {}), "student")
     log.close()
     return run
 

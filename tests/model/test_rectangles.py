@@ -201,7 +201,7 @@ def test_two_steps_of_every_method(data, name, more):
             *more,
         ],
     )
-    reader = config.reader(cfg)
+    reader = config.build_reader(cfg)
     loader = Batches(reader, Shards(cfg.data.train), batch=8)
     torch.manual_seed(0)
     method = build_method(cfg, reader.tokenizer.vocab_size)
@@ -217,7 +217,9 @@ def test_two_steps_of_every_method(data, name, more):
             positions = view["positions"]
             assert positions.max() < L
             assert torch.equal(positions, positions.sort(1).values)
-        assert pictures.masked_inputs_picture(part, cfg).shape[1] == sum(H + 2 for _ in part["views"])
+        assert pictures.masked_inputs_picture(part, cfg).shape[1] == sum(
+            H + 2 for _ in part["views"]
+        )
         loss, _ = method.loss(method(part))
         loss.backward()
         assert all(p.grad is not None for p in trained)

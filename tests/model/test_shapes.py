@@ -178,14 +178,14 @@ def test_checkpoints_from_before_the_key_are_still_the_same_model(tmp_path):
 
 
 def test_a_borrowed_tower_of_another_custom_size_is_refused(tmp_path):
-    identity = {"model": config.plain(dataclasses.asdict(odd()))}
+    identity = {"model": config.tuples_to_lists(dataclasses.asdict(odd()))}
     (tmp_path / "manifest.json").write_text(json.dumps({"identity": identity, "files": {}}))
     deeper = dataclasses.replace(odd(), custom=dataclasses.replace(ODD, depth=3))
 
-    initial_weights.check_tower(tmp_path, odd())
+    initial_weights.check_vision_tower(tmp_path, odd())
 
     with pytest.raises(ValueError, match="model.shape.depth: 2, this config says 3"):
-        initial_weights.check_tower(tmp_path, deeper)
+        initial_weights.check_vision_tower(tmp_path, deeper)
 
 
 @pytest.mark.parametrize(

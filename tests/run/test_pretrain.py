@@ -23,7 +23,7 @@ def training(*overrides: str) -> SimpleNamespace:
         cfg=cfg,
         tokenizer=SimpleNamespace(vocab_size=VOCAB),
         flops_per_sample=None,
-        log=SimpleNamespace(say=logged.append),
+        log=SimpleNamespace(info=logged.append),
         logged=logged,
     )
 

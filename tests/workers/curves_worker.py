@@ -94,7 +94,7 @@ def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -
 
 def start(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]:
     """Return the engine of a run, and this rank's batches."""
-    reader = config.reader(cfg)
+    reader = config.build_reader(cfg)
     trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
     batches = Batches(
         reader,
@@ -102,7 +102,7 @@ def start(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]:
         batch=cfg.batch,
         accumulate=cfg.accumulate,
         rank=distributed.rank(),
-        world=distributed.world(),
+        world=distributed.world_size(),
     )
     return trainer, batches
 
@@ -112,7 +112,7 @@ def steps(
 ) -> Iterator[float]:
     """Train on until so many samples are seen, and yield the loss of each step."""
     for parts in batches.stream(range(trainer.samples, until, cfg.batch), pin=False):
-        rate = cfg.optim.rate(trainer.samples, cfg.batch, cfg.samples)
+        rate = cfg.optim.lr_at(trainer.samples, cfg.batch, cfg.samples)
         loss, *_ = trainer.step(parts, rate)
         yield float(loss)
 
@@ -129,7 +129,7 @@ def curve(*case, only: int = 20, **how) -> list[float]:
 def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     distributed.start()
-    world = distributed.world()
+    world = distributed.world_size()
     short = 20 if WHOLE else 6  # ranks that share two cores take their time
     curves = {}
 

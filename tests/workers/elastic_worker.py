@@ -86,8 +86,8 @@ def state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
         tensors[f"fp32 {name}"] = safe_get_full_fp32_param(parameter)
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key} {name}"] = safe_get_full_optimizer_state(parameter, key)
-    for name, average in trainer.average.kept.items():
-        shape = ema.shape(trainer.average.pairs[name][0])
+    for name, average in trainer.averages.kept.items():
+        shape = ema.shape(trainer.averages.pairs[name][0])
         full_average = joined(average)[: shape.numel()] if trainer.stage == 3 else average
         tensors[f"average {name}"] = full_average.view(shape)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -95,7 +95,7 @@ def state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
 
 def joined(shard: torch.Tensor) -> torch.Tensor:
     """Join the shards of all ranks, which must all call."""
-    every = [torch.empty_like(shard) for _ in range(distributed.world())]
+    every = [torch.empty_like(shard) for _ in range(distributed.world_size())]
     dist.all_gather(every, shard)
     return torch.cat(every)
 
@@ -120,7 +120,7 @@ def rules(trainer: engine.Engine) -> list[list]:
 def zeroed(method: torch.nn.Module) -> None:
     """Zero the parameters, so that nothing is in place before it is loaded."""
     for parameter in method.parameters():
-        engine.own_part(parameter).zero_()
+        engine.local_shard(parameter).zero_()
 
 
 def moved(cfg, home: Path) -> tuple:
@@ -128,8 +128,8 @@ def moved(cfg, home: Path) -> tuple:
 
     That is the part of the saved state that is not the same, bit for bit, on any rank.
     """
-    path = checkpoint.newest(home)
-    universal = elastic.prepare_elastic(path, distributed.world())
+    path = checkpoint.newest_checkpoint(home)
+    universal = elastic.prepare_elastic(path, distributed.world_size())
     trainer, batches = start(cfg, universal=universal is not None, load=zeroed)
     elastic.resume(trainer, path, universal)
 
@@ -148,7 +148,7 @@ def moved(cfg, home: Path) -> tuple:
 
 def case(data: Path, name: str, stage: int, bf16: bool) -> dict:
     """Train EACH steps of a case on this number of ranks, and return what the test looks at."""
-    world = distributed.world()
+    world = distributed.world_size()
     home = data / f"{name}-{stage}-{bf16}"
     method, *more = METHODS[name]
     cfg = settings(data, method, stage, *SIZE, *more, bf16=bf16)

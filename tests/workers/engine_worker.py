@@ -75,13 +75,13 @@ class Cases:
         )
 
     def trained(self, cfg, steps: int, **how) -> engine.Engine:
-        reader = config.reader(cfg)
+        reader = config.build_reader(cfg)
         batches = Batches(
             reader,
             Shards(cfg.data.train),
             batch=cfg.batch,
             rank=distributed.rank(),
-            world=distributed.world(),
+            world=distributed.world_size(),
         )
         trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
         for parts in batches.stream(range(0, steps * cfg.batch, cfg.batch), pin=False):
@@ -132,11 +132,13 @@ class Cases:
     def groups(self, *flavour: str) -> list[dict]:
         """Return the optimizer's groups of a method built under zero.Init, {name: numel} each."""
         cfg = self.config(3, *flavour)
-        with deepspeed.zero.Init(config_dict_or_path=engine.merged(cfg, distributed.world())):
+        with deepspeed.zero.Init(
+            config_dict_or_path=engine.build_deepspeed_config(cfg, distributed.world_size())
+        ):
             method = METHODS[cfg.method](cfg.model, 320, cfg.data.context, cfg.options)
         names = {id(parameter): name for name, parameter in method.named_parameters()}
         groups = []
-        for group in optim.groups(method, cfg.optim):
+        for group in optim.parameter_groups(method, cfg.optim):
             groups.append({names[id(p)]: p.ds_numel for p in group["params"]})
         return groups
 
@@ -156,9 +158,9 @@ class Cases:
         trainer.ds.destroy()
 
         # From the file alone, then by an engine.
-        read = {name: value.float() for name, value in zero_reader.weights(path).items()}
+        read = {name: value.float() for name, value in zero_reader.read_weights(path).items()}
         other = self.config(then, "seed=7", frozen, bf16=bf16)
-        fresh = self.trained(other, 0, load=partial(load_model.load, path=path))
+        fresh = self.trained(other, 0, load=partial(load_model.load_weights, path=path))
         loaded = self.weights(fresh)
 
         moments = [0.0]
@@ -168,7 +170,7 @@ class Cases:
         in_both = [name for name in masters if name in read]
         results = {}
         results["kept"] = sorted(step.name for step in folder.glob("step-*"))
-        results["newest"] = checkpoint.newest(folder.parent).name
+        results["newest"] = checkpoint.newest_checkpoint(folder.parent).name
         results["missing"] = sorted(masters.keys() - read.keys())
         results["count"] = len(masters)
         # Weights that differ, as read from the file and as loaded.
@@ -197,12 +199,12 @@ class Cases:
 
         Rank 1 alone gets it, before its third step.
         """
-        stop = distributed.Stop()
+        stop = distributed.StopSignal()
         at = -1
         for step in range(10):
             if step == 2 and distributed.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if stop.asked():
+            if stop.is_requested():
                 at = step
                 break
         both = torch.zeros(2)
@@ -212,7 +214,7 @@ class Cases:
 
 def heat(method) -> None:
     """Set logit_scale far above ln 100."""
-    with engine.whole_parameter(method.towers.temperature.logit_scale) as logit_scale:
+    with engine.full_parameter(method.towers.temperature.logit_scale) as logit_scale:
         logit_scale.fill_(6.0)
 
 

@@ -104,7 +104,7 @@ def teacher(data: Path, name: str) -> dict:
 
     # Sizes: of this rank's averages, to the full ones and to its shards of the teacher; and of what
     # the optimizer updates.
-    averages = trainer.average.kept
+    averages = trainer.averages.kept
     average_size = sum(tensor.numel() for tensor in averages.values())
     results["share"] = average_size / sum(tensor.numel() for tensor in plain.kept)
     results["held"] = sum(t.ds_tensor.numel() for t in plain.teachers) / average_size
@@ -118,7 +118,7 @@ def teacher(data: Path, name: str) -> dict:
     again, batches = start(cfg)
     elastic.resume(again, path, None)
     results["resumed"] = list(steps(cfg, again, batches, cfg.samples))
-    results["same teacher"] = equal(averages, again.average.kept)
+    results["same teacher"] = equal(averages, again.averages.kept)
     again.ds.destroy()
     return results
 
@@ -144,14 +144,14 @@ def moved(data: Path, name: str, cfg) -> tuple:
 
     That is whether the averages are bit for bit as they were saved.
     """
-    path = checkpoint.newest(data / name)
+    path = checkpoint.newest_checkpoint(data / name)
     trainer, batches = start(cfg, universal=True)
     elastic.resume(trainer, path, elastic.prepare_elastic(path, 1))
     averages = {}
-    for key, value in trainer.average.kept.items():
-        averages[key] = value.view(ema.shape(trainer.average.pairs[key][0]))
+    for key, value in trainer.averages.kept.items():
+        averages[key] = value.view(ema.shape(trainer.averages.pairs[key][0]))
     shapes = {key: value.shape for key, value in averages.items()}
-    saved = zero_reader.averages(path, shapes)
+    saved = zero_reader.read_averages(path, shapes)
     return trainer, batches, {"same teacher": equal(averages, saved)}
 
 
@@ -163,9 +163,9 @@ def rounded(data: Path) -> dict:
     """
     name = "rounded"
     cfg = settings(data, "maskclip", 1, LONG, "optim.no_decay=[logit_scale]", bf16=True)
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         trainer, batches, results = moved(data, name, cfg)
-        saved = zero_reader.weights(checkpoint.newest(data / name))
+        saved = zero_reader.read_weights(checkpoint.newest_checkpoint(data / name))
         weights = {}
         for key, parameter in trainer.trainable.items():
             weights[key] = safe_get_full_fp32_param(parameter)
@@ -216,9 +216,9 @@ def main() -> None:
     distributed.start()
     results = {}
     for name in MOMENTA:
-        run = elsewhere if distributed.world() == 1 else teacher
+        run = elsewhere if distributed.world_size() == 1 else teacher
         results[name] = run(Path(data), name)
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         for name in METHODS:
             if name not in MOMENTA:
                 results[name] = resumed(Path(data), name)

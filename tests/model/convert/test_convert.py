@@ -187,7 +187,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match="old.pt: (refused|truncated)"):
         tensor_files.read(tmp_path / "old.pt")
     with pytest.raises(ValueError, match=r"x.pt: refused"):
-        zero_reader.structure(tmp_path / "x.pt")
+        zero_reader.read_structure(tmp_path / "x.pt")
     assert not (tmp_path / "harm").exists()
 
     torch.load(tmp_path / "x.pt", weights_only=False)
@@ -236,7 +236,7 @@ def test_files_are_written_and_checkpoints_read_a_tensor_at_a_time(tmp_path):
 from pathlib import Path
 from glimpse.model import tensor_files as files
 from glimpse.run.train import zero_reader as zero_files
-tensors = zero_files.weights(Path({str(tmp_path)!r}))""",
+tensors = zero_files.read_weights(Path({str(tmp_path)!r}))""",
         f"""
 files.write(Path({str(tmp_path)!r}) / "out.safetensors", tensors)""",
     )
@@ -324,7 +324,7 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
     assert code == 0, complaint
     assert "read again: 62 tensors" in out
     assert "largest difference" in out
-    assert load_model.converted(ours).tensors.meta["vision.cls"].dtype == torch.bfloat16
+    assert load_model.open_converted(ours).tensors.meta["vision.cls"].dtype == torch.bfloat16
 
     # Out again.
     code, out, complaint = convert("open_clip", ours, theirs)
@@ -441,7 +441,7 @@ def test_runs_of_any_rank_count_come_out_as_the_file_that_went_in(folder, tmp_pa
 )
 def test_a_start_that_does_not_fit_is_refused(change, complaint, folder, tmp_path):
     portable.save(open_clip.load(folder), tmp_path / "start")
-    cfg = load_model.config_of(tmp_path / "start").model
+    cfg = load_model.read_run_config(tmp_path / "start").model
     for key, value in change.items():
         *inner, last = key.split(".")[1:]
         changes = {last: value}
@@ -450,6 +450,6 @@ def test_a_start_that_does_not_fit_is_refused(change, complaint, folder, tmp_pat
         cfg = replace(cfg, **changes)
 
     with pytest.raises(ValueError, match=complaint):
-        initial_weights.found_for(
-            "init", str(tmp_path / "start"), initial_weights.check_start, cfg, ""
+        initial_weights.find_source(
+            "init", str(tmp_path / "start"), initial_weights.check_init_source, cfg, ""
         )

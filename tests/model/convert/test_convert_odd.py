@@ -389,10 +389,10 @@ def test_members_of_enums_as_older_pythons_pickle_them(protocol, tmp_path):
         torch_dist.Plain(io.BytesIO(no_member)).load()
 
     torch.save({"stage": Odd(ZeroStageEnum, "weights")}, tmp_path / "shard.pt")
-    assert zero_reader.structure(tmp_path / "shard.pt") == {"stage": ZeroStageEnum.weights}
+    assert zero_reader.read_structure(tmp_path / "shard.pt") == {"stage": ZeroStageEnum.weights}
     torch.save({"stage": Odd(ZeroStageEnum, "mro")}, tmp_path / "shard.pt")
     with pytest.raises(ValueError, match="shard.pt: truncated or no checkpoint .getattr of"):
-        zero_reader.structure(tmp_path / "shard.pt")
+        zero_reader.read_structure(tmp_path / "shard.pt")
 
 
 def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):

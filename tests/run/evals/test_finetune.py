@@ -132,7 +132,7 @@ def test_backward_passes_and_epochs(monkeypatch):
         passes = [[] for _ in range(6)]
         for rank in range(world):
             monkeypatch.setattr(finetune, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(finetune, "world", lambda world=world: world)
+            monkeypatch.setattr(finetune, "world_size", lambda world=world: world)
             share = shares(images, options.resolved(4), options)
             for all_rows, rows in zip(passes, share, strict=True):
                 all_rows.extend(rows)

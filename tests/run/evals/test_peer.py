@@ -47,7 +47,7 @@ def both(tmp_path_factory):
     torch.save(peer.state_dict(), folder / "b32.pt")
     convert(folder / "b32.pt", folder / "ours", "config=ViT-B-32")
     distributed.start()
-    cfg, tokenizer, method = load_model.opened(load_model.find(folder / "ours"))
+    cfg, tokenizer, method = load_model.open_model(load_model.find_model(folder / "ours"))
     return peer, embed.Embedder(method, cfg, tokenizer, home=folder / "ours", tag="peer")
 
 
@@ -149,7 +149,7 @@ def peer_loss(peer, cfg: config.RunConfig) -> float:
     """The loss that open_clip computes of the run's first batch, from pixels and padded ids."""
     import open_clip
 
-    reader = config.reader(cfg)
+    reader = config.build_reader(cfg)
     (batch,) = Batches(reader, Shards(cfg.data.train), batch=cfg.batch)[0]
 
     patches = batch["views"]["image"]["patches"].float()

@@ -96,9 +96,9 @@ def test_units_and_rates():
     assert flip.samples == 12_800_000_000
     assert flip.optim.warmup == 256_000_000
     # FLIP's released B, L and H configs
-    assert flip.optim.peak(flip.batch) == pytest.approx(1.024e-3)
-    assert unmasked.optim.peak(65536) == pytest.approx(1.024e-5)
-    assert clip.optim.peak(4096) == 5e-4
+    assert flip.optim.peak_lr(flip.batch) == pytest.approx(1.024e-3)
+    assert unmasked.optim.peak_lr(65536) == pytest.approx(1.024e-5)
+    assert clip.optim.peak_lr(4096) == 5e-4
 
 
 def test_missing_key():

@@ -22,7 +22,7 @@ from glimpse.model.methods import build_method
 from glimpse.run.lib import config
 from glimpse.run.plan import activation_memory, flops, planner, synthetic_batch
 from glimpse.run.plan.zero_memory import ADAM_TEMPORARIES, ZeroMemory
-from glimpse.run.pretrain import plan_text
+from glimpse.run.pretrain import describe_costs
 from glimpse.tests.helpers.tiny import launch
 from glimpse.tests.model.test_towers import GOLDEN
 
@@ -256,8 +256,8 @@ def test_what_is_printed():
     )
     cfg = load_config(*NANO, "samples=51.2k", "batch=512", "data.tokenizer=wordpiece(nowhere)")
 
-    text = plan_text(cfg, args)
-    other_text = plan_text(
+    text = describe_costs(cfg, args)
+    other_text = describe_costs(
         load_config(*NANO, "batch=512"), replace_namespace(args, peak_tflops=10.0, gpu_memory=24.0)
     )
 

@@ -392,7 +392,7 @@ def test_in_a_browser(tmp_path):
     assert Image.open(trained / "report/masks.png").width == 8 * 34
 
     # Masks of a converted model, whose number of samples is unknown.
-    pair = load_model.portable(load_model.find(trained))
+    pair = load_model.open_portable(load_model.find_model(trained))
     about = replace(pair.about, source={"path": "elsewhere"})
     portable.save(replace(pair, about=about), tmp_path / "pair")
     images = data / "train"

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from glimpse.data.shards import build_index, write_shard
-from glimpse.run.lib.run_dir import trained_elsewhere
+from glimpse.run.lib.run_dir import is_locked
 from glimpse.tests.helpers.tiny import (
     ROOT,
     command,
@@ -154,7 +154,7 @@ def test_a_run_that_is_being_trained(data, tmp_path):
             assert first.poll() is None
             assert time.time() < until
             time.sleep(0.1)
-        assert trained_elsewhere(run)
+        assert is_locked(run)
 
         # A second job is refused.
         second = pretrain(*settings(data, run, "samples=1M"), "--resume")
@@ -164,7 +164,7 @@ def test_a_run_that_is_being_trained(data, tmp_path):
     finally:
         first.kill()
         first.wait()
-    assert not trained_elsewhere(run)
+    assert not is_locked(run)
 
     # When the first was killed another goes on.
     step = len((run / "metrics.jsonl").read_text().splitlines())

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glimpse.run.train.elastic import convert
+from glimpse.run.train.elastic import convert_to_universal
 from glimpse.run.train.engine import check_buffers
 from glimpse.tests.helpers.tiny import launch, shards
 from glimpse.tests.model.methods.test_methods import VARIANTS, build
@@ -67,7 +67,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(checkpoint):
         r"needs a copy of 21990\.2 GB beside it for a while, the disk has .* or go on on 2 ranks"
     )
     with pytest.raises(OSError, match=complaint):
-        convert(checkpoint, checkpoint.with_name("universal-step-00000001"))
+        convert_to_universal(checkpoint, checkpoint.with_name("universal-step-00000001"))
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
@@ -76,7 +76,7 @@ def test_a_conversion_that_fails_leaves_nothing(checkpoint):
     target.mkdir()
 
     with pytest.raises(OSError, match="step-00000001: conversion to the universal format failed"):
-        convert(checkpoint, target)
+        convert_to_universal(checkpoint, target)
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 

@@ -19,8 +19,8 @@ from glimpse.model.methods import build_method
 from glimpse.model.methods.base import Averaging, Method
 from glimpse.run.lib import config
 from glimpse.run.train import checkpoint
-from glimpse.run.train.engine import read_json
-from glimpse.run.train.optim import groups
+from glimpse.run.train.engine import read_deepspeed_json
+from glimpse.run.train.optim import parameter_groups
 from glimpse.tests.helpers.tiny import launch, shards
 from glimpse.tests.run.train.test_optim import FLAVOURS
 
@@ -72,7 +72,7 @@ def test_groups_under_zero3(results, flavour):
     names = {id(p): name for name, p in method.named_parameters()}
     patch_bias = {"towers.vision.patch.bias"}  # the worker's clip flavour keeps it
 
-    unsharded = groups(method, cfg.optim)
+    unsharded = parameter_groups(method, cfg.optim)
     for group, sharded in zip(unsharded, results[f"groups {flavour}"], strict=True):
         expected = {names[id(p)]: p.numel() for p in group["params"]}
         assert {name: sharded[name] for name in expected} == expected
@@ -146,7 +146,7 @@ def test_what_a_deepspeed_json_may_not_say(tree, complaint, tmp_path):
     path.write_text(json.dumps(tree))
 
     with pytest.raises(ValueError, match=f"deepspeed: {path}:? {complaint}"):
-        read_json(str(path))
+        read_deepspeed_json(str(path))
 
 
 SHARD = "0_optim_states.pt"
@@ -161,7 +161,7 @@ class Engine:
 
     def __init__(self, step):
         self.ds = SimpleNamespace(global_steps=step, save_checkpoint=self.write)
-        self.average = SimpleNamespace(pairs={})
+        self.averages = SimpleNamespace(pairs={})
 
     def write(self, folder, tag, **_):
         path = Path(folder) / tag
@@ -182,7 +182,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def steps(folder):
-    return [int(path.name[-8:]) for path in checkpoint.whole(folder)]
+    return [int(path.name[-8:]) for path in checkpoint.complete_checkpoints(folder)]
 
 
 def names(folder):
@@ -190,12 +190,12 @@ def names(folder):
 
 
 def test_the_newest_are_kept(folder):
-    manifest = checkpoint.manifest(folder / "step-00000004")
+    manifest = checkpoint.manifest_if_complete(folder / "step-00000004")
 
     assert steps(folder) == [4, 3, 2]
     assert names(folder) == ["step-00000002", "step-00000003", "step-00000004"]
-    assert checkpoint.newest(folder.parent).name == "step-00000004"
-    assert checkpoint.newest(folder / "step-00000002").name == "step-00000002"
+    assert checkpoint.newest_checkpoint(folder.parent).name == "step-00000004"
+    assert checkpoint.newest_checkpoint(folder / "step-00000002").name == "step-00000002"
     assert manifest["step"] == 4
     assert manifest["samples"] == 160
     assert manifest["files"] == {SHARD: 1000, "sub/b.pt": 1000}
@@ -226,9 +226,9 @@ def test_a_torn_checkpoint_is_skipped_and_written_again(folder, tear, flaw):
     assert steps(folder) == [3, 2]
     if flaw:
         with pytest.raises(ValueError, match=flaw):
-            checkpoint.newest(folder.parent)
+            checkpoint.newest_checkpoint(folder.parent)
     else:
-        assert checkpoint.newest(folder.parent).name == "step-00000003"
+        assert checkpoint.newest_checkpoint(folder.parent).name == "step-00000003"
 
     checkpoint.save(Engine(4), folder, dict(identity={}, shards=0), keep=2)
 
@@ -242,10 +242,10 @@ def test_no_checkpoint_and_another_model(folder, tmp_path):
     bidirectional = dict(model=dict(size="B/16", text=dict(causal=False)))
 
     with pytest.raises(ValueError, match="no such folder"):
-        checkpoint.newest(none)
+        checkpoint.newest_checkpoint(none)
     none.mkdir()
     with pytest.raises(ValueError, match="no whole checkpoint"):
-        checkpoint.newest(none)
+        checkpoint.newest_checkpoint(none)
 
     path = checkpoint.save(Engine(9), folder, dict(identity=causal), keep=3)
     checkpoint.check_identity(path, causal)
@@ -255,7 +255,7 @@ def test_no_checkpoint_and_another_model(folder, tmp_path):
 
 def test_a_manifest_that_is_needed(folder):
     path = folder / "step-00000004"
-    assert checkpoint.read_manifest(path) == checkpoint.manifest(path)
+    assert checkpoint.read_manifest(path) == checkpoint.manifest_if_complete(path)
 
     (path / SHARD).unlink()
     with pytest.raises(ValueError, match=f"step-00000004: {SHARD} is missing, .*: damaged"):

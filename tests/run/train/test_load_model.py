@@ -138,8 +138,8 @@ def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch)
     tokenizer = f"sentencepiece({tmp_path}/moved/tokenizer.model)"
     assert cfg.data.tokenizer == tokenizer
     for name in ("moved", "moved/model.safetensors"):
-        path = load_model.find(tmp_path / name)
-        assert load_model.config_of(path).data.tokenizer == tokenizer
+        path = load_model.find_model(tmp_path / name)
+        assert load_model.read_run_config(path).data.tokenizer == tokenizer
 
 
 def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
@@ -147,7 +147,7 @@ def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
 
     complaint = "theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one"
     with pytest.raises(ValueError, match=complaint):
-        load_model.find(tmp_path / "theirs")
+        load_model.find_model(tmp_path / "theirs")
 
 
 def test_what_a_converted_model_does_not_say(tmp_path):
@@ -159,7 +159,7 @@ def test_what_a_converted_model_does_not_say(tmp_path):
 
     complaint = "config.json: provenance.fingerprint missing; convert the model again"
     with pytest.raises(ValueError, match=complaint):
-        load_model.opened(folder)
+        load_model.open_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_pat
     """By what looks at a model, and by what starts from it."""
     folder = tmp_path / "ours"
     portable.save(made(*FLAVOURS["CLIP"]), folder)
-    cfg = load_model.config_of(folder).model
+    cfg = load_model.read_run_config(folder).model
     file = folder / "config.json"
     if damage:
         tree = json.loads(file.read_text())
@@ -191,9 +191,9 @@ def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_pat
         file.write_text("{x")
 
     with pytest.raises(ValueError, match=complaint):
-        load_model.opened(load_model.find(folder))
+        load_model.open_model(load_model.find_model(folder))
     with pytest.raises(ValueError, match=f"init: .*{complaint}"):
-        initial_weights.found_for("init", str(folder), initial_weights.check_start, cfg, "")
+        initial_weights.find_source("init", str(folder), initial_weights.check_init_source, cfg, "")
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_
     expected = {name: torch.Size(shape) for name, shape in shapes.items()}
 
     with pytest.raises(ValueError, match=complaint):
-        load_model.check_places(tmp_path, source, expected, under)
-    assert load_model.check_places(tmp_path, source, {"a": torch.Size([2])}, None) == ""
+        load_model.check_names_and_shapes(tmp_path, source, expected, under)
+    assert load_model.check_names_and_shapes(tmp_path, source, {"a": torch.Size([2])}, None) == ""
 
 
 def test_where_a_run_starts_is_looked_up_once(monkeypatch):
@@ -225,8 +225,8 @@ def test_where_a_run_starts_is_looked_up_once(monkeypatch):
     def load(method, *where):
         loads.append(where)
 
-    monkeypatch.setattr(initial_weights, "found_places", found_places)
-    monkeypatch.setattr(initial_weights, "load", load)
+    monkeypatch.setattr(initial_weights, "weight_sources", found_places)
+    monkeypatch.setattr(initial_weights, "load_weights", load)
     method = torch.nn.Linear(2, 2)
 
     put = initial_weights.init_weights("run", "vocabulary")
@@ -279,14 +279,14 @@ def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
     vocab.write_bytes(b"first")
     vocab.chmod(0o444)
 
-    run_dir.keep(vocab, copied)
+    run_dir.copy_if_changed(vocab, copied)
     assert copied.stat().st_mode & 0o200, "the copy can be written"
 
     copied.chmod(0o444)
-    run_dir.keep(copied, copied)
+    run_dir.copy_if_changed(copied, copied)
     vocab.chmod(0o644)
     vocab.write_bytes(b"other")
-    run_dir.keep(vocab, copied)
+    run_dir.copy_if_changed(vocab, copied)
     assert copied.read_bytes() == b"other"
     assert len(list(copied.parent.iterdir())) == 1
 
@@ -318,9 +318,9 @@ import torch
 from pathlib import Path
 from glimpse.run.train import zero_reader
 file = Path({str(tmp_path / "x.pt")!r})
-run = zero_reader.run_of(zero_reader.structure(file)["w"], file)
-parts = [run.part(0, 8 << 20), run.part(8 << 20, 8 << 20)]
-tensors = zero_reader.made({{"w": (torch.Size([16 << 20]), parts)}})""",
+stored = zero_reader.locate(zero_reader.read_structure(file)["w"], file)
+halves = [stored.slice(0, 8 << 20), stored.slice(8 << 20, 8 << 20)]
+tensors = zero_reader.build_tensors({{"w": (torch.Size([16 << 20]), halves)}})""",
         """
 assert float(tensors["w"].sum()) == 16 << 20""",
     )

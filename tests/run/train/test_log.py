@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from glimpse.run.lib.run_dir import trim
-from glimpse.run.train.log import Log, clock, peak_flops, short, table
+from glimpse.run.lib.run_dir import drop_records_after
+from glimpse.run.train.log import Log, format_count, format_duration, format_results, peak_flops
 
 
 def strict(path):
@@ -25,11 +25,11 @@ def strict(path):
 
 def test_records(tmp_path, capsys):
     log = Log(tmp_path, 0, steps=40, batch=256)
-    log.step(1, 256, 1e9, 1e12, loss=5.5, lr=1e-3, grad_norm=None, temperature=0.07)
+    log.record_step(1, 256, 1e9, 1e12, loss=5.5, lr=1e-3, grad_norm=None, temperature=0.07)
     begin = time.perf_counter()
-    log.wait(0.02)
+    log.add_wait_time(0.02)
     time.sleep(0.08)
-    log.step(
+    log.record_step(
         11,
         2816,
         1e9,
@@ -41,7 +41,7 @@ def test_records(tmp_path, capsys):
         accuracy=float("nan"),
     )
     elapsed = time.perf_counter() - begin
-    log.say("hello")
+    log.info("hello")
     log.close()
 
     # the records
@@ -68,17 +68,17 @@ def test_records(tmp_path, capsys):
 
 def test_evaluations(tmp_path, capsys):
     log = Log(tmp_path, 0, steps=40, batch=256)
-    log.step(1, 256, 1e9, 1e12, loss=5.5)
-    log.evaluation(1, 256, {}, "student")  # a config with eval_every and no evals
+    log.record_step(1, 256, 1e9, 1e12, loss=5.5)
+    log.record_evaluation(1, 256, {}, "student")  # a config with eval_every and no evals
     assert not (tmp_path / "results.jsonl").exists()
     assert len(strict(tmp_path / "metrics.jsonl")) == 1
 
     values = {"zero_shot/shapes/top1": 0.5, "zero_shot/shapes/chance": 0.1}
-    log.wait(0.5)
+    log.add_wait_time(0.5)
     time.sleep(0.05)
-    log.evaluation(5, 1280, values, "student")
+    log.record_evaluation(5, 1280, values, "student")
     time.sleep(0.02)
-    log.step(6, 1536, 1e9, 1e12, loss=5.0)
+    log.record_step(6, 1536, 1e9, 1e12, loss=5.0)
     log.close()
 
     record = dict(step=5, samples=1280, weights="student", **values)
@@ -91,16 +91,16 @@ def test_evaluations(tmp_path, capsys):
 
 def test_other_ranks_are_silent(tmp_path, capsys):
     log = Log(tmp_path, 1, steps=40, batch=256)
-    log.wait(1.0)
-    log.step(1, 256, 1e9, 1e12, loss=5.5)
-    log.evaluation(1, 256, {"zero_shot/x/top1": 0.5}, "student")
-    log.say("hello")
-    log.picture("x", None, 0)
+    log.add_wait_time(1.0)
+    log.record_step(1, 256, 1e9, 1e12, loss=5.5)
+    log.record_evaluation(1, 256, {"zero_shot/x/top1": 0.5}, "student")
+    log.info("hello")
+    log.add_image("x", None, 0)
     log.close()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
 
-    log.warn("skipped 0.tar 17")
+    log.warning("skipped 0.tar 17")
     out = capsys.readouterr().out
     assert out == "rank 1: skipped 0.tar 17\n", "but for what is wrong with their own data"
 
@@ -108,24 +108,24 @@ def test_other_ranks_are_silent(tmp_path, capsys):
 def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
     log = Log(tmp_path, 0, steps=40, batch=16)
     for step in range(1, 7):
-        log.step(step, 16 * step, 1e9, 1e12, loss=1.0 * step)
+        log.record_step(step, 16 * step, 1e9, 1e12, loss=1.0 * step)
     log.close()
     records = tmp_path / "metrics.jsonl"
     with records.open("a") as file:
         file.write('{"step": 7, "samples": 11')  # a kill cut it off; 11 is no more than 64
 
-    trim(records, 64)
+    drop_records_after(records, 64)
     assert [row["step"] for row in strict(records)] == [1, 2, 3, 4]
     assert records.read_text().endswith("}\n")
 
     log = Log(tmp_path, 0, steps=40, batch=16)
-    log.step(5, 80, 1e9, 1e12, loss=5.0)
+    log.record_step(5, 80, 1e9, 1e12, loss=5.0)
     log.close()
     assert [row["samples"] for row in strict(records)] == [16, 32, 48, 64, 80]
 
-    trim(records, 0)
+    drop_records_after(records, 0)
     assert records.read_text() == ""
-    trim(tmp_path / "none.jsonl", 64)
+    drop_records_after(tmp_path / "none.jsonl", 64)
     assert sorted(p.name for p in tmp_path.glob("*.jsonl*")) == ["metrics.jsonl"]
 
 
@@ -145,15 +145,15 @@ def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
     ],
 )
 def test_short(count, text):
-    assert short(count) == text
+    assert format_count(count) == text
 
 
 def test_clock():
-    assert clock(0) == "0:00"
-    assert clock(59.9) == "0:59"
-    assert clock(61) == "1:01"
-    assert clock(3600) == "1:00:00"
-    assert clock(90_061) == "25:01:01"
+    assert format_duration(0) == "0:00"
+    assert format_duration(59.9) == "0:59"
+    assert format_duration(61) == "1:01"
+    assert format_duration(3600) == "1:00:00"
+    assert format_duration(90_061) == "25:01:01"
 
 
 def test_table():
@@ -164,7 +164,7 @@ def test_table():
         "retrieval/a_longer_name/image_to_text_r1": 0.125,
     }
 
-    first, second = table(results).splitlines()
+    first, second = format_results(results).splitlines()
 
     words = "zero_shot shapes top1 50.00% top5 100.00% chance 4.17% (12x chance)"
     assert first.split() == words.split()

@@ -13,8 +13,8 @@ from torch import nn
 
 from glimpse.model.methods import build_method
 from glimpse.run.lib import config
-from glimpse.run.lib.config import KINDS, OptimConfig
-from glimpse.run.train.optim import groups, kind
+from glimpse.run.lib.config import PARAMETER_KINDS, OptimConfig
+from glimpse.run.train.optim import parameter_groups, parameter_kind
 
 FLAVOURS = {
     "flip": [],
@@ -44,7 +44,7 @@ def free_names(method, cfg):
 
     Checks that the two groups hold every trainable parameter once.
     """
-    decayed, free = groups(method, cfg.optim)
+    decayed, free = parameter_groups(method, cfg.optim)
     assert decayed["weight_decay"] == 0.2
     assert free["weight_decay"] == 0.0
 
@@ -87,14 +87,14 @@ def test_groups(flavour):
 
 
 def test_every_kind_can_be_switched_off_and_frozen_ones_are_left_out():
-    method, cfg = method_and_config("clip", f"optim.no_decay=[{', '.join(KINDS)}]")
+    method, cfg = method_and_config("clip", f"optim.no_decay=[{', '.join(PARAMETER_KINDS)}]")
     count = len(list(method.parameters()))
 
-    (everything,) = groups(method, cfg.optim)
+    (everything,) = parameter_groups(method, cfg.optim)
     assert everything["weight_decay"] == 0.0
     assert len(everything["params"]) == count
 
-    (everything,) = groups(method, replace(cfg.optim, no_decay=()))
+    (everything,) = parameter_groups(method, replace(cfg.optim, no_decay=()))
     assert everything["weight_decay"] == 0.2
     assert len(everything["params"]) == count
 
@@ -108,16 +108,16 @@ def test_a_shared_parameter_is_refused():
     method.again.weight = method.towers.image_projection.weight
 
     with pytest.raises(AssertionError, match="shared"):
-        groups(method, cfg.optim)
+        parameter_groups(method, cfg.optim)
 
 
 def test_kind():
-    assert kind(nn.LayerNorm(4), "bias") == "norm"
-    assert kind(nn.LayerNorm(4), "weight") == "norm"
-    assert kind(nn.Linear(4, 4), "bias") == "bias"
-    assert kind(nn.Linear(4, 4), "weight") == "weight"
-    assert kind(nn.Embedding(4, 4), "weight") == "tokens"
-    assert kind(nn.Module(), "cls") == "cls"
+    assert parameter_kind(nn.LayerNorm(4), "bias") == "norm"
+    assert parameter_kind(nn.LayerNorm(4), "weight") == "norm"
+    assert parameter_kind(nn.Linear(4, 4), "bias") == "bias"
+    assert parameter_kind(nn.Linear(4, 4), "weight") == "weight"
+    assert parameter_kind(nn.Embedding(4, 4), "weight") == "tokens"
+    assert parameter_kind(nn.Module(), "cls") == "cls"
     with pytest.raises(ValueError, match="optim.no_decay: unknown 'norms'; known: bias, norm"):
         OptimConfig(lr="1", weight_decay=0, warmup=0, no_decay=("norms",))
 
@@ -133,11 +133,11 @@ def test_flip_rates():
     optim = OptimConfig(lr="4e-6 per 256", weight_decay=0.2, warmup=warmup)
 
     def rate(seen):
-        return optim.rate(seen, batch, samples)
+        return optim.lr_at(seen, batch, samples)
 
     # the peak
-    assert optim.peak(batch) == pytest.approx(1.024e-3, rel=1e-12)
-    assert optim.peak(256) == 4e-6
+    assert optim.peak_lr(batch) == pytest.approx(1.024e-3, rel=1e-12)
+    assert optim.peak_lr(256) == 4e-6
 
     # the warm-up
     first = 1.024e-3 * batch / warmup
@@ -161,7 +161,7 @@ def test_slip_rates():
     optim = OptimConfig(lr="5e-4", weight_decay=0.5, warmup=14_700_000, min_lr=1e-5)
 
     def rate(seen):
-        return optim.rate(seen, 4096, samples)
+        return optim.lr_at(seen, 4096, samples)
 
     rates = [rate(seen) for seen in range(0, samples, 1_000_000)]
     peak = rates.index(max(rates))
@@ -178,11 +178,11 @@ def test_slip_rates():
 
 def test_without_warmup_and_shorter_than_it():
     flat = OptimConfig(lr="1e-3", weight_decay=0, warmup=0)
-    assert flat.rate(0, 16, 320) == 1e-3
-    assert flat.rate(320, 16, 320) == pytest.approx(0, abs=1e-18)
+    assert flat.lr_at(0, 16, 320) == 1e-3
+    assert flat.lr_at(320, 16, 320) == pytest.approx(0, abs=1e-18)
 
     short = OptimConfig(lr="1e-3", weight_decay=0, warmup=1000)
-    assert short.rate(304, 16, 320) == pytest.approx(3.2e-4), "a run that ends within its warm-up"
+    assert short.lr_at(304, 16, 320) == pytest.approx(3.2e-4), "a run that ends within its warm-up"
 
 
 @pytest.mark.parametrize("lr", ["fast", "1e-3 per", "4e-6 per batch", "1e", "", "1e-3 per 256 "])

@@ -152,8 +152,8 @@ def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
     prefixes = {path.name[:5] for path in (run / "checkpoints").iterdir() if path.is_dir()}
     resumed = losses(run)
     far = max(relative(resumed[step], loss) for step, loss in uninterrupted.items())
-    ours = zero_reader.weights(checkpoint.newest(run))
-    reference = zero_reader.weights(checkpoint.newest(data / "straight"))
+    ours = zero_reader.read_weights(checkpoint.newest_checkpoint(run))
+    reference = zero_reader.read_weights(checkpoint.newest_checkpoint(data / "straight"))
     apart = max(largest(ours[name] - reference[name]) for name in reference)
     print(
         f"2 -> 4 -> 1 ranks, 1 -> 2 -> 0 workers: losses at most {far:.1e} apart, weights, the"
