@@ -264,7 +264,7 @@ from glimpse.data.builders.imagefolder import WORDNET
 from glimpse.data.evals.prompts import templates
 from glimpse.run.lib.config import ROOT, load
 from glimpse.run.study import claims, grid
-from glimpse.run.train.engine import read_json
+from glimpse.run.train.engine import read_deepspeed_json
 
 config = load(ROOT / "run/configs/flip_b16.yaml")
 print(json.dumps({
@@ -272,7 +272,7 @@ print(json.dumps({
     "version": glimpse.__version__,
     "root": str(ROOT),
     "files": [module.__file__ for module in (glimpse, glimpse.data, glimpse.model, glimpse.run)],
-    "zero stage": read_json(config.deepspeed)["zero_optimization"]["stage"],
+    "zero stage": read_deepspeed_json(config.deepspeed)["zero_optimization"]["stage"],
     "templates": len(templates("7")),
     "read": [WORDNET.exists(), claims.CLAIMS_FILE.exists(), (grid.GRIDS_FOLDER / "methods.yaml").exists()],
 }))

@@ -1,12 +1,15 @@
-"""Checkpoints that are complete or do not count, and that any number of ranks can resume from.
+"""Write, validate and find checkpoints.
 
-    RUN/checkpoints/step-00001000/      DeepSpeed's files, one or two a rank, and manifest.json
-    manifest.json                       written last: step, samples, ranks, ZeRO stage, what was
-                                        trained, and every file's size
+    RUN/checkpoints/step-00001000/      DeepSpeed's files, one or two per rank, and manifest.json
+    manifest.json                       step, samples, ranks, ZeRO stage, the run's identity, and
+                                        the size of every file
 
-A folder counts only with a manifest that fits its files, so a job may die at any moment:
-DeepSpeed's own `latest` is written before the other ranks are done. run/train/elastic.py resumes
-training from one; run/train/load_model.py opens its weights for everything else.
+The manifest is written last. A checkpoint without one, or with files of other sizes, is incomplete
+and ignored, so a job may be killed at any moment. (DeepSpeed's own `latest` file is written before
+the other ranks have finished.)
+
+run/train/elastic.py resumes training from a checkpoint on any number of ranks;
+run/train/load_model.py reads its weights for everything else.
 """
 
 import json
@@ -22,18 +25,18 @@ from glimpse.run.lib.config import RunConfig, tuples_to_lists
 from glimpse.run.lib.distributed import barrier, rank, world_size
 from glimpse.run.train.engine import Engine
 
-# a rank's part of the teacher in fp32; all of it on rank 0 where the stage is below 3
+# A rank's shard of the teacher's fp32 averages. Below ZeRO-3 rank 0 writes a single file.
 AVERAGE_FILE = "average_rank_{:05d}.pt"
 
 
 def identity(cfg: RunConfig, tokenizer: str, data: dict | None = None) -> dict:
-    """Return everything that must agree to go on from a checkpoint.
+    """Return the settings that must be equal for a run to resume from a checkpoint.
 
-    The architecture, the method and its options, the vocabulary; in training also the data and
-    their order.
+    These are the architecture, the method and its options, and the vocabulary; for training also
+    the data and their order. tokenizer: its fingerprint. data: the fingerprint of the shards.
     """
     model = tuples_to_lists(asdict(cfg.model))
-    del model["checkpoint_activations"]
+    del model["checkpoint_activations"]  # changes memory and speed only
     settings = dict(
         method=cfg.method,
         options=tuples_to_lists(asdict(cfg.options)),
@@ -47,62 +50,65 @@ def identity(cfg: RunConfig, tokenizer: str, data: dict | None = None) -> dict:
 
 
 def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
-    """Write RUN/checkpoints/step-N and commit it; then delete all but the newest `keep`.
+    """Write RUN/checkpoints/step-N, and delete all but the newest `keep` checkpoints.
 
-    All ranks must call.
+    state: added to the manifest. All ranks must call.
     """
     tag = f"step-{engine.ds.global_steps:08d}"
     path = folder / tag
     if rank() == 0 and path.exists():
-        # It is incomplete: a complete one of this step would have been resumed from.
+        # It must be incomplete: the run would have resumed from a complete checkpoint of this step.
         shutil.rmtree(path)
     barrier()
 
-    # Every rank writes its shards.
+    # 1. Every rank writes its shards.
     engine.ds.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
     if engine.averages.pairs and (engine.stage == 3 or rank() == 0):
+        # clone(): torch.save would write the full storage of a view
         averages = {name: average.clone() for name, average in engine.averages.kept.items()}
         torch.save(averages, path / AVERAGE_FILE.format(rank()))
     barrier()
 
-    # Rank 0 commits the checkpoint once all of them are on disk, and deletes old ones.
+    # 2. All files are on disk. Rank 0 completes the checkpoint and deletes old ones.
     if rank() == 0:
         check_shards(engine, path)
         write_manifest(engine, path, state)
         for old in complete_checkpoints(folder)[keep:]:
-            (old / "manifest.json").unlink()  # first: half a deletion must not look whole
+            # The manifest first: a checkpoint that is half deleted must not look complete.
+            (old / "manifest.json").unlink()
             shutil.rmtree(old)
     barrier()
     return path
 
 
 def check_shards(engine: Engine, path: Path) -> None:
-    """Raise OSError if the files of other ranks are not there."""
+    """Raise OSError if rank 0 cannot see the files that the other ranks wrote."""
+    advice = "put the run folder on a file system that all machines share"
     shards = len(list(path.glob("*_optim_states.pt")))
     if engine.stage and shards != world_size():
-        raise OSError(
-            f"{path}: {shards} of {world_size()} ranks' shards are there; is it on a file system"
-            " that all machines share?"
-        )
-    due = 0
+        raise OSError(f"{path}: found the shards of {shards} of {world_size()} ranks; {advice}")
+
+    expected = 0
     if engine.averages.pairs:
-        due = world_size() if engine.stage == 3 else 1
-    parts = len(list(path.glob("average_rank_*.pt")))
-    if parts != due:
+        expected = world_size() if engine.stage == 3 else 1
+    average_files = len(list(path.glob("average_rank_*.pt")))
+    if average_files != expected:
         raise OSError(
-            f"{path}: {parts} of {due} parts of the teacher are there; is it on a file system that"
-            " all machines share?"
+            f"{path}: found {average_files} of {expected} files of the teacher's averages; {advice}"
         )
 
 
 def write_manifest(engine: Engine, path: Path, state: dict) -> None:
     """Flush every file of a checkpoint to disk, then write its manifest."""
+    # 1. The data first: after a power failure, a manifest must not describe files that are lost.
     sizes = {}
     for file in sorted(path.rglob("*")):
         if file.is_file():
             sizes[file.relative_to(path).as_posix()] = file.stat().st_size
     for name in sizes:
         fsync(path / name)
+
+    # 2. The manifest, under its final name only when it is complete.
     counts = dict(
         step=engine.ds.global_steps,
         samples=engine.samples,
@@ -110,11 +116,11 @@ def write_manifest(engine: Engine, path: Path, state: dict) -> None:
         stage=engine.stage,
         bf16=engine.bf16,
     )
-    part = path / "manifest.json.part"
-    tree = dict(state, **counts, files=sizes)
-    part.write_text(json.dumps(tree, indent=1))
-    fsync(part)
-    os.replace(part, path / "manifest.json")
+    manifest = dict(state, **counts, files=sizes)
+    temporary = path / "manifest.json.part"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    fsync(temporary)
+    os.replace(temporary, path / "manifest.json")
     fsync(path)
 
 
@@ -127,37 +133,30 @@ def fsync(path: Path) -> None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints under RUN/checkpoints, the newest first."""
-    return [
-        path for path in sorted(folder.glob("step-*"), reverse=True) if manifest_if_complete(path)
-    ]
+    paths = sorted(folder.glob("step-*"), reverse=True)
+    return [path for path in paths if manifest_if_complete(path)]
 
 
 def manifest_if_complete(path: Path) -> dict | None:
-    """Return the manifest of a complete checkpoint, or None.
-
-    None if there is no manifest, or it does not fit the files.
-    """
+    """Return the manifest of a checkpoint, or None if it is missing or does not match the files."""
     try:
-        tree = json.loads((path / "manifest.json").read_text())
-        sizes = tree["files"].items()
-        fits = all((path / name).stat().st_size == size for name, size in sizes)
-    # missing, incomplete, or the manifest of something else
+        manifest = json.loads((path / "manifest.json").read_text())
+        sizes = manifest["files"].items()
+        matches = all((path / name).stat().st_size == size for name, size in sizes)
+    # no manifest, part of one, or a manifest.json of another program
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return tree if fits else None
+    return manifest if matches else None
 
 
 def read_manifest(path: Path) -> dict:
-    """Return the manifest of a complete checkpoint, or raise ValueError.
-
-    ValueError if there is no manifest, or it does not fit the files.
-    """
-    tree = manifest_if_complete(path)
-    if tree is not None:
-        return tree
-    if flaw := describe_damage(path):
-        raise ValueError(f"{path}: {flaw}: damaged, or still being copied")
-    raise ValueError(f"{path}: no whole checkpoint; its manifest.json is missing or incomplete")
+    """Return the manifest of a checkpoint, or raise ValueError if the checkpoint is incomplete."""
+    manifest = manifest_if_complete(path)
+    if manifest is not None:
+        return manifest
+    if damage := describe_damage(path):
+        raise ValueError(f"{path}: {damage}: damaged, or still being copied")
+    raise ValueError(f"{path}: no complete checkpoint; its manifest.json is missing or incomplete")
 
 
 def describe_damage(path: Path) -> str:
@@ -170,68 +169,72 @@ def describe_damage(path: Path) -> str:
         for name, size in sizes:
             file = path / name
             if not file.is_file():
-                return f"{name} is missing, {size:,} were saved"
+                return f"{name} is missing, {size:,} bytes were saved"
             actual = file.stat().st_size
             if actual != size:
                 return f"{name} has {actual:,} bytes, {size:,} were saved"
-    # missing, incomplete, or the manifest of something else
+    # no manifest, part of one, or a manifest.json of another program
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return ""
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """Return the newest checkpoint of a run folder, or a checkpoint itself.
+    """Return the newest complete checkpoint of a run folder; `run` may be a checkpoint itself.
 
-    Raises ValueError where that is damaged, instead of returning an older one silently.
+    Raises ValueError if a newer one is damaged, because an older one would be used silently.
+    Checkpoints without a manifest are skipped: their save was interrupted.
     """
     if run.resolve().name == "checkpoints" and (run / "../config.yaml").exists():
         run = run.resolve().parent
     if (run / "manifest.json").exists():
-        steps = [run]
+        candidates = [run]
     else:
-        steps = sorted(run.glob("checkpoints/step-*"), reverse=True)
-    for path in steps:
+        candidates = sorted(run.glob("checkpoints/step-*"), reverse=True)
+
+    for path in candidates:
         if manifest_if_complete(path):
             return path.resolve()
-        if flaw := describe_damage(path):
+        if damage := describe_damage(path):
             older = complete_checkpoints(path.parent)
             advice = ""
             if older and path != run:
-                advice = f"; {older[0]} is whole and may be named instead"
-            raise ValueError(f"{path}: {flaw}: damaged, or still being copied{advice}")
+                advice = f"; {older[0]} is complete: pass it to use it instead"
+            raise ValueError(f"{path}: {damage}: damaged, or still being copied{advice}")
+
     if not run.is_dir():
         raise ValueError(f"{run}: no such folder")
     raise ValueError(
-        f"{run}: no whole checkpoint in it; a run folder has checkpoints/step-*/manifest.json"
+        f"{run}: no complete checkpoint in it; a run folder has checkpoints/step-*/manifest.json"
     )
 
 
 def check_identity(path: Path, expected: dict) -> None:
-    """Raise ValueError naming the first thing of `expected` in which the checkpoint differs."""
+    """Raise ValueError with the first key of `expected` in which the checkpoint differs."""
     saved_identity = read_manifest(path)["identity"]
+    # Only common keys: evaluations expect an identity without the data.
     common = {key: saved_identity.get(key) for key in expected}
-    for key, was, now in differences(common, expected):
+    for key, saved, current in differences(common, expected):
         raise ValueError(
-            f"{path} was trained with {key}: {was!r}, this config says {now!r}; use the run's own"
-            " config.yaml"
+            f"{path}: trained with {key}: {saved!r}, but this config has {current!r}; use the run's"
+            " own config.yaml"
         )
 
 
-def check_zero_settings(path: Path, tree: dict) -> None:
+def check_zero_settings(path: Path, ds_config: dict) -> None:
     """Raise ValueError if the DeepSpeed JSON has another ZeRO stage or precision than the run.
 
-    The checkpoint's files would not fit.
+    DeepSpeed could not load the checkpoint's files.
     """
-    saved_manifest = read_manifest(path)
-    stage = tree.get("zero_optimization", {}).get("stage", 0)
-    bf16 = bool(tree.get("bf16", {}).get("enabled"))
-    was = describe_zero_settings(saved_manifest["stage"], saved_manifest["bf16"])
-    now = describe_zero_settings(stage, bf16)
-    if was != now:
+    manifest = read_manifest(path)
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    bf16 = bool(ds_config.get("bf16", {}).get("enabled"))
+    saved = describe_zero_settings(manifest["stage"], manifest["bf16"])
+    current = describe_zero_settings(stage, bf16)
+    if saved != current:
         raise ValueError(
-            f"{path} was trained with {was}, this DeepSpeed JSON says {now}; go on with the old, or"
-            " start a new run from its weights with `init:`"
+            f"{path}: trained with {saved}, but this DeepSpeed JSON has {current}; resume with the"
+            " old JSON, or start a new run from the weights with `init:`"
         )
 
 
@@ -239,10 +242,10 @@ def describe_zero_settings(stage: int, bf16: bool) -> str:
     return f"ZeRO stage {stage} in {'bf16' if bf16 else 'fp32'}"
 
 
-def differences(was, now, where: str = "") -> Iterator[tuple]:
-    """Yield (key, value before, value now) of all that differs between two trees of mappings."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in sorted(was.keys() | now.keys()):
-            yield from differences(was.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-    elif was != now:
-        yield where, was, now
+def differences(before, after, key: str = "") -> Iterator[tuple]:
+    """Yield (key, value before, value after) of every leaf that differs in two nested dicts."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            yield from differences(before.get(name), after.get(name), f"{key}.{name}".lstrip("."))
+    elif before != after:
+        yield key, before, after

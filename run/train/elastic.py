@@ -1,17 +1,17 @@
 """Resume training from a checkpoint, on any number of ranks.
 
-On as many ranks as wrote it from DeepSpeed's own files, on another number through DeepSpeed's
-universal format.
-
-    universal = prepare_elastic(path, world())
-        converted beside the checkpoint where the number changed, else None
-    engine = Engine(cfg, vocab, universal=universal is not None)
+    universal = prepare_elastic(path, world_size())
+        converts the checkpoint if the number of ranks has changed; else None
+    engine = Engine(cfg, vocab_size, universal=universal is not None)
     manifest = resume(engine, path, universal)
-        loads weights, optimizer and averages; removes the converted copy
+        loads weights, optimizer and averages, and deletes the converted copy
 
-The format drops frozen parameters and the teacher's fp32 averages; they are read here from the
-checkpoint itself. DeepSpeed opens whole files of which it then takes parts, so all of this runs
-with files mapped into memory: a process holds its own state and a tensor or two.
+On the same number of ranks DeepSpeed reads its own files; on another, a copy that is converted to
+its universal format. That format drops frozen parameters and the teacher's fp32 averages, so they
+are read from the original checkpoint.
+
+DeepSpeed opens complete files of which it uses a part. memory_map_files() makes torch.load map them
+into memory, so a process needs memory for its own state and one or two tensors.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ GB = 1e9
 
 
 def prepare_elastic(path: Path, ranks: int) -> Path | None:
-    """Convert a checkpoint of another number of ranks to DeepSpeed's universal format.
+    """Convert a checkpoint to DeepSpeed's universal format if the number of ranks has changed.
 
-    Returns the converted copy, or None where the number is the same. Rank 0 converts, and removes
-    whatever an earlier job left half converted; the other ranks wait as long as it takes.
+    Returns the path of the converted copy, or None if it is not needed. Rank 0 converts, after
+    deleting the copies that an interrupted job left; the other ranks wait without a time limit.
     """
     manifest = read_manifest(path)
     target = path.with_name(f"universal-{path.name}")
@@ -50,7 +50,7 @@ def prepare_elastic(path: Path, ranks: int) -> Path | None:
             return
         remove_universal(path.parent)
         if changed:
-            print_rank0(f"{path}: written by {manifest['ranks']} ranks, made to fit {ranks}")
+            print_rank0(f"{path}: converting from {manifest['ranks']} to {ranks} ranks")
             convert_to_universal(path, target)
 
     rank0_first(prepare)
@@ -58,17 +58,17 @@ def prepare_elastic(path: Path, ranks: int) -> Path | None:
 
 
 def remove_universal(folder: Path) -> None:
-    """Remove all converted copies under RUN/checkpoints."""
+    """Delete all converted copies under RUN/checkpoints."""
     for copy in folder.glob("universal-*"):
         shutil.rmtree(copy)
     (folder / "latest_universal").unlink(missing_ok=True)
 
 
 def conversion_bytes(path: Path) -> int:
-    """Return the bytes that a conversion needs at most.
+    """Return the maximum disk space of a conversion, in bytes.
 
-    They hold the optimizer's state in pieces and in whole tensors, one rank's share of it, and the
-    rest.
+    Upper bound: the optimizer state as fragments and as full tensors, one rank's optimizer state
+    once more, and the model states.
     """
     sizes = {file.name: file.stat().st_size for file in path.glob("*_states.pt")}
     optimizer = [size for name, size in sizes.items() if name.endswith("_optim_states.pt")]
@@ -76,21 +76,23 @@ def conversion_bytes(path: Path) -> int:
 
 
 def convert_to_universal(path: Path, target: Path) -> None:
-    """Write the universal copy.
+    """Write a copy of a checkpoint in DeepSpeed's universal format.
 
-    In this process, so that nothing goes on writing when the job is killed.
+    Raises OSError if there is not enough disk space or the conversion fails. It runs in this
+    process rather than in a subprocess, which would continue to write after the job is killed.
     """
-    # Refuse a disk that would fill up on the way.
+    # 1. Check that the copy will fit on the disk.
     needed = conversion_bytes(path)
     free = shutil.disk_usage(path).free
     if free < needed:
         ranks = read_manifest(path)["ranks"]
         raise OSError(
-            f"{path}: another number of ranks needs a copy of {needed / GB:.1f} GB beside it for a"
-            f" while, the disk has {free / GB:.1f} GB; make room, or go on on {ranks} ranks"
+            f"{path}: resuming on a different number of ranks needs {needed / GB:.1f} GB of"
+            f" temporary disk space, {free / GB:.1f} GB are free; free some, or resume on"
+            f" {ranks} ranks"
         )
 
-    # Convert, with the arguments of DeepSpeed's script and its defaults.
+    # 2. Convert, with the arguments of DeepSpeed's script and its defaults.
     arguments = SimpleNamespace(
         input_folder=str(path),
         output_folder=str(target),
@@ -101,7 +103,7 @@ def convert_to_universal(path: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     try:
-        # without its many lines of output
+        # DeepSpeed prints many lines, including progress bars.
         with (
             memory_map_files(),
             contextlib.redirect_stdout(io.StringIO()),
@@ -110,14 +112,15 @@ def convert_to_universal(path: Path, target: Path) -> None:
             ds_to_universal.main(arguments)
     except Exception as error:
         remove_universal(path.parent)
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"{path}: conversion to the universal format failed: {first}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{path}: conversion to the universal format failed: {reason}") from error
 
 
 def memory_map_files() -> contextlib.AbstractContextManager:
-    """Map files into memory in torch.load, of which only what is used is then read.
+    """Let torch.load map files into memory, and torch.save write no checksums.
 
-    torch.save writes no checksums, which take half of its time.
+    torch.load then reads only the parts of a file that are used. Checksums would take half of the
+    time of torch.save.
     """
     # torch adds `patch` to the module when it is imported, which its annotations do not show
     settings: Any = serialization
@@ -125,9 +128,9 @@ def memory_map_files() -> contextlib.AbstractContextManager:
 
 
 def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
-    """Load a checkpoint into the engine and return its manifest.
+    """Load a checkpoint into the engine, and return its manifest.
 
-    universal: its converted copy, if the number of ranks changed; it is removed.
+    universal: the converted copy if the number of ranks has changed; it is deleted afterwards.
     """
     manifest = read_manifest(path)
     if universal:
@@ -146,11 +149,11 @@ def resume(engine: Engine, path: Path, universal: Path | None) -> dict:
 
 
 def load_frozen(engine: Engine, path: Path) -> None:
-    """Load the frozen parameters, which the universal format drops, but for the averages."""
-    averaged = {id(teacher) for teacher, _ in engine.averages.pairs.values()}
+    """Load the frozen parameters except the teacher's, which load_averages() writes."""
+    teacher_ids = {id(teacher) for teacher, _ in engine.averages.pairs.values()}
     names = {}
     for name, parameter in engine.method.named_parameters():
-        if not parameter.requires_grad and id(parameter) not in averaged:
+        if not parameter.requires_grad and id(parameter) not in teacher_ids:
             names[name] = name
     if names:
         load_weights(engine.method, path, names)
@@ -158,16 +161,18 @@ def load_frozen(engine: Engine, path: Path) -> None:
 
 @contextlib.contextmanager
 def skip_padding_only_groups(engine: Engine) -> Iterator[None]:
-    """Let stages 1 and 2 load the universal format where a rank has only padding of a group.
+    """Let stages 1 and 2 load the universal format when this rank's part of a group is all padding.
 
-    DeepSpeed looks at the first parameter of the group of which this rank has a part; here one
-    stands in that has nothing to load.
+    DeepSpeed reads the state's keys from the first parameter of a group that has elements on this
+    rank, and fails if no parameter has. Meanwhile, the group's first parameter acts as one that has
+    no state to load.
     """
     groups = getattr(engine.ds.optimizer, "bit16_groups", [])
     stand_ins = []
     for group in groups:
         if all(parameter._hp_mapping is None for parameter in group):
             stand_ins.append(group[0])
+
     for parameter in stand_ins:
         parameter._hp_mapping = SimpleNamespace(get_optim_state_keys=list)
         parameter.load_hp_checkpoint_state = lambda *_, **__: None
@@ -177,31 +182,31 @@ def skip_padding_only_groups(engine: Engine) -> Iterator[None]:
 
 
 def load_averages(engine: Engine, path: Path, manifest: dict) -> None:
-    """Read this rank's part of the teacher's averages out of the saved parts of all ranks.
+    """Load this rank's shard of the teacher's averages from the saved shards of all ranks.
 
-    ZeRO-3 lays shards of one size end to end and pads the last. Only the files of overlapping
-    shards are opened. manifest: the checkpoint's manifest.
+    ZeRO-3 splits each flat parameter into shards of equal size, the last one padded. Only the files
+    whose shards overlap this rank's are opened.
     """
     sharded = engine.stage == 3
-    count = manifest["ranks"] if sharded else 1
+    saved_count = manifest["ranks"] if sharded else 1
     index = rank() if sharded else 0
 
     @cache
-    def shards(i: int) -> dict[str, torch.Tensor]:
+    def saved_shards(i: int) -> dict[str, torch.Tensor]:
         file = path / AVERAGE_FILE.format(i)
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
     for name, average in engine.averages.kept.items():
-        # This rank's elements of the flat parameter, [first, end), in shards of `size` elements.
+        # This rank's elements of the flat parameter are [first, end). A saved shard has `size`.
         length = len(average)
-        size = len(shards(min(index, count - 1))[name])
+        size = len(saved_shards(min(index, saved_count - 1))[name])
         first = index * length
         end = first + length
-        after_last = min(count, -(-end // size))  # rounded up
+        last = min(saved_count, -(-end // size))  # rounded up; exclusive
 
-        # Copy the overlap with each of these shards.
-        for i in range(first // size, after_last):
-            begin = i * size - first  # where that shard would start in this rank's part
-            piece = shards(i)[name][max(0, -begin) : length - begin]
+        # Copy the overlap with each saved shard.
+        for i in range(first // size, last):
+            begin = i * size - first  # position of that shard in `average`; may be negative
+            piece = saved_shards(i)[name][max(0, -begin) : length - begin]
             average[max(0, begin) :][: len(piece)].copy_(piece)
     engine.averages.write()

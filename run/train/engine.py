@@ -1,11 +1,12 @@
-"""The method under DeepSpeed: built sharded, trained, its full parameters where they are needed.
+"""The training engine: a method wrapped by DeepSpeed.
 
-    engine = Engine(cfg, vocab)    builds the method, under zero.Init where the JSON says stage 3
-    engine.step(parts, lr)         one optimizer step on this rank's share of a global batch;
-                                   GradCache when it has several micro-batches
+    engine = Engine(cfg, vocab_size)   builds the method, sharded under ZeRO-3
+    engine.step(micro_batches, lr)     takes one optimizer step on this rank's share of a global
+                                       batch; GradCache if it has several micro-batches
 
-The config says what is trained; the DeepSpeed JSON says how. Settings that the config owns are
-refused in the JSON.
+The config defines what is trained, the DeepSpeed JSON how. build_deepspeed_config() combines them
+and rejects JSON keys that the config sets. full_parameter() and local_shard() read and write
+parameters whether they are sharded or not.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from glimpse.run.lib.config import ROOT, RunConfig
 from glimpse.run.lib.distributed import device, rank, to_device, world_size
 from glimpse.run.train import optim
 
+# {key of a DeepSpeed JSON: the config key that sets it}
 CONFIG_OWNED_KEYS = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch",
@@ -47,67 +49,68 @@ CONFIG_OWNED_KEYS = {
 
 
 def read_deepspeed_json(path: str) -> dict:
-    """The DeepSpeed JSON of a config; a path that is not absolute starts at the repository root."""
+    """Read and check a DeepSpeed JSON; a relative path starts at the repository root."""
     try:
-        tree = json.loads((ROOT / path).read_text())
+        ds_config = json.loads((ROOT / path).read_text())
     except FileNotFoundError:
         shipped = sorted(f"ds_configs/{p.name}" for p in (ROOT / "ds_configs").glob("*.json"))
         raise ValueError(
-            f"deepspeed: {path}: no such file; shipped: {', '.join(shipped)}"
+            f"deepspeed: {path}: no such file; the shipped ones are {', '.join(shipped)}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed: {path}: not JSON: {error}") from None
-    check_deepspeed_json(path, tree)
-    return tree
+    check_deepspeed_json(path, ds_config)
+    return ds_config
 
 
-def check_deepspeed_json(path: str, tree: dict) -> None:
-    """Raise ValueError for settings that belong to the config, or that would train wrongly."""
-    zero = tree.get("zero_optimization", {})
-    for key, owner in CONFIG_OWNED_KEYS.items():
-        if key in tree:
+def check_deepspeed_json(path: str, ds_config: dict) -> None:
+    """Raise ValueError for keys that the config sets, and for settings that train incorrectly."""
+    zero = ds_config.get("zero_optimization", {})
+    for key, config_key in CONFIG_OWNED_KEYS.items():
+        if key in ds_config:
             raise ValueError(
                 f"deepspeed: {path} sets {key!r}, which the config owns; remove it there and set"
-                f" `{owner}` in the config"
+                f" `{config_key}` in the config"
             )
     if zero.get("round_robin_gradients"):
         raise ValueError(
-            f"deepspeed: {path} sets zero_optimization.round_robin_gradients, under which DeepSpeed"
-            " tells of a weight's fp32 copy where another's lies; remove it"
+            f"deepspeed: {path} sets zero_optimization.round_robin_gradients, with which DeepSpeed"
+            " returns the wrong parameter's fp32 master copy; remove it"
         )
-    if tree.get("fp16", {}).get("enabled"):
+    if ds_config.get("fp16", {}).get("enabled"):
         raise ValueError(
             f"deepspeed: {path} enables fp16; contrastive losses overflow in it (docs/running.md),"
-            " use bf16"
+            " so use bf16"
         )
-    if tree.get("bf16", {}).get("enabled") and not zero.get("stage"):
+    if ds_config.get("bf16", {}).get("enabled") and not zero.get("stage"):
         raise ValueError(
-            f"deepspeed: {path}: bf16 without ZeRO keeps no fp32 copy that the temperature could be"
-            " read from; use stage 1"
+            f"deepspeed: {path}: bf16 without ZeRO has no fp32 master copies, which the temperature"
+            " needs; use stage 1"
         )
 
 
 def build_deepspeed_config(cfg: RunConfig, ranks: int) -> dict:
-    """The JSON, completed by what the config owns."""
-    tree = read_deepspeed_json(cfg.deepspeed)
-    betas = list(cfg.optim.betas)
+    """Return the DeepSpeed JSON of a run, completed with the settings from its config."""
+    ds_config = read_deepspeed_json(cfg.deepspeed)
+    optimizer = adamw_section(
+        ds_config, lr=cfg.optim.peak_lr(cfg.batch), betas=list(cfg.optim.betas), eps=cfg.optim.eps
+    )
     return {
-        **tree,
+        **ds_config,
         "train_batch_size": cfg.batch,
         "gradient_accumulation_steps": cfg.accumulate,
         "train_micro_batch_size_per_gpu": micro_batch_size(cfg.batch, ranks, cfg.accumulate),
         "gradient_clipping": cfg.optim.clip,
-        "optimizer": adamw_section(
-            tree, lr=cfg.optim.peak_lr(cfg.batch), betas=betas, eps=cfg.optim.eps
-        ),
+        "optimizer": optimizer,
     }
 
 
-def adamw_section(tree: dict, **settings) -> dict:
-    """The optimizer's part of a JSON: torch's AdamW, or DeepSpeed's own on the CPU if the JSON
-    offloads it.
+def adamw_section(ds_config: dict, **settings) -> dict:
+    """Return the "optimizer" section of a DeepSpeed JSON.
+
+    It selects torch's AdamW, or DeepSpeed's CPU AdamW if the JSON offloads the optimizer.
     """
-    offload = tree.get("zero_optimization", {}).get("offload_optimizer", {})
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device", "none") == "none":
         settings["torch_adam"] = True
     return dict(type="AdamW", params=settings)
@@ -121,25 +124,26 @@ def initialize_supervised(
     accumulate: int = 1,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> deepspeed.DeepSpeedEngine:
-    """A trainer for run/evals/supervised.py: AdamW over `groups` of a module that every rank holds
-    whole, under a run's DeepSpeed JSON.
+    """Wrap a module for supervised training (run/evals/supervised.py) under a DeepSpeed JSON.
 
-    Stage 3 shards the module's own parameters. accumulate: backward passes to a step, whose mean
-    gradient it takes.
+    Every rank passes the full module; stage 3 shards its parameters in place. groups: parameter
+    groups for AdamW. accumulate: backward passes per optimizer step, which uses their mean
+    gradient.
     """
-    tree = read_deepspeed_json(path)
-    tree.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
-    tree |= {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts by it
+    ds_config = read_deepspeed_json(path)
+    zero = ds_config.setdefault("zero_optimization", {})
+    zero["stage3_gather_16bit_weights_on_model_save"] = True
+    ds_config |= {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports throughput with it
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 0.0,
-        "optimizer": adamw_section(tree, lr=0.0, betas=list(betas), eps=1e-8),
+        "optimizer": adamw_section(ds_config, lr=0.0, betas=list(betas), eps=1e-8),
     }
-    return deepspeed.initialize(model=module, model_parameters=groups, config=tree)[0]
+    return deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)[0]
 
 
 def gather_state_dict(trainer: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """The weights of such a module, whole on every rank; all ranks must call."""
+    """Return the full state_dict of a module under DeepSpeed on every rank; all ranks must call."""
     parameters = list(trainer.module.parameters())
     gather = contextlib.nullcontext()
     if is_sharded(parameters[0]):
@@ -149,46 +153,56 @@ def gather_state_dict(trainer: deepspeed.DeepSpeedEngine) -> dict[str, torch.Ten
 
 
 def is_sharded(parameter: torch.nn.Parameter) -> bool:
-    """Return True under ZeRO-3, which leaves a parameter empty and keeps a shard beside it."""
+    """Return True under ZeRO-3, where `parameter.data` is empty and ds_tensor holds a shard."""
     return hasattr(parameter, "ds_id")
 
 
 class Engine:
-    """The method under DeepSpeed: what the training loop and the evaluations call."""
+    """A method under DeepSpeed, as the training loop uses it.
+
+    Public attributes: method, ds (the DeepSpeedEngine), samples (processed so far), averages (the
+    EMA of a teacher's parameters), stage (of ZeRO), bf16.
+    """
 
     def __init__(
         self,
         cfg: RunConfig,
-        vocab: int,
+        vocab_size: int,
         *,
         universal: bool = False,
         load: Callable[[Method], None] | None = None,
     ):
-        """load: puts weights into the new method, by whole_parameter; universal: load_checkpoint
-        will read that format.
-        """
-        tree = build_deepspeed_config(cfg, world_size())
-        if universal:
-            tree["checkpoint"] = {"load_universal": True}
-        self.stage = tree.get("zero_optimization", {}).get("stage", 0)
-        self.bf16 = bool(tree.get("bf16", {}).get("enabled"))
-        self.samples, self.batch, self.total_samples = 0, cfg.batch, cfg.samples
+        """Build the method and initialize DeepSpeed.
 
-        # 1. Build the method, sharded where the JSON says stage 3, and put weights into it.
+        universal: the checkpoint passed to restore() is in DeepSpeed's universal format. load:
+        writes the initial weights into the method; called before deepspeed.initialize, and under
+        bf16 again after it.
+        """
+        ds_config = build_deepspeed_config(cfg, world_size())
+        if universal:
+            ds_config["checkpoint"] = {"load_universal": True}
+        self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.bf16 = bool(ds_config.get("bf16", {}).get("enabled"))
+        self.samples = 0
+        self.batch = cfg.batch
+        self.total_samples = cfg.samples
+
+        # 1. Build the method, sharded from the start under ZeRO-3, and load the initial weights.
         torch.manual_seed(cfg.seed)
-        sharded = contextlib.nullcontext()
+        shard_on_creation = contextlib.nullcontext()
         if self.stage == 3:
-            sharded = deepspeed.zero.Init(config_dict_or_path=tree)
-        with sharded:
-            method = build_method(cfg, vocab)
+            shard_on_creation = deepspeed.zero.Init(config_dict_or_path=ds_config)
+        with shard_on_creation:
+            method = build_method(cfg, vocab_size)
         check_buffers(method)
         if load:
             load(method)
         self.method = method
 
-        # 2. Hand it to DeepSpeed, which makes fp32 copies of bf16 weights: they are written again.
+        # 2. Initialize DeepSpeed. It makes the fp32 master copies from the bf16 parameters, so the
+        #    initial weights are written once more, now at full precision.
         groups = optim.parameter_groups(method, cfg.optim)
-        self.ds, *_ = deepspeed.initialize(model=method, model_parameters=groups, config=tree)
+        self.ds, *_ = deepspeed.initialize(model=method, model_parameters=groups, config=ds_config)
         self.group_settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.ds.optimizer.param_groups
@@ -196,13 +210,14 @@ class Engine:
         if load and self.bf16:
             load(method)
 
-        # 3. Watch which trainable parameters get a gradient in a backward pass.
+        # 3. Record which trainable parameters receive a gradient; backward() checks that all do.
         self.parameters_with_gradient: set[str] = set()
         self.trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
         for name, parameter in self.trainable.items():
             parameter.register_hook(lambda _, name=name: self.parameters_with_gradient.add(name))
 
-        # 4. The temperature's fp32 value, and the teacher, which begins as the student.
+        # 4. Set up the temperature's residual, and the teacher, which starts as a copy of the
+        #    student (momentum 0 copies).
         self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
         self.update_temperature_residuals()
         pairs = ema.parameters(method.ema_pairs())
@@ -212,113 +227,137 @@ class Engine:
         self.averages = ema.Average(pairs, local_shard, local_fp32_shard, discard_gathered)
         self.averages.update(0.0)
 
-    def restore(self, folder: Path, found: dict) -> None:
-        """Weights, optimizer and counts of a checkpoint folder; `found` is its manifest."""
+    def restore(self, folder: Path, manifest: dict) -> None:
+        """Load weights, optimizer state and counters from a checkpoint folder.
+
+        manifest: the content of the checkpoint's manifest.json.
+        """
         loaded, _ = self.ds.load_checkpoint(str(folder.parent), tag=folder.name)
-        if loaded is None:  # DeepSpeed would go on with an optimizer that starts anew
+        if loaded is None:  # DeepSpeed only logs it, and would train on with an empty optimizer
             raise OSError(f"{folder}: DeepSpeed could not load it")
-        # Undo two faults of the universal format with more than one group: all groups get the first
-        # one's weight decay, and share one step counter, which each of them then counts up.
+
+        # DeepSpeed's universal format has two bugs with several parameter groups. All groups get
+        # the first group's weight decay; restore each group's settings. All parameters share one
+        # step counter, which each parameter increments; give each its own.
         for group, settings in zip(self.ds.optimizer.param_groups, self.group_settings):
             group.update(settings)
         optimizer = getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
         for state in optimizer.state.values():
             state["step"] = copy.deepcopy(state["step"])
-        self.samples, self.ds.global_steps = found["samples"], found["step"]
 
-    def step(self, parts: list[MicroBatch], lr: float) -> tuple[torch.Tensor, dict]:
-        """One optimizer step on this rank's share of the global batch (data/loader.py); (loss,
-        metrics) of the whole global batch.
+        self.samples = manifest["samples"]
+        self.ds.global_steps = manifest["step"]
+
+    def step(self, micro_batches: list[MicroBatch], lr: float) -> tuple[torch.Tensor, dict]:
+        """Take one optimizer step on this rank's share of the global batch (data/loader.py).
+
+        Returns (loss, metrics) of the global batch.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        on_device = [to_device(dict(views=part["views"], text=part["text"])) for part in parts]
-        if len(on_device) == 1:
-            loss, metrics = self.plain_step(on_device[0])
+
+        # 1. Forward, backward and the optimizer step.
+        inputs = []
+        for micro_batch in micro_batches:
+            inputs.append(to_device(dict(views=micro_batch["views"], text=micro_batch["text"])))
+        if len(inputs) == 1:
+            loss, metrics = self.plain_step(inputs[0])
         else:
-            loss, metrics = self.cached_step(on_device)
+            loss, metrics = self.cached_step(inputs)
+
+        # 2. State that follows the new weights: the temperature's residual and the teacher.
+        #    A-CLIP's reference code updates the teacher before the next forward, which is the same.
         self.update_temperature_residuals()
         self.samples += self.batch
-        # after the step: A-CLIP's release does it before the next forward, which is the same
         if self.averages.pairs:
             self.averages.update(self.method.momentum(self.samples / self.total_samples))
         return loss.detach(), metrics
 
-    def plain_step(self, part: dict) -> tuple[torch.Tensor, dict]:
-        loss, metrics = self.method.loss(self.ds(part))
+    def plain_step(self, micro_batch: dict) -> tuple[torch.Tensor, dict]:
+        """Train on a single micro-batch."""
+        loss, metrics = self.method.loss(self.ds(micro_batch))
         self.backward(loss)
         return loss, metrics
 
-    def cached_step(self, parts: list[dict]) -> tuple[torch.Tensor, dict]:
-        """GradCache (arXiv 2101.06983): the negatives of the whole batch with the memory of a
-        micro-batch.
+    def cached_step(self, micro_batches: list[dict]) -> tuple[torch.Tensor, dict]:
+        """Train on several micro-batches with GradCache (arXiv 2101.06983).
 
-        The third phase sees the same patches and tokens as the first.
+        The negatives are those of the whole batch; the activation memory is that of a micro-batch.
         """
         # 1. Features of all micro-batches, without a graph.
         with torch.no_grad():
-            outputs = [self.ds(part) for part in parts]
-        features = self.concatenate(outputs)
+            outputs = [self.ds(micro_batch) for micro_batch in micro_batches]
+        features = self.concatenate(outputs)  # {name: (B, ...)}, leaves that require grad
 
         # 2. The loss of the whole batch, and its gradient with respect to the features.
         loss, metrics = self.method.loss(features)
         gradients = torch.autograd.grad(
             loss, list(features.values()), allow_unused=True, materialize_grads=True
         )
-        shares = self.split(dict(zip(features, gradients)), outputs)
+        micro_gradients = self.split(dict(zip(features, gradients)), outputs)
 
-        # 3. Each micro-batch again, with a graph: the scalar <features, gradient> has the gradient
-        #    of the loss.
-        for part, gradient in zip(parts, shares):
-            again = self.ds(part)
-            self.backward(sum((again[name] * gradient[name]).sum() for name in again))
+        # 3. Each micro-batch again, with a graph: the surrogate <features, gradient> has the
+        #    gradient of the loss. Masks are part of the batch, so the patches are those of phase 1.
+        for micro_batch, gradient in zip(micro_batches, micro_gradients):
+            output = self.ds(micro_batch)
+            self.backward(sum((output[name] * gradient[name]).sum() for name in output))
         return loss, metrics
 
     def concatenate(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Features of micro-batches -> those of the whole batch, as leaves; `shared` ones are the
-        same in all.
+        """Return the features of the whole batch, as leaf tensors that require grad.
+
+        Features in `method.shared` (such as the temperature) do not depend on the samples; they
+        are taken from the first micro-batch.
         """
         features = {}
         for name, first in outputs[0].items():
-            shared = name in self.method.shared
-            feature = first if shared else torch.cat([output[name] for output in outputs])
+            if name in self.method.shared:
+                feature = first
+            else:
+                feature = torch.cat([output[name] for output in outputs])
             features[name] = feature.requires_grad_()
         return features
 
     def split(
         self, gradients: dict[str, torch.Tensor], outputs: list[dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
-        """The gradients of the whole batch's features -> those of each micro-batch's."""
-        shares: list[dict[str, torch.Tensor]] = [{} for _ in outputs]
+        """Split the gradients of the whole batch's features into those of each micro-batch."""
+        micro_gradients: list[dict[str, torch.Tensor]] = [{} for _ in outputs]
         for name, gradient in gradients.items():
             if name in self.method.shared:
+                # every micro-batch adds its part of a shared feature's gradient
                 pieces = [gradient / len(outputs)] * len(outputs)
             else:
                 pieces = list(gradient.split([len(output[name]) for output in outputs]))
-            for share_of, piece in zip(shares, pieces):
-                share_of[name] = piece
-        return shares
+            for micro_gradient, piece in zip(micro_gradients, pieces):
+                micro_gradient[name] = piece
+        return micro_gradients
 
     def backward(self, loss: torch.Tensor) -> None:
-        """One backward pass and DeepSpeed's step, which updates the weights after the last part
-        only.
+        """Run one backward pass and DeepSpeed's step().
+
+        DeepSpeed updates the weights only after the last micro-batch.
         """
         self.parameters_with_gradient.clear()
-        # parts add up: the loss is already that of the whole batch
+        # No division by the accumulation steps: the loss is already the mean of the whole batch.
         self.ds.backward(loss, scale_wrt_gas=False)
-        missed = self.trainable.keys() - self.parameters_with_gradient
-        if missed:  # ZeRO-3 would apply their previous gradient again, silently
+
+        # ZeRO-3 would silently apply the previous step's gradient of a parameter without one.
+        missing = self.trainable.keys() - self.parameters_with_gradient
+        if missing:
             raise RuntimeError(
-                f"no gradient reached {len(missed)} trainable parameters, e.g. {sorted(missed)[0]};"
-                " each must take part in every forward (multiply by 0 what should not learn), or"
-                " be frozen"
+                f"no gradient reached {len(missing)} trainable parameters, e.g."
+                f" {sorted(missing)[0]}; use each in every forward (multiply by 0 where it should"
+                " not learn), or freeze it"
             )
         self.ds.step()
 
     @torch.no_grad()
     def update_temperature_residuals(self) -> None:
-        """Under bf16, hand the forward what rounding took from the temperature: near ln 100 bf16
-        steps are 3 % of the scale.
+        """Set each temperature's residual to its fp32 value minus its bf16 value.
+
+        Near ln 100 neighboring bf16 values of the logit scale are 3 % apart after exp; the forward
+        pass adds the residual, so it uses the fp32 value.
         """
         if not self.bf16:
             return
@@ -328,35 +367,38 @@ class Engine:
                 module.residual = (master - master.to(torch.bfloat16).float()).detach()
 
     def grad_norm(self) -> float | None:
+        """Return the global gradient norm of the last step, before clipping."""
         norm = self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
 
 
 def check_buffers(method: torch.nn.Module) -> None:
-    """Raise ValueError for a persistent buffer: DeepSpeed's universal format, by which a run is
-    resumed on another number of ranks, silently drops it.
+    """Raise ValueError if the method has a persistent buffer.
+
+    DeepSpeed's universal format, which resumes a run on another number of ranks, silently drops
+    buffers.
     """
     parameters = dict(method.named_parameters(remove_duplicate=False))
     buffers = sorted(method.state_dict().keys() - parameters.keys())
     if buffers:
         raise ValueError(
-            f"method: {type(method).__name__} keeps a persistent buffer, {buffers[0]}, which"
+            f"method: {type(method).__name__} has a persistent buffer, {buffers[0]}, which"
             " checkpoints would lose; register it with persistent=False, or make it a parameter"
         )
 
 
 def local_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The elements of a parameter that this rank holds, flat: its shard under ZeRO-3, else all."""
+    """Return this rank's elements of a parameter, flat: its shard under ZeRO-3, else all."""
     if is_sharded(parameter):
         return zero_attributes(parameter).ds_tensor.data
     return parameter.data.view(-1)
 
 
 def local_fp32_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The same in the precision that the optimizer works in, without communication.
+    """Return the same elements as local_shard() from the fp32 master copy, where it is local.
 
-    Under bf16 in stages 1 and 2, where a rank's fp32 copy is of other elements than it needs, the
-    rounded weights.
+    That is ZeRO-3 only. In stages 1 and 2 a rank's master copies cover other elements, so the
+    result has the parameter's precision (bf16).
     """
     if is_sharded(parameter) and parameter.requires_grad:
         return safe_get_local_fp32_param(parameter)
@@ -366,36 +408,37 @@ def local_fp32_shard(parameter: torch.nn.Parameter) -> torch.Tensor:
 def disable_persistence(
     teachers: list[torch.nn.Parameter], persistent: list[torch.nn.Parameter]
 ) -> None:
-    """Have ZeRO-3 gather small teacher parameters when they are used, as it does large ones.
+    """Exclude teacher parameters from ZeRO-3's persistent parameters.
 
-    It gathers the small ones of a model after each optimizer step, which is before the averages
-    change.
+    ZeRO-3 keeps small parameters gathered, and gathers them again after each optimizer step. That
+    is before the averages change, so a persistent teacher would be one step old.
     """
-    known = {id(parameter) for parameter in teachers}
+    teacher_ids = {id(parameter) for parameter in teachers}
     for parameter in teachers:
         zero_attributes(parameter).ds_persist = False
-    persistent[:] = [parameter for parameter in persistent if id(parameter) not in known]
+    persistent[:] = [parameter for parameter in persistent if id(parameter) not in teacher_ids]
 
 
 def discard_gathered(parameter: torch.nn.Parameter) -> None:
-    """Make ZeRO-3 forget what it gathered of a frozen parameter before its shard changed."""
+    """Discard ZeRO-3's gathered copy of a frozen parameter after its shard has changed."""
     if not is_sharded(parameter):
         return
-    sharding = zero_attributes(parameter)
-    sharding.ds_secondary_tensor = None  # hierarchical partitioning keeps a second shard
-    if sharding.ds_status == ZeroParamStatus.AVAILABLE:
-        sharding.partition(has_been_updated=False)
+    attributes = zero_attributes(parameter)
+    attributes.ds_secondary_tensor = None  # hierarchical partitioning keeps a second shard
+    if attributes.ds_status == ZeroParamStatus.AVAILABLE:
+        attributes.partition(has_been_updated=False)
 
 
 def zero_attributes(parameter: torch.nn.Parameter) -> Any:
-    """The parameter itself, for its attributes ds_tensor, ds_shape, ..., which ZeRO-3 adds to it
-    and no type knows.
+    """Return the parameter itself, typed as Any.
+
+    ZeRO-3 adds attributes such as ds_tensor and ds_shape, which no type declares.
     """
     return parameter
 
 
 def has_fp32_copy(parameter: torch.nn.Parameter) -> bool:
-    """Return True if DeepSpeed has made an fp32 copy of the parameter, which it trains."""
+    """Return True if DeepSpeed trains an fp32 master copy of the parameter."""
     return parameter.requires_grad and (
         hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
     )
@@ -403,10 +446,10 @@ def has_fp32_copy(parameter: torch.nn.Parameter) -> bool:
 
 @contextlib.contextmanager
 def full_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
-    """Yield a tensor of the parameter's full shape for rank 0 to write; afterwards it is on every
-    rank, or in every shard.
+    """Yield a tensor of the parameter's full shape, which rank 0 overwrites.
 
-    It is the parameter itself, or the fp32 copy that DeepSpeed trains, once it has made one.
+    On exit its values go from rank 0 to all ranks, or to all shards. They are written to the fp32
+    master copy if DeepSpeed has made one, else to the parameter. All ranks must enter.
     """
     with torch.no_grad():
         if has_fp32_copy(parameter):
@@ -424,15 +467,16 @@ def full_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
                 yield parameter
         else:
             yield parameter
-            # NCCL sends nothing from a CPU, where a method that is not placed yet lies
-            sent = parameter.data.to(device())
-            dist.broadcast(sent, 0)
-            parameter.data.copy_(sent)
+            # NCCL sends only from a GPU; a method that was just built is still on the CPU
+            on_device = parameter.data.to(device())
+            dist.broadcast(on_device, 0)
+            parameter.data.copy_(on_device)
 
 
 def write_fp32_shard(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
-    """Write this rank's shard of the fp32 copy; DeepSpeed's setter of the whole parameter does not
-    know that the last shard is padded.
+    """Write this rank's shard of the fp32 master copy from the full tensor.
+
+    DeepSpeed's safe_set_full_fp32_param fails under ZeRO-3 when the last shard is padded.
     """
     size = zero_attributes(parameter).ds_tensor.numel()
     shard = full.flatten()[rank() * size :][:size]
@@ -440,7 +484,5 @@ def write_fp32_shard(parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
 
 
 def move_to_device(method: torch.nn.Module, bf16: bool) -> torch.nn.Module:
-    """Move a method that is not trained to this rank's device, in the precision that its run
-    trained in.
-    """
+    """Move a method to this rank's device for evaluation, in the precision it was trained in."""
     return method.to(device(), torch.bfloat16 if bf16 else torch.float32)

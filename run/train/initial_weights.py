@@ -1,10 +1,10 @@
-"""The weights that a new run starts from.
+"""Load the weights that a new run starts from.
 
-They are those of the model at `init`, and of the tower that a method borrows; both are checked
-before they are loaded.
+They come from the model at `init`, and from the checkpoint of an earlier run that some methods use
+as a teacher (options.teacher). Both are checked before any weights are loaded.
 
-    put = beginning(cfg.init, tokenizer.fingerprint)
-    put(method)         before deepspeed.initialize, and again after it, for the fp32 master copies
+    load = init_weights(cfg.init, tokenizer.fingerprint)
+    load(method)        before deepspeed.initialize, and again after it for the fp32 master copies
 """
 
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ from glimpse.run.train.load_model import (
     read_provenance,
 )
 
-# The arguments of `load`: a checkpoint or converted model, {parameter: its name there}, and the
-# prefix of the names there that must all be used.
+# Arguments of load_weights(): the path of a model, {parameter: its name there}, and the prefix
+# under which no name there may be left over.
 WeightSource = tuple[Path, dict[str, str], str | None]
 
 
@@ -37,118 +37,129 @@ def init_weights(init: str, vocabulary: str) -> Callable[[Method], None]:
 
     The second call, after deepspeed.initialize, writes the fp32 master copies. It reads the same
     checkpoint as the first call, even if the source run has saved a newer one since.
-    """
-    places: list[WeightSource] = []
 
-    def put(method: Method) -> None:
-        if not places:
-            places.extend(weight_sources(method, init, vocabulary))
-            for path, names, under in places:
+    init: the config's `init`. vocabulary: the fingerprint of the config's tokenizer.
+    """
+    sources: list[WeightSource] = []
+
+    def load(method: Method) -> None:
+        # First call: find the sources, and load all of their weights.
+        if not sources:
+            sources.extend(weight_sources(method, init, vocabulary))
+            for path, names, required_prefix in sources:
                 if names:
-                    load_weights(method, path, names, under)
+                    load_weights(method, path, names, required_prefix)
             return
 
+        # Second call: only the parameters that DeepSpeed made fp32 copies of.
         parameters = dict(method.named_parameters())
-        for path, names, _ in places:
-            master_copies = {
-                name: stored for name, stored in names.items() if has_fp32_copy(parameters[name])
+        for path, names, _ in sources:
+            trained_names = {
+                name: stored_name
+                for name, stored_name in names.items()
+                if has_fp32_copy(parameters[name])
             }
-            if master_copies:
-                load_weights(method, path, master_copies, None)
+            if trained_names:
+                load_weights(method, path, trained_names, None)
 
-    return put
+    return load
 
 
 def weight_sources(method: Method, init: str, vocabulary: str) -> Iterator[WeightSource]:
-    """Yield the places of the weights that a run starts from, as the arguments of `load`.
+    """Yield the models that a run's initial weights come from.
 
-    Rank 0 alone looks for checkpoints and checks them: a run that is still being trained may look
-    different to each rank.
+    Only rank 0 looks for checkpoints: while the source run is still training, other ranks could
+    find a newer one.
     """
     names = [name for name, _ in method.named_parameters()]
     if init:
-        start = partial(find_source, "init", init, check_init_source, method.cfg, vocabulary)
-        path, under = broadcast_from_rank0(start).split("\n")
-        yield Path(path), {name: name for name in names if name.startswith(under)}, under
+        find = partial(find_source, "init", init, check_init_source, method.cfg, vocabulary)
+        path, prefix = broadcast_from_rank0(find).split("\n")
+        yield Path(path), {name: name for name in names if name.startswith(prefix)}, prefix
 
     for prefix, run in method.teacher_checkpoint().items():
-        tower = partial(find_source, "options.teacher", run, check_vision_tower, method.cfg)
-        path, _under = broadcast_from_rank0(tower).split("\n")
-        stored = {
+        find = partial(find_source, "options.teacher", run, check_vision_tower, method.cfg)
+        path, _prefix = broadcast_from_rank0(find).split("\n")
+        stored_names = {
             name: TOWERS + name.removeprefix(prefix) for name in names if name.startswith(prefix)
         }
-        yield Path(path), stored, None
+        yield Path(path), stored_names, None
 
 
 def find_source(key: str, source: str, check: Callable[..., str], *expected) -> str:
-    """Return the path of a model, and on a second line the result of check(path, *expected).
+    """Return the path of a model and, on a second line, the result of check(path, *expected).
 
-    Raises ValueError naming the key if there is no model, or it is refused.
+    One string, because broadcast_from_rank0 sends a string. Raises ValueError that starts with the
+    config key if there is no model or the check fails.
     """
     try:
         path = find_model(Path(source))
-        under = check(path, *expected)
+        prefix = check(path, *expected)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    return f"{path}\n{under}"
+    return f"{path}\n{prefix}"
 
 
 def check_init_source(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
     """Return the prefix of the weights that a run can start from.
 
-    The towers, or the vision tower if there is no other.
+    That is both towers, or the vision tower if the model has no text tower. Raises ValueError if
+    the vocabulary or the architecture differs from the config's.
     """
     if is_one(path):
-        source = read_provenance(path)
-        if not source["vocab"]:
+        provenance = read_provenance(path)
+        if not provenance["vocab"]:
             return check_vision_tower(path, cfg)
-        fingerprint = source["fingerprint"]
+        fingerprint = provenance["fingerprint"]
     else:
         fingerprint = read_manifest(path)["identity"]["tokenizer"]
     if fingerprint != vocabulary:
         raise ValueError(
-            f"{path} was trained with tokenizer {fingerprint}, this config's data.tokenizer is"
-            f" {vocabulary}; use its own"
+            f"{path} was trained with tokenizer {fingerprint}, but this config's data.tokenizer is"
+            f" {vocabulary}; use the model's own tokenizer"
         )
     check_architecture(path, cfg, "use the model's own architecture")
     return TOWERS
 
 
 def check_vision_tower(path: Path, cfg: ModelConfig) -> str:
-    """Return the prefix of a vision tower.
+    """Return the prefix of the vision tower's weights.
 
-    Raises ValueError naming the first thing in which its patch tokens differ from the config's.
+    Raises ValueError with the first setting in which the vision tower differs from the config's.
     """
-    check_architecture(path, cfg, "a borrowed tower must be the same", vision_only=True)
+    advice = "both vision towers must have the same architecture"
+    check_architecture(path, cfg, advice, vision_only=True)
     return f"{TOWERS}vision."
 
 
 def check_architecture(
     path: Path, cfg: ModelConfig, advice: str, vision_only: bool = False
 ) -> None:
-    """Raise ValueError naming the first thing in which the model's tokens differ."""
-    tree = (
-        read_portable_config(path)["model"]
-        if is_one(path)
-        else read_manifest(path)["identity"]["model"]
-    )
+    """Raise ValueError with the first architecture setting in which a model differs from cfg."""
+    if is_one(path):
+        tree = read_portable_config(path)["model"]
+    else:
+        tree = read_manifest(path)["identity"]["model"]
     model = build(ModelConfig, merge({}, tree), "model.")
     stored_settings = tuples_to_lists(architecture_settings(model, vision_only))
     config_settings = tuples_to_lists(architecture_settings(cfg, vision_only))
-    for where, was, now in differences(stored_settings, config_settings, "model"):
-        if where in ("model.grid", "model.patch"):
+    for key, stored, current in differences(stored_settings, config_settings, "model"):
+        if key in ("model.grid", "model.patch"):
             sides = " ".join(map(str, dict.fromkeys(cfg.sides)))
             advice = (
                 f"python run/convert.py glimpse {path} OUT --patch {cfg.patch} --image-size {sides}"
-                " makes one that fits"
+                " writes a model that fits"
             )
         raise ValueError(
-            f"{path} was trained with {where}: {was!r}, this config says {now!r}; {advice}"
+            f"{path} was trained with {key}: {stored!r}, but this config has {current!r}; {advice}"
         )
 
 
 def architecture_settings(model: ModelConfig, vision_only: bool) -> dict:
-    """Return the settings that a model's tokens depend on; vision_only: its patch tokens alone."""
+    """Return the settings that a model's output tokens depend on, before they are pooled.
+
+    vision_only: of the vision tower only.
+    """
     shape = asdict(model.shape)
     vision = asdict(model.vision)
     del vision["pool"], vision["freeze_patch"]

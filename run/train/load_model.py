@@ -1,11 +1,14 @@
-"""Find the model at a path, a run's checkpoint or a converted model, and load its weights.
+"""Find the model at a path, and load its weights.
 
-    path = find(Path("runs/quickstart"))
-        the newest checkpoint of a run, a checkpoint, or a folder that run/convert.py wrote
-    cfg, tokenizer, method = opened(path)
-        for evaluation
+    path = find_model(Path("runs/quickstart"))
+        the newest checkpoint of a run, a checkpoint, or a converted model (run/convert.py)
+    cfg, tokenizer, method = open_model(path)
+        build the method and load its weights, for evaluation
+    load_weights(method, path, names)
+        load weights into a method that may be sharded, for training
 
-No rank ever holds more than one whole tensor beside its shard.
+The functions below take a `path` that find_model() returned. Weights are loaded one tensor at a
+time: a rank never holds more than one full tensor besides its own shards.
 """
 
 import hashlib
@@ -24,14 +27,14 @@ from glimpse.model.methods import Method, build_method
 from glimpse.model.portable import CONFIG, WEIGHTS, About, Portable, is_one
 from glimpse.model.towers import ModelConfig
 from glimpse.run.lib.config import RunConfig, build, merge, relocate_tokenizer, tuples_to_lists
-from glimpse.run.lib.config import load as read_config
+from glimpse.run.lib.config import load as load_config
 from glimpse.run.lib.distributed import broadcast_from_rank0, device, rank
 from glimpse.run.train import zero_reader
 from glimpse.run.train.checkpoint import check_identity, identity, newest_checkpoint, read_manifest
 from glimpse.run.train.engine import full_parameter, move_to_device
 
-TOWERS = "towers."  # prefix of a method's parameters that a converted model holds
-# The keys that a converted model's config.json lacks, since only training reads them.
+TOWERS = "towers."  # prefix of the method's parameters that a converted model contains
+# Values for the required keys that a converted model's config.json lacks; only training reads them.
 TRAINING_PLACEHOLDERS = dict(
     method="clip",
     samples=1,
@@ -42,10 +45,10 @@ TRAINING_PLACEHOLDERS = dict(
 
 
 def find_model(path: Path) -> Path:
-    """Return the model that a path names.
+    """Return the path of the model at `path`: a checkpoint or a converted model's folder.
 
-    The newest checkpoint of a run folder, a checkpoint itself, or the folder of a converted model
-    (also by the weights in it).
+    path: a run folder (for its newest checkpoint), a checkpoint, or a converted model's folder or
+    weight file. Raises ValueError if there is no model, it is damaged, or it has another format.
     """
     from glimpse.model.convert import claimed
 
@@ -57,8 +60,8 @@ def find_model(path: Path) -> Path:
     foreign_format = claimed(path) if path.exists() else None
     if foreign_format:
         raise ValueError(
-            f"{path}: a model of {foreign_format}; `python run/convert.py glimpse {path} OUT` makes"
-            " one that can be used here"
+            f"{path}: a model in {foreign_format} format; convert it first, with `python"
+            f" run/convert.py glimpse {path} OUT`"
         )
     if (path / CONFIG).is_file():
         tensor_files.read_json(path / CONFIG)  # raises ValueError if it is damaged
@@ -66,34 +69,32 @@ def find_model(path: Path) -> Path:
 
 
 def results_folder(path: Path) -> Path:
-    """Return the folder for results of a model that `find` returned.
-
-    The run's, or the converted model's own.
-    """
+    """Return the folder for a model's results: its run folder, or the converted model's folder."""
     return path if is_one(path) else path.parents[1]
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """Return the config of a model that `find` returned.
+    """Return the config of a model.
 
-    Training's keys of a converted model are filled in.
+    A converted model's config gets placeholders for the keys that only training reads.
     """
     if not is_one(path):
         run = path.parents[1]
-        cfg = read_config(run / "config.yaml")
+        cfg = load_config(run / "config.yaml")
         data = replace(cfg.data, tokenizer=relocate_tokenizer(cfg.data.tokenizer, run))
         return replace(cfg, data=data)
     tree = read_portable_config(path)
     del tree["provenance"]
     if not tree.get("data"):
         raise ValueError(
-            f"{path}: a vision tower alone, without text; start a run from it with init: {path}"
+            f"{path}: it has a vision tower but no text tower; it can only be the start of a run,"
+            f" with init: {path}"
         )
     return build(RunConfig, merge({**TRAINING_PLACEHOLDERS, "run": str(path)}, tree))
 
 
 def read_portable_config(path: Path) -> dict:
-    """Return a converted model's config.json, with the path of its vocabulary as it is now.
+    """Return a converted model's config.json, with the current path of its vocabulary file.
 
     Raises ValueError if a key is missing.
     """
@@ -107,7 +108,7 @@ def read_portable_config(path: Path) -> dict:
 
 
 def check_keys(path: Path, tree: dict, key: str, names: tuple[str, ...]) -> None:
-    """Raise ValueError unless the mapping at `key`, "" for the tree itself, has all these keys."""
+    """Raise ValueError unless the mapping tree[key], or tree for key "", has all the names."""
     mapping = tree.get(key, {}) if key else tree
     if not isinstance(mapping, dict):
         mapping = {}
@@ -117,18 +118,18 @@ def check_keys(path: Path, tree: dict, key: str, names: tuple[str, ...]) -> None
 
 
 def read_provenance(path: Path) -> dict:
-    """Return the record in a converted model's config.json of how it was made."""
+    """Return the provenance in a converted model's config.json: source, vocabulary, tokenizer."""
     return read_portable_config(path)["provenance"]
 
 
 def training_progress(path: Path) -> dict:
-    """Return how far a model was trained: its step and samples, if they are known."""
+    """Return the step and samples that a model was trained for, if they are known."""
     source = read_provenance(path)["source"] if is_one(path) else read_manifest(path)
     return {key: source[key] for key in ("step", "samples") if key in source}
 
 
 def open_converted(path: Path) -> Portable:
-    """Open a converted model's folder."""
+    """Open a converted model."""
     tree = read_portable_config(path)
     record = tree["provenance"]
     data = tree.get("data", {})
@@ -147,19 +148,19 @@ def open_converted(path: Path) -> Portable:
 
 
 def open_portable(path: Path, weights: str = "student") -> Portable:
-    """Open the towers of a model that `find` returned, in fp32.
+    """Open the towers of a model, in fp32, as the common form of all conversions.
 
-    weights: student, or teacher: the moving averages in place of the weights that they average.
+    weights: "student", or "teacher" for a run's moving averages.
     """
     if is_one(path):
         if weights != "student":
             raise ValueError(
-                f"--weights {weights}: {path} holds one model; convert the run again with --weights"
-                f" {weights}"
+                f"--weights {weights}: {path} is a converted model, which has one set of weights;"
+                f" convert the run again with --weights {weights}"
             )
         return open_converted(path)
 
-    # The towers' weights.
+    # 1. The towers' weights.
     cfg = read_run_config(path)
     manifest = read_manifest(path)
     tensors = zero_reader.read_weights(path)
@@ -169,7 +170,7 @@ def open_portable(path: Path, weights: str = "student") -> Portable:
     if weights == "teacher":
         towers = replace_by_averages(path, cfg, vocab, towers)
 
-    # The record of where they come from.
+    # 2. Their provenance, and what else a conversion needs to know.
     source = dict(
         path=str(path),
         format="run",
@@ -190,17 +191,17 @@ def open_portable(path: Path, weights: str = "student") -> Portable:
 
 
 def eval_interpolation(cfg: RunConfig) -> str:
-    """Return the interpolation of a run's first view, with which evaluations resize images."""
+    """Return the interpolation of a run's first view; evaluations resize images with it."""
     return next(iter(cfg.views.values())).interpolation
 
 
 def replace_by_averages(path: Path, cfg: RunConfig, vocab: int, towers: Tensors) -> Tensors:
-    """Return the towers' tensors, with the moving averages in place of what they average."""
+    """Return the towers' tensors, with moving averages in place of the parameters that have one."""
     with torch.device("meta"):
         method = build_method(cfg, vocab)
 
-    # {tower's tensor: name and shape of its average}. The towers with the averages in them hold
-    # the teacher's parameters themselves.
+    # Find out which tower parameters have an average: eval_towers("teacher") returns towers that
+    # contain the teacher's own Parameter objects. {parameter: (name, shape) of its average}
     pairs = ema.parameters(method.ema_pairs()).items()
     teachers = {id(teacher): (key, teacher.shape) for key, (teacher, _) in pairs}
     average_of = {}
@@ -211,14 +212,14 @@ def replace_by_averages(path: Path, cfg: RunConfig, vocab: int, towers: Tensors)
     keys = {name: key for name, (key, _) in average_of.items()}
     averages = zero_reader.read_averages(path, dict(average_of.values())).renamed(keys)
 
-    def get(name: str) -> torch.Tensor:
+    def read(name: str) -> torch.Tensor:
         return averages[name] if name in average_of else towers[name]
 
-    return Tensors({**towers.meta, **averages.meta}, get)
+    return Tensors({**towers.meta, **averages.meta}, read)
 
 
 def read_weights(path: Path) -> Tensors:
-    """Return the weights of a checkpoint or converted model, under the names of a method."""
+    """Return the weights of a checkpoint or converted model, by the method's parameter names."""
     if not is_one(path):
         return zero_reader.read_weights(path)
     tensors = tensor_files.read(path / WEIGHTS)
@@ -229,56 +230,61 @@ def load_weights(
     method: torch.nn.Module,
     path: Path,
     names: dict[str, str] | None = None,
-    under: str | None = None,
+    required_prefix: str | None = None,
 ) -> None:
-    """Copy weights into a method, sharded or not; rank 0 alone reads them.
+    """Load weights into a method, sharded or not. All ranks must call; only rank 0 reads.
 
-    names: {parameter of the method: its name at the path}, in one order on all ranks; None: all
-    parameters, by their own names. Raises ValueError unless each is there in its shape, and no
-    other name there begins with `under`. All ranks must call.
+    names: {parameter of the method: its name at `path`}, in the same order on all ranks; None loads
+    all parameters by their own names. Raises ValueError if a name is missing at `path` or has
+    another shape, or if a name there with the required prefix is not among `names`.
     """
     parameters = dict(method.named_parameters())
     if names is None:
         names = {name: name for name in parameters}
-        under = ""
+        required_prefix = ""
     shapes = {}
-    for name, stored in names.items():
+    for name, stored_name in names.items():
         parameter = parameters[name]
-        # of a sharded parameter: its own shape is empty
-        shapes[stored] = getattr(parameter, "ds_shape", parameter.shape)
+        # the .shape of a ZeRO-3 parameter is that of an empty tensor
+        shapes[stored_name] = getattr(parameter, "ds_shape", parameter.shape)
 
-    # Rank 0 alone reads; it compares names and shapes before any rank waits for weights.
+    # Check names and shapes on rank 0 before any rank waits for weights in a broadcast.
     source = read_weights(path) if rank() == 0 else Tensors.held({})
-    broadcast_from_rank0(partial(check_names_and_shapes, path, source, shapes, under))
+    broadcast_from_rank0(partial(check_names_and_shapes, path, source, shapes, required_prefix))
 
-    for name, stored in names.items():
+    for name, stored_name in names.items():
         with full_parameter(parameters[name]) as tensor:
             if rank() == 0:
-                tensor.copy_(source[stored])
+                tensor.copy_(source[stored_name])
 
 
 def check_names_and_shapes(
-    path: Path, source: Tensors, shapes: dict[str, torch.Size], under: str | None
+    path: Path, source: Tensors, shapes: dict[str, torch.Size], required_prefix: str | None
 ) -> str:
-    """Return "", or raise ValueError if the weights at a path are not those that `load` needs."""
+    """Raise ValueError if the weights at a path do not match the expected names and shapes.
+
+    Returns "", because broadcast_from_rank0 sends a string.
+    """
     missing = sorted(shapes.keys() - source.meta.keys())
     if missing:
         raise ValueError(
             f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture"
+            " than this config's"
         )
-    if under is not None:
-        stored = {name for name in source if name.startswith(under)}
+    if required_prefix is not None:
+        stored = {name for name in source if name.startswith(required_prefix)}
         extra = sorted(stored - shapes.keys())
         if extra:
             raise ValueError(
-                f"{path}: this config has no place for {extra[0]}{more(extra)}; it holds another"
-                " architecture"
+                f"{path}: this config's model has no parameter {extra[0]}{more(extra)}; the weights"
+                " are of another architecture"
             )
     for name, shape in shapes.items():
         stored_shape = source.meta[name].shape
         if stored_shape != shape:
             raise ValueError(
-                f"{path}: {name} is {tuple(stored_shape)}, this config makes {tuple(shape)}"
+                f"{path}: {name} has shape {tuple(stored_shape)}, in this config it has"
+                f" {tuple(shape)}; the weights are of another architecture"
             )
     return ""
 
@@ -286,7 +292,7 @@ def check_names_and_shapes(
 def open_model(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
     """Return (config, tokenizer, method on this rank's device) of a model, for evaluation.
 
-    path: as `find` returned it.
+    Raises ValueError if the vocabulary is not the one that the model was trained with.
     """
     cfg = read_run_config(path)
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
@@ -294,8 +300,9 @@ def open_model(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
         source = read_provenance(path)
         if source["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
-                f"{path}: trained with tokenizer {source['fingerprint']}; {cfg.data.tokenizer} is"
-                f" {tokenizer.fingerprint}"
+                f"{path}: trained with tokenizer {source['fingerprint']}, but"
+                f" {cfg.data.tokenizer} has {tokenizer.fingerprint}; restore the original"
+                " vocabulary file"
             )
         vocab = source["vocab"]
         tensors = tensor_files.read(path / WEIGHTS).meta.values()
@@ -311,12 +318,12 @@ def open_model(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
 
 
 def checksum(module: torch.nn.Module, cfg: RunConfig, tokenizer: Tokenizer) -> str:
-    """Hash everything that embeddings depend on.
+    """Return a hash of everything that embeddings depend on.
 
-    The preparation of images and texts, the architecture, and the sum of the weights' bits, which
-    is the same on every device.
+    That is the preprocessing of images and texts, the architecture, and the weights. The weights
+    enter as the sum of their bit patterns, which is the same on every device.
     """
-    integers = {2: torch.int16, 4: torch.int32}  # by bytes
+    integers = {2: torch.int16, 4: torch.int32}  # {bytes per element: dtype}
     total = 0
     for parameter in module.parameters():
         bits = parameter.detach().view(integers[parameter.element_size()])
@@ -334,12 +341,13 @@ def checksum(module: torch.nn.Module, cfg: RunConfig, tokenizer: Tokenizer) -> s
 
 
 def backbone(run: Path | str, weights: str = "student", **options) -> torch.nn.Module:
-    """Return the vision tower of a model as feature maps (docs/transfer.md).
+    """Return the vision tower of a model as a backbone of feature maps (docs/transfer.md).
 
-    It is unsharded, in fp32, all of it trainable. run: a run folder, checkpoint or converted model.
+    It is unsharded, in fp32, with all parameters trainable. All ranks must call, after
+    run.lib.distributed.start().
 
-    weights: student, or teacher (the moving average). options: of the Backbone. All ranks must
-    call, after run.lib.distributed.start().
+    run: a run folder, checkpoint or converted model. weights: "student", or "teacher" (the moving
+    average). options: arguments of Backbone.
     """
     from glimpse.model.downstream.backbone import Backbone
 

@@ -1,15 +1,17 @@
-"""Read the weights in a checkpoint's files: a tensor at a time, by any process.
+"""Read the weights of a DeepSpeed checkpoint, one tensor at a time, in any process.
 
-DeepSpeed's optimizer is not needed.
+    tensors = read_weights(path)             every parameter of the method, fp32, by its name
+    tensors = read_averages(path, shapes)    a teacher's moving averages, by model/ema.py's names
 
-    tensors = weights(path)             Tensors, fp32: every parameter of the method under its name
-    tensors = averages(path, shapes)    a teacher's moving averages, under model/ema.py's names
+Both return lazy Tensors. The checkpoint's files are unpickled without the data of their tensors,
+only to learn where each tensor lies in its file. The bytes are read when a tensor is accessed, so
+memory is that of one tensor for any number of ranks. No DeepSpeed engine is needed.
 
-The files are unpickled without their tensors, each of which is only located in its file; its bytes
-are read from there when it is asked for. So memory is that of one tensor, whatever the number of
-ranks. The unpickler allows only the few types that DeepSpeed stores: a run folder from elsewhere
-can be read safely. The layout is that of DeepSpeed's deepspeed/utils/zero_to_fp32.py, whose own
-reader holds stages 1 and 2 in memory.
+The unpickler accepts only the few types that DeepSpeed stores, so a run folder from an untrusted
+source can be read safely.
+
+The layouts are those of DeepSpeed's deepspeed/utils/zero_to_fp32.py, which itself loads the
+checkpoints of stages 1 and 2 into memory.
 """
 
 import json
@@ -28,7 +30,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from glimpse.model.lazy_tensors import Tensors
 from glimpse.model.safe_unpickler import GETATTR, UNSAFE, first_line, member
 
-TYPES = [
+# What DeepSpeed's files contain besides tensors and plain Python types.
+ALLOWED_TYPES = [
     LossScaler,
     DynamicLossScaler,
     ZeroStageEnum,
@@ -39,7 +42,7 @@ TYPES = [
 
 @dataclass(frozen=True)
 class StoredRange:
-    """`count` elements of one type that lie end to end in a file, from a byte on."""
+    """`count` contiguous elements of one dtype in a file, from a byte offset on."""
 
     file: Path
     offset: int
@@ -47,102 +50,110 @@ class StoredRange:
     dtype: torch.dtype
 
     def slice(self, first: int, count: int) -> "StoredRange":
-        """Return `count` of the elements, from the `first` on."""
+        """Return `count` of the elements, starting with element `first`."""
         return StoredRange(self.file, self.offset + first * self.dtype.itemsize, count, self.dtype)
 
     def read_into(self, out: torch.Tensor) -> None:
-        """Read the elements into a flat tensor of their number and type."""
+        """Read the elements into a flat tensor of the same size and dtype."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             size = file.readinto(out.view(torch.uint8).numpy().data)
         if size != self.count * self.dtype.itemsize:
-            raise ValueError(f"{self.file}: truncated")
+            raise ValueError(f"{self.file}: truncated; copy the checkpoint again")
 
 
-# {name: (shape, the runs that hold its elements, one after another)}
+# {parameter's name: (shape, the ranges that hold its elements, in order)}
 Layout = dict[str, tuple[torch.Size, list[StoredRange]]]
 
 
 def read_structure(file: Path) -> dict:
-    """Return the contents of a file, its tensors without their values."""
+    """Unpickle a file written by torch.save; its tensors are on the meta device, without data.
+
+    Raises ValueError if the file is damaged or contains a type that DeepSpeed does not store.
+    """
     try:
-        with torch.serialization.safe_globals(TYPES):
-            # the meta device notes where in the file each storage lies
+        with torch.serialization.safe_globals(ALLOWED_TYPES):
+            # With the meta device, torch records the offset of each storage in the file.
             return torch.load(file, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{file}: refused ({refused[1]}): {UNSAFE}") from None
-        raise ValueError(f"{file}: truncated or no checkpoint ({first_line(error)})") from None
+        raise ValueError(f"{file}: truncated, or not a checkpoint ({first_line(error)})") from None
 
 
 def locate(tensor: torch.Tensor, file: Path) -> StoredRange:
-    """Locate a tensor that `structure` returned in its file."""
-    storage_begin = tensor.untyped_storage()._checkpoint_offset
-    if storage_begin is None:
-        raise ValueError(f"{file}: a tensor in it was not read by torch.load")
-    begin = storage_begin + int(tensor.storage_offset()) * tensor.dtype.itemsize
-    return StoredRange(file, begin, tensor.numel(), tensor.dtype)
+    """Return the position in its file of a tensor from read_structure()."""
+    storage_offset = tensor.untyped_storage()._checkpoint_offset
+    if storage_offset is None:
+        raise ValueError(f"{file}: it contains a tensor that torch.load did not read from it")
+    offset = storage_offset + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return StoredRange(file, offset, tensor.numel(), tensor.dtype)
 
 
 def locate_all(tensors: dict[str, torch.Tensor], file: Path) -> Layout:
-    """Locate unsharded tensors that `structure` returned in their file."""
+    """Return the layout of unsharded tensors from read_structure()."""
     return {name: (tensor.shape, [locate(tensor, file)]) for name, tensor in tensors.items()}
 
 
-def slice_ranges(runs: Iterable[StoredRange], first: int, count: int) -> list[StoredRange]:
-    """Return `count` elements of runs that lie end to end, from the `first` on."""
+def slice_ranges(ranges: Iterable[StoredRange], first: int, count: int) -> list[StoredRange]:
+    """Return `count` elements of concatenated ranges, starting with element `first`."""
     pieces = []
-    for run in runs:
+    for stored in ranges:
+        # [begin, end) in this range; `first` is relative to its start and may be negative
         begin = max(0, first)
-        end = min(run.count, first + count)
+        end = min(stored.count, first + count)
         if begin < end:
-            pieces.append(run.slice(begin, end - begin))
-        first -= run.count
+            pieces.append(stored.slice(begin, end - begin))
+        first -= stored.count
     return pieces
 
 
-def build_tensors(where: Layout) -> Tensors:
-    """Return the tensors of a layout, read when they are asked for, as fp32."""
-    for name, (shape, runs) in where.items():
-        if sum(run.count for run in runs) != shape.numel():
-            source = runs[0].file.parent if runs else name
-            raise ValueError(f"{source}: the parts of {name} are not {tuple(shape)}")
+def build_tensors(layout: Layout) -> Tensors:
+    """Return lazy fp32 tensors that are read from the ranges of a layout."""
+    for name, (shape, ranges) in layout.items():
+        stored_count = sum(stored.count for stored in ranges)
+        if stored_count != shape.numel():
+            source = ranges[0].file.parent if ranges else name
+            raise ValueError(
+                f"{source}: {stored_count} elements of {name} are stored, {tuple(shape)} has"
+                f" {shape.numel()}"
+            )
 
-    def get(name: str) -> torch.Tensor:
-        shape, runs = where[name]
+    def read(name: str) -> torch.Tensor:
+        shape, ranges = layout[name]
         out = torch.empty(shape.numel())
-        at = 0
-        for run in runs:
-            place = out[at : at + run.count]
-            if run.dtype == place.dtype:
-                run.read_into(place)
+        begin = 0
+        for stored in ranges:
+            target = out[begin : begin + stored.count]
+            if stored.dtype == target.dtype:
+                stored.read_into(target)
             else:
-                piece = torch.empty(run.count, dtype=run.dtype)
-                run.read_into(piece)
-                place.copy_(piece)
-            at += run.count
+                piece = torch.empty(stored.count, dtype=stored.dtype)
+                stored.read_into(piece)
+                target.copy_(piece)
+            begin += stored.count
         return out.view(shape)
 
-    meta = {name: torch.empty(shape, device="meta") for name, (shape, _) in where.items()}
-    return Tensors(meta, get)
+    meta = {name: torch.empty(shape, device="meta") for name, (shape, _) in layout.items()}
+    return Tensors(meta, read)
 
 
 def rank_files(path: Path, kind: str) -> list[Path]:
-    """Return the ranks' files of a kind, in the order of ranks."""
+    """Return the files *KIND.pt of all ranks, in rank order."""
 
     def numbers(file: Path) -> list[int]:
         return [int(digits) for digits in re.findall(r"\d+", file.name)]
 
     matches = sorted(path.glob(f"*{kind}.pt"), key=numbers)
     if not matches:
-        raise ValueError(f"{path}: no *{kind}.pt in it")
+        raise ValueError(f"{path}: no *{kind}.pt in it; it is not a complete checkpoint")
     return matches
 
 
 def read_weights(path: Path) -> Tensors:
     """Return every parameter of a checkpoint's method in fp32.
 
-    The optimizer's master copy of what was trained; frozen parameters as they are.
+    Trained parameters come from the optimizer's master copies, frozen ones from the module.
     """
     stage = json.loads((path / "manifest.json").read_text())["stage"]
     model_files = rank_files(path, "model_states")
@@ -150,20 +161,20 @@ def read_weights(path: Path) -> Tensors:
     if stage == 0:
         return build_tensors(locate_all(first["module"], model_files[0]))
 
-    # The master copies, flat: groups[rank][group].
+    # 1. The flat master copies: groups[rank][parameter group].
     optimizer_files = rank_files(path, "optim_states")
     states = [read_structure(file)["optimizer_state_dict"] for file in optimizer_files]
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     groups = []
     for state, file in zip(states, optimizer_files):
-        groups.append([locate(part, file) for part in state[key]])
+        groups.append([locate(flat, file) for flat in state[key]])
 
-    # Stages 1 and 2: the module is unsharded on rank 0, which alone has what is frozen.
+    # 2. Stages 1 and 2: rank 0's module is complete; the master copies replace what was trained.
     if stage < 3:
         module = locate_all(first["module"], model_files[0])
         return build_tensors(module | stage12_layout(first["param_shapes"], groups, states[0]))
 
-    # Stage 3: every rank has a part of what is frozen, too.
+    # 3. Stage 3: frozen parameters are sharded over the ranks' model files.
     trained_layout = stage3_layout(first["param_shapes"], groups)
     frozen_shapes = first.get("frozen_param_shapes")
     if not frozen_shapes:
@@ -173,61 +184,62 @@ def read_weights(path: Path) -> Tensors:
 
 
 def stage3_layout(shapes: list[dict[str, torch.Size]], groups: list[list[StoredRange]]) -> Layout:
-    """Locate the parameters of stage 3.
+    """Return the layout of the parameters of stage 3.
 
-    Each rank has an equal part of every parameter, the last padded; a rank's parts lie end to end.
+    Each parameter is split over the ranks into shards of equal size, the last one padded. A rank
+    stores its shards of all parameters end to end.
     """
-    where: Layout = {}
-    at = 0
+    layout: Layout = {}
+    begin = 0  # of the current parameter's shard, in every rank's concatenated shards
     for group in shapes:
         for name, shape in group.items():
-            size = math.ceil(shape.numel() / len(groups))
-            pieces = []
-            for rank_runs in groups:
-                pieces += slice_ranges(rank_runs, at, size)
-            where[name] = (shape, slice_ranges(pieces, 0, shape.numel()))
-            at += size
-    return where
+            shard_size = math.ceil(shape.numel() / len(groups))
+            shards = []
+            for rank_ranges in groups:
+                shards += slice_ranges(rank_ranges, begin, shard_size)
+            layout[name] = (shape, slice_ranges(shards, 0, shape.numel()))  # without the padding
+            begin += shard_size
+    return layout
 
 
 def stage12_layout(
     shapes: list[dict[str, torch.Size]], groups: list[list[StoredRange]], state: dict
 ) -> Layout:
-    """Locate the parameters of stages 1 and 2.
+    """Return the layout of the trained parameters of stages 1 and 2.
 
-    Those of a group lie end to end, and each rank has an equal part of the group.
+    The parameters of a group are stored end to end, and the group is split evenly over the ranks.
     """
-    where: Layout = {}
+    layout: Layout = {}
     paddings = state.get("param_alignment_paddings")
     for i, group in enumerate(shapes):
-        runs = [rank_runs[i] for rank_runs in groups]
-        at = 0
+        ranges = [rank_ranges[i] for rank_ranges in groups]
+        begin = 0
         for j, (name, shape) in enumerate(group.items()):
-            where[name] = (shape, slice_ranges(runs, at, shape.numel()))
-            at += shape.numel()
+            layout[name] = (shape, slice_ranges(ranges, begin, shape.numel()))
+            begin += shape.numel()
             if paddings:
-                at += paddings[i][j]
-    return where
+                begin += paddings[i][j]
+    return layout
 
 
 def sharded_layout(
     shapes: dict[str, torch.Size], shards: list[tuple[dict[str, torch.Tensor], Path]]
 ) -> Layout:
-    """Locate tensors of which each rank's file has a part, the last padded.
+    """Return the layout of tensors that have a shard in each rank's file, the last one padded.
 
-    shards: (the parts, their file), in the order of ranks.
+    shards: (the shards of a file, its path), in rank order.
     """
-    where: Layout = {}
+    layout: Layout = {}
     for name, shape in shapes.items():
-        runs = [locate(parts[name], file) for parts, file in shards]
-        where[name] = (shape, slice_ranges(runs, 0, shape.numel()))
-    return where
+        ranges = [locate(tensors[name], file) for tensors, file in shards]
+        layout[name] = (shape, slice_ranges(ranges, 0, shape.numel()))
+    return layout
 
 
 def read_averages(path: Path, shapes: dict[str, torch.Size]) -> Tensors:
-    """Return the moving averages of these names and shapes.
+    """Return a teacher's moving averages, which run/train/checkpoint.py saves, in fp32.
 
-    run/train/checkpoint.py saves them beside DeepSpeed's files.
+    shapes: {name in model/ema.py: full shape}.
     """
     shards = [(read_structure(file), file) for file in rank_files(path, "average_rank_*")]
     return build_tensors(sharded_layout(shapes, shards))

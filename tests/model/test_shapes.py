@@ -184,7 +184,7 @@ def test_a_borrowed_tower_of_another_custom_size_is_refused(tmp_path):
 
     initial_weights.check_vision_tower(tmp_path, odd())
 
-    with pytest.raises(ValueError, match="model.shape.depth: 2, this config says 3"):
+    with pytest.raises(ValueError, match="model.shape.depth: 2, but this config has 3"):
         initial_weights.check_vision_tower(tmp_path, deeper)
 
 

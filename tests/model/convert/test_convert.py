@@ -367,7 +367,7 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
             "data.tokenizer 'wordpiece.LICENSE.'.*; --tokenizer SPEC names",
         ),
         (["megatron", "FOLDER", "OUT", "--tp", "3"], "tp"),
-        (["glimpse", "EMPTY", "OUT"], "no whole checkpoint in it"),
+        (["glimpse", "EMPTY", "OUT"], "no complete checkpoint in it"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(line, complaint, folder, tmp_path, convert):
@@ -429,7 +429,7 @@ def test_runs_of_any_rank_count_come_out_as_the_file_that_went_in(folder, tmp_pa
         (
             {"model.vision.activation": "gelu_tanh"},
             (
-                "init: .* was trained with model.vision.activation: 'gelu', this config says"
+                "init: .* was trained with model.vision.activation: 'gelu', but this config has"
                 " 'gelu_tanh'"
             ),
         ),

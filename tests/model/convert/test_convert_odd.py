@@ -150,7 +150,7 @@ ODD = {  # what of `good`, what happens to it, the complaint
         "no index: it should hold weight_map, {tensor: name of a file beside it}",
     ),
     "a width in words": (None, file("config.json", WIDTH_IN_WORDS), "TypeError"),
-    "another's manifest": (None, file("manifest.json", "[]"), "no whole checkpoint in it"),
+    "another's manifest": (None, file("manifest.json", "[]"), "no complete checkpoint in it"),
 }
 
 
@@ -391,7 +391,7 @@ def test_members_of_enums_as_older_pythons_pickle_them(protocol, tmp_path):
     torch.save({"stage": Odd(ZeroStageEnum, "weights")}, tmp_path / "shard.pt")
     assert zero_reader.read_structure(tmp_path / "shard.pt") == {"stage": ZeroStageEnum.weights}
     torch.save({"stage": Odd(ZeroStageEnum, "mro")}, tmp_path / "shard.pt")
-    with pytest.raises(ValueError, match="shard.pt: truncated or no checkpoint .getattr of"):
+    with pytest.raises(ValueError, match="shard.pt: truncated, or not a checkpoint .getattr of"):
         zero_reader.read_structure(tmp_path / "shard.pt")
 
 

@@ -210,7 +210,7 @@ def test_the_newest_are_kept(folder):
         ),
         (
             lambda path: (path / SHARD).unlink(),
-            f"{SHARD} is missing, .*; .*step-00000003 is whole and may be named instead",
+            f"{SHARD} is missing, .*; .*step-00000003 is complete: pass it",
         ),
         (lambda path: (path / "manifest.json").unlink(), ""),
         (lambda path: (path / "manifest.json").write_text('{"st'), ""),
@@ -244,12 +244,12 @@ def test_no_checkpoint_and_another_model(folder, tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         checkpoint.newest_checkpoint(none)
     none.mkdir()
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         checkpoint.newest_checkpoint(none)
 
     path = checkpoint.save(Engine(9), folder, dict(identity=causal), keep=3)
     checkpoint.check_identity(path, causal)
-    with pytest.raises(ValueError, match="model.text.causal: True, this config says False"):
+    with pytest.raises(ValueError, match="model.text.causal: True, but this config has False"):
         checkpoint.check_identity(path, bidirectional)
 
 
@@ -262,5 +262,5 @@ def test_a_manifest_that_is_needed(folder):
         checkpoint.read_manifest(path)
 
     (path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="step-00000004: no whole checkpoint"):
+    with pytest.raises(ValueError, match="step-00000004: no complete checkpoint"):
         checkpoint.read_manifest(path)

@@ -145,7 +145,9 @@ def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch)
 def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
     open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "theirs")
 
-    complaint = "theirs: a model of open_clip; .*run/convert.py glimpse .*theirs OUT. makes one"
+    complaint = (
+        "theirs: a model in open_clip format; .* `python run/convert.py glimpse .*theirs OUT`"
+    )
     with pytest.raises(ValueError, match=complaint):
         load_model.find_model(tmp_path / "theirs")
 
@@ -200,8 +202,8 @@ def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_pat
     "shapes, under, complaint",
     [
         ({"a": (2,), "b": (1,)}, None, "has no weights for b"),
-        ({"a": (3,)}, None, r"a is \(2,\), this config makes \(3,\)"),
-        ({"a": (2,)}, "", "no place for c"),
+        ({"a": (3,)}, None, r"a has shape \(2,\), in this config it has \(3,\)"),
+        ({"a": (2,)}, "", "no parameter c; "),
     ],
 )
 def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_path):
