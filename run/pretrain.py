@@ -5,9 +5,9 @@
         --set run=runs/mine batch=16384
 
     python run/pretrain.py --plan --ranks 256 --device H100 --config run/configs/flip_h14.yaml
-        what it would cost; trains nothing
+        estimate the cost of the run, without training
 
-The run folder is refused if it exists, unless --resume goes on with it: from its newest complete
+An existing run folder is an error, unless --resume continues the run from its newest complete
 checkpoint, on any number of ranks.
 """
 
@@ -31,8 +31,8 @@ from glimpse.run.train import checkpoint, elastic, engine, initial_weights
 from glimpse.run.train.audit import Audit
 from glimpse.run.train.log import Log, format_count, peak_flops
 
-# Evaluations, the planner and pictures are imported where they are used: training needs none of
-# the packages that only they need.
+# Evaluations, the planner and pictures are imported inside the functions that use them: a container
+# for training need not have their packages.
 
 
 def main() -> None:
@@ -41,39 +41,41 @@ def main() -> None:
         print(describe_costs(cfg, args))
         return
 
-    # Refuse what is wrong with the JSON, the batch or the run folder before any rank starts.
+    # 1. Check the DeepSpeed JSON, the batch size and the run folder before the ranks connect.
     engine.build_deepspeed_config(cfg, distributed.world_size())
-    home = run_dir.check_run_folder(Path(cfg.run), args.resume)
+    run_folder = run_dir.check_run_folder(Path(cfg.run), args.resume)
     distributed.start()
     if args.resume:
-        distributed.rank0_first(partial(hold_lock, home))
+        distributed.rank0_first(partial(lock_run_folder, run_folder))
 
-    # Open everything that the run reads; rank 0 first, which may have to write an index.
+    # 2. Open the data, and build or restore the model. A new run's folder is created last, so an
+    #    error leaves none behind.
     evals = distributed.rank0_first(lambda: parse_evals(cfg))
     batches = build_loader(cfg)
-    trainer, manifest = restore(cfg, home, args.resume, batches)
+    trainer, manifest = build_engine(cfg, run_folder, args.resume, batches)
     batches.begin(manifest.get("shards", 0))
     distributed.rank0_first(
-        lambda: run_dir.prepare_run_folder(home, cfg, trainer.samples, args.resume)
+        lambda: run_dir.prepare_run_folder(run_folder, cfg, trainer.samples, args.resume)
     )
 
+    # 3. Train. A resumed run may have another batch size: count the steps that remain.
     steps = trainer.ds.global_steps + (cfg.samples - trainer.samples) // cfg.batch
-    log = Log(home, distributed.rank(), steps, cfg.batch)
+    log = Log(run_folder, distributed.rank(), steps, cfg.batch)
     log.info(describe_run(cfg, trainer, batches))
     try:
-        Training(cfg, home, batches, trainer, evals, log).run()
+        Training(cfg, run_folder, batches, trainer, evals, log).run()
     finally:
         log.close()
 
 
-def hold_lock(home: Path) -> None:
-    """Take the run folder's lock, on rank 0."""
+def lock_run_folder(run_folder: Path) -> None:
+    """Lock the run folder, on rank 0."""
     if distributed.rank() == 0:
-        run_dir.acquire_lock(home)
+        run_dir.acquire_lock(run_folder)
 
 
 def describe_costs(cfg: RunConfig, args) -> str:
-    """Describe the cost of the config as it is, and the cheapest way that fits the cluster."""
+    """Describe the cost of a config, and the cheapest settings with which it fits the cluster."""
     from glimpse.run.plan import planner
 
     cluster = planner.Cluster.from_args(args)
@@ -83,7 +85,7 @@ def describe_costs(cfg: RunConfig, args) -> str:
 
 
 def parse_evals(cfg: RunConfig) -> list:
-    """The evaluations of `evals:`, or ValueError, before the training starts."""
+    """Parse and check the evaluations of `evals:`, so that an error shows before training."""
     if not cfg.evals and not cfg.eval_every:
         return []
     from glimpse.run.evals import parse
@@ -92,102 +94,118 @@ def parse_evals(cfg: RunConfig) -> list:
 
 
 def build_loader(cfg: RunConfig) -> Batches | Stream:
-    """This rank's batches: by position from indexed folders, front to back from streams."""
-    rows = build_reader(cfg)
-    share = dict(
+    """Build the loader of this rank's batches.
+
+    Folders of shards are indexed and read by position; streams are read sequentially.
+    """
+    reader = build_reader(cfg)
+    split = dict(
         batch=cfg.batch,
         accumulate=cfg.accumulate,
         rank=distributed.rank(),
         world=distributed.world_size(),
     )
     if is_stream(cfg.data.train):
-        return Stream(rows, cfg.data.train, **share)
-    # rank 0 makes an index where there is none
-    return Batches(rows, distributed.rank0_first(lambda: Shards(cfg.data.train)), **share)
+        return Stream(reader, cfg.data.train, **split)
+    # Rank 0 first: it writes the index if there is none.
+    shards = distributed.rank0_first(lambda: Shards(cfg.data.train))
+    return Batches(reader, shards, **split)
 
 
 def run_identity(cfg: RunConfig, batches: Batches | Stream) -> dict:
-    """What a checkpoint and the run that goes on from it have in common."""
+    """Return the settings that must match between a checkpoint and the run that resumes from it."""
     return checkpoint.identity(cfg, batches.reader.tokenizer.fingerprint, batches.fingerprint())
 
 
-def restore(
-    cfg: RunConfig, home: Path, resume: bool, batches: Batches | Stream
+def build_engine(
+    cfg: RunConfig, run_folder: Path, resume: bool, batches: Batches | Stream
 ) -> tuple[engine.Engine, dict]:
-    """The engine at the beginning of the run, or where its newest complete checkpoint left it, and
-    that checkpoint's manifest.
+    """Build the engine, with initial weights or from the newest complete checkpoint.
+
+    Returns (engine, the checkpoint's manifest; {} for a new run).
     """
     tokenizer = batches.reader.tokenizer
 
+    # Rank 0 chooses the checkpoint: network file systems may show different files to other ranks.
     def newest() -> str:
-        complete = checkpoint.complete_checkpoints(home / "checkpoints") if resume else None
+        complete = checkpoint.complete_checkpoints(run_folder / "checkpoints") if resume else None
         return str(complete[0]) if complete else ""
 
-    path = distributed.broadcast_from_rank0(newest)
-    if not path:
+    newest_path = distributed.broadcast_from_rank0(newest)
+
+    # A new run, or one that was interrupted before its first checkpoint.
+    if not newest_path:
         load = initial_weights.init_weights(cfg.init, tokenizer.fingerprint)
         return engine.Engine(cfg, tokenizer.vocab_size, load=load), {}
 
-    checkpoint.check_identity(Path(path), run_identity(cfg, batches))
-    checkpoint.check_zero_settings(
-        Path(path), engine.build_deepspeed_config(cfg, distributed.world_size())
-    )
-    universal = elastic.prepare_elastic(Path(path), distributed.world_size())
+    # A run that resumes.
+    path = Path(newest_path)
+    ranks = distributed.world_size()
+    checkpoint.check_identity(path, run_identity(cfg, batches))
+    checkpoint.check_zero_settings(path, engine.build_deepspeed_config(cfg, ranks))
+    universal = elastic.prepare_elastic(path, ranks)
     trainer = engine.Engine(cfg, tokenizer.vocab_size, universal=universal is not None)
-    return trainer, elastic.resume(trainer, Path(path), universal)
+    return trainer, elastic.resume(trainer, path, universal)
 
 
 class Training:
-    """The training loop: update, report, evaluate, save, until the samples are spent or someone
-    asks to stop.
+    """The training loop: take steps, log, save and evaluate.
+
+    It ends after cfg.samples samples, or earlier on SIGTERM or SIGINT.
     """
 
     def __init__(
         self,
         cfg: RunConfig,
-        home: Path,
+        run_folder: Path,
         batches: Batches | Stream,
         trainer: engine.Engine,
         evals: list,
         log: Log,
     ):
-        self.cfg, self.home, self.batches = cfg, home, batches
-        self.trainer, self.evals, self.log = trainer, evals, log
+        self.cfg = cfg
+        self.run_folder = run_folder
+        self.batches = batches
+        self.trainer = trainer
+        self.evals = evals
+        self.log = log
         self.tokenizer = batches.reader.tokenizer
         self.stop = distributed.StopSignal()
-        self.audit = Audit(home, distributed.rank(), cfg.data, log.warning)
+        self.audit = Audit(run_folder, distributed.rank(), cfg.data, log.warning)
         self.peak_flops = peak_flops() * distributed.world_size()
-        self.saved_samples = trainer.samples
+        self.saved_samples = trainer.samples  # of the newest checkpoint
         self.examples = self.read_examples()
-        self.flops_per_sample: float | None = None
+        self.flops_per_sample: float | None = None  # computed at the first record
 
     def run(self) -> None:
+        """Train until the end of the run or a signal, then save and evaluate."""
         cfg, trainer = self.cfg, self.trainer
         starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
         stream = self.batches.stream(starts, pin=distributed.device().type == "cuda")
 
         while self.has_more_steps() and not self.stop.is_requested():
-            # 1. Wait for the batch, and note what could not be read.
+            # 1. Wait for the batch, and count samples that could not be read.
             begin = time.perf_counter()
-            parts = next(stream)
+            micro_batches = next(stream)
             self.log.add_wait_time(time.perf_counter() - begin)
-            self.audit(self.batches, parts, trainer.samples + cfg.batch)
+            self.audit(self.batches, micro_batches, trainer.samples + cfg.batch)
 
-            # 2. Update.
+            # 2. Take the optimizer step.
             lr = cfg.optim.lr_at(trainer.samples, cfg.batch, cfg.samples)
-            self.loss, metrics = trainer.step(parts, lr)
+            self.loss, metrics = trainer.step(micro_batches, lr)
 
-            # 3. Report, save and evaluate where it is due.
-            self.report(parts, lr, metrics)
+            # 3. Log, save and evaluate, each at its interval.
+            self.log_step(micro_batches, lr, metrics)
             if is_due(cfg.save_every, trainer.samples, cfg.batch):
                 self.save()
             if self.has_more_steps() and is_due(cfg.eval_every, trainer.samples, cfg.batch):
                 self.evaluate()
 
+        # 4. Save unless the last step has just done so; evaluate at the end of the run only.
         if self.saved_samples < trainer.samples:
             self.save()
         if self.has_more_steps():
-            self.log.info(f"asked to stop after {trainer.samples} samples; go on with --resume")
+            self.log.info(f"stopped after {trainer.samples} samples; continue with --resume")
         elif self.evals:
             self.evaluate()
 
@@ -195,60 +213,71 @@ class Training:
         """Return True while the run has samples for another step."""
         return self.trainer.samples + self.cfg.batch <= self.cfg.samples
 
-    def report(self, parts: list[MicroBatch], lr: float, metrics: dict) -> None:
-        """Log the step, if its turn has come; the first step also shows what the tower saw."""
+    def log_step(self, micro_batches: list[MicroBatch], lr: float, metrics: dict) -> None:
+        """Log every log_every-th step, the first and the last.
+
+        The first step also adds a picture of the masked inputs to TensorBoard.
+        """
         step, trainer = self.trainer.ds.global_steps, self.trainer
         if step == 1:
             from glimpse.run.reports.pictures import masked_inputs_picture
 
-            self.log.add_image(
-                "masked inputs", masked_inputs_picture(parts[0], self.cfg), trainer.samples
-            )
+            picture = masked_inputs_picture(micro_batches[0], self.cfg)
+            self.log.add_image("masked inputs", picture, trainer.samples)
         if step % self.cfg.log_every and step not in (1, self.log.steps):
             return
-        check_finite(float(self.loss), step, self.home)
+
+        # float(loss) waits for the GPU, so the loss is only checked here and in save().
+        check_finite(float(self.loss), step, self.run_folder)
         values = dict(
             loss=self.loss,
             lr=lr,
             grad_norm=trainer.grad_norm(),
-            bad=distributed.all_reduce_sum(torch.tensor(self.audit.bad)),
+            bad=distributed.all_reduce_sum(torch.tensor(self.audit.bad_count)),
             **metrics,
         )
-        self.log.record_step(step, trainer.samples, self.flops(parts[0]), self.peak_flops, **values)
+        flops = self.flops(micro_batches[0])
+        self.log.record_step(step, trainer.samples, flops, self.peak_flops, **values)
 
-    def flops(self, part: MicroBatch) -> float:
-        """FLOPs of a sample whose caption is as long as the mean of the first batch's; counted
-        once, on rank 0, which alone writes records.  nan if the method cannot run without data.
+    def flops(self, micro_batch: MicroBatch) -> float:
+        """Return the model FLOPs per sample, for the mean caption length of the first micro-batch.
+
+        Computed once, on rank 0, which writes the records. nan if the method's forward depends on
+        the values of tensors, which fake tensors do not have.
         """
         if self.flops_per_sample is None and distributed.rank() == 0:
             from glimpse.run.plan.flops import count_model_flops
 
-            text = part["text"]
+            text = micro_batch["text"]
             tokens = len(text["ids"]) / len(text["lengths"])
-            # these tokens were filled and masked already
+            # The loader has already padded and masked these tokens.
             cfg = replace(self.cfg, data=replace(self.cfg.data, pad_text=False))
             try:
                 self.flops_per_sample = count_model_flops(cfg, self.tokenizer.vocab_size, tokens)
-            except RuntimeError as error:  # control flow that depends on a tensor's values
+            except RuntimeError as error:
                 self.flops_per_sample = float("nan")
                 self.log.info(f"no MFU: the method's FLOPs cannot be counted ({error})")
         return self.flops_per_sample or 0.0
 
     def save(self) -> None:
-        """Write a checkpoint; one of nan is refused, since it would push the good ones out."""
+        """Write a checkpoint.
+
+        Raises ValueError if the loss or gradient is not finite: such a checkpoint would replace an
+        older, good one.
+        """
         trainer = self.trainer
-        check_finite(float(self.loss), trainer.ds.global_steps, self.home)
-        check_finite(trainer.grad_norm() or 0.0, trainer.ds.global_steps, self.home)
+        check_finite(float(self.loss), trainer.ds.global_steps, self.run_folder)
+        check_finite(trainer.grad_norm() or 0.0, trainer.ds.global_steps, self.run_folder)
         state = dict(
             identity=run_identity(self.cfg, self.batches),
             shards=distributed.all_reduce_min(self.batches.position()),
         )
-        path = checkpoint.save(trainer, self.home / "checkpoints", state, self.cfg.keep)
+        path = checkpoint.save(trainer, self.run_folder / "checkpoints", state, self.cfg.keep)
         self.log.info(f"saved {path}")
         self.saved_samples = trainer.samples
 
     def read_examples(self) -> tuple[list[bytes], list[str]] | None:
-        """A few images and captions, for pictures beside the evaluations."""
+        """Read a few images and captions, for the pictures that evaluate() logs."""
         if not isinstance(self.batches, Batches) or not (self.evals or self.cfg.eval_every):
             return None
         from glimpse.run.reports.pictures import read_examples
@@ -256,8 +285,9 @@ class Training:
         return read_examples(self.batches.shards)
 
     def evaluate(self) -> None:
-        """Write a picture of what masks keep and the model attends to, and evaluate the student
-        and, where there is one, the teacher.
+        """Evaluate the student, and the teacher if the method has one.
+
+        Also logs a picture of the masks and the attention on example images.
         """
         from glimpse.run.evals import evaluate
         from glimpse.run.evals.embed import Embedder
@@ -267,17 +297,20 @@ class Training:
         if self.examples:
             columns = build_gallery(trainer.method, self.cfg, self.tokenizer, *self.examples)
             self.log.add_image("masks", tile_gallery(columns), trainer.samples)
-        for weights in ("student", "teacher") if trainer.method.ema_pairs() else ("student",):
+
+        has_teacher = bool(trainer.method.ema_pairs())
+        for weights in ("student", "teacher") if has_teacher else ("student",):
             model = Embedder(
                 trainer.method,
                 self.cfg,
                 self.tokenizer,
-                home=self.home,
+                home=self.run_folder,
                 tag=f"training-{step}",
                 weights=weights,
                 say=self.log.info,
             )
-            # Features of a job that was killed here may be of weights that differ by a rounding.
+            # Delete features that a killed job left for this step: its weights may differ from
+            # these by rounding.
             model.forget()
             results = evaluate(model, self.evals)
             self.log.record_evaluation(step, trainer.samples, results, weights)
@@ -289,18 +322,18 @@ def is_due(every: int, samples: int, batch: int) -> bool:
     return every > 0 and samples // every > (samples - batch) // every
 
 
-def check_finite(value: float, step: int, home: Path) -> None:
-    """Raise ValueError if the loss or its gradient is infinite or nan."""
+def check_finite(value: float, step: int, run_folder: Path) -> None:
+    """Raise ValueError if a loss or gradient norm is infinite or nan."""
     if not abs(value) < float("inf"):
         raise ValueError(
-            f"the loss or its gradient is {value} at step {step}; nothing was saved since"
-            f" {home}/checkpoints' newest; lower optim.lr, set optim.clip, or lengthen"
-            " optim.warmup, and go on with --resume"
+            f"the loss or its gradient is {value} at step {step}; lower optim.lr, set optim.clip or"
+            " lengthen optim.warmup, and continue with --resume from the newest checkpoint in"
+            f" {run_folder}/checkpoints"
         )
 
 
 def describe_run(cfg: RunConfig, trainer: engine.Engine, batches: Batches | Stream) -> str:
-    """Describe the run in a line."""
+    """Describe the run in one line: masks, model size, ranks, precision, data and steps."""
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.method.parameters())
     masks = ", ".join(f"{name} {view.mask}" for name, view in cfg.views.items())
     if isinstance(batches, Batches):

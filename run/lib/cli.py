@@ -1,9 +1,9 @@
-"""The main function and the progress bar of scripts without ranks.
-
-Scripts on ranks end through run/lib/distributed.py.
+"""The main function and the progress bar of scripts that run in a single process.
 
     if __name__ == "__main__":
         run_script(main)
+
+Scripts that run on several ranks end through run_script() of run/lib/distributed.py instead.
 """
 
 import os
@@ -16,19 +16,20 @@ from tqdm import tqdm
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run main and exit with its code.
+    """Run main and exit with the code that it returns.
 
-    An error that the user can fix prints one line and exits with 2.
+    ValueError and OSError are errors that the user can fix: print one line and exit with 2.
     """
-    # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that half-written output is removed.
+    # SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that unfinished output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
         if sys.stdout:
-            sys.stdout.flush()  # here, where it may still fail
+            sys.stdout.flush()  # inside the try: writing may still fail
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and stdout_closed():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
+            # Exit as other tools do; Python flushes stdout on exit, which must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(128 + signal.SIGPIPE)
         print(f"error: {describe_error(error)}", file=sys.stderr)
         code = 2
@@ -39,7 +40,7 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 
 def describe_error(error: ValueError | OSError) -> str:
-    """Return the error's message; of an operating system's error the file and the reason."""
+    """Return the error's message; for an operating system error, "FILE: REASON"."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -55,9 +56,9 @@ def stdout_closed() -> bool:
 def progress_bar(
     items: Iterable, text: str, unit: str = "", total: int | None = None, scale: int = 1
 ) -> Iterable:
-    """Return the items, with a progress bar on a terminal and silently elsewhere.
+    """Iterate over items with a progress bar, which is shown only on a terminal.
 
-    scale: units to an item.
+    scale: units per item, e.g. images per batch.
     """
     unit_scale = scale if scale > 1 else False
     return tqdm(

@@ -1,8 +1,9 @@
-"""The processes of a job: their process group, their collectives, and a clean exit.
+"""The ranks of a job: process group, collectives, signals and exit.
 
-start()                  the launcher's process group; one process if no launcher set one up
-run_script(main)         a script's main on this rank; prints an error once, ends all ranks
-Stop().asked()           a signal to stop, agreed on by all ranks
+start()                      join the launcher's process group, or form one of one process
+run_script(main)             run main on this rank; an error is printed once and ends all ranks
+rank0_first(function)        call a function on rank 0, then on the others
+StopSignal().is_requested()  True on all ranks after one of them received SIGTERM or SIGINT
 """
 
 import datetime
@@ -20,22 +21,28 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-# for a rank that hangs; a rank that dies ends its launcher's job at once
+# Of collectives: how long ranks wait for a rank that hangs. (If a rank dies, the launcher ends the
+# job at once.)
 TIMEOUT = datetime.timedelta(minutes=5)
+# Values of a key in the store that rank0_first() waits for.
+DONE = "1"
 FAILED = "failed"
-_store_keys: list[str] = []  # the keys at the store that `once` has used
+_store_keys: list[str] = []  # that rank0_first() has used; each call needs a new one
 
 T = TypeVar("T")
 
 
 def start() -> None:
-    """Join the launcher's process group, or be the only process where there is no launcher."""
-    # A process without a launcher is a job of its own.
+    """Join the launcher's process group; without a launcher, form one of this process.
+
+    Raises ValueError if this rank has no device.
+    """
+    # 1. Without a launcher, set the variables that it would have set.
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise ValueError(
-                "RANK: not set, though Slurm started several tasks; map SLURM_PROCID and its like"
-                " first (docs/running.md)"
+                "RANK: not set, but Slurm started several tasks; set RANK, LOCAL_RANK and"
+                " WORLD_SIZE from Slurm's variables (docs/running.md)"
             )
         os.environ.update(
             RANK="0",
@@ -45,36 +52,38 @@ def start() -> None:
             MASTER_PORT=os.environ.get("MASTER_PORT", "0"),
         )
 
-    # The device of this rank, and DeepSpeed's settings for it.
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    check_devices(local)
+    # 2. Configure DeepSpeed for this rank's device.
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    check_devices(local_rank)
     deepspeed.utils.logger.setLevel("WARNING")
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", 1))))
-        # compiles for 38 s, and only speeds inference up
+        # This op takes 38 s to compile, and only speeds up inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # from inside DeepSpeed: names that torch 2.13 renamed
+    # DeepSpeed uses names that torch 2.13 deprecated.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    get_accelerator().set_device(local)
+    get_accelerator().set_device(local_rank)
+
+    # 3. Connect to the other ranks.
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
 
 
-def check_devices(local: int) -> None:
-    """Refuse a rank without a device of its own: a GPU or, where there is none, a core."""
+def check_devices(local_rank: int) -> None:
+    """Raise ValueError if this rank has no GPU, or on a machine without GPUs no CPU core."""
     if torch.cuda.is_available():
         devices = torch.cuda.device_count()
         kind = "GPUs"
-        otherwise = ""
+        alternative = ""
     elif os.environ.get("OVERSUBSCRIBE") == "1":
         return
     else:
         devices = len(os.sched_getaffinity(0))
         kind = "CPU cores"
-        otherwise = ", or let ranks share cores by OVERSUBSCRIBE=1 in the environment"
-    if local >= devices:
+        alternative = ", or set OVERSUBSCRIBE=1 in the environment to let ranks share cores"
+    if local_rank >= devices:
         raise ValueError(
-            f"--num_accelerators: rank {os.environ['RANK']} would be process {local + 1} on a"
-            f" machine with {devices} {kind}; start at most {devices}{otherwise}"
+            f"--num_accelerators: rank {os.environ['RANK']} would be process {local_rank + 1} on a"
+            f" machine with {devices} {kind}; start at most {devices}{alternative}"
         )
 
 
@@ -90,78 +99,79 @@ def barrier() -> None:
     dist.barrier()
 
 
-def rank0_first(make: Callable[[], T]) -> T:
-    """Return make(), called by rank 0 first and then by the others.
+def rank0_first(function: Callable[[], T]) -> T:
+    """Return function(), called on rank 0 first and then on the other ranks. All ranks must call.
 
-    For files that the first call makes and the later ones find.
+    Use it where the first call creates a file that the later ones read. If rank 0 raises, the other
+    ranks exit. They wait for up to 12 hours, longer than a collective could.
     """
+    # All ranks make the same calls in the same order, so the number of calls is a common key.
     key = f"once {len(_store_keys)}"
     _store_keys.append(key)
     if rank() == 0:
-        return call_on_rank0(make, key)
+        return call_on_rank0(function, key)
     wait_for_rank0(key)
-    return make()
+    return function()
 
 
-def call_on_rank0(make: Callable[[], T], key: str) -> T:
-    """Return make() on rank 0, and set the key at the store that the other ranks wait for."""
+def call_on_rank0(function: Callable[[], T], key: str) -> T:
+    """Return function() on rank 0, and set the key in the store that the other ranks wait for."""
     try:
-        result = make()
+        result = function()
     except BaseException:
         store().set(key, FAILED)
         if world_size() > 1:
-            # The store ends with this process; give the other ranks time to read it.
+            # The store ends with this process; give the other ranks time to read the key.
             time.sleep(0.5)
         raise
-    store().set(key, "1")
+    store().set(key, DONE)
     return result
 
 
 def wait_for_rank0(key: str) -> None:
-    """Wait until rank 0 has set the key; exit with 1 if it failed or is gone."""
+    """Wait until rank 0 has set the key; exit with 1 if rank 0 failed or has ended."""
     try:
         store().wait([key], datetime.timedelta(hours=12))
         failed = store().get(key).decode() == FAILED
-    except dist.DistError:  # rank 0, which keeps the store, is gone
+    except dist.DistError:  # rank 0, which hosts the store, has ended
         failed = True
     if failed:
-        # Rank 0 prints its error, and the launcher ends this process meanwhile.
+        # Rank 0 prints its error, then the launcher ends this process.
         time.sleep(10)
         exit_process(1)
 
 
-def broadcast_from_rank0(make: Callable[[], str]) -> str:
-    """Return rank 0's make() on every rank; the others do not call it.
+def broadcast_from_rank0(function: Callable[[], str]) -> str:
+    """Call function() on rank 0 only, and return its result on all ranks. All ranks must call.
 
-    For what ranks might see differently on a network file system.
+    Use it where ranks could see different files on a network file system.
     """
-    key = f"told {len(_store_keys)}"
+    key = f"result {len(_store_keys)}"
 
     def publish() -> None:
         if rank() == 0:
-            store().set(key, make())
+            store().set(key, function())
 
     def receive() -> str:
         return store().get(key).decode()
 
+    # The second rank0_first keeps rank 0, which hosts the store, from ending before all have read.
     rank0_first(publish)
     return rank0_first(receive)
 
 
 def store() -> dist.Store:
-    """Return the key-value store of the process group.
-
-    For waits that are longer than a collective may take.
-    """
+    """Return the key-value store of the process group, whose waits have their own timeouts."""
     return dist.distributed_c10d._get_default_store()
 
 
 def device() -> torch.device:
+    """Return this rank's device."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def to_device(value):
-    """Return a batch or a part of it on this rank's device; what is no tensor stays."""
+    """Move the tensors of a nested dict to this rank's device; other values stay as they are."""
     if isinstance(value, dict):
         return {key: to_device(item) for key, item in value.items()}
     if isinstance(value, torch.Tensor):
@@ -170,42 +180,43 @@ def to_device(value):
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum over ranks; every rank must call."""
+    """Return the sum over ranks. All ranks must call."""
     values = values.to(device())
     dist.all_reduce(values)
     return values
 
 
 def all_gather_list(items: list) -> list:
-    """Return the ranks' lists as one, on every rank; for small things that can be pickled."""
+    """Concatenate the lists of all ranks. Items are pickled, so they should be small."""
     lists: list[list] = [[]] * world_size()
     dist.all_gather_object(lists, items)
     return [item for rank_items in lists for item in rank_items]
 
 
 def print_rank0(message: str) -> None:
-    """Print a line on rank 0 alone."""
+    """Print a line on rank 0 only."""
     if rank() == 0:
         print(message, flush=True)
 
 
 def all_reduce_min(value: int) -> int:
-    """Return the smallest of the ranks' values; every rank must call."""
-    smallest = torch.tensor([value], device=device())
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest)
+    """Return the minimum over ranks. All ranks must call."""
+    minimum = torch.tensor([value], device=device())
+    dist.all_reduce(minimum, dist.ReduceOp.MIN)
+    return int(minimum)
 
 
 class StopSignal:
-    """SIGTERM or SIGINT, agreed on by all ranks.
+    """A stop request by SIGTERM or SIGINT to any rank, on which all ranks agree.
 
-    `asked()` becomes true on every rank after the same step. The flags are reduced in the
-    background and read one step later, so that no step waits for them.
+    is_requested() becomes True on all ranks after the same step. Each call starts an all-reduce of
+    the ranks' flags and returns the result of the previous call's, so that no step waits for it.
     """
 
     def __init__(self) -> None:
+        """Install the signal handlers."""
         self.flag = 0.0
-        # returns the reduced flags of the last call of `asked`
+        # Waits for the previous call's all-reduce, and returns its result.
         self.pending_reduction: Callable[[], torch.Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle_signal)
@@ -214,43 +225,44 @@ class StopSignal:
         self.flag = 1.0
 
     def is_requested(self) -> bool:
-        """Return True if a rank had been asked to stop at the last call; every rank must call."""
-        answer = False
+        """Return True if a rank had received a signal by the previous call. All ranks must call."""
+        requested = False
         if self.pending_reduction is not None:
-            answer = bool(self.pending_reduction().item())
+            requested = bool(self.pending_reduction().item())
         self.pending_reduction = self.start_reduction()
-        return answer
+        return requested
 
     def start_reduction(self) -> Callable[[], torch.Tensor]:
-        """Start the sum of the ranks' flags; return a function that waits for it."""
+        """Start to sum the ranks' flags; return a function that waits for the sum."""
         flags = torch.full((1,), self.flag, device=device())
         work = dist.all_reduce(flags, async_op=True)
         if not flags.is_cuda:
 
-            def reduced() -> torch.Tensor:
+            def wait_on_cpu() -> torch.Tensor:
                 work.wait()
                 return flags
 
-            return reduced
+            return wait_on_cpu
 
-        # Wait for this number alone, not for the kernels that were queued since.
+        # On a GPU, reading `flags` one step later would wait for all kernels queued since. So queue
+        # a copy to the host now (work.wait() only orders the streams), and wait for that copy.
         work.wait()
         host = torch.empty(1, pin_memory=True)
         done = torch.cuda.Event()
         host.copy_(flags, non_blocking=True)
         done.record()
 
-        def copied() -> torch.Tensor:
+        def wait_on_gpu() -> torch.Tensor:
             done.synchronize()
             return host
 
-        return copied
+        return wait_on_gpu
 
 
 def exit_process(code: int = 0) -> NoReturn:
-    """Exit at once, without the interpreter's shutdown.
+    """Exit immediately, without the interpreter's shutdown.
 
-    gloo's threads abort 8-20 % of the processes that end through it (docs/log.md).
+    gloo's threads abort 8-20 % of the processes during that shutdown (docs/log.md).
     """
     if code == 0 and dist.is_initialized():
         dist.barrier()
@@ -262,7 +274,7 @@ def exit_process(code: int = 0) -> NoReturn:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main on this rank, and exit.
 
-    An error that the user can fix prints one line, on the first rank that meets it.
+    ValueError and OSError are errors that the user can fix: print one line and exit with 2.
     """
     try:
         main()
@@ -280,10 +292,11 @@ def run_script(main: Callable[[], None]) -> None:
 def print_error(error: ValueError | OSError) -> None:
     """Print an error in one line, with the rank if it is not 0."""
     if rank():
-        # Where all ranks fail alike, rank 0 prints, and the launcher ends the others meanwhile.
+        # If all ranks have the same error, rank 0 prints it, and the launcher ends the other ranks
+        # before they do.
         time.sleep(3)
     message = str(error)
-    if "Traceback" in message:  # from a loader process, which sends its whole trace
+    if "Traceback" in message:  # a loader process sends its traceback; keep the last line
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    where = f" on rank {rank()}" if rank() else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    source = f" on rank {rank()}" if rank() else ""
+    print(f"error{source}: {message}", file=sys.stderr)

@@ -1,11 +1,14 @@
-"""The log of a run: a progress line, metrics.jsonl, TensorBoard.
+"""Log a run: the progress line, metrics.jsonl, results.jsonl, log.txt and TensorBoard.
 
-It is silent on other ranks than 0, so that no caller checks its rank.
+All calls but warning() do nothing on ranks other than 0, so callers need not check the rank.
 
-A record is one JSON object a line: {"step": 40, "samples": 10240, "loss": 4.1, ...}. Speeds are
-over the steps since the last record: samples_per_s over all ranks; mfu the share of the devices'
-peak spent on the model's own FLOPs (recomputation not counted); stall the share of the time in
-which the training loop waited for data.
+metrics.jsonl has one JSON object per line: {"step": 40, "samples": 10240, "loss": 4.1, ...}.
+Three values are means since the previous record:
+
+    samples_per_s   samples per second, over all ranks
+    mfu             model FLOPs utilization: the model's FLOPs (without recomputation) as a share of
+                    the devices' peak
+    stall           the share of the time in which the training loop waited for data
 """
 
 import json
@@ -18,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# dense bf16 (fp16 where there is no bf16), from the vendor's data sheets
+# {part of the device name: TFLOP/s}: dense bf16 from the vendors' data sheets, or fp16 for devices
+# without bf16
 PEAK_TFLOPS = {
     "H200": 989,
     "H100": 989,
@@ -38,7 +42,7 @@ PEAK_TFLOPS = {
 def peak_flops() -> float:
     """Return the peak FLOP/s of this rank's device.
 
-    From the table for a GPU, nan if it is not in there; by a timed matmul on a CPU.
+    GPUs are looked up in PEAK_TFLOPS (nan if missing); a CPU is measured with a matmul.
     """
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -57,27 +61,25 @@ def peak_flops() -> float:
 
 
 def peak_gib() -> float:
-    """Return the peak memory of this process: on the GPU if there is one, else resident."""
+    """Return the peak memory of this process in GiB: allocated on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Log:
-    """Writes the records of a run into its folder and to the terminal.
-
-    On other ranks than 0 every call but `warn` does nothing.
-    """
+    """Write records into a run folder and to the terminal."""
 
     def __init__(self, folder: Path, rank: int, steps: int, batch: int):
+        """Open the files. steps: number of steps of the run. batch: global batch size."""
         self.rank = rank
         self.is_rank0 = rank == 0
         self.steps = steps
         self.batch = batch
-        # since the last record: seconds without a batch, its time, its step
-        self.wait_seconds = 0.0
+        # The previous record, and the seconds spent waiting for data since then.
         self.last_time = time.perf_counter()
         self.last_step: int | None = None
+        self.wait_seconds = 0.0
         if not self.is_rank0:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -89,36 +91,40 @@ class Log:
         self.is_terminal = sys.stdout.isatty()
 
     def info(self, message: str) -> None:
-        """Write a line for people: terminal and log.txt."""
+        """Write a message to the terminal and to log.txt."""
         if self.is_rank0:
             self.print_line(message, end="\n")
             print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=self.text)
 
     def print_line(self, line: str, end: str) -> None:
-        """Print a line; on a terminal in place of the progress line."""
+        """Print a line; on a terminal, overwrite the progress line."""
         clear = "\r\033[K" if self.is_terminal else ""
         print(f"{clear}{line}", end=end, flush=True)
 
     def warning(self, message: str) -> None:
-        """Write a line about this rank's data, on every rank."""
+        """Write a message about this rank's data; other ranks than 0 print it with their number."""
         if self.is_rank0:
             self.info(message)
         else:
             print(f"rank {self.rank}: {message}", flush=True)
 
     def add_wait_time(self, seconds: float) -> None:
-        """Count time in which the loop had no batch."""
+        """Add seconds in which the training loop waited for a batch."""
         self.wait_seconds += seconds
 
     def record_step(
         self, step: int, samples: int, flops_per_sample: float, peak: float, **values
     ) -> None:
-        """Record a training step; step counts from 1, peak is of all devices together."""
+        """Record a training step.
+
+        step: counted from 1. peak: FLOP/s of all devices together.
+        """
         if not self.is_rank0:
             return
         now = time.perf_counter()
         values = to_floats(values)
         values["memory_gib"] = peak_gib()
+        # The first record has no speed: it would include the start-up.
         if self.last_step is not None:
             elapsed = max(now - self.last_time, 1e-9)
             speed = (step - self.last_step) * self.batch / elapsed
@@ -157,12 +163,12 @@ class Log:
     def record_evaluation(
         self, step: int, samples: int, values: dict[str, float], weights: str
     ) -> None:
-        """Record an evaluation; weights: whose results these are, student or teacher."""
+        """Record the results of an evaluation of the weights "student" or "teacher"."""
         if self.is_rank0 and values:
-            names = values
+            prefixed = values
             if weights != "student":
-                names = {f"{weights}/{name}": value for name, value in values.items()}
-            self.write_record(step, samples, names)
+                prefixed = {f"{weights}/{name}": value for name, value in values.items()}
+            self.write_record(step, samples, prefixed)
             record = dict(step=step, samples=samples, weights=weights, **values)
             with (self.folder / "results.jsonl").open("a") as results:
                 print(json.dumps(record), file=results)
@@ -170,26 +176,28 @@ class Log:
                 f"evaluated the {weights} after step {step}, {format_count(samples)} samples:\n"
                 f"{format_results(values)}"
             )
-        # evaluating is not training time
+        # The next record's speed must not include the evaluation.
         self.last_time = time.perf_counter()
         self.wait_seconds = 0.0
         self.last_step = step
 
     def write_record(self, step: int, samples: int, values: dict) -> None:
         """Append a record to metrics.jsonl and TensorBoard."""
-        # JSON has no nan or inf
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record = dict(step=step, samples=samples, **finite)
+        json_values = {}
+        for name, value in values.items():
+            json_values[name] = value if math.isfinite(value) else None  # JSON has no nan or inf
+        record = dict(step=step, samples=samples, **json_values)
         self.metrics.write(json.dumps(record) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, samples)
 
     def add_image(self, name: str, image: Tensor, samples: int) -> None:
-        """Show an image (3, H, W) uint8 on TensorBoard."""
+        """Add an image (3, H, W) uint8 to TensorBoard."""
         if self.is_rank0:
             self.board.add_image(name, image, samples)
 
     def close(self) -> None:
+        """Close the files, and end the progress line."""
         if self.is_rank0:
             if self.is_terminal:
                 print(flush=True)
@@ -199,29 +207,31 @@ class Log:
 
 
 def to_floats(values: dict) -> dict[str, float]:
-    """Return the values as floats, without those that are None."""
+    """Convert the values to floats, dropping those that are None."""
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def format_count(count: float) -> str:
-    """Return a count with a unit: 12800000000 -> '12.8B'."""
+    """Format a count with a unit: 12800000000 -> '12.8B'."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= 0.9995 * size:  # 999,950 is 1M, not 1e+03k
+        if count >= 0.9995 * size:  # 999,950 -> 1M; it would round to 1e+03k
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time as minutes and seconds, or hours too: 90061 -> '25:01:01'."""
-    minutes, rest = divmod(int(seconds), 60)
+    """Format a duration as [hours:]minutes:seconds: 90061 -> '25:01:01'."""
+    minutes, remaining_seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{remaining_seconds:02d}"
+    return f"{minutes}:{remaining_seconds:02d}"
 
 
 def format_results(results: dict[str, float]) -> str:
-    """Return {kind/set/metric: share} as a line a set, in percent.
+    """Format {kind/set/metric: share} as one line per evaluation set, in percent.
 
-    top1 is also shown as a multiple of chance.
+    top1 is also given as a multiple of chance.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, value in results.items():
@@ -236,7 +246,7 @@ def format_results(results: dict[str, float]) -> str:
 
 
 def format_chance_ratio(values: dict[str, float]) -> str:
-    """Return top1 as a multiple of chance, or "" if either is missing."""
+    """Format top1 as a multiple of chance; "" if either is missing."""
     if "top1" not in values or "chance" not in values:
         return ""
     return f"  ({values['top1'] / values['chance']:.0f}x chance)"

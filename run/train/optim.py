@@ -1,7 +1,7 @@
-"""AdamW's parameter groups, and the learning rate as a function of samples seen.
+"""AdamW's parameter groups, with and without weight decay.
 
-Groups follow from module type and parameter name, never from `p.ndim`: under ZeRO-3 every parameter
-looks one-dimensional.
+Groups depend on the type of the module and the name of the parameter, not on `p.ndim`: under ZeRO-3
+every parameter is one-dimensional.
 """
 
 from torch import nn
@@ -11,7 +11,7 @@ from glimpse.run.lib.config import PARAMETER_KINDS, OptimConfig
 
 
 def parameter_kind(module: nn.Module, name: str) -> str:
-    """Return the kind of the parameter `module.name`, one of KINDS."""
+    """Return the kind of the parameter `module.name`, one of PARAMETER_KINDS."""
     if isinstance(module, (nn.LayerNorm, BatchNorm)):
         return "norm"
     if isinstance(module, nn.Embedding):
@@ -20,7 +20,10 @@ def parameter_kind(module: nn.Module, name: str) -> str:
 
 
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
-    """Return two groups, with and without decay, that hold every trainable parameter once."""
+    """Return the groups with and without decay, which hold every trainable parameter once.
+
+    A group without parameters is left out.
+    """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for module in model.modules():
@@ -32,9 +35,10 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
             else:
                 decayed.append(parameter)
     trainable = sum(parameter.requires_grad for parameter in model.parameters())
-    assert len(decayed) + len(undecayed) == trainable, "a parameter is shared or missed"
-    parameter_groups = [
+    assert len(decayed) + len(undecayed) == trainable, "a parameter is shared or missing"
+
+    groups = [
         dict(params=decayed, weight_decay=cfg.weight_decay),
         dict(params=undecayed, weight_decay=0.0),
     ]
-    return [group for group in parameter_groups if group["params"]]
+    return [group for group in groups if group["params"]]

@@ -264,7 +264,7 @@ def train_and_stop(line, run):
         # as schedulers do: deepspeed's own process passes nothing on
         os.killpg(process.pid, signal.SIGTERM)
         limit = time.time() + 60
-        while "go on with --resume" not in log.read_text():
+        while "continue with --resume" not in log.read_text():
             assert time.time() < limit, log.read_text()[-3000:]
             time.sleep(0.1)
         process.wait(10)

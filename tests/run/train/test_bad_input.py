@@ -135,7 +135,7 @@ def test_existing_run_and_other_architecture(data, tmp_path):
 
     fails(again, "exists", "--resume")
     fails(other, "model.vision.pool", "mean_with_cls", "cls")
-    fails(nothing, "no run folder")
+    fails(nothing, "is not a run folder")
 
 
 def test_a_run_that_is_being_trained(data, tmp_path):

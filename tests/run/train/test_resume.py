@@ -183,7 +183,7 @@ def test_sigterm_saves_and_leaves(data):
         begin = time.time()
         os.killpg(process.pid, signal.SIGTERM)
         # the launcher leaves before its ranks do
-        while "go on with --resume" not in output.read_text():
+        while "continue with --resume" not in output.read_text():
             assert time.time() - begin < 30, output.read_text()[-2000:]
             time.sleep(0.1)
         process.wait()
