@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators 2 run/pretrain.py --config run/configs/quickstart.yaml
     deepspeed --hostfile hostfile run/pretrain.py --config run/configs/flip_l16.yaml \\
-        --set run=runs/mine batch=16384
+        --set run=runs/flip_l16_16k batch=16384
 
     python run/pretrain.py --plan --ranks 256 --device H100 --config run/configs/flip_h14.yaml
         estimate the cost of the run, without training

@@ -1,13 +1,13 @@
-"""The config of a run: YAML over dataclasses, resolved once, saved with the run.
+"""Load the config of a run from YAML into dataclasses, and parse the command line of training.
 
-This is the one place that reads the command line.
+    cfg = load("run/configs/flip_b16.yaml", ["seed=1", "views.image.mask=random(0.75)"])
 
-    load("run/configs/flip_b16.yaml", ["seed=1", "views.image.mask=random(0.75)"]) -> Run
+RunConfig is the whole config. The dataclasses of its sections are defined next to the code that
+they configure, e.g. ModelConfig in model/towers.py. A YAML file may have a `base:`, another YAML
+file whose keys it overrides one by one.
 
-A config may name a `base:`, whose keys it overrides one by one. The dataclasses stand beside the
-code that they configure (ModelConfig in model/towers.py, ...); `Run` puts them together. A key that
-no dataclass declares is refused with the near miss named, and every declared key is read somewhere:
-tests/run/lib/test_config_keys.py holds both. Counts of samples may be written 12.8B, 400M or 51.2k.
+A key that no dataclass declares is an error that suggests the closest key. Integers may be written
+as 12.8B, 400M or 51.2k. The resolved config is saved in the run folder.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from glimpse.model.towers import ModelConfig
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or of the installed package
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9}
 PARAMETER_KINDS = ("bias", "norm", "positions", "cls", "tokens", "logit_scale", "weight")
 
@@ -66,24 +66,38 @@ class OptimConfig:
                 )
 
     def peak_lr(self, batch: int) -> float:
-        """Return the peak learning rate for a global batch."""
-        complaint = f"optim.lr: {self.lr!r}; write 5e-4, or 4e-6 per 256"
+        """Return the peak learning rate for a global batch size.
+
+        Raises ValueError if `lr` is neither a rate nor a rate per batch size.
+        """
+        problem = f"optim.lr: {self.lr!r} is not a learning rate; write 5e-4, or 4e-6 per 256"
         match = re.fullmatch(r"([\d.e+-]+)(?: per (\d+))?", self.lr)
         if match is None:
-            raise ValueError(complaint)
+            raise ValueError(problem)
         try:
             rate = float(match[1])
         except ValueError:
-            raise ValueError(complaint) from None
-        reference_batch = match[2]
-        if reference_batch is None:
+            raise ValueError(problem) from None
+        if not 0 <= rate < math.inf:
+            raise ValueError(
+                f"optim.lr: {self.lr!r} is negative or infinite; use a positive number"
+            )
+        if match[2] is None:
             return rate
-        return rate * (batch / int(reference_batch))
+
+        reference_batch = int(match[2])
+        if reference_batch < 1:
+            raise ValueError(
+                f"optim.lr: {self.lr!r} is per batch of {reference_batch}; use a batch size of at"
+                " least 1, e.g. 4e-6 per 256"
+            )
+        return rate * (batch / reference_batch)
 
     def lr_at(self, seen: int, batch: int, samples: int) -> float:
-        """Return the learning rate of the step that starts with `seen` samples behind it.
+        """Return the learning rate of the step that starts after `seen` samples.
 
-        Linear warm-up, then a cosine to min_lr.
+        The schedule is a linear warm-up, then a cosine to min_lr at `samples` samples. batch: the
+        global batch size.
         """
         peak = self.peak_lr(batch)
         if seen < self.warmup:
@@ -155,72 +169,76 @@ class RunConfig:
             raise ValueError(f"samples: {self.samples} is less than one batch of {self.batch}")
 
     def check_views(self) -> None:
-        """Raise ValueError if the views are not those that the method reads."""
+        """Raise ValueError if the method cannot train with these views."""
         method = METHODS[self.method]
         self.check_view_names()
         for name in self.views:
             self.check_view(name)
 
-        # A method that learns from hidden patches needs a mask that hides some.
-        for draw in plan(self.views, self.model.image_size, self.model.patch):
-            rows, columns = draw.grid
-            hides_nothing = draw.mask.visible(rows * columns) == rows * columns
-            if draw.name in method.hidden and hides_nothing:
+        # A method that learns from masked patches needs a mask that hides some.
+        for spec in plan(self.views, self.model.image_size, self.model.patch):
+            rows, columns = spec.grid
+            hides_nothing = spec.mask.visible(rows * columns) == rows * columns
+            if spec.name in method.hidden and hides_nothing:
                 raise ValueError(
-                    f"views.{draw.name}.mask: {draw.view.mask!r} hides nothing; method"
-                    f" {self.method!r} learns from what is hidden, e.g. random(0.75)"
+                    f"views.{spec.name}.mask: {spec.view.mask!r} hides nothing; method"
+                    f" {self.method!r} learns from masked patches: use e.g. random(0.75)"
                 )
 
         counts = {name: view.count for name, view in self.views.items()}
         method.check(self.options, self.model, counts)
 
     def check_view_names(self) -> None:
-        """Raise ValueError unless the views are the method's, each as often as it takes."""
+        """Raise ValueError unless the views have the names and counts that the method requires."""
         method = METHODS[self.method]
         for name, counts in method.views.items():
             if name not in self.views:
                 raise ValueError(
-                    f"views: method {self.method!r} reads view {name!r}; give it under views:"
+                    f"views: method {self.method!r} reads view {name!r}; add it under views:"
                 )
             count = self.views[name].count
             if count not in counts:
-                takes = ", ".join(map(str, counts))
+                allowed = ", ".join(map(str, counts))
                 raise ValueError(
-                    f"views.{name}.count: {count}; method {self.method!r} takes {takes}"
+                    f"views.{name}.count: {count}; method {self.method!r} takes {allowed}"
                 )
         for name in self.views:
             check_choice(f"views: method {self.method!r}", name, method.views)
 
     def check_view(self, name: str) -> None:
-        """Raise ValueError if the view is configured as the method cannot use it."""
+        """Raise ValueError if the method cannot use the settings of a view."""
         method = METHODS[self.method]
         view = self.views[name]
+
+        # A view that encloses others is cropped around their boxes, and may have its own size.
         encloses_others = name in method.enclosing
         if encloses_others != bool(view.encloses):
-            takes = "a view around others, e.g. [view]" if encloses_others else "none here"
+            allowed = "the names of other views, e.g. [view]" if encloses_others else "only []"
             raise ValueError(
                 f"views.{name}.encloses: {list(view.encloses)}; method {self.method!r} takes"
-                f" {takes}"
+                f" {allowed} here"
             )
         if view.size and not encloses_others:
             raise ValueError(
-                f"views.{name}.size: {view.size}; only a view around others has another size than"
-                " model.image_size"
+                f"views.{name}.size: {view.size}; only a view that encloses others may differ from"
+                " model.image_size; remove it"
             )
+
         chosen_by_method = (*method.noise, *method.enclosing)
         if view.mask != "none" and name in chosen_by_method:
             raise ValueError(
-                f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses itself what is"
-                " hidden; use none"
+                f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses the visible"
+                " patches itself; use none"
             )
 
     @property
     def steps(self) -> int:
+        """Number of optimizer steps of the run."""
         return self.samples // self.batch
 
 
 def build_reader(cfg: RunConfig) -> SampleReader:
-    """Build the reader that turns this run's samples into batches."""
+    """Build the reader that decodes a run's samples and collates them into batches."""
     method = METHODS[cfg.method]
     return SampleReader(
         cfg.data,
@@ -235,7 +253,7 @@ def build_reader(cfg: RunConfig) -> SampleReader:
 
 
 def check_choice(key: str, value: str, known: Iterable[str]) -> None:
-    """Raise ValueError, naming the near miss, unless the value is one of `known`."""
+    """Raise ValueError, with the closest match, unless the value is one of `known`."""
     choices = sorted(known)
     if value in choices:
         return
@@ -245,7 +263,7 @@ def check_choice(key: str, value: str, known: Iterable[str]) -> None:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Build the config at `path`, its bases below it, `a.b=value` overrides on top."""
+    """Load a config file, merged over its bases, with overrides of the form `a.b=value`."""
     tree = read_tree(Path(path))
     for item in overrides:
         apply_override(tree, item)
@@ -253,7 +271,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def apply_override(tree: dict, item: str) -> None:
-    """Set the key of `a.b=value` in the tree; the value null removes it."""
+    """Apply an override `a.b=value` to nested keys; the value null removes the key."""
     key, equals, text = item.partition("=")
     if not equals:
         raise ValueError(f"--set {item}: write key=value, e.g. --set seed=1")
@@ -262,7 +280,7 @@ def apply_override(tree: dict, item: str) -> None:
     for name in parents:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise ValueError(f"--set {item}: {name} is a value, it has no keys below it")
+            raise ValueError(f"--set {item}: {name} is a value and has no keys")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -277,7 +295,7 @@ def apply_override(tree: dict, item: str) -> None:
 
 
 def read_tree(path: Path) -> dict:
-    """Return the keys of the YAML file at `path`, merged over those of its base."""
+    """Read a YAML file as nested keys, merged over those of its base."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config; the shipped ones are run/configs/*.yaml")
     try:
@@ -286,9 +304,10 @@ def read_tree(path: Path) -> dict:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not YAML: {reason}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: not a config; a config is a mapping of keys")
+        raise ValueError(f"{path}: not a config; a config consists of `key: value` lines")
 
-    # A saved config.yaml and a converted model's config.json record how they were made.
+    # A run's config.yaml and a converted model's config.json also have a "provenance", which is no
+    # config key. The vocabulary file of a converted model is next to its config.json.
     provenance = tree.pop("provenance", None)
     is_converted = isinstance(provenance, dict) and provenance.get("format") == "glimpse"
     if is_converted and tree.get("data"):
@@ -302,9 +321,9 @@ def read_tree(path: Path) -> dict:
 
 
 def relocate_tokenizer(tokenizer: str, folder: Path) -> str:
-    """Return a tokenizer's name with the copy of its vocabulary in a folder, if there is one.
+    """Point a tokenizer, KIND(PATH), to the copy of its vocabulary file in a folder, if any.
 
-    The folder of a run or converted model may have been moved.
+    The folder of a run or a converted model may have been moved since the path was written.
     """
     kind, bracket, file = tokenizer.removesuffix(")").partition("(")
     copy = folder / Path(file).name
@@ -312,10 +331,7 @@ def relocate_tokenizer(tokenizer: str, folder: Path) -> str:
 
 
 def merge(base: dict, over: dict) -> dict:
-    """Return `base` with the values of `over` in place of its own, mappings key by key.
-
-    null removes a key of the base.
-    """
+    """Merge `over` into a copy of `base`, nested mappings key by key; null removes a key."""
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], dict) and isinstance(over[key], dict):
@@ -323,91 +339,101 @@ def merge(base: dict, over: dict) -> dict:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def build(cls: type[T], tree: dict, where: str = "") -> T:
-    """Build a dataclass from a mapping: every key declared, every value of the declared type.
+def build(cls: type[T], tree: dict, prefix: str = "") -> T:
+    """Build a config dataclass from nested mappings.
 
-    where: the keys above it, with a dot at the end, for error messages.
+    Raises ValueError for unknown or missing keys and for values of a wrong type. prefix: the keys
+    above, with a dot at the end, for error messages.
     """
     assert is_dataclass(cls)
     declared = fields(cls)
     if not isinstance(tree, dict):
         names = ", ".join(field.name for field in declared)
-        raise ValueError(f"{where.rstrip('.')}: {tree!r}; it holds keys: {names}")
+        raise ValueError(f"{prefix.rstrip('.')}: {tree!r} is not a mapping; its keys are {names}")
 
-    # Every key is declared, and every declared key without a default is there.
+    # 1. All keys must be declared, and those without a default must be present.
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            check_choice(f"{where}{key}", key, hints)
+            check_choice(f"{prefix}{key}", key, hints)
     for field in declared:
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in tree:
-            raise ValueError(f"{where}{field.name}: missing; it has no default")
+            raise ValueError(f"{prefix}{field.name}: missing; it has no default")
 
-    # The method decides the type of its options.
+    # 2. The dataclass of `options` depends on the method.
     if cls is RunConfig:
         check_choice("method", tree["method"], METHODS)
         hints["options"] = METHODS[tree["method"]].Options
         tree = {"options": {}, **tree}
-    values = {key: convert_value(hints[key], value, f"{where}{key}") for key, value in tree.items()}
+
+    # 3. Convert the values; sections become dataclasses.
+    values = {}
+    for name, value in tree.items():
+        values[name] = convert_value(hints[name], value, f"{prefix}{name}")
     return cls(**values)
 
 
-# The kind is a type or a generic alias such as tuple[int, ...], which have no common type.
-def convert_value(kind: Any, value, where: str):
-    """Return the value as `kind`, or raise ValueError."""
-    if isinstance(kind, type) and is_dataclass(kind):
-        return build(kind, value, f"{where}.")
-    origin = typing.get_origin(kind)
+# A hint is a type or a generic alias such as tuple[int, ...]; these have no common type.
+def convert_value(hint: Any, value, key: str):
+    """Convert a value from YAML to the type of a field; raise ValueError if it does not fit.
+
+    key: the full key, for error messages.
+    """
+    if isinstance(hint, type) and is_dataclass(hint):
+        return build(hint, value, f"{key}.")
+    origin = typing.get_origin(hint)
     if origin is dict:
-        return convert_mapping(kind, value, where)
+        return convert_mapping(hint, value, key)
     if origin is tuple:
-        return convert_tuple(kind, value, where)
+        return convert_tuple(hint, value, key)
     if origin is types.UnionType:
-        return convert_union(kind, value, where)
+        return convert_union(hint, value, key)
     try:
-        return SCALARS[kind](value)
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{where}: {value!r}; it must be of type {kind.__name__}") from None
+        return SCALARS[hint](value)
+    except (ValueError, TypeError, KeyError, OverflowError):  # int(inf) raises OverflowError
+        raise ValueError(f"{key}: {value!r}; it must be of type {hint.__name__}") from None
 
 
-def convert_mapping(kind: Any, value, where: str) -> dict:
+def convert_mapping(hint: Any, value, key: str) -> dict:
+    """Convert the values of a mapping with free keys, such as `views`."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: {value!r}; it must be a mapping")
-    _, value_kind = typing.get_args(kind)
-    return {key: convert_value(value_kind, item, f"{where}.{key}") for key, item in value.items()}
+        raise ValueError(f"{key}: {value!r}; it must be a mapping")
+    _, item_hint = typing.get_args(hint)
+    return {name: convert_value(item_hint, item, f"{key}.{name}") for name, item in value.items()}
 
 
-def convert_tuple(kind: Any, value, where: str) -> tuple:
-    """Return the value as a tuple; a scalar is a tuple of one."""
-    args = typing.get_args(kind)
+def convert_tuple(hint: Any, value, key: str) -> tuple:
+    """Convert a list to a tuple; a scalar becomes a tuple with one element."""
+    args = typing.get_args(hint)
     items = value if isinstance(value, (list, tuple)) else [value]
-    kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
-    if len(items) != len(kinds):
-        raise ValueError(f"{where}: {value!r}; it takes {len(kinds)} values")
+    item_hints = [args[0]] * len(items) if args[-1] is Ellipsis else args
+    if len(items) != len(item_hints):
+        raise ValueError(f"{key}: {value!r}; it takes {len(item_hints)} values")
     return tuple(
-        convert_value(item_kind, item, f"{where}.{i}")
-        for i, (item_kind, item) in enumerate(zip(kinds, items))
+        convert_value(item_hint, item, f"{key}.{i}")
+        for i, (item_hint, item) in enumerate(zip(item_hints, items))
     )
 
 
-def convert_union(kind: Any, value, where: str):
-    """Return the value as the first member of the union that fits, e.g. of float | str."""
-    args = typing.get_args(kind)
+def convert_union(hint: Any, value, key: str):
+    """Convert a value to the first member of a union that fits, e.g. of float | str."""
+    args = typing.get_args(hint)
     options = [option for option in args if option is not types.NoneType]
     if value is None and types.NoneType in args:
         return None
     if len(options) == 1:
-        return convert_value(options[0], value, where)
+        return convert_value(options[0], value, key)
     for option in options:
         try:
-            return convert_value(option, value, where)
+            return convert_value(option, value, key)
         except ValueError:
             continue
-    raise ValueError(f"{where}: {value!r}; it must be {kind}")
+    raise ValueError(f"{key}: {value!r}; it must be of type {hint}")
 
 
 def to_int(value) -> int:
+    """Convert 3, 3.0, "3", "1e6" or "12.8B" to an int."""
     if isinstance(value, bool):
         raise ValueError
     if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+)([kMB])", value)):
@@ -421,7 +447,7 @@ def to_int(value) -> int:
 def to_float(value) -> float:
     if isinstance(value, bool):
         raise ValueError
-    return float(value)  # YAML reads 4e-6 as text
+    return float(value)  # YAML reads 4e-6 as a string
 
 
 def to_bool(value) -> bool:
@@ -440,13 +466,13 @@ SCALARS = {int: to_int, float: to_float, bool: to_bool, str: to_str}
 
 
 def save(cfg: RunConfig, path: Path, provenance: dict) -> None:
-    """Write the resolved config; `load` reads it back."""
+    """Write the resolved config and its provenance as YAML, which load() can read."""
     tree = {"provenance": provenance, **tuples_to_lists(asdict(cfg))}
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=130))
 
 
 def tuples_to_lists(value):
-    """Return the value with lists instead of tuples, as YAML and JSON know them."""
+    """Replace tuples by lists in a nested value, for YAML and JSON."""
     if isinstance(value, dict):
         return {key: tuples_to_lists(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -455,32 +481,29 @@ def tuples_to_lists(value):
 
 
 def argument_parser(doc: str) -> argparse.ArgumentParser:
-    """Return a script's command line; its help is the script's docstring."""
+    """Return an argument parser whose description is the script's docstring."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def positive_int(text: str) -> int:
-    """Return the number that an argument gives; the type of arguments that count something."""
+    """Convert a command line argument to an int of at least 1; used as argparse's `type`."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def parse_training_arguments(doc: str) -> tuple[RunConfig, argparse.Namespace]:
-    """Return (config, the other arguments) of a training script.
-
-    The command line is --config, --set, --resume, --plan and the DeepSpeed launcher's.
-    """
-    # The options.
-    args = argument_parser(doc)
-    args.add_argument(
+    """Parse the command line of a training script; return (config, all arguments)."""
+    # 1. The arguments of the script, and those that DeepSpeed's launcher adds.
+    parser = argument_parser(doc)
+    parser.add_argument(
         "--config",
         required=True,
-        help="a YAML file, e.g. run/configs/flip_b16.yaml, or a run's own config.yaml",
+        help="a YAML file, e.g. run/configs/flip_b16.yaml, or the config.yaml of a run",
     )
-    args.add_argument(
+    parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
@@ -488,48 +511,56 @@ def parse_training_arguments(doc: str) -> tuple[RunConfig, argparse.Namespace]:
         metavar="KEY=VALUE",
         help="override keys, e.g. seed=1 batch=8192",
     )
-    args.add_argument(
-        "--resume", action="store_true", help="go on from the run folder's newest whole checkpoint"
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest complete checkpoint in the run folder",
     )
-    args.add_argument("--deepspeed_config", help="a DeepSpeed JSON instead of the config's")
-    args.add_argument(
-        "--deepspeed", action="store_true", help="accepted for DeepSpeed's habit; always on"
+    parser.add_argument(
+        "--deepspeed_config", help="a DeepSpeed JSON to use instead of the config's `deepspeed`"
     )
-    args.add_argument("--local_rank", type=int, help="from the launcher")
-    args.add_argument(
+    parser.add_argument(
+        "--deepspeed", action="store_true", help="has no effect: DeepSpeed is always used"
+    )
+    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher")
+    parser.add_argument(
         "--plan",
         action="store_true",
-        help="print what the run would cost on a cluster; train nothing",
+        help="estimate memory, time and cost of the run on a cluster, without training",
     )
-    add_cluster_arguments(args.add_argument_group("of the cluster, with --plan"))
+    add_cluster_arguments(parser.add_argument_group("cluster, with --plan"))
 
-    # The config that they name; the launcher's JSON takes precedence.
-    arguments = args.parse_args()
-    cfg = load(arguments.config, arguments.set)
-    if arguments.deepspeed_config:
-        cfg = replace(cfg, deepspeed=str(Path(arguments.deepspeed_config).resolve()))
-    return cfg, arguments
+    # 2. The config, in which --deepspeed_config replaces a key.
+    args = parser.parse_args()
+    cfg = load(args.config, args.set)
+    if args.deepspeed_config:
+        cfg = replace(cfg, deepspeed=str(Path(args.deepspeed_config).resolve()))
+    return cfg, args
 
 
-def add_cluster_arguments(cluster) -> None:
-    """Add the arguments that describe the devices of a plan."""
-    cluster.add_argument("--ranks", type=int, default=8, help="devices")
-    cluster.add_argument(
+def add_cluster_arguments(parser) -> None:
+    """Add the arguments that describe the cluster of a plan."""
+    parser.add_argument("--ranks", type=int, default=8, help="number of devices; default 8")
+    parser.add_argument(
         "--device",
         default="H100",
-        help="their kind; known: A100-40, A100-80, H100, H200, B200, TPU-v3-core",
+        help="type of the devices: A100-40, A100-80, H100 (default), H200, B200 or TPU-v3-core",
     )
-    cluster.add_argument("--peak-tflops", type=float, help="... of another kind, in bf16")
-    cluster.add_argument("--gpu-memory", type=float, metavar="GIB", help="... and its memory")
-    cluster.add_argument(
+    parser.add_argument(
+        "--peak-tflops", type=float, help="peak bf16 TFLOP/s of another type of device"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of another type of device, in GiB"
+    )
+    parser.add_argument(
         "--mfu",
         type=float,
-        help="the model's FLOPs to the peak, as metrics.jsonl has it; default 0.35",
+        help="model FLOPs utilization, as in metrics.jsonl; default 0.35",
     )
-    cluster.add_argument("--price", type=float, help="of a device-hour")
-    cluster.add_argument(
+    parser.add_argument("--price", type=float, help="price of a device-hour")
+    parser.add_argument(
         "--caption",
         type=float,
         metavar="TOKENS",
-        help="tokens of a caption that the tower sees, on average; default 16",
+        help="mean number of tokens per caption that the text tower sees; default 16",
     )

@@ -1,10 +1,10 @@
-"""The table of config keys in docs/config.md, generated from the config dataclasses.
+"""Generate the table of config keys in docs/config.md from the config dataclasses.
 
     python -m glimpse.run.lib.config_table          print the table
-    python -m glimpse.run.lib.config_table --write  put it between the marks of docs/config.md
+    python -m glimpse.run.lib.config_table --write  replace the table in docs/config.md
 
-A key's description is the comment above its field, or behind it on the same line.
-tests/docs/test_config_table.py fails if docs/config.md does not hold the current table.
+The description of a key is the comment above its field, or after it on the same line.
+tests/docs/test_config_table.py fails if the table in docs/config.md is out of date.
 """
 
 import argparse
@@ -27,8 +27,10 @@ from glimpse.model.vision import VisionConfig
 from glimpse.run.lib.config import ROOT, OptimConfig, RunConfig, tuples_to_lists
 
 PAGE = ROOT / "docs/config.md"
+# The lines of the page between which the table is.
 BEGIN = "<!-- keys: begin -->\n"
 END = "<!-- keys: end -->\n"
+# {keys above: dataclass}; the methods' options are added to them.
 SECTIONS = {
     "": RunConfig,
     "data": DataConfig,
@@ -41,10 +43,10 @@ SECTIONS = {
 }
 
 
-def field_comments(cls: type) -> dict[str, str]:
-    """Return the comment of each dataclass field, by the field's name."""
+def read_field_comments(cls: type) -> dict[str, str]:
+    """Return {field of a dataclass: its comment}, read from the source code."""
     field_comments: dict[str, str] = {}
-    above: list[str] = []
+    above: list[str] = []  # the lines of a comment above a field
     source = inspect.getsource(cls)
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -53,6 +55,7 @@ def field_comments(cls: type) -> dict[str, str]:
         line = lines[token.start[0] - 1]
         text = token.string.removeprefix("#").strip()
         is_whole_line = line.lstrip().startswith("#")
+        # A comment above a field may have several lines: collect them until the field's line.
         if is_whole_line:
             above.append(text)
             following = lines[token.start[0]].strip()
@@ -61,14 +64,13 @@ def field_comments(cls: type) -> dict[str, str]:
             line = following
         name = re.match(r"\s*(\w+):", line)
         if name:
-            parts = above if is_whole_line else [text]
-            field_comments[name[1]] = " ".join(parts)
+            field_comments[name[1]] = " ".join(above) if is_whole_line else text
         above = []
     return field_comments
 
 
 def format_default(field: dataclasses.Field) -> str:
-    """Return the default as YAML, or "required"."""
+    """Format a field's default as YAML; "required" if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return ""
     if field.default is dataclasses.MISSING:
@@ -81,7 +83,7 @@ def format_default(field: dataclasses.Field) -> str:
 
 
 def format_type(field: dataclasses.Field) -> str:
-    """Return the field's type in the words of a YAML file."""
+    """Format a field's type for readers of YAML: `tuple[float, ...]` -> "list of float"."""
     annotation = field.type
     name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     if "[" in str(annotation):
@@ -93,20 +95,25 @@ def format_type(field: dataclasses.Field) -> str:
 
 
 def table_rows(cls: type) -> Iterator[tuple[str, ...]]:
-    """Yield key, type, default and description of every field that holds a value."""
-    descriptions = field_comments(cls)
+    """Yield (key, type, default, description) of every field that is not a section.
+
+    Raises ValueError if a field has no comment.
+    """
+    descriptions = read_field_comments(cls)
     for field in dataclasses.fields(cls):
         is_section = dataclasses.is_dataclass(field.type) or field.name in ("views", "options")
         if cls in (RunConfig, ModelConfig) and is_section:
             continue
         if field.name not in descriptions:
-            raise ValueError(f"{cls.__name__}.{field.name} has no comment; describe the key in one")
+            raise ValueError(
+                f"{cls.__name__}.{field.name}: no comment; describe the key in a comment above it"
+            )
         description = descriptions[field.name].replace("|", "\\|")
         yield f"`{field.name}`", format_type(field), format_default(field), description
 
 
 def config_table() -> str:
-    """Return the sections of docs/config.md with a row a key, as Markdown."""
+    """Return the sections of docs/config.md as Markdown tables, one row per key."""
     sections = dict(SECTIONS)
     for name, method in METHODS.items():
         if dataclasses.fields(method.Options):
@@ -122,11 +129,13 @@ def config_table() -> str:
 
 
 def replace_table(page: str) -> str:
-    """Return the page with the current table between its marks."""
+    """Return the text of the page with the current table between BEGIN and END."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE}: no lines {BEGIN.strip()} and {END.strip()} to put the table in")
+        raise ValueError(
+            f"{PAGE}: add the lines {BEGIN.strip()} and {END.strip()}; the table goes between them"
+        )
     return before + begin + config_table() + end + after
 
 

@@ -25,7 +25,7 @@ def test_a_changed_default_makes_the_table_stale(monkeypatch):
 
 
 def test_a_key_without_a_description_is_an_error(monkeypatch):
-    monkeypatch.setattr(config_table, "field_comments", lambda cls: {})
+    monkeypatch.setattr(config_table, "read_field_comments", lambda cls: {})
 
-    with pytest.raises(ValueError, match="has no comment; describe the key in one"):
+    with pytest.raises(ValueError, match="no comment; describe the key in a comment above it"):
         config_table.config_table()

@@ -213,7 +213,7 @@ def test_a_borrowed_tower_of_another_custom_size_is_refused(tmp_path):
         ([*CUSTOM, "model.custom.mlp=0.01"], "model.custom.mlp 0.01"),
         ([*CUSTOM, "model.custom.mpl=4"], "model.custom.mpl: unknown .* did you mean 'mlp'"),
         ([*CUSTOM, "model.custom.embed=null"], "model.custom.embed: missing"),
-        ([*CUSTOM, "model.custom=7"], "model.custom: 7; it holds keys: width"),
+        ([*CUSTOM, "model.custom=7"], "model.custom: 7 is not a mapping; its keys are width"),
         (
             [*CUSTOM, "model.custom.width=50", "model.custom.heads=5"],
             "sincos needs a multiple of 4",
