@@ -1,7 +1,7 @@
 """Glimpse: CLIP-style pretraining from the visible patches of masked images, under DeepSpeed.
 
-This package is the import name: `glimpse.data`, `glimpse.model` and `glimpse.run` are the folders
-data/, model/ and run/ of a checkout, or the packages that an installation put in their place.
+This package only provides the import name. In a checkout, `glimpse.data`, `glimpse.model` and
+`glimpse.run` are the folders data/, model/ and run/; an installation puts them inside this package.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""The scripts, and the packages that they share.
+"""Command line scripts, and the packages that they share.
 
-DeepSpeed reads DS_ACCELERATOR when it is first imported, and warns where it has to guess.
+Importing this package sets DS_ACCELERATOR. DeepSpeed reads it when it is first imported, and prints
+a warning if it has to guess the accelerator.
 """
 
 import os

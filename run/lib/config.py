@@ -332,11 +332,11 @@ def relocate_tokenizer(tokenizer: str, folder: Path) -> str:
 
 def merge(base: dict, over: dict) -> dict:
     """Merge `over` into a copy of `base`, nested mappings key by key; null removes a key."""
-    merged = {**base, **over}
+    result = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], dict) and isinstance(over[key], dict):
-            merged[key] = merge(base[key], over[key])
-    return {key: value for key, value in merged.items() if value is not None}
+            result[key] = merge(base[key], over[key])
+    return {key: value for key, value in result.items() if value is not None}
 
 
 def build(cls: type[T], tree: dict, prefix: str = "") -> T:

@@ -155,8 +155,8 @@ def drop_records_after(records: Path, samples: int) -> None:
 def git_commit(root: Path) -> str:
     """Return the commit of the checkout at `root`, or "unknown" if git does not track this code.
 
-    An installed package may lie in the environment of another project, whose commit says nothing
-    about the package.
+    An installed package may be in a virtual environment inside the checkout of another project,
+    whose commit must not be recorded.
     """
 
     def git(*arguments: str) -> str:

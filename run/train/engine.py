@@ -66,6 +66,7 @@ def read_deepspeed_json(path: str) -> dict:
 def check_deepspeed_json(path: str, ds_config: dict) -> None:
     """Raise ValueError for keys that the config sets, and for settings that train incorrectly."""
     zero = ds_config.get("zero_optimization", {})
+    bf16 = ds_config.get("bf16", {}).get("enabled")
     for key, config_key in CONFIG_OWNED_KEYS.items():
         if key in ds_config:
             raise ValueError(
@@ -82,7 +83,7 @@ def check_deepspeed_json(path: str, ds_config: dict) -> None:
             f"deepspeed: {path} enables fp16; contrastive losses overflow in it (docs/running.md),"
             " so use bf16"
         )
-    if ds_config.get("bf16", {}).get("enabled") and not zero.get("stage"):
+    if bf16 and not zero.get("stage"):
         raise ValueError(
             f"deepspeed: {path}: bf16 without ZeRO has no fp32 master copies, which the temperature"
             " needs; use stage 1"

@@ -22,7 +22,7 @@ from glimpse.data.patches import patchify
 from glimpse.data.shards import Sample, Shards, write_shard
 from glimpse.data.transforms import View, random_view
 from glimpse.tests.helpers.tiny import picture
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 VIEWS = {
     "image": View(crop=(0.5, 1.0), flip=True, mask="random(0.5)"),

@@ -23,8 +23,14 @@ from glimpse.data.loader import DataConfig, SampleReader
 from glimpse.data.shards import headers, write_shard
 from glimpse.data.stream import Stream, is_stream
 from glimpse.data.transforms import View
-from glimpse.tests.helpers.tiny import ROOT, command, environment, launch, settings
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import (
+    ROOT,
+    environment,
+    launch,
+    launcher_command,
+    tiny_run_arguments,
+)
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 COUNT, SHARDS = 120, 6
 
@@ -236,11 +242,13 @@ def test_a_run_on_streams_is_stopped_and_goes_on(data, url):
         "samples=8000",
     )
 
-    train_and_stop(command(2, "run/pretrain.py", *settings(data, run, *overrides)), run)
+    train_and_stop(
+        launcher_command(2, "run/pretrain.py", *tiny_run_arguments(data, run, *overrides)), run
+    )
     last = sorted((run / "checkpoints").glob("step-*/manifest.json"))[-1]
     stopped = json.loads(last.read_text())["samples"]
     more = (*overrides, f"samples={stopped + 160}")
-    done = launch(2, "run/pretrain.py", *settings(data, run, *more), "--resume")
+    done = launch(2, "run/pretrain.py", *tiny_run_arguments(data, run, *more), "--resume")
 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "6 streamed shards" in done.stdout

@@ -41,12 +41,12 @@ def prepared(tmp_path_factory) -> Path:
     """A copy of the checkout with small data, and a run that trained on them."""
     workspace = tmp_path_factory.mktemp("prepared")
     pages.copy_checkout(workspace)
-    if tiny.WHOLE:
+    if tiny.RUN_EVERYTHING:
         print(pages.run("bash run/quickstart.sh", workspace, timeout=3600).stdout)
         return workspace
 
     # 1. Shapes instead of emoji, at the quickstart's paths.
-    data = tiny.shards(tmp_path_factory.mktemp("data") / "shapes")
+    data = tiny.write_dataset(tmp_path_factory.mktemp("data") / "shapes")
     glyphs = workspace / "datasets/glyphs"
     shutil.copytree(data / "train", glyphs / "train")
     shutil.copytree(data / "eval/retrieval", glyphs / "eval/retrieval")
@@ -77,7 +77,7 @@ def as_run_here(block: pages.Block) -> str:
     if block.kind == "parse":
         arguments = re.sub(r"^python ", "", command.partition("  #")[0])
         return f"{sys.executable} -m glimpse.tests.workers.parse_worker {arguments}"
-    if tiny.WHOLE:
+    if tiny.RUN_EVERYTHING:
         return command
     if INSTALLING.match(command):
         return ""
@@ -100,7 +100,7 @@ def test_commands_run(page, prepared, tmp_path, monkeypatch):
         if not command:
             continue
         begin = time.perf_counter()
-        done = pages.run(command, workspace, timeout=7200 if tiny.WHOLE else 300)
+        done = pages.run(command, workspace, timeout=7200 if tiny.RUN_EVERYTHING else 300)
         seconds = time.perf_counter() - begin
         print(f"{page}:{block.line}: {seconds:.0f} s, exit {done.returncode}: {block.text}")
         if done.returncode:

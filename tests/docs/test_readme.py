@@ -7,14 +7,14 @@ import sys
 import pytest
 
 from glimpse.run.lib.config import ROOT
-from glimpse.tests.helpers.tiny import environment, settings, shards
+from glimpse.tests.helpers.tiny import environment, tiny_run_arguments, write_dataset
 
 HEADING = "## One batch, from tar to loss"
 
 
 @pytest.mark.slow
 def test_the_walk_of_one_batch_is_true(tmp_path):
-    data = shards(tmp_path / "data")
+    data = write_dataset(tmp_path / "data")
     readme = (ROOT / "README.md").read_text()
     block = re.search(rf"{HEADING}\n.*?```text\n(.*?)```", readme, re.S)[1]
     described_files = [line.split()[0] for line in block.splitlines()]
@@ -24,7 +24,7 @@ def test_the_walk_of_one_batch_is_true(tmp_path):
             sys.executable,
             "-m",
             "glimpse.tests.workers.walk_worker",
-            *settings(data, tmp_path / "run", "samples=16", "optim.warmup=0"),
+            *tiny_run_arguments(data, tmp_path / "run", "samples=16", "optim.warmup=0"),
         ],
         cwd=ROOT,
         env=environment(),

@@ -1,6 +1,6 @@
-"""A small real data set and real launches, for the tests that train.
+"""A small data set, and launches of real ranks, for the tests that train.
 
-The data are drawn shapes with captions, in shards; launches use the deepspeed launcher.
+The images are drawn shapes with captions, in shards. Launches use the deepspeed launcher.
 
     folder = shards(tmp_path)             train/*.tar, eval/shapes/, tokenizer.model
     run = launch(2, "run/pretrain.py", "--config", ...)   a CompletedProcess
@@ -26,11 +26,11 @@ from glimpse.run.lib import config
 from glimpse.run.study.grid import PlannedRun
 from glimpse.run.train.log import Log
 
-WHOLE = "WHOLE" in os.environ  # what CI shortens is done in full
+RUN_EVERYTHING = "WHOLE" in os.environ  # without it, some tests take fewer steps or cases
 ROOT = Path(__file__).parents[2]
-COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "cross")
-NAMES = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
+NAMES = [f"{color} {shape}" for color, shape in product(COLORS, SHAPES)]
 TINY = (
     "model.size=nano/8",
     "model.image_size=32",
@@ -44,33 +44,38 @@ TINY = (
 
 
 def picture(name: str, rng: np.random.Generator, kind: str = "png") -> bytes:
-    """Return a shape of that color somewhere on a 48 x 40 picture, as a png, webp or jpeg."""
-    colour, shape = name.split()
+    """Return an encoded 48 x 40 picture of a shape, e.g. "red circle", at a random position.
+
+    kind: png, webp or jpg.
+    """
+    color, shape = name.split()
     background = tuple(rng.integers(200, 256, 3).tolist())
     image = Image.new("RGB", (48, 40), background)
     draw = ImageDraw.Draw(image)
-    x, y = (int(place) for place in rng.integers((14, 14), (34, 26)))
-    r = int(rng.integers(8, 13))
-    left, top, right, bottom = (x - r, y - r, x + r, y + r)
+    x, y = rng.integers((14, 14), (34, 26)).tolist()
+    radius = int(rng.integers(8, 13))
+    left, top, right, bottom = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
-        draw.ellipse((left, top, right, bottom), fill=colour)
+        draw.ellipse((left, top, right, bottom), fill=color)
     elif shape == "square":
-        draw.rectangle((left, top, right, bottom), fill=colour)
+        draw.rectangle((left, top, right, bottom), fill=color)
     elif shape == "triangle":
-        draw.polygon([(left, bottom), (right, bottom), (x, top)], fill=colour)
+        draw.polygon([(left, bottom), (right, bottom), (x, top)], fill=color)
     else:
-        draw.line((left, top, right, bottom), fill=colour, width=4)
-        draw.line((left, bottom, right, top), fill=colour, width=4)
+        draw.line((left, top, right, bottom), fill=color, width=4)
+        draw.line((left, bottom, right, top), fill=color, width=4)
     out = io.BytesIO()
     image.save(out, {"jpg": "JPEG"}.get(kind, kind.upper()))
     return out.getvalue()
 
 
-def shards(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
+def write_dataset(folder: Path, count: int = 120, per_shard: int = 40) -> Path:
     """Write a training set, two evaluation sets and a tokenizer, and return their folder.
 
-    folder/train has `count` pairs in several shards, folder/eval/shapes has every name twice,
-    folder/eval/retrieval has every name with two captions; folder/tokenizer.model.
+    folder/train                `count` pairs, in shards of `per_shard`
+    folder/eval/shapes          a zero-shot set with two pictures of every name
+    folder/eval/retrieval       a retrieval set with two captions for every name
+    folder/tokenizer.model      a SentencePiece vocabulary
     """
     rng = np.random.default_rng(0)
     write_train(folder / "train", rng, count, per_shard)
@@ -94,7 +99,7 @@ def write_train(folder: Path, rng: np.random.Generator, count: int, per_shard: i
 
 
 def write_shapes(folder: Path, rng: np.random.Generator) -> None:
-    """Write a zero-shot set of every name twice, and of the first a third time."""
+    """Write a zero-shot set with two pictures of every name, and a third one of the first."""
     rows = []
     for i in range(2 * len(NAMES) + 1):
         label = i % len(NAMES)
@@ -105,7 +110,7 @@ def write_shapes(folder: Path, rng: np.random.Generator) -> None:
 
 
 def write_retrieval(folder: Path, rng: np.random.Generator) -> None:
-    """Write a retrieval set: a picture of every name, with two captions."""
+    """Write a retrieval set with one picture and two captions of every name."""
     rows = []
     for i, name in enumerate(NAMES):
         captions = f"a {name}\nthe {name}".encode()
@@ -119,15 +124,15 @@ def write_test(folder: Path, rows: list[tuple[str, dict[str, bytes]]]) -> None:
     (folder / "nshards.txt").write_text("1")
 
 
-def evaluation_set(
+def write_evaluation_set(
     folder: Path,
     rows: list[dict[str, bytes]],
     names: str = "ape\nbee\ncat",
     templates: str = "a {c}",
 ) -> Path:
-    """Write an evaluation set of one shard, and return its folder.
+    """Write an evaluation set with one shard of white pictures, and return its folder.
 
-    rows: {extension: content} of each sample, to which a white picture is added.
+    rows: {extension: content} of each sample's other files.
     """
     out = io.BytesIO()
     Image.new("RGB", (8, 8), "white").save(out, "PNG")
@@ -139,10 +144,10 @@ def evaluation_set(
     return folder
 
 
-def untrained(tokenizer: Path, *more: str) -> tuple:
-    """Return (method, config, tokenizer) of a nano CLIP that was never trained.
+def untrained_method(tokenizer: Path, *more: str) -> tuple:
+    """Return (method, config, tokenizer) of a nano CLIP with initial weights.
 
-    more: settings that go on top.
+    more: config overrides.
     """
     cfg = config.load(
         "run/configs/quickstart.yaml",
@@ -159,12 +164,15 @@ def untrained(tokenizer: Path, *more: str) -> tuple:
     vocab_size = text_tokenizer.vocab_size
     method = METHODS["clip"](cfg.model, vocab_size, cfg.data.context, cfg.options)
     for parameter in method.towers.parameters():
-        parameter.data.mul_(1.5)  # untrained embeddings lie close together: spread them
+        parameter.data.mul_(1.5)  # spread the embeddings; initially they are close together
     return method, cfg, text_tokenizer
 
 
-def settings(data: Path, run: Path, *more: str) -> list[str]:
-    """Return the command line of a tiny run on that data."""
+def tiny_run_arguments(data: Path, run: Path, *more: str) -> list[str]:
+    """Return the arguments of run/pretrain.py for a tiny run.
+
+    data: a folder of write_dataset(). run: the run folder. more: config overrides.
+    """
     return [
         "--config",
         "run/configs/quickstart.yaml",
@@ -178,10 +186,10 @@ def settings(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """Return environment variables with which ranks run on the CPU, and may share cores."""
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    # 2 and 4 ranks, on any number of cores
-    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "OVERSUBSCRIBE": "1"}
-    return {**os.environ, **fixed, "PATH": os.pathsep.join(paths)}
+    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "OVERSUBSCRIBE": "1"}
+    return {**os.environ, **variables, "PATH": os.pathsep.join(paths)}
 
 
 def free_port() -> int:
@@ -190,7 +198,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def command(ranks: int, script: str, *args: str) -> list[str]:
+def launcher_command(ranks: int, script: str, *args: str) -> list[str]:
     return [
         "deepspeed",
         "--quiet",
@@ -206,7 +214,7 @@ def command(ranks: int, script: str, *args: str) -> list[str]:
 def launch(ranks: int, script: str, *args: str, timeout: int = 240) -> subprocess.CompletedProcess:
     """Run a script on real ranks under the deepspeed launcher."""
     return subprocess.run(
-        command(ranks, script, *args),
+        launcher_command(ranks, script, *args),
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -215,20 +223,20 @@ def launch(ranks: int, script: str, *args: str, timeout: int = 240) -> subproces
     )
 
 
-def growth(before: str, work: str) -> float:
-    """Return by how many MiB a process's peak memory grows while it runs the lines of `work`.
+def memory_growth(before: str, work: str) -> float:
+    """Return the growth of a process's peak memory in MiB while it runs the code `work`.
 
-    It runs the lines of `before` first.
-    (getrusage's figure begins at that of the process that started it, and would tell nothing.)
+    before: code that runs first. The peak is read from /proc, because that of getrusage() includes
+    the process that started it.
     """
     program = f"""
 def peak():
     lines = open("/proc/self/status")
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 {before}
-begun = peak()
+peak_before = peak()
 {work}
-print(peak() - begun)"""
+print(peak() - peak_before)"""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
@@ -237,15 +245,15 @@ print(peak() - begun)"""
     return float(done.stdout)
 
 
-def recorded(
+def write_recorded_run(
     run: Path,
     speeds: tuple[float | None, ...],
     results: dict[int, dict[str, float]],
     *settings: str,
 ) -> Path:
-    """Write a run folder as training leaves it, without having trained, and return it.
+    """Write the run folder that a training would leave, and return it.
 
-    speeds: samples/s of each step, where known; results: {samples seen: metrics}.
+    speeds: samples/s of each step, None to leave it out. results: {samples seen: metrics}.
     """
     cfg = config.load(
         ROOT / "run/configs/quickstart.yaml",
@@ -272,18 +280,21 @@ def recorded(
     return run
 
 
-def finished(
+def write_finished_run(
     run: Path,
     planned: PlannedRun,
     value: float,
-    how: dict | None = None,
+    extra: dict | None = None,
     metric: str = "zero_shot/seen_concepts_unseen_style/top5",
 ) -> None:
-    """Write a run folder as after training, where `metric` is `value`, evaluated as `how` says."""
+    """Write the run folder of a complete run of a grid, with a value of `metric`.
+
+    how: further keys of its record in results.jsonl.
+    """
     run.mkdir(parents=True)
     config.save(planned.cfg, run / "config.yaml", {})
     samples = planned.cfg.steps * planned.cfg.batch
     record = dict(step=1, samples=samples, loss=1.0, samples_per_s=100.0)
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    row = {"step": 1, "samples": samples, "weights": "student", **(how or {}), metric: value}
+    row = {"step": 1, "samples": samples, "weights": "student", **(extra or {}), metric: value}
     (run / "results.jsonl").write_text(json.dumps(row) + "\n")

@@ -439,13 +439,13 @@ def test_ranks_average_to_the_global_gradient(name, kind):
     _, plain, shape = CASES[name]
     loss, grads = measured(plain, torch.float64, shape)
 
-    for results in ranks_worker.found():
+    for results in ranks_worker.rank_results():
         check(results["auxiliary"][name, str(kind)], (loss.mean(), grads), NEAR[kind])
 
 
 @pytest.mark.slow
 def test_released_is_slip_literally():
-    ranks = [results["auxiliary"] for results in ranks_worker.found()]
+    ranks = [results["auxiliary"] for results in ranks_worker.rank_results()]
     # Each rank's literal loss is that of its rows.
     row_losses = [results["literal"][0] for results in ranks]
     loss = sum(row_losses) / len(ranks)
@@ -462,7 +462,7 @@ def test_simclr_over_ranks():
     expected = plain_accuracy(one, two)
     assert 0.1 < expected < 0.9, "the case must be able to fail"
 
-    ranks = [results["auxiliary"] for results in ranks_worker.found()]
+    ranks = [results["auxiliary"] for results in ranks_worker.rank_results()]
 
     assert [results["accuracy"] for results in ranks] == pytest.approx([expected] * len(ranks))
     assert f"local batch {b - 1} on rank 1" in ranks[1]["refused"]

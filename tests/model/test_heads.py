@@ -99,7 +99,7 @@ def test_batch_norm_spans_the_ranks():
     """The values and input gradients of each rank's rows, and the parameter gradients averaged over
     ranks, are those of torch on the global batch.
     """
-    ranks = [results["heads"] for results in ranks_worker.found()]
+    ranks = [results["heads"] for results in ranks_worker.rank_results()]
     x, weight, bias, probe = batch()
     expected = torchs(x, weight, bias, probe)
     local_output = torchs(x[:b], weight, bias, probe[:b])[0]

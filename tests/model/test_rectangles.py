@@ -25,8 +25,8 @@ from glimpse.run.evals import embed, evaluate, parse
 from glimpse.run.lib import config
 from glimpse.run.reports import pictures
 from glimpse.tests.helpers.threads import ranks
-from glimpse.tests.helpers.tiny import launch, settings, untrained
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import launch, tiny_run_arguments, untrained_method
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 from glimpse.tests.model.test_towers import CLIP, ours, patches_of
 
 H, W, GRID, L = 32, 48, (4, 6), 24
@@ -236,7 +236,7 @@ def test_two_steps_of_every_method(data, name, more):
 
 
 def test_evaluations_by_hand(data, monkeypatch, tmp_path):
-    method, cfg, tokenizer = untrained(data / "tokenizer.model", WIDE)
+    method, cfg, tokenizer = untrained_method(data / "tokenizer.model", WIDE)
     model = embed.Embedder(method, cfg, tokenizer, home=tmp_path, tag="test")
     samples = Shards([data / "eval" / "shapes" / "test"], captions=False)
     encoded = [samples[i].image for i in range(len(samples))]
@@ -297,7 +297,7 @@ def test_a_run_and_its_evaluation(data, tmp_path):
             " text_heads: 4, embed: 48, mlp: 2.5}"
         ),
     ]
-    arguments = settings(
+    arguments = tiny_run_arguments(
         data, run, WIDE, CLIPA, *custom, "samples=32", f"evals=[zero_shot:{shapes}]"
     )
 
@@ -345,7 +345,7 @@ def test_a_teachers_view_of_another_size_is_refused():
 def test_segmentation_is_refused(data, tmp_path):
     from glimpse.run.evals import segmentation
 
-    method, cfg, tokenizer = untrained(data / "tokenizer.model", WIDE)
+    method, cfg, tokenizer = untrained_method(data / "tokenizer.model", WIDE)
     model = embed.Embedder(method, cfg, tokenizer, home=tmp_path, tag="test")
     message = r"segmentation lays square windows on an image, and model.image_size is \[32, 48\]"
 

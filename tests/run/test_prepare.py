@@ -19,7 +19,7 @@ from glimpse.tests.helpers import tiny
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny.shards(tmp_path_factory.mktemp("data"))
+    return tiny.write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

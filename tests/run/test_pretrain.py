@@ -1,4 +1,4 @@
-"""The parts of run/pretrain.py that need no ranks: the FLOPs by which MFU counts."""
+"""The parts of run/pretrain.py that need no ranks: the FLOPs that MFU is computed from."""
 
 import math
 from types import SimpleNamespace
@@ -16,15 +16,15 @@ VOCAB = 500
 
 
 def training(*overrides: str) -> SimpleNamespace:
-    """Return what Training.flops reads of a run, and a list of what it logs."""
+    """Return the attributes of Training that its method flops() uses; log_lines has its output."""
     cfg = config.load(config.ROOT / "run/configs/clip_nano.yaml", overrides)
-    logged: list[str] = []
+    log_lines: list[str] = []
     return SimpleNamespace(
         cfg=cfg,
         tokenizer=SimpleNamespace(vocab_size=VOCAB),
         flops_per_sample=None,
-        log=SimpleNamespace(info=logged.append),
-        logged=logged,
+        log=SimpleNamespace(info=log_lines.append),
+        log_lines=log_lines,
     )
 
 
@@ -55,8 +55,8 @@ def test_flops_are_counted_once():
 
 def test_a_method_that_cannot_run_without_data_trains_without_mfu(monkeypatch):
     class Peeking(Clip):
-        def forward(self, part):
-            features = super().forward(part)
+        def forward(self, micro_batch):
+            features = super().forward(micro_batch)
             if features["scale"].item() > 0:
                 return features
 
@@ -65,5 +65,5 @@ def test_a_method_that_cannot_run_without_data_trains_without_mfu(monkeypatch):
 
     assert math.isnan(Training.flops(run, captions(tokens=8, count=4)))
 
-    (line,) = run.logged
+    (line,) = run.log_lines
     assert line.startswith("no MFU: the method's FLOPs cannot be counted")

@@ -19,7 +19,7 @@ import yaml
 from glimpse.run.lib import config
 from glimpse.run.scaling import main
 from glimpse.run.study import grid, jobs
-from glimpse.tests.helpers.tiny import ROOT, environment, finished, shards
+from glimpse.tests.helpers.tiny import ROOT, environment, write_dataset, write_finished_run
 
 STEPS = 30
 GRIDS = {name: grid.read_grid(name) for name in grid.grid_names()}
@@ -266,7 +266,7 @@ def test_an_error_in_a_grid_names_its_cell(cells, message, tmp_path):
 
 def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, scaling):
     (run,) = GRIDS["flip_table1"].runs("glyphs", ["mask 50"], 1, tmp_path)["mask 50"]
-    finished(run.folder, run, 0.25, {"ensemble": 2})
+    write_finished_run(run.folder, run, 0.25, {"ensemble": 2})
 
     _, output = scaling(f"table --grid flip_table1 --seeds 1 --out {tmp_path}")
 
@@ -280,7 +280,7 @@ def test_a_table_has_a_row_for_each_way_of_evaluating(tmp_path, scaling):
 def test_launch_reports_that_all_runs_are_complete(tmp_path, scaling):
     runs = GRIDS["flip_table8"].runs("glyphs", ["baseline"], 2, tmp_path)
     for planned_run in runs["baseline"]:
-        finished(planned_run.folder, planned_run, 0.25)
+        write_finished_run(planned_run.folder, planned_run, 0.25)
 
     code, output = scaling(f"launch baseline --grid flip_table8 --seeds 2 --out {tmp_path}")
 
@@ -293,7 +293,7 @@ def test_launch_reports_that_all_runs_are_complete(tmp_path, scaling):
 
 def write_tiny_grid(folder: Path) -> Path:
     """Write a grid of four short runs, one of which fails and one of which depends on it."""
-    data = shards(folder / "data")
+    data = write_dataset(folder / "data")
     settings = [
         f"data.train={data / 'train'}",
         f"data.tokenizer=sentencepiece({data / 'tokenizer.model'})",

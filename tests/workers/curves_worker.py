@@ -18,7 +18,7 @@ from glimpse.data.loader import Batches
 from glimpse.data.shards import Shards
 from glimpse.run.lib import config, distributed
 from glimpse.run.train import engine
-from glimpse.tests.helpers.tiny import TINY, WHOLE
+from glimpse.tests.helpers.tiny import RUN_EVERYTHING, TINY
 
 MASKS = {"clip": "none", "flip": "random(0.5)", "glip": "gaussian(0.5)"}
 CLIP_FLAVOUR = [
@@ -63,7 +63,9 @@ METHODS = {
 }
 
 
-def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -> config.RunConfig:
+def tiny_config(
+    data: str, name: str, stage: int, *more: str, bf16: bool = False
+) -> config.RunConfig:
     """Return the config of a tiny run, at a rate and an eps where rounding does not grow.
 
     Adam divides a gradient by its own size: one that is nothing but rounding (of a bias before
@@ -92,7 +94,7 @@ def settings(data: str, name: str, stage: int, *more: str, bf16: bool = False) -
     )
 
 
-def start(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]:
+def build_trainer(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]:
     """Return the engine of a run, and this rank's batches."""
     reader = config.build_reader(cfg)
     trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
@@ -107,7 +109,7 @@ def start(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]:
     return trainer, batches
 
 
-def steps(
+def train_until(
     cfg: config.RunConfig, trainer: engine.Engine, batches: Batches, until: int
 ) -> Iterator[float]:
     """Train on until so many samples are seen, and yield the loss of each step."""
@@ -117,11 +119,11 @@ def steps(
         yield float(loss)
 
 
-def curve(*case, only: int = 20, **how) -> list[float]:
+def train_curve(*case, only: int = 20, **how) -> list[float]:
     """Return the losses of twenty steps, or of only the first so many."""
-    cfg = settings(*case, **how)
-    trainer, batches = start(cfg)
-    losses = list(steps(cfg, trainer, batches, only * cfg.batch))
+    cfg = tiny_config(*case, **how)
+    trainer, batches = build_trainer(cfg)
+    losses = list(train_until(cfg, trainer, batches, only * cfg.batch))
     trainer.ds.destroy()
     return losses
 
@@ -130,27 +132,33 @@ def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     distributed.start()
     world = distributed.world_size()
-    short = 20 if WHOLE else 6  # ranks that share two cores take their time
+    short = 20 if RUN_EVERYTHING else 6  # ranks that share two cores take their time
     curves = {}
 
     # Every recipe at every stage; flip in full everywhere, the others in full at the reference.
     for name in MASKS:
         for stage in range(4):
             full = name == "flip" or (world == 1 and stage == 0)
-            curves[f"{name} stage {stage}"] = curve(data, name, stage, only=20 if full else short)
+            curves[f"{name} stage {stage}"] = train_curve(
+                data, name, stage, only=20 if full else short
+            )
 
     # Variants of a step that leave its losses as they are.
     if world < 4:
         checkpointed = "model.checkpoint_activations=true"
-        curves["flip stage 3 accumulate 4"] = curve(data, "flip", 3, "accumulate=4", only=short)
-        curves["clip stage 1 accumulate 2"] = curve(data, "clip", 1, "accumulate=2", only=short)
-        curves["flip stage 3 checkpointed"] = curve(data, "flip", 3, checkpointed, only=short)
+        curves["flip stage 3 accumulate 4"] = train_curve(
+            data, "flip", 3, "accumulate=4", only=short
+        )
+        curves["clip stage 1 accumulate 2"] = train_curve(
+            data, "clip", 1, "accumulate=2", only=short
+        )
+        curves["flip stage 3 checkpointed"] = train_curve(data, "flip", 3, checkpointed, only=short)
         bf16_steps = 20 if world == 1 else short
-        curves["flip stage 3 bf16"] = curve(data, "flip", 3, bf16=True, only=bf16_steps)
+        curves["flip stage 3 bf16"] = train_curve(data, "flip", 3, bf16=True, only=bf16_steps)
         for stage in (0, 3)[world - 1 :]:
             only = short if world == 1 and stage == 3 else 20
             for name in METHODS:
-                curves[f"{name} stage {stage}"] = curve(data, name, stage, only=only)
+                curves[f"{name} stage {stage}"] = train_curve(data, name, stage, only=only)
 
     # The same of the other methods.
     if world == 2:
@@ -158,11 +166,13 @@ def main() -> None:
             released = []
             if name == "aclip":
                 released = ["options.as_released=true", "options.average_text=true"]
-            curves[f"{name} accumulated"] = curve(data, name, 3, "accumulate=2", *released, only=6)
+            curves[f"{name} accumulated"] = train_curve(
+                data, name, 3, "accumulate=2", *released, only=6
+            )
             if name != "slip":
-                curves[f"{name} checkpointed"] = curve(data, name, 3, checkpointed, only=6)
+                curves[f"{name} checkpointed"] = train_curve(data, name, 3, checkpointed, only=6)
         for name in ("maskclip", "aclip"):
-            curves[f"{name} bf16"] = curve(data, name, 3, bf16=True, only=12)
+            curves[f"{name} bf16"] = train_curve(data, name, 3, bf16=True, only=12)
 
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(curves))

@@ -23,11 +23,11 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from glimpse.model import ema
 from glimpse.run.lib import distributed
 from glimpse.run.train import checkpoint, elastic, engine
-from glimpse.tests.helpers.tiny import WHOLE
-from glimpse.tests.workers.curves_worker import settings, start, steps
+from glimpse.tests.helpers.tiny import RUN_EVERYTHING
+from glimpse.tests.workers.curves_worker import build_trainer, tiny_config, train_until
 
-ORDER = (2, 4, 1)  # numbers of ranks
-EACH = 3  # steps on each
+RANK_COUNTS = (2, 4, 1)  # numbers of ranks
+STEPS_PER_LAUNCH = 3  # steps on each
 # A block each, as the conversion takes its time for every tensor; widths of which a quarter is no
 # whole number
 SIZE = (
@@ -50,11 +50,11 @@ for name, stage, bf16 in (
     ("second", 3, True),
 ):
     # Of stage 2, a short round takes each method in one precision.
-    if WHOLE or stage != 2 or bf16 == (name == "maskclip"):
+    if RUN_EVERYTHING or stage != 2 or bf16 == (name == "maskclip"):
         CASES[f"{name} stage {stage} {'bf16' if bf16 else 'fp32'}"] = (name, stage, bf16)
 
 
-def state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
+def full_state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
     """Return {kind and name: the full tensor} of all that training goes on from.
 
     Every rank must ask.
@@ -88,19 +88,19 @@ def state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
             tensors[f"{key} {name}"] = safe_get_full_optimizer_state(parameter, key)
     for name, average in trainer.averages.kept.items():
         shape = ema.shape(trainer.averages.pairs[name][0])
-        full_average = joined(average)[: shape.numel()] if trainer.stage == 3 else average
+        full_average = gather_shards(average)[: shape.numel()] if trainer.stage == 3 else average
         tensors[f"average {name}"] = full_average.view(shape)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def joined(shard: torch.Tensor) -> torch.Tensor:
+def gather_shards(shard: torch.Tensor) -> torch.Tensor:
     """Join the shards of all ranks, which must all call."""
     every = [torch.empty_like(shard) for _ in range(distributed.world_size())]
     dist.all_gather(every, shard)
     return torch.cat(every)
 
 
-def counters(trainer: engine.Engine) -> list[int]:
+def step_counters(trainer: engine.Engine) -> list[int]:
     """Return the different step counts of the optimizer's groups on all ranks, and the engine's."""
     states = trainer.ds.optimizer.optimizer.state.values()
     counts = distributed.all_gather_list(
@@ -109,7 +109,7 @@ def counters(trainer: engine.Engine) -> list[int]:
     return sorted({*counts, trainer.ds.global_steps, trainer.samples // trainer.batch})
 
 
-def rules(trainer: engine.Engine) -> list[list]:
+def group_settings(trainer: engine.Engine) -> list[list]:
     """Return how the optimizer treats each group."""
     return [
         [group["weight_decay"], *group["betas"], group["eps"]]
@@ -117,61 +117,61 @@ def rules(trainer: engine.Engine) -> list[list]:
     ]
 
 
-def zeroed(method: torch.nn.Module) -> None:
+def zero_parameters(method: torch.nn.Module) -> None:
     """Zero the parameters, so that nothing is in place before it is loaded."""
     for parameter in method.parameters():
         engine.local_shard(parameter).zero_()
 
 
-def moved(cfg, home: Path) -> tuple:
+def resume_on_other_ranks(cfg, home: Path) -> tuple:
     """Return an engine that goes on from another number of ranks, its batches, and what differs.
 
     That is the part of the saved state that is not the same, bit for bit, on any rank.
     """
     path = checkpoint.newest_checkpoint(home)
     universal = elastic.prepare_elastic(path, distributed.world_size())
-    trainer, batches = start(cfg, universal=universal is not None, load=zeroed)
+    trainer, batches = build_trainer(cfg, universal=universal is not None, load=zero_parameters)
     elastic.resume(trainer, path, universal)
 
     saved = torch.load(home / "state.pt")
-    resumed = state(trainer)
+    resumed = full_state(trainer)
     assert saved.keys() == resumed.keys()
     other = [name for name in saved if not torch.equal(saved[name], resumed[name])]
     moments = [saved[name] for name in saved if name.startswith("exp_avg ")]
     results = {}
     results["other"] = sorted(set(distributed.all_gather_list(other)))
     results["kinds"] = Counter(name.split()[0] for name in saved)
-    results["resumed"] = counters(trainer)
+    results["resumed"] = step_counters(trainer)
     results["moments"] = max(float(moment.abs().max()) for moment in moments)
     return trainer, batches, results
 
 
-def case(data: Path, name: str, stage: int, bf16: bool) -> dict:
+def run_case(data: Path, name: str, stage: int, bf16: bool) -> dict:
     """Train EACH steps of a case on this number of ranks, and return what the test looks at."""
     world = distributed.world_size()
     home = data / f"{name}-{stage}-{bf16}"
     method, *more = METHODS[name]
-    cfg = settings(data, method, stage, *SIZE, *more, bf16=bf16)
-    if world == ORDER[0]:
-        trainer, batches = start(cfg)
+    cfg = tiny_config(data, method, stage, *SIZE, *more, bf16=bf16)
+    if world == RANK_COUNTS[0]:
+        trainer, batches = build_trainer(cfg)
         results = {}
     else:
-        trainer, batches, results = moved(cfg, home)
+        trainer, batches, results = resume_on_other_ranks(cfg, home)
 
-    last = EACH * cfg.batch * (1 + ORDER.index(world))
-    results["losses"] = list(steps(cfg, trainer, batches, last))
-    results["counters"] = counters(trainer)
-    results["rules"] = rules(trainer)
+    last = STEPS_PER_LAUNCH * cfg.batch * (1 + RANK_COUNTS.index(world))
+    results["losses"] = list(train_until(cfg, trainer, batches, last))
+    results["counters"] = step_counters(trainer)
+    results["rules"] = group_settings(trainer)
 
     # For the next launch: a checkpoint, and the state that it should give.
-    if world != ORDER[-1]:
+    if world != RANK_COUNTS[-1]:
         path = checkpoint.save(trainer, home / "checkpoints", dict(identity={}, shards=0), keep=1)
-        saved = state(trainer)
+        saved = full_state(trainer)
         if distributed.rank() == 0:
             torch.save(saved, path.parents[1] / "state.pt")
-    if world == ORDER[0]:  # and as if nothing had happened
-        end = len(ORDER) * EACH * cfg.batch
-        results["straight"] = results["losses"] + list(steps(cfg, trainer, batches, end))
+    if world == RANK_COUNTS[0]:  # and as if nothing had happened
+        end = len(RANK_COUNTS) * STEPS_PER_LAUNCH * cfg.batch
+        results["straight"] = results["losses"] + list(train_until(cfg, trainer, batches, end))
     trainer.ds.destroy()
     return results
 
@@ -179,7 +179,7 @@ def case(data: Path, name: str, stage: int, bf16: bool) -> dict:
 def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     distributed.start()
-    results = {name: case(Path(data), *how) for name, how in CASES.items()}
+    results = {name: run_case(Path(data), *how) for name, how in CASES.items()}
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(results))
 

@@ -105,7 +105,7 @@ class Cases:
         """
         trainer = self.trained(self.config(stage, bf16=True), 3)
         (module,) = trainer.temperatures
-        with gathered([module.logit_scale]):
+        with gather_parameters([module.logit_scale]):
             copy = module.logit_scale.item()
             kind = str(module.logit_scale.dtype)
         master = safe_get_full_fp32_param(module.logit_scale)
@@ -118,7 +118,7 @@ class Cases:
         )
         trainer.ds.destroy()
 
-        hot = self.trained(self.config(stage, bf16=True), 1, load=heat)
+        hot = self.trained(self.config(stage, bf16=True), 1, load=raise_temperature)
         results["clamped"] = self.scale(hot)
         results["loss"] = self.loss
         hot.ds.destroy()
@@ -189,7 +189,7 @@ class Cases:
         weights = {}
         for name, parameter in trainer.method.named_parameters():
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            with gathered([parameter]):
+            with gather_parameters([parameter]):
                 value = parameter if master is None else master
                 weights[name] = value.detach().float().cpu().clone()
         return weights
@@ -212,13 +212,13 @@ class Cases:
         return distributed.all_reduce_sum(both).tolist()
 
 
-def heat(method) -> None:
+def raise_temperature(method) -> None:
     """Set logit_scale far above ln 100."""
     with engine.full_parameter(method.towers.temperature.logit_scale) as logit_scale:
         logit_scale.fill_(6.0)
 
 
-def gathered(parameters):
+def gather_parameters(parameters):
     """Gather parameters inside `with`, where they are sharded."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded)

@@ -19,15 +19,15 @@ import torch.distributed as dist
 WORLD = 2
 
 
-def found() -> list[dict]:
+def rank_results() -> list[dict]:
     """Return [{"auxiliary": ..., "heads": ...} of each rank], from one launch a session."""
-    ranks, errors = launched()
+    ranks, errors = launch_ranks()
     assert not errors, errors
     return ranks
 
 
 @functools.cache
-def launched() -> tuple[list[dict], str]:
+def launch_ranks() -> tuple[list[dict], str]:
     """Return the ranks' results and their errors, which are cached: a hang is waited for once."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     with tempfile.TemporaryDirectory() as folder:

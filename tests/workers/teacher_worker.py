@@ -20,10 +20,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from glimpse.model import ema
 from glimpse.run.lib import distributed
 from glimpse.run.train import checkpoint, elastic, zero_reader
-from glimpse.tests.helpers.tiny import WHOLE
-from glimpse.tests.workers.curves_worker import METHODS, settings, start, steps
+from glimpse.tests.helpers.tiny import RUN_EVERYTHING
+from glimpse.tests.workers.curves_worker import METHODS, build_trainer, tiny_config, train_until
 
-LENGTH, SAVED = (50, 40) if WHOLE else (30, 20)  # steps
+STEPS, SAVED_STEP = (50, 40) if RUN_EVERYTHING else (30, 20)  # steps
 
 
 # The momenta as curves_worker.METHODS sets them; t: the share of training that is done.
@@ -36,16 +36,16 @@ def linear_momentum(t: float) -> float:
 
 
 MOMENTA = {"aclip": cosine_momentum, "maskclip": linear_momentum}
-LONG = f"samples={LENGTH * 16}"
+LONG = f"samples={STEPS * 16}"
 
 
-def whole(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def gather_full(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Gather sharded parameters, and return copies; under fp32, weights have no other copy."""
     with deepspeed.zero.GatheredParameters(parameters):
         return [parameter.detach().clone() for parameter in parameters]
 
 
-class Plain:
+class PlainAverage:
     """The moving average as the formula has it, of full fp32 tensors."""
 
     def __init__(self, trainer, name: str, kept: list | None = None):
@@ -53,52 +53,54 @@ class Plain:
         self.teachers = [teacher for teacher, _ in pairs]
         self.students = [student for _, student in pairs]
         self.momentum = MOMENTA[name]
-        self.kept = kept or whole(self.students)
+        self.kept = kept or gather_full(self.students)
 
     def follow(self, step: int) -> None:
         """Update the average after a step."""
-        m = self.momentum(step / LENGTH)
-        for i, student in enumerate(whole(self.students)):
+        m = self.momentum(step / STEPS)
+        for i, student in enumerate(gather_full(self.students)):
             self.kept[i] = m * self.kept[i] + (1 - m) * student
 
     def apart(self) -> float:
         """Return the largest difference from the teacher's weights, all of them."""
-        return furthest(self.kept, whole(self.teachers))
+        return largest_difference(self.kept, gather_full(self.teachers))
 
     def moved(self) -> float:
         """Return the largest difference of teacher and student."""
-        return furthest(whole(self.teachers), whole(self.students))
+        return largest_difference(gather_full(self.teachers), gather_full(self.students))
 
 
-def furthest(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
+def largest_difference(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
     differences = [(a - b).abs().max() for a, b in zip(these, those, strict=True)]
     return max(map(float, differences))
 
 
-def followed(cfg, name: str, trainer, batches, plain: Plain, until: int) -> list[float]:
+def train_with_average(
+    cfg, name: str, trainer, batches, plain: PlainAverage, until: int
+) -> list[float]:
     """Train until that step beside the plain average, and return the losses."""
     losses = []
-    for loss in steps(cfg, trainer, batches, until * cfg.batch):
+    for loss in train_until(cfg, trainer, batches, until * cfg.batch):
         losses.append(loss)
         plain.follow(trainer.ds.global_steps)
     return losses
 
 
-def teacher(data: Path, name: str) -> dict:
+def train_teacher(data: Path, name: str) -> dict:
     """Train LENGTH steps on 2 ranks beside the plain average.
 
     Another engine goes on from a checkpoint on the way.
     """
-    cfg = settings(data, name, 3, LONG)
-    trainer, batches = start(cfg)
-    plain = Plain(trainer, name)
+    cfg = tiny_config(data, name, 3, LONG)
+    trainer, batches = build_trainer(cfg)
+    plain = PlainAverage(trainer, name)
     results = {"begun": plain.apart()}
-    followed(cfg, name, trainer, batches, plain, SAVED)
+    train_with_average(cfg, name, trainer, batches, plain, SAVED_STEP)
     path = checkpoint.save(
         trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1
     )
     torch.save(plain.kept, data / name / "plain.pt")
-    results["straight"] = followed(cfg, name, trainer, batches, plain, LENGTH)
+    results["straight"] = train_with_average(cfg, name, trainer, batches, plain, STEPS)
     results["apart"] = plain.apart()
     results["moved"] = plain.moved()
 
@@ -115,9 +117,9 @@ def teacher(data: Path, name: str) -> dict:
     results["trainable"] = sum(p.ds_numel for p in trainable)
     trainer.ds.destroy()
 
-    again, batches = start(cfg)
+    again, batches = build_trainer(cfg)
     elastic.resume(again, path, None)
-    results["resumed"] = list(steps(cfg, again, batches, cfg.samples))
+    results["resumed"] = list(train_until(cfg, again, batches, cfg.samples))
     results["same teacher"] = equal(averages, again.averages.kept)
     again.ds.destroy()
     return results
@@ -127,25 +129,25 @@ def equal(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> 
     return all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
 
-def elsewhere(data: Path, name: str) -> dict:
+def resume_on_one_rank(data: Path, name: str) -> dict:
     """Train the last steps again on 1 rank, from the checkpoint of 2."""
-    cfg = settings(data, name, 3, LONG)
-    trainer, batches, results = moved(data, name, cfg)
-    plain = Plain(trainer, name, torch.load(data / name / "plain.pt"))
+    cfg = tiny_config(data, name, 3, LONG)
+    trainer, batches, results = resume_from_two_ranks(data, name, cfg)
+    plain = PlainAverage(trainer, name, torch.load(data / name / "plain.pt"))
     results["begun"] = plain.apart()
-    results["losses"] = followed(cfg, name, trainer, batches, plain, LENGTH)
+    results["losses"] = train_with_average(cfg, name, trainer, batches, plain, STEPS)
     results["apart"] = plain.apart()
     trainer.ds.destroy()
     return results
 
 
-def moved(data: Path, name: str, cfg) -> tuple:
+def resume_from_two_ranks(data: Path, name: str, cfg) -> tuple:
     """Return an engine on 1 rank that goes on from 2, its batches, and what differs.
 
     That is whether the averages are bit for bit as they were saved.
     """
     path = checkpoint.newest_checkpoint(data / name)
-    trainer, batches = start(cfg, universal=True)
+    trainer, batches = build_trainer(cfg, universal=True)
     elastic.resume(trainer, path, elastic.prepare_elastic(path, 1))
     averages = {}
     for key, value in trainer.averages.kept.items():
@@ -155,58 +157,58 @@ def moved(data: Path, name: str, cfg) -> tuple:
     return trainer, batches, {"same teacher": equal(averages, saved)}
 
 
-def rounded(data: Path) -> dict:
+def train_bf16_stage1(data: Path) -> dict:
     """Train MaskCLIP at stage 1 in bf16, where rank 0 alone keeps the averages.
 
     It goes on from a converted checkpoint, on either number of ranks. Of the group without weight
     decay, one number, the second of two ranks has nothing but padding.
     """
     name = "rounded"
-    cfg = settings(data, "maskclip", 1, LONG, "optim.no_decay=[logit_scale]", bf16=True)
+    cfg = tiny_config(data, "maskclip", 1, LONG, "optim.no_decay=[logit_scale]", bf16=True)
     if distributed.world_size() == 1:
-        trainer, batches, results = moved(data, name, cfg)
+        trainer, batches, results = resume_from_two_ranks(data, name, cfg)
         saved = zero_reader.read_weights(checkpoint.newest_checkpoint(data / name))
         weights = {}
         for key, parameter in trainer.trainable.items():
             weights[key] = safe_get_full_fp32_param(parameter)
         results["same weights"] = equal(weights, saved)
-        results["losses"] = list(steps(cfg, trainer, batches, 10 * cfg.batch))
+        results["losses"] = list(train_until(cfg, trainer, batches, 10 * cfg.batch))
         trainer.ds.destroy()
         return results
 
-    trainer, batches = start(cfg)
-    list(steps(cfg, trainer, batches, 4 * cfg.batch))
+    trainer, batches = build_trainer(cfg)
+    list(train_until(cfg, trainer, batches, 4 * cfg.batch))
     path = checkpoint.save(
         trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1
     )
-    results = dict(straight=list(steps(cfg, trainer, batches, 10 * cfg.batch)))
+    results = dict(straight=list(train_until(cfg, trainer, batches, 10 * cfg.batch)))
     trainer.ds.destroy()
 
-    again, batches = start(cfg, universal=True)
+    again, batches = build_trainer(cfg, universal=True)
     # as for another number of ranks, though there are as many
     elastic.resume(again, path, elastic.prepare_elastic(path, 3))
-    results["resumed"] = list(steps(cfg, again, batches, 10 * cfg.batch))
+    results["resumed"] = list(train_until(cfg, again, batches, 10 * cfg.batch))
     again.ds.destroy()
     return results
 
 
-def resumed(data: Path, name: str) -> dict:
+def train_and_resume(data: Path, name: str) -> dict:
     """Train eight steps of a method without an average, with a checkpoint half way.
 
     Another engine takes the last four again.
     """
-    cfg = settings(data, name, 3)
-    trainer, batches = start(cfg)
-    list(steps(cfg, trainer, batches, 4 * cfg.batch))
+    cfg = tiny_config(data, name, 3)
+    trainer, batches = build_trainer(cfg)
+    list(train_until(cfg, trainer, batches, 4 * cfg.batch))
     path = checkpoint.save(
         trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1
     )
-    results = dict(straight=list(steps(cfg, trainer, batches, 8 * cfg.batch)))
+    results = dict(straight=list(train_until(cfg, trainer, batches, 8 * cfg.batch)))
     trainer.ds.destroy()
 
-    again, batches = start(cfg)
+    again, batches = build_trainer(cfg)
     elastic.resume(again, path, None)
-    results["resumed"] = list(steps(cfg, again, batches, 8 * cfg.batch))
+    results["resumed"] = list(train_until(cfg, again, batches, 8 * cfg.batch))
     again.ds.destroy()
     return results
 
@@ -216,13 +218,13 @@ def main() -> None:
     distributed.start()
     results = {}
     for name in MOMENTA:
-        run = elsewhere if distributed.world_size() == 1 else teacher
+        run = resume_on_one_rank if distributed.world_size() == 1 else train_teacher
         results[name] = run(Path(data), name)
     if distributed.world_size() > 1:
         for name in METHODS:
             if name not in MOMENTA:
-                results[name] = resumed(Path(data), name)
-    results["rounded"] = rounded(Path(data))
+                results[name] = train_and_resume(Path(data), name)
+    results["rounded"] = train_bf16_stage1(Path(data))
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(results))
 

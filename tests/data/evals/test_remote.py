@@ -14,7 +14,7 @@ import pytest
 from glimpse.data.evals import remote
 from glimpse.data.evals.clip_benchmark import Benchmark
 from glimpse.run.evals import parse
-from glimpse.tests.helpers.tiny import NAMES, evaluation_set, free_port, picture
+from glimpse.tests.helpers.tiny import NAMES, free_port, picture, write_evaluation_set
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     rows = []
     for i, name in enumerate(names):
         rows.append({"png": picture(name, np.random.default_rng(0)), "cls": b"%d" % i})
-    path = evaluation_set(tmp_path / "there" / "wds_shapes", rows, "\n".join(names))
+    path = write_evaluation_set(tmp_path / "there" / "wds_shapes", rows, "\n".join(names))
     (path / "test" / "nshards.txt").write_text("1\n")
     monkeypatch.setattr(remote, "CACHE", tmp_path / "cache")
     return path

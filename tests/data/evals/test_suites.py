@@ -15,8 +15,15 @@ from glimpse.run.evals import evaluate, parse
 from glimpse.run.evals.metrics import MAIN, METRICS
 from glimpse.run.evals.suites import Options, Suite, averages, look
 from glimpse.tests.helpers.threads import ranks
-from glimpse.tests.helpers.tiny import NAMES, ROOT, evaluation_set, launch, picture, settings
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import (
+    NAMES,
+    ROOT,
+    launch,
+    picture,
+    tiny_run_arguments,
+    write_evaluation_set,
+)
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 TEN = "\n".join(NAMES[:10])
 
@@ -105,23 +112,23 @@ def data(tmp_path_factory):
     two = "\n".join(NAMES[:2])
 
     # Three that are complete, and one that is not but can be evaluated.
-    evaluation_set(folder / "wds_mnist", rows(10), TEN)
-    evaluation_set(folder / "wds_vtab-eurosat", rows(10), TEN)
-    evaluation_set(folder / "hateful_memes", rows(2), two)
-    evaluation_set(folder / "wds_vtab-caltech101", rows(10)[1:3], numbered(102))
+    write_evaluation_set(folder / "wds_mnist", rows(10), TEN)
+    write_evaluation_set(folder / "wds_vtab-eurosat", rows(10), TEN)
+    write_evaluation_set(folder / "hateful_memes", rows(2), two)
+    write_evaluation_set(folder / "wds_vtab-caltech101", rows(10)[1:3], numbered(102))
 
     # Five that are broken: cut off, classes counted from one, too few classes, no templates, and
     # no image.
-    cut = evaluation_set(folder / "wds_vtab-cifar10", rows(10), TEN) / "test" / "0.tar"
+    cut = write_evaluation_set(folder / "wds_vtab-cifar10", rows(10), TEN) / "test" / "0.tar"
     cut.write_bytes(cut.read_bytes()[:20000])
-    evaluation_set(folder / "wds_stl10", [*rows(10), {"cls": b"10"}], TEN)
-    evaluation_set(folder / "wds_fer2013", rows(6), "\n".join(NAMES[:6]))
-    sst2 = evaluation_set(folder / "wds_renderedsst2", rows(2), two)
+    write_evaluation_set(folder / "wds_stl10", [*rows(10), {"cls": b"10"}], TEN)
+    write_evaluation_set(folder / "wds_fer2013", rows(6), "\n".join(NAMES[:6]))
+    sst2 = write_evaluation_set(folder / "wds_renderedsst2", rows(2), two)
     (sst2 / "zeroshot_classification_templates.txt").unlink()
     no_image = {"png": b"no image", "cls": b"0"}
-    evaluation_set(folder / "wds_gtsrb", [no_image], numbered(43))
+    write_evaluation_set(folder / "wds_gtsrb", [no_image], numbered(43))
 
-    evaluation_set(folder / "shapes", rows(10), TEN)
+    write_evaluation_set(folder / "shapes", rows(10), TEN)
     return folder
 
 
@@ -250,7 +257,9 @@ def test_a_suite_from_the_command_line(data, tmp_path):
         (good / name).symlink_to(data / name)
 
     # 1. The suite's evaluation after a training.
-    options = settings(tiny, run, "evals=[suite:aclip]", f"eval_data={good}", "samples=32")
+    options = tiny_run_arguments(
+        tiny, run, "evals=[suite:aclip]", f"eval_data={good}", "samples=32"
+    )
     done = launch(2, "run/pretrain.py", *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -268,7 +277,7 @@ def test_a_suite_from_the_command_line(data, tmp_path):
 
     # 3. A set that breaks an evaluation: the results before it are kept.
     broken = [*rows(10, 2), {"png": b"no picture", "cls": b"0"}]
-    evaluation_set(tmp_path / "broken", broken, TEN)
+    write_evaluation_set(tmp_path / "broken", broken, TEN)
     evals = [f"zero_shot:{data}/wds_mnist", f"zero_shot:{tmp_path}/broken"]
     done = launch(1, "run/evaluate.py", "--run", str(run), "--evals", *evals)
     assert done.returncode == 2

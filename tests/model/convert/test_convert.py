@@ -25,7 +25,7 @@ from glimpse.model.lazy_tensors import Tensors
 from glimpse.model.towers import SIZES, ModelConfig
 from glimpse.model.vision import resized as resized_grid
 from glimpse.run.train import initial_weights, load_model, zero_reader
-from glimpse.tests.helpers.tiny import growth, launch, shards
+from glimpse.tests.helpers.tiny import launch, memory_growth, write_dataset
 from glimpse.tests.model.convert.test_convert_open_clip import (
     CLIP_TEXT,
     CLIP_VISION,
@@ -231,7 +231,7 @@ def test_files_are_written_and_checkpoints_read_a_tensor_at_a_time(tmp_path):
         )
     (tmp_path / "manifest.json").write_text('{"stage": 3}')
 
-    megabytes = growth(
+    megabytes = memory_growth(
         f"""
 from pathlib import Path
 from glimpse.model import tensor_files as files
@@ -391,7 +391,7 @@ def test_runs_of_any_rank_count_come_out_as_the_file_that_went_in(folder, tmp_pa
     """open_clip's model starts ZeRO-3 runs on 1, 2 and 4 ranks, whose rate is 0, and each run
     becomes open_clip's again; bf16 ones too.
     """
-    data = shards(tmp_path / "data")
+    data = write_dataset(tmp_path / "data")
     assert convert("glimpse", folder, tmp_path / "start")[0] == 0
     settings = dict(
         base="start/config.json",

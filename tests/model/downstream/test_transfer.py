@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from glimpse.data.shards import build_index, write_shard
-from glimpse.tests.helpers.tiny import ROOT, environment, launch, settings, shards
+from glimpse.tests.helpers.tiny import ROOT, environment, launch, tiny_run_arguments, write_dataset
 
 
 def nms(boxes, scores, threshold):
@@ -140,8 +140,10 @@ def png(pixels: np.ndarray) -> bytes:
 @pytest.mark.slow
 def test_the_recipe_runs_and_learns(tmp_path):
     # A model, and a set of scenes.
-    data = shards(tmp_path / "pairs")
-    pretraining = launch(1, "run/pretrain.py", *settings(data, tmp_path / "run", "samples=64"))
+    data = write_dataset(tmp_path / "pairs")
+    pretraining = launch(
+        1, "run/pretrain.py", *tiny_run_arguments(data, tmp_path / "run", "samples=64")
+    )
     assert pretraining.returncode == 0, pretraining.stderr
     rng = np.random.default_rng(0)
     scenes(tmp_path / "set" / "train", 64, rng)

@@ -37,10 +37,10 @@ from glimpse.tests.helpers.tiny import (
     environment,
     launch,
     picture,
-    settings,
-    untrained,
+    tiny_run_arguments,
+    untrained_method,
 )
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 PHOTOS, BROKEN = 47, (9, 30)
 
@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(data):
-    return embedder(*untrained(data / "tokenizer.model"))
+    return embedder(*untrained_method(data / "tokenizer.model"))
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,7 @@ def test_ranks_that_see_other_images_are_told(data, monkeypatch):
 
 def converted(data, folder):
     """An untrained model in the folder, as run/convert.py writes it."""
-    method, cfg, tokenizer = untrained(data / "tokenizer.model")
+    method, cfg, tokenizer = untrained_method(data / "tokenizer.model")
     weights = {name: p.detach().clone() for name, p in method.towers.named_parameters()}
     about = Source(
         tokenizer=cfg.data.tokenizer, fingerprint=tokenizer.fingerprint, crop="resize_crop"
@@ -409,7 +409,7 @@ def test_arguments_that_cannot_be(args, words, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_writes_the_bytes_of_one(data, photos, tmp_path):
-    done = launch(1, "run/pretrain.py", *settings(data, tmp_path / "run", "samples=32"))
+    done = launch(1, "run/pretrain.py", *tiny_run_arguments(data, tmp_path / "run", "samples=32"))
     assert done.returncode == 0, done.stderr[-2000:]
     args = (str(tmp_path / "run"), str(photos), "--batch", "4", "--part", "20", "--out")
 

@@ -23,8 +23,8 @@ from glimpse.data.transforms import View, center_view
 from glimpse.run.evals import embed, evaluate, parse, retrieval
 from glimpse.run.lib import config
 from glimpse.tests.helpers.threads import ranks
-from glimpse.tests.helpers.tiny import NAMES, launch, picture, settings, untrained
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import NAMES, launch, picture, tiny_run_arguments, untrained_method
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 # No multiple of 64 (a round) or of 3 ranks; the last captions are on one rank alone.
 PICTURES, CAPTIONED = 150, 131
@@ -67,7 +67,7 @@ def texts(i):
 
 @pytest.fixture(scope="module")
 def model(data):
-    return untrained(data / "tokenizer.model", "eval_crop=resize_crop")
+    return untrained_method(data / "tokenizer.model", "eval_crop=resize_crop")
 
 
 def embedder(model, **how):
@@ -366,7 +366,7 @@ def test_the_same_numbers_on_any_ranks_during_training_and_after(data, tmp_path)
         "optim.lr=1e-3",
     )
 
-    done = launch(2, "run/pretrain.py", *settings(data, run, *options))
+    done = launch(2, "run/pretrain.py", *tiny_run_arguments(data, run, *options))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for world in (1, 3):
         done = launch(world, "run/evaluate.py", "--run", str(run))

@@ -16,8 +16,8 @@ from glimpse.model.towers import ModelConfig, vision_tower
 from glimpse.model.vision import VisionConfig, VisionTower
 from glimpse.run.evals import finetune, parse
 from glimpse.run.evals.finetune import Classifier, Options, groups, rates, shares
-from glimpse.tests.helpers.tiny import NAMES, launch, picture, settings
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import NAMES, launch, picture, tiny_run_arguments
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 
 def nano(**vision) -> VisionTower:
@@ -203,7 +203,9 @@ def test_one_training_on_any_ranks_that_leaves_the_run_as_it_was(data, tmp_path)
     """
     run = tmp_path / "run"
     shapes = f"{data}/eval/shapes"
-    done = launch(1, "run/pretrain.py", *settings(data, run, "samples=160", "optim.lr=1e-3"))
+    done = launch(
+        1, "run/pretrain.py", *tiny_run_arguments(data, run, "samples=160", "optim.lr=1e-3")
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     mixed = f"finetune(recipe=mae, batch=12, epochs=3, lr=0.02, save=kept):{shapes}"
     plain = (

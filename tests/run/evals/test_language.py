@@ -18,8 +18,8 @@ from glimpse.data.tokenizer import build as build_tokenizer
 from glimpse.data.tokenizer import train_sentencepiece
 from glimpse.model.downstream.decoders import PAD, Answerer, Captioner
 from glimpse.run.evals import captioning, language, parse, vqa
-from glimpse.tests.helpers.tiny import NAMES, launch, picture, settings
-from glimpse.tests.helpers.tiny import shards as make_shards
+from glimpse.tests.helpers.tiny import NAMES, launch, picture, tiny_run_arguments
+from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 SHAPE = dict(context=6, image=(5, 8), width=64, depth=2, heads=1)
 
@@ -260,7 +260,7 @@ def test_the_same_results_on_one_and_two_ranks(tmp_path):
     data = make_shards(tmp_path / "data")
     run = tmp_path / "run"
     scenes = described(tmp_path / "scenes", dict(train=90, test=31))
-    training = settings(data, run, "samples=320", "optim.lr=1e-3")
+    training = tiny_run_arguments(data, run, "samples=320", "optim.lr=1e-3")
     done = launch(2, "run/pretrain.py", *training, timeout=480)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

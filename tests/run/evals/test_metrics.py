@@ -27,7 +27,7 @@ from glimpse.run.evals.metrics import (
     top5,
 )
 from glimpse.tests.helpers.threads import ranks
-from glimpse.tests.helpers.tiny import evaluation_set
+from glimpse.tests.helpers.tiny import write_evaluation_set
 
 # Six classes, five images. The class of each is 1st, 2nd, 1st, 6th and 1st among its scores.
 SCORES = torch.tensor(
@@ -193,7 +193,9 @@ def test_templates_of_a_file(tmp_path):
 
 def test_names_of_a_class_and_a_subset(tmp_path):
     names = "happy;smiling\nsad; depressed\nbored\nangry"
-    folder = evaluation_set(tmp_path / "set", [{"cls": b"3"}, {"cls": b"1"}], names, "a {c}\n{c}!")
+    folder = write_evaluation_set(
+        tmp_path / "set", [{"cls": b"3"}, {"cls": b"1"}], names, "a {c}\n{c}!"
+    )
     subset = folder / "class_subset.txt"
 
     everything = Benchmark(folder)
@@ -243,7 +245,7 @@ def test_each_metric_of_a_set(monkeypatch, tmp_path, world):
     two = [[row[0], row[1]] for row in images]
 
     def results(metric, rows, images=images, names="ape\nbee\ncat"):
-        folder = evaluation_set(tmp_path / f"{metric}{len(names)}", rows, names, "{c}")
+        folder = write_evaluation_set(tmp_path / f"{metric}{len(names)}", rows, names, "{c}")
         (spec,) = parse([f"zero_shot(metric={metric}):{folder}"])
 
         def work(share):
@@ -286,23 +288,23 @@ def test_what_does_not_fit_is_said_at_the_start(tmp_path):
         with pytest.raises(ValueError, match=words):
             parse([spec])
 
-    plain = evaluation_set(tmp_path / "plain", [{"cls": b"0"}, {"cls": b"3"}])
+    plain = write_evaluation_set(tmp_path / "plain", [{"cls": b"0"}, {"cls": b"3"}])
     refused(f"zero_shot:{plain}", "plain: 0.tar 001 is of class 3; classnames.txt names 3, from 0")
     refused(f"zero_shot(metric=top2):{plain}", "zero_shot.metric: unknown 'top2'; known: map")
     refused(f"zero_shot(metric=roc_auc):{plain}", "roc_auc is for two classes; 3 are named")
     refused(f"zero_shot(metric=map):{plain}", "has no npy")
-    alone = evaluation_set(tmp_path / "alone", [{"cls": b"1"}], names="ape\nbee")
+    alone = write_evaluation_set(tmp_path / "alone", [{"cls": b"1"}], names="ape\nbee")
     refused(f"zero_shot(metric=roc_auc):{alone}", "its images are of 1 classes; roc_auc needs more")
     refused(f"zero_shot(templates=81):{plain}", "templates: '81'")
-    words = evaluation_set(tmp_path / "words", [{"cls": b"ape"}])
+    words = write_evaluation_set(tmp_path / "words", [{"cls": b"ape"}])
     refused(f"zero_shot:{words}", "the class of 0.tar 000 is 'ape'; it must be a number")
-    gap = evaluation_set(tmp_path / "gap", [{"cls": b"1"}], names="ape\n\nbee")
+    gap = write_evaluation_set(tmp_path / "gap", [{"cls": b"1"}], names="ape\n\nbee")
     refused(f"zero_shot:{gap}", "line 2 is empty")
-    several = evaluation_set(tmp_path / "several", [npy(0, 1)])
+    several = write_evaluation_set(tmp_path / "several", [npy(0, 1)])
     refused(f"zero_shot(metric=map):{several}", "tells of 2 classes; 3 are named")
-    frames = evaluation_set(tmp_path / "frames", [frame("v1", 0, 1), frame("v2", 1, 1)])
+    frames = write_evaluation_set(tmp_path / "frames", [frame("v1", 0, 1), frame("v2", 1, 1)])
     refused(f"zero_shot(metric=pm):{frames}", "of the anchor 'v2', but not itself")
-    bare = evaluation_set(tmp_path / "bare", [{"cls": b"1"}])
+    bare = write_evaluation_set(tmp_path / "bare", [{"cls": b"1"}])
     (bare / "zeroshot_classification_templates.txt").unlink()
     refused(
         f"zero_shot:{bare}",

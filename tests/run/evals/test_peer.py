@@ -25,7 +25,7 @@ from glimpse.data.shards import Shards, write_shard
 from glimpse.run.evals import embed
 from glimpse.run.lib import config, distributed
 from glimpse.run.train import load_model
-from glimpse.tests.helpers.tiny import NAMES, ROOT, environment, launch, picture, shards
+from glimpse.tests.helpers.tiny import NAMES, ROOT, environment, launch, picture, write_dataset
 
 SIZES = {"own": (224, 224), "larger": (500, 375)}  # width and height of the images
 SMALL = dict(
@@ -176,7 +176,7 @@ def test_a_converted_model_trains_on(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
     peer = open_clip.CLIP(**SMALL).eval()
-    data = shards(tmp_path / "data")
+    data = write_dataset(tmp_path / "data")
     torch.save(peer.state_dict(), tmp_path / "small.pt")
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     convert(tmp_path / "small.pt", tmp_path / "ours", f"config={tmp_path / 'small.json'}")

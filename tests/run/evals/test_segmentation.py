@@ -23,7 +23,7 @@ from glimpse.data.tokenizer import train_sentencepiece
 from glimpse.data.transforms import decode, resize
 from glimpse.run.evals import embed, evaluate, parse, segmentation
 from glimpse.tests.helpers.threads import ranks
-from glimpse.tests.helpers.tiny import untrained
+from glimpse.tests.helpers.tiny import untrained_method
 
 CLASSES = ("red", "green", "blue", "black")
 SIZES = ((40, 40), (40, 64), (90, 50), (33, 70), (40, 41), (32, 32), (50, 40))
@@ -61,7 +61,7 @@ def scenes(tmp_path_factory):
 
 
 def model(scenes, pool):
-    return untrained(scenes / "tokenizer.model", f"model.vision.pool={pool}")
+    return untrained_method(scenes / "tokenizer.model", f"model.vision.pool={pool}")
 
 
 def test_scores_by_hand():

@@ -1,8 +1,6 @@
-"""The end of scripts without ranks.
+"""How scripts without ranks end: on SIGTERM, and when the reader of their output has gone.
 
-A SIGTERM is a Ctrl-C, so that half-written output is removed; a closed pipe is no error.
-
-    bash run/test.sh tests/run/lib/test_cli.py
+bash run/test.sh tests/run/lib/test_cli.py
 """
 
 import signal
@@ -18,7 +16,7 @@ import tempfile, time
 from glimpse.run.lib.cli import run_script
 def main():
     with tempfile.TemporaryDirectory(dir={folder!r}):
-        print("begun", flush=True)
+        print("started", flush=True)
         time.sleep(60)
 run_script(main)
 """
@@ -33,18 +31,18 @@ def test_what_is_half_made_goes_with_a_sigterm(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdout.readline() == "begun\n"
+    assert process.stdout.readline() == "started\n"
     assert len(list(tmp_path.iterdir())) == 1
 
     process.send_signal(signal.SIGTERM)
-    _, complaint = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
 
-    assert complaint == "interrupted\n"
+    assert errors == "interrupted\n"
     assert process.returncode == 130
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("lines", (1, 100_000))  # flushed at the end, and on the way
+@pytest.mark.parametrize("lines", (1, 100_000))  # Python flushes at the end, or in between
 def test_a_reader_that_has_enough_is_no_error(lines):
     script = f"""
 from glimpse.run.lib.cli import run_script
@@ -65,21 +63,21 @@ run_script(main)
     )
 
     process.stdout.close()
-    _, complaint = process.communicate("begin\n", timeout=60)
+    _, errors = process.communicate("begin\n", timeout=60)
 
-    assert complaint == ""
+    assert errors == ""
     assert process.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(
-    "line, code, complaint",
+    "line, code, errors",
     [
         ("pass", 0, ""),
         ("raise BrokenPipeError(32, 'no reader')", 2, "error: [Errno 32] no reader\n"),
     ],
 )
-def test_another_pipe_or_none(line, code, complaint):
-    """Standard output is closed from the start, as for daemons; another broken pipe is an error."""
+def test_another_pipe_or_none(line, code, errors):
+    """Stdout may be closed from the start, as in daemons; another broken pipe is an error."""
     script = (
         f"from glimpse.run.lib.cli import run_script\ndef main():\n    {line}\nrun_script(main)"
     )
@@ -92,4 +90,4 @@ def test_another_pipe_or_none(line, code, complaint):
         stderr=subprocess.PIPE,
     )
 
-    assert (done.returncode, done.stderr) == (code, complaint)
+    assert (done.returncode, done.stderr) == (code, errors)

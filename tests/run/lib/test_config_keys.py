@@ -1,6 +1,6 @@
-"""Every config key is read by some line of code.
+"""Config keys are all used, shipped configs load, and errors name the key.
 
-Every shipped config loads, and a misspelt key is named.
+bash run/test.sh tests/run/lib/test_config_keys.py
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ SOURCES = [path.read_text() for path in FILES]
 
 
 def keys(cls):
-    """Yield (class, field) of a config dataclass and of those below it."""
+    """Yield (class, field) of a config dataclass and of the dataclasses of its fields."""
     for field, hint in typing.get_type_hints(cls).items():
         yield cls, field
         for inner in (hint, *typing.get_args(hint)):
@@ -29,12 +29,12 @@ def keys(cls):
 
 
 def unread(cls):
-    """Return the keys that no source reads as an attribute, outside the class that declares it."""
+    """Return the keys of a config dataclass that no source file reads as an attribute."""
 
-    def read(name):
+    def is_read(name):
         return any(re.search(rf"\.{name}\b(?!\s*=[^=])", text) for text in SOURCES)
 
-    return [f"{owner.__name__}.{name}" for owner, name in keys(cls) if not read(name)]
+    return [f"{owner.__name__}.{name}" for owner, name in keys(cls) if not is_read(name)]
 
 
 def test_every_key_is_read():
@@ -46,9 +46,9 @@ def test_every_key_is_read():
 def test_an_unread_key_would_be_found():
     @dataclasses.dataclass
     class Extra:
-        nobody_reads_this_key: int = 0
+        unused_key: int = 0
 
-    assert unread(Extra) == ["Extra.nobody_reads_this_key"]
+    assert unread(Extra) == ["Extra.unused_key"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -60,8 +60,8 @@ def test_every_config_loads_and_saves(path, tmp_path):
     has_command = f"run/configs/{path.name}" in head or "run/quickstart.sh" in head
 
     assert load(tmp_path / "config.yaml") == cfg
-    assert has_command, "a config opens with its command"
-    assert "Cost" in head, "and with its cost"
+    assert has_command, "the comment at the top has the command"
+    assert "Cost" in head, "the comment at the top has the cost"
     assert len(text.splitlines()) <= 30
 
 
@@ -96,14 +96,14 @@ def test_bad_values_are_named(override, message):
 
 def test_units_and_rates():
     flip = load(ROOT / "run/configs/flip_h14.yaml")
-    unmasked = load(ROOT / "run/configs/flip_unmask_l16.yaml")
+    flip_unmask = load(ROOT / "run/configs/flip_unmask_l16.yaml")
     clip = load(ROOT / "run/configs/clip_b16.yaml")
 
     assert flip.samples == 12_800_000_000
     assert flip.optim.warmup == 256_000_000
-    # FLIP's released B, L and H configs
+    # the values in FLIP's released configs
     assert flip.optim.peak_lr(flip.batch) == pytest.approx(1.024e-3)
-    assert unmasked.optim.peak_lr(65536) == pytest.approx(1.024e-5)
+    assert flip_unmask.optim.peak_lr(65536) == pytest.approx(1.024e-5)
     assert clip.optim.peak_lr(4096) == 5e-4
 
 

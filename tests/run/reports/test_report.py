@@ -25,7 +25,13 @@ from glimpse.run.reports import html_report, plots
 from glimpse.run.study.results import RunResult, group_by_seed, read_result
 from glimpse.run.train import load_model
 from glimpse.tests.helpers.browser import open_browser
-from glimpse.tests.helpers.tiny import ROOT, environment, recorded, settings, shards
+from glimpse.tests.helpers.tiny import (
+    ROOT,
+    environment,
+    tiny_run_arguments,
+    write_dataset,
+    write_recorded_run,
+)
 
 TOP1 = "zero_shot/shapes/top1"
 R1 = "retrieval/shapes/image_to_text_r1"
@@ -43,12 +49,12 @@ def study(folder: Path) -> dict[str, list[RunResult]]:
             200: {TOP1: 0.1 + 0.1 * seed, "zero_shot/shapes/chance": 0.04},
             400: {TOP1: 0.3 + 0.1 * seed, R1: 0.5},
         }
-        recorded(folder / f"base-{seed}", (None, 50, 50, 50), base, *options)
+        write_recorded_run(folder / f"base-{seed}", (None, 50, 50, 50), base, *options)
         long = {400: {TOP1: 0.2}, 800: {TOP1: 0.5 + 0.2 * seed}}
-        recorded(folder / f"long-{seed}", (None, *[100] * 7), long, *options)
+        write_recorded_run(folder / f"long-{seed}", (None, *[100] * 7), long, *options)
         cut = {200: {TOP1: 0.9}}
         options = ("samples=400", "optim.lr=1", *options)
-        recorded(folder / f"cut-{seed}", (None, 25), cut, *options)
+        write_recorded_run(folder / f"cut-{seed}", (None, 25), cut, *options)
     runs = [
         read_result(folder / f"{name}-{seed}")
         for name in ("base", "long", "cut")
@@ -206,7 +212,7 @@ def test_plots(report):
 def test_chance_is_that_of_top1(tmp_path):
     top5 = TOP1.replace("top1", "top5")
     results = {TOP1: 0.1, top5: 0.3, "zero_shot/shapes/chance": 0.04}
-    run = recorded(tmp_path / "run", (50, 50), {200: results}, *EVALUATIONS)
+    run = write_recorded_run(tmp_path / "run", (50, 50), {200: results}, *EVALUATIONS)
 
     figures = html_report.build_plots({"run": [read_result(run)]}, [TOP1, top5])
 
@@ -275,7 +281,9 @@ def test_the_same_plot_again(report):
 def test_a_grids_metric_is_shown_first(tmp_path):
     """This includes a metric that the page does not show otherwise."""
     top5 = "zero_shot/shapes/top5"
-    run = recorded(tmp_path / "run", (None, 50), {200: {TOP1: 0.1, top5: 0.3}}, *EVALUATIONS)
+    run = write_recorded_run(
+        tmp_path / "run", (None, 50), {200: {TOP1: 0.1, top5: 0.3}}, *EVALUATIONS
+    )
     groups = {"a": [read_result(run)]}
 
     assert html_report.select_metrics(groups) == [TOP1]
@@ -288,7 +296,7 @@ def test_a_grids_metric_is_shown_first(tmp_path):
 
 
 def test_files_of_scaling_next_to_runs_are_skipped(tmp_path, monkeypatch, capsys):
-    run = recorded(tmp_path / "run", (None, 50), {200: {TOP1: 0.1}}, *EVALUATIONS)
+    run = write_recorded_run(tmp_path / "run", (None, 50), {200: {TOP1: 0.1}}, *EVALUATIONS)
     lock = tmp_path / "run.lock"
     lock.touch()
     page = tmp_path / "a.html"
@@ -347,8 +355,8 @@ def test_a_grid_is_not_plotted_without_matplotlib(monkeypatch):
 
 def test_runs_without_results(tmp_path):
     """The page says that no run was evaluated, and has no plots of unknown costs."""
-    a = recorded(tmp_path / "$a$", (None,), {}, "evals=[]", "optim.lr=1")
-    b = recorded(tmp_path / "b", (None,), {}, "evals=[]", "optim.lr=2")
+    a = write_recorded_run(tmp_path / "$a$", (None,), {}, "evals=[]", "optim.lr=1")
+    b = write_recorded_run(tmp_path / "b", (None,), {}, "evals=[]", "optim.lr=2")
     groups = group_by_seed([read_result(path) for path in (a, b, tmp_path / "nowhere")])
 
     page, *_others = html_report.write_report(tmp_path / "report.html", groups)
@@ -377,11 +385,13 @@ def test_names_of_metrics(name, label):
 @pytest.mark.slow
 def test_in_a_browser(tmp_path):
     """Open the pages of a trained run and of the study, at two widths and in print."""
-    data = shards(tmp_path / "data")
+    data = write_dataset(tmp_path / "data")
     trained = tmp_path / "trained"
     study(tmp_path / "study")
     evals = f"evals=[zero_shot:{data}/eval/shapes]"
-    succeed("run/pretrain.py", *settings(data, trained, "samples=64", "eval_every=32", evals))
+    succeed(
+        "run/pretrain.py", *tiny_run_arguments(data, trained, "samples=64", "eval_every=32", evals)
+    )
 
     # Masks of the run.
     succeed("run/report.py", "masks", "--run", trained, "--count", 2)

@@ -11,7 +11,7 @@ import pytest
 
 from glimpse.run.scaling import main
 from glimpse.run.study import claims, grid
-from glimpse.tests.helpers.tiny import ROOT, finished
+from glimpse.tests.helpers.tiny import ROOT, write_finished_run
 
 RESULTS = ROOT / "docs/results"
 GRIDS = {name: grid.read_grid(name) for name in grid.grid_names()}
@@ -49,9 +49,9 @@ def test_a_verdict_is_of_the_interval(gains, verdict, tmp_path):
     claim = next(claim for claim in claims.read_claims() if claim.better == "gaussian 50")
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
     for planned_run in runs[claim.worse]:
-        finished(planned_run.folder, planned_run, 0.1)
+        write_finished_run(planned_run.folder, planned_run, 0.1)
     for planned_run, gain in zip(runs[claim.better], gains):
-        finished(planned_run.folder, planned_run, 0.1 + gain)
+        write_finished_run(planned_run.folder, planned_run, 0.1 + gain)
 
     result = claims.judge_claim(claim, "glyphs", 3, tmp_path)
     table = claims.format_claims([result], "top5")
@@ -83,7 +83,7 @@ def test_what_began_from_the_other_is_compared_seed_by_seed(no_gain, seeds, verd
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 3, tmp_path)
     for cell, values in zip((claim.better, claim.worse), seeds):
         for planned_run, value in zip(runs[cell], values):
-            finished(planned_run.folder, planned_run, value)
+            write_finished_run(planned_run.folder, planned_run, value)
 
     assert claims.judge_claim(claim, "glyphs", 3, tmp_path).verdict == verdict
 
@@ -93,10 +93,10 @@ def test_seeds_that_only_one_side_has_are_not_compared(tmp_path):
     runs = GRIDS[claim.grid].runs("glyphs", [claim.better, claim.worse], 5, tmp_path)
     for seed in (0, 1, 2):
         planned_run = runs[claim.better][seed]
-        finished(planned_run.folder, planned_run, 0.3 + 0.01 * seed)
+        write_finished_run(planned_run.folder, planned_run, 0.3 + 0.01 * seed)
     for seed in (2, 3, 4):
         planned_run = runs[claim.worse][seed]
-        finished(planned_run.folder, planned_run, 0.2 + 0.01 * seed)
+        write_finished_run(planned_run.folder, planned_run, 0.2 + 0.01 * seed)
 
     result = claims.judge_claim(claim, "glyphs", 5, tmp_path)
 
@@ -104,7 +104,7 @@ def test_seeds_that_only_one_side_has_are_not_compared(tmp_path):
     assert result.reason == "1 of 3 seeds have both"
 
     for planned_run, seed in zip(runs[claim.better][3:], (3, 4), strict=True):
-        finished(planned_run.folder, planned_run, 0.3 + 0.01 * seed)
+        write_finished_run(planned_run.folder, planned_run, 0.3 + 0.01 * seed)
 
     result = claims.judge_claim(claim, "glyphs", 5, tmp_path)
 
@@ -153,7 +153,7 @@ def test_what_was_learned_is_of_the_scale_where_it_was(scale, tmp_path, monkeypa
     cells = claim_grid.runs(scale, [claim.better, claim.worse], 3, tmp_path)
     for runs in cells.values():
         for planned_run in runs:
-            finished(planned_run.folder, planned_run, 0.1, metric=metric)
+            write_finished_run(planned_run.folder, planned_run, 0.1, metric=metric)
     command = f"run/scaling.py claims --scale {scale} --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
 

@@ -14,7 +14,7 @@ from deepspeed.launcher import runner
 
 from glimpse.run.lib import config
 from glimpse.run.study import grid, jobs
-from glimpse.tests.helpers.tiny import finished
+from glimpse.tests.helpers.tiny import write_finished_run
 
 GRIDS = {name: grid.read_grid(name) for name in ("flip_table1", "flip_table8")}
 
@@ -55,7 +55,7 @@ def test_a_failure_is_told_by_its_own_attempt(was_stopped, planned_run):
 
 
 def test_an_evaluation_that_leaves_no_result_is_made_once(planned_run):
-    finished(planned_run.folder, planned_run, 0.25)
+    write_finished_run(planned_run.folder, planned_run, 0.25)
     messages = []
     queue = jobs.JobQueue([planned_run], 1, 1, messages.append)
     job = queue.waiting[0]
@@ -73,7 +73,7 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
     """A run may start from a complete run even if an evaluation of that run has failed."""
     runs = GRIDS["flip_table1"].runs("glyphs", ["mask 75 + tuning"], 1, tmp_path)
     base, tuned = (runs[cell][0] for cell in ("mask 75", "mask 75 + tuning"))
-    finished(base.folder, base, 0.25)
+    write_finished_run(base.folder, base, 0.25)
     queue = jobs.JobQueue([tuned], 1, 1)
     queue.failed = {base.folder: "an evaluation failed"}
     started = []
@@ -85,7 +85,7 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
     assert not jobs.sibling_path(tuned.folder, "failed").exists()
 
     started[0].release_lock()
-    finished(tuned.folder, tuned, 0.25)
+    write_finished_run(tuned.folder, tuned, 0.25)
 
     queue.start_jobs()
 
@@ -95,7 +95,7 @@ def test_what_needs_a_complete_run_is_not_refused(tmp_path):
 def test_an_evaluation_that_failed_half_way_is_made_again(baseline):
     """An evaluation is complete only with the results of both models on all evaluation sets."""
     planned_run = replace(baseline, evaluate=("ensemble 2",))
-    finished(planned_run.folder, planned_run, 0.25)
+    write_finished_run(planned_run.folder, planned_run, 0.25)
     records = planned_run.folder / "results.jsonl"
     row = json.loads(records.read_text())
     metric = next(name for name in row if "/" in name)
@@ -112,7 +112,7 @@ def test_an_evaluation_that_failed_half_way_is_made_again(baseline):
 
 
 def test_a_run_of_another_version_is_reported(baseline):
-    finished(baseline.folder, baseline, 0.25)
+    write_finished_run(baseline.folder, baseline, 0.25)
     with (baseline.folder / "config.yaml").open("a") as file:
         file.write("gone: 1\n")
 

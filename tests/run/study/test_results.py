@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from glimpse.run.study.results import difference_interval, group_by_seed, mean_interval, read_result
-from glimpse.tests.helpers.tiny import recorded
+from glimpse.tests.helpers.tiny import write_recorded_run
 
 TOP1 = "zero_shot/shapes/top1"
 
 
 def test_a_whole_run(tmp_path):
     speeds = (None, 50, 100, None, 200)
-    run = recorded(tmp_path / "run", speeds, {200: {TOP1: 0.25}, 500: {TOP1: 0.5}})
+    run = write_recorded_run(tmp_path / "run", speeds, {200: {TOP1: 0.25}, 500: {TOP1: 0.5}})
 
     result = read_result(run)
 
@@ -41,7 +41,7 @@ def test_a_whole_run(tmp_path):
 
 def test_runs_that_are_not_whole(tmp_path):
     curve = {200: {TOP1: 0.25}, 300: {TOP1: 0.3}}
-    partial = recorded(tmp_path / "partial", (None, 50, 50), curve, "samples=400")
+    partial = write_recorded_run(tmp_path / "partial", (None, 50, 50), curve, "samples=400")
     with (partial / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "samp')  # still being written
 
@@ -57,10 +57,10 @@ def test_runs_that_are_not_whole(tmp_path):
     assert failed_result.state == "failed"
     assert failed_result.reason.startswith("out of memory (trained on 300")
 
-    unevaluated = recorded(tmp_path / "unevaluated", (50, 50), {100: {TOP1: 0.25}})
+    unevaluated = write_recorded_run(tmp_path / "unevaluated", (50, 50), {100: {TOP1: 0.25}})
     assert read_result(unevaluated).reason == "trained, but not evaluated"
     assert read_result(unevaluated).final == {}
-    no_evals = recorded(tmp_path / "no_evals", (50, 50), {}, "evals=[]")
+    no_evals = write_recorded_run(tmp_path / "no_evals", (50, 50), {}, "evals=[]")
     assert read_result(no_evals).state == "complete"
 
     (tmp_path / "empty").mkdir()
@@ -77,7 +77,7 @@ def test_runs_that_are_not_whole(tmp_path):
 
 def test_a_last_record_that_was_cut_off(tmp_path):
     """The evaluation after a truncated record shows that the run reached its end."""
-    run = recorded(tmp_path / "run", (50, 50, 50), {300: {TOP1: 0.3}})
+    run = write_recorded_run(tmp_path / "run", (50, 50, 50), {300: {TOP1: 0.3}})
     path = run / "metrics.jsonl"
     text = ""
     for line in path.read_text().splitlines(keepends=True):
@@ -95,8 +95,10 @@ def test_a_last_record_that_was_cut_off(tmp_path):
 
 def test_the_time_of_a_run_is_with_that_of_the_run_it_began_from(tmp_path):
     for seed in (0, 1):
-        recorded(tmp_path / f"base-seed{seed}", (100, 100), {200: {TOP1: 0.25}}, f"seed={seed}")
-        recorded(
+        write_recorded_run(
+            tmp_path / f"base-seed{seed}", (100, 100), {200: {TOP1: 0.25}}, f"seed={seed}"
+        )
+        write_recorded_run(
             tmp_path / f"tuned-seed{seed}",
             (50,),
             {100: {TOP1: 0.5}},
@@ -123,13 +125,13 @@ def test_the_time_of_a_run_is_with_that_of_the_run_it_began_from(tmp_path):
 
 
 def test_a_last_part_of_a_batch_is_not_trained_on(tmp_path):
-    run = recorded(tmp_path / "run", (50, 50), {200: {TOP1: 0.25}}, "samples=299")
+    run = write_recorded_run(tmp_path / "run", (50, 50), {200: {TOP1: 0.25}}, "samples=299")
 
     assert read_result(run).state == "complete"
 
 
 def test_evaluations_of_all_kinds_keep_apart(tmp_path):
-    run = recorded(tmp_path / "run", (50, 50), {200: {TOP1: 0.25}})
+    run = write_recorded_run(tmp_path / "run", (50, 50), {200: {TOP1: 0.25}})
     defaults = dict(step=2, samples=200, weights="student", mask="none", ensemble=1)
     rows = [
         defaults | {"weights": "teacher", TOP1: 0.3},
@@ -151,7 +153,7 @@ def test_evaluations_of_all_kinds_keep_apart(tmp_path):
 
 def test_runs_that_differ_in_their_seed_alone(tmp_path):
     def run(name: str, seed: int, lr: float) -> Path:
-        return recorded(tmp_path / name, (50, 50), {}, f"seed={seed}", f"optim.lr={lr}")
+        return write_recorded_run(tmp_path / name, (50, 50), {}, f"seed={seed}", f"optim.lr={lr}")
 
     flip = [run(f"flip-seed{seed}", seed, 1e-3) for seed in (0, 1)]
     high = [run(f"flip_high_{seed}", seed, 2e-3) for seed in (0, 1)]

@@ -20,12 +20,12 @@ from glimpse.data.shards import build_index, write_shard
 from glimpse.run.lib.run_dir import is_locked
 from glimpse.tests.helpers.tiny import (
     ROOT,
-    command,
     environment,
     launch,
+    launcher_command,
     picture,
-    settings,
-    shards,
+    tiny_run_arguments,
+    write_dataset,
 )
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return shards(tmp_path_factory.mktemp("bad"))
+    return write_dataset(tmp_path_factory.mktemp("bad"))
 
 
 def folder(path, rows=None):
@@ -97,7 +97,7 @@ def test_one_line(name, data, tmp_path):
     override, words = CASES[name]
     source = BROKEN[name](tmp_path) if name in BROKEN else tmp_path
 
-    done = pretrain(*settings(data, tmp_path / "run", override.format(folder=source)))
+    done = pretrain(*tiny_run_arguments(data, tmp_path / "run", override.format(folder=source)))
 
     fails(done, *words)
     assert not (tmp_path / "run").exists(), "nothing was started"
@@ -118,20 +118,20 @@ def test_deepspeed_json_with_batch(data, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"train_batch_size": 8}))
 
-    done = pretrain(*settings(data, tmp_path / "run"), "--deepspeed_config", str(path))
+    done = pretrain(*tiny_run_arguments(data, tmp_path / "run"), "--deepspeed_config", str(path))
 
     fails(done, "train_batch_size", "the config owns", "`batch`")
 
 
 def test_existing_run_and_other_architecture(data, tmp_path):
     run = tmp_path / "run"
-    done = pretrain(*settings(data, run, "samples=32"))
+    done = pretrain(*tiny_run_arguments(data, run, "samples=32"))
     assert done.returncode == 0
 
-    again = pretrain(*settings(data, run, "samples=64"))
-    other_pool = settings(data, run, "samples=64", "model.vision.pool=cls")
+    again = pretrain(*tiny_run_arguments(data, run, "samples=64"))
+    other_pool = tiny_run_arguments(data, run, "samples=64", "model.vision.pool=cls")
     other = pretrain(*other_pool, "--resume")
-    nothing = pretrain(*settings(data, tmp_path / "other", "samples=64"), "--resume")
+    nothing = pretrain(*tiny_run_arguments(data, tmp_path / "other", "samples=64"), "--resume")
 
     fails(again, "exists", "--resume")
     fails(other, "model.vision.pool", "mean_with_cls", "cls")
@@ -143,7 +143,11 @@ def test_a_run_that_is_being_trained(data, tmp_path):
     # The first job trains, and has saved a checkpoint.
     run = tmp_path / "run"
     first = subprocess.Popen(
-        [sys.executable, "run/pretrain.py", *settings(data, run, "samples=1M", "save_every=16")],
+        [
+            sys.executable,
+            "run/pretrain.py",
+            *tiny_run_arguments(data, run, "samples=1M", "save_every=16"),
+        ],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -157,7 +161,7 @@ def test_a_run_that_is_being_trained(data, tmp_path):
         assert is_locked(run)
 
         # A second job is refused.
-        second = pretrain(*settings(data, run, "samples=1M"), "--resume")
+        second = pretrain(*tiny_run_arguments(data, run, "samples=1M"), "--resume")
 
         fails(second, "is being trained by another job")
         assert first.poll() is None
@@ -168,7 +172,7 @@ def test_a_run_that_is_being_trained(data, tmp_path):
 
     # When the first was killed another goes on.
     step = len((run / "metrics.jsonl").read_text().splitlines())
-    done = pretrain(*settings(data, run, f"samples={16 * (step + 2)}"), "--resume")
+    done = pretrain(*tiny_run_arguments(data, run, f"samples={16 * (step + 2)}"), "--resume")
 
     assert done.returncode == 0
 
@@ -185,8 +189,10 @@ def test_broken_images_beyond_the_budget(data, tmp_path):
     build_index(bad)
     train = f"data.train={bad}"
 
-    refused = pretrain(*settings(data, tmp_path / "run", train))
-    patient = pretrain(*settings(data, tmp_path / "kept", train, "data.max_bad=0.9", "samples=64"))
+    refused = pretrain(*tiny_run_arguments(data, tmp_path / "run", train))
+    patient = pretrain(
+        *tiny_run_arguments(data, tmp_path / "kept", train, "data.max_bad=0.9", "samples=64")
+    )
 
     fails(refused, "data.max_bad", "0.tar b", "more than 1.0%")
     assert "skipped 0.tar b" in refused.stdout, "each is named when it is met"
@@ -197,7 +203,9 @@ def test_broken_images_beyond_the_budget(data, tmp_path):
 def test_more_ranks_than_devices(data, tmp_path):
     """One more rank than GPUs; without GPUs, one more than the launcher's cores."""
     devices = torch.cuda.device_count() or 1
-    line = command(devices + 1, "run/pretrain.py", *settings(data, tmp_path / "run"))
+    line = launcher_command(
+        devices + 1, "run/pretrain.py", *tiny_run_arguments(data, tmp_path / "run")
+    )
     if not torch.cuda.is_available():
         core = str(min(os.sched_getaffinity(0)))
         line = ["taskset", "--cpu-list", core, *line]
@@ -212,9 +220,11 @@ def test_more_ranks_than_devices(data, tmp_path):
 def test_through_the_launcher(data, tmp_path):
     run = tmp_path / "run"
 
-    batch = launch(2, "run/pretrain.py", *settings(data, run, "batch=15"))
+    batch = launch(2, "run/pretrain.py", *tiny_run_arguments(data, run, "batch=15"))
     shutil.rmtree(run, ignore_errors=True)
-    nowhere = launch(2, "run/pretrain.py", *settings(data, run, f"data.train={tmp_path}/nowhere"))
+    nowhere = launch(
+        2, "run/pretrain.py", *tiny_run_arguments(data, run, f"data.train={tmp_path}/nowhere")
+    )
 
     fails(batch, "batch: 15 does not divide by 2 ranks")
     fails(nowhere, "no such folder")

@@ -12,7 +12,7 @@ import json
 
 import pytest
 
-from glimpse.tests.helpers.tiny import launch, shards
+from glimpse.tests.helpers.tiny import launch, write_dataset
 
 EXACT = 1e-5  # relative, fp32
 
@@ -20,7 +20,7 @@ EXACT = 1e-5  # relative, fp32
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
     """Return {ranks: {case: twenty losses}}, each number of ranks in one launch."""
-    data = shards(tmp_path_factory.mktemp("curves"))
+    data = write_dataset(tmp_path_factory.mktemp("curves"))
     results = {}
     for ranks in (1, 2, 4):
         out = data / f"{ranks}.json"

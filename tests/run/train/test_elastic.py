@@ -18,9 +18,9 @@ import torch
 
 from glimpse.run.train.elastic import convert_to_universal
 from glimpse.run.train.engine import check_buffers
-from glimpse.tests.helpers.tiny import launch, shards
+from glimpse.tests.helpers.tiny import launch, write_dataset
 from glimpse.tests.model.methods.test_methods import VARIANTS, build
-from glimpse.tests.workers.elastic_worker import CASES, EACH, ORDER
+from glimpse.tests.workers.elastic_worker import CASES, RANK_COUNTS, STEPS_PER_LAUNCH
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def results(tmp_path_factory):
 
     The later numbers go on from the earlier ones' checkpoints.
     """
-    data = shards(tmp_path_factory.mktemp("elastic"))
+    data = write_dataset(tmp_path_factory.mktemp("elastic"))
     by_ranks = {}
-    for ranks in ORDER:
+    for ranks in RANK_COUNTS:
         out = data / f"{ranks}.json"
         done = launch(ranks, "tests/workers/elastic_worker.py", str(data), str(out), timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -98,7 +98,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", ORDER[1:])
+@pytest.mark.parametrize("ranks", RANK_COUNTS[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_lost_on_another_number_of_ranks(results, name, ranks):
     """All state is the saved one, bit for bit.
@@ -107,7 +107,7 @@ def test_nothing_is_lost_on_another_number_of_ranks(results, name, ranks):
     """
     result = results[ranks][name]
     method = CASES[name][0]
-    steps = EACH * ORDER.index(ranks)
+    steps = STEPS_PER_LAUNCH * RANK_COUNTS.index(ranks)
 
     kinds = result["kinds"]
     assert result["other"] == [], f"{len(result['other'])} of {sum(kinds.values())} tensors"
@@ -116,8 +116,10 @@ def test_nothing_is_lost_on_another_number_of_ranks(results, name, ranks):
     assert kinds.get("frozen", 0) > 20 or method == "clip"
     assert kinds.get("average", 0) == 20 or method != "maskclip"
     assert result["resumed"] == [steps], "of every group, on every rank"
-    assert result["counters"] == [steps + EACH], "of every group, on every rank"
-    assert result["rules"] == results[ORDER[0]][name]["rules"], "each group's own weight decay"
+    assert result["counters"] == [steps + STEPS_PER_LAUNCH], "of every group, on every rank"
+    assert result["rules"] == results[RANK_COUNTS[0]][name]["rules"], (
+        "each group's own weight decay"
+    )
 
 
 @pytest.mark.slow
@@ -128,13 +130,13 @@ def test_losses_follow_those_of_a_run_that_stays(results, name):
     In fp32 the order of sums differs; in bf16 the ranks' gradients are rounded before they are
     summed.
     """
-    straight = results[ORDER[0]][name]["straight"]
-    losses = [loss for ranks in ORDER for loss in results[ranks][name]["losses"]]
+    straight = results[RANK_COUNTS[0]][name]["straight"]
+    losses = [loss for ranks in RANK_COUNTS for loss in results[ranks][name]["losses"]]
     far = max(abs(a - b) / b for a, b in zip(losses, straight, strict=True))
-    order = " -> ".join(map(str, ORDER))
+    order = " -> ".join(map(str, RANK_COUNTS))
     print(
         f"{name}: {len(straight)} losses on {order} ranks, at most {far:.1e} from those on"
-        f" {ORDER[0]}"
+        f" {RANK_COUNTS[0]}"
     )
 
     bf16 = CASES[name][2]

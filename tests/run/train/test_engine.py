@@ -21,13 +21,13 @@ from glimpse.run.lib import config
 from glimpse.run.train import checkpoint
 from glimpse.run.train.engine import read_deepspeed_json
 from glimpse.run.train.optim import parameter_groups
-from glimpse.tests.helpers.tiny import launch, shards
+from glimpse.tests.helpers.tiny import launch, write_dataset
 from glimpse.tests.run.train.test_optim import FLAVOURS
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    data = shards(tmp_path_factory.mktemp("engine"))
+    data = write_dataset(tmp_path_factory.mktemp("engine"))
     out = data / "results.json"
     done = launch(2, "tests/workers/engine_worker.py", str(data), str(out))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

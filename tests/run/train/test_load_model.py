@@ -21,7 +21,13 @@ from glimpse.model.lazy_tensors import Tensors
 from glimpse.run.lib import config, run_dir
 from glimpse.run.train import initial_weights, load_model
 from glimpse.run.verify import proofs
-from glimpse.tests.helpers.tiny import ROOT, environment, growth, settings, shards
+from glimpse.tests.helpers.tiny import (
+    ROOT,
+    environment,
+    memory_growth,
+    tiny_run_arguments,
+    write_dataset,
+)
 from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS, made
 
 
@@ -29,7 +35,9 @@ from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS, made
 def trained(tmp_path_factory):
     """Return a run of four steps with two checkpoints."""
     root = tmp_path_factory.mktemp("trained")
-    line = settings(shards(root / "data"), root / "run", "samples=64", "save_every=32")
+    line = tiny_run_arguments(
+        write_dataset(root / "data"), root / "run", "samples=64", "save_every=32"
+    )
     done = subprocess.run(
         [sys.executable, "run/pretrain.py", *line],
         cwd=ROOT,
@@ -314,7 +322,7 @@ def test_a_large_tensor_is_in_memory_once(tmp_path):
     """Read out of a shard without a second copy beside it."""
     torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
 
-    grown = growth(
+    grown = memory_growth(
         f"""
 import torch
 from pathlib import Path

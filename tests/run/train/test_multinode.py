@@ -16,7 +16,7 @@ import sys
 import pytest
 import yaml
 
-from glimpse.tests.helpers.tiny import ROOT, environment, settings, shards
+from glimpse.tests.helpers.tiny import ROOT, environment, tiny_run_arguments, write_dataset
 
 # also the interfaces', which may have 15 letters
 NAMES = [f"glimpse{os.getpid() % 100000}{side}" for side in "ab"]
@@ -85,7 +85,7 @@ def start(name, number, hosts, *arguments):
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_process(nodes, tmp_path):
-    data = shards(tmp_path / "data")
+    data = write_dataset(tmp_path / "data")
     schedule = "samples=64"
     hosts = tmp_path / "hostfile"
     hosts.write_text("worker-0 slots=1\nworker-1 slots=1\n")
@@ -95,7 +95,7 @@ def test_two_nodes_train_as_one_process(nodes, tmp_path):
     launches = []
     try:
         for number, name in enumerate(nodes):
-            launches.append(start(name, number, hosts, *settings(data, two, schedule)))
+            launches.append(start(name, number, hosts, *tiny_run_arguments(data, two, schedule)))
         outputs = [launch.communicate(timeout=120)[0] for launch in launches]
     finally:
         for launch in launches:
@@ -114,7 +114,7 @@ def test_two_nodes_train_as_one_process(nodes, tmp_path):
     assert len(saved) == 2, "each node wrote its shard"
 
     # One process.
-    line = [sys.executable, "run/pretrain.py", *settings(data, one, schedule)]
+    line = [sys.executable, "run/pretrain.py", *tiny_run_arguments(data, one, schedule)]
     done = subprocess.run(
         line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )

@@ -18,7 +18,14 @@ from collections import Counter
 import pytest
 
 from glimpse.run.train import checkpoint, zero_reader
-from glimpse.tests.helpers.tiny import ROOT, command, environment, launch, settings, shards
+from glimpse.tests.helpers.tiny import (
+    ROOT,
+    environment,
+    launch,
+    launcher_command,
+    tiny_run_arguments,
+    write_dataset,
+)
 
 KILLS = int(os.environ.get("KILLS", 3))
 # 45 steps of 16, 6 epochs; a checkpoint every 4th step
@@ -41,12 +48,12 @@ SCHEDULE = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return shards(tmp_path_factory.mktemp("resume"), EPOCH)
+    return write_dataset(tmp_path_factory.mktemp("resume"), EPOCH)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data):
-    done = launch(2, "run/pretrain.py", *settings(data, data / "straight", *SCHEDULE))
+    done = launch(2, "run/pretrain.py", *tiny_run_arguments(data, data / "straight", *SCHEDULE))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return losses(data / "straight")
 
@@ -103,7 +110,9 @@ def kill_at(data, run, ranks, step, *more):
     The step counts as reached once metrics.jsonl has it.
     """
     resume = ["--resume"] if (run / "config.yaml").exists() else []
-    line = command(ranks, "run/pretrain.py", *settings(data, run, *SCHEDULE, *more), *resume)
+    line = launcher_command(
+        ranks, "run/pretrain.py", *tiny_run_arguments(data, run, *SCHEDULE, *more), *resume
+    )
     with (data / "killed.log").open("a") as log:
         process = start(line, log)
         limit = time.time() + 120
@@ -124,7 +133,7 @@ def test_killed_at_random_steps(data, uninterrupted):
 
     codes = [kill_at(data, run, 2, step) for step in kills]
     assert codes == [-signal.SIGKILL] * KILLS, (data / "killed.log").read_text()[-3000:]
-    done = launch(2, "run/pretrain.py", *settings(data, run, *SCHEDULE), "--resume")
+    done = launch(2, "run/pretrain.py", *tiny_run_arguments(data, run, *SCHEDULE), "--resume")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     check_multiset(run)
@@ -144,7 +153,7 @@ def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
     left.mkdir()  # as a job leaves it that is killed while it converts
     assert kill_at(data, run, 4, 26, "data.workers=2") == -signal.SIGKILL
     assert not left.exists()
-    last = settings(data, run, *SCHEDULE, "data.workers=0")
+    last = tiny_run_arguments(data, run, *SCHEDULE, "data.workers=0")
     done = launch(1, "run/pretrain.py", *last, "--resume")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -172,9 +181,9 @@ def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
 def test_sigterm_saves_and_leaves(data):
     run = data / "asked"
     output = data / "asked.log"
-    more = settings(data, run, "samples=1600k", "data.workers=1")
+    more = tiny_run_arguments(data, run, "samples=1600k", "data.workers=1")
     with output.open("w") as log:
-        process = start(command(2, "run/pretrain.py", *more), log)
+        process = start(launcher_command(2, "run/pretrain.py", *more), log)
         while not ((run / "metrics.jsonl").exists() and len(losses(run)) > 5):
             assert process.poll() is None, output.read_text()
             time.sleep(0.1)
@@ -197,7 +206,7 @@ def test_sigterm_saves_and_leaves(data):
 def test_a_failing_rank_ends_the_job(data):
     """Rank 1 dies at its third step; the job is over within a minute, with its message."""
     begin = time.time()
-    done = launch(2, "tests/workers/failing_worker.py", *settings(data, data / "failing"))
+    done = launch(2, "tests/workers/failing_worker.py", *tiny_run_arguments(data, data / "failing"))
 
     assert done.returncode != 0
     assert "the disk is on fire" in done.stderr + done.stdout

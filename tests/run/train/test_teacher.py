@@ -12,7 +12,7 @@ import json
 
 import pytest
 
-from glimpse.tests.helpers.tiny import launch, shards
+from glimpse.tests.helpers.tiny import launch, write_dataset
 
 TEACHERS = ("aclip", "maskclip")
 OTHERS = ("slip", "mae")
@@ -24,7 +24,7 @@ def results(tmp_path_factory):
 
     Of 2 ranks, and of 1 that goes on from their checkpoints.
     """
-    data = shards(tmp_path_factory.mktemp("teacher"))
+    data = write_dataset(tmp_path_factory.mktemp("teacher"))
     by_ranks = {}
     for ranks in (2, 1):
         out = data / f"{ranks}.json"
