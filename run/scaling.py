@@ -227,7 +227,7 @@ def launch(args: argparse.Namespace) -> int:
 def write_scripts(runs: list[grid.PlannedRun], args: argparse.Namespace) -> int:
     """Write one sbatch script per run, and submit.sh, which submits them in order.
 
-    In a script, srun starts the processes of the run (docs/running.md).
+    In a script, srun starts the processes of the run (docs/launching.md).
     """
     submit_path = args.write / "submit.sh"
     if submit_path.exists():

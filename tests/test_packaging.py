@@ -40,7 +40,7 @@ OPTIONAL = {
     "run/evals/embeddings.py": "parquet",
     "run/reports/plots.py": "plots",
 }
-# The scripts that cannot start without an extra; docs/running.md lists them.
+# The scripts that cannot start without an extra; docs/launching.md lists them.
 NEEDS = {"embed": "parquet", "report": "plots", "scaling": "plots"}
 
 
@@ -178,7 +178,7 @@ for script in scripts:
 
 
 def test_the_docs_name_the_scripts_that_need_an_extra():
-    table = (ROOT / "docs/running.md").read_text()
+    table = (ROOT / "docs/launching.md").read_text()
     for script, extra in NEEDS.items():
         row = re.search(rf"^\| `{extra}` .*$", table, re.M)[0]
         assert f"run/{script}.py" in row

@@ -42,7 +42,7 @@ def start() -> None:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise ValueError(
                 "RANK: not set, but Slurm started several tasks; set RANK, LOCAL_RANK and"
-                " WORLD_SIZE from Slurm's variables (docs/running.md)"
+                " WORLD_SIZE from Slurm's variables (docs/launching.md)"
             )
         os.environ.update(
             RANK="0",
