@@ -413,7 +413,7 @@ def test_simsiam_meets_the_other_views():
 # ---- on 2 ranks
 
 
-def on_a_rank(rank):
+def run_on_rank(rank):
     tiled_softmax.TILE = (4, 5)
     results = {}
     for name, kind in KINDS:

@@ -85,7 +85,7 @@ def test_batch_norm_computes_in_fp32_and_returns_bf16():
     torch.testing.assert_close(got.float(), nn.BatchNorm1d(D)(x.float()), rtol=2**-8, atol=1e-3)
 
 
-def on_a_rank(rank):
+def run_on_rank(rank):
     x, weight, bias, probe = batch()
     share = slice(rank * b, rank * b + b)
     out, d_x, *grads = ours(x[share], weight, bias, probe[share])

@@ -1,6 +1,6 @@
 """Launched by test_curves.py on 1, 2 or 4 ranks: many short trainings in one process group.
 
-Their losses go into a JSON file.
+The losses are written to a JSON file.
 
     deepspeed --num_accelerators 2 tests/workers/curves_worker.py DATA OUT.json
 """
@@ -66,17 +66,18 @@ METHODS = {
 def tiny_config(
     data: str, name: str, stage: int, *more: str, bf16: bool = False
 ) -> config.RunConfig:
-    """Return the config of a tiny run, at a rate and an eps where rounding does not grow.
+    """Return the config of a tiny run whose losses do not depend on rounding errors.
 
-    Adam divides a gradient by its own size: one that is nothing but rounding (of a bias before
-    batch norm, say) moves by the whole rate.
+    Adam divides a gradient by its own magnitude, so a parameter whose gradient is only rounding
+    error, e.g. a bias before batch norm, would move by the full learning rate. A large eps prevents
+    that. more: config overrides.
     """
-    tree = {
+    ds_config = {
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10000},
         "bf16": {"enabled": bf16},
     }
     path = Path(tempfile.mkdtemp()) / "deepspeed.json"
-    path.write_text(json.dumps(tree))
+    path.write_text(json.dumps(ds_config))
     return config.load(
         "run/configs/quickstart.yaml",
         [
@@ -94,10 +95,10 @@ def tiny_config(
     )
 
 
-def build_trainer(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]:
+def build_trainer(cfg: config.RunConfig, **engine_options) -> tuple[engine.Engine, Batches]:
     """Return the engine of a run, and this rank's batches."""
     reader = config.build_reader(cfg)
-    trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
+    trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **engine_options)
     batches = Batches(
         reader,
         Shards(cfg.data.train),
@@ -110,20 +111,20 @@ def build_trainer(cfg: config.RunConfig, **how) -> tuple[engine.Engine, Batches]
 
 
 def train_until(
-    cfg: config.RunConfig, trainer: engine.Engine, batches: Batches, until: int
+    cfg: config.RunConfig, trainer: engine.Engine, batches: Batches, samples: int
 ) -> Iterator[float]:
-    """Train on until so many samples are seen, and yield the loss of each step."""
-    for parts in batches.stream(range(trainer.samples, until, cfg.batch), pin=False):
-        rate = cfg.optim.lr_at(trainer.samples, cfg.batch, cfg.samples)
-        loss, *_ = trainer.step(parts, rate)
+    """Train until `samples` samples have been seen, and yield the loss of each step."""
+    for micro_batches in batches.stream(range(trainer.samples, samples, cfg.batch), pin=False):
+        lr = cfg.optim.lr_at(trainer.samples, cfg.batch, cfg.samples)
+        loss, *_ = trainer.step(micro_batches, lr)
         yield float(loss)
 
 
-def train_curve(*case, only: int = 20, **how) -> list[float]:
-    """Return the losses of twenty steps, or of only the first so many."""
-    cfg = tiny_config(*case, **how)
+def train_curve(*case, steps: int = 20, **options) -> list[float]:
+    """Return the losses of the first steps of a run; the arguments are those of tiny_config()."""
+    cfg = tiny_config(*case, **options)
     trainer, batches = build_trainer(cfg)
-    losses = list(train_until(cfg, trainer, batches, only * cfg.batch))
+    losses = list(train_until(cfg, trainer, batches, steps * cfg.batch))
     trainer.ds.destroy()
     return losses
 
@@ -132,47 +133,49 @@ def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     distributed.start()
     world = distributed.world_size()
-    short = 20 if RUN_EVERYTHING else 6  # ranks that share two cores take their time
+    short = 20 if RUN_EVERYTHING else 6  # steps; slow when ranks share cores
     curves = {}
 
-    # Every recipe at every stage; flip in full everywhere, the others in full at the reference.
+    # CLIP, FLIP and GLIP at every stage. All 20 steps of flip, and of the other references.
     for name in MASKS:
         for stage in range(4):
             full = name == "flip" or (world == 1 and stage == 0)
             curves[f"{name} stage {stage}"] = train_curve(
-                data, name, stage, only=20 if full else short
+                data, name, stage, steps=20 if full else short
             )
 
-    # Variants of a step that leave its losses as they are.
+    # Accumulation, recomputation and bf16 of flip and clip; the other methods.
     if world < 4:
         checkpointed = "model.checkpoint_activations=true"
         curves["flip stage 3 accumulate 4"] = train_curve(
-            data, "flip", 3, "accumulate=4", only=short
+            data, "flip", 3, "accumulate=4", steps=short
         )
         curves["clip stage 1 accumulate 2"] = train_curve(
-            data, "clip", 1, "accumulate=2", only=short
+            data, "clip", 1, "accumulate=2", steps=short
         )
-        curves["flip stage 3 checkpointed"] = train_curve(data, "flip", 3, checkpointed, only=short)
+        curves["flip stage 3 checkpointed"] = train_curve(
+            data, "flip", 3, checkpointed, steps=short
+        )
         bf16_steps = 20 if world == 1 else short
-        curves["flip stage 3 bf16"] = train_curve(data, "flip", 3, bf16=True, only=bf16_steps)
+        curves["flip stage 3 bf16"] = train_curve(data, "flip", 3, bf16=True, steps=bf16_steps)
         for stage in (0, 3)[world - 1 :]:
-            only = short if world == 1 and stage == 3 else 20
+            steps = short if world == 1 and stage == 3 else 20
             for name in METHODS:
-                curves[f"{name} stage {stage}"] = train_curve(data, name, stage, only=only)
+                curves[f"{name} stage {stage}"] = train_curve(data, name, stage, steps=steps)
 
-    # The same of the other methods.
+    # Accumulation, recomputation and bf16 of the other methods.
     if world == 2:
         for name in METHODS:
-            released = []
+            overrides = []
             if name == "aclip":
-                released = ["options.as_released=true", "options.average_text=true"]
+                overrides = ["options.as_released=true", "options.average_text=true"]
             curves[f"{name} accumulated"] = train_curve(
-                data, name, 3, "accumulate=2", *released, only=6
+                data, name, 3, "accumulate=2", *overrides, steps=6
             )
             if name != "slip":
-                curves[f"{name} checkpointed"] = train_curve(data, name, 3, checkpointed, only=6)
+                curves[f"{name} checkpointed"] = train_curve(data, name, 3, checkpointed, steps=6)
         for name in ("maskclip", "aclip"):
-            curves[f"{name} bf16"] = train_curve(data, name, 3, bf16=True, only=12)
+            curves[f"{name} bf16"] = train_curve(data, name, 3, bf16=True, steps=12)
 
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(curves))

@@ -1,6 +1,6 @@
 """Launched by test_elastic.py on 2 ranks, then on 4, then on 1.
 
-Every case trains a few steps, saves, and goes on in the next launch.
+Every case trains a few steps and saves a checkpoint, from which the next launch resumes.
 
     deepspeed --num_accelerators 2 tests/workers/elastic_worker.py DATA OUT.json
 """
@@ -26,18 +26,18 @@ from glimpse.run.train import checkpoint, elastic, engine
 from glimpse.tests.helpers.tiny import RUN_EVERYTHING
 from glimpse.tests.workers.curves_worker import build_trainer, tiny_config, train_until
 
-RANK_COUNTS = (2, 4, 1)  # numbers of ranks
-STEPS_PER_LAUNCH = 3  # steps on each
-# A block each, as the conversion takes its time for every tensor; widths of which a quarter is no
-# whole number
+RANK_COUNTS = (2, 4, 1)  # of the launches, in order
+STEPS_PER_LAUNCH = 3
+# One block per tower, because the conversion takes time for every tensor; widths that four ranks do
+# not divide evenly.
 SIZE = (
     "model.size=custom/8",
     "model.custom={width: 100, depth: 1, heads: 2, text_width: 66, text_depth: 1, text_heads: 2,"
     " embed: 50}",
 )
 FROZEN = "model.vision.freeze_patch=true"
-# The name in tests/workers/curves_worker.py, and more settings. `second` is MaskCLIP's second
-# stage, whose teacher never changes.
+# {method: (its name in tests/workers/curves_worker.py, *overrides)}. `second` is MaskCLIP's second
+# stage, whose teacher is frozen.
 METHODS = {
     "clip": ("clip",),
     "maskclip": ("maskclip", FROZEN),
@@ -49,18 +49,15 @@ for name, stage, bf16 in (
     ("second", 1, False),
     ("second", 3, True),
 ):
-    # Of stage 2, a short round takes each method in one precision.
+    # Without RUN_EVERYTHING, stage 2 takes one precision for each method.
     if RUN_EVERYTHING or stage != 2 or bf16 == (name == "maskclip"):
         CASES[f"{name} stage {stage} {'bf16' if bf16 else 'fp32'}"] = (name, stage, bf16)
 
 
 def full_state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
-    """Return {kind and name: the full tensor} of all that training goes on from.
-
-    Every rank must ask.
-    """
-    # DeepSpeed links moments to parameters after its first group's first step, when the others have
-    # none
+    """Return {"KIND NAME": full tensor} of all state of the training. All ranks must call."""
+    # DeepSpeed links moments to parameters after the first step of its first group, when the other
+    # groups have none yet: link them again.
     if trainer.stage < 3:
         trainer.ds.optimizer._hp_optimizer_states_linked = False
         trainer.ds.optimizer._lazy_init_hp_params_optimizer_state()
@@ -71,7 +68,7 @@ def full_state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
     for i, module in enumerate(trainer.temperatures):
         tensors[f"residual {i}"] = torch.as_tensor(module.residual)
 
-    # The parameters that the forward sees.
+    # The parameters that the forward uses.
     parameters = dict(trainer.method.named_parameters())
     full = contextlib.nullcontext()
     if trainer.stage == 3:
@@ -81,7 +78,7 @@ def full_state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
             kind = "weight" if parameter.requires_grad else "frozen"
             tensors[f"{kind} {name}"] = parameter.detach().clone()
 
-    # What the optimizer keeps, and the moving averages.
+    # The optimizer state, and the moving averages.
     for name, parameter in trainer.trainable.items():
         tensors[f"fp32 {name}"] = safe_get_full_fp32_param(parameter)
         for key in ("exp_avg", "exp_avg_sq"):
@@ -94,14 +91,14 @@ def full_state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
 
 
 def gather_shards(shard: torch.Tensor) -> torch.Tensor:
-    """Join the shards of all ranks, which must all call."""
-    every = [torch.empty_like(shard) for _ in range(distributed.world_size())]
-    dist.all_gather(every, shard)
-    return torch.cat(every)
+    """Concatenate the shards of all ranks. All ranks must call."""
+    shards = [torch.empty_like(shard) for _ in range(distributed.world_size())]
+    dist.all_gather(shards, shard)
+    return torch.cat(shards)
 
 
 def step_counters(trainer: engine.Engine) -> list[int]:
-    """Return the different step counts of the optimizer's groups on all ranks, and the engine's."""
+    """Return the distinct step counts of the optimizer's parameters on all ranks and the engine."""
     states = trainer.ds.optimizer.optimizer.state.values()
     counts = distributed.all_gather_list(
         [int(state["step"]) for state in states if "step" in state]
@@ -110,7 +107,7 @@ def step_counters(trainer: engine.Engine) -> list[int]:
 
 
 def group_settings(trainer: engine.Engine) -> list[list]:
-    """Return how the optimizer treats each group."""
+    """Return the settings of each optimizer group."""
     return [
         [group["weight_decay"], *group["betas"], group["eps"]]
         for group in trainer.ds.optimizer.param_groups
@@ -118,28 +115,28 @@ def group_settings(trainer: engine.Engine) -> list[list]:
 
 
 def zero_parameters(method: torch.nn.Module) -> None:
-    """Zero the parameters, so that nothing is in place before it is loaded."""
+    """Set all parameters to 0, so that only loading can give them the right values."""
     for parameter in method.parameters():
         engine.local_shard(parameter).zero_()
 
 
-def resume_on_other_ranks(cfg, home: Path) -> tuple:
-    """Return an engine that goes on from another number of ranks, its batches, and what differs.
+def resume_on_other_ranks(cfg, folder: Path) -> tuple:
+    """Return (engine, batches, results), resumed from the checkpoint of another number of ranks.
 
-    That is the part of the saved state that is not the same, bit for bit, on any rank.
+    results["different"]: names of the state that differs from the saved state on any rank.
     """
-    path = checkpoint.newest_checkpoint(home)
+    path = checkpoint.newest_checkpoint(folder)
     universal = elastic.prepare_elastic(path, distributed.world_size())
     trainer, batches = build_trainer(cfg, universal=universal is not None, load=zero_parameters)
     elastic.resume(trainer, path, universal)
 
-    saved = torch.load(home / "state.pt")
+    saved = torch.load(folder / "state.pt")
     resumed = full_state(trainer)
     assert saved.keys() == resumed.keys()
-    other = [name for name in saved if not torch.equal(saved[name], resumed[name])]
+    different = [name for name in saved if not torch.equal(saved[name], resumed[name])]
     moments = [saved[name] for name in saved if name.startswith("exp_avg ")]
     results = {}
-    results["other"] = sorted(set(distributed.all_gather_list(other)))
+    results["different"] = sorted(set(distributed.all_gather_list(different)))
     results["kinds"] = Counter(name.split()[0] for name in saved)
     results["resumed"] = step_counters(trainer)
     results["moments"] = max(float(moment.abs().max()) for moment in moments)
@@ -147,31 +144,35 @@ def resume_on_other_ranks(cfg, home: Path) -> tuple:
 
 
 def run_case(data: Path, name: str, stage: int, bf16: bool) -> dict:
-    """Train EACH steps of a case on this number of ranks, and return what the test looks at."""
-    world = distributed.world_size()
-    home = data / f"{name}-{stage}-{bf16}"
+    """Train some steps of a case on this number of ranks, and return the results."""
+    ranks = distributed.world_size()
+    folder = data / f"{name}-{stage}-{bf16}"
     method, *more = METHODS[name]
     cfg = tiny_config(data, method, stage, *SIZE, *more, bf16=bf16)
-    if world == RANK_COUNTS[0]:
+    # Start, or resume from the previous launch.
+    if ranks == RANK_COUNTS[0]:
         trainer, batches = build_trainer(cfg)
         results = {}
     else:
-        trainer, batches, results = resume_on_other_ranks(cfg, home)
+        trainer, batches, results = resume_on_other_ranks(cfg, folder)
 
-    last = STEPS_PER_LAUNCH * cfg.batch * (1 + RANK_COUNTS.index(world))
+    last = STEPS_PER_LAUNCH * cfg.batch * (1 + RANK_COUNTS.index(ranks))
     results["losses"] = list(train_until(cfg, trainer, batches, last))
     results["counters"] = step_counters(trainer)
-    results["rules"] = group_settings(trainer)
+    results["group settings"] = group_settings(trainer)
 
-    # For the next launch: a checkpoint, and the state that it should give.
-    if world != RANK_COUNTS[-1]:
-        path = checkpoint.save(trainer, home / "checkpoints", dict(identity={}, shards=0), keep=1)
+    # Save a checkpoint for the next launch, and the state that it should restore.
+    if ranks != RANK_COUNTS[-1]:
+        path = checkpoint.save(trainer, folder / "checkpoints", dict(identity={}, shards=0), keep=1)
         saved = full_state(trainer)
         if distributed.rank() == 0:
             torch.save(saved, path.parents[1] / "state.pt")
-    if world == RANK_COUNTS[0]:  # and as if nothing had happened
+
+    # Train the remaining steps without a change of ranks, for comparison.
+    if ranks == RANK_COUNTS[0]:
         end = len(RANK_COUNTS) * STEPS_PER_LAUNCH * cfg.batch
-        results["straight"] = results["losses"] + list(train_until(cfg, trainer, batches, end))
+        more_losses = list(train_until(cfg, trainer, batches, end))
+        results["uninterrupted"] = results["losses"] + more_losses
     trainer.ds.destroy()
     return results
 
@@ -179,7 +180,7 @@ def run_case(data: Path, name: str, stage: int, bf16: bool) -> dict:
 def main() -> None:
     data, out = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     distributed.start()
-    results = {name: run_case(Path(data), *how) for name, how in CASES.items()}
+    results = {name: run_case(Path(data), *case) for name, case in CASES.items()}
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(results))
 

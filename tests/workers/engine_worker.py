@@ -1,6 +1,6 @@
-"""Launched by test_engine.py on 2 ranks: what only a real engine shows.
+"""Launched by test_engine.py on 2 ranks: results that need a real engine.
 
-Many cases run in one process group; their values go into a JSON file.
+All cases run in one process group, and their results are written to a JSON file.
 
     deepspeed --num_accelerators 2 tests/workers/engine_worker.py DATA OUT.json
 """
@@ -40,7 +40,7 @@ CLIP_FLAVOUR = [
 
 
 class Unused(Clip):
-    """A layer that no forward enters."""
+    """CLIP with a layer that no forward uses."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -51,10 +51,13 @@ METHODS["unused"] = Unused
 
 
 class Cases:
+    """The cases, each a method that returns a result."""
+
     def __init__(self, data: Path):
         self.data = data
 
     def config(self, stage: int, *more: str, bf16: bool = False):
+        """Return the config of a tiny run; more: overrides."""
         tree = {
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 1000},
             "bf16": {"enabled": bf16},
@@ -74,7 +77,8 @@ class Cases:
             ],
         )
 
-    def trained(self, cfg, steps: int, **how) -> engine.Engine:
+    def train(self, cfg, steps: int, **engine_options) -> engine.Engine:
+        """Return an engine after `steps` steps; sets self.loss and the next micro-batches."""
         reader = config.build_reader(cfg)
         batches = Batches(
             reader,
@@ -83,54 +87,56 @@ class Cases:
             rank=distributed.rank(),
             world=distributed.world_size(),
         )
-        trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **how)
-        for parts in batches.stream(range(0, steps * cfg.batch, cfg.batch), pin=False):
-            loss, *_ = trainer.step(parts, 3e-3)
+        trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **engine_options)
+        for micro_batches in batches.stream(range(0, steps * cfg.batch, cfg.batch), pin=False):
+            loss, *_ = trainer.step(micro_batches, 3e-3)
             self.loss = float(loss)
-        self.parts = batches[steps * cfg.batch]
+        self.micro_batches = batches[steps * cfg.batch]
         return trainer
 
     def guard(self, stage: int) -> str:
-        """Return the error of a step with a parameter without a gradient."""
+        """Return the error of a step in which a parameter gets no gradient."""
         try:
-            self.trained(self.config(stage, "method=unused"), 1)
+            self.train(self.config(stage, "method=unused"), 1)
         except RuntimeError as error:
             return str(error)
         return "nothing"
 
     def temperature(self, stage: int) -> dict:
-        """Return the temperature under bf16 after three steps, and where it is clamped.
+        """Return values of the temperature under bf16, after three steps and when clamped.
 
-        The fp32 copy, the parameter that the forward sees, residual and scale; then the clamp.
+        They are the fp32 master copy, the rounded bf16 parameter, the residual and the scale.
         """
-        trainer = self.trained(self.config(stage, bf16=True), 3)
+        trainer = self.train(self.config(stage, bf16=True), 3)
         (module,) = trainer.temperatures
         with gather_parameters([module.logit_scale]):
-            copy = module.logit_scale.item()
-            kind = str(module.logit_scale.dtype)
+            rounded = module.logit_scale.item()
+            dtype = str(module.logit_scale.dtype)
         master = safe_get_full_fp32_param(module.logit_scale)
         results = dict(
             master=master.item(),
-            copy=copy,
-            kind=kind,
+            rounded=rounded,
+            dtype=dtype,
             residual=float(module.residual),
             scale=self.scale(trainer),
         )
         trainer.ds.destroy()
 
-        hot = self.trained(self.config(stage, bf16=True), 1, load=raise_temperature)
-        results["clamped"] = self.scale(hot)
+        clamped = self.train(self.config(stage, bf16=True), 1, load=raise_temperature)
+        results["clamped"] = self.scale(clamped)
         results["loss"] = self.loss
-        hot.ds.destroy()
+        clamped.ds.destroy()
         return results
 
     def scale(self, trainer: engine.Engine) -> float:
-        part = dict(views=self.parts[0]["views"], text=self.parts[0]["text"])
+        """Return the logit scale that a forward uses."""
+        first = self.micro_batches[0]
+        inputs = distributed.to_device(dict(views=first["views"], text=first["text"]))
         with torch.no_grad():
-            return float(trainer.ds(distributed.to_device(part))["scale"])
+            return float(trainer.ds(inputs)["scale"])
 
     def groups(self, *flavour: str) -> list[dict]:
-        """Return the optimizer's groups of a method built under zero.Init, {name: numel} each."""
+        """Return {name: numel} of each optimizer group of a method built under zero.Init."""
         cfg = self.config(3, *flavour)
         with deepspeed.zero.Init(
             config_dict_or_path=engine.build_deepspeed_config(cfg, distributed.world_size())
@@ -142,50 +148,50 @@ class Cases:
             groups.append({names[id(p)]: p.ds_numel for p in group["params"]})
         return groups
 
-    def saved(self, stage: int, bf16: bool, then: int) -> dict:
-        """Train, save four times with two kept, and load the last into a new engine.
+    def save_and_load(self, stage: int, bf16: bool, new_stage: int) -> dict:
+        """Save four checkpoints, of which two remain; read the last, and load it into a new engine.
 
-        The weights are read from the file, too; the new engine has another stage and seed.
+        The new engine has another ZeRO stage and another seed.
         """
         frozen = "model.vision.freeze_patch=true"
-        trainer = self.trained(self.config(stage, frozen, bf16=bf16), 2)
-        folder = self.data / f"saved-{stage}-{bf16}-{then}" / "checkpoints"
+        trainer = self.train(self.config(stage, frozen, bf16=bf16), 2)
+        folder = self.data / f"saved-{stage}-{bf16}-{new_stage}" / "checkpoints"
         for _ in range(3):
             checkpoint.save(trainer, folder, dict(identity={}, shards=0), keep=2)
-            trainer.step(self.parts, 3e-3)
+            trainer.step(self.micro_batches, 3e-3)
         path = checkpoint.save(trainer, folder, dict(identity={}, shards=0), keep=2)
         masters = self.weights(trainer)
         trainer.ds.destroy()
 
-        # From the file alone, then by an engine.
+        # Read the weights from the files, and load them into a new engine.
         read = {name: value.float() for name, value in zero_reader.read_weights(path).items()}
-        other = self.config(then, "seed=7", frozen, bf16=bf16)
-        fresh = self.trained(other, 0, load=partial(load_model.load_weights, path=path))
-        loaded = self.weights(fresh)
+        new_cfg = self.config(new_stage, "seed=7", frozen, bf16=bf16)
+        new_trainer = self.train(new_cfg, 0, load=partial(load_model.load_weights, path=path))
+        loaded = self.weights(new_trainer)
 
         moments = [0.0]
-        for state in fresh.ds.optimizer.optimizer.state.values():
+        for state in new_trainer.ds.optimizer.optimizer.state.values():
             if "exp_avg" in state and len(state["exp_avg"]):
                 moments.append(float(state["exp_avg"].abs().max()))
-        in_both = [name for name in masters if name in read]
         results = {}
-        results["kept"] = sorted(step.name for step in folder.glob("step-*"))
+        results["checkpoints"] = sorted(step.name for step in folder.glob("step-*"))
         results["newest"] = checkpoint.newest_checkpoint(folder.parent).name
         results["missing"] = sorted(masters.keys() - read.keys())
         results["count"] = len(masters)
-        # Weights that differ, as read from the file and as loaded.
-        results["read"] = [name for name in in_both if not torch.equal(read[name], masters[name])]
-        results["loaded"] = [
-            name for name in masters if not torch.equal(loaded[name], masters[name])
+        results["read differently"] = [
+            name for name in masters.keys() & read.keys() if not read[name].equal(masters[name])
+        ]
+        results["loaded differently"] = [
+            name for name in masters if not loaded[name].equal(masters[name])
         ]
         results["moments"] = max(moments)
-        results["steps"] = fresh.ds.global_steps
-        fresh.step(self.parts, 1e-3)
-        fresh.ds.destroy()
+        results["steps"] = new_trainer.ds.global_steps
+        new_trainer.step(self.micro_batches, 1e-3)
+        new_trainer.ds.destroy()
         return results
 
     def weights(self, trainer: engine.Engine) -> dict[str, torch.Tensor]:
-        """Return {name: the full fp32 weight}; a frozen one has no fp32 copy."""
+        """Return {name: full fp32 weight}; frozen parameters have no master copy."""
         weights = {}
         for name, parameter in trainer.method.named_parameters():
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
@@ -195,21 +201,18 @@ class Cases:
         return weights
 
     def stop(self) -> list[int]:
-        """Return the step after which each rank hears of a signal.
-
-        Rank 1 alone gets it, before its third step.
-        """
+        """Return the step at which each rank stops, when rank 1 gets a signal before step 2."""
         stop = distributed.StopSignal()
-        at = -1
+        last_step = -1
         for step in range(10):
             if step == 2 and distributed.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             if stop.is_requested():
-                at = step
+                last_step = step
                 break
-        both = torch.zeros(2)
-        both[distributed.rank()] = at
-        return distributed.all_reduce_sum(both).tolist()
+        last_steps = torch.zeros(2)
+        last_steps[distributed.rank()] = last_step
+        return distributed.all_reduce_sum(last_steps).tolist()
 
 
 def raise_temperature(method) -> None:
@@ -219,7 +222,7 @@ def raise_temperature(method) -> None:
 
 
 def gather_parameters(parameters):
-    """Gather parameters inside `with`, where they are sharded."""
+    """Gather those of the parameters that are sharded; a context manager."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded)
 
@@ -235,7 +238,7 @@ def main() -> None:
         results[f"temperature {stage}"] = cases.temperature(stage)
     results["groups flip"] = cases.groups()
     results["groups clip"] = cases.groups(*CLIP_FLAVOUR)
-    for stage, bf16, then in (
+    for stage, bf16, new_stage in (
         (0, False, 3),
         (1, False, 3),
         (3, False, 1),
@@ -245,7 +248,8 @@ def main() -> None:
         (3, True, 2),
         (3, True, 3),
     ):
-        results[f"saved {stage} {bf16} {then}"] = cases.saved(stage, bf16, then)
+        case = f"saved {stage} {bf16} {new_stage}"
+        results[case] = cases.save_and_load(stage, bf16, new_stage)
     results["stop"] = cases.stop()
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(results))

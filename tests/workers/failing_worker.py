@@ -1,4 +1,4 @@
-"""Launched by test_resume.py: run/pretrain.py, but that rank 1 fails in its third step."""
+"""Launched by test_resume.py: run/pretrain.py, with an error on rank 1 in its third step."""
 
 import sys
 from pathlib import Path
@@ -10,13 +10,13 @@ from glimpse.run import pretrain
 from glimpse.run.lib import distributed
 from glimpse.run.train import engine
 
-step = engine.Engine.step
+original_step = engine.Engine.step
 
 
 def fail_at_three(self, *args):
     if distributed.rank() == 1 and self.samples == 2 * self.batch:
         raise OSError("the disk is on fire")
-    return step(self, *args)
+    return original_step(self, *args)
 
 
 if __name__ == "__main__":

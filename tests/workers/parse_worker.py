@@ -1,9 +1,9 @@
-"""Parse the command line of a script without running it, and resolve the config it names.
+"""Parse the command line of a script without running it, and load its config.
 
     python -m glimpse.tests.workers.parse_worker run/pretrain.py --config ...
     python -m glimpse.tests.workers.parse_worker deepspeed --hostfile hostfile run/pretrain.py ...
 
-It prints "parsed" and exits with 0, or ends with the parser's or the config's error.
+Prints "parsed" and exits with 0, or fails with the error of the parser or the config.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from glimpse.run.lib import config
 
 
 def stop_after_parsing() -> None:
-    """Let every ArgumentParser.parse_args exit when it has parsed."""
+    """Make every ArgumentParser exit after it has parsed its arguments."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_exit(self, args=None, namespace=None):

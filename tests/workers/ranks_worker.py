@@ -1,7 +1,9 @@
-"""The results of 2 gloo ranks without DeepSpeed, for test_auxiliary.py and test_heads.py alike.
+"""Results of 2 gloo ranks without DeepSpeed, for test_auxiliary.py and test_heads.py.
 
-`found` runs this file as a script, once a rank. Each of the tests has an `on_a_rank`, which does a
-rank's work and returns what the tests look at. pytest -m slow tests/model/test_auxiliary.py
+rank_results() runs this file as a script, once per rank. Each of the two test modules has a
+function run_on_rank(), which returns a rank's results.
+
+    pytest -m slow tests/model/test_auxiliary.py
 """
 
 import functools
@@ -20,7 +22,7 @@ WORLD = 2
 
 
 def rank_results() -> list[dict]:
-    """Return [{"auxiliary": ..., "heads": ...} of each rank], from one launch a session."""
+    """Return {"auxiliary": ..., "heads": ...} of each rank; the ranks are launched only once."""
     ranks, errors = launch_ranks()
     assert not errors, errors
     return ranks
@@ -28,17 +30,20 @@ def rank_results() -> list[dict]:
 
 @functools.cache
 def launch_ranks() -> tuple[list[dict], str]:
-    """Return the ranks' results and their errors, which are cached: a hang is waited for once."""
+    """Return (the ranks' results, their errors).
+
+    Errors are cached too, so that all tests together wait only once for ranks that hang.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(WORLD):
-            line = [sys.executable, __file__, folder, str(rank)]
-            processes.append(subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True))
+            command = [sys.executable, __file__, folder, str(rank)]
+            processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
         try:
             errors = [process.communicate(timeout=90)[1] for process in processes]
-        except subprocess.TimeoutExpired as hang:
-            return [], str(hang)
+        except subprocess.TimeoutExpired as timeout:
+            return [], str(timeout)
         finally:
             for process in processes:
                 process.kill()
@@ -48,7 +53,8 @@ def launch_ranks() -> tuple[list[dict], str]:
 
 
 def worker(folder: str, rank: int) -> None:
-    from glimpse.tests.model import test_auxiliary, test_heads  # not above: they import this file
+    """Write the results of this rank to FOLDER/RANK.pt."""
+    from glimpse.tests.model import test_auxiliary, test_heads  # here: they import this file
 
     dist.init_process_group(
         "gloo",
@@ -57,13 +63,13 @@ def worker(folder: str, rank: int) -> None:
         rank=rank,
         timeout=timedelta(seconds=30),
     )
-    results = {"auxiliary": test_auxiliary.on_a_rank(rank), "heads": test_heads.on_a_rank(rank)}
+    results = {"auxiliary": test_auxiliary.run_on_rank(rank), "heads": test_heads.run_on_rank(rank)}
     torch.save(results, f"{folder}/{rank}.pt")
     sys.stderr.flush()
     dist.barrier()
-    os._exit(0)  # gloo's threads abort some of the processes that end through the interpreter
+    os._exit(0)  # gloo's threads abort some processes during the interpreter's shutdown
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error", FutureWarning)  # a deprecated collective
+    warnings.simplefilter("error", FutureWarning)  # fail on a deprecated collective
     worker(sys.argv[1], int(sys.argv[2]))

@@ -1,6 +1,7 @@
-"""Launched by test_teacher.py on 2 ranks and then on 1: teachers beside a plain average.
+"""Launched by test_teacher.py on 2 ranks and then on 1.
 
-Every other method is stopped and gone on with.
+Teachers are compared with an average that is computed on full fp32 tensors. The methods without a
+teacher are saved and resumed.
 
     deepspeed --num_accelerators 2 tests/workers/teacher_worker.py DATA OUT.json
 """
@@ -23,10 +24,10 @@ from glimpse.run.train import checkpoint, elastic, zero_reader
 from glimpse.tests.helpers.tiny import RUN_EVERYTHING
 from glimpse.tests.workers.curves_worker import METHODS, build_trainer, tiny_config, train_until
 
-STEPS, SAVED_STEP = (50, 40) if RUN_EVERYTHING else (30, 20)  # steps
+STEPS, SAVED_STEP = (50, 40) if RUN_EVERYTHING else (30, 20)
 
 
-# The momenta as curves_worker.METHODS sets them; t: the share of training that is done.
+# The momenta that curves_worker.METHODS configures; t: progress of the training, 0 to 1.
 def cosine_momentum(t: float) -> float:
     return 1 - 0.1 * (1 + math.cos(math.pi * t)) / 2
 
@@ -40,76 +41,72 @@ LONG = f"samples={STEPS * 16}"
 
 
 def gather_full(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Gather sharded parameters, and return copies; under fp32, weights have no other copy."""
+    """Gather sharded parameters, and return copies."""
     with deepspeed.zero.GatheredParameters(parameters):
         return [parameter.detach().clone() for parameter in parameters]
 
 
 class PlainAverage:
-    """The moving average as the formula has it, of full fp32 tensors."""
+    """The moving average, computed by its formula on full fp32 tensors."""
 
-    def __init__(self, trainer, name: str, kept: list | None = None):
+    def __init__(self, trainer, name: str, averages: list | None = None):
         pairs = ema.parameters(trainer.method.ema_pairs()).values()
         self.teachers = [teacher for teacher, _ in pairs]
         self.students = [student for _, student in pairs]
         self.momentum = MOMENTA[name]
-        self.kept = kept or gather_full(self.students)
+        self.averages = averages or gather_full(self.students)
 
-    def follow(self, step: int) -> None:
+    def update(self, step: int) -> None:
         """Update the average after a step."""
         m = self.momentum(step / STEPS)
         for i, student in enumerate(gather_full(self.students)):
-            self.kept[i] = m * self.kept[i] + (1 - m) * student
+            self.averages[i] = m * self.averages[i] + (1 - m) * student
 
-    def apart(self) -> float:
-        """Return the largest difference from the teacher's weights, all of them."""
-        return largest_difference(self.kept, gather_full(self.teachers))
+    def teacher_difference(self) -> float:
+        """Return the largest difference from the teacher's weights."""
+        return largest_difference(self.averages, gather_full(self.teachers))
 
-    def moved(self) -> float:
-        """Return the largest difference of teacher and student."""
+    def student_difference(self) -> float:
+        """Return the largest difference between teacher and student."""
         return largest_difference(gather_full(self.teachers), gather_full(self.students))
 
 
-def largest_difference(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
-    differences = [(a - b).abs().max() for a, b in zip(these, those, strict=True)]
+def largest_difference(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    differences = [(a - b).abs().max() for a, b in zip(tensors, others, strict=True)]
     return max(map(float, differences))
 
 
-def train_with_average(
-    cfg, name: str, trainer, batches, plain: PlainAverage, until: int
-) -> list[float]:
-    """Train until that step beside the plain average, and return the losses."""
+def train_with_average(cfg, trainer, batches, average: PlainAverage, last_step: int) -> list[float]:
+    """Train until a step, updating the plain average after each, and return the losses."""
     losses = []
-    for loss in train_until(cfg, trainer, batches, until * cfg.batch):
+    for loss in train_until(cfg, trainer, batches, last_step * cfg.batch):
         losses.append(loss)
-        plain.follow(trainer.ds.global_steps)
+        average.update(trainer.ds.global_steps)
     return losses
 
 
 def train_teacher(data: Path, name: str) -> dict:
-    """Train LENGTH steps on 2 ranks beside the plain average.
-
-    Another engine goes on from a checkpoint on the way.
-    """
+    """Train STEPS steps on 2 ranks, and the last of them again from a checkpoint."""
+    # Train, with a checkpoint at SAVED_STEP.
     cfg = tiny_config(data, name, 3, LONG)
     trainer, batches = build_trainer(cfg)
     plain = PlainAverage(trainer, name)
-    results = {"begun": plain.apart()}
-    train_with_average(cfg, name, trainer, batches, plain, SAVED_STEP)
+    results = {"initial difference": plain.teacher_difference()}
+    train_with_average(cfg, trainer, batches, plain, SAVED_STEP)
     path = checkpoint.save(
         trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1
     )
-    torch.save(plain.kept, data / name / "plain.pt")
-    results["straight"] = train_with_average(cfg, name, trainer, batches, plain, STEPS)
-    results["apart"] = plain.apart()
-    results["moved"] = plain.moved()
+    torch.save(plain.averages, data / name / "plain.pt")
+    results["uninterrupted"] = train_with_average(cfg, trainer, batches, plain, STEPS)
+    results["final difference"] = plain.teacher_difference()
+    results["student difference"] = plain.student_difference()
 
-    # Sizes: of this rank's averages, to the full ones and to its shards of the teacher; and of what
-    # the optimizer updates.
+    # Elements of this rank's averages, as a share of the full averages and of its shards of the
+    # teacher; elements that the optimizer updates.
     averages = trainer.averages.kept
     average_size = sum(tensor.numel() for tensor in averages.values())
-    results["share"] = average_size / sum(tensor.numel() for tensor in plain.kept)
-    results["held"] = sum(t.ds_tensor.numel() for t in plain.teachers) / average_size
+    results["share"] = average_size / sum(tensor.numel() for tensor in plain.averages)
+    results["share of shards"] = sum(t.ds_tensor.numel() for t in plain.teachers) / average_size
     states = trainer.ds.optimizer.optimizer.state.values()
     moments = [state["exp_avg"] for state in states if "exp_avg" in state]
     results["optimized"] = sum(moment.numel() for moment in moments)
@@ -117,34 +114,36 @@ def train_teacher(data: Path, name: str) -> dict:
     results["trainable"] = sum(p.ds_numel for p in trainable)
     trainer.ds.destroy()
 
-    again, batches = build_trainer(cfg)
-    elastic.resume(again, path, None)
-    results["resumed"] = list(train_until(cfg, again, batches, cfg.samples))
-    results["same teacher"] = equal(averages, again.averages.kept)
-    again.ds.destroy()
+    # Resume in a new engine.
+    resumed, batches = build_trainer(cfg)
+    elastic.resume(resumed, path, None)
+    results["resumed"] = list(train_until(cfg, resumed, batches, cfg.samples))
+    results["same teacher"] = equal(averages, resumed.averages.kept)
+    resumed.ds.destroy()
     return results
 
 
 def equal(tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    """Return True if all tensors are equal, bit for bit."""
     return all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
 
 
 def resume_on_one_rank(data: Path, name: str) -> dict:
-    """Train the last steps again on 1 rank, from the checkpoint of 2."""
+    """Train the last steps again on 1 rank, from the checkpoint of 2 ranks."""
     cfg = tiny_config(data, name, 3, LONG)
     trainer, batches, results = resume_from_two_ranks(data, name, cfg)
     plain = PlainAverage(trainer, name, torch.load(data / name / "plain.pt"))
-    results["begun"] = plain.apart()
-    results["losses"] = train_with_average(cfg, name, trainer, batches, plain, STEPS)
-    results["apart"] = plain.apart()
+    results["initial difference"] = plain.teacher_difference()
+    results["losses"] = train_with_average(cfg, trainer, batches, plain, STEPS)
+    results["final difference"] = plain.teacher_difference()
     trainer.ds.destroy()
     return results
 
 
 def resume_from_two_ranks(data: Path, name: str, cfg) -> tuple:
-    """Return an engine on 1 rank that goes on from 2, its batches, and what differs.
+    """Return (engine, batches, results) on 1 rank, resumed from the checkpoint of 2 ranks.
 
-    That is whether the averages are bit for bit as they were saved.
+    results["same teacher"]: whether the averages are those that were saved, bit for bit.
     """
     path = checkpoint.newest_checkpoint(data / name)
     trainer, batches = build_trainer(cfg, universal=True)
@@ -158,12 +157,12 @@ def resume_from_two_ranks(data: Path, name: str, cfg) -> tuple:
 
 
 def train_bf16_stage1(data: Path) -> dict:
-    """Train MaskCLIP at stage 1 in bf16, where rank 0 alone keeps the averages.
+    """Train MaskCLIP at stage 1 in bf16, where only rank 0 has the averages.
 
-    It goes on from a converted checkpoint, on either number of ranks. Of the group without weight
-    decay, one number, the second of two ranks has nothing but padding.
+    It is resumed from a converted checkpoint, on 2 ranks and on 1. The group without weight decay
+    has a single element, so the second of two ranks has only padding of it.
     """
-    name = "rounded"
+    name = "bf16"
     cfg = tiny_config(data, "maskclip", 1, LONG, "optim.no_decay=[logit_scale]", bf16=True)
     if distributed.world_size() == 1:
         trainer, batches, results = resume_from_two_ranks(data, name, cfg)
@@ -181,35 +180,32 @@ def train_bf16_stage1(data: Path) -> dict:
     path = checkpoint.save(
         trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1
     )
-    results = dict(straight=list(train_until(cfg, trainer, batches, 10 * cfg.batch)))
+    results = dict(uninterrupted=list(train_until(cfg, trainer, batches, 10 * cfg.batch)))
     trainer.ds.destroy()
 
-    again, batches = build_trainer(cfg, universal=True)
-    # as for another number of ranks, though there are as many
-    elastic.resume(again, path, elastic.prepare_elastic(path, 3))
-    results["resumed"] = list(train_until(cfg, again, batches, 10 * cfg.batch))
-    again.ds.destroy()
+    # Convert although the number of ranks is the same, by passing another number.
+    resumed, batches = build_trainer(cfg, universal=True)
+    elastic.resume(resumed, path, elastic.prepare_elastic(path, 3))
+    results["resumed"] = list(train_until(cfg, resumed, batches, 10 * cfg.batch))
+    resumed.ds.destroy()
     return results
 
 
 def train_and_resume(data: Path, name: str) -> dict:
-    """Train eight steps of a method without an average, with a checkpoint half way.
-
-    Another engine takes the last four again.
-    """
+    """Train a method without a teacher; repeat its last four steps from a checkpoint."""
     cfg = tiny_config(data, name, 3)
     trainer, batches = build_trainer(cfg)
     list(train_until(cfg, trainer, batches, 4 * cfg.batch))
     path = checkpoint.save(
         trainer, data / name / "checkpoints", dict(identity={}, shards=0), keep=1
     )
-    results = dict(straight=list(train_until(cfg, trainer, batches, 8 * cfg.batch)))
+    results = dict(uninterrupted=list(train_until(cfg, trainer, batches, 8 * cfg.batch)))
     trainer.ds.destroy()
 
-    again, batches = build_trainer(cfg)
-    elastic.resume(again, path, None)
-    results["resumed"] = list(train_until(cfg, again, batches, 8 * cfg.batch))
-    again.ds.destroy()
+    resumed, batches = build_trainer(cfg)
+    elastic.resume(resumed, path, None)
+    results["resumed"] = list(train_until(cfg, resumed, batches, 8 * cfg.batch))
+    resumed.ds.destroy()
     return results
 
 
@@ -224,7 +220,7 @@ def main() -> None:
         for name in METHODS:
             if name not in MOMENTA:
                 results[name] = train_and_resume(Path(data), name)
-    results["rounded"] = train_bf16_stage1(Path(data))
+    results["bf16"] = train_bf16_stage1(Path(data))
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(results))
 

@@ -1,8 +1,8 @@
-"""Train for one step, and print the project's files in the order in which they are first entered.
+"""Train for one step, and print the project's files in the order of their first call.
 
     python -m tests.workers.walk_worker --config ... --set ...    arguments of run/pretrain.py
 
-The walk begins when the training loop asks for its first batch and ends when the loss is returned.
+The walk starts with Training.run and ends when the contrastive loss returns.
 """
 
 import sys

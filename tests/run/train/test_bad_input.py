@@ -1,8 +1,10 @@
-"""A user's mistake ends in one line, before training, with a non-zero exit.
+"""A user's mistake ends run/pretrain.py before training, with one line and a non-zero exit code.
 
-The line says what is wrong, what is allowed and what to change.
+The line names the key or path, the problem, and what to change. Most tests run a single process;
+the last use the launcher.
 
-Most start run/pretrain.py as one process, the last go through the launcher. `-s` prints the lines.
+    bash run/test.sh tests/run/train/test_bad_input.py -s
+        prints the lines
 """
 
 import json
@@ -37,7 +39,7 @@ def data(tmp_path_factory):
 
 
 def folder(path, rows=None):
-    """Return a folder with one shard of those rows, or of one pair, not indexed."""
+    """Write a folder with one shard that has no index; rows: its samples, by default one pair."""
     if rows is None:
         image = picture("red circle", np.random.default_rng(0))
         rows = [("a", {"png": image, "txt": b"x"})]
@@ -70,7 +72,8 @@ def truncated(tmp):
     return path.parent
 
 
-CASES = {  # name: (override, the words of the line); {folder}: tmp_path, or that of BROKEN
+# {name: (override, words of the error)}; {folder} is tmp_path, or the result of BROKEN[name]
+CASES = {
     "misspelt key": ("bacth=16", ["'bacth'", "did you mean 'batch'"]),
     "unknown mask": ("views.image.mask=gausian(0.5)", ["gausian", "gaussian", "random"]),
     "ratio 1.0": ("views.image.mask=random(1.0)", ["1.0", "[0, 1)"]),
@@ -104,8 +107,8 @@ def test_one_line(name, data, tmp_path):
 
 
 def fails(done, *words):
-    """Check that a script failed with one line on stderr that has these words."""
-    assert done.returncode not in (0, -6), done.stderr[-2000:]
+    """Check that a script failed with a single error line that contains these words."""
+    assert done.returncode not in (0, -6), done.stderr[-2000:]  # -6: aborted
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     print(f"exit {done.returncode}  {errors}")
@@ -115,7 +118,7 @@ def fails(done, *words):
 
 
 def test_deepspeed_json_with_batch(data, tmp_path):
-    path = tmp_path / "mine.json"
+    path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps({"train_batch_size": 8}))
 
     done = pretrain(*tiny_run_arguments(data, tmp_path / "run"), "--deepspeed_config", str(path))
@@ -139,8 +142,8 @@ def test_existing_run_and_other_architecture(data, tmp_path):
 
 
 def test_a_run_that_is_being_trained(data, tmp_path):
-    """A second job is refused as long as the first lives, and goes on when that was killed."""
-    # The first job trains, and has saved a checkpoint.
+    """A second job fails while the first trains, and resumes after that was killed."""
+    # Wait until the first job has saved a checkpoint.
     run = tmp_path / "run"
     first = subprocess.Popen(
         [
@@ -153,14 +156,14 @@ def test_a_run_that_is_being_trained(data, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     try:
-        until = time.time() + 60
+        deadline = time.time() + 60
         while not list(run.glob("checkpoints/*/manifest.json")):
             assert first.poll() is None
-            assert time.time() < until
+            assert time.time() < deadline
             time.sleep(0.1)
         assert is_locked(run)
 
-        # A second job is refused.
+        # A second job fails.
         second = pretrain(*tiny_run_arguments(data, run, "samples=1M"), "--resume")
 
         fails(second, "is being trained by another job")
@@ -170,7 +173,7 @@ def test_a_run_that_is_being_trained(data, tmp_path):
         first.wait()
     assert not is_locked(run)
 
-    # When the first was killed another goes on.
+    # After the first was killed, another resumes.
     step = len((run / "metrics.jsonl").read_text().splitlines())
     done = pretrain(*tiny_run_arguments(data, run, f"samples={16 * (step + 2)}"), "--resume")
 
@@ -195,13 +198,13 @@ def test_broken_images_beyond_the_budget(data, tmp_path):
     )
 
     fails(refused, "data.max_bad", "0.tar b", "more than 1.0%")
-    assert "skipped 0.tar b" in refused.stdout, "each is named when it is met"
+    assert "skipped 0.tar b" in refused.stdout, "each is reported when it is read"
     assert patient.returncode == 0
     assert "skipped" in patient.stdout
 
 
 def test_more_ranks_than_devices(data, tmp_path):
-    """One more rank than GPUs; without GPUs, one more than the launcher's cores."""
+    """One more rank than GPUs; without GPUs, one more than the cores that taskset allows."""
     devices = torch.cuda.device_count() or 1
     line = launcher_command(
         devices + 1, "run/pretrain.py", *tiny_run_arguments(data, tmp_path / "run")
@@ -209,9 +212,9 @@ def test_more_ranks_than_devices(data, tmp_path):
     if not torch.cuda.is_available():
         core = str(min(os.sched_getaffinity(0)))
         line = ["taskset", "--cpu-list", core, *line]
-    alone = {key: value for key, value in environment().items() if key != "OVERSUBSCRIBE"}
+    env = {key: value for key, value in environment().items() if key != "OVERSUBSCRIBE"}
 
-    done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
     fails(done, "--num_accelerators", f"a machine with {devices}", f"start at most {devices}")
     assert not (tmp_path / "run").exists()
@@ -229,5 +232,5 @@ def test_through_the_launcher(data, tmp_path):
     fails(batch, "batch: 15 does not divide by 2 ranks")
     fails(nowhere, "no such folder")
     assert "c10d" not in nowhere.stderr, (
-        "the other rank ends too, and does not lose its store with a trace"
+        "the other rank exits, without a traceback about the lost store"
     )

@@ -1,12 +1,11 @@
-"""Resuming on another number of ranks.
+"""Resume on another number of ranks.
 
-First the refusals, without any rank; then 2 -> 4 -> 1 ranks with every kind of state, ZeRO stage
-and precision.
+The fast tests check errors. The slow ones train on 2 -> 4 -> 1 ranks with every kind of state, ZeRO
+stage and precision, and check the results of tests/workers/elastic_worker.py.
+tests/run/train/test_resume.py kills and resumes complete runs.
 
     WHOLE=1 bash run/test.sh tests/run/train/test_elastic.py -s
-        prints the differences; else two cases fewer; -m "not slow" is the first part
-The slow cases check the results of tests/workers/elastic_worker.py, launched once on each number.
-Complete runs, killed: tests/run/train/test_resume.py.
+        prints the differences; without WHOLE it has two cases less
 """
 
 import json
@@ -25,7 +24,7 @@ from glimpse.tests.workers.elastic_worker import CASES, RANK_COUNTS, STEPS_PER_L
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """Return a checkpoint of two ranks at stage 3, whose files have only the right names."""
+    """Return a checkpoint of two ranks at stage 3; its files have the right names only."""
     path = tmp_path / "step-00000001"
     path.mkdir()
     for rank in range(2):
@@ -39,7 +38,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name, options", VARIANTS)
 def test_no_method_has_a_persistent_buffer(name, options):
-    """DeepSpeed's universal format would drop it, silently."""
+    """DeepSpeed's universal format would silently drop it."""
     check_buffers(build(name, **options))
 
 
@@ -60,14 +59,14 @@ def test_a_module_that_stands_in_two_places_is_no_buffer():
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(checkpoint):
     for rank in range(2):
-        # sparse
+        # a sparse file of 4 TiB
         os.truncate(checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", 4 << 40)
 
-    complaint = (
+    message = (
         r"a different number of ranks needs 21990\.2 GB of temporary disk space, .* GB are free;"
         " .* resume on 2 ranks"
     )
-    with pytest.raises(OSError, match=complaint):
+    with pytest.raises(OSError, match=message):
         convert_to_universal(checkpoint, checkpoint.with_name("universal-step-00000001"))
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
@@ -85,7 +84,7 @@ def test_a_conversion_that_fails_leaves_nothing(checkpoint):
 def results(tmp_path_factory):
     """Return {ranks: the results of tests/workers/elastic_worker.py}.
 
-    The later numbers go on from the earlier ones' checkpoints.
+    Each launch resumes from the checkpoints of the previous one.
     """
     data = write_dataset(tmp_path_factory.mktemp("elastic"))
     by_ranks = {}
@@ -101,43 +100,43 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("ranks", RANK_COUNTS[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_lost_on_another_number_of_ranks(results, name, ranks):
-    """All state is the saved one, bit for bit.
+    """All state equals the saved state, bit for bit.
 
-    Weights, fp32 copies, moments, frozen weights, averages, buffers and step counters.
+    That is weights, fp32 copies, moments, frozen weights, averages, buffers and step counters.
     """
     result = results[ranks][name]
     method = CASES[name][0]
     steps = STEPS_PER_LAUNCH * RANK_COUNTS.index(ranks)
 
     kinds = result["kinds"]
-    assert result["other"] == [], f"{len(result['other'])} of {sum(kinds.values())} tensors"
+    different = result["different"]
+    assert different == [], f"{len(different)} of {sum(kinds.values())} tensors"
     assert kinds["weight"] == kinds["fp32"] == kinds["exp_avg"] == kinds["exp_avg_sq"] > 35
     assert result["moments"] > 0
     assert kinds.get("frozen", 0) > 20 or method == "clip"
     assert kinds.get("average", 0) == 20 or method != "maskclip"
     assert result["resumed"] == [steps], "of every group, on every rank"
     assert result["counters"] == [steps + STEPS_PER_LAUNCH], "of every group, on every rank"
-    assert result["rules"] == results[RANK_COUNTS[0]][name]["rules"], (
-        "each group's own weight decay"
-    )
+    first_settings = results[RANK_COUNTS[0]][name]["group settings"]
+    assert result["group settings"] == first_settings, "each group has its own weight decay"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_losses_follow_those_of_a_run_that_stays(results, name):
-    """The losses are those of a run that stays, but for rounding.
+    """The losses differ from those of an uninterrupted run only by rounding.
 
-    In fp32 the order of sums differs; in bf16 the ranks' gradients are rounded before they are
-    summed.
+    In fp32 the order of sums differs. In bf16 gradients are also rounded before they are summed
+    over the ranks.
     """
-    straight = results[RANK_COUNTS[0]][name]["straight"]
+    uninterrupted = results[RANK_COUNTS[0]][name]["uninterrupted"]
     losses = [loss for ranks in RANK_COUNTS for loss in results[ranks][name]["losses"]]
-    far = max(abs(a - b) / b for a, b in zip(losses, straight, strict=True))
+    difference = max(abs(a - b) / b for a, b in zip(losses, uninterrupted, strict=True))
     order = " -> ".join(map(str, RANK_COUNTS))
     print(
-        f"{name}: {len(straight)} losses on {order} ranks, at most {far:.1e} from those on"
+        f"{name}: {len(losses)} losses on {order} ranks, at most {difference:.1e} from those on"
         f" {RANK_COUNTS[0]}"
     )
 
     bf16 = CASES[name][2]
-    assert far < (2e-2 if bf16 else 1e-4)
+    assert difference < (2e-2 if bf16 else 1e-4)

@@ -1,10 +1,8 @@
-"""The engine and its checkpoints.
-
-Gradients that are missing are named, the temperature stays exact, weights go from run to run
-unchanged.
+"""The engine and its checkpoints: missing gradients, the temperature under bf16, saving, loading.
 
     bash run/test.sh tests/run/train/test_engine.py
-The slow cases check the results of one launch of 2 ranks (tests/workers/engine_worker.py).
+
+The slow tests check the results of one launch of 2 ranks (tests/workers/engine_worker.py).
 """
 
 import json
@@ -43,18 +41,16 @@ def test_a_parameter_without_gradient_is_named(results, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_temperature_keeps_its_fp32_value(results, stage):
-    t = results[f"temperature {stage}"]
+    result = results[f"temperature {stage}"]
 
-    assert t["kind"] == "torch.bfloat16"
-    assert t["copy"] == float(torch.tensor(t["master"]).bfloat16())
-    assert t["copy"] != t["master"]
-    assert t["copy"] + t["residual"] == t["master"], (
-        "exact: the residual is smaller than fp32's last place of the copy"
-    )
-    assert t["scale"] == pytest.approx(math.exp(t["master"]), rel=1e-6)
-    assert abs(math.exp(t["copy"]) / t["scale"] - 1) > 1e-3, "which rounding would have changed"
-    assert t["clamped"] == pytest.approx(100, rel=1e-6)
-    assert math.isfinite(t["loss"])
+    assert result["dtype"] == "torch.bfloat16"
+    assert result["rounded"] == float(torch.tensor(result["master"]).bfloat16())
+    assert result["rounded"] != result["master"]
+    assert result["rounded"] + result["residual"] == result["master"], "exact"
+    assert result["scale"] == pytest.approx(math.exp(result["master"]), rel=1e-6)
+    assert abs(math.exp(result["rounded"]) / result["scale"] - 1) > 1e-3, "bf16 would be wrong"
+    assert result["clamped"] == pytest.approx(100, rel=1e-6)
+    assert math.isfinite(result["loss"])
 
 
 @pytest.mark.slow
@@ -62,7 +58,7 @@ def test_the_temperature_keeps_its_fp32_value(results, stage):
 def test_groups_under_zero3(results, flavour):
     """The groups are those of an unsharded method.
 
-    Though every sharded parameter looks one-dimensional and empty.
+    Under ZeRO-3 every parameter is one-dimensional and empty.
     """
     cfg = config.load(
         "run/configs/quickstart.yaml",
@@ -70,7 +66,7 @@ def test_groups_under_zero3(results, flavour):
     )
     method = build_method(cfg, 320)
     names = {id(p): name for name, p in method.named_parameters()}
-    patch_bias = {"towers.vision.patch.bias"}  # the worker's clip flavour keeps it
+    patch_bias = {"towers.vision.patch.bias"}  # the worker's clip flavor has it
 
     unsharded = parameter_groups(method, cfg.optim)
     for group, sharded in zip(unsharded, results[f"groups {flavour}"], strict=True):
@@ -96,23 +92,23 @@ def test_groups_under_zero3(results, flavour):
 def test_weights_go_from_run_to_run(results, case):
     """The fp32 values are read and loaded, bit for bit.
 
-    A case: stage, bf16, stage of the run that `init:` starts from it, with a frozen layer.
+    case: ZeRO stage and bf16 of the saved run, ZeRO stage of the run that starts from it.
     """
     result = results[f"saved {case}"]
 
     assert result["count"] > 90
     assert result["missing"] == []
-    assert result["read"] == []
-    assert result["loaded"] == []
+    assert result["read differently"] == []
+    assert result["loaded differently"] == []
     assert result["moments"] == 0, "the optimizer starts anew"
     assert result["steps"] == 0, "the optimizer starts anew"
-    assert result["kept"] == ["step-00000004", "step-00000005"]
+    assert result["checkpoints"] == ["step-00000004", "step-00000005"]
     assert result["newest"] == "step-00000005"
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(results):
-    assert results["stop"] == [3, 3], "asked before its third step (2), read one step later"
+    assert results["stop"] == [3, 3], "signalled before its third step (2), seen one step later"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +127,7 @@ def test_an_incomplete_method_cannot_be_made(base, lacks):
 
 
 @pytest.mark.parametrize(
-    "tree, complaint",
+    "ds_config, message",
     [
         (
             {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
@@ -141,11 +137,11 @@ def test_an_incomplete_method_cannot_be_made(base, lacks):
         ({"bf16": {"enabled": True}}, "bf16 without ZeRO .*; use stage 1"),
     ],
 )
-def test_what_a_deepspeed_json_may_not_say(tree, complaint, tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(tree))
+def test_what_a_deepspeed_json_may_not_set(ds_config, message, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(ds_config))
 
-    with pytest.raises(ValueError, match=f"deepspeed: {path}:? {complaint}"):
+    with pytest.raises(ValueError, match=f"deepspeed: {path}:? {message}"):
         read_deepspeed_json(str(path))
 
 
@@ -153,7 +149,7 @@ SHARD = "0_optim_states.pt"
 
 
 class Engine:
-    """The attributes of an engine that `save` reads, writing two files."""
+    """An engine with the attributes that checkpoint.save() uses; it writes two files."""
 
     samples = 160
     stage = 3
@@ -202,7 +198,7 @@ def test_the_newest_are_kept(folder):
 
 
 @pytest.mark.parametrize(
-    "tear, flaw",
+    "damage, message",
     [
         (
             lambda path: (path / "sub" / "b.pt").write_bytes(bytes(999)),
@@ -216,16 +212,17 @@ def test_the_newest_are_kept(folder):
         (lambda path: (path / "manifest.json").write_text('{"st'), ""),
     ],
 )
-def test_a_torn_checkpoint_is_skipped_and_written_again(folder, tear, flaw):
-    """Training goes on from an older checkpoint.
+def test_a_torn_checkpoint_is_skipped_and_written_again(folder, damage, message):
+    """Training resumes from an older checkpoint.
 
-    Whoever asks for the weights of a damaged one does not get an older one silently.
+    Reading the weights of a run fails if its newest checkpoint is damaged, instead of silently
+    reading an older one.
     """
-    tear(folder / "step-00000004")
+    damage(folder / "step-00000004")
 
     assert steps(folder) == [3, 2]
-    if flaw:
-        with pytest.raises(ValueError, match=flaw):
+    if message:
+        with pytest.raises(ValueError, match=message):
             checkpoint.newest_checkpoint(folder.parent)
     else:
         assert checkpoint.newest_checkpoint(folder.parent).name == "step-00000003"
@@ -237,15 +234,16 @@ def test_a_torn_checkpoint_is_skipped_and_written_again(folder, tear, flaw):
 
 
 def test_no_checkpoint_and_another_model(folder, tmp_path):
-    none = tmp_path / "none"
+    run = tmp_path / "run"
     causal = dict(model=dict(size="B/16", text=dict(causal=True)))
     bidirectional = dict(model=dict(size="B/16", text=dict(causal=False)))
 
     with pytest.raises(ValueError, match="no such folder"):
-        checkpoint.newest_checkpoint(none)
-    none.mkdir()
+        checkpoint.newest_checkpoint(run)
+
+    run.mkdir()
     with pytest.raises(ValueError, match="no complete checkpoint"):
-        checkpoint.newest_checkpoint(none)
+        checkpoint.newest_checkpoint(run)
 
     path = checkpoint.save(Engine(9), folder, dict(identity=causal), keep=3)
     checkpoint.check_identity(path, causal)

@@ -1,6 +1,6 @@
-"""Models at a path: runs, their checkpoints and converted models by any of their names.
+"""Find and load models by path: runs, checkpoints and converted models.
 
-Anything else there is an error that names it.
+Other paths are errors that name the path.
 
     bash run/test.sh tests/run/train/test_load_model.py
 """
@@ -62,14 +62,14 @@ def test_a_checkpoint_by_any_of_its_names(trained, monkeypatch, tmp_path, conver
         (trained.parent, "run"),
     ):
         monkeypatch.chdir(where)
-        code, out, complaint = convert("inspect", name)
-        assert code == 0, (where, name, complaint)
+        code, out, errors = convert("inspect", name)
+        assert code == 0, (where, name, errors)
         assert str(newest) in out, (where, name)
         assert "samples" in out, (where, name)
 
     monkeypatch.chdir(checkpoints)
-    code, out, complaint = convert("glimpse", "step-00000002", tmp_path / "out")
-    assert code == 0, complaint
+    code, out, errors = convert("glimpse", "step-00000002", tmp_path / "out")
+    assert code == 0, errors
     assert "step-00000002, after step 2, 32 samples" in out
 
 
@@ -79,10 +79,10 @@ def test_a_damaged_checkpoint_is_not_silently_an_older_one(trained, tmp_path, co
     shard.write_bytes(shard.read_bytes()[:-5000])
 
     for source in ("run", "run/checkpoints/step-00000004"):
-        code, _, complaint = convert("glimpse", tmp_path / source, tmp_path / "out")
+        code, _, errors = convert("glimpse", tmp_path / source, tmp_path / "out")
         assert code == 2
-        assert f"step-00000004: {shard.name} has" in complaint
-        assert "damaged, or still being copied" in complaint
+        assert f"step-00000004: {shard.name} has" in errors
+        assert "damaged, or still being copied" in errors
 
     code, out, _ = convert("glimpse", tmp_path / "run/checkpoints/step-00000002", tmp_path / "out")
     assert code == 0
@@ -93,40 +93,40 @@ def test_deepspeeds_files_alone(trained, tmp_path, convert):
     shutil.copytree(trained / "checkpoints/step-00000004", tmp_path / "copied")
     (tmp_path / "copied/manifest.json").unlink()
 
-    code, _, complaint = convert("inspect", tmp_path / "copied")
+    code, _, errors = convert("inspect", tmp_path / "copied")
 
     assert code == 2
-    assert "1 ranks' files of a DeepSpeed checkpoint, but no manifest.json" in complaint
+    assert "1 ranks' files of a DeepSpeed checkpoint, but no manifest.json" in errors
 
 
 def test_a_run_may_be_moved(trained, tmp_path, convert):
-    """Its vocabulary lies in it."""
+    """Its folder has a copy of the vocabulary."""
     moved = tmp_path / "moved"
     shutil.copytree(trained, moved)
     saved = moved / "config.yaml"
     saved.write_text(saved.read_text().replace(str(trained.parent), str(tmp_path / "gone")))
 
-    code, _, complaint = convert("glimpse", moved, tmp_path / "out")
-    assert code == 0, complaint
+    code, _, errors = convert("glimpse", moved, tmp_path / "out")
+    assert code == 0, errors
     vocab = (trained / "tokenizer.model").read_bytes()
     assert (tmp_path / "out/tokenizer.model").read_bytes() == vocab
 
-    code, out, complaint = convert("megatron", moved, tmp_path / "mg", "--tp", "2")
-    assert code == 0, complaint
+    code, out, errors = convert("megatron", moved, tmp_path / "mg", "--tp", "2")
+    assert code == 0, errors
     assert "in 2 pieces, a tensor-parallel rank each" in out
     assert "not run in megatron's own code" in out
 
-    code, _, complaint = convert("flip_jax", moved, tmp_path / "flip")
-    assert code == 0, complaint
+    code, _, errors = convert("flip_jax", moved, tmp_path / "flip")
+    assert code == 0, errors
     _, out, _ = convert("inspect", tmp_path / "flip")
     assert f"tokenizer sentencepiece({tmp_path}/flip/tokenizer.model)" in out
 
 
 def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch):
-    """Its vocabulary lies in it, and is found from wherever training starts."""
+    """Its folder has the vocabulary, which is found from any working directory."""
     monkeypatch.chdir(tmp_path)
-    code, _, complaint = convert("glimpse", trained, "out")
-    assert code == 0, complaint
+    code, _, errors = convert("glimpse", trained, "out")
+    assert code == 0, errors
     (tmp_path / "out").rename(tmp_path / "moved")
     tree = dict(
         base="moved/config.json",
@@ -151,29 +151,29 @@ def test_a_converted_model_may_be_moved(trained, tmp_path, convert, monkeypatch)
 
 
 def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
-    open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "theirs")
+    open_clip.save(made(*FLAVOURS["CLIP"]), tmp_path / "foreign")
 
-    complaint = (
-        "theirs: a model in open_clip format; .* `python run/convert.py glimpse .*theirs OUT`"
+    message = (
+        "foreign: a model in open_clip format; .* `python run/convert.py glimpse .*foreign OUT`"
     )
-    with pytest.raises(ValueError, match=complaint):
-        load_model.find_model(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=message):
+        load_model.find_model(tmp_path / "foreign")
 
 
-def test_what_a_converted_model_does_not_say(tmp_path):
-    folder = tmp_path / "ours"
+def test_a_converted_model_without_a_key(tmp_path):
+    folder = tmp_path / "converted"
     portable.save(made(*FLAVOURS["CLIP"]), folder)
     tree = json.loads((folder / "config.json").read_text())
     del tree["provenance"]["fingerprint"]
     (folder / "config.json").write_text(json.dumps(tree))
 
-    complaint = "config.json: provenance.fingerprint missing; convert the model again"
-    with pytest.raises(ValueError, match=complaint):
+    message = "config.json: provenance.fingerprint missing; convert the model again"
+    with pytest.raises(ValueError, match=message):
         load_model.open_model(folder)
 
 
 @pytest.mark.parametrize(
-    "damage, complaint",
+    "damage, message",
     [
         (lambda tree: tree.pop("model"), "config.json: model missing; convert"),
         (
@@ -187,9 +187,9 @@ def test_what_a_converted_model_does_not_say(tmp_path):
         (None, "config.json: no json"),
     ],
 )
-def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_path):
-    """By what looks at a model, and by what starts from it."""
-    folder = tmp_path / "ours"
+def test_a_damaged_config_is_reported_wherever_it_is_read(damage, message, tmp_path):
+    """Opening a model and starting a run from it both name the missing key."""
+    folder = tmp_path / "converted"
     portable.save(made(*FLAVOURS["CLIP"]), folder)
     cfg = load_model.read_run_config(folder).model
     file = folder / "config.json"
@@ -200,53 +200,53 @@ def test_a_damaged_config_is_told_wherever_it_is_read(damage, complaint, tmp_pat
     else:
         file.write_text("{x")
 
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         load_model.open_model(load_model.find_model(folder))
-    with pytest.raises(ValueError, match=f"init: .*{complaint}"):
+    with pytest.raises(ValueError, match=f"init: .*{message}"):
         initial_weights.find_source("init", str(folder), initial_weights.check_init_source, cfg, "")
 
 
 @pytest.mark.parametrize(
-    "shapes, under, complaint",
+    "shapes, required_prefix, message",
     [
         ({"a": (2,), "b": (1,)}, None, "has no weights for b"),
         ({"a": (3,)}, None, r"a has shape \(2,\), in this config it has \(3,\)"),
         ({"a": (2,)}, "", "no parameter c; "),
     ],
 )
-def test_weights_are_compared_before_any_are_sent(shapes, under, complaint, tmp_path):
+def test_weights_are_compared_before_any_are_sent(shapes, required_prefix, message, tmp_path):
     source = Tensors.held({"a": torch.ones(2), "c": torch.ones(1)})
     expected = {name: torch.Size(shape) for name, shape in shapes.items()}
 
-    with pytest.raises(ValueError, match=complaint):
-        load_model.check_names_and_shapes(tmp_path, source, expected, under)
+    with pytest.raises(ValueError, match=message):
+        load_model.check_names_and_shapes(tmp_path, source, expected, required_prefix)
     assert load_model.check_names_and_shapes(tmp_path, source, {"a": torch.Size([2])}, None) == ""
 
 
 def test_where_a_run_starts_is_looked_up_once(monkeypatch):
-    """A run that is still trained may have a newer checkpoint when the fp32 copies are written."""
+    """The source run may save a newer checkpoint before the fp32 copies are written."""
     lookups = []
-    loads = []
+    load_calls = []
 
-    def found_places(*_):
+    def weight_sources(*_):
         lookups.append(1)
-        return [("step-1", {"weight": "a", "bias": "b"}, "under")]
+        return [("step-1", {"weight": "a", "bias": "b"}, "prefix")]
 
-    def load(method, *where):
-        loads.append(where)
+    def load_weights(method, *source):
+        load_calls.append(source)
 
-    monkeypatch.setattr(initial_weights, "weight_sources", found_places)
-    monkeypatch.setattr(initial_weights, "load_weights", load)
+    monkeypatch.setattr(initial_weights, "weight_sources", weight_sources)
+    monkeypatch.setattr(initial_weights, "load_weights", load_weights)
     method = torch.nn.Linear(2, 2)
 
-    put = initial_weights.init_weights("run", "vocabulary")
-    put(method)
-    method.weight._hp_mapping = None  # DeepSpeed marks the parameters with an fp32 copy so
-    put(method)
+    load = initial_weights.init_weights("run", "vocabulary")
+    load(method)
+    method.weight._hp_mapping = None  # the attribute of parameters with an fp32 copy
+    load(method)
 
     assert len(lookups) == 1
-    assert loads == [
-        ("step-1", {"weight": "a", "bias": "b"}, "under"),
+    assert load_calls == [
+        ("step-1", {"weight": "a", "bias": "b"}, "prefix"),
         ("step-1", {"weight": "a"}, None),
     ]
 
@@ -282,7 +282,7 @@ def test_a_checksum_tells_models_apart():
 
 
 def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
-    """Copied from one that is read-only; a newer one takes its place."""
+    """The copy of a read-only file is writable, and a newer file replaces it."""
     vocab = tmp_path / "tokenizer.model"
     copied = tmp_path / "run/tokenizer.model"
     copied.parent.mkdir()
@@ -302,7 +302,7 @@ def test_a_vocabulary_is_kept_again_though_it_cannot_be_written(tmp_path):
 
 
 def test_memory_is_that_of_the_group(tmp_path):
-    """A job may use only a little of a large machine's memory; cached files do not count."""
+    """The cgroup of a job may limit its memory; cached files do not count as used."""
     job = tmp_path / "cgroup"
     job.write_text("0::/slurm/job_1\n")
     group = tmp_path / "fs/slurm/job_1"
@@ -319,10 +319,10 @@ def test_memory_is_that_of_the_group(tmp_path):
 
 
 def test_a_large_tensor_is_in_memory_once(tmp_path):
-    """Read out of a shard without a second copy beside it."""
+    """A tensor is read from its shards without a second copy in memory."""
     torch.save({"w": torch.ones(16 << 20)}, tmp_path / "x.pt")
 
-    grown = memory_growth(
+    megabytes = memory_growth(
         f"""
 import torch
 from pathlib import Path
@@ -335,4 +335,4 @@ tensors = zero_reader.build_tensors({{"w": (torch.Size([16 << 20]), halves)}})""
 assert float(tensors["w"].sum()) == 16 << 20""",
     )
 
-    assert 60 < grown < 80, "of 64 MiB"
+    assert 60 < megabytes < 80, "the tensor has 64 MiB"

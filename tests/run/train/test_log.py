@@ -1,8 +1,6 @@
-"""The records of a run, and numbers and tables for people.
+"""The records of a run, its progress line, and the formatting of numbers and tables.
 
-One JSON object a line, nothing on other ranks than 0, trimmed on resume.
-
-    bash run/test.sh tests/run/train/test_log.py
+bash run/test.sh tests/run/train/test_log.py
 """
 
 import json
@@ -15,12 +13,12 @@ from glimpse.run.train.log import Log, format_count, format_duration, format_res
 
 
 def strict(path):
-    """Return the records of a file; refuse the constants that JSON does not have."""
+    """Return the records of a file; NaN and Infinity, which are not JSON, are errors."""
 
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+    def fail(name):
+        raise AssertionError(f"{name} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [json.loads(line, parse_constant=fail) for line in path.read_text().splitlines()]
 
 
 def test_records(tmp_path, capsys):
@@ -44,12 +42,12 @@ def test_records(tmp_path, capsys):
     log.info("hello")
     log.close()
 
-    # the records
+    # metrics.jsonl
     first, second = strict(tmp_path / "metrics.jsonl")
     expected = dict(step=1, samples=256, loss=5.5, lr=1e-3, temperature=0.07)
     assert first.items() >= expected.items()
     assert "grad_norm" not in first
-    assert "samples_per_s" not in first, "no speed of the first step: it warms up"
+    assert "samples_per_s" not in first, "the first step has no speed: it warms up"
     assert second["grad_norm"] is None
     assert second["accuracy"] is None
     assert second["loss"] == 4.25
@@ -57,7 +55,7 @@ def test_records(tmp_path, capsys):
     assert second["mfu"] == pytest.approx(second["samples_per_s"] * 1e9 / 1e12)
     assert second["stall"] == pytest.approx(0.02 * second["samples_per_s"] / 2560)
 
-    # the lines for people
+    # terminal, log.txt and TensorBoard
     out = capsys.readouterr().out
     assert "step 11/40 · 2.82k samples · loss 4.2500 · temperature 0.0600" in out
     assert "ETA 0:" in out
@@ -84,8 +82,8 @@ def test_evaluations(tmp_path, capsys):
     record = dict(step=5, samples=1280, weights="student", **values)
     assert strict(tmp_path / "results.jsonl") == [record]
     last = strict(tmp_path / "metrics.jsonl")[-1]
-    assert last["samples_per_s"] > 256 / 0.05, "evaluating is no training time"
-    assert last["stall"] == 0, "evaluating is no training time"
+    assert last["samples_per_s"] > 256 / 0.05, "without the time of the evaluation"
+    assert last["stall"] == 0, "without the time of the evaluation"
     assert "(5x chance)" in capsys.readouterr().out
 
 
@@ -97,12 +95,13 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     log.info("hello")
     log.add_image("x", None, 0)
     log.close()
+
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
 
     log.warning("skipped 0.tar 17")
     out = capsys.readouterr().out
-    assert out == "rank 1: skipped 0.tar 17\n", "but for what is wrong with their own data"
+    assert out == "rank 1: skipped 0.tar 17\n", "warnings about their own data are printed"
 
 
 def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
@@ -112,7 +111,7 @@ def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path):
     log.close()
     records = tmp_path / "metrics.jsonl"
     with records.open("a") as file:
-        file.write('{"step": 7, "samples": 11')  # a kill cut it off; 11 is no more than 64
+        file.write('{"step": 7, "samples": 11')  # cut off by a kill; 11 is below 64
 
     drop_records_after(records, 64)
     assert [row["step"] for row in strict(records)] == [1, 2, 3, 4]

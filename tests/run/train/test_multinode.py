@@ -1,9 +1,8 @@
-"""Two machines train as one process does.
+"""Training on two nodes has the losses of one process.
 
-Each is started by its own `deepspeed --hostfile H --no_ssh --node_rank N`.
-
-The machines are network namespaces joined by a cable: what reaches the other goes over addresses,
-as between real hosts. Needs root and iproute2; skipped, with the reason, where they are missing.
+Each node is started with its own `deepspeed --hostfile H --no_ssh --node_rank N`. The nodes are
+network namespaces that a virtual cable connects, so they communicate over IP addresses like real
+hosts. Skipped if root or iproute2 is missing.
 """
 
 import json
@@ -18,15 +17,15 @@ import yaml
 
 from glimpse.tests.helpers.tiny import ROOT, environment, tiny_run_arguments, write_dataset
 
-# also the interfaces', which may have 15 letters
+# Of the namespaces and of the interfaces, which may have at most 15 characters.
 NAMES = [f"glimpse{os.getpid() % 100000}{side}" for side in "ab"]
 
 
 @pytest.fixture
 def nodes():
-    """Return the names of two namespaces, 10.77.0.1 and 10.77.0.2, joined by a cable.
+    """Return the names of two connected network namespaces, 10.77.0.1 and 10.77.0.2.
 
-    Each end of the cable has the name of its namespace.
+    The network interface in each has the same name as the namespace.
     """
     ip = shutil.which("ip")
     if not ip or os.geteuid():
@@ -39,12 +38,12 @@ def nodes():
     cable = ["link", "add", first, "netns", first]
     cable += ["type", "veth", "peer", "name", second, "netns", second]
     try:
-        # Make the namespaces and the cable; not every machine allows it.
+        # Create the namespaces and the cable; not every machine allows it.
         commands = [call("netns", "add", name) for name in NAMES]
         commands.append(call(*cable))
         errors = [done.stderr.strip() for done in commands if done.returncode]
         if errors:
-            pytest.skip(f"this machine makes no network namespaces: {errors[0]}")
+            pytest.skip(f"this machine allows no network namespaces: {errors[0]}")
 
         # Give each end of the cable its address.
         for n, name in enumerate(NAMES, 1):
@@ -67,7 +66,7 @@ def losses(run):
 
 
 def start(name, number, hosts, *arguments):
-    """Start run/pretrain.py by DeepSpeed's launcher in a namespace."""
+    """Start run/pretrain.py with DeepSpeed's launcher in a namespace; number: the node's rank."""
     line = ["ip", "netns", "exec", name, "deepspeed"]
     line += ["--hostfile", str(hosts), "--no_ssh"]
     line += ["--node_rank", str(number), "--master_addr", "10.77.0.1"]
@@ -107,7 +106,7 @@ def test_two_nodes_train_as_one_process(nodes, tmp_path):
     first, second = outputs
     assert "2 ranks" in first
     assert "step 4/4" in first
-    assert "step 4/4" not in second, "rank 0's node alone reports"
+    assert "step 4/4" not in second, "only the node of rank 0 prints progress"
     assert yaml.safe_load((two / "config.yaml").read_text())["provenance"]["ranks"] == 2
     assert len((two / "command.txt").read_text().splitlines()) == 1
     saved = list((two / "checkpoints/step-00000004").glob("*optim_states.pt"))

@@ -1,6 +1,6 @@
-"""The optimizer's groups, and the learning rate, against values worked out by hand.
+"""The optimizer's groups and the learning rate schedule, against values computed by hand.
 
-Under ZeRO-3: test_engine.py.
+test_engine.py compares the groups under ZeRO-3.
 
     bash run/test.sh tests/run/train/test_optim.py
 """
@@ -39,29 +39,26 @@ def method_and_config(flavour, *more):
     return build_method(cfg, 320), cfg
 
 
-def free_names(method, cfg):
-    """Return the names of the group without decay.
+def names_without_decay(method, cfg):
+    """Return the names of the parameters without weight decay.
 
     Checks that the two groups hold every trainable parameter once.
     """
-    decayed, free = parameter_groups(method, cfg.optim)
+    decayed, undecayed = parameter_groups(method, cfg.optim)
     assert decayed["weight_decay"] == 0.2
-    assert free["weight_decay"] == 0.0
+    assert undecayed["weight_decay"] == 0.0
 
     names = {id(p): name for name, p in method.named_parameters()}
     trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
-    grouped = [*decayed["params"], *free["params"]]
-    assert sorted(names[id(p)] for p in grouped) == sorted(trainable)
-    assert sum(p.numel() for p in grouped) == sum(p.numel() for p in trainable.values())
-    return {names[id(p)] for p in free["params"]}
+    members = [*decayed["params"], *undecayed["params"]]
+    assert sorted(names[id(p)] for p in members) == sorted(trainable)
+    assert sum(p.numel() for p in members) == sum(p.numel() for p in trainable.values())
+    return {names[id(p)] for p in undecayed["params"]}
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_groups(flavour):
-    """The groups of each recipe.
-
-    FLIP decays class token and temperature; open_clip its learned positions and embeddings.
-    """
+    """FLIP decays class token and temperature, open_clip its learned positions and embeddings."""
     method, cfg = method_and_config(flavour)
     parameters = dict(method.named_parameters())
     biases_and_norms = {n for n in parameters if n.endswith("bias") or "norm" in n}
@@ -77,12 +74,12 @@ def test_groups(flavour):
         "clip": {"towers.vision.cls", "towers.temperature.logit_scale"},
     }
 
-    free = free_names(method, cfg)
+    undecayed = names_without_decay(method, cfg)
 
-    assert biases_and_norms <= free
-    assert all(parameters[n].ndim == 1 for n in free if "positions" not in n)
-    assert free & special & parameters.keys() == expected[flavour]
-    assert free - special <= biases_and_norms
+    assert biases_and_norms <= undecayed
+    assert all(parameters[n].ndim == 1 for n in undecayed if "positions" not in n)
+    assert undecayed & special & parameters.keys() == expected[flavour]
+    assert undecayed - special <= biases_and_norms
     assert ("towers.vision.positions" in parameters) == (flavour == "clip")
 
 
@@ -90,16 +87,16 @@ def test_every_kind_can_be_switched_off_and_frozen_ones_are_left_out():
     method, cfg = method_and_config("clip", f"optim.no_decay=[{', '.join(PARAMETER_KINDS)}]")
     count = len(list(method.parameters()))
 
-    (everything,) = parameter_groups(method, cfg.optim)
-    assert everything["weight_decay"] == 0.0
-    assert len(everything["params"]) == count
+    (group,) = parameter_groups(method, cfg.optim)
+    assert group["weight_decay"] == 0.0
+    assert len(group["params"]) == count
 
-    (everything,) = parameter_groups(method, replace(cfg.optim, no_decay=()))
-    assert everything["weight_decay"] == 0.2
-    assert len(everything["params"]) == count
+    (group,) = parameter_groups(method, replace(cfg.optim, no_decay=()))
+    assert group["weight_decay"] == 0.2
+    assert len(group["params"]) == count
 
     frozen, cfg = method_and_config("flip", "model.vision.freeze_patch=true")
-    assert "towers.vision.patch.bias" not in free_names(frozen, cfg)
+    assert "towers.vision.patch.bias" not in names_without_decay(frozen, cfg)
 
 
 def test_a_shared_parameter_is_refused():
@@ -123,9 +120,9 @@ def test_kind():
 
 
 def test_flip_rates():
-    """FLIP's schedule.
+    """FLIP's schedule: 51.2M samples of warm-up to 1.024e-3, then a cosine to 0 at 12.8B.
 
-    4e-6 per 256 at batch 65,536 is 1.024e-3; 51.2M samples of warm-up, then a cosine to 0 at 12.8B.
+    The peak is 4e-6 per 256 at batch 65,536.
     """
     warmup = 51_200_000
     samples = 12_800_000_000
@@ -173,7 +170,7 @@ def test_slip_rates():
     assert max(rates) == pytest.approx(5e-4, rel=1e-4)
     assert rate(14_700_000 + 176_150_000) == pytest.approx(middle)
     assert rate(samples) == pytest.approx(1e-5)
-    assert rate(400_000_000) == pytest.approx(1e-5), "beyond the end it stays"
+    assert rate(400_000_000) == pytest.approx(1e-5), "constant after the end"
 
 
 def test_without_warmup_and_shorter_than_it():

@@ -1,10 +1,10 @@
-"""A run that is killed again and again sees every sample of every epoch once.
+"""A run that is killed repeatedly sees every sample of every epoch exactly once.
 
-It has the uninterrupted run's losses, also when it goes on on other numbers of ranks; its method
-has a teacher.
+It has the losses of an uninterrupted run, also when it resumes on other numbers of ranks. The
+method has a teacher.
 
     KILLS=10 bash run/test.sh tests/run/train/test_resume.py -s
-        the full count; CI kills fewer times
+        kills ten times; the default is three
 """
 
 import json
@@ -42,7 +42,7 @@ SCHEDULE = (
     "views.image.mask=random(0.75)",
     "model.vision.pool=mean",
     "options={momentum: [0.9, 0.99]}",
-    "optim.eps=1e-5",  # so large that rounding does not grow: tests/workers/curves_worker.py
+    "optim.eps=1e-5",  # see tiny_config() in tests/workers/curves_worker.py
 )
 
 
@@ -53,9 +53,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(data):
-    done = launch(2, "run/pretrain.py", *tiny_run_arguments(data, data / "straight", *SCHEDULE))
+    done = launch(
+        2, "run/pretrain.py", *tiny_run_arguments(data, data / "uninterrupted", *SCHEDULE)
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return losses(data / "straight")
+    return losses(data / "uninterrupted")
 
 
 def records(path):
@@ -66,10 +68,10 @@ def losses(run):
     return {row["samples"]: row["loss"] for row in records(run / "metrics.jsonl") if "loss" in row}
 
 
-def seen(run):
-    """Return {(epoch, shard, key): how often} over all of the run.
+def count_samples(run):
+    """Return {(epoch, shard, key): count} over the run, from its trace.
 
-    Each step counts as it was last taken.
+    Of steps that were repeated, only the last time counts.
     """
     steps = {}
     for path in sorted((run / "trace").glob("*.jsonl")):
@@ -82,32 +84,25 @@ def seen(run):
     return counts
 
 
-def check_multiset(run):
-    counts = seen(run)
+def check_epochs(run):
+    """Check that every epoch has every sample once."""
+    counts = count_samples(run)
     assert set(counts.values()) == {1}
     samples_of_epoch = Counter(epoch for epoch, _, _ in counts)
     assert samples_of_epoch == dict.fromkeys(range(EPOCHS), EPOCH)
 
 
-def relative(loss, reference):
-    return abs(loss - reference) / reference
-
-
-def largest(tensor):
-    return float(tensor.abs().max())
-
-
 def start(line, log):
-    """Start a command in a process group of its own; its output goes to the log."""
+    """Start a command in a new process group, with its output in an open log file."""
     return subprocess.Popen(
         line, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
     )
 
 
 def kill_at(data, run, ranks, step, *more):
-    """Start or resume the run, and kill -9 its process group at a step, or let it end.
+    """Start or resume the run, kill it once metrics.jsonl has the step, and return its exit code.
 
-    The step counts as reached once metrics.jsonl has it.
+    SIGKILL goes to the process group. more: config overrides.
     """
     resume = ["--resume"] if (run / "config.yaml").exists() else []
     line = launcher_command(
@@ -115,8 +110,8 @@ def kill_at(data, run, ranks, step, *more):
     )
     with (data / "killed.log").open("a") as log:
         process = start(line, log)
-        limit = time.time() + 120
-        while process.poll() is None and time.time() < limit:
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:
             has_records = (run / "metrics.jsonl").exists()
             if has_records and max(losses(run), default=0) >= step * BATCH:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -136,51 +131,53 @@ def test_killed_at_random_steps(data, uninterrupted):
     done = launch(2, "run/pretrain.py", *tiny_run_arguments(data, run, *SCHEDULE), "--resume")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
-    check_multiset(run)
+    check_epochs(run)
     assert losses(run) == uninterrupted, "bit for bit"
     print(
         f"killed at steps {kills}: {STEPS} losses bit-equal, {STEPS * BATCH} samples, each of"
-        f" {EPOCHS} epochs exact"
+        f" {EPOCHS} epochs exactly once"
     )
 
 
 @pytest.mark.slow
 def test_other_numbers_of_ranks_and_workers(data, uninterrupted):
-    # 2, 4, then 1 rank.
+    # Train on 2 ranks, then 4, then 1.
     run = data / "elastic"
     assert kill_at(data, run, 2, 14) == -signal.SIGKILL
-    left = run / "checkpoints" / "universal-step-00000004"
-    left.mkdir()  # as a job leaves it that is killed while it converts
+    leftover = run / "checkpoints" / "universal-step-00000004"
+    leftover.mkdir()  # as after a job that was killed during the conversion
     assert kill_at(data, run, 4, 26, "data.workers=2") == -signal.SIGKILL
-    assert not left.exists()
+    assert not leftover.exists()
     last = tiny_run_arguments(data, run, *SCHEDULE, "data.workers=0")
     done = launch(1, "run/pretrain.py", *last, "--resume")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
-    # Compare with the run that stayed on 2 ranks.
+    # Compare with the uninterrupted run on 2 ranks.
     prefixes = {path.name[:5] for path in (run / "checkpoints").iterdir() if path.is_dir()}
     resumed = losses(run)
-    far = max(relative(resumed[step], loss) for step, loss in uninterrupted.items())
-    ours = zero_reader.read_weights(checkpoint.newest_checkpoint(run))
-    reference = zero_reader.read_weights(checkpoint.newest_checkpoint(data / "straight"))
-    apart = max(largest(ours[name] - reference[name]) for name in reference)
+    loss_difference = max(abs(resumed[step] - loss) / loss for step, loss in uninterrupted.items())
+    weights = zero_reader.read_weights(checkpoint.newest_checkpoint(run))
+    reference = zero_reader.read_weights(checkpoint.newest_checkpoint(data / "uninterrupted"))
+    weight_difference = max(
+        float((weights[name] - reference[name]).abs().max()) for name in reference
+    )
     print(
-        f"2 -> 4 -> 1 ranks, 1 -> 2 -> 0 workers: losses at most {far:.1e} apart, weights, the"
-        f" teacher's too, {apart:.1e}"
+        f"2 -> 4 -> 1 ranks, 1 -> 2 -> 0 workers: losses differ by at most {loss_difference:.1e},"
+        f" weights (of the teacher too) by {weight_difference:.1e}"
     )
 
     assert prefixes == {"step-"}
-    check_multiset(run)
+    check_epochs(run)
     assert resumed.keys() == uninterrupted.keys()
-    assert far < 1e-4
-    assert ours.keys() == reference.keys()
-    assert apart < 1e-4
+    assert loss_difference < 1e-4
+    assert weights.keys() == reference.keys()
+    assert weight_difference < 1e-4
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_leaves(data):
-    run = data / "asked"
-    output = data / "asked.log"
+    run = data / "stopped"
+    output = data / "stopped.log"
     more = tiny_run_arguments(data, run, "samples=1600k", "data.workers=1")
     with output.open("w") as log:
         process = start(launcher_command(2, "run/pretrain.py", *more), log)
@@ -188,23 +185,23 @@ def test_sigterm_saves_and_leaves(data):
             assert process.poll() is None, output.read_text()
             time.sleep(0.1)
 
-        # as a scheduler or Ctrl-C does; DeepSpeed's launcher passes nothing on from itself alone
+        # To the process group, as from a scheduler or Ctrl-C; the launcher forwards no signals.
         begin = time.time()
         os.killpg(process.pid, signal.SIGTERM)
-        # the launcher leaves before its ranks do
+        # The launcher exits before its ranks do.
         while "continue with --resume" not in output.read_text():
             assert time.time() - begin < 30, output.read_text()[-2000:]
             time.sleep(0.1)
         process.wait()
 
     manifest = json.loads(next((run / "checkpoints").glob("step-*/manifest.json")).read_text())
-    assert manifest["samples"] == max(losses(run)), "what was saved is where the run stopped"
-    print(f"SIGTERM: saved and left in {time.time() - begin:.1f} s")
+    assert manifest["samples"] == max(losses(run)), "saved at the last step"
+    print(f"SIGTERM: saved and exited in {time.time() - begin:.1f} s")
 
 
 @pytest.mark.slow
 def test_a_failing_rank_ends_the_job(data):
-    """Rank 1 dies at its third step; the job is over within a minute, with its message."""
+    """Rank 1 fails in its third step; the job ends within a minute, with the error message."""
     begin = time.time()
     done = launch(2, "tests/workers/failing_worker.py", *tiny_run_arguments(data, data / "failing"))
 

@@ -1,11 +1,10 @@
-"""Teachers under ZeRO-3.
+"""Teachers under ZeRO-3, and resuming of every method.
 
-A rank's part of the moving average is that of a plain fp32 average of unsharded weights.
-
-Every method that stops goes on as if it had not, a teacher also on another number of ranks.
+The sharded moving average equals an average that is computed on full fp32 tensors. A resumed run
+has the losses of an uninterrupted one, with a teacher also on another number of ranks.
 
     WHOLE=1 bash run/test.sh tests/run/train/test_teacher.py -s
-        prints the differences; else 30 steps instead of 50
+        prints the differences; without WHOLE it takes 30 steps instead of 50
 """
 
 import json
@@ -22,7 +21,7 @@ OTHERS = ("slip", "mae")
 def results(tmp_path_factory):
     """Return {ranks: the results of tests/workers/teacher_worker.py}.
 
-    Of 2 ranks, and of 1 that goes on from their checkpoints.
+    2 ranks, then 1 rank that resumes from their checkpoints.
     """
     data = write_dataset(tmp_path_factory.mktemp("teacher"))
     by_ranks = {}
@@ -34,8 +33,8 @@ def results(tmp_path_factory):
     return by_ranks
 
 
-def apart(losses: list[float], reference: list[float]) -> float:
-    """Return the largest relative difference of two curves."""
+def relative_difference(losses: list[float], reference: list[float]) -> float:
+    """Return the largest relative difference between two loss curves."""
     return max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
 
 
@@ -44,27 +43,27 @@ def apart(losses: list[float], reference: list[float]) -> float:
 def test_the_teacher_is_the_plain_average(results, name):
     result = results[2][name]
     print(
-        f"{name}: {result['apart']:.1e} from the plain average after the last step on 2 ranks; a"
-        f" rank holds {result['share']:.3f} of it"
+        f"{name}: {result['final difference']:.1e} from the plain average after the last step on 2"
+        f" ranks; a rank holds {result['share']:.3f} of it"
     )
 
-    assert result["begun"] == 0
-    assert result["apart"] < 1e-6
-    assert result["moved"] > 1e-3, "the student has gone on, or equal averages say little"
+    assert result["initial difference"] == 0
+    assert result["final difference"] < 1e-6
+    assert result["student difference"] > 1e-3, "otherwise equal averages would prove nothing"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_costs_its_shard(results, name):
-    """Each of 2 ranks holds half of it; nothing of it is in the optimizer.
+    """Each of 2 ranks holds half of the averages, and none is in the optimizer.
 
-    Under fp32 it is in the teacher's own memory.
+    In fp32 the averages use the memory of the teacher's shards.
     """
     result = results[2][name]
     half = result["trainable"] / 2
 
     assert 0.5 <= result["share"] < 0.505
-    assert result["held"] == 1
+    assert result["share of shards"] == 1
     assert half <= result["optimized"] < 1.02 * half
 
 
@@ -72,41 +71,38 @@ def test_a_teacher_costs_its_shard(results, name):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_goes_on_on_one_rank(results, name):
     result = results[1][name]
-    far = apart(result["losses"], results[2][name]["straight"])
+    difference = relative_difference(result["losses"], results[2][name]["uninterrupted"])
     print(
-        f"{name}: resumed on 1 rank {result['begun']:.1e}, at the end {result['apart']:.1e} from"
-        f" the plain average; losses {far:.1e}"
+        f"{name}: on 1 rank {result['initial difference']:.1e} from the plain average at the start,"
+        f" {result['final difference']:.1e} at the end; losses {difference:.1e}"
     )
 
     assert result["same teacher"], "bit for bit"
-    assert result["begun"] < 1e-6
-    assert result["apart"] < 1e-6
-    assert far < 1e-4
+    assert result["initial difference"] < 1e-6
+    assert result["final difference"] < 1e-6
+    assert difference < 1e-4
 
 
 @pytest.mark.slow
 def test_stage_1_in_bf16_goes_on_from_a_converted_checkpoint(results):
-    """On as many ranks the losses are the same, bit for bit.
+    """On the same number of ranks the losses are equal, bit for bit.
 
-    On one rank it starts from equal weights and averages; its losses have another order of
-    rounding.
+    On one rank weights and averages are equal; the losses differ by rounding.
     """
-    two_ranks = results[2]["rounded"]
-    one_rank = results[1]["rounded"]
-    far = apart(one_rank["losses"], two_ranks["straight"])
-    print(
-        f"maskclip, stage 1, bf16: losses after the resume on 1 rank {far:.1e} from the two ranks'"
-    )
+    two_ranks = results[2]["bf16"]
+    one_rank = results[1]["bf16"]
+    difference = relative_difference(one_rank["losses"], two_ranks["uninterrupted"])
+    print(f"maskclip, stage 1, bf16: losses on 1 rank {difference:.1e} from those on 2 ranks")
 
-    assert two_ranks["resumed"] == two_ranks["straight"], "bit for bit"
+    assert two_ranks["resumed"] == two_ranks["uninterrupted"], "bit for bit"
     assert one_rank["same teacher"], "bit for bit"
     assert one_rank["same weights"], "bit for bit"
-    assert far < 2e-2
+    assert difference < 2e-2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEACHERS + OTHERS)
 def test_going_on_changes_nothing(results, name):
     result = results[2][name]
-    assert result["resumed"] == result["straight"], "bit for bit"
+    assert result["resumed"] == result["uninterrupted"], "bit for bit"
     assert result.get("same teacher", True)
