@@ -1,5 +1,5 @@
-"""The shape of the codebase: which package may import which, what training loads, and the README's
-tree.
+"""The architecture: allowed imports between packages, the modules that training loads, and the
+tree of folders in the README.
 """
 
 import ast
@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("data", "model", "run", "tests")
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in TOPS for p in (ROOT / top).rglob("*.py"))
 
-# The longest prefix that matches a file names the packages it may import; "-x" takes one of them
-# away again.  data/ and model/ do not know each other; run/ is where they meet.
+# {prefix of a file's path: packages that it may import}. The longest prefix applies; "-x" excludes a
+# package. data/ and model/ do not import each other; run/ combines them.
 MAY_IMPORT = {
     "data/": {"data", "-data.evals", "-data.builders"},
     "data/evals/": {"data", "-data.builders"},
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "run/verify/": {"data", "model", "run.lib", "run.train", "run.verify"},
     "tests/": set(TOPS),
 }
-# What these files import beyond that, inside functions: when it is used, and not before.
+# Packages that these files may also import, but only inside functions.
 LAZILY = {
     "run/train/load_model.py": {"model.convert", "model.downstream"},
 }
@@ -71,20 +71,20 @@ ONLY_IN = {
     "matplotlib": ("run/reports/plots.py",),
     "argparse": ("run/", "model/safe_unpickler.py", "tests/"),
 }
-MOST = 50  # modules that run/pretrain.py may reach
+MAX_MODULES = 50  # that run/pretrain.py may load
 
 
 def imports(source: str):
-    """(dotted name, line, inside a function) of everything that a source imports; the name of a
-    relative import begins with a dot.
+    """Yield (dotted name, line, is inside a function) of everything that a source imports.
+
+    The name of a relative import starts with a dot.
     """
     tree = ast.parse(source)
-    inner = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(function)
-    }
+    inside_functions = set()
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inside_functions.update(id(node) for node in ast.walk(function))
+
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -93,21 +93,25 @@ def imports(source: str):
         else:
             continue
         for name in names:
-            yield name, node.lineno, id(node) in inner
+            yield name, node.lineno, id(node) in inside_functions
 
 
 def within(name: str, package: str) -> bool:
+    """Return True if a dotted name is a package or inside it."""
     return name == package or name.startswith(package + ".")
 
 
 def allowed(name: str, rules: set[str]) -> bool:
-    """Return True if the longest rule that matches `name` admits it."""
+    """Return True if the longest rule that matches `name` allows it."""
     matches = [rule for rule in rules if within(name, rule.removeprefix("-"))]
-    return bool(matches) and not max(matches, key=lambda rule: len(rule.strip("-"))).startswith("-")
+    if not matches:
+        return False
+    longest = max(matches, key=lambda rule: len(rule.removeprefix("-")))
+    return not longest.startswith("-")
 
 
 def violations(path: str, source: str):
-    """Yield a line for everything in which the file at `path` breaks the rules."""
+    """Yield a message for each rule that the file at `path` breaks."""
     rules = MAY_IMPORT[max((p for p in MAY_IMPORT if path.startswith(p)), key=len)]
     for name, line, lazy in imports(source):
         if name.startswith("."):
@@ -115,13 +119,13 @@ def violations(path: str, source: str):
         elif name.split(".")[0] in TOPS:
             yield f"{path}:{line} imports {name}; write glimpse.{name}"
         elif name.startswith("glimpse."):
-            own = name.removeprefix("glimpse.")
-            extra = LAZILY.get(path, set()) if lazy else set()
-            if not allowed(own, rules) and not allowed(own, extra):
-                yield f"{path}:{line} imports {own}; it may import {sorted(rules)}"
-        for package, homes in ONLY_IN.items():
-            if within(name, package) and not path.startswith(homes):
-                yield f"{path}:{line} imports {package}; only {homes} may"
+            module = name.removeprefix("glimpse.")
+            lazy_rules = LAZILY.get(path, set()) if lazy else set()
+            if not allowed(module, rules) and not allowed(module, lazy_rules):
+                yield f"{path}:{line} imports {module}; it may import {sorted(rules)}"
+        for package, users in ONLY_IN.items():
+            if within(name, package) and not path.startswith(users):
+                yield f"{path}:{line} imports {package}; only {users} may"
     if not path.endswith("__init__.py") and not ast.get_docstring(ast.parse(source)):
         yield f"{path} has no module docstring"
 
@@ -132,7 +136,7 @@ def test_rules(path):
 
 
 @pytest.mark.parametrize(
-    "path, source, complaint",
+    "path, source, message",
     [
         ("data/x.py", "from glimpse.model.layers import Block", "imports model.layers.Block"),
         ("data/x.py", "from glimpse.data.evals import suites", "imports data.evals.suites"),
@@ -151,12 +155,12 @@ def test_rules(path):
         ("model/x.py", "x = 1", "no module docstring"),
     ],
 )
-def test_the_rules_can_fail(path, source, complaint):
-    assert any(complaint in violation for violation in violations(path, source))
+def test_the_rules_can_fail(path, source, message):
+    assert any(message in violation for violation in violations(path, source))
 
 
 def module_file(name: str) -> Path | None:
-    """Return the file of the longest prefix of a dotted name that is one of our modules."""
+    """Return the file of the longest prefix of a dotted name that is a module of glimpse."""
     parts = name.removeprefix("glimpse.").split(".")
     for n in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:n])
@@ -166,33 +170,38 @@ def module_file(name: str) -> Path | None:
     return None
 
 
-def reached(start: str) -> list[str]:
-    """Return the modules, other than empty ones, that a script loads before its main runs."""
-    seen: set[Path] = set()
-    todo = [ROOT / start]
-    while todo:
-        path = todo.pop()
-        if path in seen:
+def loaded_modules(script: str) -> list[str]:
+    """Return the files of the non-empty modules that importing a script loads."""
+    visited: set[Path] = set()
+    to_visit = [ROOT / script]
+    while to_visit:
+        path = to_visit.pop()
+        if path in visited:
             continue
-        seen.add(path)
-        todo += [ROOT / parent / "__init__.py" for parent in path.relative_to(ROOT).parents[:-1]]
+        visited.add(path)
+        # Importing a module also loads the __init__.py of its packages.
+        packages = path.relative_to(ROOT).parents[:-1]
+        to_visit += [ROOT / package / "__init__.py" for package in packages]
         for name, _, lazy in imports(path.read_text()):
-            if within(name, "glimpse") and not lazy:
-                todo += filter(None, [module_file(name)])
-    return sorted(p.relative_to(ROOT).as_posix() for p in seen if p.read_text().strip())
+            file = module_file(name)
+            if within(name, "glimpse") and not lazy and file:
+                to_visit.append(file)
+    return sorted(p.relative_to(ROOT).as_posix() for p in visited if p.read_text().strip())
 
 
 def test_training_reaches_only_the_core():
-    modules = reached("run/pretrain.py")
+    modules = loaded_modules("run/pretrain.py")
 
     core = re.compile(r"(data|model|model/methods|run|run/lib|run/train)/[^/]+\.py")
     assert not [path for path in modules if not core.fullmatch(path)]
-    assert len(modules) <= MOST, f"{len(modules)} modules: {modules}"
+    assert len(modules) <= MAX_MODULES, f"{len(modules)} modules: {modules}"
 
 
 def test_what_training_imports_needs_no_package_of_other_commands():
-    """A container without matplotlib, resvg and Node can train; nor is any code loaded that only
-    other commands use.  (msgpack comes with DeepSpeed, which imports it.)
+    """A container without matplotlib, resvg, Node and pyarrow can train.
+
+    No module of glimpse is loaded that only other commands use. (msgpack is a dependency of
+    DeepSpeed.)
     """
     program = """
 import sys
@@ -206,15 +215,18 @@ print(*(name for name in sys.modules if name.startswith("glimpse.")))
     )
     loaded = map(module_file, done.stdout.split())
     files = {path.relative_to(ROOT).as_posix() for path in loaded if path.read_text().strip()}
-    assert files == set(reached("run/pretrain.py"))
+    assert files == set(loaded_modules("run/pretrain.py"))
 
 
 def test_the_readme_tree_is_true():
     tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
-    missing = {path for path in named if not (ROOT / path).exists()}
-    assert not missing, f"README.md names {missing}, which are not there"
-    shown = {path for path in FILES if path.count("/") == 1 and not path.startswith("tests/")}
-    folders = {path.rpartition("/")[0] for path in FILES if not path.startswith("tests/")}
-    unnamed = {path for path in shown | folders if "__init__" not in path} - named
-    assert not unnamed, f"README.md's tree lacks {unnamed}"
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
+
+    missing = {path for path in listed if not (ROOT / path).exists()}
+    assert not missing, f"README.md lists {missing}, which do not exist"
+
+    code = [path for path in FILES if not path.startswith("tests/")]
+    top_files = {path for path in code if path.count("/") == 1 and "__init__" not in path}
+    folders = {path.rpartition("/")[0] for path in code}
+    unlisted = (top_files | folders) - listed
+    assert not unlisted, f"README.md's tree lacks {unlisted}"

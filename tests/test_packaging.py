@@ -1,6 +1,4 @@
-"""Installation: pyproject.toml maps the import name onto every folder, ships every file that the
-code reads, and names every package that the code imports.
-"""
+"""Installation: pyproject.toml must list every package, data file and dependency of the code."""
 
 import json
 import os
@@ -28,14 +26,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 EXTRAS = PROJECT["optional-dependencies"]
-# {module: the packages that bring it}
+# {module: the distributions that provide it}
 DISTRIBUTIONS = {
     module: set(map(canonicalize_name, packages))
     for module, packages in packages_distributions().items()
 }
-OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")  # of pip
+OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")  # options of pip
 
-# The optional packages that these files import at module level, by extra.
+# {file: the extra whose packages it imports at module level}
 OPTIONAL = {
     "run/evals/embeddings.py": "parquet",
     "run/reports/plots.py": "plots",
@@ -45,13 +43,13 @@ NEEDS = {"embed": "parquet", "report": "plots", "scaling": "plots"}
 
 
 def folder(package: str) -> Path:
-    """Return the folder of the checkout that holds a package."""
+    """Return the folder of a package in the checkout."""
     parts = package.split(".")
     for n in range(len(parts), 0, -1):
         name = ".".join(parts[:n])
         if name in SETUPTOOLS["package-dir"]:
             return ROOT.joinpath(SETUPTOOLS["package-dir"][name], *parts[n:])
-    raise ValueError(f"{package}: no entry of package-dir covers it")
+    raise ValueError(f"{package}: pyproject.toml has no package-dir for it")
 
 
 def sources() -> list[Path]:
@@ -60,7 +58,7 @@ def sources() -> list[Path]:
 
 
 def data_files() -> set[str]:
-    """Return the files that the code may read: all that are neither Python nor shell."""
+    """Return the files that the code may read: all but Python and shell files."""
     paths = [path for top in (*CODE, "ds_configs") for path in (ROOT / top).rglob("*")]
     return {
         path.relative_to(ROOT).as_posix()
@@ -70,20 +68,21 @@ def data_files() -> set[str]:
 
 
 def requirements(*groups: str) -> list[Requirement]:
-    """Return the requirements of extras; "" is what every installation brings."""
+    """Return the requirements of extras; "" stands for the required dependencies."""
     lines = []
     for group in groups:
         lines += EXTRAS[group] if group else PROJECT["dependencies"]
-    found = map(Requirement, lines)
-    return [requirement for requirement in found if requirement.name != PROJECT["name"]]
+    parsed = map(Requirement, lines)
+    return [requirement for requirement in parsed if requirement.name != PROJECT["name"]]
 
 
 def names(*groups: str) -> set[str]:
+    """Return the canonical names of the requirements of extras."""
     return {canonicalize_name(requirement.name) for requirement in requirements(*groups)}
 
 
 def pins(file: str) -> dict[str, str]:
-    """Return {package: version} of a requirements file."""
+    """Return {package: version} from a requirements file."""
     lines = (ROOT / file).read_text().splitlines()
     pairs = [line.split("==") for line in lines if not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in pairs}
@@ -121,31 +120,34 @@ def test_the_bounds_admit_the_pinned_versions(file, groups):
     assert names(*groups) == set(versions)
     for requirement in requirements(*groups):
         bounds = list(requirement.specifier)
-        assert [bound.operator for bound in bounds] == [">="], f"{requirement}: a lower bound alone"
+        assert [bound.operator for bound in bounds] == [">="], f"{requirement}: only a lower bound"
         version = versions[canonicalize_name(requirement.name)]
         assert version in requirement.specifier, f"{requirement}: {file} pins {version}"
 
 
 def test_developers_get_every_extra():
-    own = [line for line in EXTRAS["dev"] if Requirement(line).name == PROJECT["name"]]
+    project = [line for line in EXTRAS["dev"] if Requirement(line).name == PROJECT["name"]]
 
-    assert Requirement(own[0]).extras == set(EXTRAS) - {"dev"}
+    assert Requirement(project[0]).extras == set(EXTRAS) - {"dev"}
 
 
 @pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in sources()])
 def test_every_import_is_declared(path):
-    """What a file imports at module level comes with the package or with the file's extra; what a
-    function imports may be of any extra.
+    """Imports at module level are required dependencies, or in the extra of the file.
+
+    Imports inside functions may be in any extra.
     """
     extras = [extra for prefix, extra in OPTIONAL.items() if path.startswith(prefix)]
-    required, anywhere = names("", *extras), names("", *EXTRAS)
+    at_module_level = names("", *extras)
+    in_functions = names("", *EXTRAS)
 
     for name, line, lazy in imports((ROOT / path).read_text()):
         module = name.split(".")[0]
         if module in sys.stdlib_module_names or module == "glimpse":
             continue
         packages = DISTRIBUTIONS.get(module, {module})
-        assert packages & (anywhere if lazy else required), f"{path}:{line}: {name} is not declared"
+        declared = in_functions if lazy else at_module_level
+        assert packages & declared, f"{path}:{line}: {name} is not declared"
 
 
 def test_scripts_start_without_the_extras():
@@ -185,7 +187,7 @@ def test_the_docs_name_the_scripts_that_need_an_extra():
 
 
 def write_other_packages(where: Path) -> None:
-    """Write packages of a user, named as our folders are."""
+    """Write a user's packages that have the same names as folders of the checkout."""
     for name in CODE:
         (where / name).mkdir(parents=True)
         (where / name / "__init__.py").write_text("OWNER = 'user'\n")
@@ -193,7 +195,7 @@ def write_other_packages(where: Path) -> None:
 
 def test_a_checkout_runs_beside_packages_of_the_same_names(tmp_path):
     write_other_packages(tmp_path)
-    # loaded at the start of Python, before the script begins
+    # Python loads this file at start-up, before the script.
     (tmp_path / "sitecustomize.py").write_text("import data, model, run\nprint(run.OWNER)\n")
 
     done = subprocess.run(
@@ -210,7 +212,7 @@ def test_a_checkout_runs_beside_packages_of_the_same_names(tmp_path):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what is built: a build writes into its folder."""
+    """Return a copy of the files that a build needs, because a build writes into its folder."""
     copy = tmp_path_factory.mktemp("source") / "glimpse"
     for name in SETUPTOOLS["package-dir"].values():
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -221,13 +223,14 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
+    """Build a wheel, and return its path."""
     out = tmp_path_factory.mktemp("wheel")
     call(sys.executable, "-m", "pip", "wheel", *OFFLINE, "--wheel-dir", out, source)
     return next(out.glob("*.whl"))
 
 
 def call(*command, cwd: Path | None = None) -> str:
-    """Run a command without PYTHONPATH; return what it prints."""
+    """Run a command without PYTHONPATH, and return its stdout."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(map(str, command), cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -235,20 +238,20 @@ def call(*command, cwd: Path | None = None) -> str:
 
 
 def environment(where: Path) -> Path:
-    """Make a virtual environment that sees the packages of this one; return its Python."""
+    """Create a virtual environment that also has the packages of this one; return its Python."""
     venv.create(where, symlinks=True)
     paths = sysconfig.get_paths("venv", {"base": str(where), "platbase": str(where)})
     site = Path(paths["purelib"])
-    here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (site / "tests.pth").write_text("".join(f"{path}\n" for path in sorted(here)))
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "tests.pth").write_text("".join(f"{path}\n" for path in sorted(installed)))
     write_other_packages(site)
     return where / "bin" / "python"
 
 
 @pytest.mark.slow
 def test_a_wheel_holds_what_the_packages_are(wheel):
-    expected = {path.relative_to(ROOT).as_posix() for path in sources()} | data_files()
-    expected = {f"glimpse/{path}" for path in expected} | {"glimpse/__init__.py"}
+    paths = {path.relative_to(ROOT).as_posix() for path in sources()} | data_files()
+    expected = {f"glimpse/{path}" for path in paths} | {"glimpse/__init__.py"}
 
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
@@ -274,7 +277,10 @@ print(json.dumps({
     "files": [module.__file__ for module in (glimpse, glimpse.data, glimpse.model, glimpse.run)],
     "zero stage": read_deepspeed_json(config.deepspeed)["zero_optimization"]["stage"],
     "templates": len(templates("7")),
-    "read": [WORDNET.exists(), claims.CLAIMS_FILE.exists(), (grid.GRIDS_FOLDER / "methods.yaml").exists()],
+    "readable": [
+        file.exists()
+        for file in (WORDNET, claims.CLAIMS_FILE, grid.GRIDS_FOLDER / "methods.yaml")
+    ],
 }))
 """
 
@@ -291,12 +297,12 @@ def test_installed_beside_packages_of_the_same_names(how, wheel, source, tmp_pat
     report = json.loads(call(python, "-c", PROGRAM, cwd=elsewhere).splitlines()[-1])
     usage = call(python, "-m", "glimpse.run.prepare", "--help", cwd=elsewhere)
 
-    home = tmp_path / "venv" if how == "wheel" else source
+    root = tmp_path / "venv" if how == "wheel" else source
     assert report["owners"] == ["user"] * 3
     assert report["version"] == glimpse.__version__
-    assert Path(report["root"]).is_relative_to(home)
-    assert all(Path(file).is_relative_to(home) for file in report["files"])
+    assert Path(report["root"]).is_relative_to(root)
+    assert all(Path(file).is_relative_to(root) for file in report["files"])
     assert report["zero stage"] == 3
     assert report["templates"] == 7
-    assert all(report["read"])
+    assert report["readable"] == [True] * 3
     assert re.search(r"\bpairs\b", usage)
