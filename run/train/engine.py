@@ -80,8 +80,8 @@ def check_deepspeed_json(path: str, ds_config: dict) -> None:
         )
     if ds_config.get("fp16", {}).get("enabled"):
         raise ValueError(
-            f"deepspeed: {path} enables fp16; contrastive losses overflow in it (docs/launching.md),"
-            " so use bf16"
+            f"deepspeed: {path} enables fp16; contrastive losses overflow in it"
+            " (docs/launching.md), so use bf16"
         )
     if bf16 and not zero.get("stage"):
         raise ValueError(
