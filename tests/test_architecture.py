@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("data", "model", "run", "tests")
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in TOPS for p in (ROOT / top).rglob("*.py"))
 
-# {prefix of a file's path: packages that it may import}. The longest prefix applies; "-x" excludes a
-# package. data/ and model/ do not import each other; run/ combines them.
+# {prefix of a file's path: packages that it may import}. The longest prefix applies; "-x" excludes
+# a package. data/ and model/ do not import each other; run/ combines them.
 MAY_IMPORT = {
     "data/": {"data", "-data.evals", "-data.builders"},
     "data/evals/": {"data", "-data.builders"},
