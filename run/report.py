@@ -130,7 +130,7 @@ def model_gallery(
 ) -> tuple[dict, list[str], config.RunConfig]:
     """Return (columns of pictures, captions, config) of a model.
 
-    path: a return value of load_model.find.
+    path: a return value of load_model.find_model().
     images: folders of shards; by default the model's training data.
     """
     if not images:
