@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from glimpse.model.methods import METHODS
 from glimpse.run.evals import EVALS
@@ -27,6 +28,19 @@ def evaluation_modules() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names]
 
 
+def recipes(module: ModuleType) -> dict[str, Any]:
+    """Return {"RECIPES['name']": recipe} of an evaluation; {} if it has no recipes."""
+    by_name: dict[str, Any] = {}
+    for name, value in getattr(module, "RECIPES", {}).items():
+        key = f"RECIPES[{name!r}]"
+        # A tuple has one recipe for each size of tower.
+        if isinstance(value, tuple):
+            by_name.update({f"{key}[{i}]": recipe for i, recipe in enumerate(value)})
+        else:
+            by_name[key] = value
+    return by_name
+
+
 def nested_dataclasses(cls: type) -> Iterator[type]:
     """Yield a config dataclass and those that its fields have as their type, at any depth."""
     yield cls
@@ -37,14 +51,13 @@ def nested_dataclasses(cls: type) -> Iterator[type]:
 
 
 def config_dataclasses() -> set[type]:
-    """Return the dataclasses of RunConfig, and Options and Recipe of methods and evaluations."""
+    """Return the dataclasses of RunConfig, and those of all options and recipes."""
     classes = set(nested_dataclasses(RunConfig))
     for method in METHODS.values():
         classes.update(nested_dataclasses(method.Options))
     for module in evaluation_modules():
         classes.add(module.Options)
-        if hasattr(module, "Recipe"):
-            classes.add(module.Recipe)
+        classes.update(type(recipe) for recipe in recipes(module).values())
     return classes
 
 
@@ -71,15 +84,10 @@ def recipe_lines() -> list[str]:
     """Return `module.RECIPES['name'].field = value` for the recipes of every evaluation."""
     lines = []
     for module in evaluation_modules():
-        for recipe_name, value in getattr(module, "RECIPES", {}).items():
-            name = f"{module.__name__}.RECIPES[{recipe_name!r}]"
-            # A tuple has one recipe for each size of tower.
-            recipes = {name: value}
-            if isinstance(value, tuple):
-                recipes = {f"{name}[{i}]": recipe for i, recipe in enumerate(value)}
-            for key, recipe in recipes.items():
-                for field in dataclasses.fields(recipe):
-                    lines.append(f"{key}.{field.name} = {getattr(recipe, field.name)!r}")
+        for name, recipe in recipes(module).items():
+            for field in dataclasses.fields(recipe):
+                value = getattr(recipe, field.name)
+                lines.append(f"{module.__name__}.{name}.{field.name} = {value!r}")
     return lines
 
 
