@@ -26,27 +26,35 @@ import json
 import os
 import time
 
-from glimpse.data.evals.gallery import Texts, open_gallery
+from glimpse.data.evals.gallery import TextGallery, open_gallery
 from glimpse.run.evals.embed import BATCH, Embedder
-from glimpse.run.evals.embeddings import DTYPES, FORMATS, PART, About, Output, agree, embeddings
+from glimpse.run.evals.embeddings import (
+    DTYPES,
+    FORMATS,
+    PART_SIZE,
+    EmbeddingFolder,
+    EmbeddingsInfo,
+    check_ranks_agree,
+    write_embeddings,
+)
 from glimpse.run.lib import config, distributed
 from glimpse.run.train import load_model
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     path = load_model.find_model(Path(args.model).resolve())
     distributed.start()
 
     # What is embedded, and with which weights: all ranks, and a run that is resumed, must agree.
     gallery = distributed.rank0_first(
-        lambda: Texts(args.texts) if args.texts else open_gallery(args.images)
+        lambda: TextGallery(args.texts) if args.texts else open_gallery(args.images)
     )
     cfg, tokenizer, method = load_model.open_model(path)
     checksum = load_model.checksum(method.eval_towers(args.weights), cfg, tokenizer)
     source = args.texts or args.images
-    about = agree(
-        About(
+    about = check_ranks_agree(
+        EmbeddingsInfo(
             str(path),
             args.weights,
             checksum,
@@ -58,7 +66,7 @@ def main() -> None:
             args.part,
         )
     )
-    out = Output(args.out, about)
+    out = EmbeddingFolder(args.out, about)
 
     # The parts that are left to do, as rank 0 finds them.
     todo = json.loads(distributed.broadcast_from_rank0(lambda: json.dumps(out.begin(args.resume))))
@@ -66,7 +74,7 @@ def main() -> None:
         method,
         cfg,
         tokenizer,
-        home=load_model.results_folder(path),
+        results_folder=load_model.results_folder(path),
         tag=path.name,
         weights=args.weights,
     )
@@ -74,14 +82,14 @@ def main() -> None:
     if workers is None:
         workers = min(cfg.data.workers, len(os.sched_getaffinity(0)))
     begin = time.perf_counter()
-    embeddings(model, gallery, out, todo, args.batch, workers)
+    write_embeddings(model, gallery, out, todo, args.batch, workers)
     distributed.barrier()
     if distributed.rank() == 0:
         seconds = time.perf_counter() - begin
-        report(out, cfg.model.shape.embed, todo, seconds, not args.texts)
+        print_report(out, cfg.model.shape.embed, todo, seconds, not args.texts)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Return the checked command line."""
     parser = config.argument_parser(__doc__)
     parser.add_argument(
@@ -107,7 +115,11 @@ def arguments() -> argparse.Namespace:
         "--batch", type=int, default=BATCH, metavar="N", help="images that a rank embeds at once"
     )
     parser.add_argument(
-        "--part", type=int, default=PART, metavar="N", help=f"images to a part file, {PART}"
+        "--part",
+        type=int,
+        default=PART_SIZE,
+        metavar="N",
+        help=f"images to a part file, {PART_SIZE}",
     )
     parser.add_argument(
         "--workers",
@@ -126,7 +138,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def report(out: Output, width: int, todo: list[int], seconds: float, images: bool) -> None:
+def print_report(
+    out: EmbeddingFolder, width: int, todo: list[int], seconds: float, images: bool
+) -> None:
     """Print what was written, how fast, and Python lines that read it.
 
     todo: the parts that this run embedded; images: whether the rows are images or texts.

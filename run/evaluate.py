@@ -22,9 +22,9 @@ import json
 from dataclasses import replace
 from functools import partial
 
-from glimpse.data.masking import parse as parse_mask
+from glimpse.data.masking import parse_mask
 from glimpse.data.transforms import CROPS
-from glimpse.run.evals import EVALS, evaluate, parse
+from glimpse.run.evals import EVALS, evaluate, parse_evaluations
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib import config, distributed
 from glimpse.run.train import load_model
@@ -32,7 +32,7 @@ from glimpse.run.train.log import format_results
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     path = load_model.find_model(Path(args.run).resolve())
     home = load_model.results_folder(path)
     distributed.start()
@@ -42,7 +42,7 @@ def main() -> None:
     defaults = {"templates": args.templates} if args.templates else {}
     specs = args.evals or cfg.evals
     data = args.data or cfg.eval_data
-    evals = distributed.rank0_first(lambda: parse(specs, data=data, **defaults))
+    evals = distributed.rank0_first(lambda: parse_evaluations(specs, data=data, **defaults))
     if not evals:
         raise ValueError(
             "--evals: none given, and the run's config names none; e.g. --evals zero_shot:FOLDER"
@@ -57,13 +57,13 @@ def main() -> None:
         all_weights = ["student", "teacher"] if method.ema_pairs() else ["student"]
     for weights in all_weights:
         how = dict(weights=weights, mask=args.mask, ensemble=args.ensemble)
-        embedder = Embedder(method, cfg, tokenizer, home=home, tag=path.name, **how)
+        embedder = Embedder(method, cfg, tokenizer, results_folder=home, tag=path.name, **how)
         results: dict[str, float] = {}
         try:
-            evaluate(embedder, evals, partial(told, results))
+            evaluate(embedder, evals, partial(print_and_collect, results))
         finally:  # what was done before something failed is kept
             if results and distributed.rank() == 0:
-                report(results, path, home, how | defaults)
+                write_results(results, path, home, how | defaults)
 
     # Sets of a suite that cannot be read do not keep the others from being evaluated.
     left_out: dict[str, None] = {}
@@ -75,7 +75,7 @@ def main() -> None:
         raise ValueError("\n  ".join([head, *left_out]))
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Return the checked command line."""
     parser = config.argument_parser(__doc__)
     parser.add_argument(
@@ -134,7 +134,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def told(results: dict[str, float], label: str, metrics: dict[str, float]) -> None:
+def print_and_collect(results: dict[str, float], label: str, metrics: dict[str, float]) -> None:
     """Print an evaluation's metrics, and add them to the results as LABEL/METRIC."""
     for metric, value in metrics.items():
         results[f"{label}/{metric}"] = value
@@ -142,7 +142,7 @@ def told(results: dict[str, float], label: str, metrics: dict[str, float]) -> No
     distributed.print_rank0(f"{label}: {values}")
 
 
-def report(results: dict[str, float], path: Path, home: Path, how: dict) -> None:
+def write_results(results: dict[str, float], path: Path, home: Path, how: dict) -> None:
     """Append a line to HOME/results.jsonl, and print the results as a table."""
     origin = load_model.training_progress(path)
     with (home / "results.jsonl").open("a") as file:

@@ -53,7 +53,7 @@ def main() -> None:
     evals = distributed.rank0_first(lambda: parse_evals(cfg))
     batches = build_loader(cfg)
     trainer, manifest = build_engine(cfg, run_folder, args.resume, batches)
-    batches.begin(manifest.get("shards", 0))
+    batches.seek(manifest.get("shards", 0))
     distributed.rank0_first(
         lambda: run_dir.prepare_run_folder(run_folder, cfg, trainer.samples, args.resume)
     )
@@ -88,9 +88,9 @@ def parse_evals(cfg: RunConfig) -> list:
     """Parse and check the evaluations of `evals:`, so that an error shows before training."""
     if not cfg.evals and not cfg.eval_every:
         return []
-    from glimpse.run.evals import parse
+    from glimpse.run.evals import parse_evaluations
 
-    return parse(cfg.evals, training=True, data=cfg.eval_data)
+    return parse_evaluations(cfg.evals, training=True, data=cfg.eval_data)
 
 
 def build_loader(cfg: RunConfig) -> Batches | Stream:
@@ -181,7 +181,7 @@ class Training:
         """Train until the end of the run or a signal, then save and evaluate."""
         cfg, trainer = self.cfg, self.trainer
         starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
-        stream = self.batches.stream(starts, pin=distributed.device().type == "cuda")
+        stream = self.batches.iterate(starts, pin=distributed.device().type == "cuda")
 
         while self.has_more_steps() and not self.stop.is_requested():
             # 1. Wait for the batch, and count samples that could not be read.
@@ -270,7 +270,7 @@ class Training:
         check_finite(trainer.grad_norm() or 0.0, trainer.ds.global_steps, self.run_folder)
         state = dict(
             identity=run_identity(self.cfg, self.batches),
-            shards=distributed.all_reduce_min(self.batches.position()),
+            shards=distributed.all_reduce_min(self.batches.resume_cursor()),
         )
         path = checkpoint.save(trainer, self.run_folder / "checkpoints", state, self.cfg.keep)
         self.log.info(f"saved {path}")
@@ -304,17 +304,17 @@ class Training:
                 trainer.method,
                 self.cfg,
                 self.tokenizer,
-                home=self.run_folder,
+                results_folder=self.run_folder,
                 tag=f"training-{step}",
                 weights=weights,
-                say=self.log.info,
+                log=self.log.info,
             )
             # Delete features that a killed job left for this step: its weights may differ from
             # these by rounding.
-            model.forget()
+            model.delete_features()
             results = evaluate(model, self.evals)
             self.log.record_evaluation(step, trainer.samples, results, weights)
-            model.forget()
+            model.delete_features()
 
 
 def is_due(every: int, samples: int, batch: int) -> bool:

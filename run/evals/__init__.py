@@ -16,7 +16,7 @@ EVALS:
                                        options do not fit it
     fits(model, options)               optional: ValueError if this model, or how it is shown
                                        images, cannot be evaluated so
-    evaluate(model, images, options)   {metric: value}, the same on every rank; prints by model.say
+    evaluate(model, images, options)   {metric: value}, the same on every rank; prints by model.log
     READS                              where it matters which of a folder's layouts is meant:
                                        label_map, captions or questions
     trains_tower(options)              optional: True refuses it during training
@@ -47,32 +47,34 @@ EVALS = {  # kind: its file
 }
 
 
-def module_of(kind: str) -> ModuleType:
+def eval_module(kind: str) -> ModuleType:
     return importlib.import_module(f"glimpse.run.evals.{EVALS[kind]}")
 
 
 @dataclass(frozen=True)
-class Eval:
+class Evaluation:
     kind: str
     options: object  # of a suite: its sets, and what is missing or broken
     images: Images | None
     label: str  # its results' name: KIND/SET, with the options that were given
 
 
-def parse(specs: Iterable[str], training: bool = False, data: str = "", **defaults) -> list[Eval]:
+def parse_evaluations(
+    specs: Iterable[str], training: bool = False, data: str = "", **defaults
+) -> list[Evaluation]:
     """'zero_shot:FOLDER' or 'KIND(option=value, ...):FOLDER' -> what to do, or ValueError: at
     start-up, not after the training.
 
     data: where the sets of suites lie. defaults: values of options that are not given, for the
     kinds that have them.
     """
-    evals: list[Eval] = []
+    evals: list[Evaluation] = []
     for spec in specs:
         call, colon, folder = spec.partition(":")
-        kind, options, arguments = read_call(call, spec, defaults)
+        kind, options, arguments = parse_call(call, spec, defaults)
         if not colon or not folder:
             raise ValueError(f"evals: {spec!r}; write {kind}:FOLDER")
-        module = module_of(kind)
+        module = eval_module(kind)
         if training and trains_tower(module, options):
             raise ValueError(
                 f"evals: {spec!r} trains the tower; ask for it after the training, with"
@@ -81,17 +83,17 @@ def parse(specs: Iterable[str], training: bool = False, data: str = "", **defaul
         labels = {e.label for e in evals}
         if kind == "suite":
             suite = module.look(folder, data, options, arguments)
-            evals += [e for e in evals_of_suite(suite, training) if e.label not in labels]
+            evals += [e for e in suite_evaluations(suite, training) if e.label not in labels]
             continue
-        images = open_set(folder, reads=getattr(module, "READS", ""))
-        module.check(images, options)
+        images = open_set(folder, reads=getattr(module, "ANNOTATION", ""))
+        module.check_set(images, options)
         label = f"{kind}{arguments}/{images.name}"
         if label in labels:
             raise ValueError(
                 f"evals: {spec!r}: a second set is called {images.name!r}, and results go by that"
                 " name; rename its folder"
             )
-        evals.append(Eval(kind, options, images, label))
+        evals.append(Evaluation(kind, options, images, label))
     return evals
 
 
@@ -99,7 +101,7 @@ def trains_tower(module: ModuleType, options: object) -> bool:
     return hasattr(module, "trains_tower") and module.trains_tower(options)
 
 
-def evals_of_suite(suite, training: bool) -> list[Eval]:
+def suite_evaluations(suite, training: bool) -> list[Evaluation]:
     """The sets of a suite (suites.Suite), and last the suite, for its averages.
 
     Its broken sets stop a training before it starts.
@@ -108,14 +110,14 @@ def evals_of_suite(suite, training: bool) -> list[Eval]:
     if training and suite.faults:
         raise ValueError("\n  ".join([f"evals: suite:{suite.name}: mend or remove", *suite.faults]))
     evals = [
-        Eval("zero_shot", options, images, f"{suite.kind}/{name}")
+        Evaluation("zero_shot", options, images, f"{suite.kind}/{name}")
         for name, (images, options) in suite.sets.items()
     ]
     label = f"{suite.kind.replace('zero_shot', 'suite')}/{suite.name}"
-    return [*evals, Eval("suite", suite, None, label)]
+    return [*evals, Evaluation("suite", suite, None, label)]
 
 
-def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
+def parse_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
     """'KIND(option=value)' -> (kind, its Options, '(option=value)')."""
     form = "write KIND:FOLDER or KIND(option=value):FOLDER"
     try:
@@ -127,7 +129,7 @@ def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
     if parsed.args:
         raise ValueError(f"evals: {spec!r} cannot be read; {form}")
     check_choice("evals", parsed.name, EVALS)
-    options_type = module_of(parsed.name).Options
+    options_type = eval_module(parsed.name).Options
     known = {f.name for f in fields(options_type)}
     values = {key: value for key, value in defaults.items() if key in known} | parsed.options
     options = build(options_type, values, f"evals: {parsed.name}.")
@@ -139,7 +141,7 @@ def read_call(call: str, spec: str, defaults: dict) -> tuple[str, object, str]:
 
 def evaluate(
     model: Embedder,
-    evals: list[Eval],
+    evals: list[Evaluation],
     each: Callable[[str, dict], None] | None = None,
 ) -> dict[str, float]:
     """Run evaluations (from `parse`) on a model, sharded or not, and name their metrics
@@ -150,15 +152,15 @@ def evaluate(
     """
     # Refuse what does not fit before anything is computed.
     for e in evals:
-        module = module_of(e.kind)
-        if hasattr(module, "fits"):
-            module.fits(model, e.options)
+        module = eval_module(e.kind)
+        if hasattr(module, "check_model"):
+            module.check_model(model, e.options)
 
     results: dict[str, float] = {}
     was_training = model.towers.training
     model.towers.eval()
     for e in evals:
-        module = module_of(e.kind)
+        module = eval_module(e.kind)
         if e.kind == "suite":
             metrics = module.averages(e.options, results)
         else:

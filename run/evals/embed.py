@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import Images, Preprocess
-from glimpse.data.masking import complementary, parse
+from glimpse.data.masking import complementary_masks, parse_mask
 from glimpse.data.tokenizer import Tokenizer, pack
 from glimpse.model.losses import unit
 from glimpse.model.methods.attentive import take
@@ -52,19 +52,19 @@ class Embedder:
         ensemble: int = 1,
         say: Callable[[str], None] = print_rank0,
     ):
-        self.mask = parse(mask)
+        self.mask = parse_mask(mask)
         self.ensemble = ensemble
         self.grid = cfg.model.grid
         self.towers = method.eval_towers(weights)
         self.tokenizer = tokenizer
         self.cfg = cfg
-        self.say = say
+        self.log = say
         view = next(iter(cfg.views.values()))
-        self.pre = Preprocess(
+        self.preprocess = Preprocess(
             cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation
         )
 
-        self.home = home
+        self.results_folder = home
         self.tag = f"{tag}-{weights}"
         if mask != "none":
             self.tag += f"-{mask}"
@@ -77,43 +77,43 @@ class Embedder:
             "pooled": self.towers.image_features,
             "tokens": self.towers.vision,
             "values": partial(self.towers.vision, alone=True),
-            "grid": self.by_place,
-            "pixels": self.pixels,
+            "grid": self.grid_features,
+            "pixels": self.pixel_features,
         }
 
     @property
-    def whole(self) -> bool:
+    def sees_all_patches(self) -> bool:
         """True if an image is seen in one view, with all its patches."""
         patches = self.grid[0] * self.grid[1]
         return self.ensemble == 1 and self.mask.visible(patches) == patches
 
-    def forget(self) -> None:
+    def delete_features(self) -> None:
         """Remove the features of these weights from the disk."""
         if rank() == 0:
-            shutil.rmtree(self.home / "features" / self.tag, ignore_errors=True)
+            shutil.rmtree(self.results_folder / "features" / self.tag, ignore_errors=True)
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of the texts, (N, E), all of them on every rank."""
         out = torch.zeros(len(texts), self.cfg.model.shape.embed)
         for turn in range(0, len(texts), BATCH * world_size()):
             first = turn + rank() * BATCH
             last = min(first + BATCH, len(texts))
             if first < last:
-                out[first:last] = self.read(texts[first:last]).cpu()
+                out[first:last] = self.embed_text_batch(texts[first:last]).cpu()
             else:  # no text is left for this rank, which goes through the tower in step
-                self.read(texts[:1])
+                self.embed_text_batch(texts[:1])
         return all_reduce_sum(out)
 
-    def read(self, texts: Sequence[str]) -> Tensor:
+    def embed_text_batch(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings (n, E) of one batch of texts, which only this rank has."""
         rows = [self.tokenizer(text) for text in texts]
-        rows = [self.cfg.data.fill(ids, self.tokenizer.pad_id) for ids in rows]
+        rows = [self.cfg.data.pad(ids, self.tokenizer.pad_id) for ids in rows]
         ids, lengths = pack(rows)
         batch = dict(ids=ids, lengths=lengths, longest=int(lengths.max()))
         return self.towers.encode_text(**to_device(batch))
 
-    def images(self, images: Images, what: str = "embedded") -> tuple[Tensor, Tensor]:
+    def embed_images(self, images: Images, what: str = "embedded") -> tuple[Tensor, Tensor]:
         """Embed this rank's images of a set: (indices (n,), embeddings (n, E)).
 
         Over the ranks, every image comes once. what: as in `passed`.
@@ -126,11 +126,11 @@ class Embedder:
             first = (turn * world_size() + rank()) * BATCH
             share += everything[first : first + BATCH]
 
-        indices, embeddings = zip(*self.passed(images, what, share, turns))
+        indices, embeddings = zip(*self.iterate_features(images, what, share, turns))
         return torch.cat(indices), torch.cat(embeddings)
 
     @torch.no_grad()
-    def passed(
+    def iterate_features(
         self, images: Images, what: str, share: Sequence[int], turns: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (indices (m,), features (m, ...)) of this rank's images `share`, in `turns` rounds.
@@ -141,17 +141,21 @@ class Embedder:
         tower.
         """
         workers = min(self.cfg.data.workers, 2)
-        for indices, patches, positions in images.rounds(self.pre, BATCH, share, turns, workers):
-            features = self.encode(what, indices, patches, positions)
+        for indices, patches, positions in images.rounds(
+            self.preprocess, BATCH, share, turns, workers
+        ):
+            features = self.encode_images(what, indices, patches, positions)
             yield indices, features[: len(indices)]
 
-    def encode(self, what: str, indices: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
+    def encode_images(
+        self, what: str, indices: Tensor, patches: Tensor, positions: Tensor
+    ) -> Tensor:
         """Encode patches (n, L, 3 P P) at (n, L) of the images of these numbers to (n, ...).
 
         ValueError: features of patches cannot be averaged over the views of an ensemble.
         """
         patches = to_device(patches)
-        keeps = self.keeps(indices, positions)
+        keeps = self.visible_patches(indices, positions)
         if what in ("tokens", "values") and len(keeps) > 1:
             raise ValueError("--ensemble: what reads patches sees one view; leave it out")
 
@@ -167,7 +171,7 @@ class Embedder:
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         return self.towers.encode_image(patches, positions)
 
-    def by_place(self, patches: Tensor, positions: Tensor) -> Tensor:
+    def grid_features(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Return the mean of the patch tokens in each cell of the image, (n, CELLS^2 D).
 
         Goyal et al. 2019 probe feature maps in this way.
@@ -177,16 +181,16 @@ class Embedder:
         return F.adaptive_avg_pool2d(feature_map, CELLS).flatten(1)
 
     @staticmethod
-    def pixels(patches: Tensor, positions: Tensor) -> Tensor:
+    def pixel_features(patches: Tensor, positions: Tensor) -> Tensor:
         return patches.flatten(1) / 255
 
-    def keeps(self, indices: Tensor, positions: Tensor) -> list[Tensor]:
+    def visible_patches(self, indices: Tensor, positions: Tensor) -> list[Tensor]:
         """Return the patches of each image that each view shows, (images, K) a view.
 
         They are random; the seed is the image's number, so every rank would choose the same.
         """
         images, patches = positions.shape
-        if self.whole:
+        if self.sees_all_patches:
             return [positions]  # all, in their order
 
         # A rank without images goes through the tower in step.
@@ -195,5 +199,5 @@ class Embedder:
         rows = [generator.random(patches, dtype=np.float32) for generator in generators]
         noise = torch.from_numpy(np.stack(rows))
         if self.ensemble > 1:
-            return complementary(noise, self.ensemble)
+            return complementary_masks(noise, self.ensemble)
         return [self.mask(noise, self.grid)]

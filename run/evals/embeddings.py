@@ -30,19 +30,21 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet
 
-from glimpse.data.evals.gallery import Block, Gallery, Texts, blocks
+from glimpse.data.evals.gallery import GalleryBlock, Gallery, TextGallery, read_blocks
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.cli import progress_bar
 from glimpse.run.lib.distributed import all_gather_list, broadcast_from_rank0, rank, world_size
 
-PART = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
-ROWS = 8192  # rows of a row group of a parquet file, which readers load at once
-BROKEN = 0.5  # if more of a part's images cannot be read, it is not the images that are at fault
+PART_SIZE = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
+ROW_GROUP_SIZE = 8192  # rows of a row group of a parquet file, which readers load at once
+MAX_BROKEN_SHARE = (
+    0.5  # if more of a part's images cannot be read, it is not the images that are at fault
+)
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 FORMATS = ("npy", "parquet")
 
 
-class Rows(NamedTuple):
+class BlockRows(NamedTuple):
     """The embeddings of a block."""
 
     names: list[str]
@@ -53,7 +55,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class About:
+class EmbeddingsInfo:
     """The model and the source of a folder of embeddings, and its format."""
 
     model: str  # its path
@@ -67,7 +69,7 @@ class About:
     part: int
 
 
-def agree(about: About) -> About:
+def check_ranks_agree(about: EmbeddingsInfo) -> EmbeddingsInfo:
     """Return `about` if it is the same on all ranks, which must all call.
 
     ValueError: this rank sees other images than rank 0, which would shift rows.
@@ -81,10 +83,10 @@ def agree(about: About) -> About:
     return about
 
 
-class Output:
+class EmbeddingFolder:
     """A folder of embeddings."""
 
-    def __init__(self, folder: Path, about: About):
+    def __init__(self, folder: Path, about: EmbeddingsInfo):
         self.folder = folder
         self.about = about
         self.parts = math.ceil(about.count / about.part)
@@ -144,16 +146,16 @@ class Output:
             write(file)
         os.replace(unfinished, path)
 
-    def write(self, part: int, every: Sequence[Rows]) -> None:
+    def write(self, part: int, every: Sequence[BlockRows]) -> None:
         """Write the rows of a part, given block by block in order."""
         names, captions, images, texts, left_out = zip(*every)
         table: dict[str, pa.Array] = {}
         embeddings: dict[str, np.ndarray] = {}
         if images[0] is not None:
-            table["image_path"] = strings(names)
+            table["image_path"] = string_column(names)
             embeddings["image"] = np.concatenate(images)
         if texts[0] is not None:
-            table["caption"] = strings(captions)
+            table["caption"] = string_column(captions)
             embeddings["text"] = np.concatenate(texts)
 
         # The images without a row.
@@ -175,7 +177,10 @@ class Output:
 
         # The table last: its presence marks the part as complete.
         rows = pa.table(table)
-        self.put(self.file(part), lambda file: parquet.write_table(rows, file, row_group_size=ROWS))
+        self.put(
+            self.file(part),
+            lambda file: parquet.write_table(rows, file, row_group_size=ROW_GROUP_SIZE),
+        )
 
     def written(self) -> tuple[int, int]:
         """Count (rows, images left out) of all parts."""
@@ -188,13 +193,18 @@ class Output:
         return rows, left_out
 
 
-def strings(blocks: Iterable[list[str | None]]) -> pa.Array:
+def string_column(blocks: Iterable[list[str | None]]) -> pa.Array:
     """Return the strings of all blocks as one column."""
     return pa.array(list(chain.from_iterable(blocks)), pa.string())
 
 
-def embeddings(
-    model: Embedder, gallery: Gallery, out: Output, todo: Sequence[int], batch: int, workers: int
+def write_embeddings(
+    model: Embedder,
+    gallery: Gallery,
+    out: EmbeddingFolder,
+    todo: Sequence[int],
+    batch: int,
+    workers: int,
 ) -> None:
     """Embed and write the parts `todo`; all ranks must call.
 
@@ -214,7 +224,7 @@ def embeddings(
         starts.append(share)
         ends.append(np.minimum(share + batch, last))
     starts, ends = np.concatenate(starts), np.concatenate(ends)
-    loaded = blocks(gallery, model.pre, starts, ends, workers)
+    loaded = read_blocks(gallery, model.preprocess, starts, ends, workers)
     if rank() == 0:
         loaded = iter(
             progress_bar(loaded, "embedding", " rows", len(starts), scale=batch * world_size())
@@ -223,17 +233,19 @@ def embeddings(
     for part, firsts in starts_of.items():
         # Every rank embeds a block a turn; the rank that writes the part keeps them all.
         writes = part % world_size() == rank()
-        rows: list[Rows] = []
+        rows: list[BlockRows] = []
         for turn in range(0, len(firsts), world_size()):
             has_block = turn + rank() < len(firsts)
-            block = [embedded(model, next(loaded), gallery, out.about.dtype)] if has_block else []
+            block = (
+                [embed_block(model, next(loaded), gallery, out.about.dtype)] if has_block else []
+            )
             for row in all_gather_list(block):
                 rows.append(row if writes else row._replace(images=None, texts=None))
 
         # All ranks keep the images left out, so all of them stop here if any does.
         first, last = out.span(part)
         broken = [image for row in rows for image in row.left_out]
-        if len(broken) > BROKEN * (last - first):
+        if len(broken) > MAX_BROKEN_SHARE * (last - first):
             name, why = broken[0]
             raise ValueError(
                 f"{out.about.source}: {len(broken):,} of {last - first:,} images cannot be read,"
@@ -245,7 +257,7 @@ def embeddings(
 
 
 @torch.no_grad()
-def embedded(model: Embedder, block: Block, gallery: Gallery, dtype: str) -> Rows:
+def embed_block(model: Embedder, block: GalleryBlock, gallery: Gallery, dtype: str) -> BlockRows:
     """Embed a block's images and captions; rows without a caption are zeros in `texts`."""
     shape = (len(block.captions), model.cfg.model.shape.embed)
     images = np.zeros(shape, DTYPES[dtype])
@@ -254,16 +266,16 @@ def embedded(model: Embedder, block: Block, gallery: Gallery, dtype: str) -> Row
     if block.patches is not None:
         count, patches = block.patches.shape[:2]
         positions = torch.arange(patches).expand(count, -1)
-        outputs = model.encode("embedded", torch.arange(count), block.patches, positions)
+        outputs = model.encode_images("embedded", torch.arange(count), block.patches, positions)
         images[:] = outputs.cpu().numpy()
 
     with_caption = [i for i, caption in enumerate(block.captions) if caption]
     if with_caption:
         captions = [block.captions[i] for i in with_caption]
-        texts[with_caption] = model.read(captions).cpu().numpy()
+        texts[with_caption] = model.embed_text_batch(captions).cpu().numpy()
 
-    if isinstance(gallery, Texts):
+    if isinstance(gallery, TextGallery):
         images = None
     if not gallery.captioned:
         texts = None
-    return Rows(block.names, block.captions, images, texts, block.left_out)
+    return BlockRows(block.names, block.captions, images, texts, block.left_out)

@@ -26,8 +26,13 @@ from glimpse.run.evals.embed import BATCH, Embedder
 from glimpse.run.lib.distributed import barrier, broadcast_from_rank0, rank, rank0_first, world_size
 
 CHUNK = 16 * BATCH
-KINDS = ("pooled", "embedded", "grid", "pixels")  # a vector an image, see Embedder.passed
-HALF = ("tokens", "grid", "pixels")  # stored as float16: many numbers, of few bits
+FEATURE_KINDS = (
+    "pooled",
+    "embedded",
+    "grid",
+    "pixels",
+)  # a vector an image, see Embedder.iterate_features
+FLOAT16_KINDS = ("tokens", "grid", "pixels")  # stored as float16: many numbers, of few bits
 
 
 class Features:
@@ -39,7 +44,7 @@ class Features:
     def __init__(self, folder: Path, count: int):
         self.folder = folder
         self.count = count
-        self.parts = [mapped(part(folder, c)) for c in range(chunks(count))]
+        self.parts = [map_array(chunk_file(folder, c)) for c in range(chunk_count(count))]
 
     def __len__(self) -> int:
         return self.count
@@ -60,14 +65,14 @@ class Features:
 
     def labels(self) -> Tensor:
         """Return the classes of all images, (N,) int64."""
-        files = [part(self.folder, c, ".label") for c in range(chunks(self.count))]
+        files = [chunk_file(self.folder, c, ".label") for c in range(chunk_count(self.count))]
         return torch.from_numpy(np.concatenate([np.load(file) for file in files]))
 
 
-def features(model: Embedder, images: Images, what: str, labels: bool = False) -> Features:
+def compute_features(model: Embedder, images: Images, what: str, labels: bool = False) -> Features:
     """Return the features of a set's images, computing those that are missing on disk.
 
-    what: as in Embedder.passed. labels: store the classes of the images too. All ranks must call.
+    what: as in Embedder.iterate_features. labels: store the classes of the images too. All ranks must call.
     """
     folder = features_folder(model, images, what)
     rank0_first(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -77,8 +82,8 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
 
     def missing_chunks() -> str:
         missing = []
-        for chunk in range(chunks(count)):
-            if not all(part(folder, chunk, kind).exists() for kind in kinds):
+        for chunk in range(chunk_count(count)):
+            if not all(chunk_file(folder, chunk, kind).exists() for kind in kinds):
                 missing.append(str(chunk))
         return " ".join(missing)
 
@@ -92,18 +97,18 @@ def features(model: Embedder, images: Images, what: str, labels: bool = False) -
     turns = most_chunks * (CHUNK // BATCH)
 
     # Batches wait until they fill a chunk, or end with the set's last image.
-    dtype = torch.float16 if what in HALF else torch.float32
+    dtype = torch.float16 if what in FLOAT16_KINDS else torch.float32
     todo = iter(share)
     order: list[int] = []
     waiting: list[Tensor] = []
-    for indices, batch in model.passed(images, what, samples, turns):
+    for indices, batch in model.iterate_features(images, what, samples, turns):
         order += indices.tolist()
         waiting.append(batch.to(dtype).cpu())
         if order and (len(order) == CHUNK or order[-1] == count - 1):
             chunk = next(todo)
             if labels:
-                write(part(folder, chunk, ".label"), numbers(images, order))
-            write(part(folder, chunk), torch.cat(waiting).numpy())
+                write_array(chunk_file(folder, chunk, ".label"), read_labels(images, order))
+            write_array(chunk_file(folder, chunk), torch.cat(waiting).numpy())
             order, waiting = [], []
     barrier()
     return Features(folder, count)
@@ -114,19 +119,19 @@ def features_folder(model: Embedder, images: Images, what: str) -> Path:
     last = images.key(len(images) - 1)
     place = str(images.folder.resolve())
     layout = type(images).__name__
-    how = (model.pre, model.mask, model.ensemble, place, layout, len(images), last)
+    how = (model.preprocess, model.mask, model.ensemble, place, layout, len(images), last)
     digest = zlib.crc32(repr(how).encode())
     name = f"{images.name}-{images.split}-{what}-{digest:08x}"
-    return model.home / "features" / model.tag / name
+    return model.results_folder / "features" / model.tag / name
 
 
-def numbers(images: Images, indices: list[int]) -> np.ndarray:
+def read_labels(images: Images, indices: list[int]) -> np.ndarray:
     """Return the classes of images, int64.
 
     ValueError: a class has no name; no labels are stored, so the set can be corrected.
     """
     labels = [images.label(i) for i in indices]
-    classes = len(images.classes())
+    classes = len(images.class_names())
     for i, label in zip(indices, labels):
         if not 0 <= label < classes:
             raise ValueError(
@@ -136,29 +141,29 @@ def numbers(images: Images, indices: list[int]) -> np.ndarray:
     return np.array(labels, np.int64)
 
 
-def check_splits(images: Images, options: object) -> None:
+def check_train_and_test(images: Images, options: object) -> None:
     """Raise ValueError unless the set has classes, and images of them in test and train."""
-    images.classes()
+    images.class_names()
     images.label(0)
-    images.other("train").label(0)
+    images.open_split("train").label(0)
 
 
-def check_view(model: Embedder, options: object) -> None:
+def check_visible_patches(model: Embedder, options: object) -> None:
     """Raise ValueError if options.features need all patches and the model sees only some."""
-    if options.features in ("grid", "pixels") and not model.whole:
+    if options.features in ("grid", "pixels") and not model.sees_all_patches:
         raise ValueError(
             f"--mask, --ensemble: features={options.features} are of whole images; leave them out"
         )
 
 
-def splits(model: Embedder, images: Images, what: str) -> tuple[Features, Features]:
+def train_test_features(model: Embedder, images: Images, what: str) -> tuple[Features, Features]:
     """Return (train, test) features of a set, with labels.  All ranks must call."""
-    train = features(model, images.other("train"), what, labels=True)
-    test = features(model, images, what, labels=True)
+    train = compute_features(model, images.open_split("train"), what, labels=True)
+    test = compute_features(model, images, what, labels=True)
     return train, test
 
 
-def mapped(path: Path) -> np.ndarray:
+def map_array(path: Path) -> np.ndarray:
     """Map a .npy file into memory.
 
     numpy's own map keeps the file open, and ImageNet's 1,252 are more than a process may have.
@@ -168,17 +173,17 @@ def mapped(path: Path) -> np.ndarray:
     return content[header.offset :].view(header.dtype).reshape(header.shape)
 
 
-def chunks(count: int) -> int:
+def chunk_count(count: int) -> int:
     """Return the number of chunks of so many images."""
     return math.ceil(count / CHUNK)
 
 
-def part(folder: Path, chunk: int, kind: str = "") -> Path:
+def chunk_file(folder: Path, chunk: int, kind: str = "") -> Path:
     """Return the file of a chunk."""
     return folder / f"{chunk:05d}{kind}.npy"
 
 
-def write(path: Path, values: np.ndarray) -> None:
+def write_array(path: Path, values: np.ndarray) -> None:
     """Write a .npy file, completely or not at all."""
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("wb") as file:

@@ -18,21 +18,21 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from glimpse.data.evals.clip_benchmark import Images
-from glimpse.data.evals.finetune import Labelled, Mix, Row, label, paired, rand_augment, timm
-from glimpse.data.loader import ahead
+from glimpse.data.evals.finetune import LabeledImages, MixupCutmix, EpochSample, checked_label, mixup_pairs_of_rank, rand_augment, timm_module
+from glimpse.data.loader import worker_kwargs
 from glimpse.data.patches import patchify
 from glimpse.model.layers import Linear, drop_path
 from glimpse.model.vision import VisionTower
 from glimpse.run.evals import metrics
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.evals.supervised import cosine, fit, mean_loss, order, steps
+from glimpse.run.evals.supervised import cosine_rate, count_steps, fit, global_batches, mean_loss
 from glimpse.run.lib.config import check_choice
 from glimpse.run.lib.distributed import rank, rank0_first, to_device, world_size
 from glimpse.run.train.engine import initialize_supervised
 from glimpse.run.train.optim import parameter_kind
 
 # the options in [0, upper bound]
-SHARES = dict(decay=1, drop_path=0.99, warmup=0.99, smoothing=1, erase=1, crop=1)
+UPPER_BOUNDS = dict(decay=1, drop_path=0.99, warmup=0.99, smoothing=1, erase=1, crop=1)
 # kinds of parameters without weight decay, in both codes
 NO_DECAY = ("bias", "norm", "positions", "cls")
 
@@ -60,7 +60,7 @@ class Recipe:
     erase: float = 0.25
 
 
-BASE = 12  # blocks
+BASE_DEPTH = 12  # blocks
 RECIPES = {  # for towers of up to 12, 24 and more blocks
     "beit": (
         Recipe(1e-3, 0.65, 0.1, 100, 0.2),
@@ -101,8 +101,8 @@ class Options:
 
     def __post_init__(self):
         check_choice("finetune(recipe=...)", self.recipe, RECIPES)
-        recipe = self.resolved(BASE)
-        for name, most in SHARES.items():
+        recipe = self.resolved(BASE_DEPTH)
+        for name, most in UPPER_BOUNDS.items():
             value = getattr(recipe, name)
             if not 0 <= value <= most:
                 raise ValueError(f"finetune({name}={value}): it must be from 0 to {most}")
@@ -127,7 +127,7 @@ class Options:
 
     def resolved(self, depth: int) -> Recipe:
         """Return the recipe for a tower of this depth, overridden by the options."""
-        size = (depth > BASE) + (depth > 2 * BASE)
+        size = (depth > BASE_DEPTH) + (depth > 2 * BASE_DEPTH)
         overrides = {}
         for field in fields(Recipe):
             value = getattr(self, field.name)
@@ -140,24 +140,24 @@ def trains_tower(options: Options) -> bool:
     return True
 
 
-def check(images: Images, options: Options) -> None:
-    train = images.other("train")
-    classes = len(images.classes())
+def check_set(images: Images, options: Options) -> None:
+    train = images.open_split("train")
+    classes = len(images.class_names())
     for i in range(len(images)):  # those of train/ are checked as they are read
-        label(images, i, classes)
-    label(train, 0, classes)
+        checked_label(images, i, classes)
+    checked_label(train, 0, classes)
     if len(train) < options.samples:
         raise ValueError(
             f"evals: finetune(samples={options.samples}): {images.folder}/train has {len(train)}"
             " images"
         )
-    timm("mixup")
-    augment = options.resolved(BASE).augment
+    timm_module("mixup")
+    augment = options.resolved(BASE_DEPTH).augment
     if augment != "none":
         rand_augment(augment, 224, (0.5, 0.5, 0.5))
 
 
-def fits(model: Embedder, options: Options) -> None:
+def check_model(model: Embedder, options: Options) -> None:
     batch = options.resolved(model.cfg.model.shape.depth).batch
     if batch < 2 * options.accumulate * world_size():
         raise ValueError(
@@ -165,14 +165,14 @@ def fits(model: Embedder, options: Options) -> None:
             f" x accumulate {options.accumulate}"
         )
     if options.save:
-        home = kept(model, options)
+        home = save_folder(model, options)
         if rank0_first(home.exists):
             raise ValueError(f"finetune(save={options.save}): {home} exists; give another name")
 
 
-def kept(model: Embedder, options: Options) -> Path:
+def save_folder(model: Embedder, options: Options) -> Path:
     """Return the folder for the weights."""
-    return model.home / "finetuned" / model.tag / options.save
+    return model.results_folder / "finetuned" / model.tag / options.save
 
 
 class Classifier(nn.Module):
@@ -198,7 +198,7 @@ class Classifier(nn.Module):
         return self.head(self.norm(self.vision.pool(tokens))).float()
 
 
-def layer(name: str, depth: int) -> int:
+def layer_index(name: str, depth: int) -> int:
     """Return the layer of a parameter: 0 the embedding, then each block, last what follows."""
     parts = name.split(".")
     if parts[:2] == ["vision", "blocks"]:
@@ -206,7 +206,7 @@ def layer(name: str, depth: int) -> int:
     return 0 if parts[0] == "vision" and parts[1] != "norm" else depth + 1
 
 
-def groups(model: Classifier, recipe: Recipe) -> list[dict]:
+def parameter_groups(model: Classifier, recipe: Recipe) -> list[dict]:
     """Return parameter groups by layer and weight decay.
 
     scale: the factor of the learning rate, decay ** (layers above).
@@ -215,7 +215,7 @@ def groups(model: Classifier, recipe: Recipe) -> list[dict]:
     parameters: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for where, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            key = layer(f"{where}.{name}", depth), parameter_kind(module, name) in NO_DECAY
+            key = layer_index(f"{where}.{name}", depth), parameter_kind(module, name) in NO_DECAY
             parameters.setdefault(key, []).append(parameter)
     result = []
     for at, undecayed in sorted(parameters):
@@ -226,7 +226,7 @@ def groups(model: Classifier, recipe: Recipe) -> list[dict]:
     return result
 
 
-def rates(depth: int, recipe: Recipe) -> str:
+def format_rates(depth: int, recipe: Recipe) -> str:
     """Return a table of the peak learning rate of each layer."""
     peak = recipe.lr * recipe.batch / 256
     names = ["embedding", *[f"block {i + 1}" for i in range(depth)], "head"]
@@ -242,19 +242,19 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 
     chance: the top1 of guessing.
     """
-    fits(model, options)  # again: another evaluation of this command may have taken the name
-    classes = len(images.classes())
-    home = kept(model, options)
-    trainer, _losses = tuned(model, images, options)
+    check_model(model, options)  # again: another evaluation of this command may have taken the name
+    classes = len(images.class_names())
+    home = save_folder(model, options)
+    trainer, _losses = train_classifier(model, images, options)
 
     # The classifier takes the place of the model's encoders.
     trainer.eval()
     classifying = copy.copy(model)
     classifying.encoders = {"logits": trainer}
-    indices, logits = classifying.images(images, "logits")
+    indices, logits = classifying.embed_images(images, "logits")
     labels = [images.label(i) for i in indices.tolist()]
     labels = torch.tensor(labels, dtype=torch.int64, device=logits.device)
-    counts = metrics.counted(logits, labels)
+    counts = metrics.count_hits(logits, labels)
     results = dict(
         top1=metrics.top1(counts),
         top5=metrics.top5(counts),
@@ -267,15 +267,17 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
         if not rank():
             record = dict(set=str(images.folder), **asdict(options), **results)
             (home / "finetuned.json").write_text(json.dumps(record, indent=1))
-        model.say(f"saved {home}")
+        model.log(f"saved {home}")
     trainer.destroy()
     return results
 
 
-def tuned(model: Embedder, images: Images, options: Options) -> tuple[nn.Module, list[float]]:
+def train_classifier(
+    model: Embedder, images: Images, options: Options
+) -> tuple[nn.Module, list[float]]:
     """Return the trained classifier, under DeepSpeed, and the loss of each backward pass."""
-    train = images.other("train")
-    classes = len(images.classes())
+    train = images.open_split("train")
+    classes = len(images.class_names())
     depth = model.cfg.model.shape.depth
     recipe = options.resolved(depth)
 
@@ -284,24 +286,24 @@ def tuned(model: Embedder, images: Images, options: Options) -> tuple[nn.Module,
         torch.default_generator.manual_seed(options.seed)
         classifier = Classifier(model.towers.vision, model.cfg.model.shape.width, classes)
         chosen = torch.randperm(len(train))[: options.samples or None]
-    layers = groups(classifier, recipe)
+    layers = parameter_groups(classifier, recipe)
     trainer = initialize_supervised(
         classifier, layers, model.cfg.deepspeed, accumulate=options.accumulate
     )
     trainer.train()
-    count = steps(len(chosen), recipe.batch, recipe.epochs)
-    model.say(
+    count = count_steps(len(chosen), recipe.batch, recipe.epochs)
+    model.log(
         f"finetune {images.name}: recipe {options.recipe}, {len(chosen):,} images of {classes}"
-        f" classes, {count} steps of {recipe.batch}, a rate a layer:\n{rates(depth, recipe)}"
+        f" classes, {count} steps of {recipe.batch}, a rate a layer:\n{format_rates(depth, recipe)}"
     )
 
     # Augmented images, with the noise of drop_path, so that it does not depend on the ranks.
     vision = model.cfg.model.vision
-    data = Labelled(
+    data = LabeledImages(
         train,
         classes,
-        size=model.pre.image_size,
-        interpolation=model.pre.interpolation,
+        size=model.preprocess.image_size,
+        interpolation=model.preprocess.interpolation,
         mean=vision.mean,
         std=vision.std,
         crop=recipe.crop,
@@ -310,43 +312,43 @@ def tuned(model: Embedder, images: Images, options: Options) -> tuple[nn.Module,
         noise=(depth, 2),
         seed=options.seed,
     )
-    sampler = shares(chosen, recipe, options)
-    loader = DataLoader(data, batch_size=None, sampler=sampler, **ahead(model.cfg.data))
-    mix = Mix(classes, recipe.mixup, recipe.cutmix, recipe.smoothing)
+    sampler = rank_batches(chosen, recipe, options)
+    loader = DataLoader(data, batch_size=None, sampler=sampler, **worker_kwargs(model.cfg.data))
+    mix = MixupCutmix(classes, recipe.mixup, recipe.cutmix, recipe.smoothing)
 
     def loss_of(trainer: nn.Module, batch: tuple) -> Tensor:
         number, tensors = batch
         pixels, labels, noise = map(to_device, tensors)
         pixels, targets = mix(pixels, labels, options.seed, number, 2)
-        patches = patchify(pixels, model.pre.patch)
+        patches = patchify(pixels, model.preprocess.patch)
         positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
         logits = trainer(patches, positions, drop_path(noise, recipe.drop_path))
         losses = F.cross_entropy(logits, targets, reduction="none")
         return mean_loss(losses, recipe.batch // options.accumulate)
 
     # The learning rate changes at optimizer steps, each of `accumulate` backward passes.
-    rate = cosine(recipe.lr * recipe.batch / 256, recipe.warmup, recipe.min_lr)
+    rate = cosine_rate(recipe.lr * recipe.batch / 256, recipe.warmup, recipe.min_lr)
     passes = count * options.accumulate
 
     def of_step(progress: float) -> float:
         step = round(progress * passes) // options.accumulate
         return rate(step / count)
 
-    losses = fit(trainer, enumerate(loader), loss_of, of_step, passes, model.say)
+    losses = fit(trainer, enumerate(loader), loss_of, of_step, passes, model.log)
     return trainer, losses
 
 
-def shares(chosen: Tensor, recipe: Recipe, options: Options) -> Iterator[list[Row]]:
+def rank_batches(chosen: Tensor, recipe: Recipe, options: Options) -> Iterator[list[EpochSample]]:
     """Yield this rank's (epoch, sample) pairs of each backward pass.
 
     A sample that comes again has another epoch.
     """
     size = recipe.batch // options.accumulate
-    batches = order(len(chosen), recipe.batch, recipe.epochs, options.seed)
+    batches = global_batches(len(chosen), recipe.batch, recipe.epochs, options.seed)
     for step, samples in enumerate(batches):
         rows = []
         for place, i in enumerate(samples.tolist(), step * recipe.batch):
             epoch = place // len(chosen)
             rows.append((epoch, int(chosen[i])))
         for first in range(0, recipe.batch, size):
-            yield paired(rows[first : first + size], rank(), world_size())
+            yield mixup_pairs_of_rank(rows[first : first + size], rank(), world_size())

@@ -19,18 +19,26 @@ from glimpse.data.evals.clip_benchmark import Images
 from glimpse.data.tokenizer import Tokenizer
 from glimpse.model.downstream.decoders import PAD, Seeing
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.evals.features import Features, features
-from glimpse.run.evals.supervised import Exact, cosine, fit, mean_loss, mine, order, steps
+from glimpse.run.evals.features import Features, compute_features
+from glimpse.run.evals.supervised import (
+    ExactTrainer,
+    cosine_rate,
+    count_steps,
+    fit,
+    global_batches,
+    mean_loss,
+    rank_share,
+)
 from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world_size
 from glimpse.run.train.engine import gather_state_dict, initialize_supervised
 
 START, UNKNOWN = 1, 2
-TOLD = 128  # samples of an inference batch, whichever rank takes it
+INFERENCE_BATCH = 128  # samples of an inference batch, whichever rank takes it
 SLICE = 16  # samples of a training batch whose gradient one rank computes
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReaderOptions:
     """Settings of a reader and its training.
 
     AdamW, a tenth of warm-up, cosine, gradients clipped at 1.
@@ -71,7 +79,7 @@ class Reading:
         return dict(image=image, width=width, depth=self.depth, heads=width // 64)
 
 
-class Pieces:
+class PieceVocabulary:
     """A map from texts to ids (the first is START, at most `context` of them) and back."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], context: int):
@@ -92,23 +100,23 @@ class Pieces:
         return self.tokenizer.spell(pieces).strip()
 
 
-def padded(rows: Sequence[Tensor]) -> Tensor:
+def pad_texts(rows: Sequence[Tensor]) -> Tensor:
     """Return rows of different lengths as one batch (B, N) on the device."""
     return to_device(pad_sequence(list(rows), batch_first=True, padding_value=PAD))
 
 
-def tokens(model: Embedder, images: Images) -> Features:
+def patch_tokens(model: Embedder, images: Images) -> Features:
     """Return the tower's patch tokens of a split, (images, K, D), the class token first.
 
     All ranks must call.
     """
-    return features(model, images, "tokens")
+    return compute_features(model, images, "tokens")
 
 
-def fits(model: Embedder, options: Reading) -> None:
+def check_model(model: Embedder, options: ReaderOptions) -> None:
     if model.ensemble > 1:
         raise ValueError("--ensemble: what reads patch tokens sees one view; leave it out")
-    if options.tower and not model.whole:
+    if options.tower and not model.sees_all_patches:
         raise ValueError("--mask: a tower is tuned on all patches; leave it out, or tower=0")
     if options.tower and options.batch % world_size():
         raise ValueError(
@@ -117,14 +125,14 @@ def fits(model: Embedder, options: Reading) -> None:
         )
 
 
-def trains_tower(options: Reading) -> bool:
+def trains_tower(options: ReaderOptions) -> bool:
     return options.tower > 0
 
 
-def fitted(
+def train_reader(
     model: Embedder,
     train: Images,
-    how: Reading,
+    how: ReaderOptions,
     build: Callable[..., nn.Module],
     owner: Sequence[int],
     losses_of: Callable,
@@ -142,7 +150,7 @@ def fitted(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(how.seed)
         reader = build(**how.shape(model))
-    train_reader = tuned if how.tower else frozen
+    train_reader = train_with_tower if how.tower else train_on_frozen_tower
     reader, model, losses = train_reader(
         model, train, how, reader, torch.tensor(owner), losses_of, weight
     )
@@ -151,16 +159,16 @@ def fitted(
             f"evals: lr={how.lr}: the loss of what is trained on the tokens is not finite; take a"
             " lower one"
         )
-    model.say(
+    model.log(
         f"  {len(owner):,} samples, {len(losses):,} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )
     return reader.eval(), model
 
 
-def frozen(
+def train_on_frozen_tower(
     model: Embedder,
     train: Images,
-    how: Reading,
+    how: ReaderOptions,
     reader: nn.Module,
     owner: Tensor,
     losses_of: Callable,
@@ -170,12 +178,12 @@ def frozen(
 
     Bitwise equal on any number of ranks.
     """
-    image_tokens = tokens(model, train)
+    image_tokens = patch_tokens(model, train)
     reader = reader.to(device())
     optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=how.weight_decay)
-    trainer = Exact(reader, optimizer, clip=1.0)
+    trainer = ExactTrainer(reader, optimizer, clip=1.0)
 
-    def loss_of(trainer: Exact, samples: Tensor) -> Tensor:
+    def loss_of(trainer: ExactTrainer, samples: Tensor) -> Tensor:
         loss_count = weight(samples)
         loss = torch.zeros((), device=device())
         for part in samples.split(SLICE)[rank() :: world_size()]:
@@ -183,17 +191,17 @@ def frozen(
             loss += trainer.learn(losses_of(reader, part, image).sum() / loss_count)
         return loss * world_size()
 
-    batches = order(len(owner), how.batch, how.epochs, how.seed)
-    step_count = steps(len(owner), how.batch, how.epochs)
-    rate = cosine(how.lr, warmup=0.1)
-    losses = fit(trainer, batches, loss_of, rate, step_count, model.say)
+    batches = global_batches(len(owner), how.batch, how.epochs, how.seed)
+    step_count = count_steps(len(owner), how.batch, how.epochs)
+    rate = cosine_rate(how.lr, warmup=0.1)
+    losses = fit(trainer, batches, loss_of, rate, step_count, model.log)
     return reader, model, losses
 
 
-def tuned(
+def train_with_tower(
     model: Embedder,
     train: Images,
-    how: Reading,
+    how: ReaderOptions,
     reader: nn.Module,
     owner: Tensor,
     losses_of: Callable,
@@ -214,11 +222,11 @@ def tuned(
     trainer.train()
 
     # Each step's global batch, and the images of this rank's share.
-    batches = list(order(len(owner), how.batch, how.epochs, how.seed))
-    share = torch.cat([mine(samples) for samples in batches])
+    batches = list(global_batches(len(owner), how.batch, how.epochs, how.seed))
+    share = torch.cat([rank_share(samples) for samples in batches])
     workers = min(model.cfg.data.workers, 2)
     rounds = train.rounds(
-        model.pre, how.batch // world_size(), owner[share].tolist(), len(batches), workers
+        model.preprocess, how.batch // world_size(), owner[share].tolist(), len(batches), workers
     )
 
     def read(ids: Tensor, image: tuple[Tensor, Tensor]) -> Tensor:
@@ -227,11 +235,11 @@ def tuned(
     def loss_of(_trainer: nn.Module, batch: tuple) -> Tensor:
         samples, (_, patches, positions) = batch
         image = to_device(patches), to_device(positions)
-        losses = losses_of(read, mine(samples), image)
+        losses = losses_of(read, rank_share(samples), image)
         return mean_loss(losses, weight(samples))
 
-    rate = cosine(how.lr, warmup=0.1)
-    losses = fit(trainer, zip(batches, rounds), loss_of, rate, len(batches), model.say)
+    rate = cosine_rate(how.lr, warmup=0.1)
+    losses = fit(trainer, zip(batches, rounds), loss_of, rate, len(batches), model.log)
 
     # The model, with the trained tower in the place of its own.
     plain.load_state_dict(gather_state_dict(trainer))
@@ -240,26 +248,26 @@ def tuned(
     embedder = copy.copy(model)
     embedder.encoders = model.encoders | {"tokens": plain.vision}
     embedder.tag = f"{model.tag}-tuned"
-    embedder.forget()  # cached tokens of another tuning
+    embedder.delete_features()  # cached tokens of another tuning
     return plain.reader, embedder, losses
 
 
 @torch.no_grad()
-def found(count: int, width: int, make: Callable[[Tensor], Tensor]) -> Tensor:
+def predict(count: int, width: int, make: Callable[[Tensor], Tensor]) -> Tensor:
     """Return make's rows for samples 0 to count - 1, (count, width) on every rank.
 
     make(samples (b,)) -> (b, width) int64; each sample is computed by one rank.
     """
     out = torch.zeros(count, width, dtype=torch.int64)
-    for samples in torch.arange(count).split(TOLD)[rank() :: world_size()]:
+    for samples in torch.arange(count).split(INFERENCE_BATCH)[rank() :: world_size()]:
         out[samples] = make(samples).cpu()
     return all_reduce_sum(out).cpu()
 
 
-def keep(model: Embedder, kind: str, images: Images, rows: Iterable[dict]) -> None:
+def write_records(model: Embedder, kind: str, images: Images, rows: Iterable[dict]) -> None:
     """Write RUN/KIND/TAG-SET.jsonl, one row a line."""
     if rank():
         return
-    path = model.home / kind / f"{model.tag}-{images.name}.jsonl"
+    path = model.results_folder / kind / f"{model.tag}-{images.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

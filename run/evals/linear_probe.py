@@ -25,10 +25,24 @@ from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import Images
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.evals.features import KINDS, Features, check_splits, check_view, splits
+from glimpse.run.evals.features import (
+    FEATURE_KINDS,
+    Features,
+    check_train_and_test,
+    check_visible_patches,
+    train_test_features,
+)
 from glimpse.run.evals.lars import LARS
 from glimpse.run.evals.metrics import accuracies
-from glimpse.run.evals.supervised import Replicated, cosine, fit, mean_loss, mine, order, steps
+from glimpse.run.evals.supervised import (
+    ReplicatedTrainer,
+    cosine_rate,
+    count_steps,
+    fit,
+    global_batches,
+    mean_loss,
+    rank_share,
+)
 from glimpse.run.lib.config import check_choice
 from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world_size
 
@@ -36,9 +50,9 @@ ITERATIONS = 1000  # of L-BFGS
 CHUNK = 4096  # rows that go through the classifier at once
 # steps of an epoch that a set should have: sets smaller than those of the recipes get smaller
 # batches
-STEPS = 64
-HELD_OUT = 10  # one image in ten
-MOST = 96  # weight decays of the sweep: 1e-6 x 10^(i / 8), i = 0 ... 96
+MIN_STEPS = 64
+HELD_OUT_INTERVAL = 10  # one image in ten
+SWEEP_STEPS = 96  # weight decays of the sweep: 1e-6 x 10^(i / 8), i = 0 ... 96
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class Options:
 
     def __post_init__(self):
         check_choice("linear_probe(optimizer=...)", self.optimizer, RECIPES)
-        check_choice("linear_probe(features=...)", self.recipe.features, KINDS)
+        check_choice("linear_probe(features=...)", self.recipe.features, FEATURE_KINDS)
         for name in ("lr", "epochs", "batch"):
             value = getattr(self, name)
             if value is None:
@@ -109,79 +123,79 @@ class Options:
         return replace(RECIPES[self.optimizer], **overrides)
 
 
-check = check_splits
-fits = check_view
+check_set = check_train_and_test
+check_model = check_visible_patches
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
     """Return top1, mean_per_class and chance, as shares."""
     recipe = options.recipe
-    train, test = splits(model, images, recipe.features)
-    task = Task(train, len(images.classes()), options)
+    train, test = train_test_features(model, images, recipe.features)
+    task = ProbeTask(train, len(images.classes()), options)
 
     # Hold out a tenth of train/ to choose the setting that the recipe leaves open.
     generator = torch.Generator().manual_seed(options.seed)
-    is_held_out = torch.randperm(len(train), generator=generator) % HELD_OUT == 0
+    is_held_out = torch.randperm(len(train), generator=generator) % HELD_OUT_INTERVAL == 0
     fitting = torch.nonzero(~is_held_out).flatten()
     held_out = torch.nonzero(is_held_out).flatten()
 
     def tried(value: float) -> float:
         probe, how = task.fitted(fitting, value)
-        top1 = scored(probe, train, held_out)["top1"]
-        model.say(f"  {how}: {top1:.2%} of {len(held_out)} held-out images")
+        top1 = test_accuracies(probe, train, held_out)["top1"]
+        model.log(f"  {how}: {top1:.2%} of {len(held_out)} held-out images")
         return top1
 
-    model.say(f"{images.name}: a linear probe on {recipe.features} features of {len(train)} images")
+    model.log(f"{images.name}: a linear probe on {recipe.features} features of {len(train)} images")
     if options.optimizer == "lbfgs":
-        value = swept(tried) if recipe.weight_decay is None else recipe.weight_decay
+        value = sweep_weight_decay(tried) if recipe.weight_decay is None else recipe.weight_decay
     else:
         value = max(recipe.lr, key=tried) if len(recipe.lr) > 1 else recipe.lr[0]
 
     # Fit again, to all training images.
     probe, how = task.fitted(torch.arange(len(train)), value)
-    model.say(f"  {how}, on all images")
-    return scored(probe, test, torch.arange(len(test)))
+    model.log(f"  {how}, on all images")
+    return test_accuracies(probe, test, torch.arange(len(test)))
 
 
-def swept(tried: Callable[[float], float]) -> float:
+def sweep_weight_decay(tried: Callable[[float], float]) -> float:
     """Return the best of the MOST + 1 weight decays, of equal ones the largest.
 
     CLIP's search: seven values over the range, then halving the steps around the best.
     """
-    step = MOST // 6
+    step = SWEEP_STEPS // 6
     scores: dict[int, float] = {}
-    around: Iterable[int] = range(MOST, -1, -step)
+    around: Iterable[int] = range(SWEEP_STEPS, -1, -step)
     while step:
         for i in around:
-            if 0 <= i <= MOST and i not in scores:
-                scores[i] = tried(decay(i))
+            if 0 <= i <= SWEEP_STEPS and i not in scores:
+                scores[i] = tried(sweep_value(i))
         step //= 2
         best = max(scores, key=lambda i: (scores[i], i))
         around = (best + step, best - step)
-    return decay(best)
+    return sweep_value(best)
 
 
-def decay(i: int) -> float:
+def sweep_value(i: int) -> float:
     return 10 ** (i / 8 - 6)
 
 
-def scored(probe: nn.Module, features: Features, indices: Tensor) -> dict[str, float]:
+def test_accuracies(probe: nn.Module, features: Features, indices: Tensor) -> dict[str, float]:
     """Return the probe's accuracies on these images; each rank computes a share of them."""
     probe.eval()
     share = indices[rank() :: world_size()]
     dtype = next(probe.parameters()).dtype
     with torch.no_grad():
-        chunks = [probe(rows(features, part).to(dtype)) for part in share.split(CHUNK)]
+        chunks = [probe(feature_rows(features, part).to(dtype)) for part in share.split(CHUNK)]
         scores = torch.cat(chunks)
     return accuracies(scores, features.labels()[share])
 
 
-def rows(features: Features, indices: Tensor) -> Tensor:
+def feature_rows(features: Features, indices: Tensor) -> Tensor:
     """Return the features at indices, (n, D) float32, on the device."""
     return to_device(features.rows(indices).flatten(1))
 
 
-class Task:
+class ProbeTask:
     """The features of a train split, to some of which a classifier of C classes is fitted."""
 
     def __init__(self, train: Features, classes: int, options: Options):
@@ -196,7 +210,7 @@ class Task:
 
         value: the weight decay of L-BFGS, the learning rate of the others.
         """
-        width = rows(self.train, indices[:1]).shape[1]
+        width = feature_rows(self.train, indices[:1]).shape[1]
         linear = nn.utils.skip_init(nn.Linear, width, self.classes, device=device())
         # its own generator, so that an evaluation during training does not change the training
         generator = torch.Generator().manual_seed(self.options.seed)
@@ -204,46 +218,46 @@ class Task:
             weight = torch.empty(linear.weight.shape).normal_(std=0.01, generator=generator)
             linear.weight.copy_(weight)
             linear.bias.zero_()
-        norm = BatchNorm(width).to(device()) if self.recipe.standardize else nn.Identity()
+        norm = NonAffineBatchNorm(width).to(device()) if self.recipe.standardize else nn.Identity()
         fit_to = self.by_lbfgs if self.options.optimizer == "lbfgs" else self.by_steps
         return fit_to(nn.Sequential(norm, linear), indices, value)
 
     def by_lbfgs(
         self, probe: nn.Sequential, indices: Tensor, weight_decay: float
     ) -> tuple[nn.Module, str]:
-        share = mine(indices)
+        share = rank_share(indices)
         probe = probe.double()
         # a component that all classes' weights share has no effect on the loss, and decays slowly
         nn.init.zeros_(probe[1].weight)
-        x = rows(self.train, share).double()
+        x = feature_rows(self.train, share).double()
         if self.recipe.standardize:
             probe[0].momentum = 1.0  # the batch is the whole training set
             x = probe[0](x)
-        iterations = regression(probe[1], x, self.labels[share], len(indices), weight_decay)
+        iterations = fit_regression(probe[1], x, self.labels[share], len(indices), weight_decay)
         return probe, f"weight decay {weight_decay:.3g}, {iterations} iterations"
 
     def by_steps(self, probe: nn.Sequential, indices: Tensor, lr: float) -> tuple[nn.Module, str]:
         recipe = self.recipe
-        batch = self.options.batch or min(recipe.batch, max(len(indices) // STEPS, STEPS))
+        batch = self.options.batch or min(recipe.batch, max(len(indices) // MIN_STEPS, MIN_STEPS))
         batch = min(batch, len(indices))
         build = OPTIMIZERS[self.options.optimizer]
         optimizer = build(probe.parameters(), lr=lr, weight_decay=recipe.weight_decay)
-        trainer = Replicated(probe, optimizer)
+        trainer = ReplicatedTrainer(probe, optimizer)
 
-        def loss_of(trainer: Replicated, samples: Tensor) -> Tensor:
-            share = indices[mine(samples)]
-            logits = trainer(rows(self.train, share))
+        def loss_of(trainer: ReplicatedTrainer, samples: Tensor) -> Tensor:
+            share = indices[rank_share(samples)]
+            logits = trainer(feature_rows(self.train, share))
             losses = F.cross_entropy(logits, self.labels[share], reduction="none")
             return mean_loss(losses, batch)
 
-        count = steps(len(indices), batch, recipe.epochs)
-        batches = order(len(indices), batch, recipe.epochs, self.options.seed)
-        rate = cosine(lr, recipe.warmup / recipe.epochs)
+        count = count_steps(len(indices), batch, recipe.epochs)
+        batches = global_batches(len(indices), batch, recipe.epochs, self.options.seed)
+        rate = cosine_rate(lr, recipe.warmup / recipe.epochs)
         losses = fit(trainer, batches, loss_of, rate, count)
         return probe, f"lr {lr:.4g}, {count} steps of {batch}, loss {losses[-1]:.4f}"
 
 
-class BatchNorm(nn.Module):
+class NonAffineBatchNorm(nn.Module):
     """Batch norm (b, D) -> (b, D) without affine, over all ranks' rows, however many each has.
 
     Evaluation uses running statistics. The input needs no gradient, since the model below is frozen
@@ -272,7 +286,7 @@ class BatchNorm(nn.Module):
         return (x - mean.to(x.dtype)) * (var + self.eps).rsqrt().to(x.dtype)
 
 
-def regression(
+def fit_regression(
     linear: nn.Linear, x: Tensor, labels: Tensor, count: int, weight_decay: float
 ) -> int:
     """Fit a logistic regression and return the number of iterations.

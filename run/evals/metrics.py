@@ -20,10 +20,12 @@ from torch import Tensor
 from glimpse.run.lib.distributed import all_reduce_sum, to_device
 
 METRICS = ("top1", "mean_per_class", "top1_top5", "roc_auc", "map", "pm")
-MAIN = {name: name for name in METRICS} | {"pm": "pm_10"}  # the one number that stands for a set
+MAIN_METRIC = {name: name for name in METRICS} | {
+    "pm": "pm_10"
+}  # the one number that stands for a set
 
 
-def counted(scores: Tensor, labels: Tensor) -> Tensor:
+def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
     """Count each class's images over all ranks, and those right at 1 and at 5: (3, C) float64.
 
     scores (n, C), labels (n,).
@@ -54,13 +56,13 @@ def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
     scores (n, C), labels (n,).
     """
-    counts = counted(to_device(scores), to_device(labels))
+    counts = count_hits(to_device(scores), to_device(labels))
     return dict(
         top1=top1(counts), mean_per_class=mean_per_class(counts), chance=1 / scores.shape[1]
     )
 
 
-def everyone(indices: Tensor, values: Tensor, count: int) -> Tensor:
+def gather_by_index(indices: Tensor, values: Tensor, count: int) -> Tensor:
     """Gather the values of all images on every rank, (N, ...) float64.
 
     values (n, ...): those of this rank's images, `indices`. count: N.
@@ -107,7 +109,7 @@ def mean_average_precision(scores: Tensor, positive: Tensor) -> float:
     return sum(values) / len(values)
 
 
-def perturbed(right: Tensor, anchors: list[str], offsets: Tensor, within: int) -> float:
+def perturbation_accuracy(right: Tensor, anchors: list[str], offsets: Tensor, within: int) -> float:
     """Return PM-`within`: the share of anchors whose frames at most so far away are all right.
 
     right (N,) bool; anchors: that of each frame; offsets (N,): its distance from it in frames.

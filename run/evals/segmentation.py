@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import IGNORE, Images
-from glimpse.data.evals.sliding_windows import Sliding, Windows
+from glimpse.data.evals.sliding_windows import WindowGrid, WindowImages
 from glimpse.data.transforms import decode
 from glimpse.run.evals.embed import BATCH, Embedder
-from glimpse.run.evals.segmentation_pictures import segmentations
+from glimpse.run.evals.segmentation_pictures import draw_segmentations
 from glimpse.run.evals.zero_shot import class_embeddings
 from glimpse.run.lib.distributed import (
     all_gather_list,
@@ -31,7 +31,7 @@ from glimpse.run.lib.distributed import (
 )
 
 FEATURES = ("auto", "tokens", "values")
-READS = "label_map"
+ANNOTATION = "label_map"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Options:
     # tokens: the tower's; values: of a last block that mixes no tokens; auto: values if the tower
     # pools cls
     features: str = "auto"
-    picture: int = 8  # number of images drawn in RUN/pictures, with truth and prediction
+    save_picture: int = 8  # number of images drawn in RUN/pictures, with truth and prediction
 
     def __post_init__(self):
         if self.features not in FEATURES:
@@ -56,11 +56,11 @@ class Options:
             )
 
 
-def check(images: Images, options: Options) -> None:
-    check_map(images, 0, len(images.prompts(options.templates)))
+def check_set(images: Images, options: Options) -> None:
+    read_label_map(images, 0, len(images.prompts(options.templates)))
 
 
-def check_map(images: Images, i: int, classes: int) -> Tensor:
+def read_label_map(images: Images, i: int, classes: int) -> Tensor:
     """Return the label map of image i, (H, W) int64.
 
     ValueError: it has a class that the set does not name.
@@ -76,8 +76,8 @@ def check_map(images: Images, i: int, classes: int) -> Tensor:
     return truth
 
 
-def fits(model: Embedder, options: Options) -> None:
-    if not model.whole:
+def check_model(model: Embedder, options: Options) -> None:
+    if not model.sees_all_patches:
         raise ValueError(
             "--mask, --ensemble: segmentation asks every patch of one view; leave them out"
         )
@@ -103,7 +103,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     side = model.cfg.model.sides[0]
     size = options.size or 2 * side
     stride = min(options.stride or side // 2, side)  # no pixel between windows is left out
-    sliding = Sliding(side, size, stride)
+    sliding = WindowGrid(side, size, stride)
     what = options.features
     if what == "auto":
         what = "values" if model.towers.vision.cfg.pool == "cls" else "tokens"
@@ -111,19 +111,19 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device())
     samples = []  # for the picture: number, image, label map and prediction
-    for i, similar in similarities(model, images, sliding, what, classes):
-        truth = check_map(images, i, len(classes))
-        prediction = resized(similar, truth.shape).argmax(0)
-        counts += confusion(truth.to(prediction.device), prediction, len(classes))
+    for i, similar in image_similarities(model, images, sliding, what, classes):
+        truth = read_label_map(images, i, len(classes))
+        prediction = resize_maps(similar, truth.shape).argmax(0)
+        counts += confusion_matrix(truth.to(prediction.device), prediction, len(classes))
         if i < options.picture:
             pixels = decode(images.image(i))
             samples.append((i, pixels, truth.numpy(), prediction.cpu().numpy()))
-    picture(model, images, f"{what}-{size}", samples)
-    return scores(all_reduce_sum(counts))
+    save_picture(model, images, f"{what}-{size}", samples)
+    return compute_scores(all_reduce_sum(counts))
 
 
-def similarities(
-    model: Embedder, images: Images, sliding: Sliding, what: str, classes: Tensor
+def image_similarities(
+    model: Embedder, images: Images, sliding: WindowGrid, what: str, classes: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield this rank's images one by one, all ranks in step: (number, cosines).
 
@@ -131,14 +131,14 @@ def similarities(
     """
     share = range(rank(), len(images), world_size())
     # A rank without images goes through the tower in step.
-    windows = Windows(images, sliding, share or [0])
+    windows = WindowImages(images, sliding, share or [0])
     every_window = range(len(windows)) if share else []
     turns = -all_reduce_min(
         -math.ceil(len(every_window) / BATCH)
     )  # of the rank with the most windows
 
     waiting: list[Tensor] = []  # windows of the current image
-    for indices, tokens in model.passed(windows, what, every_window, turns):
+    for indices, tokens in model.iterate_features(windows, what, every_window, turns):
         if not len(indices):
             continue
         # Patch tokens (m, 1 + rows * columns, D) -> cosines (m, rows * columns, C).
@@ -148,14 +148,14 @@ def similarities(
 
         for index, row in zip(indices.tolist(), cosines):
             waiting.append(row.T.unflatten(1, model.grid))
-            owner = windows.owner[index]
-            is_last = index + 1 == len(every_window) or windows.owner[index + 1] != owner
+            owner = windows.image_index[index]
+            is_last = index + 1 == len(every_window) or windows.image_index[index + 1] != owner
             if is_last:
-                yield owner, joined(waiting, sliding, windows.shapes[owner])
+                yield owner, merge_windows(waiting, sliding, windows.shapes[owner])
                 waiting = []
 
 
-def joined(parts: list[Tensor], sliding: Sliding, shape: tuple[int, int]) -> Tensor:
+def merge_windows(parts: list[Tensor], sliding: WindowGrid, shape: tuple[int, int]) -> Tensor:
     """Join an image's windows on its canvas, with their mean where they overlap.
 
     parts: (C, rows, columns) of each window. Return (C, canvas rows, canvas columns).
@@ -163,19 +163,19 @@ def joined(parts: list[Tensor], sliding: Sliding, shape: tuple[int, int]) -> Ten
     rows, columns = sliding.canvas(*shape)
     sums = parts[0].new_zeros(len(parts[0]), rows, columns)
     seen = parts[0].new_zeros(rows, columns)  # windows over each pixel
-    for part, (top, left) in zip(parts, sliding.places(*shape), strict=True):
+    for part, (top, left) in zip(parts, sliding.corners(*shape), strict=True):
         here = slice(top, top + sliding.side), slice(left, left + sliding.side)
-        sums[:, *here] += resized(part, (sliding.side, sliding.side))
+        sums[:, *here] += resize_maps(part, (sliding.side, sliding.side))
         seen[here] += 1
     return sums / seen
 
 
-def resized(similar: Tensor, shape: tuple[int, int]) -> Tensor:
+def resize_maps(similar: Tensor, shape: tuple[int, int]) -> Tensor:
     """Resize (C, h, w) to (C, *shape), bilinearly."""
     return F.interpolate(similar[None], tuple(shape), mode="bilinear", align_corners=False)[0]
 
 
-def confusion(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
+def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     """Count the pixels of each class (row) that are predicted as each class (column), (C, C) int64.
 
     Pixels of no class are left out.
@@ -185,7 +185,7 @@ def confusion(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def scores(counts: Tensor) -> dict[str, float]:
+def compute_scores(counts: Tensor) -> dict[str, float]:
     """Compute the scores from a confusion matrix (C, C).
 
     A class that neither occurs nor is predicted does not count, as in mmsegmentation.
@@ -203,7 +203,7 @@ def scores(counts: Tensor) -> dict[str, float]:
     )
 
 
-def picture(model: Embedder, images: Images, how: str, samples: list) -> None:
+def save_picture(model: Embedder, images: Images, how: str, samples: list) -> None:
     """Write the images of all ranks to RUN/pictures/TAG-SET-HOW.png.
 
     samples: (number, image, label map, prediction) of each.
@@ -211,7 +211,7 @@ def picture(model: Embedder, images: Images, how: str, samples: list) -> None:
     samples = sorted(all_gather_list(samples), key=lambda row: row[0])
     if rank() or not samples:
         return
-    path = model.home / "pictures" / f"{model.tag}-{images.name}-{how}.png"
+    path = model.results_folder / "pictures" / f"{model.tag}-{images.name}-{how}.png"
     path.parent.mkdir(exist_ok=True)
-    segmentations([row[1:] for row in samples], images.classes()).save(path)
-    model.say(f"{path}: images, their label maps, what was found")
+    draw_segmentations([row[1:] for row in samples], images.class_names()).save(path)
+    model.log(f"{path}: images, their label maps, what was found")

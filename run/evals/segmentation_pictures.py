@@ -5,10 +5,10 @@ from PIL import Image, ImageDraw
 
 from glimpse.data.evals.clip_benchmark import IGNORE
 
-GREY = 128
+GRAY = 128
 
 
-def segmentations(
+def draw_segmentations(
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str], side: int = 144
 ) -> Image.Image:
     """Draw rows of image (H, W, 3), label map and predicted map (H, W) as one picture.
@@ -16,7 +16,7 @@ def segmentations(
     Each row is `side` high, with the names of the classes in it. Pixels of no class in the label
     map are gray in both maps, so that they can be compared.
     """
-    strips = [strip(*row, classes, side) for row in rows]
+    strips = [draw_row(*row, classes, side) for row in rows]
     width = max(image.width for image in strips)
     height = sum(image.height for image in strips)
     picture = Image.new("RGB", (width, height), "white")
@@ -27,7 +27,7 @@ def segmentations(
     return picture
 
 
-def strip(
+def draw_row(
     image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: list[str], side: int
 ) -> Image.Image:
     """Draw one row of the picture."""
@@ -38,7 +38,7 @@ def strip(
     # The image and its two maps, side by side.
     result.paste(Image.fromarray(image).resize((width, side)), (0, 0))
     for n, values in enumerate((truth, prediction), start=1):
-        colored = np.where(known[..., None], colours(values), GREY).astype(np.uint8)
+        colored = np.where(known[..., None], class_colors(values), GRAY).astype(np.uint8)
         part = Image.fromarray(colored).resize((width, side), Image.Resampling.NEAREST)
         result.paste(part, (n * (width + 4), 0))
 
@@ -50,12 +50,12 @@ def strip(
         numbers, counts = np.unique(values, return_counts=True)
         largest = numbers[np.argsort(-counts)][: (side - 16) // 13]
         for line, number in enumerate(largest):
-            color = tuple(colours(np.array(number)).tolist())
+            color = tuple(class_colors(np.array(number)).tolist())
             draw.text((left, 16 + 13 * line), classes[number][:20], fill=color)
     return result
 
 
-def colours(numbers: np.ndarray) -> np.ndarray:
+def class_colors(numbers: np.ndarray) -> np.ndarray:
     """Return a color (..., 3) uint8 for each class's number.
 
     Hues are a golden angle apart, in three degrees of darkness.

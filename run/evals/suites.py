@@ -11,17 +11,17 @@ evaluated, and the averages state how many sets they are over.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glimpse.data.evals.clip_benchmark import Benchmark
-from glimpse.data.evals.prompts import templates
-from glimpse.data.evals.suites import SETS, SUITES, EvalSet, found, members
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
+from glimpse.data.evals.prompts import load_templates
+from glimpse.data.evals.suites import SETS, SUITES, EvalSet, find_set_folder, suite_members
 from glimpse.run.evals import zero_shot
-from glimpse.run.evals.metrics import MAIN
+from glimpse.run.evals.metrics import MAIN_METRIC
 from glimpse.run.lib.config import check_choice
 
 
 @dataclass(frozen=True)
 class Options:
-    templates: str = ""  # as in zero_shot; default: each set's own
+    load_templates: str = ""  # as in zero_shot; default: each set's own
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Suite:
     data: Path
     kind: str  # first part of the names of its sets' results: zero_shot with the options given
     # the sets that can be evaluated
-    sets: dict[str, tuple[Benchmark, zero_shot.Options]] = field(default_factory=dict)
+    sets: dict[str, tuple[ClipBenchmarkSet, zero_shot.Options]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     # a line for each set that is there and cannot be evaluated
     faults: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Suite:
     doubts: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        count = len(members(self.name))
+        count = len(suite_members(self.name))
         names = ", ".join(self.sets)
         lines = [f"suite:{self.name}: {len(self.sets)} of {count} sets in {self.data}: {names}"]
         if self.missing:
@@ -50,7 +50,7 @@ class Suite:
         return "\n".join(lines)
 
 
-def look(name: str, data: str, options: Options, given: str = "") -> Suite:
+def find_suite(name: str, data: str, options: Options, given: str = "") -> Suite:
     """Find the suite's sets below `data`, and check every one of them.
 
     ValueError: there is no such suite, or none of its sets.
@@ -62,18 +62,18 @@ def look(name: str, data: str, options: Options, given: str = "") -> Suite:
             " DIR, or eval_data in a config"
         )
     if options.templates:
-        templates(options.templates)  # raises the error of a misspelled one once, not for each set
+        load_templates(options.templates)  # raises the error of a misspelled one once, not for each set
 
     suite = Suite(name, Path(data), f"zero_shot{given}")
-    for member in members(name):
+    for member in suite_members(name):
         row = SETS[member]
-        folder = found(suite.data, row)
+        folder = find_set_folder(suite.data, row)
         if folder is None:
             suite.missing.append(row.name)
         else:
             add_set(suite, row, folder, zero_shot.Options(options.templates, row.metric))
     if not suite.sets:
-        first = SETS[members(name)[0]].folders[0]
+        first = SETS[suite_members(name)[0]].folders[0]
         message = (
             f"evals: suite:{name}: no set to evaluate in {data}; their folders are called e.g."
             f" {first} or wds_{first}"
@@ -85,14 +85,14 @@ def look(name: str, data: str, options: Options, given: str = "") -> Suite:
 def add_set(suite: Suite, row: EvalSet, folder: Path, options: zero_shot.Options) -> None:
     """Add the set in a folder to the suite, or to its faults if it cannot be evaluated."""
     try:
-        images = Benchmark(folder)
-        classes = len(images.names())
+        images = ClipBenchmarkSet(folder)
+        classes = len(images.class_synonyms())
         if classes != row.classes:
             raise ValueError(
                 f"evals: {folder}: {classes} classes; {row.name} has {row.classes}"
                 " (classnames.txt, class_subset.txt)"
             )
-        seen = zero_shot.check(images, options)
+        seen = zero_shot.check_set(images, options)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).removeprefix("evals: ").split())
         suite.faults.append(f"{row.name}: {message}")
@@ -108,7 +108,7 @@ def add_set(suite: Suite, row: EvalSet, folder: Path, options: zero_shot.Options
         )
 
 
-def averages(suite: Suite, results: dict[str, float]) -> dict[str, float]:
+def average_metrics(suite: Suite, results: dict[str, float]) -> dict[str, float]:
     """Average the main metrics of the suite's sets.
 
     results: as run.evals.evaluate names them. An average over only n of the sets is called
@@ -119,7 +119,7 @@ def averages(suite: Suite, results: dict[str, float]) -> dict[str, float]:
         values = []
         for member in sets:
             if member in suite.sets:
-                metric = MAIN[SETS[member].metric]
+                metric = MAIN_METRIC[SETS[member].metric]
                 values.append(results[f"{suite.kind}/{member}/{metric}"])
         if name and values:
             label = name if len(values) == len(sets) else f"{name}_of_{len(values)}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from glimpse.run.lib.distributed import all_reduce_sum, device, rank, world_size
 
 
-class Replicated:
+class ReplicatedTrainer:
     """A module replicated on every rank; gradients are averaged over the ranks.
 
     clip: the largest gradient norm, 0 for any.
@@ -52,7 +52,7 @@ class Replicated:
         self.optimizer.zero_grad()
 
 
-class Exact(Replicated):
+class ExactTrainer(ReplicatedTrainer):
     """Replicated, but bitwise equal on any number of ranks, given the same slices of a batch.
 
     Each slice is learned from by one rank. Floating-point sums depend on the order of addition, and
@@ -88,14 +88,14 @@ class Exact(Replicated):
         self.optimizer.step()
 
 
-def order(count: int, batch: int, epochs: float, seed: int) -> Iterator[Tensor]:
+def global_batches(count: int, batch: int, epochs: float, seed: int) -> Iterator[Tensor]:
     """Yield the samples (B,) of each step, of all ranks together.
 
     Every epoch has a new order, and its last batch is filled from the next epoch.
     """
     queue = torch.empty(0, dtype=torch.int64)
     epoch = 0
-    for _ in range(steps(count, batch, epochs)):
+    for _ in range(count_steps(count, batch, epochs)):
         while len(queue) < batch:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             shuffled = torch.randperm(count, generator=generator)
@@ -105,11 +105,11 @@ def order(count: int, batch: int, epochs: float, seed: int) -> Iterator[Tensor]:
         queue = queue[batch:]
 
 
-def steps(count: int, batch: int, epochs: float) -> int:
+def count_steps(count: int, batch: int, epochs: float) -> int:
     return max(1, round(count * epochs / batch))
 
 
-def mine(samples: Tensor) -> Tensor:
+def rank_share(samples: Tensor) -> Tensor:
     """Return this rank's share of a global batch; shares differ by one where it does not divide."""
     return samples[rank() :: world_size()]
 
@@ -123,7 +123,7 @@ def mean_loss(losses: Tensor, batch: int) -> Tensor:
 
 
 def fit(
-    trainer: nn.Module | Replicated,
+    trainer: nn.Module | ReplicatedTrainer,
     batches: Iterable,
     loss_of: Callable,
     rate: Callable[[float], float],
@@ -154,7 +154,7 @@ def fit(
     return (all_reduce_sum(losses[: step + 1]) / world_size()).tolist()
 
 
-def cosine(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:
+def cosine_rate(peak: float, warmup: float = 0.0, end: float = 0.0) -> Callable[[float], float]:
     """Return a learning rate by progress: linear warm-up from 0, then half a cosine to `end`.
 
     warmup: its share of the training.

@@ -22,26 +22,26 @@ from glimpse.data.evals.clip_benchmark import Images, Question
 from glimpse.model.downstream.decoders import Answerer
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.language import (
-    Pieces,
-    Reading,
-    fits,
-    fitted,
-    found,
-    keep,
-    padded,
-    tokens,
+    PieceVocabulary,
+    ReaderOptions,
+    check_model,
+    pad_texts,
+    patch_tokens,
+    predict,
+    train_reader,
     trains_tower,
+    write_records,
 )
 from glimpse.run.lib.distributed import to_device
 
-SHOWN = 5  # answers that are printed
+PRINTED_ANSWERS = 5  # answers that are printed
 # Spellings that VQAv2's evaluation treats as the same answer (vqaEval.py of
 # github.com/GT-Vision-Lab/VQA).
 DIGITS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {word: str(n) for n, word in enumerate(DIGITS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTED = """
+CONTRACTED_WORDS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
     hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
     mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
@@ -54,23 +54,23 @@ CONTRACTED = """
     """.split()
 # {a contraction without one of its apostrophes: the contraction}
 CONTRACTIONS = {}
-for word in CONTRACTED:
+for word in CONTRACTED_WORDS:
     for apostrophe in re.finditer("'", word):
         CONTRACTIONS[word[: apostrophe.start()] + word[apostrophe.end() :]] = word
-Asked = Sequence[tuple[int, Question]]  # each with its image's index
-READS = "questions"
-__all__ = ["READS", "Options", "check", "evaluate", "fits", "trains_tower"]
+IndexedQuestions = Sequence[tuple[int, Question]]  # each with its image's index
+ANNOTATION = "questions"
+__all__ = ["ANNOTATION", "Options", "check_model", "check_set", "evaluate", "trains_tower"]
 
 
 @dataclass(frozen=True)
-class Options(Reading):
+class Options(ReaderOptions):
     # classes at most: VQAv2's answers that occur nine times (Bottom-Up and Top-Down)
     answers: int = 3129
 
 
-def check(images: Images, options: Options) -> None:
+def check_set(images: Images, options: Options) -> None:
     images.questions(0)
-    images.other("train").questions(0)
+    images.open_split("train").questions(0)
     if options.answers < 1:
         raise ValueError(f"evals: answers={options.answers}: it must be at least 1")
 
@@ -80,25 +80,25 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 
     accuracy_KIND and frequent_KIND are those of one kind of questions.
     """
-    train = images.other("train")
-    learned = questions(train)
-    asked = questions(images)
+    train = images.open_split("train")
+    learned = read_questions(train)
+    asked = read_questions(images)
 
     # The classes: the most frequent of the answers that most people gave to a question.
     usual = [(q, most_frequent(q.answers)) for _, q in learned]
-    counts = ranked(Counter(answer for _, answer in usual))
+    counts = sort_by_count(Counter(answer for _, answer in usual))
     classes = [answer for answer, _ in counts[: options.answers]]
     numbers = {answer: n for n, answer in enumerate(classes)}
 
     context = model.cfg.data.context
-    pieces = Pieces(model.tokenizer, (q.text for _, q in learned), context)
-    model.say(
+    pieces = PieceVocabulary(model.tokenizer, (q.text for _, q in learned), context)
+    model.log(
         f"vqa {images.name}: {len(classes):,} answers, questions of {len(pieces):,} different"
         " pieces"
     )
 
-    def ids_of(batch: Asked) -> Tensor:
-        return padded([pieces.ids(q.text) for _, q in batch])
+    def ids_of(batch: IndexedQuestions) -> Tensor:
+        return pad_texts([pieces.ids(q.text) for _, q in batch])
 
     def losses_of(read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Return the loss of each question, (questions,), summed over the classes."""
@@ -113,37 +113,37 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
 
     build = partial(Answerer, len(pieces), context, answers=len(classes))
     owner = [i for i, _ in learned]
-    answerer, embedder = fitted(model, train, options, build, owner, losses_of)
+    answerer, embedder = train_reader(model, train, options, build, owner, losses_of)
 
     # Answer the test questions, and print a few.
-    image_tokens = tokens(embedder, images)
+    image_tokens = patch_tokens(embedder, images)
 
     def best_class(samples: Tensor) -> Tensor:
         batch = [asked[s] for s in samples.tolist()]
         image = to_device(image_tokens.rows([i for i, _ in batch]))
         return answerer(ids_of(batch), image).argmax(1, keepdim=True)
 
-    best = found(len(asked), 1, best_class)
+    best = predict(len(asked), 1, best_class)
     answers = [classes[n] for n in best[:, 0].tolist()]
-    for (i, q), answer in list(zip(asked, answers))[:SHOWN]:
+    for (i, q), answer in list(zip(asked, answers))[:PRINTED_ANSWERS]:
         truth = ", ".join(dict.fromkeys(q.answers))
-        model.say(f"  {images.key(i)}: {q.text} {answer}; truth: {truth}")
+        model.log(f"  {images.key(i)}: {q.text} {answer}; truth: {truth}")
 
     def records() -> Iterator[dict]:
         for (i, q), answer in zip(asked, answers):
             yield dict(key=images.key(i), question=q.text, answer=answer, truth=q.answers)
 
-    keep(model, "vqa", images, records())
-    return results(asked, answers, usual)
+    write_records(model, "vqa", images, records())
+    return compute_accuracies(asked, answers, usual)
 
 
-def questions(images: Images) -> list[tuple[int, Question]]:
+def read_questions(images: Images) -> list[tuple[int, Question]]:
     """Return (image, question) of a whole split, the answers normalized."""
     pairs = []
     for i in range(len(images)):
         for q in images.questions(i):
             if q.answers:
-                answers = tuple(map(normal, q.answers))
+                answers = tuple(map(normalize_answer, q.answers))
                 pairs.append((i, Question(q.text, answers, q.kind)))
     if not pairs:
         raise ValueError(f"evals: {images.folder}: no questions with answers in {images.split}")
@@ -155,13 +155,13 @@ def most_frequent(answers: Sequence[str]) -> str:
     return Counter(answers).most_common(1)[0][0]
 
 
-def ranked(counts: Counter) -> list[tuple[str, int]]:
+def sort_by_count(counts: Counter) -> list[tuple[str, int]]:
     """Return the counts from the most frequent; equals by name, independent of reading order."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def results(
-    asked: Asked,
+def compute_accuracies(
+    asked: IndexedQuestions,
     given: Sequence[str],
     usual: Sequence[tuple[Question, str]],
 ) -> dict[str, float]:
@@ -176,7 +176,7 @@ def results(
     values = dict(accuracy=mean(right))
     guessed = {}
     for name, group in groupings.items():
-        guess = most(usual, group)
+        guess = blind_guesser(usual, group)
         guessed[name] = [soft_accuracy(guess(q), q.answers) for _, q in asked]
         values[f"frequent{name}"] = mean(guessed[name])
 
@@ -193,7 +193,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def most(
+def blind_guesser(
     usual: Sequence[tuple[Question, str]], group: Callable[[Question], str]
 ) -> Callable[[Question], str]:
     """Return a function from a question to the most frequent answer of the question's group.
@@ -203,8 +203,8 @@ def most(
     counts: dict[str, Counter] = defaultdict(Counter)
     for q, answer in usual:
         counts[group(q)][answer] += 1
-    best = {key: ranked(count)[0][0] for key, count in counts.items()}
-    overall = ranked(Counter(answer for _, answer in usual))[0][0]
+    best = {key: sort_by_count(count)[0][0] for key, count in counts.items()}
+    overall = sort_by_count(Counter(answer for _, answer in usual))[0][0]
     return lambda q: best.get(group(q), overall)
 
 
@@ -221,7 +221,7 @@ def soft_accuracy(answer: str, answers: Sequence[str]) -> float:
     return sum(min((same - (a == answer)) / enough, 1.0) for a in answers) / len(answers)
 
 
-def normal(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
     """Return an answer as VQAv2 compares it.
 
     It has no punctuation and no articles, numbers are digits, contractions have their apostrophes.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.evals.clip_benchmark import Benchmark, Images
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet, Images
 from glimpse.data.transforms import decode
 from glimpse.run.evals import metrics
 from glimpse.run.evals.embed import Embedder
@@ -27,7 +27,7 @@ class Options:
         check_choice("evals: zero_shot.metric", self.metric, metrics.METRICS)
 
 
-def check(benchmark: Benchmark, options: Options) -> set[int]:
+def check_set(benchmark: ClipBenchmarkSet, options: Options) -> set[int]:
     """Read every label and return the classes that have images.
 
     ValueError: the labels do not fit the set's names or the metric; so such a set is refused before
@@ -47,7 +47,7 @@ def check(benchmark: Benchmark, options: Options) -> set[int]:
 
     seen: set[int] = set()
     for i in range(len(benchmark)):
-        seen.update(labels_of(benchmark, i, options.metric, classes))
+        seen.update(read_labels(benchmark, i, options.metric, classes))
 
     needed = 2 if options.metric == "roc_auc" else 1
     if len(seen) < needed:
@@ -58,7 +58,7 @@ def check(benchmark: Benchmark, options: Options) -> set[int]:
     return seen
 
 
-def check_anchors(benchmark: Benchmark) -> None:
+def check_anchors(benchmark: ClipBenchmarkSet) -> None:
     """Raise ValueError if the anchor frame of a frame is not in the set."""
     frames = [benchmark.frame(i) for i in range(len(benchmark))]
     anchors = {frame.anchor for frame in frames if frame.offset == 0}
@@ -70,13 +70,13 @@ def check_anchors(benchmark: Benchmark) -> None:
         )
 
 
-def labels_of(benchmark: Benchmark, i: int, metric: str, classes: int) -> list[int]:
+def read_labels(benchmark: ClipBenchmarkSet, i: int, metric: str, classes: int) -> list[int]:
     """Return the classes of image i as the metric needs them.
 
     ValueError: one of them has no name; `classes` have.
     """
     if metric == "map":
-        present = benchmark.present(i)
+        present = benchmark.multi_hot(i)
         if len(present) != classes:
             raise ValueError(
                 f"evals: {benchmark.folder}: {benchmark.key(i)} tells of {len(present)} classes;"
@@ -92,13 +92,13 @@ def labels_of(benchmark: Benchmark, i: int, metric: str, classes: int) -> list[i
     return labels
 
 
-def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[str, float]:
+def evaluate(model: Embedder, benchmark: ClipBenchmarkSet, options: Options) -> dict[str, float]:
     """Return the metric, as a share.
 
     For images of one class also top1, top5 and chance: the top1 of guessing.
     """
     classes = class_embeddings(model, benchmark, options.templates)
-    indices, images = model.images(benchmark)
+    indices, images = model.embed_images(benchmark)
     scores = images @ classes.T.to(images.device)  # (n, C)
     if options.metric == "map":
         return dict(map=multilabel_map(benchmark, indices, scores))
@@ -107,36 +107,36 @@ def evaluate(model: Embedder, benchmark: Benchmark, options: Options) -> dict[st
 
     labels = [benchmark.label(i) for i in indices.tolist()]
     labels = torch.tensor(labels, dtype=torch.int64, device=images.device)
-    counts = metrics.counted(scores, labels)
+    counts = metrics.count_hits(scores, labels)
     results = dict(top1=metrics.top1(counts), top5=metrics.top5(counts), chance=1 / len(classes))
     if options.metric == "mean_per_class":
         results["mean_per_class"] = metrics.mean_per_class(counts)
     if options.metric == "top1_top5":
         results["top1_top5"] = (results["top1"] + results["top5"]) / 2
     if options.metric == "roc_auc":
-        margins = metrics.everyone(indices, scores[:, 1] - scores[:, 0], len(benchmark))
-        positive = metrics.everyone(indices, labels, len(benchmark)) > 0
+        margins = metrics.gather_by_index(indices, scores[:, 1] - scores[:, 0], len(benchmark))
+        positive = metrics.gather_by_index(indices, labels, len(benchmark)) > 0
         results["roc_auc"] = metrics.roc_auc(margins, positive)
     return results
 
 
-def multilabel_map(benchmark: Benchmark, indices: Tensor, scores: Tensor) -> float:
+def multilabel_map(benchmark: ClipBenchmarkSet, indices: Tensor, scores: Tensor) -> float:
     """Return the mean average precision over all ranks.
 
     scores (n, C): those of this rank's images, `indices`.
     """
     present = np.zeros((len(indices), scores.shape[1]))
     for row, i in enumerate(indices.tolist()):
-        present[row] = benchmark.present(i)
+        present[row] = benchmark.multi_hot(i)
     present = torch.from_numpy(present).to(scores.device)
 
     count = len(benchmark)
-    all_scores = metrics.everyone(indices, scores, count)
-    all_present = metrics.everyone(indices, present, count)
+    all_scores = metrics.gather_by_index(indices, scores, count)
+    all_present = metrics.gather_by_index(indices, present, count)
     return metrics.mean_average_precision(all_scores, all_present > 0)
 
 
-def video_accuracies(benchmark: Benchmark, indices: Tensor, scores: Tensor) -> dict[str, float]:
+def video_accuracies(benchmark: ClipBenchmarkSet, indices: Tensor, scores: Tensor) -> dict[str, float]:
     """Return pm_0, pm_10 and chance over all ranks.
 
     scores (n, C): those of this rank's frames, `indices`.
@@ -148,9 +148,11 @@ def video_accuracies(benchmark: Benchmark, indices: Tensor, scores: Tensor) -> d
     predictions = zip(indices.tolist(), scores.argmax(1).tolist())
     hits = [prediction in frames[i].labels for i, prediction in predictions]
     hits = torch.tensor(hits, device=scores.device)
-    right = metrics.everyone(indices, hits, len(benchmark)) > 0
+    right = metrics.gather_by_index(indices, hits, len(benchmark)) > 0
 
-    results = {f"pm_{k}": metrics.perturbed(right, anchors, offsets, k) for k in (0, 10)}
+    results = {
+        f"pm_{k}": metrics.perturbation_accuracy(right, anchors, offsets, k) for k in (0, 10)
+    }
     return results | dict(chance=1 / scores.shape[1])
 
 
@@ -160,7 +162,7 @@ def class_embeddings(model: Embedder, benchmark: Images, templates: str = "") ->
     All names of a class weigh the same.
     """
     prompts = benchmark.prompts(templates)
-    texts = model.texts([text for several in prompts for text in several])
+    texts = model.embed_texts([text for several in prompts for text in several])
     parts = texts.split([len(several) for several in prompts])
     means = torch.stack([part.mean(0) for part in parts])
     return F.normalize(means, dim=-1)

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
 import deepspeed
 import torch
@@ -27,7 +28,8 @@ TIMEOUT = datetime.timedelta(minutes=5)
 # Values of a key in the store that rank0_first() waits for.
 DONE = "1"
 FAILED = "failed"
-_store_keys: list[str] = []  # that rank0_first() has used; each call needs a new one
+# The number of keys that unique_key() has returned for each process group's store.
+_key_counts: WeakKeyDictionary[dist.Store, int] = WeakKeyDictionary()
 
 T = TypeVar("T")
 
@@ -88,10 +90,16 @@ def check_devices(local_rank: int) -> None:
 
 
 def rank() -> int:
+    """Return this process's rank in the process group; before start(), the launcher's RANK."""
+    if dist.is_initialized():
+        return dist.get_rank()
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of ranks; before start(), the launcher's WORLD_SIZE."""
+    if dist.is_initialized():
+        return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -105,9 +113,7 @@ def rank0_first(function: Callable[[], T]) -> T:
     Use it where the first call creates a file that the later ones read. If rank 0 raises, the other
     ranks exit. They wait for up to 12 hours, longer than a collective could.
     """
-    # All ranks make the same calls in the same order, so the number of calls is a common key.
-    key = f"once {len(_store_keys)}"
-    _store_keys.append(key)
+    key = unique_key("once")
     if rank() == 0:
         return call_on_rank0(function, key)
     wait_for_rank0(key)
@@ -146,7 +152,7 @@ def broadcast_from_rank0(function: Callable[[], str]) -> str:
 
     Use it where ranks could see different files on a network file system.
     """
-    key = f"result {len(_store_keys)}"
+    key = unique_key("result")
 
     def publish() -> None:
         if rank() == 0:
@@ -158,6 +164,16 @@ def broadcast_from_rank0(function: Callable[[], str]) -> str:
     # The second rank0_first keeps rank 0, which hosts the store, from ending before all have read.
     rank0_first(publish)
     return rank0_first(receive)
+
+
+def unique_key(purpose: str) -> str:
+    """Return a new key of the store, the same on all ranks, which all must call.
+
+    All ranks make the same calls in the same order, so the number of calls is known to all.
+    """
+    count = _key_counts.get(store(), 0) + 1
+    _key_counts[store()] = count
+    return f"{purpose} {count}"
 
 
 def store() -> dist.Store:

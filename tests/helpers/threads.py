@@ -1,115 +1,109 @@
-"""Several ranks in one process, each a thread: for fast tests of evaluations.
+"""Several ranks in one process, each a thread, for fast tests of evaluations.
 
-Their sums over ranks then really add up.
+The threads form a real process group (torch's "threaded" backend), so that torch.distributed and
+run/lib/distributed.py work in them as they do in processes.
 
     with ranks(monkeypatch, world=3, batch=4) as run:
-        a, b, c = run(work)
+        first, second, third = run(work)
 """
 
 import ast
-import importlib
-import pkgutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import _set_thread_isolation_mode
+from torch.testing._internal.distributed.multi_threaded_pg import (
+    ProcessLocalGroup,
+    _install_threaded_pg,
+    _uninstall_threaded_pg,
+)
 
-from glimpse.run import evals
+from glimpse.run.evals import embed, features, knn, linear_probe, retrieval, segmentation
+from glimpse.run.lib import distributed
 
-PACKAGE = evals.__name__
 CHUNK = 7  # small, so that the evaluations' loops over chunks take several turns
+TIMEOUT = 60  # seconds that the other ranks get to end after one has failed
 
 
 @contextmanager
 def ranks(monkeypatch: pytest.MonkeyPatch, world: int, batch: int) -> Iterator[Callable]:
-    """Yield run(work), which returns what each of `world` ranks returns from work().
+    """Yield run(work), which calls work() on each of `world` ranks and returns their results.
 
-    Each has its own rank(); images come in rounds of `batch`, and chunks are small.
+    The evaluations embed `batch` images at once and compute in small chunks.
     """
-    this_thread = threading.local()
-    barrier = threading.Barrier(world)
-    slots = [None] * world
-
-    def exchange(value) -> list:
-        """Return the values of all ranks, in order; every rank must call."""
-        slots[this_thread.rank] = value
-        barrier.wait(30)
-        values = list(slots)
-        barrier.wait(30)  # before anybody writes the next value
-        return values
-
-    def broadcast(tensor, source: int) -> None:
-        tensor.copy_(exchange(tensor.clone())[source])
-
-    fakes = {"BATCH": batch, "CHUNK": CHUNK}
-    fakes["rank"] = lambda: this_thread.rank
-    fakes["world_size"] = lambda: world
-    fakes["barrier"] = lambda: barrier.wait(30)
-    fakes["rank0_first"] = lambda make: make()
-    fakes["broadcast_from_rank0"] = lambda make: exchange(make())[0]
-    fakes["all_reduce_sum"] = lambda values: sum(exchange(values.clone()))
-    fakes["all_reduce_min"] = lambda value: min(exchange(value))
-    fakes["all_gather_list"] = lambda items: sum(exchange(items), [])
-    fakes["dist"] = SimpleNamespace(broadcast=broadcast)
-    replace_in_evals(monkeypatch, fakes)
-    features = sys.modules[f"{PACKAGE}.features"]
-    monkeypatch.setattr(features, "CHUNK", 2 * batch)
+    use_small_batches(monkeypatch, batch)
+    monkeypatch.setattr(distributed, "exit_process", raise_exit)
     lock_parser(monkeypatch)
 
-    yield lambda work: run_threads(work, this_thread, barrier)
+    # Let each thread have its own process groups, in Python and in C++.
+    _install_threaded_pg()
+    _set_thread_isolation_mode(True)
+    try:
+        yield lambda work: run_threads(work, world)
+    finally:
+        _set_thread_isolation_mode(False)
+        _uninstall_threaded_pg()
 
 
-def run_threads(work: Callable, this_thread: threading.local, barrier: threading.Barrier) -> list:
-    """Return what work() returns in each of as many threads as the barrier has parties."""
-    results = [None] * barrier.parties
+def use_small_batches(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Set the sizes of batches and chunks of the evaluations."""
+    for module in (embed, features, segmentation):
+        monkeypatch.setattr(module, "BATCH", batch)
+    for module in (knn, linear_probe, retrieval):
+        monkeypatch.setattr(module, "CHUNK", CHUNK)
+    monkeypatch.setattr(features, "CHUNK", 2 * batch)
+
+
+def run_threads(work: Callable, world: int) -> list:
+    """Return what work() returns on each rank of a new process group; raise a rank's error."""
+    store = dist.HashStore()
+    results = [None] * world
     errors = []
 
     def run_rank(rank: int) -> None:
-        this_thread.rank = rank
         try:
+            dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
             results[rank] = work()
+            dist.destroy_process_group()
         except BaseException as error:
             errors.append(error)
-            barrier.abort()  # the others would wait for this one
+            ProcessLocalGroup.exception_handle(error)  # ends the ranks that wait in a collective
 
-    threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(barrier.parties)]
+    threads = [threading.Thread(target=run_rank, args=(r,), daemon=True) for r in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        while thread.is_alive() and not errors:
+            thread.join(0.1)
+        thread.join(TIMEOUT)
+    ProcessLocalGroup.reset()
 
-    # Other ranks' broken barriers follow from the first error.
-    causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+    # The exits of other ranks follow from the first error.
+    causes = [error for error in errors if not isinstance(error, SystemExit)]
     if errors:
         raise (causes or errors)[0]
     return results
 
 
-def replace_in_evals(monkeypatch: pytest.MonkeyPatch, fakes: dict) -> None:
-    """Replace these names in all modules of run/evals that have them."""
-    for module in pkgutil.iter_modules(evals.__path__):
-        importlib.import_module(f"{PACKAGE}.{module.name}")
-    modules = [module for name, module in sys.modules.items() if name.startswith(PACKAGE)]
-    for module in modules:
-        for name, fake in fakes.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, fake)
+def raise_exit(code: int = 0) -> None:
+    """End the thread of a rank; os._exit() would end the process, with all ranks."""
+    raise SystemExit(code)
 
 
 def lock_parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let one thread at a time parse Python.
+    """Let only one thread at a time parse Python.
 
-    Python 3.11's parser fails now and then when threads use it at once (np.load reads its headers
-    by it).
+    Python 3.11's parser sometimes fails if several threads use it at once, and np.load parses
+    headers with it.
     """
     parse = ast.parse
     lock = threading.Lock()
 
-    def parse_alone(*args, **kwargs):
+    def locked_parse(*args, **kwargs):
         with lock:
             return parse(*args, **kwargs)
 
-    monkeypatch.setattr(ast, "parse", parse_alone)
+    monkeypatch.setattr(ast, "parse", locked_parse)

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from glimpse.data.evals.clip_benchmark import Benchmark
-from glimpse.data.evals.finetune import Labelled, Mix
-from glimpse.data.loader import Batches, plan
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
+from glimpse.data.evals.finetune import LabeledImages, MixupCutmix
+from glimpse.data.loader import Batches, plan_views
 from glimpse.data.patches import patchify
 from glimpse.data.shards import Shards
 from glimpse.data.transforms import View, center_view, decode, random_box, random_view, resize
 from glimpse.model.methods import build_method
 from glimpse.model.towers import ModelConfig, Towers
-from glimpse.run.evals import embed, evaluate, parse
+from glimpse.run.evals import embed, evaluate, parse_evaluations
 from glimpse.run.lib import config
 from glimpse.run.reports import pictures
 from glimpse.tests.helpers.threads import ranks
@@ -237,18 +237,18 @@ def test_two_steps_of_every_method(data, name, more):
 
 def test_evaluations_by_hand(data, monkeypatch, tmp_path):
     method, cfg, tokenizer = untrained_method(data / "tokenizer.model", WIDE)
-    model = embed.Embedder(method, cfg, tokenizer, home=tmp_path, tag="test")
+    model = embed.Embedder(method, cfg, tokenizer, results_folder=tmp_path, tag="test")
     samples = Shards([data / "eval" / "shapes" / "test"], captions=False)
     encoded = [samples[i].image for i in range(len(samples))]
     views = np.stack([center_view(image, (H, W), cfg.eval_crop) for image in encoded])
     patches = patchify(torch.from_numpy(views).permute(0, 3, 1, 2), 8)
     with torch.no_grad():
         expected = method.towers.encode_image(patches, torch.arange(L).expand(len(patches), -1))
-    images = Benchmark(data / "eval" / "shapes")
-    evals = parse([f"zero_shot:{data}/eval/shapes", f"retrieval:{data}/eval/retrieval"])
+    images = ClipBenchmarkSet(data / "eval" / "shapes")
+    evals = parse_evaluations([f"zero_shot:{data}/eval/shapes", f"retrieval:{data}/eval/retrieval"])
 
-    indices, features = model.images(images)
-    _, grid_features = model.images(images, "grid")
+    indices, features = model.embed_images(images)
+    _, grid_features = model.embed_images(images, "grid")
     with ranks(monkeypatch, 2, batch=5) as run:
         scores, other_scores = run(lambda: evaluate(model, evals))
 
@@ -270,16 +270,16 @@ def test_fine_tuning_augments_them(data):
         noise=(4, 2),
         seed=0,
     )
-    benchmark = Benchmark(data / "eval" / "shapes")
+    benchmark = ClipBenchmarkSet(data / "eval" / "shapes")
     indices = [(0, i) for i in range(16)]
 
     for augment, erase in (("none", 0.0), ("rand-m9-mstd0.5-inc1", 0.5)):
-        dataset = Labelled(benchmark, 24, **options, augment=augment, erase=erase)
+        dataset = LabeledImages(benchmark, 24, **options, augment=augment, erase=erase)
         images, labels, _noise = dataset[indices]
         assert images.shape == (16, 3, H, W)
         assert patchify(images, 8).shape == (16, L, 192)
 
-    mixed, targets = Mix(24, 0.0, 1.0, 0.1)(images.clone(), labels, 0)
+    mixed, targets = MixupCutmix(24, 0.0, 1.0, 0.1)(images.clone(), labels, 0)
     assert mixed.shape == images.shape
     assert targets.shape == (16, 24)
     assert not torch.equal(mixed, images)
@@ -338,7 +338,7 @@ def test_a_teachers_view_of_another_size_is_refused():
     with pytest.raises(ValueError, match=message):
         config.load("run/configs/aclip_nano.yaml", overrides)
 
-    planned = plan({"view": View(), "teacher": View(encloses=("view",))}, (H, W), 8)
+    planned = plan_views({"view": View(), "teacher": View(encloses=("view",))}, (H, W), 8)
     assert planned[0][3] == GRID
 
 
@@ -346,11 +346,11 @@ def test_segmentation_is_refused(data, tmp_path):
     from glimpse.run.evals import segmentation
 
     method, cfg, tokenizer = untrained_method(data / "tokenizer.model", WIDE)
-    model = embed.Embedder(method, cfg, tokenizer, home=tmp_path, tag="test")
+    model = embed.Embedder(method, cfg, tokenizer, results_folder=tmp_path, tag="test")
     message = r"segmentation lays square windows on an image, and model.image_size is \[32, 48\]"
 
     with pytest.raises(ValueError, match=message):
-        segmentation.fits(model, segmentation.Options())
+        segmentation.check_model(model, segmentation.Options())
 
 
 def test_it_is_saved_and_loads_back(tmp_path):

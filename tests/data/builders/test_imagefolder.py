@@ -11,10 +11,10 @@ from PIL import Image
 
 from glimpse.data.builders.imagefolder import WORDNET, build
 from glimpse.data.builders.packaged import build as packaged
-from glimpse.data.evals.clip_benchmark import Benchmark, Frame
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet, Frame
 from glimpse.data.transforms import decode
 from glimpse.run import prepare
-from glimpse.run.evals import parse
+from glimpse.run.evals import parse_evaluations
 
 
 def image(path, shade, kind=None):
@@ -42,7 +42,7 @@ def test_a_tree_without_splits(tmp_path):
     result = build(source, tmp_path / "out")
 
     assert result == {"classes": ["ape", "red panda"], "left_out": 0, "test": 3}
-    images = parse([f"zero_shot:{tmp_path}/out"])[0].images
+    images = parse_evaluations([f"zero_shot:{tmp_path}/out"])[0].images
     assert images.prompts() == [["a photo of a ape."], ["a photo of a red panda."]]
     assert shades(images) == [(0, 10), (1, 20), (1, pytest.approx(30, abs=2))]
     assert images.image(0).startswith(b"\x89PNG")
@@ -63,10 +63,10 @@ def test_a_tree_with_splits_and_numbers(tmp_path):
     result = build(source, tmp_path / "out", names=names, prompts="7")
 
     assert result == {"classes": ["two;deux", "ten"], "left_out": 0, "test": 2, "train": 2}
-    test = Benchmark(tmp_path / "out")
+    test = ClipBenchmarkSet(tmp_path / "out")
     assert shades(test) == [(1, 3), (0, 4)]
-    assert shades(test.other("train")) == [(1, 1), (0, 2)]
-    assert test.names() == [["two", "deux"], ["ten"]]
+    assert shades(test.open_split("train")) == [(1, 1), (0, 2)]
+    assert test.class_synonyms() == [["two", "deux"], ["ten"]]
     assert len(test.templates()) == 7
 
     # folders and names
@@ -80,7 +80,7 @@ def test_a_tree_with_splits_and_numbers(tmp_path):
     result = build(source, tmp_path / "one", names=names)
 
     assert result == dict(classes=["ten"], left_out=1, test=1, train=1)
-    assert shades(Benchmark(tmp_path / "one")) == [(0, 3)]
+    assert shades(ClipBenchmarkSet(tmp_path / "one")) == [(0, 3)]
 
 
 def test_wordnet_numbers_in_imagenets_order(tmp_path):
@@ -108,7 +108,7 @@ def test_a_table(tmp_path):
     result = build(tmp_path / "in.csv", tmp_path / "out")
 
     assert result == {"classes": ["cat", "dog"], "left_out": 0, "test": 2, "train": 2}
-    assert [label for label, _ in shades(Benchmark(tmp_path / "out"))] == [1, 0]
+    assert [label for label, _ in shades(ClipBenchmarkSet(tmp_path / "out"))] == [1, 0]
 
     columns = dict(image_column="where", class_column="what")
     (tmp_path / "two.tsv").write_text("where\twhat\n0.jpg\tdog\n")
@@ -141,7 +141,7 @@ def test_image_net_vid_robust_as_it_is_unpacked(tmp_path):
     result = build(root, tmp_path / "out")
 
     assert result == {"classes": ["airplane", "giant panda"], "left_out": 0, "test": 4}
-    images = parse([f"zero_shot(metric=pm):{tmp_path}/out"])[0].images
+    images = parse_evaluations([f"zero_shot(metric=pm):{tmp_path}/out"])[0].images
     frames = [images.frame(i) for i in range(4)]
     assert frames == [
         Frame(anchor, 0, (1,)),
@@ -207,7 +207,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert f"{out}: 2 classes: another, one thing\n  test: 2 images\n" in output
     assert f"zero_shot:{out}" in output
-    assert len(Benchmark(out).templates()) == 80
+    assert len(ClipBenchmarkSet(out).templates()) == 80
 
 
 def test_many_images_in_several_shards(tmp_path, monkeypatch):
@@ -218,4 +218,4 @@ def test_many_images_in_several_shards(tmp_path, monkeypatch):
     build(tmp_path / "in", tmp_path / "out")
 
     assert (tmp_path / "out/test/nshards.txt").read_text() == "3\n"
-    assert [shade for _, shade in shades(Benchmark(tmp_path / "out"))] == list(range(7))
+    assert [shade for _, shade in shades(ClipBenchmarkSet(tmp_path / "out"))] == list(range(7))

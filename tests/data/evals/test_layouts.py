@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from glimpse.data.evals import caption_layouts, segmentation_layouts
-from glimpse.data.evals.clip_benchmark import IGNORE, Benchmark, Question
+from glimpse.data.evals.clip_benchmark import IGNORE, ClipBenchmarkSet, Question
 from glimpse.data.evals.layouts import LAYOUTS, open_set
 from glimpse.data.shards import write_shard
-from glimpse.run.evals import parse
+from glimpse.run.evals import parse_evaluations
 from glimpse.tests.helpers.tiny_layouts import (
     SIZE,
     ade20k,
@@ -59,13 +59,13 @@ def test_ade20k(tmp_path):
     assert seen(images, 0) == [IGNORE, 0, 1, 149, 149]
     assert images.label_map(0).shape == (4, 6)
     assert images.label_map(0).dtype == np.uint8
-    assert images.classes()[:3] == ["wall", "building", "thing 3"]
-    assert len(images.names()) == 150
+    assert images.class_names()[:3] == ["wall", "building", "thing 3"]
+    assert len(images.class_synonyms()) == 150
     assert images.prompts("7")[1][0].count("building") == 1
-    assert images.other("train").key(0) == "images/training/ADE_train_1.jpg"
-    assert len(images.other("validation")) == 2
+    assert images.open_split("train").key(0) == "images/training/ADE_train_1.jpg"
+    assert len(images.open_split("validation")) == 2
     with pytest.raises(ValueError, match="no split 'extra' in it; it has test, train"):
-        images.other("extra")
+        images.open_split("extra")
 
 
 def test_pascal_context(tmp_path):
@@ -74,15 +74,15 @@ def test_pascal_context(tmp_path):
     assert type(images) is segmentation_layouts.PascalContext
     assert [images.key(i)[-5] for i in range(len(images))] == ["3", "1"]
     assert seen(images, 0) == [IGNORE, 0, 1, 58, 58]
-    classes = images.classes()
+    classes = images.class_names()
     assert len(classes) == 59
     assert classes[:3] == ["aeroplane", "bag", "bed"] == sorted(classes)[:3]
 
     # With the background as a class.
-    tell(tmp_path / "classnames.txt", "\n".join(["background", *segmentation_layouts.CONTEXT]))
+    tell(tmp_path / "classnames.txt", "\n".join(["background", *segmentation_layouts.CONTEXT_CLASSES]))
     images = open_set(tmp_path)
     assert seen(images, 0) == [0, 1, 2, 59, 59]
-    assert len(images.classes()) == 60
+    assert len(images.class_names()) == 60
 
     tell(tmp_path / "classnames.txt", "one\ntwo")
     with pytest.raises(
@@ -101,7 +101,7 @@ def test_pascal_context_as_it_was_published(tmp_path):
     tell(tmp_path / "59_labels.txt", "\n".join(f"{i}: name {i}" for i in range(1, 60)))
     images = open_set(tmp_path)
 
-    assert images.classes()[0] == "name 1"
+    assert images.class_names()[0] == "name 1"
     assert seen(images, 1) == [IGNORE, 0, 1, 58, 58]
 
 
@@ -111,8 +111,8 @@ def test_coco_stuff(tmp_path, maps, where):
 
     assert type(images) is segmentation_layouts.CocoStuff
     assert len(images) == 2
-    assert len(images.other("train")) == 1
-    names = images.classes()
+    assert len(images.open_split("train")) == 1
+    names = images.class_names()
     assert len(names) == 171
     assert names[0] == "class 1"
     assert names[-1] == "class 182"
@@ -133,12 +133,12 @@ def test_coco_stuff(tmp_path, maps, where):
 def test_folders_of_ones_own(tmp_path):
     images = open_set(folders(tmp_path))
 
-    assert type(images) is segmentation_layouts.Folders
-    assert images.classes() == ["cat", "dog", "tree"]
-    assert images.names()[0] == ["cat", "pussycat"]
+    assert type(images) is segmentation_layouts.CustomFolders
+    assert images.class_names() == ["cat", "dog", "tree"]
+    assert images.class_synonyms()[0] == ["cat", "pussycat"]
     assert seen(images, 2) == [0, 1, 2, IGNORE, IGNORE]
     with pytest.raises(ValueError, match="it needs images/train/"):
-        images.other("train")
+        images.open_split("train")
 
     # With several splits.
     for part in ("train", "test"):
@@ -146,7 +146,7 @@ def test_folders_of_ones_own(tmp_path):
         label_map(tmp_path / f"labels/{part}/x.png", (1, 1))
     images = open_set(tmp_path)
     assert images.key(0) == "images/test/x.jpg"
-    assert images.other("train").key(0) == "images/train/x.jpg"
+    assert images.open_split("train").key(0) == "images/train/x.jpg"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_coco_captions(tmp_path, year):
     assert images.key(1) == f"val{year}/000000000001.jpg"
     assert images.key(2) == f"val{year}/000000000000.jpg"
     assert images.captions(0) == ["val 2 one", "val 2 two"]
-    assert images.other("train").captions(0) == ["train 0 one", "train 0 two"]
+    assert images.open_split("train").captions(0) == ["train 0 one", "train 0 two"]
     assert images.image(0) == (tmp_path / images.key(0)).read_bytes()
     assert images.group(0) == ""
     with pytest.raises(ValueError, match="no label maps in it"):
@@ -270,13 +270,13 @@ def test_nocaps(tmp_path):
     assert groups == ["in-domain", "out-domain", "near-domain"]
     assert images.captions(1) == ["caption 1"]
     assert images.key(1) == "val/bb.jpg"
-    assert len(images.other("val")) == 3
+    assert len(images.open_split("val")) == 3
     with pytest.raises(ValueError, match="it needs captions_train2017.json"):
-        images.other("train")
+        images.open_split("train")
 
     # What is trained is trained on COCO's captions.
     coco(tmp_path)
-    assert open_set(tmp_path).other("train").captions(0) == ["train 0 one", "train 0 two"]
+    assert open_set(tmp_path).open_split("train").captions(0) == ["train 0 one", "train 0 two"]
 
 
 @pytest.mark.parametrize("name", ["coco", "flickr30k"])
@@ -291,9 +291,9 @@ def test_karpathys_splits(tmp_path, name):
     assert type(images) is caption_layouts.Karpathy
     assert images.captions(0) == ["0 a", "0 b"]
     assert images.captions(1) == ["4 a", "4 b"]
-    assert images.other("train").captions(0)[0] == "1 a"
-    assert images.other("train").captions(1)[0] == "2 a"
-    assert images.other("val").captions(0)[0] == "3 a"
+    assert images.open_split("train").captions(0)[0] == "1 a"
+    assert images.open_split("train").captions(1)[0] == "2 a"
+    assert images.open_split("val").captions(0)[0] == "3 a"
     assert images.key(0) == first[name]
 
 
@@ -310,7 +310,7 @@ def test_vqa(tmp_path):
     assert images.key(1) == "val2014/COCO_val2014_000000000009.jpg"
     assert images.questions(0) == [questions[0], questions[2]]
     assert images.questions(1) == [questions[1]]
-    assert images.other("train").questions(1)[0].text == "train2014 1?"
+    assert images.open_split("train").questions(1)[0].text == "train2014 1?"
 
 
 def change(path, edit):
@@ -419,7 +419,7 @@ def test_each_is_recognised_alone(tmp_path, layout, make):
     make(tmp_path)
     tell(tmp_path / "dataset_infos.json", {})  # Hugging Face's
 
-    assert [other for other in LAYOUTS if other.fits(tmp_path)] == [layout]
+    assert [other for other in LAYOUTS if other.matches(tmp_path)] == [layout]
 
 
 def several(folder, *makers):
@@ -447,14 +447,16 @@ def test_a_folder_that_holds_several(tmp_path):
 
     (tmp_path / "test").mkdir()
     write_shard(tmp_path / "test/0.tar", [("a", {"jpg": b"x", "txt": b"y"})])
-    assert type(open_set(tmp_path, reads="captions")) is Benchmark
+    assert type(open_set(tmp_path, reads="captions")) is ClipBenchmarkSet
 
 
 def test_evaluations_open_what_they_read(tmp_path):
     several(tmp_path, coco, coco_stuff)
     tell(tmp_path / "zeroshot_classification_templates.txt", "a {c}")
 
-    retrieval, segmentation = parse([f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"])
+    retrieval, segmentation = parse_evaluations(
+        [f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"]
+    )
 
     assert type(retrieval.images) is caption_layouts.CocoCaptions
     assert type(segmentation.images) is segmentation_layouts.CocoStuff
@@ -464,6 +466,6 @@ def test_evaluations_open_what_they_read(tmp_path):
         ValueError,
         match="is no evaluation set; it needs test/.*, or another layout of docs/evaluating.md",
     ):
-        parse([f"retrieval:{tmp_path / 'val2017'}"])
+        parse_evaluations([f"retrieval:{tmp_path / 'val2017'}"])
     with pytest.raises(ValueError, match="no captions in it, or none in a layout that is known"):
-        parse([f"retrieval:{ade20k(tmp_path / 'ade')}"])
+        parse_evaluations([f"retrieval:{ade20k(tmp_path / 'ade')}"])

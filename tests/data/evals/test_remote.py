@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from glimpse.data.evals import remote
-from glimpse.data.evals.clip_benchmark import Benchmark
-from glimpse.run.evals import parse
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
+from glimpse.run.evals import parse_evaluations
 from glimpse.tests.helpers.tiny import NAMES, free_port, picture, write_evaluation_set
 
 
@@ -53,9 +53,9 @@ def server(folder):
 
 def same(fetched, folder):
     """The fetched set is equal to the one in the folder."""
-    local = Benchmark(folder)
+    local = ClipBenchmarkSet(folder)
     assert len(fetched) == len(local) == 10
-    assert fetched.classes() == local.classes()
+    assert fetched.class_names() == local.class_names()
     assert fetched.templates() == local.templates()
     for i in range(10):
         assert fetched.image(i) == local.image(i)
@@ -65,7 +65,7 @@ def same(fetched, folder):
 def test_a_set_at_a_url_is_fetched_once(server, folder):
     url, requested = server
 
-    (evaluation,) = parse([f"zero_shot:{url}"])
+    (evaluation,) = parse_evaluations([f"zero_shot:{url}"])
 
     assert evaluation.label == "zero_shot/wds_shapes"
     same(evaluation.images, folder)
@@ -73,17 +73,17 @@ def test_a_set_at_a_url_is_fetched_once(server, folder):
     assert "classnames.txt" in requested
 
     before = len(requested)
-    same(Benchmark(url + "/"), folder)
+    same(ClipBenchmarkSet(url + "/"), folder)
     assert len(requested) == before, "the second time nothing is asked for"
 
     with pytest.raises(ValueError, match=f"{url}/train/nshards.txt cannot be read"):
-        evaluation.images.other("train")
+        evaluation.images.open_split("train")
 
 
 def test_a_pipe(folder):
-    same(Benchmark(f"pipe:cat {folder}"), folder)
+    same(ClipBenchmarkSet(f"pipe:cat {folder}"), folder)
 
-    fetched = Benchmark(f"pipe:cat {folder}/{{file}} | cat")
+    fetched = ClipBenchmarkSet(f"pipe:cat {folder}/{{file}} | cat")
 
     assert fetched.name == "wds_shapes"
     same(fetched, folder)
@@ -103,26 +103,26 @@ def test_what_cannot_be_reached_is_named(server, folder):
     }
     for address, complaint in complaints.items():
         with pytest.raises(ValueError, match=f"evals: .*{complaint}"):
-            parse([f"zero_shot:{address}"])
+            parse_evaluations([f"zero_shot:{address}"])
 
     # A shard is missing; when it is corrected the set can be read.
     shard_count = folder / "test" / "nshards.txt"
     shard_count.write_text("2")
     with pytest.raises(ValueError, match="test/1.tar cannot be read: the server"):
-        Benchmark(url)
+        ClipBenchmarkSet(url)
     shard_count.write_text("1")
-    same(Benchmark(url), folder)
+    same(ClipBenchmarkSet(url), folder)
 
     shard_count.write_text("<html>")
     with pytest.raises(
         ValueError, match="nshards.txt is '<html>'; it must be the number of shards"
     ):
-        Benchmark(f"pipe:cat {folder}")
+        ClipBenchmarkSet(f"pipe:cat {folder}")
 
 
 def test_no_half_of_a_file_is_kept(folder, tmp_path):
     with pytest.raises(ValueError, match="test/0.tar.* cannot be read: .*exit 1"):
-        Benchmark(f"pipe:head -c 9000 {folder}/{{file}}; [ {{file}} != test/0.tar ]")
+        ClipBenchmarkSet(f"pipe:head -c 9000 {folder}/{{file}}; [ {{file}} != test/0.tar ]")
 
     assert not list((tmp_path / "cache").rglob("*.tar*"))
 
@@ -130,7 +130,7 @@ def test_no_half_of_a_file_is_kept(folder, tmp_path):
 def test_addresses():
     page = "https://huggingface.co/datasets/some/wds_vtab-dtd"
     for url in (page, f"{page}/tree/main", f"{page}/tree/main/"):
-        assert remote.address(url) == (f"{page}/resolve/main/{{file}}", "wds_vtab-dtd")
-    assert remote.address("https://host/a/b") == ("https://host/a/b/{file}", "b")
+        assert remote.split_url(url) == (f"{page}/resolve/main/{{file}}", "wds_vtab-dtd")
+    assert remote.split_url("https://host/a/b") == ("https://host/a/b/{file}", "b")
     pipe = "pipe:aws s3 cp s3://bucket/{file} -"
-    assert remote.address(pipe) == (pipe, "bucket")
+    assert remote.split_url(pipe) == (pipe, "bucket")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from glimpse.data.evals import suites as table
-from glimpse.run.evals import evaluate, parse
-from glimpse.run.evals.metrics import MAIN, METRICS
-from glimpse.run.evals.suites import Options, Suite, averages, look
+from glimpse.run.evals import evaluate, parse_evaluations
+from glimpse.run.evals.metrics import MAIN_METRIC, METRICS
+from glimpse.run.evals.suites import Options, Suite, average_metrics, find_suite
 from glimpse.tests.helpers.threads import ranks
 from glimpse.tests.helpers.tiny import (
     NAMES,
@@ -41,7 +41,7 @@ def test_the_suites_are_those_of_the_papers():
         "robustness": {"average": 6, "": 2},
     }
 
-    members = {name for suite in table.SUITES for name in table.members(suite)}
+    members = {name for suite in table.SUITES for name in table.suite_members(suite)}
     assert members <= table.SETS.keys()
     assert {row.name for row in table.SETS.values()} == members
     slip = set(table.SUITES["slip"]["average"])
@@ -58,7 +58,7 @@ def test_the_suites_are_those_of_the_papers():
     assert by_metric["map"] == {"voc2007"}
     assert by_metric["pm"] == {"imagenet_vid", "ytbb"}
     assert sum(map(len, by_metric.values())) == len(table.SETS)
-    assert MAIN["pm"] == "pm_10"
+    assert MAIN_METRIC["pm"] == "pm_10"
 
 
 def test_the_table_of_the_documentation_is_this_one():
@@ -72,7 +72,7 @@ def test_the_table_of_the_documentation_is_this_one():
     for name, row in table.SETS.items():
         cells = [str(row.classes), row.metric, " or ".join(row.folders)]
         for suite in ("slip", "maskclip", "flip"):
-            cells.append("x" if name in table.members(suite) else "")
+            cells.append("x" if name in table.suite_members(suite) else "")
         groups = [group for group in ("object", "other") if name in glip[group]]
         cells.append(groups[0] if groups else "")
         if name in robustness["average"]:
@@ -86,8 +86,8 @@ def test_the_table_of_the_documentation_is_this_one():
 def test_a_set_by_any_of_its_names(tmp_path, folder):
     (tmp_path / folder).mkdir(parents=True)
 
-    assert table.found(tmp_path, table.SETS["dtd"]) == tmp_path / folder
-    assert table.found(tmp_path, table.SETS["mnist"]) is None
+    assert table.find_set_folder(tmp_path, table.SETS["dtd"]) == tmp_path / folder
+    assert table.find_set_folder(tmp_path, table.SETS["mnist"]) is None
 
 
 def rows(classes, count=30):
@@ -142,7 +142,7 @@ FAULTS = (
 
 
 def test_what_is_there_what_is_missing_what_is_broken(data):
-    suite = look("aclip", str(data), Options())
+    suite = find_suite("aclip", str(data), Options())
 
     assert list(suite.sets) == ["caltech101", "mnist", "eurosat", "hateful_memes"]
     assert suite.sets["hateful_memes"][1].metric == "roc_auc"
@@ -159,7 +159,7 @@ def test_what_is_there_what_is_missing_what_is_broken(data):
     doubt = "  in doubt: caltech101: .*100 of its 102 classes have no image, e.g. 0; is it whole"
     assert re.match(doubt, lines[-1])
 
-    with_templates = look("aclip", str(data), Options(templates="7"))
+    with_templates = find_suite("aclip", str(data), Options(templates="7"))
     assert "sst2" in with_templates.sets, "with templates from elsewhere it can be evaluated"
 
 
@@ -173,10 +173,10 @@ def test_what_cannot_be_a_suite(data, tmp_path):
         ("suite(metric=map):aclip", data, "metric"),
     ):
         with pytest.raises(ValueError, match=words):
-            parse([spec], data=str(folder))
+            parse_evaluations([spec], data=str(folder))
 
     with pytest.raises(ValueError, match="mend or remove\n  cifar10: "):
-        parse(["suite:aclip"], data=str(data), training=True)
+        parse_evaluations(["suite:aclip"], data=str(data), training=True)
 
 
 def test_averages():
@@ -189,28 +189,28 @@ def test_averages():
         "zero_shot/pcam/top1": 0.6,
     }
     expected = {"object_of_2": 0.3, "other_of_1": 0.6, "average_of_3": pytest.approx(0.4)}
-    assert averages(suite, results) == expected
+    assert average_metrics(suite, results) == expected
 
     # All sets of one of a suite's averages.
     sets = table.SUITES["glip"]["other"]
     suite = Suite("glip", None, "zero_shot", dict.fromkeys(sets))
     results = {}
     for i, name in enumerate(sets):
-        metric = MAIN[table.SETS[name].metric]
+        metric = MAIN_METRIC[table.SETS[name].metric]
         results[f"zero_shot/{name}/{metric}"] = i / 10
     expected = {"other": pytest.approx(0.5), "average_of_11": pytest.approx(0.5)}
-    assert averages(suite, results) == expected
+    assert average_metrics(suite, results) == expected
 
     # A set that is in no average.
     videos = Suite("robustness", None, "zero_shot", {"ytbb": None})
-    assert averages(videos, {"zero_shot/ytbb/pm_10": 0.5}) == {}
+    assert average_metrics(videos, {"zero_shot/ytbb/pm_10": 0.5}) == {}
 
 
 def test_two_suites_share_their_sets(data, monkeypatch):
     """Each set is evaluated once, and both suites have their averages."""
     specs = ["suite:aclip", "suite:maskclip", f"zero_shot:{data}/shapes"]
 
-    evals = parse(specs, data=str(data), templates="7")
+    evals = parse_evaluations(specs, data=str(data), templates="7")
 
     assert [e.label for e in evals] == [
         "zero_shot/caltech101",

@@ -19,8 +19,8 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from glimpse.data.evals.clip_benchmark import Benchmark
-from glimpse.data.evals.gallery import Photos, Tars, Texts, open_gallery
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
+from glimpse.data.evals.gallery import FolderGallery, ShardGallery, TextGallery, open_gallery
 from glimpse.data.shards import write_shard
 from glimpse.model import portable
 from glimpse.model.lazy_tensors import Tensors
@@ -29,7 +29,7 @@ from glimpse.model.portable import Portable
 from glimpse.run.embed import main
 from glimpse.run.evals import embeddings as code
 from glimpse.run.evals.embed import Embedder
-from glimpse.run.evals.embeddings import About, Output, embeddings
+from glimpse.run.evals.embeddings import EmbeddingFolder, EmbeddingsInfo, write_embeddings
 from glimpse.tests.helpers.threads import ranks
 from glimpse.tests.helpers.tiny import (
     NAMES,
@@ -97,7 +97,7 @@ KEPT = [i for i in ORDER if i not in BROKEN]
 
 
 def embedder(method, cfg, tokenizer):
-    return Embedder(method, cfg, tokenizer, home=Path("nowhere"), tag="test")
+    return Embedder(method, cfg, tokenizer, results_folder=Path("nowhere"), tag="test")
 
 
 def output(folder, gallery, **how):
@@ -112,7 +112,7 @@ def output(folder, gallery, **how):
         dtype="fp32",
         part=20,
     )
-    return Output(folder, About(**about | how))
+    return EmbeddingFolder(folder, EmbeddingsInfo(**about | how))
 
 
 def made(monkeypatch, model, gallery, folder, world=1, batch=4, resume=False, **how):
@@ -120,7 +120,7 @@ def made(monkeypatch, model, gallery, folder, world=1, batch=4, resume=False, **
     out = output(folder, gallery, **how)
     todo = out.begin(resume)
     with ranks(monkeypatch, world, batch) as run:
-        run(lambda: embeddings(model, gallery, out, todo, batch, 0))
+        run(lambda: write_embeddings(model, gallery, out, todo, batch, 0))
     return out
 
 
@@ -148,7 +148,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(model, photos, tmp_path, monk
 
 def test_rows_are_the_readable_images_in_order(model, photos, tmp_path, monkeypatch):
     gallery = open_gallery(photos)
-    assert isinstance(gallery, Photos)
+    assert isinstance(gallery, FolderGallery)
     assert gallery.captioned
 
     out = made(monkeypatch, model, gallery, tmp_path / "out")
@@ -168,7 +168,7 @@ def test_rows_are_the_readable_images_in_order(model, photos, tmp_path, monkeypa
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-6)
     captioned = [row for row, i in enumerate(KEPT) if i % 3]
     with ranks(monkeypatch, 1, 4) as run:
-        (wanted,) = run(lambda: model.texts([said(KEPT[row]) for row in captioned]))
+        (wanted,) = run(lambda: model.embed_texts([said(KEPT[row]) for row in captioned]))
     np.testing.assert_allclose(texts[captioned], wanted, atol=1e-6)
     bare = [row for row, i in enumerate(KEPT) if i % 3 == 0]
     assert not texts[bare].any(), "zeros where there is no caption"
@@ -188,14 +188,14 @@ def test_they_are_the_embeddings_of_evaluations(data, model, tmp_path, monkeypat
     prompts = [said(i) for i in range(49)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
     gallery = open_gallery(data / "eval/shapes/test")
-    assert isinstance(gallery, Tars)
+    assert isinstance(gallery, ShardGallery)
     assert not gallery.captioned, "it has classes"
 
     made(monkeypatch, model, gallery, tmp_path / "images", world=2)
-    made(monkeypatch, model, Texts(tmp_path / "prompts.txt"), tmp_path / "texts", world=3)
+    made(monkeypatch, model, TextGallery(tmp_path / "prompts.txt"), tmp_path / "texts", world=3)
     with ranks(monkeypatch, 1, 4) as run:
-        ((indices, images),) = run(lambda: model.images(Benchmark(data / "eval/shapes")))
-        (texts,) = run(lambda: model.texts(prompts))
+        ((indices, images),) = run(lambda: model.embed_images(ClipBenchmarkSet(data / "eval/shapes")))
+        (texts,) = run(lambda: model.embed_texts(prompts))
 
     names = parquet.read_table(tmp_path / "images/metadata")["image_path"].to_pylist()
     assert names == [f"0.tar/{i:04d}" for i in range(49)]
@@ -230,7 +230,7 @@ def test_broken_off_it_goes_on(model, photos, tmp_path, monkeypatch):
     gallery = open_gallery(photos)
     folder = tmp_path / "out"
     made(monkeypatch, model, gallery, tmp_path / "whole")
-    write = Output.write
+    write = EmbeddingFolder.write
 
     def breaks(self, part, rows):
         if part == 1:
@@ -238,7 +238,7 @@ def test_broken_off_it_goes_on(model, photos, tmp_path, monkeypatch):
         write(self, part, rows)
 
     with monkeypatch.context() as broken, pytest.raises(OSError, match="disk full"):
-        broken.setattr(Output, "write", breaks)
+        broken.setattr(EmbeddingFolder, "write", breaks)
         made(broken, model, gallery, folder)
 
     # Two parts are left; only the same model and options may go on.
@@ -280,7 +280,7 @@ def test_where_most_images_are_broken_it_stops(data, model, tmp_path, monkeypatc
         made(monkeypatch, model, gallery, out, world=2, batch=3)
 
     # With a higher limit it goes on, without them.
-    monkeypatch.setattr(code, "BROKEN", 0.9)
+    monkeypatch.setattr(code, "MAX_BROKEN_SHARE", 0.9)
     made(monkeypatch, model, gallery, out, world=2, batch=3, resume=True)
     table = parquet.read_table(out / "metadata").to_pydict()
     assert table == dict(image_path=["0.tar/0", "0.tar/5"], caption=[said(0), said(5)])
@@ -301,10 +301,10 @@ def test_what_is_no_gallery(data, tmp_path):
     ):
         open_gallery(tmp_path / "deep")
     with pytest.raises(ValueError, match="gap.txt: line 2 is empty"):
-        Texts(tmp_path / "gap.txt")
+        TextGallery(tmp_path / "gap.txt")
     with pytest.raises(ValueError, match="latin.txt: not UTF-8"):
-        Texts(tmp_path / "latin.txt")
-    assert Tars(data / "train").captioned
+        TextGallery(tmp_path / "latin.txt")
+    assert ShardGallery(data / "train").captioned
 
 
 def test_ranks_that_see_other_images_are_told(data, monkeypatch):
@@ -313,11 +313,11 @@ def test_ranks_that_see_other_images_are_told(data, monkeypatch):
     about = output(Path("nowhere"), gallery).about
 
     with ranks(monkeypatch, 2, 4) as run:
-        run(lambda: code.agree(about))
+        run(lambda: code.check_ranks_agree(about))
         with pytest.raises(
             ValueError, match="s: 121 here, the last 00002.tar/000119; rank 0 sees others"
         ):
-            run(lambda: code.agree(replace(about, count=about.count + code.rank())))
+            run(lambda: code.check_ranks_agree(replace(about, count=about.count + code.rank())))
 
 
 def converted(data, folder):
@@ -348,7 +348,7 @@ def script(*args, cwd=ROOT):
 def test_the_script_with_a_converted_model(data, photos, tmp_path, monkeypatch):
     """Called from another folder, with loader processes, and then with what it refuses."""
     model = converted(data, tmp_path / "model")
-    made(monkeypatch, model, Photos(photos), tmp_path / "wanted", batch=8)
+    made(monkeypatch, model, FolderGallery(photos), tmp_path / "wanted", batch=8)
     args = ("model", photos, "--out", "out", "--workers", "2", "--batch", "8", "--part", "20")
 
     # 1. The same files as from a call of the function.

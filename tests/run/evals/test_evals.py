@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glimpse.data.evals.clip_benchmark import Benchmark
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
 from glimpse.data.patches import patchify
 from glimpse.data.shards import Shards, write_shard
 from glimpse.data.tokenizer import train_sentencepiece
 from glimpse.data.transforms import View, center_view
-from glimpse.run.evals import embed, evaluate, parse, retrieval
+from glimpse.run.evals import embed, evaluate, parse_evaluations, retrieval
 from glimpse.run.lib import config
 from glimpse.tests.helpers.threads import ranks
 from glimpse.tests.helpers.tiny import NAMES, launch, picture, tiny_run_arguments, untrained_method
@@ -71,7 +71,7 @@ def model(data):
 
 
 def embedder(model, **how):
-    return embed.Embedder(*model, home=Path("nowhere"), tag="test", **how)
+    return embed.Embedder(*model, results_folder=Path("nowhere"), tag="test", **how)
 
 
 def evaluated(model, evals, **how):
@@ -110,7 +110,7 @@ def by_hand(method, cfg, tokenizer, folder, views=lambda i: [range(16)]):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_zero_shot(data, model, monkeypatch, world):
     images, text, samples = by_hand(*model, data / "eval" / "shapes")  # 49 pictures, 24 classes
-    labels = [int(sample.parts["cls"]) for sample in samples]
+    labels = [int(sample.files["cls"]) for sample in samples]
     assert len(set(labels)) == 24
     classes = torch.stack([(text(f"a {name}") + text(f"the {name}")) / 2 for name in NAMES])
     scores = images @ (classes / classes.norm(dim=1, keepdim=True)).T
@@ -123,7 +123,9 @@ def test_zero_shot(data, model, monkeypatch, world):
     }
 
     with ranks(monkeypatch, world, batch=4) as run:
-        results = run(lambda: evaluated(model, parse([f"zero_shot:{data}/eval/shapes"])))
+        results = run(
+            lambda: evaluated(model, parse_evaluations([f"zero_shot:{data}/eval/shapes"]))
+        )
 
     assert all(result == results[0] for result in results), "every rank knows"
     assert results[0] == wanted
@@ -136,7 +138,7 @@ def test_retrieval(data, model, monkeypatch, world):
     images, text, samples = by_hand(*model, data / "eval" / "pairs")
     captions, owner = [], []  # each caption, and the number of its image
     for i, sample in enumerate(samples):
-        lines = [line for line in sample.parts["txt"].decode().split("\n") if line]
+        lines = [line for line in sample.files["txt"].decode().split("\n") if line]
         captions += lines
         owner += [i] * len(lines)
     scores = images @ torch.stack([text(line) for line in captions]).T  # (131, 261)
@@ -154,7 +156,7 @@ def test_retrieval(data, model, monkeypatch, world):
         wanted[f"retrieval/pairs/text_to_image_r{k}"] = np.mean(hits)
 
     with ranks(monkeypatch, world, batch=16) as run:
-        results = run(lambda: evaluated(model, parse([f"retrieval:{data}/eval/pairs"])))
+        results = run(lambda: evaluated(model, parse_evaluations([f"retrieval:{data}/eval/pairs"])))
 
     assert all(result == results[0] for result in results)
     assert results[0] == pytest.approx(wanted, abs=1e-12)
@@ -183,7 +185,7 @@ def test_images_seen_in_part(data, model, monkeypatch, mask, ensemble):
     wanted, _, _ = by_hand(*model, folder, lambda i: shown(i, mask, ensemble))
 
     def work():
-        return embedder(model, mask=mask, ensemble=ensemble).images(Benchmark(folder))
+        return embedder(model, mask=mask, ensemble=ensemble).embed_images(ClipBenchmarkSet(folder))
 
     for world, batch in ((1, 64), (3, 4)):
         with ranks(monkeypatch, world, batch) as run:
@@ -199,7 +201,7 @@ def test_evaluations_of_images_seen_in_part(data, model, monkeypatch):
 
     def results(world, **how):
         with ranks(monkeypatch, world, batch=5) as run:
-            return run(lambda: evaluated(model, parse([spec]), **how))
+            return run(lambda: evaluated(model, parse_evaluations([spec]), **how))
 
     (plain,) = results(1)
 
@@ -218,7 +220,7 @@ def test_a_collapsed_model_finds_nothing(monkeypatch, what):
     ids = torch.arange(12)
 
     with ranks(monkeypatch, 1, 4) as run:
-        (recalls,) = run(lambda: retrieval.recalls("x", same, ids, same, ids))
+        (recalls,) = run(lambda: retrieval.compute_recalls("x", same, ids, same, ids))
 
     assert recalls == {"x_r1": 0, "x_r5": 0, "x_r10": 0}
 
@@ -255,8 +257,8 @@ def test_similarities_come_in_tiles(monkeypatch, world):
 
     def work():
         with Watch():
-            recalls = retrieval.recalls("i", images, every, texts, owner)
-            return recalls | retrieval.recalls("t", texts, owner, images, every)
+            recalls = retrieval.compute_recalls("i", images, every, texts, owner)
+            return recalls | retrieval.compute_recalls("t", texts, owner, images, every)
 
     with ranks(monkeypatch, world, 4) as run:
         results = run(work)
@@ -285,13 +287,13 @@ def test_what_a_set_lacks_is_said_at_the_start(data, tmp_path):
         ([f"retrieval:{pairs}", f"retrieval:{pairs}/../pairs"], "a second set is called 'pairs'"),
     ):
         with pytest.raises(ValueError, match=words):
-            parse(specs)
+            parse_evaluations(specs)
 
     # An image that cannot be read is reported when its round is.
     (tmp_path / "test").mkdir()
     write_shard(tmp_path / "test" / "0.tar", [("a", {"png": b"x", "cls": b"0"})])
     pre = embed.Preprocess(32, 8, "square", "bicubic")
-    rounds = Benchmark(tmp_path).rounds(pre, 4, [0], 1, 0)
+    rounds = ClipBenchmarkSet(tmp_path).rounds(pre, 4, [0], 1, 0)
     with pytest.raises(
         ValueError, match=f"evals: {tmp_path}: 0.tar a of test: cannot read the image"
     ):
@@ -303,7 +305,7 @@ def test_evaluating_leaves_the_method_as_it_was(data, model, monkeypatch):
     method.train()
 
     with ranks(monkeypatch, 1, 64) as run:
-        run(lambda: evaluated(model, parse([f"zero_shot:{data}/eval/shapes"])))
+        run(lambda: evaluated(model, parse_evaluations([f"zero_shot:{data}/eval/shapes"])))
 
     assert method.training
     assert all(p.grad is None for p in method.parameters())
@@ -311,7 +313,7 @@ def test_evaluating_leaves_the_method_as_it_was(data, model, monkeypatch):
     # The interpolation is that of the views in training.
     views = {"image": View((0.5, 1.0), interpolation="bilinear")}
     bilinear = SimpleNamespace(**{**vars(cfg), "views": views})
-    pre = embedder((method, bilinear, tokenizer)).pre
+    pre = embedder((method, bilinear, tokenizer)).preprocess
     assert pre == embed.Preprocess(32, 8, "resize_crop", "bilinear")
 
 
@@ -333,7 +335,7 @@ def test_each_paper_s_preprocessing(model, name, how, interpolation, mean):
     method, _, tokenizer = model
     cfg = config.load(f"run/configs/{name}.yaml")
 
-    pre = embedder((method, cfg, tokenizer)).pre
+    pre = embedder((method, cfg, tokenizer)).preprocess
 
     assert pre == embed.Preprocess(224, 16, how, interpolation)
     assert cfg.model.vision.mean[0] == mean

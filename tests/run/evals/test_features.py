@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from glimpse.data.evals.clip_benchmark import Images
-from glimpse.run.evals import knn, parse
-from glimpse.run.evals.features import features, splits
+from glimpse.run.evals import knn, parse_evaluations
+from glimpse.run.evals.features import compute_features, train_test_features
 from glimpse.run.evals.metrics import accuracies
 from glimpse.tests.helpers.threads import ranks
 
@@ -43,32 +43,32 @@ class Table(Images):
     def key(self, i):
         return f"{self.split} {i}"
 
-    def classes(self):
+    def class_names(self):
         return [f"class {c}" for c in range(CLASSES)]
 
     def label(self, i):
         return int(self.numbers[self.split][i])
 
-    def other(self, split):
+    def open_split(self, split):
         return Table(self.folder, split, self.tables, self.numbers)
 
 
 class Model:
     """An Embedder whose features are the rows of the table; `asked` lists the rows computed."""
 
-    pre = "whole"
+    preprocess = "whole"
     mask = "none"
     ensemble = 1
     tag = "step-1-student"
-    say = staticmethod(print)
+    log = staticmethod(print)
 
     def __init__(self, home, batch, breaks=None):
-        self.home = home
+        self.results_folder = home
         self.batch = batch
         self.breaks = breaks
         self.asked = []
 
-    def passed(self, images, what, share, turns):
+    def iterate_features(self, images, what, share, turns):
         for turn in range(turns):
             here = share[turn * self.batch : (turn + 1) * self.batch]
             if self.breaks is not None and self.breaks in here:
@@ -99,9 +99,9 @@ def test_every_image_once_and_in_order(tmp_path, images, monkeypatch, world):
     table = images.tables["test"]
 
     with ranks(monkeypatch, world, batch=4) as run:
-        first = run(lambda: features(model, images, "pooled", labels=True))
+        first = run(lambda: compute_features(model, images, "pooled", labels=True))
         assert sorted(model.asked) == list(range(47))
-        again = run(lambda: features(model, images, "pooled", labels=True))
+        again = run(lambda: compute_features(model, images, "pooled", labels=True))
         assert len(model.asked) == 47, "made once"
 
         for result in first + again:
@@ -115,7 +115,7 @@ def test_no_file_is_kept_open(tmp_path, images, monkeypatch):
     """ImageNet's features are 1,252 files, and a process may often have 1,024 open."""
     with ranks(monkeypatch, 1, batch=4) as run:
         before = len(os.listdir("/proc/self/fd"))
-        (result,) = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
+        (result,) = run(lambda: compute_features(Model(tmp_path, 4), images, "pooled", labels=True))
         assert len(result.parts) == 6
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -125,7 +125,7 @@ def test_broken_off_it_goes_on(tmp_path, images, monkeypatch, before, after):
     """A job that dies at image 20 leaves complete chunks, and not the half of the third."""
     broken = Model(tmp_path, 4, breaks=20)
     with ranks(monkeypatch, before, batch=4) as run, pytest.raises(OSError):
-        run(lambda: features(broken, images, "pooled", labels=True))
+        run(lambda: compute_features(broken, images, "pooled", labels=True))
     files = [path for path in tmp_path.glob("features/*/*/*.npy") if "label" not in path.name]
     chunks = {int(path.name[:5]) for path in files}
     assert 2 not in chunks, "chunks are of 8"
@@ -133,7 +133,7 @@ def test_broken_off_it_goes_on(tmp_path, images, monkeypatch, before, after):
 
     model = Model(tmp_path, 4)
     with ranks(monkeypatch, after, batch=4) as run:
-        results = run(lambda: features(model, images, "pooled", labels=True))
+        results = run(lambda: compute_features(model, images, "pooled", labels=True))
 
     assert sorted(model.asked) == [i for i in range(47) if i // 8 not in chunks]
     assert all(torch.equal(result.all(), images.tables["test"]) for result in results)
@@ -144,7 +144,7 @@ def test_features_of_other_weights_sets_or_views_are_others(tmp_path, images, mo
     changes = (
         dict(),
         dict(tag="step-2-student"),
-        dict(pre="cropped"),
+        dict(preprocess="cropped"),
         dict(mask="random(0.5)"),
         dict(ensemble=2),
     )
@@ -153,10 +153,10 @@ def test_features_of_other_weights_sets_or_views_are_others(tmp_path, images, mo
     with ranks(monkeypatch, 1, batch=4) as run:
         for change in changes:
             vars(model).update(change)
-            (result,) = run(lambda: features(model, images, "pooled"))
+            (result,) = run(lambda: compute_features(model, images, "pooled"))
             folders.append(result.folder)
-        for part, what in ((images.other("train"), "pooled"), (images, "embedded")):
-            (result,) = run(partial(features, model, part, what))
+        for part, what in ((images.open_split("train"), "pooled"), (images, "embedded")):
+            (result,) = run(partial(compute_features, model, part, what))
             folders.append(result.folder)
 
     assert len(set(folders)) == len(folders)
@@ -164,8 +164,8 @@ def test_features_of_other_weights_sets_or_views_are_others(tmp_path, images, mo
 
 def test_labels_are_added_to_features_made_without(tmp_path, images, monkeypatch):
     with ranks(monkeypatch, 2, batch=4) as run:
-        run(lambda: features(Model(tmp_path, 4), images, "pooled"))
-        results = run(lambda: features(Model(tmp_path, 4), images, "pooled", labels=True))
+        run(lambda: compute_features(Model(tmp_path, 4), images, "pooled"))
+        results = run(lambda: compute_features(Model(tmp_path, 4), images, "pooled", labels=True))
 
     assert results[1].labels().tolist() == images.numbers["test"].tolist()
 
@@ -177,12 +177,12 @@ def test_a_mislabelled_set_is_named(tmp_path, images, monkeypatch):
         ranks(monkeypatch, 1, batch=4) as run,
         pytest.raises(ValueError, match="train 3 of train is of class 5; classnames.txt names 5"),
     ):
-        run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
+        run(lambda: train_test_features(Model(tmp_path, 4), images, "pooled"))
 
     # When the set is corrected it goes on.
     images.numbers["train"][[3, 9]] = 0
     with ranks(monkeypatch, 1, batch=4) as run:
-        ((train, _),) = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
+        ((train, _),) = run(lambda: train_test_features(Model(tmp_path, 4), images, "pooled"))
     assert train.labels()[[3, 9]].tolist() == [0, 0]
 
 
@@ -216,7 +216,7 @@ def test_knn(tmp_path, images, monkeypatch, k, temperature):
 
     results = {}  # by world size: those of its ranks
     for world in (1, 2, 3):
-        monkeypatch.setattr(knn, "QUERIES", 5)
+        monkeypatch.setattr(knn, "QUERY_BATCH", 5)
         with ranks(monkeypatch, world, batch=4) as run:
             results[world] = run(lambda: knn.evaluate(Model(tmp_path, 4), images, options))
 
@@ -236,8 +236,8 @@ def test_equal_neighbours_come_in_order_of_their_numbers(
         table.fill_(value)
 
     with ranks(monkeypatch, 1, batch=4) as run:
-        ((train, test),) = run(lambda: splits(Model(tmp_path, 4), images, "pooled"))
-        (blocks,) = run(lambda: knn.neighbours(train, [test.all()], 9))
+        ((train, test),) = run(lambda: train_test_features(Model(tmp_path, 4), images, "pooled"))
+        (blocks,) = run(lambda: knn.nearest_neighbors(train, [test.all()], 9))
     ((cosines, numbers),) = blocks
 
     assert numbers.tolist() == [list(range(9))] * 47
@@ -247,7 +247,7 @@ def test_equal_neighbours_come_in_order_of_their_numbers(
 def test_a_tied_vote_goes_to_the_lower_class():
     labels = torch.tensor([[3, 1, 1, 3, 0]])
 
-    votes = knn.vote(torch.ones(1, 5), labels, CLASSES, 0.07)
+    votes = knn.count_votes(torch.ones(1, 5), labels, CLASSES, 0.07)
 
     assert int(votes.argmax()) == 1
 
@@ -278,14 +278,14 @@ def test_accuracies_of_a_class_that_does_not_occur(monkeypatch):
 )
 def test_bad_options(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        parse([f"knn({options}):{tmp_path}"])
+        parse_evaluations([f"knn({options}):{tmp_path}"])
 
 
 def test_a_set_without_a_train_split_is_refused_at_the_start(images):
     def no_train(split):
         raise ValueError(f"it needs {split}")
 
-    test_only = SimpleNamespace(classes=images.classes, label=images.label, other=no_train)
+    test_only = SimpleNamespace(classes=images.class_names, label=images.label, other=no_train)
 
     with pytest.raises(ValueError, match="it needs train"):
-        knn.check(test_only, knn.Options())
+        knn.check_set(test_only, knn.Options())

@@ -14,8 +14,14 @@ import torch
 from glimpse.data.shards import write_shard
 from glimpse.model.towers import ModelConfig, vision_tower
 from glimpse.model.vision import VisionConfig, VisionTower
-from glimpse.run.evals import finetune, parse
-from glimpse.run.evals.finetune import Classifier, Options, groups, rates, shares
+from glimpse.run.evals import finetune, parse_evaluations
+from glimpse.run.evals.finetune import (
+    Classifier,
+    Options,
+    format_rates,
+    parameter_groups,
+    rank_batches,
+)
 from glimpse.tests.helpers.tiny import NAMES, launch, picture, tiny_run_arguments
 from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
@@ -46,7 +52,7 @@ def test_scales_by_hand():
     }
     model = Classifier(nano(positions="learned", pool="cls", pre_norm=True), 128, 10)
 
-    all_groups = groups(model, Options().resolved(4))
+    all_groups = parameter_groups(model, Options().resolved(4))
 
     group_of = {id(p): group for group in all_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
@@ -58,7 +64,7 @@ def test_scales_by_hand():
         decays = name.endswith("weight") and "norm" not in name
         assert group["weight_decay"] == (0.05 if decays else 0.0), name
 
-    table = rates(4, Options(batch=256).resolved(4)).splitlines()
+    table = format_rates(4, Options(batch=256).resolved(4)).splitlines()
 
     assert len(table) == 6
     assert table[0].split() == ["embedding", "x", "0.1160", "peak", "lr", "1.160e-04"]
@@ -133,7 +139,7 @@ def test_backward_passes_and_epochs(monkeypatch):
         for rank in range(world):
             monkeypatch.setattr(finetune, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(finetune, "world_size", lambda world=world: world)
-            share = shares(images, options.resolved(4), options)
+            share = rank_batches(images, options.resolved(4), options)
             for all_rows, rows in zip(passes, share, strict=True):
                 all_rows.extend(rows)
         by_world[world] = [sorted(rows) for rows in passes]
@@ -183,16 +189,16 @@ def data(tmp_path_factory):
 def test_what_a_set_lacks_is_said_at_the_start(data):
     spec = f"finetune:{data}/eval/shapes"
 
-    assert parse([spec])[0].options == replace(Options())
+    assert parse_evaluations([spec])[0].options == replace(Options())
     for specs, words in (
         ([f"finetune:{data}/eval/retrieval"], "train/"),
         ([f"finetune(samples=61):{data}/eval/shapes"], "has 60 images"),
         ([f"finetune(augment=strong):{data}/eval/shapes"], "write it as timm does"),
     ):
         with pytest.raises(ValueError, match=words):
-            parse(specs)
+            parse_evaluations(specs)
     with pytest.raises(ValueError, match="trains the tower"):
-        parse([spec], training=True)
+        parse_evaluations([spec], training=True)
 
 
 @pytest.mark.slow

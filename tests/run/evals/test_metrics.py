@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from glimpse.data.evals import prompts
-from glimpse.data.evals.clip_benchmark import Benchmark
-from glimpse.run.evals import parse, zero_shot
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
+from glimpse.run.evals import parse_evaluations, zero_shot
 from glimpse.run.evals.metrics import (
     average_precision,
-    counted,
-    everyone,
+    count_hits,
+    gather_by_index,
     mean_average_precision,
     mean_per_class,
-    perturbed,
+    perturbation_accuracy,
     roc_auc,
     top1,
     top5,
@@ -63,7 +63,7 @@ def test_counts(monkeypatch, world):
     """
 
     def work(share):
-        counts = counted(SCORES[share], LABELS[share])
+        counts = count_hits(SCORES[share], LABELS[share])
         return top1(counts), top5(counts), mean_per_class(counts)
 
     result = gathered(monkeypatch, world, work)
@@ -73,7 +73,7 @@ def test_counts(monkeypatch, world):
 
 def test_fewer_classes_than_five(monkeypatch):
     def work(share):
-        return top5(counted(SCORES[share][:, :2], LABELS[share].clamp(max=1)))
+        return top5(count_hits(SCORES[share][:, :2], LABELS[share].clamp(max=1)))
 
     assert gathered(monkeypatch, 2, work) == 1.0
 
@@ -81,7 +81,7 @@ def test_fewer_classes_than_five(monkeypatch):
 def test_every_image_has_its_place(monkeypatch):
     def work(share):
         indices = torch.tensor(share)
-        return everyone(indices, indices * 2.0, 5).tolist()
+        return gather_by_index(indices, indices * 2.0, 5).tolist()
 
     assert gathered(monkeypatch, 3, work) == [0, 2, 4, 6, 8]
 
@@ -150,7 +150,7 @@ def test_perturbations():
     right = torch.tensor(right) > 0
     offsets = torch.tensor(offsets)
 
-    accuracies = {k: perturbed(right, list(anchors), offsets, k) for k in (0, 10, 11)}
+    accuracies = {k: perturbation_accuracy(right, list(anchors), offsets, k) for k in (0, 10, 11)}
 
     assert accuracies == {0: 0.75, 10: 0.5, 11: 0.25}
 
@@ -166,9 +166,9 @@ def frame(anchor, offset, *labels):
 
 
 def test_templates_that_come_with_the_code():
-    seven = prompts.templates("7")
-    eighty = prompts.templates(80)
-    more = prompts.templates(85)
+    seven = prompts.load_templates("7")
+    eighty = prompts.load_templates(80)
+    more = prompts.load_templates(85)
 
     assert len(set(seven)) == 7
     assert len(set(eighty)) == 80
@@ -182,13 +182,13 @@ def test_templates_that_come_with_the_code():
 def test_templates_of_a_file(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("one {}\n\ntwo {c}s\n")
-    assert prompts.templates(file) == ["one {c}", "two {c}s"]
+    assert prompts.load_templates(file) == ["one {c}", "two {c}s"]
 
     file.write_text("one {c}\nthree\n")
     with pytest.raises(ValueError, match="'three': no {c} in it"):
-        prompts.templates(file)
+        prompts.load_templates(file)
     with pytest.raises(ValueError, match="'81'; known: 7, 80, 85, or a file"):
-        prompts.templates("81")
+        prompts.load_templates("81")
 
 
 def test_names_of_a_class_and_a_subset(tmp_path):
@@ -198,24 +198,24 @@ def test_names_of_a_class_and_a_subset(tmp_path):
     )
     subset = folder / "class_subset.txt"
 
-    everything = Benchmark(folder)
+    everything = ClipBenchmarkSet(folder)
     assert everything.prompts()[0] == ["a happy", "happy!", "a smiling", "smiling!"]
     assert everything.classes() == ["happy", "sad", "bored", "angry"]
 
     subset.write_text("1\n3\n")
-    small = Benchmark(folder)
+    small = ClipBenchmarkSet(folder)
     assert small.classes() == ["sad", "angry"]
     assert [small.label(0), small.label(1)] == [1, 0]
     assert [len(p) for p in small.prompts("7")] == [14, 7]
 
     subset.write_text("1\n2\n")
     with pytest.raises(ValueError, match="0.tar 000 is of class 3, which class_subset.txt has not"):
-        parse([f"zero_shot:{folder}"])
+        parse_evaluations([f"zero_shot:{folder}"])
     complaint = "class_subset.txt: it holds lines of classnames.txt by number, 0 to 3"
     for wrong in ("1\n1", "4", "x"):
         subset.write_text(wrong)
         with pytest.raises(ValueError, match=complaint):
-            parse([f"zero_shot:{folder}"])
+            parse_evaluations([f"zero_shot:{folder}"])
 
 
 class FixedModel:
@@ -228,10 +228,10 @@ class FixedModel:
         self.all = torch.tensor(images)
         self.share = torch.tensor(share, dtype=torch.int64)
 
-    def texts(self, texts):
+    def embed_texts(self, texts):
         return torch.eye(len(texts))
 
-    def images(self, _benchmark):
+    def embed_images(self, _benchmark):
         return self.share, self.all[self.share]
 
 
@@ -246,7 +246,7 @@ def test_each_metric_of_a_set(monkeypatch, tmp_path, world):
 
     def results(metric, rows, images=images, names="ape\nbee\ncat"):
         folder = write_evaluation_set(tmp_path / f"{metric}{len(names)}", rows, names, "{c}")
-        (spec,) = parse([f"zero_shot(metric={metric}):{folder}"])
+        (spec,) = parse_evaluations([f"zero_shot(metric={metric}):{folder}"])
 
         def work(share):
             return zero_shot.evaluate(FixedModel(images, share), spec.images, spec.options)
@@ -286,7 +286,7 @@ def test_each_metric_of_a_set(monkeypatch, tmp_path, world):
 def test_what_does_not_fit_is_said_at_the_start(tmp_path):
     def refused(spec, words):
         with pytest.raises(ValueError, match=words):
-            parse([spec])
+            parse_evaluations([spec])
 
     plain = write_evaluation_set(tmp_path / "plain", [{"cls": b"0"}, {"cls": b"3"}])
     refused(f"zero_shot:{plain}", "plain: 0.tar 001 is of class 3; classnames.txt names 3, from 0")
@@ -311,5 +311,5 @@ def test_what_does_not_fit_is_said_at_the_start(tmp_path):
         "bare: no templates; it needs zeroshot_classification_templates.txt,"
         " or give templates=7, 80 or a file",
     )
-    (evaluation,) = parse([f"zero_shot(templates=7):{bare}"])
+    (evaluation,) = parse_evaluations([f"zero_shot(templates=7):{bare}"])
     assert evaluation.label == "zero_shot(templates=7)/bare"

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glimpse.data.evals.clip_benchmark import Benchmark
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
 from glimpse.data.loader import Batches
 from glimpse.data.patches import unpatchify
 from glimpse.data.shards import Shards, write_shard
@@ -48,7 +48,7 @@ def both(tmp_path_factory):
     convert(folder / "b32.pt", folder / "ours", "config=ViT-B-32")
     distributed.start()
     cfg, tokenizer, method = load_model.open_model(load_model.find_model(folder / "ours"))
-    return peer, embed.Embedder(method, cfg, tokenizer, home=folder / "ours", tag="peer")
+    return peer, embed.Embedder(method, cfg, tokenizer, results_folder=folder / "ours", tag="peer")
 
 
 def convert(source: Path, target: Path, given: str) -> None:
@@ -77,7 +77,7 @@ def benchmark(folder: Path, size: tuple[int, int]) -> Path:
 def evaluated(both, tmp_path_factory):
     """(folder of the sets, the results of run/evaluate.py on them)."""
     _peer, model = both
-    home = model.home
+    home = model.results_folder
     sets = tmp_path_factory.mktemp("sets")
     kinds = [f"zero_shot:{benchmark(sets / name, size)}" for name, size in SIZES.items()]
     line = [sys.executable, "run/evaluate.py", "--run", home, "--evals", *kinds]
@@ -103,7 +103,7 @@ def test_the_same_accuracy_and_embeddings(both, evaluated, monkeypatch, name, cl
     import open_clip_train.zero_shot as peer_zero_shot
 
     # 1. The same set, as open_clip reads it.
-    test_set = Benchmark(sets / name)
+    test_set = ClipBenchmarkSet(sets / name)
     vision = model.cfg.model.vision
     transform = open_clip.image_transform(224, is_train=False, mean=vision.mean, std=vision.std)
     images, labels = [], []
@@ -134,9 +134,9 @@ def test_the_same_accuracy_and_embeddings(both, evaluated, monkeypatch, name, cl
     with torch.no_grad():
         peer_images = peer.encode_image(images, normalize=True)
         peer_texts = peer.encode_text(tokenizer(NAMES), normalize=True)
-    indices, embeddings = model.images(test_set)
+    indices, embeddings = model.embed_images(test_set)
     images_apart = (embeddings - peer_images[indices]).abs().max()
-    texts_apart = (model.texts(NAMES) - peer_texts).abs().max()
+    texts_apart = (model.embed_texts(NAMES) - peer_texts).abs().max()
     print(
         f"\nimages of {SIZES[name]}: top1 {top1:.4f}, top5 {top5:.4f} in both;"
         f" embeddings at most {images_apart:.1e} (images) and {texts_apart:.1e} (texts) apart"

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from glimpse.data.evals.clip_benchmark import IGNORE, Benchmark
-from glimpse.data.evals.sliding_windows import Sliding, Windows
+from glimpse.data.evals.clip_benchmark import IGNORE, ClipBenchmarkSet
+from glimpse.data.evals.sliding_windows import WindowGrid, WindowImages
 from glimpse.data.patches import patchify
 from glimpse.data.shards import write_shard
 from glimpse.data.tokenizer import train_sentencepiece
 from glimpse.data.transforms import decode, resize
-from glimpse.run.evals import embed, evaluate, parse, segmentation
+from glimpse.run.evals import embed, evaluate, parse_evaluations, segmentation
 from glimpse.tests.helpers.threads import ranks
 from glimpse.tests.helpers.tiny import untrained_method
 
@@ -78,38 +78,38 @@ def test_scores_by_hand():
         chance=1 / 5,
     )
 
-    counts = segmentation.confusion(truth, prediction, 5)
+    counts = segmentation.confusion_matrix(truth, prediction, 5)
 
     assert counts.sum() == 5
     assert counts[0].tolist() == [1, 1, 0, 0, 0]
-    assert segmentation.scores(counts) == pytest.approx(wanted)
+    assert segmentation.compute_scores(counts) == pytest.approx(wanted)
 
 
 def test_windows_cover_an_image():
-    sliding = Sliding(side=32, size=48, stride=12)
+    sliding = WindowGrid(side=32, size=48, stride=12)
 
     assert sliding.canvas(40, 64) == (48, 77)
     assert sliding.starts(48) == [0, 12, 16]
     assert sliding.starts(32) == [0]
     for shape in SIZES:
         seen = np.zeros(sliding.canvas(*shape), int)
-        for top, left in sliding.places(*shape):
+        for top, left in sliding.corners(*shape):
             assert top >= 0 and left >= 0
             seen[top : top + 32, left : left + 32] += 1
         assert seen.min() >= 1
 
 
 def test_windows_are_cut_from_the_resized_image(scenes):
-    images = Benchmark(scenes)
-    sliding = Sliding(32, 48, 16)
+    images = ClipBenchmarkSet(scenes)
+    sliding = WindowGrid(32, 48, 16)
     pre = embed.Preprocess(32, 8, "resize_crop", "bicubic")
-    places = sliding.places(*SIZES[1])
+    places = sliding.corners(*SIZES[1])
 
-    windows = Windows(images, sliding, [3, 1])
+    windows = WindowImages(images, sliding, [3, 1])
 
-    assert windows.owner == [3] * len(sliding.places(*SIZES[3])) + [1] * len(places)
+    assert windows.image_index == [3] * len(sliding.corners(*SIZES[3])) + [1] * len(places)
     resized = resize(decode(images.image(1)), *sliding.canvas(*SIZES[1]), "bicubic")
-    first = windows.owner.index(1)
+    first = windows.image_index.index(1)
     for n, (top, left) in enumerate(places):
         wanted = resized[top : top + 32, left : left + 32]
         np.testing.assert_array_equal(windows.view(first + n, pre), wanted)
@@ -118,8 +118,8 @@ def test_windows_are_cut_from_the_resized_image(scenes):
 def by_hand(parts, scenes, alone):
     """The confusion matrix, computed image by image and window by window."""
     method, _cfg, tokenizer = parts
-    images = Benchmark(scenes)
-    sliding = Sliding(32, 64, 16)
+    images = ClipBenchmarkSet(scenes)
+    sliding = WindowGrid(32, 64, 16)
 
     def text(line):
         ids = torch.tensor(tokenizer(line))
@@ -134,7 +134,7 @@ def by_hand(parts, scenes, alone):
         pixels = resize(decode(images.image(i)), *sliding.canvas(*SIZES[i]), "bicubic")
         sums = torch.zeros(4, *pixels.shape[:2])
         seen = torch.zeros(pixels.shape[:2])
-        for top, left in sliding.places(*SIZES[i]):
+        for top, left in sliding.corners(*SIZES[i]):
             rows, columns = slice(top, top + 32), slice(left, left + 32)
             window = torch.from_numpy(pixels[rows, columns].copy()).permute(2, 0, 1)
             patches = patchify(window[None], 8)
@@ -156,7 +156,7 @@ def by_hand(parts, scenes, alone):
 def test_against_a_plain_computation_on_any_ranks(scenes, monkeypatch, tmp_path, pool, alone):
     parts = model(scenes, pool)
     with torch.no_grad():
-        wanted = segmentation.scores(torch.from_numpy(by_hand(parts, scenes, alone)))
+        wanted = segmentation.compute_scores(torch.from_numpy(by_hand(parts, scenes, alone)))
     assert 0 < wanted["mean_iou"] < 1
     named = {f"segmentation/{scenes.name}/{key}": value for key, value in wanted.items()}
 
@@ -165,9 +165,9 @@ def test_against_a_plain_computation_on_any_ranks(scenes, monkeypatch, tmp_path,
         home.mkdir()
         with ranks(monkeypatch, world, batch=5) as run:
 
-            def evaluated(home=home):
-                model = embed.Embedder(*parts, home=home, tag="test")
-                return evaluate(model, parse([f"segmentation:{scenes}"]))
+            def evaluated(results_folder=home):
+                model = embed.Embedder(*parts, results_folder=home, tag="test")
+                return evaluate(model, parse_evaluations([f"segmentation:{scenes}"]))
 
             results = run(evaluated)
 
@@ -196,18 +196,18 @@ def test_values_are_of_tokens_that_attend_to_themselves(scenes):
 def test_bad_input(scenes, tmp_path):
     # Options that are wrong for every model.
     with pytest.raises(ValueError, match="features: 'value'; known: auto"):
-        parse([f"segmentation(features=value):{scenes}"])
+        parse_evaluations([f"segmentation(features=value):{scenes}"])
     with pytest.raises(ValueError, match="0 or more"):
-        parse([f"segmentation(stride=-1):{scenes}"])
+        parse_evaluations([f"segmentation(stride=-1):{scenes}"])
 
     # Options that do not fit this model.
     parts = model(scenes, "cls")
-    masked = embed.Embedder(*parts, home=Path("nowhere"), tag="test", mask="random(0.5)")
+    masked = embed.Embedder(*parts, results_folder=Path("nowhere"), tag="test", mask="random(0.5)")
     with pytest.raises(ValueError, match="--mask, --ensemble: segmentation"):
-        evaluate(masked, parse([f"segmentation:{scenes}"]))
-    plain = embed.Embedder(*parts, home=Path("nowhere"), tag="test")
+        evaluate(masked, parse_evaluations([f"segmentation:{scenes}"]))
+    plain = embed.Embedder(*parts, results_folder=Path("nowhere"), tag="test")
     with pytest.raises(ValueError, match="size=24.: the tower sees windows of 32"):
-        evaluate(plain, parse([f"segmentation(size=24):{scenes}"]))
+        evaluate(plain, parse_evaluations([f"segmentation(size=24):{scenes}"]))
 
     # A label map with a class beyond the names.
     image = png(np.zeros((8, 8, 3), np.uint8))
@@ -217,4 +217,4 @@ def test_bad_input(scenes, tmp_path):
     for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
         (tmp_path / file).write_text((scenes / file).read_text())
     with pytest.raises(ValueError, match="label map of 0.tar a has class 4; only 4 are named"):
-        parse([f"segmentation:{tmp_path}"])
+        parse_evaluations([f"segmentation:{tmp_path}"])
