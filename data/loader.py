@@ -23,14 +23,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from glimpse.data import patches, text_masking
-from glimpse.data.masking import Mask, parse
+from glimpse.data.masking import Mask, parse_mask
 from glimpse.data.shards import Order, Sample, Shards
-from glimpse.data.tokenizer import build as build_tokenizer
-from glimpse.data.tokenizer import pack
-from glimpse.data.transforms import Box, Size, View, draws, expanded, random_views, sides
+from glimpse.data.tokenizer import build_tokenizer, pack
+from glimpse.data.transforms import (
+    Box,
+    Size,
+    View,
+    expand_views,
+    height_and_width,
+    random_views,
+    view_names,
+)
 
-SUBSTITUTES = 20  # tries to replace a broken sample before the data are called broken
-Bad = tuple[str, str, str]  # (shard, key, why): a sample that could not be read
+MAX_SUBSTITUTES = 20  # tries to replace a broken sample before the data are called broken
+BadSample = tuple[str, str, str]  # (shard, key, why): a sample that could not be read
 
 
 class ViewBatch(TypedDict):
@@ -62,14 +69,14 @@ class MicroBatch(TypedDict):
     views: dict[str, ViewBatch]
     text: TextBatch
     samples: Tensor  # (b, 2) int64: (epoch, sample), which Shards names
-    bad: list[Bad]  # samples that could not be read, and were replaced
+    bad: list[BadSample]  # samples that could not be read, and were replaced
     # of streams: (epoch, shard, key) of each sample, the worker, the oldest shard that it needs
     keys: NotRequired[Sequence[tuple[int, str, str]]]
     worker: NotRequired[int]
     oldest: NotRequired[int]
 
 
-class Row(NamedTuple):
+class PreparedSample(NamedTuple):
     """One sample, ready to be stacked."""
 
     sample: tuple[int, int]  # (epoch, number)
@@ -106,7 +113,7 @@ class DataConfig:
     # Write the keys of every step's samples to RUN/trace/.
     trace: bool = False
 
-    def fill(self, ids: list[int], pad: int) -> list[int]:
+    def pad(self, ids: list[int], pad: int) -> list[int]:
         """Fill a caption's tokens to the context, where pad_text asks for it."""
         if not self.pad_text:
             return ids
@@ -115,8 +122,8 @@ class DataConfig:
     def __post_init__(self):
         if not self.train:
             raise ValueError("data.train: none; name at least one folder of shards")
-        mask = text_masking.parse(self.text_mask)
-        if isinstance(mask, text_masking.Cut) and mask.tokens >= self.context:
+        mask = text_masking.parse_text_mask(self.text_mask)
+        if isinstance(mask, text_masking.LengthMask) and mask.tokens >= self.context:
             raise ValueError(
                 f"data.text_mask: {self.text_mask} cuts nothing from captions of at most"
                 f" data.context {self.context} tokens"
@@ -137,21 +144,21 @@ class ViewSpec(NamedTuple):
     grid: tuple[int, int]
 
 
-def plan(views: dict[str, View], image_size: Size, patch: int) -> list[ViewSpec]:
+def plan_views(views: dict[str, View], image_size: Size, patch: int) -> list[ViewSpec]:
     """Every draw of every view; ValueError for what cannot be cut into patches, or a mask that
     hides all.
     """
     planned = []
-    for name, view in expanded(views).items():
-        mask = parse(view.mask)
-        height, width = sides(image_size)
+    for name, view in expand_views(views).items():
+        mask = parse_mask(view.mask)
+        height, width = height_and_width(image_size)
         try:
             if view.size and height != width:
                 raise ValueError(
                     f"size: {view.size}; the side of a square, and model.image_size"
                     f" {[height, width]} is none; leave it out"
                 )
-            grid = patches.grid(*sides(view.size or image_size), patch)
+            grid = patches.patch_grid(*height_and_width(view.size or image_size), patch)
             mask.visible(grid[0] * grid[1])
         except ValueError as error:
             raise ValueError(f"views.{name}: {error}") from None
@@ -179,20 +186,20 @@ class SampleReader:
         pool: str = "first",
     ):
         self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
-        self.views = plan(views, image_size, patch)
+        self.views = plan_views(views, image_size, patch)
         self.boxes = any(view.encloses for view in views.values())
-        self.hidden = draws_of(hidden, views)
-        self.noise = draws_of(noise, views)
+        self.hidden = names_of_draws(hidden, views)
+        self.noise = names_of_draws(noise, views)
         self.tokenizer = build_tokenizer(cfg.tokenizer, cfg.context)
-        self.text_mask = text_masking.parse(cfg.text_mask)
-        self.caption = text_masking.Caption(
+        self.text_mask = text_masking.parse_text_mask(cfg.text_mask)
+        self.caption = text_masking.CaptionFormat(
             cfg.context,
             start=len(self.tokenizer.start),
             end=len(self.tokenizer.end),
             pooled=0 if pool == "first" else -1,
         )
 
-    def row(self, sample: Sample, epoch: int, number: int) -> Row:
+    def prepare(self, sample: Sample, epoch: int, number: int) -> PreparedSample:
         """The row of a sample; ValueError or OSError if it cannot be read."""
         ids, places = self.text(sample.captions, epoch, number)
         views, rngs = {}, {}
@@ -204,7 +211,7 @@ class SampleReader:
         for draw in self.views:
             pixels, box = images[draw.name]
             arrays[draw.name] = self.view(draw, pixels, box, rngs[draw.name])
-        return Row((epoch, number), ids, places, arrays)
+        return PreparedSample((epoch, number), ids, places, arrays)
 
     def text(
         self, captions: list[str], epoch: int, number: int
@@ -213,7 +220,7 @@ class SampleReader:
         rng = np.random.default_rng((self.seed, epoch, number, 0))
         chosen = rng.integers(len(captions)) if len(captions) > 1 else 0
         real = self.tokenizer(captions[chosen])
-        ids = self.cfg.fill(real, self.tokenizer.pad_id)
+        ids = self.cfg.pad(real, self.tokenizer.pad_id)
         if self.text_mask is None:
             return ids, None
         return self.text_mask(ids, len(real), self.caption, rng)
@@ -226,21 +233,22 @@ class SampleReader:
         noise = torch.from_numpy(rng.random((1, count), dtype=np.float32))
         keep = draw.mask(noise, draw.grid)[0].numpy()
         arrays = dict(
-            patches=patches.visible(image, self.patch, keep), positions=keep.astype(np.int16)
+            patches=patches.patchify_visible(image, self.patch, keep),
+            positions=keep.astype(np.int16),
         )
         if self.boxes:
             arrays["box"] = np.array(box, np.float32)
         if draw.name in self.hidden:
             rest = np.setdiff1d(np.arange(count), keep)
-            arrays["hidden"] = patches.visible(image, self.patch, rest)
+            arrays["hidden"] = patches.patchify_visible(image, self.patch, rest)
             arrays["hidden_positions"] = rest.astype(np.int16)
         if draw.name in self.noise:
             arrays["noise"] = rng.random(count, dtype=np.float32)
         return arrays
 
-    def micro_batch(self, rows: list[Row], bad: list[Bad]) -> MicroBatch:
+    def micro_batch(self, rows: list[PreparedSample], bad: list[BadSample]) -> MicroBatch:
         """Stack the views of rows, and pack their captions."""
-        views = {name: stack([row.views[name] for row in rows]) for name in rows[0].views}
+        views = {name: stack_views([row.views[name] for row in rows]) for name in rows[0].views}
         ids, lengths = pack([row.ids for row in rows])
         text = TextBatch(ids=ids, lengths=lengths, longest=int(lengths.max()))
         places = [row.places for row in rows if row.places is not None]
@@ -250,12 +258,12 @@ class SampleReader:
         return MicroBatch(views=views, text=text, samples=samples, bad=bad)
 
 
-def draws_of(names: Sequence[str], views: dict[str, View]) -> set[str]:
+def names_of_draws(names: Sequence[str], views: dict[str, View]) -> set[str]:
     """Names of all draws of some views."""
-    return {draw for name in names for draw in draws(name, views[name])}
+    return {draw for name in names for draw in view_names(name, views[name])}
 
 
-def stack(samples: list[dict[str, np.ndarray]]) -> ViewBatch:
+def stack_views(samples: list[dict[str, np.ndarray]]) -> ViewBatch:
     """Stack one view of several samples, array by array."""
     batch = {key: np.stack([arrays[key] for arrays in samples]) for key in samples[0]}
     return cast(ViewBatch, {key: torch.from_numpy(array) for key, array in batch.items()})
@@ -292,32 +300,32 @@ class Batches(Dataset):
         self.reader, self.shards, self.rank = reader, shards, rank
         self.order = Order(shards.counts, reader.seed, reader.cfg.window)
         self.size = micro_batch_size(batch, world, accumulate)
-        self.parts = accumulate
+        self.accumulate = accumulate
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
-        first = start + self.rank * self.size * self.parts
-        begins = [first + n * self.size for n in range(self.parts)]
+        first = start + self.rank * self.size * self.accumulate
+        begins = [first + n * self.size for n in range(self.accumulate)]
         return [self.micro_batch(range(begin, begin + self.size)) for begin in begins]
 
     def micro_batch(self, positions: range) -> MicroBatch:
-        bad: list[Bad] = []
-        rows = [self.row(position, bad) for position in positions]
+        bad: list[BadSample] = []
+        rows = [self.prepare(position, bad) for position in positions]
         return self.reader.micro_batch(rows, bad)
 
-    def row(self, position: int, bad: list[Bad]) -> Row:
+    def prepare(self, position: int, bad: list[BadSample]) -> PreparedSample:
         """The row of a position or, when its sample cannot be read, of one drawn in its place:
         every rank needs a full batch.
         """
         epoch, i = self.order(position)
-        for attempt in range(SUBSTITUTES):
+        for attempt in range(MAX_SUBSTITUTES):
             try:
-                return self.reader.row(self.shards[i], epoch, i)
+                return self.reader.prepare(self.shards[i], epoch, i)
             except (ValueError, OSError) as error:
                 bad.append((*self.shards.name(i), " ".join(str(error).split())))
             rng = np.random.default_rng((self.reader.seed, epoch, position, attempt, 1))
             i = int(rng.integers(len(self.shards)))
         raise ValueError(
-            f"data.train: {SUBSTITUTES} samples in a row cannot be read, the last"
+            f"data.train: {MAX_SUBSTITUTES} samples in a row cannot be read, the last"
             f" {' '.join(bad[-1])}; run: run/prepare.py check DIR"
         )
 
@@ -338,29 +346,29 @@ class Batches(Dataset):
             shards=digest,
         )
 
-    def begin(self, cursor: int) -> None:
+    def seek(self, cursor: int) -> None:
         """Do nothing: the number of samples says where to go on."""
 
-    def position(self) -> int:
+    def resume_cursor(self) -> int:
         """Return 0: nothing but the number of samples is needed to go on."""
         return 0
 
-    def stream(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
+    def iterate(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
         """The batches that begin at `starts`, prepared ahead by worker processes; pin: into
         page-locked memory, for a GPU.
         """
-        settings = ahead(self.reader.cfg)
+        settings = worker_kwargs(self.reader.cfg)
         return iter(DataLoader(self, batch_size=None, sampler=starts, pin_memory=pin, **settings))
 
 
-def ahead(cfg: DataConfig) -> dict:
+def worker_kwargs(cfg: DataConfig) -> dict:
     """DataLoader's settings for worker processes, none where workers is 0."""
     if not cfg.workers:
         return {}
-    return dict(num_workers=cfg.workers, prefetch_factor=cfg.prefetch, worker_init_fn=quiet_worker)
+    return dict(num_workers=cfg.workers, prefetch_factor=cfg.prefetch, worker_init_fn=init_worker)
 
 
-def quiet_worker(_: int) -> None:
+def init_worker(_: int) -> None:
     """Compute on one thread, and leave signals to the parent, which ends its workers after
     saving.
     """

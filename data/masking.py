@@ -77,7 +77,7 @@ class Mask(ABC):
 
 
 @strategy("random")
-class Random(Mask):
+class RandomMask(Mask):
     """FLIP (arXiv 2212.00794, section 3, image masking): every patch is as likely to stay as any
     other.
     """
@@ -87,7 +87,7 @@ class Random(Mask):
 
 
 @dataclass(frozen=True)
-class Centred(Mask):
+class CenteredMask(Mask):
     """A normal density around the image's center, on coordinates from -1 to 1 both ways (GLIP).
 
     The paper calls `sigma` a standard deviation; its released code, which gave the published
@@ -120,7 +120,7 @@ def normal_density(variance: float, grid: tuple[int, int]) -> Tensor:
 
 
 @strategy("gaussian")
-class Gaussian(Centred):
+class GaussianMask(CenteredMask):
     """GLIP (arXiv 2403.15837, equation 2): patches near the centre are likelier to stay.
 
     As released: noise plus density.
@@ -137,14 +137,14 @@ class Gaussian(Centred):
 
 
 @strategy("inverse_gaussian")
-class InverseGaussian(Centred):
+class InverseGaussianMask(CenteredMask):
     """GLIP's control experiment (its table 7): patches near the border are likelier to stay."""
 
     def score(self, noise, grid):
         return noise - self.density(grid, noise)
 
 
-def complementary(noise: Tensor, views: int) -> list[Tensor]:
+def complementary_masks(noise: Tensor, views: int) -> list[Tensor]:
     """noise (B, L) -> `views` keeps (B, K), ascending, that together hold every patch once; where L
     does not divide, K differ by one.
     """
@@ -155,10 +155,10 @@ def complementary(noise: Tensor, views: int) -> list[Tensor]:
     return [part.sort(dim=1).values for part in order.tensor_split(views, dim=1)]
 
 
-def parse(spec: str) -> Mask:
+def parse_mask(spec: str) -> Mask:
     """'gaussian(0.5, sigma=0.1)' -> Gaussian(ratio=0.5, sigma=0.1); 'none' -> a mask that hides
     nothing.
     """
     if spec == "none":
-        return Random(0.0)
+        return RandomMask(0.0)
     return build_strategy(spec, STRATEGIES, "mask", "random(0.5) or gaussian(0.5, sigma=0.2)")

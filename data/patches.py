@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 
-def grid(height: int, width: int, P: int) -> tuple[int, int]:
+def patch_grid(height: int, width: int, P: int) -> tuple[int, int]:
     """Return (rows, columns) of the patches of an image."""
     if height % P or width % P:
         raise ValueError(
@@ -23,7 +23,7 @@ def grid(height: int, width: int, P: int) -> tuple[int, int]:
 def patchify(images: Tensor, P: int) -> Tensor:
     """(B, C, H, W) -> (B, L, C*P*P)."""
     B, C, H, W = images.shape
-    rows, columns = grid(H, W, P)
+    rows, columns = patch_grid(H, W, P)
     return (
         images.reshape(B, C, rows, P, columns, P)
         .permute(0, 2, 4, 1, 3, 5)
@@ -42,10 +42,10 @@ def unpatchify(patches: Tensor, P: int, grid_size: tuple[int, int]) -> Tensor:
     )
 
 
-def visible(image: np.ndarray, P: int, keep: np.ndarray) -> np.ndarray:
+def patchify_visible(image: np.ndarray, P: int, keep: np.ndarray) -> np.ndarray:
     """Cut an image (H, W, C) at keep (K,) -> (K, C*P*P); reads the visible patches only."""
     height, width = image.shape[:2]
-    rows, columns = grid(height, width, P)
+    rows, columns = patch_grid(height, width, P)
     # (rows, columns, C, P, P), no copy yet
     view = image.reshape(rows, P, columns, P, -1).transpose(0, 2, 4, 1, 3)
     return view[keep // columns, keep % columns].reshape(len(keep), -1)

@@ -28,26 +28,26 @@ from pathlib import Path
 import numpy as np
 from braceexpand import braceexpand
 
-VERSION = 1
-IMAGES = ("jpg", "jpeg", "png", "webp")
-CAPTIONS = ("txt", "json")
+INDEX_VERSION = 1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CAPTION_EXTENSIONS = ("txt", "json")
 CAPTION_FIELDS = ("caption", "text", "TEXT")  # of a json member, the first that is there
-OPEN_SHARDS = 64  # file handles and member tables a reader keeps
+MAX_OPEN_SHARDS = 64  # file handles and member tables a reader keeps
 
 
 @dataclass(frozen=True)
 class Sample:
     shard: str
     key: str
-    parts: dict[str, bytes]  # extension -> content
+    files: dict[str, bytes]  # extension -> content
 
     @property
     def image(self) -> bytes:
-        for extension in IMAGES:
-            if extension in self.parts:
-                return self.parts[extension]
+        for extension in IMAGE_EXTENSIONS:
+            if extension in self.files:
+                return self.files[extension]
         raise ValueError(
-            f"no image: has {', '.join(self.parts)}; an image is one of {', '.join(IMAGES)}"
+            f"no image: has {', '.join(self.files)}; an image is one of {', '.join(IMAGE_EXTENSIONS)}"
         )
 
     @property
@@ -56,9 +56,9 @@ class Sample:
 
         The field may be a list of several captions.
         """
-        if "txt" in self.parts:
-            return [self.parts["txt"].decode("utf-8", errors="replace").strip()]
-        fields = json.loads(self.parts.get("json", b"{}"))
+        if "txt" in self.files:
+            return [self.files["txt"].decode("utf-8", errors="replace").strip()]
+        fields = json.loads(self.files.get("json", b"{}"))
         if not isinstance(fields, dict):
             fields = {}
         for name in CAPTION_FIELDS:
@@ -69,7 +69,7 @@ class Sample:
                 stripped = [text.strip() for text in texts]
                 return [text for text in stripped if text] or [""]
         raise ValueError(
-            f"no caption: has {', '.join(self.parts)}; a caption is a txt, or one of"
+            f"no caption: has {', '.join(self.files)}; a caption is a txt, or one of"
             f" {', '.join(CAPTION_FIELDS)} in a json"
         )
 
@@ -102,7 +102,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     return count
 
 
-def headers(path: Path) -> list[tuple[str, str, int, int]]:
+def list_files(path: Path) -> list[tuple[str, str, int, int]]:
     """List the files in a tar, in order: [(key, extension, offset, bytes)].
 
     Raise ValueError if the tar is cut off, damaged or empty.
@@ -127,12 +127,14 @@ def headers(path: Path) -> list[tuple[str, str, int, int]]:
     return files
 
 
-def members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+def list_samples(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """List the samples of a tar: [(key, {extension: (offset, bytes)})]; reads headers only."""
-    return grouped(headers(path))
+    return group_samples(list_files(path))
 
 
-def grouped(files: list[tuple[str, str, int, int]]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+def group_samples(
+    files: list[tuple[str, str, int, int]],
+) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """Group the files of `headers` into samples: neighbors that share a key."""
     samples = []
     for key, group in groupby(files, key=lambda file: file[0]):
@@ -167,7 +169,7 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
     broken = []
     for path in progress(paths):
         try:
-            samples = members(path)
+            samples = list_samples(path)
         except ValueError as error:
             broken.append(str(error))
             continue
@@ -188,7 +190,7 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
         raise ValueError("\n  ".join([several, *broken]))
 
     # The summary last: a folder without it is indexed again.
-    index = dict(version=VERSION, shards=rows)
+    index = dict(version=INDEX_VERSION, shards=rows)
     replace_json(folder / "shards.index.json", index)
     return index
 
@@ -204,9 +206,9 @@ def read_index(folder: Path) -> dict:
     """Load the folder's index and check it against the tars; build it if there is none."""
     path = folder / "shards.index.json"
     index = json.loads(path.read_text()) if path.exists() else build_index(folder)
-    if index.get("version") != VERSION:
+    if index.get("version") != INDEX_VERSION:
         raise ValueError(
-            f"{path}: version {index.get('version')!r}, this code writes {VERSION}; run:"
+            f"{path}: version {index.get('version')!r}, this code writes {INDEX_VERSION}; run:"
             f" run/prepare.py index {folder}"
         )
     present = {(tar.name, tar.stat().st_size) for tar in folder.glob("*.tar")}
@@ -224,7 +226,7 @@ def require_pairs(folder: Path, row: dict) -> None:
 
     The run stops here rather than at its first batch.
     """
-    for what, known in (("images", IMAGES), ("captions", CAPTIONS)):
+    for what, known in (("images", IMAGE_EXTENSIONS), ("captions", CAPTION_EXTENSIONS)):
         if not any(extension in row["extensions"] for extension in known):
             path = folder / row["name"]
             present = ", ".join(row["extensions"])
@@ -234,7 +236,7 @@ def require_pairs(folder: Path, row: dict) -> None:
             )
 
 
-def named(source: str | Path) -> tuple[Path, list[str]]:
+def select_tars(source: str | Path) -> tuple[Path, list[str]]:
     """Return a folder and the names of the tars chosen from it; an empty list means all.
 
     'DIR/{00000..00008}.tar' chooses nine, with braces as in a shell and in webdataset.
@@ -260,7 +262,7 @@ class Shards:
     def __init__(self, folders: Iterable[str | Path], captions: bool = True):
         self.paths: list[Path] = []
         self.counts: list[int] = []
-        for folder, chosen in map(named, folders):
+        for folder, chosen in map(select_tars, folders):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: no such folder of shards; see data.train")
             rows = {row["name"]: row for row in read_index(folder)["shards"]}
@@ -276,7 +278,7 @@ class Shards:
                 self.paths.append(folder / row["name"])
                 self.counts.append(row["samples"])
         self.ends = list(accumulate(self.counts))
-        self._open = lru_cache(OPEN_SHARDS)(_OpenShard)
+        self._open = lru_cache(MAX_OPEN_SHARDS)(_OpenShard)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -306,7 +308,7 @@ class Shards:
         return {name: value for name, value in vars(self).items() if name != "_open"}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _open=lru_cache(OPEN_SHARDS)(_OpenShard))
+        vars(self).update(state, _open=lru_cache(MAX_OPEN_SHARDS)(_OpenShard))
 
 
 class _OpenShard:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
-WORDS = {"true": True, "false": False}  # as YAML writes them
+YAML_BOOLEANS = {"true": True, "false": False}  # as YAML writes them
 
 
 class UnreadableSpec(ValueError):
@@ -36,7 +36,7 @@ def read_spec(text: str, bare_words: bool = False) -> Spec:
 
     def value(node: ast.expr) -> object:
         if bare_words and isinstance(node, ast.Name):
-            return WORDS.get(node.id, node.id)
+            return YAML_BOOLEANS.get(node.id, node.id)
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError):
@@ -76,7 +76,7 @@ def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: st
     except UnreadableSpec:
         raise ValueError(f"{key} {text!r} cannot be read; write it as none, {form}") from None
     if name not in strategies:
-        raise ValueError(f"{key} {text!r}: {unknown(name, strategies)}")
+        raise ValueError(f"{key} {text!r}: {describe_unknown(name, strategies)}")
 
     strategy = strategies[name]
     signature = inspect.signature(strategy)
@@ -89,7 +89,7 @@ def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: st
         raise ValueError(f"{key} {text!r}: {error}; {name} takes {signature}") from None
 
 
-def unknown(name: str, strategies: Iterable[str]) -> str:
+def describe_unknown(name: str, strategies: Iterable[str]) -> str:
     """Describe why a name is no strategy, with the closest one."""
     if name == "none":
         return "none takes no arguments"

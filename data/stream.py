@@ -18,17 +18,17 @@ import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from glimpse.data.loader import (
-    SUBSTITUTES,
-    Bad,
+    MAX_SUBSTITUTES,
+    BadSample,
     MicroBatch,
-    Row,
+    PreparedSample,
     SampleReader,
-    ahead,
     micro_batch_size,
+    worker_kwargs,
 )
 from glimpse.data.shards import Sample, split_name
 
-BUFFER = 1000  # samples that a reader mixes
+SHUFFLE_BUFFER = 1000  # samples that a reader mixes
 
 
 def is_url(path: str) -> bool:
@@ -36,7 +36,7 @@ def is_url(path: str) -> bool:
     return "://" in path or path.startswith("pipe:")
 
 
-def opened_url(url: str):
+def open_url(url: str):
     """A file at a URL or the output of a pipe, open for reading; closing it raises where the
     transfer failed.
     """
@@ -71,9 +71,9 @@ class Stream(IterableDataset):
         self.reader, self.rank, self.world, self.cursor = reader, rank, world, cursor
         self.urls = [url for path in train for url in webdataset.shardlists.expand_urls(path)]
         self.size = micro_batch_size(batch, world, accumulate)
-        self.parts = accumulate
+        self.accumulate = accumulate
         # by worker: the oldest shard that it still needs
-        self.behind = [cursor] * max(1, reader.cfg.workers)
+        self.oldest_needed = [cursor] * max(1, reader.cfg.workers)
         readers = world * max(1, reader.cfg.workers)
         if len(self.urls) < readers:
             raise ValueError(
@@ -87,11 +87,11 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        bad: list[Bad] = []
+        bad: list[BadSample] = []
         rows = self.rows(workers, worker, bad)
         while True:
             parts = []
-            for _ in range(self.parts):
+            for _ in range(self.accumulate):
                 oldest, mixed, keys = zip(*islice(rows, self.size))
                 part = self.reader.micro_batch(list(mixed), list(bad))
                 part["keys"] = keys
@@ -102,8 +102,8 @@ class Stream(IterableDataset):
             yield parts
 
     def rows(
-        self, workers: int, worker: int, bad: list[Bad]
-    ) -> Iterator[tuple[int, Row, tuple[int, str, str]]]:
+        self, workers: int, worker: int, bad: list[BadSample]
+    ) -> Iterator[tuple[int, PreparedSample, tuple[int, str, str]]]:
         """Yield (oldest shard still in the buffer, row, key) without end; what cannot be read goes
         to `bad`.
         """
@@ -114,7 +114,7 @@ class Stream(IterableDataset):
         for newest in self.samples(reader, readers, bad):
             # 1. Fill the buffer, then exchange a random sample of it for each new one.
             buffer.append(newest)
-            if len(buffer) < BUFFER:
+            if len(buffer) < SHUFFLE_BUFFER:
                 continue
             i = int(rng.integers(len(buffer)))
             buffer[i], buffer[-1] = buffer[-1], buffer[i]
@@ -123,11 +123,11 @@ class Stream(IterableDataset):
             # 2. Read it; many failures in a row are no accident.
             number = zlib.crc32(f"{sample.shard}/{sample.key}".encode())
             try:
-                row = self.reader.row(sample, epoch, number)
+                row = self.reader.prepare(sample, epoch, number)
             except (ValueError, OSError) as error:
                 bad.append((sample.shard, sample.key, " ".join(str(error).split())))
                 failed += 1
-                if failed == SUBSTITUTES:
+                if failed == MAX_SUBSTITUTES:
                     raise ValueError(
                         f"data.train: {failed} samples in a row cannot be read, the last"
                         f" {' '.join(bad[-1])}"
@@ -138,7 +138,7 @@ class Stream(IterableDataset):
             yield oldest, row, (epoch, sample.shard, sample.key)
 
     def samples(
-        self, reader: int, readers: int, bad: list[Bad]
+        self, reader: int, readers: int, bad: list[BadSample]
     ) -> Iterator[tuple[Sample, int, int]]:
         """Yield (sample, epoch, shard's place in the sequence) of this reader's shards; ValueError
         where one after another is empty.
@@ -159,7 +159,7 @@ class Stream(IterableDataset):
                 bad.append((name, f"after {found} samples", " ".join(str(error).split())))
             empty = 0 if found else empty + 1
             # A server that is down would be asked forever, while the ranks wait.
-            if empty == min(SUBSTITUTES, len(self.urls)):
+            if empty == min(MAX_SUBSTITUTES, len(self.urls)):
                 why = bad[-1][2] if bad else "empty shards"
                 raise ValueError(
                     f"data.train: {empty} streamed shards in a row gave nothing, the last {url}:"
@@ -171,12 +171,14 @@ class Stream(IterableDataset):
         # the loader makes lists of tuples
         return [(epoch, shard, key) for epoch, shard, key in part["keys"]]
 
-    def stream(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
+    def iterate(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
         """Yield as many batches as `starts` names."""
-        batches = iter(DataLoader(self, batch_size=None, pin_memory=pin, **ahead(self.reader.cfg)))
+        batches = iter(
+            DataLoader(self, batch_size=None, pin_memory=pin, **worker_kwargs(self.reader.cfg))
+        )
         for _ in starts:
             parts = next(batches)
-            self.behind[parts[-1]["worker"]] = parts[-1]["oldest"]
+            self.oldest_needed[parts[-1]["worker"]] = parts[-1]["oldest"]
             yield parts
 
     def fingerprint(self) -> dict:
@@ -185,15 +187,15 @@ class Stream(IterableDataset):
         """
         return dict(seed=self.reader.seed, shards=f"{zlib.crc32(repr(self.urls).encode()):08x}")
 
-    def begin(self, cursor: int) -> None:
+    def seek(self, cursor: int) -> None:
         """Go on from that shard of the sequence."""
-        self.cursor, self.behind = cursor, [cursor] * len(self.behind)
+        self.cursor, self.oldest_needed = cursor, [cursor] * len(self.oldest_needed)
 
-    def position(self) -> int:
+    def resume_cursor(self) -> int:
         """The cursor for going on from the last batch that `stream` gave: no reader of this rank
         needs an earlier shard.
         """
-        return min(self.behind)
+        return min(self.oldest_needed)
 
 
 def read_shard(url: str, name: str) -> Iterator[Sample]:

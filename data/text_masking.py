@@ -23,7 +23,7 @@ STRATEGIES: dict[str, type["TextMask"]] = {}
 
 
 @dataclass(frozen=True)
-class Caption:
+class CaptionFormat:
     """The properties that all captions of a run share.
 
     FLIP's masks always keep the pooled token; CLIPA's keep the special tokens, of which it is one
@@ -47,7 +47,7 @@ def strategy(name: str) -> Callable[[type["TextMask"]], type["TextMask"]]:
 class TextMask(ABC):
     @abstractmethod
     def __call__(
-        self, ids: list[int], real: int, caption: Caption, rng: np.random.Generator
+        self, ids: list[int], real: int, caption: CaptionFormat, rng: np.random.Generator
     ) -> tuple[list[int], list[int] | None]:
         """ids of a caption, of which the first `real` are no padding -> those that stay, in order,
         and their places (None: 0, 1, ...).
@@ -55,7 +55,7 @@ class TextMask(ABC):
 
 
 @dataclass(frozen=True)
-class Dropped(TextMask):
+class RatioMask(TextMask):
     """Hide a share of the context's slots (FLIP)."""
 
     ratio: float
@@ -83,7 +83,7 @@ class Dropped(TextMask):
 
 
 @strategy("random")
-class Random(Dropped):
+class RandomTextMask(RatioMask):
     """Every slot, empty ones too, is as likely to stay as any other."""
 
     def rank(self, noise, real):
@@ -91,7 +91,7 @@ class Random(Dropped):
 
 
 @strategy("prioritised")
-class Prioritised(Dropped):
+class PrioritizedTextMask(RatioMask):
     """Padding goes first: tokens are lost only where there are more than slots."""
 
     def rank(self, noise, real):
@@ -99,7 +99,7 @@ class Prioritised(Dropped):
 
 
 @dataclass(frozen=True)
-class Cut(TextMask):
+class LengthMask(TextMask):
     """Cut a caption of more than `tokens` tokens, between its special ones (CLIPA)."""
 
     tokens: int
@@ -125,7 +125,7 @@ class Cut(TextMask):
 
 
 @strategy("first")
-class First(Cut):
+class FirstTextMask(LengthMask):
     """The first words stay."""
 
     def choose(self, words, count, rng):
@@ -133,7 +133,7 @@ class First(Cut):
 
 
 @strategy("block")
-class Block(Cut):
+class BlockTextMask(LengthMask):
     """Words in a row stay, from a random one on."""
 
     def choose(self, words, count, rng):
@@ -141,14 +141,14 @@ class Block(Cut):
 
 
 @strategy("shuffled")
-class Shuffled(Cut):
+class ShuffledTextMask(LengthMask):
     """Words drawn at random stay, in random order."""
 
     def choose(self, words, count, rng):
         return rng.permutation(words)[:count]
 
 
-def parse(spec: str) -> TextMask | None:
+def parse_text_mask(spec: str) -> TextMask | None:
     """'prioritised(0.5)' -> Prioritised(0.5); 'none' -> None."""
     if spec == "none":
         return None

@@ -213,7 +213,7 @@ KINDS: dict[str, type[Tokenizer]] = {
 }
 
 
-def build(spec: str, context: int) -> Tokenizer:
+def build_tokenizer(spec: str, context: int) -> Tokenizer:
     """Build the tokenizer of a config: `kind`, or `kind(PATH)` with the path of its vocabulary."""
     kind, path = split_spec(spec)
     if kind not in KINDS:
@@ -222,7 +222,7 @@ def build(spec: str, context: int) -> Tokenizer:
         known = ", ".join(sorted(KINDS))
         raise ValueError(f"data.tokenizer {spec!r}: unknown kind {kind!r}; known: {known}{hint}")
     try:
-        file = Path(path) if path else installed(kind)
+        file = Path(path) if path else installed_vocabulary(kind)
         return KINDS[kind](file, context)
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise ValueError(f"data.tokenizer {spec!r}: {error}") from None
@@ -237,13 +237,13 @@ def split_spec(spec: str) -> tuple[str, str | None]:
     return spec, None
 
 
-def vocabulary(spec: str) -> Path | None:
+def vocabulary_file(spec: str) -> Path | None:
     """Return the vocabulary file of a spec; None if it is the one of an installed package."""
     _, path = split_spec(spec)
     return None if path is None else Path(path)
 
 
-def installed(kind: str) -> Path:
+def installed_vocabulary(kind: str) -> Path:
     """Locate the vocabulary of a kind inside an installed package.
 
     The package is not imported: open_clip would import torchvision.

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
 
-from glimpse.data.masking import parse
+from glimpse.data.masking import parse_mask
 
 try:
     import simplejpeg
@@ -37,7 +37,7 @@ Box = tuple[int, int, int, int]
 Size = int | tuple[int, int]  # a square's side, or (height, width); pixels
 CROPS = ("resize_crop", "square", "squash")  # of an evaluation image, see center_view
 INTERPOLATIONS = ("bicubic", "bilinear")
-TRIES = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
+CROP_ATTEMPTS = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,19 @@ class View:
                 " looked up by theirs"
             )
         check_interpolation(self.interpolation)
-        parse(self.mask)
+        parse_mask(self.mask)
 
 
-def draws(name: str, view: View) -> list[str]:
+def view_names(name: str, view: View) -> list[str]:
     """Names of the draws of a view: NAME, or NAME1, NAME2, ... where there are several."""
     if view.count == 1:
         return [name]
     return [f"{name}{n + 1}" for n in range(view.count)]
 
 
-def expanded(views: dict[str, View]) -> dict[str, View]:
+def expand_views(views: dict[str, View]) -> dict[str, View]:
     """Every draw of every view under its own name, in alphabetical order."""
-    names = {name: draws(name, view) for name, view in views.items()}
+    names = {name: view_names(name, view) for name, view in views.items()}
     result: dict[str, View] = {}
     for name, view in views.items():
         inside: list[str] = []
@@ -160,7 +160,7 @@ def check_enclosed(name: str, other: str, views: dict[str, View]) -> None:
         )
 
 
-def sides(size: Size) -> tuple[int, int]:
+def height_and_width(size: Size) -> tuple[int, int]:
     """(height, width)."""
     return (size, size) if isinstance(size, int) else size
 
@@ -179,7 +179,7 @@ def random_views(
     """
     # 1. Draw the boxes in the whole image.
     height, width = image_size(data)
-    targets = {name: sides(view.size or size) for name, view in views.items()}
+    targets = {name: height_and_width(view.size or size) for name, view in views.items()}
     boxes = {}
     for name, view in views.items():
         if not view.encloses:
@@ -189,13 +189,13 @@ def random_views(
 
     # 2. A JPEG is decoded at a half, a quarter or an eighth, where every view is smaller still.
     #    Boxes shift by less than one pixel of the view.
-    shrink = shrink_for(views, boxes, targets) if is_jpeg(data) else 1
-    cuts = {name: shrunk(box, shrink) for name, box in boxes.items()}
+    shrink = choose_shrink(views, boxes, targets) if is_jpeg(data) else 1
+    cuts = {name: shrink_box(box, shrink) for name, box in boxes.items()}
     for name, view in views.items():
         if view.encloses:
-            cuts[name] = enclosing([cuts[other] for other in view.encloses])
+            cuts[name] = enclosing_box([cuts[other] for other in view.encloses])
             if view.enlarge:
-                cuts[name] = enlarged(cuts[name], height // shrink, width // shrink, rngs[name])
+                cuts[name] = enlarge_box(cuts[name], height // shrink, width // shrink, rngs[name])
 
     # 3. Cut, resize and recolor.
     image = decode(data, shrink)
@@ -204,24 +204,28 @@ def random_views(
         top, left, rows, columns = cuts[name]
         crop = image[top : top + rows, left : left + columns]
         pixels = resize(crop, *targets[name], view.interpolation, flips[name])
-        pixels = recolour(pixels, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
+        pixels = recolor(pixels, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
         results[name] = pixels, (top * shrink, left * shrink, rows * shrink, columns * shrink)
     return results
 
 
-def shrink_for(
+def choose_shrink(
     views: dict[str, View], boxes: dict[str, Box], targets: dict[str, tuple[int, int]]
 ) -> int:
     """8, 4, 2 or 1: by how much the image may shrink before the tightest view would be enlarged."""
     room = math.inf
     for name, view in views.items():
-        box = enclosing([boxes[other] for other in view.encloses]) if view.encloses else boxes[name]
+        box = (
+            enclosing_box([boxes[other] for other in view.encloses])
+            if view.encloses
+            else boxes[name]
+        )
         rows, columns = targets[name]
         room = min(room, box[2] / rows, box[3] / columns)
     return next((shrink for shrink in (8, 4, 2) if room >= shrink), 1)
 
 
-def shrunk(box: Box, shrink: int) -> Box:
+def shrink_box(box: Box, shrink: int) -> Box:
     top, left, rows, columns = box
     return top // shrink, left // shrink, rows // shrink, columns // shrink
 
@@ -233,7 +237,7 @@ def random_view(
     return random_views(data, size, {"": view}, {"": rng})[""]
 
 
-def enclosing(boxes: list[Box]) -> Box:
+def enclosing_box(boxes: list[Box]) -> Box:
     """The smallest box around the boxes."""
     top = min(box[0] for box in boxes)
     left = min(box[1] for box in boxes)
@@ -242,7 +246,7 @@ def enclosing(boxes: list[Box]) -> Box:
     return top, left, bottom - top, right - left
 
 
-def enlarged(box: Box, height: int, width: int, rng: np.random.Generator) -> Box:
+def enlarge_box(box: Box, height: int, width: int, rng: np.random.Generator) -> Box:
     """The box with each side moved outwards, by a uniform share of what the image leaves it."""
     top = int(rng.integers(box[0] + 1))
     left = int(rng.integers(box[1] + 1))
@@ -263,7 +267,7 @@ def random_box(
     side.
     """
     narrowest, widest = shape * view.ratio[0], shape * view.ratio[1]
-    for _ in range(TRIES):
+    for _ in range(CROP_ATTEMPTS):
         area = height * width * rng.uniform(*view.crop)
         ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
         rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
@@ -294,7 +298,7 @@ def center_view(
         raise ValueError(f"how: {how!r}; known: {', '.join(CROPS)}")
     image = decode(data)
     height, width = image.shape[:2]
-    H, W = sides(size)
+    H, W = height_and_width(size)
     if how == "squash":
         return resize(image, H, W, interpolation)
 
@@ -343,7 +347,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """
     if size := jpeg_header(data):
         return size
-    with opened(data) as image:
+    with open_image(data) as image:
         return image.height, image.width
 
 
@@ -373,14 +377,14 @@ def decode(data: bytes, shrink: int = 1) -> np.ndarray:
             return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
         except ValueError:  # truncated, or a flaw that Pillow forgives: Pillow decides
             pass
-    with opened(data) as image:
+    with open_image(data) as image:
         if shrink > 1:
             image.draft(image.mode, (image.width // shrink, image.height // shrink))
         return to_rgb(image)
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
+def open_image(data: bytes) -> Iterator[Image.Image]:
     """Pillow's image. Whatever Pillow raises on broken data (it has many kinds) becomes a
     ValueError.
     """
@@ -407,11 +411,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 # ---- color and sharpness of self-supervised views, as SLIP and A-CLIP make them: jitter, gray,
 # blur, solarize, in this order; Pillow does the work, in torchvision's terms
 
-JITTERED = 0.8  # of the images; the other probabilities are the view's
-SIGMA = (0.1, 2.0)  # of the blur, pixels
+JITTER_PROBABILITY = 0.8  # of the images; the other probabilities are the view's
+BLUR_SIGMA = (0.1, 2.0)  # of the blur, pixels
 
 
-def recolour(
+def recolor(
     image: np.ndarray,
     rng: np.random.Generator,
     jitter: tuple[float, ...],
@@ -427,18 +431,18 @@ def recolour(
     if not (any(jitter) or grey or blur or solarize):
         return image
     picture = Image.fromarray(image)
-    if any(jitter) and rng.random() < JITTERED:
-        picture = jittered(picture, jitter, rng)
+    if any(jitter) and rng.random() < JITTER_PROBABILITY:
+        picture = jitter_color(picture, jitter, rng)
     if rng.random() < grey:
         picture = picture.convert("L").convert("RGB")
     if rng.random() < blur:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*SIGMA)))
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR_SIGMA)))
     if rng.random() < solarize:
         picture = ImageOps.solarize(picture, 128)
     return np.asarray(picture)
 
 
-def jittered(
+def jitter_color(
     picture: Image.Image, jitter: tuple[float, ...], rng: np.random.Generator
 ) -> Image.Image:
     """Change brightness, contrast, saturation and hue, in random order."""
@@ -446,14 +450,14 @@ def jittered(
         if not jitter[i]:
             continue
         if i == 3:
-            picture = turned(picture, rng.uniform(-jitter[3], jitter[3]))
+            picture = shift_hue(picture, rng.uniform(-jitter[3], jitter[3]))
         else:
             kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
             picture = kind(picture).enhance(rng.uniform(max(0.0, 1 - jitter[i]), 1 + jitter[i]))
     return picture
 
 
-def turned(picture: Image.Image, shift: float) -> Image.Image:
+def shift_hue(picture: Image.Image, shift: float) -> Image.Image:
     """Move every hue along the circle by `shift` of it, -0.5 to 0.5."""
     hue, saturation, value = picture.convert("HSV").split()
     hue = hue.point([(level + round(shift * 255)) % 256 for level in range(256)])

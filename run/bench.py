@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from glimpse.data.masking import parse
-from glimpse.data.patches import visible
+from glimpse.data.masking import parse_mask
+from glimpse.data.patches import patchify_visible
 from glimpse.data.transforms import View, random_view
 from glimpse.model import losses
 from glimpse.model.methods import METHODS
@@ -307,13 +307,13 @@ def sample_pipeline(spec: str) -> Callable[[bytes], object]:
     """Return the loader's work on one image: from JPEG bytes to visible uint8 patches."""
     rng = np.random.default_rng(0)
     view = View(crop=(0.5, 1.0), mask=spec)
-    mask = parse(spec)
+    mask = parse_mask(spec)
 
     def sample(data: bytes) -> np.ndarray:
         image, _ = random_view(data, 224, view, rng)
         noise = torch.from_numpy(rng.random((1, 196), dtype=np.float32))
         positions = mask(noise, (14, 14))[0].numpy()
-        return visible(image, 16, positions)
+        return patchify_visible(image, 16, positions)
 
     return sample
 

@@ -28,8 +28,8 @@ import torch
 import yaml
 
 from glimpse.data.builders import tokenizer_files
-from glimpse.data.tokenizer import Tokenizer, vocabulary
-from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.data.tokenizer import Tokenizer, vocabulary_file
+from glimpse.data.tokenizer import build_tokenizer
 from glimpse.model import portable
 from glimpse.model.convert import FORMATS
 from glimpse.model.convert.resize import resized
@@ -223,7 +223,7 @@ def write(
     notes = source_notes(source, news)
 
     # A vocabulary of a file of its own is copied into the folder.
-    file = vocabulary(model.about.tokenizer)
+    file = vocabulary_file(model.about.tokenizer)
     if file:
         kind = model.about.tokenizer.partition("(")[0]
         spec = f"{kind}(tokenizer{file.suffix})"

@@ -1,18 +1,19 @@
 """Embed images and their captions, or texts, with a run or a converted model.
 
-Embeddings are unit vectors, written as npy or parquet.
+Writes unit vectors as npy or parquet.
 
     python run/embed.py runs/quickstart photos/ --out embeddings
-        a folder of any depth; NAME.jpg, NAME.txt
+        images in a folder, at any depth, with captions in NAME.txt beside NAME.jpg
     python run/embed.py models/b32 /data/laion400m --out embeddings --format parquet
-        tar shards
+        a folder of tar shards
     python run/embed.py models/b32 --texts prompts.txt --out embeddings
-        a text a line
+        a file with one text per line
     deepspeed --num_accelerators 8 run/embed.py models/b32 /data/laion400m --out embeddings \\
         --batch 256 --workers 12
+        on several ranks
 
-Row i is the same on any number of ranks. docs/evaluating.md ("Embeddings") has the files, which
-clip-retrieval and autofaiss read.
+Any number of ranks writes the same rows. docs/evaluating.md ("Embeddings") describes the files,
+which clip-retrieval and autofaiss read.
 """
 
 import sys
@@ -46,30 +47,28 @@ def main() -> None:
     path = load_model.find_model(Path(args.model).resolve())
     distributed.start()
 
-    # What is embedded, and with which weights: all ranks, and a run that is resumed, must agree.
+    # 1. Open the source and the model. They must be the same on all ranks, and when a job is
+    #    resumed.
     gallery = distributed.rank0_first(
         lambda: TextGallery(args.texts) if args.texts else open_gallery(args.images)
     )
     cfg, tokenizer, method = load_model.open_model(path)
-    checksum = load_model.checksum(method.eval_towers(args.weights), cfg, tokenizer)
-    source = args.texts or args.images
-    about = check_ranks_agree(
-        EmbeddingsInfo(
-            str(path),
-            args.weights,
-            checksum,
-            str(source),
-            len(gallery),
-            gallery.name(len(gallery) - 1),
-            args.format,
-            args.dtype,
-            args.part,
-        )
+    info = EmbeddingsInfo(
+        model=str(path),
+        weights=args.weights,
+        checksum=load_model.checksum(method.eval_towers(args.weights), cfg, tokenizer),
+        source=str(args.texts or args.images),
+        count=len(gallery),
+        last=gallery.name(len(gallery) - 1),
+        format=args.format,
+        dtype=args.dtype,
+        part=args.part,
     )
-    out = EmbeddingFolder(args.out, about)
+    out = EmbeddingFolder(args.out, check_ranks_agree(info))
 
-    # The parts that are left to do, as rank 0 finds them.
-    todo = json.loads(distributed.broadcast_from_rank0(lambda: json.dumps(out.begin(args.resume))))
+    # 2. Write the parts that are missing in rank 0's view of the folder.
+    parts_json = distributed.broadcast_from_rank0(lambda: json.dumps(out.start(args.resume)))
+    parts = json.loads(parts_json)
     model = Embedder(
         method,
         cfg,
@@ -81,26 +80,26 @@ def main() -> None:
     workers = args.workers
     if workers is None:
         workers = min(cfg.data.workers, len(os.sched_getaffinity(0)))
-    begin = time.perf_counter()
-    write_embeddings(model, gallery, out, todo, args.batch, workers)
+    start_time = time.perf_counter()
+    write_embeddings(model, gallery, out, parts, args.batch, workers)
     distributed.barrier()
     if distributed.rank() == 0:
-        seconds = time.perf_counter() - begin
-        print_report(out, cfg.model.shape.embed, todo, seconds, not args.texts)
+        seconds = time.perf_counter() - start_time
+        print_report(out, cfg.model.shape.embed, parts, seconds, not args.texts)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the checked command line."""
+    """Parse and check the command line."""
     parser = config.argument_parser(__doc__)
     parser.add_argument(
         "model", help="a run folder, one of its checkpoints, or a folder that run/convert.py wrote"
     )
     parser.add_argument("images", nargs="?", type=Path, help="a folder of images, or of tar shards")
     parser.add_argument(
-        "--texts", type=Path, metavar="FILE", help="instead of images: a text a line"
+        "--texts", type=Path, metavar="FILE", help="embed the lines of this file instead of images"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--resume", action="store_true", help="go on with what was begun there")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted job in DIR")
     parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
@@ -109,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=FORMATS, default="npy")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="what embeddings are stored as"
+        "--dtype", choices=DTYPES, default="fp32", help="precision of the stored embeddings"
     )
     parser.add_argument(
         "--batch", type=int, default=BATCH, metavar="N", help="images that a rank embeds at once"
@@ -119,58 +118,68 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=PART_SIZE,
         metavar="N",
-        help=f"images to a part file, {PART_SIZE}",
+        help=f"images of each part file; default: {PART_SIZE}",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="loader processes a rank; default: data.workers, at most one a core",
+        help="loader processes of each rank; default: data.workers, but at most one per core",
     )
-    parser.add_argument("--local_rank", type=int, help="from the launcher")
-    args = parser.parse_intermixed_args()  # the images may stand behind options
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    args = parser.parse_intermixed_args()  # the folder of images may come after options
     if (args.images is None) == (args.texts is None):
-        raise ValueError("give a folder of images, or --texts FILE")
-    for name, least in (("batch", 1), ("part", 1), ("workers", 0)):
+        raise ValueError("--texts: give either a folder of images, or --texts FILE")
+    for name, minimum in (("batch", 1), ("part", 1), ("workers", 0)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value}: it must be at least {least}")
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name}: {value} is too small; use {minimum} or more")
     return args
 
 
 def print_report(
-    out: EmbeddingFolder, width: int, todo: list[int], seconds: float, images: bool
+    out: EmbeddingFolder, width: int, parts: list[int], seconds: float, images: bool
 ) -> None:
     """Print what was written, how fast, and Python lines that read it.
 
-    todo: the parts that this run embedded; images: whether the rows are images or texts.
+    parts: the parts that this job wrote, in `seconds`.
+    images: True if the rows are images, False if they are texts.
     """
-    rows, left_out = out.written()
-    what = "images" if images else "texts"
-    several = "s" if out.parts > 1 else ""
+    # 1. The content of the folder.
+    rows, left_out = out.count_rows()
+    noun = "images" if images else "texts"
+    plural = "s" if out.part_count > 1 else ""
     print(
-        f"{out.folder}: {rows:,} {what}, {width} numbers each in {out.about.dtype},"
-        f" {out.parts} part{several}"
+        f"{out.folder}: {rows:,} {noun}, {width} numbers each in {out.info.dtype},"
+        f" {out.part_count} part{plural}"
     )
     if left_out:
-        names = out.folder / "left_out"
-        print(f"{left_out:,} images could not be read and have no row: {names} names them")
-    if todo:
-        spans = [out.span(part) for part in todo]
-        count = sum(last - first for first, last in spans)
-        print(f"{count:,} {what} now, in {seconds:.1f} s: {count / seconds:,.1f} a second")
+        print(
+            f"{left_out:,} images could not be read and have no row; they are listed in"
+            f" {out.folder / 'left_out'}"
+        )
 
-    # How the first part is read, and the nearest neighbors of its first row.
+    # 2. The speed of this job.
+    if parts:
+        spans = [out.span(part) for part in parts]
+        count = sum(last - first for first, last in spans)
+        speed = f"{count / seconds:,.1f} {noun} per second"
+        print(f"{count:,} {noun} embedded in {seconds:.1f} s: {speed}")
+
+    # 3. Python code that reads the first part and finds the nearest neighbors of its first row.
     name, column = ("image", "image_path") if images else ("text", "caption")
-    table = f'pq.read_table("{out.file(0)}")'
-    if out.about.format == "npy":
-        kind = "img_emb" if images else "text_emb"
-        print(f'  x, names = np.load("{out.file(0, kind, "npy")}"), {table}["{column}"]')
+    table = f'pq.read_table("{out.file_path(0)}")'
+    if out.info.format == "npy":
+        folder = "img_emb" if images else "text_emb"
+        print(f'  x, names = np.load("{out.file_path(0, folder, "npy")}"), {table}["{column}"]')
     else:
         embedding = f'np.stack(t["{name}_embedding"].to_numpy())'
         print(f'  t = {table}; x, names = {embedding}, t["{column}"]')
-    nearest = "the nearest of part 0 to row 0" if out.parts > 1 else "the nearest to row 0"
-    print(f"  [str(names[i]) for i in np.argsort(-(x @ x[0]))[:10].tolist()]    # {nearest}")
+    scope = " in part 0" if out.part_count > 1 else ""
+    print(
+        f"  [str(names[i]) for i in np.argsort(-(x @ x[0]))[:10].tolist()]"
+        f"    # nearest neighbors of row 0{scope}"
+    )
 
 
 if __name__ == "__main__":

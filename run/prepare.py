@@ -46,7 +46,7 @@ from glimpse.data.builders.packaged.build import build as build_packaged
 from glimpse.data.builders.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, convert
 from glimpse.data.evals.remote import CACHE
 from glimpse.data.loader import DataConfig
-from glimpse.data.shards import CAPTIONS, Sample, build_index, read_index, require_pairs
+from glimpse.data.shards import CAPTION_EXTENSIONS, Sample, build_index, read_index, require_pairs
 from glimpse.data.tokenizer import SentencePiece, train_sentencepiece, without_surrogates
 from glimpse.run.lib import config
 from glimpse.run.lib.cli import progress_bar, run_script
@@ -480,7 +480,7 @@ def captions(folder: Path, rows: list[dict], step: int) -> Iterator[str]:
             for key, parts in table[::step]:
                 content = {}
                 for kind, (offset, size) in parts.items():
-                    if kind in CAPTIONS:
+                    if kind in CAPTION_EXTENSIONS:
                         content[kind] = os.pread(file.fileno(), size, offset)
                 try:
                     texts = Sample(row["name"], key, content).captions

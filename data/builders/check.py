@@ -20,7 +20,7 @@ from pathlib import Path
 
 from glimpse.data.builders.pairs import kind_of
 from glimpse.data.builders.worker_pool import workers
-from glimpse.data.shards import Sample, grouped, headers, read_index, require_pairs
+from glimpse.data.shards import Sample, group_samples, list_files, read_index, require_pairs
 from glimpse.data.transforms import decode
 
 NAMED = 10  # samples of each kind that are listed
@@ -156,13 +156,13 @@ def scan(task: tuple[Path, int, int, int | None, bool]) -> Found:
 
     # The tar's headers, and whether training takes the shard at all.
     try:
-        files = headers(path)
+        files = list_files(path)
         extensions = sorted({extension for _, extension, _, _ in files})
         require_pairs(path.parent, dict(name=path.name, extensions=extensions))
     except ValueError as error:
         findings.refused.add(str(error))
         return findings
-    samples = grouped(files)
+    samples = group_samples(files)
     if piece == 0:
         look_at_shard(path, files, samples, indexed, findings)
 

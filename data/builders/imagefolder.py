@@ -27,7 +27,7 @@ from glimpse.data.builders import videos
 from glimpse.data.builders.packaged.build import write_split
 from glimpse.data.builders.pairs import Csv, kind_of
 from glimpse.data.evals.gallery import is_image
-from glimpse.data.evals.prompts import templates
+from glimpse.data.evals.prompts import load_templates
 from glimpse.data.transforms import decode
 
 CLASS_COLUMNS = ("class", "label", "category", "target", "class_name", "classname")
@@ -70,7 +70,7 @@ def build(
         raise ValueError(
             f"--out: {out} exists and is not an empty folder; remove it or name another"
         )
-    lines = templates(prompts) if prompts else [PROMPT]
+    lines = load_templates(prompts) if prompts else [PROMPT]
 
     content: Content[tuple[Path, dict]] | Content[tuple[str, Path]]
     if videos.is_video_set(source):

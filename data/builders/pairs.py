@@ -24,8 +24,8 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import TypeVar
 
-from glimpse.data.evals.gallery import captions_beside, image_paths
-from glimpse.data.shards import IMAGES, Sample, build_index, write_shard
+from glimpse.data.evals.gallery import list_images, read_captions_beside
+from glimpse.data.shards import IMAGE_EXTENSIONS, Sample, build_index, write_shard
 
 Row = tuple[str, Callable[[], tuple[bytes, str]]]
 T = TypeVar("T")
@@ -44,7 +44,7 @@ IMAGE_COLUMNS = (
     "file",
     "image_bytes",
     "bytes",
-    *IMAGES,
+    *IMAGE_EXTENSIONS,
 )
 CAPTION_COLUMNS = (
     "caption",
@@ -186,7 +186,7 @@ class Folder:
 
     def __init__(self, root: Path):
         self.root = root
-        self.paths = image_paths(root)
+        self.paths = list_images(root)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -198,7 +198,7 @@ class Folder:
 
 def read_file(path: Path) -> tuple[bytes, str]:
     """Return an image and the caption from the file beside it."""
-    parts = captions_beside(path)
+    parts = read_captions_beside(path)
     if not parts:
         raise ValueError("no caption file beside it (same name, .txt or .json)")
     return path.read_bytes(), Sample("", "", parts).caption

@@ -33,7 +33,7 @@ from typing import NamedTuple, Protocol
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
-from glimpse.data.tokenizer import ClipBpe, SentencePiece, Tokenizer, WordPiece, build
+from glimpse.data.tokenizer import ClipBpe, SentencePiece, Tokenizer, WordPiece, build_tokenizer
 
 # The classes of this module, which protoc wrote, are made when it is imported: a type checker
 # cannot see them. `ModelProto` and the classes above it describe the fields that are used here.
@@ -298,7 +298,7 @@ def found_in(folder: Path) -> str:
         )
 
     # The tokenizer built from them must give the ids of the folder's own files.
-    tokenizer = build(spec, 77)
+    tokenizer = build_tokenizer(spec, 77)
     if isinstance(tokenizer, ClipBpe):
         check_numbers(tokenizer, folder)
     if state.exists():
@@ -337,6 +337,6 @@ def check_numbers(tokenizer: ClipBpe, folder: Path) -> None:
 def is_installed(tokenizer: ClipBpe) -> bool:
     """Return True if it is the tokenizer that an installed package has."""
     try:
-        return build("clip_bpe", 77).fingerprint == tokenizer.fingerprint
+        return build_tokenizer("clip_bpe", 77).fingerprint == tokenizer.fingerprint
     except ValueError:
         return False

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 
 from glimpse.data.evals.clip_benchmark import Question
-from glimpse.data.evals.segmentation_layouts import Files
+from glimpse.data.evals.segmentation_layouts import FileSet
 
 
-def found(folder: Path, pattern: str) -> Path | None:
+def find_file(folder: Path, pattern: str) -> Path | None:
     """Return the first file that matches the pattern in the folder or in its annotations/."""
     for place in (folder, folder / "annotations"):
         matches = sorted(place.glob(pattern))
@@ -25,16 +25,16 @@ def found(folder: Path, pattern: str) -> Path | None:
     return None
 
 
-def needed(folder: Path, pattern: str) -> Path:
+def require_file(folder: Path, pattern: str) -> Path:
     """Return the file that `found` returns; ValueError if there is none."""
-    path = found(folder, pattern)
+    path = find_file(folder, pattern)
     if path is None:
         raise ValueError(f"evals: {folder}: it needs {pattern}")
     return path
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[dict]:
+def read_json(path: Path) -> Iterator[dict]:
     """Yield the content of a json; a key it lacks becomes one ValueError that names the file."""
     try:
         yield json.loads(path.read_bytes())
@@ -45,7 +45,7 @@ def reading(path: Path) -> Iterator[dict]:
         raise ValueError(f"evals: {path}: not in the layout of its name ({why})") from None
 
 
-def located(path: Path, folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
+def locate_images(path: Path, folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
     """Return the files of these names, all in the first of the folders that has the first name.
 
     ValueError: `path`, the json, lists no images, or some of them are missing.
@@ -71,16 +71,16 @@ def located(path: Path, folders: Sequence[Path], names: Sequence[str]) -> list[P
     return [home / name for name in names]
 
 
-class Captioned(Files):
+class CaptionedFiles(FileSet):
     """Images with captions: `texts`, a list for each image."""
 
-    holds = "captions"
+    content = "captions"
     texts: list[list[str]]
 
     def captions(self, i: int) -> list[str]:
         return self.texts[i]
 
-    def said(self, path: Path, texts: list[list[str]]) -> None:
+    def set_captions(self, path: Path, texts: list[list[str]]) -> None:
         """Keep the captions of all images, stripped.
 
         ValueError: an image has none but empty ones.
@@ -94,19 +94,21 @@ class Captioned(Files):
             )
 
 
-class CocoCaptions(Captioned):
+class CocoCaptions(CaptionedFiles):
     """annotations/captions_val2017.json (or 2014) and val2017/."""
 
     splits = {"test": "val", "train": "train"}
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
-        return any(found(folder, f"captions_{part}201[47].json") for part in cls.splits.values())
+    def matches(cls, folder: Path) -> bool:
+        return any(
+            find_file(folder, f"captions_{part}201[47].json") for part in cls.splits.values()
+        )
 
-    def open(self, part: str) -> None:
-        path = found(self.folder, f"captions_{part}2017.json")
+    def read_split(self, part: str) -> None:
+        path = find_file(self.folder, f"captions_{part}2017.json")
         if path is None:
-            path = found(self.folder, f"captions_{part}2014.json")
+            path = find_file(self.folder, f"captions_{part}2014.json")
         if path is None:
             raise ValueError(
                 f"evals: {self.folder}: it needs captions_{part}2017.json in annotations/"
@@ -116,7 +118,7 @@ class CocoCaptions(Captioned):
 
     def read(self, path: Path, folders: Sequence[Path]) -> None:
         """Read COCO's json: images, and annotations that belong to them."""
-        with reading(path) as content:
+        with read_json(path) as content:
             self.images = {row["id"]: row for row in content["images"]}
             texts: dict[int, list[str]] = {number: [] for number in self.images}
             for row in content["annotations"]:
@@ -128,8 +130,8 @@ class CocoCaptions(Captioned):
                     )
                 texts[number].append(row["caption"])
             names = [row["file_name"] for row in self.images.values()]
-        self.paths = located(path, folders, names)
-        self.said(path, list(texts.values()))
+        self.paths = locate_images(path, folders, names)
+        self.set_captions(path, list(texts.values()))
 
 
 class Nocaps(CocoCaptions):
@@ -142,26 +144,26 @@ class Nocaps(CocoCaptions):
     splits = {"test": "val"}
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
-        return found(folder, "nocaps_val*.json") is not None
+    def matches(cls, folder: Path) -> bool:
+        return find_file(folder, "nocaps_val*.json") is not None
 
-    def open(self, part: str) -> None:
-        path = needed(self.folder, "nocaps_val*.json")
+    def read_split(self, part: str) -> None:
+        path = require_file(self.folder, "nocaps_val*.json")
         places = ("val", "images", "validation", "images/val")
         self.read(path, [self.folder / place for place in places])
-        with reading(path):
+        with read_json(path):
             self.domains = [row["domain"] for row in self.images.values()]
 
     def group(self, i: int) -> str:
         return self.domains[i]
 
-    def other(self, split: str) -> Files:
+    def open_split(self, split: str) -> FileSet:
         if split == "train":
             return CocoCaptions(self.folder, split)
-        return super().other(split)
+        return super().open_split(split)
 
 
-class Karpathy(Captioned):
+class Karpathy(CaptionedFiles):
     """dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json, and the images.
 
     restval belongs to the train split, as is usual.
@@ -171,56 +173,56 @@ class Karpathy(Captioned):
 
     @classmethod
     def file(cls, folder: Path) -> Path | None:
-        return found(folder, "dataset_coco.json") or found(folder, "dataset_flickr*.json")
+        return find_file(folder, "dataset_coco.json") or find_file(folder, "dataset_flickr*.json")
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         return cls.file(folder) is not None
 
-    def open(self, part: str) -> None:
+    def read_split(self, part: str) -> None:
         path = self.file(self.folder)
         if path is None:
             raise ValueError(
                 f"evals: {self.folder}: it needs dataset_coco.json or dataset_flickr*.json"
             )
         parts = ("train", "restval") if part == "train" else (part,)
-        with reading(path) as content:
+        with read_json(path) as content:
             rows = [row for row in content["images"] if row["split"] in parts]
             names = [str(Path(row.get("filepath", ""), row["filename"])) for row in rows]
             texts = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
 
         data_set = path.stem.removeprefix("dataset_")
         places = ("", "images", f"{data_set}-images", f"{data_set}_images")
-        self.paths = located(path, [self.folder / place for place in places], names)
-        self.said(path, texts)
+        self.paths = locate_images(path, [self.folder / place for place in places], names)
+        self.set_captions(path, texts)
 
 
-class Vqa(Files):
+class Vqa(FileSet):
     """VQAv2: its questions, annotations and val2014/; a question's kind is its answer_type.
 
     v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json.
     """
 
-    holds = "questions"
+    content = "questions"
     splits = {"test": "val2014", "train": "train2014"}
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
-        return found(folder, "v2_OpenEnded_mscoco_*_questions.json") is not None
+    def matches(cls, folder: Path) -> bool:
+        return find_file(folder, "v2_OpenEnded_mscoco_*_questions.json") is not None
 
-    def open(self, part: str) -> None:
-        questions_file = needed(self.folder, f"v2_OpenEnded_mscoco_{part}_questions.json")
-        answers_file = needed(self.folder, f"v2_mscoco_{part}_annotations.json")
+    def read_split(self, part: str) -> None:
+        questions_file = require_file(self.folder, f"v2_OpenEnded_mscoco_{part}_questions.json")
+        answers_file = require_file(self.folder, f"v2_mscoco_{part}_annotations.json")
 
         # By question: its answers and its kind.
         answered: dict[int, tuple[tuple[str, ...], str]] = {}
-        with reading(answers_file) as content:
+        with read_json(answers_file) as content:
             for row in content["annotations"]:
                 answers = tuple(answer["answer"] for answer in row["answers"])
                 answered[row["question_id"]] = (answers, row["answer_type"])
 
         by_image: dict[int, list[Question]] = defaultdict(list)
-        with reading(questions_file) as content:
+        with read_json(questions_file) as content:
             for row in content["questions"]:
                 number = row["question_id"]
                 if number not in answered:
@@ -233,7 +235,7 @@ class Vqa(Files):
 
         names = [f"COCO_{part}_{number:012d}.jpg" for number in by_image]
         places = [self.folder / part, self.folder / "images" / part, self.folder / "images"]
-        self.paths = located(questions_file, places, names)
+        self.paths = locate_images(questions_file, places, names)
         self.asked = list(by_image.values())
 
     def questions(self, i: int) -> list[Question]:

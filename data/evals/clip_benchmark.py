@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from glimpse.data.evals import prompts
-from glimpse.data.evals.remote import local
-from glimpse.data.loader import quiet_worker
-from glimpse.data.patches import grid, visible
-from glimpse.data.shards import CAPTIONS, Shards
-from glimpse.data.transforms import Size, center_view, opened, sides
+from glimpse.data.evals.remote import local_copy
+from glimpse.data.loader import init_worker
+from glimpse.data.patches import patch_grid, patchify_visible
+from glimpse.data.shards import CAPTION_EXTENSIONS, Shards
+from glimpse.data.transforms import Size, center_view, height_and_width, open_image
 
 IGNORE = 255  # in a label map: no class
 
@@ -47,7 +47,7 @@ class Preprocess:
 
     image_size: Size
     patch: int
-    how: str  # one of data/transforms.py's CROPS
+    crop: str  # one of data/transforms.py's CROPS
     interpolation: str
 
 
@@ -97,7 +97,7 @@ class Images(ABC):
     def key(self, i: int) -> str:
         """Return the name of image i in messages."""
 
-    def place(self, i: int) -> str:
+    def location(self, i: int) -> str:
         """Describe where image i is: many sets have the same keys."""
         return f"{self.folder}: {self.key(i)} of {self.split}"
 
@@ -106,9 +106,9 @@ class Images(ABC):
 
         ValueError: it cannot be read.
         """
-        return center_view(self.image(i), pre.image_size, pre.how, pre.interpolation)
+        return center_view(self.image(i), pre.image_size, pre.crop, pre.interpolation)
 
-    def lines(self, name: str) -> list[str]:
+    def read_lines(self, name: str) -> list[str]:
         """Return the lines of a text file of the set."""
         path = self.folder / name
         if not path.exists():
@@ -120,9 +120,9 @@ class Images(ABC):
                 f"evals: {path}: not UTF-8 ({error.reason} at byte {error.start}); convert it"
             ) from None
 
-    def names(self) -> list[list[str]]:
+    def class_synonyms(self) -> list[list[str]]:
         """Return all names of each class, from classnames.txt, or of the classes of `subset`."""
-        names = [prompts.synonyms(line) for line in self.lines("classnames.txt")]
+        names = [prompts.split_synonyms(line) for line in self.read_lines("classnames.txt")]
         if not all(names):
             empty = names.index([]) + 1
             raise ValueError(
@@ -133,9 +133,9 @@ class Images(ABC):
             return [names[number] for number in self.subset]
         return names
 
-    def classes(self) -> list[str]:
+    def class_names(self) -> list[str]:
         """Return the first name of each class."""
-        return [names[0] for names in self.names()]
+        return [names[0] for names in self.class_synonyms()]
 
     @cached_property
     def subset(self) -> list[int]:
@@ -145,8 +145,8 @@ class Images(ABC):
         """
         if not (self.folder / "class_subset.txt").exists():
             return []
-        count = len(self.lines("classnames.txt"))
-        lines = self.lines("class_subset.txt")
+        count = len(self.read_lines("classnames.txt"))
+        lines = self.read_lines("class_subset.txt")
         numbers = [int(line) if line.strip().isdecimal() else -1 for line in lines]
         repeated = len(set(numbers)) < len(numbers)
         if repeated or not all(0 <= number < count for number in numbers):
@@ -167,42 +167,42 @@ class Images(ABC):
                 f"evals: {self.folder}: no templates;"
                 f" it needs {default}, or give templates=7, 80 or a file"
             )
-        return prompts.templates(which or self.folder / default)
+        return prompts.load_templates(which or self.folder / default)
 
     def prompts(self, which: str = "") -> list[list[str]]:
         """Return for each class all of its names in every template."""
         templates = self.templates(which)
         return [
             [template.replace("{c}", name) for name in names for template in templates]
-            for names in self.names()
+            for names in self.class_synonyms()
         ]
 
     def label(self, i: int) -> int:
         """Return the number of the class of image i."""
-        raise self.lacks("classes of images")
+        raise self.missing_error("classes of images")
 
-    def present(self, i: int) -> np.ndarray:
+    def multi_hot(self, i: int) -> np.ndarray:
         """Return which classes are in image i, (C,) bool, where it may have several."""
-        raise self.lacks("lists of classes of images")
+        raise self.missing_error("lists of classes of images")
 
     def frame(self, i: int) -> Frame:
         """Return the position of image i in a video."""
-        raise self.lacks("video frames")
+        raise self.missing_error("video frames")
 
     def captions(self, i: int) -> list[str]:
         """Return the captions of image i, in order."""
-        raise self.lacks("captions")
+        raise self.missing_error("captions")
 
     def label_map(self, i: int) -> np.ndarray:
         """Return the class of each pixel of image i at its full size, (H, W) uint8.
 
         IGNORE: a pixel of no class.
         """
-        raise self.lacks("label maps")
+        raise self.missing_error("label maps")
 
     def questions(self, i: int) -> list[Question]:
         """Return the questions about image i."""
-        raise self.lacks("questions")
+        raise self.missing_error("questions")
 
     def group(self, i: int) -> str:
         """Return the part of the set that image i is in, or '' if the set has no parts.
@@ -211,16 +211,16 @@ class Images(ABC):
         """
         return ""
 
-    def lacks(self, what: str) -> ValueError:
+    def missing_error(self, what: str) -> ValueError:
         """Return the error that the set has nothing of this kind."""
         return ValueError(
             f"evals: {self.folder}: no {what} in it, or none in a layout that is known"
             " (docs/evaluating.md)"
         )
 
-    def other(self, split: str) -> "Images":
+    def open_split(self, split: str) -> "Images":
         """Return another split of the same set; ValueError if it has none of that name."""
-        raise self.lacks("other splits")
+        raise self.missing_error("other splits")
 
     def rounds(
         self, pre: Preprocess, batch: int, indices: Sequence[int], turns: int, workers: int
@@ -232,11 +232,11 @@ class Images(ABC):
         and has m = 0: under ZeRO-3 all ranks must go through the tower in step.
         """
         rounds = _Rounds(self, pre, batch, indices, turns)
-        start = quiet_worker if workers else None
+        start = init_worker if workers else None
         yield from DataLoader(rounds, batch_size=None, num_workers=workers, worker_init_fn=start)
 
 
-class Benchmark(Images):
+class ClipBenchmarkSet(Images):
     """A set in that layout, in a folder or at a URL.
 
     It has classes and templates (none for retrieval) and images.
@@ -244,7 +244,7 @@ class Benchmark(Images):
 
     def __init__(self, folder: str | Path, split: str = "test"):
         self.source = folder
-        self.folder = local(folder, split)
+        self.folder = local_copy(folder, split)
         self.split = split
         if not (self.folder / split).is_dir():
             raise ValueError(
@@ -262,19 +262,19 @@ class Benchmark(Images):
     def key(self, i: int) -> str:
         return " ".join(self.shards.name(i))
 
-    def other(self, split: str) -> "Benchmark":
+    def open_split(self, split: str) -> "ClipBenchmarkSet":
         return type(self)(self.source, split)
 
     def label(self, i: int) -> int:
-        text = self.member(i, "cls").decode(errors="replace").strip()
+        text = self.read_member(i, "cls").decode(errors="replace").strip()
         if not text.isdecimal():
             raise ValueError(
                 f"evals: {self.folder}: the class of {self.key(i)} is {text[:20]!r}; it must be a"
                 " number"
             )
-        return self.numbered(i, int(text))
+        return self.class_index(i, int(text))
 
-    def numbered(self, i: int, label: int) -> int:
+    def class_index(self, i: int, label: int) -> int:
         """Convert a class's number in the files of image i to its number in `names`."""
         if not self.subset:
             return label
@@ -285,24 +285,26 @@ class Benchmark(Images):
             )
         return self.subset.index(label)
 
-    def present(self, i: int) -> np.ndarray:
-        with self.reading(i, "npy"):
-            values = np.load(BytesIO(self.member(i, "npy")))  # refuses pickles
+    def multi_hot(self, i: int) -> np.ndarray:
+        with self.explain_errors(i, "npy"):
+            values = np.load(BytesIO(self.read_member(i, "npy")))  # refuses pickles
             present = values.reshape(-1) > 0
         return present[self.subset] if self.subset else present
 
     def frame(self, i: int) -> Frame:
-        with self.reading(i, "json"):
-            row = json.loads(self.member(i, "json"))
+        with self.explain_errors(i, "json"):
+            row = json.loads(self.read_member(i, "json"))
             is_frame = isinstance(row, dict) and {"anchor", "offset", "labels"} <= row.keys()
             if not is_frame or not row["labels"]:
-                raise self.lacks("video frames (json with anchor, offset and labels)")
+                raise self.missing_error("video frames (json with anchor, offset and labels)")
             anchor, offset = str(row["anchor"]), int(row["offset"])
-            return Frame(anchor, offset, tuple(self.numbered(i, label) for label in row["labels"]))
+            return Frame(
+                anchor, offset, tuple(self.class_index(i, label) for label in row["labels"])
+            )
 
     def captions(self, i: int) -> list[str]:
-        with self.reading(i, "captions"):
-            texts = self.shards.read(i, only=CAPTIONS).captions
+        with self.explain_errors(i, "captions"):
+            texts = self.shards.read(i, only=CAPTION_EXTENSIONS).captions
             lines = [line for text in texts for line in text.splitlines()]
             captions = [line for line in lines if line.strip()]
             if not captions:
@@ -310,14 +312,14 @@ class Benchmark(Images):
             return captions
 
     def label_map(self, i: int) -> np.ndarray:
-        with self.reading(i, "seg.png"):
-            return decode_map(self.member(i, "seg.png"))
+        with self.explain_errors(i, "seg.png"):
+            return decode_label_map(self.read_member(i, "seg.png"))
 
     def questions(self, i: int) -> list[Question]:
-        with self.reading(i, "json"):
-            row = json.loads(self.member(i, "json"))
+        with self.explain_errors(i, "json"):
+            row = json.loads(self.read_member(i, "json"))
             if not isinstance(row, dict) or "questions" not in row:
-                raise self.lacks("questions")
+                raise self.missing_error("questions")
             questions = []
             for entry in row["questions"]:
                 answers = tuple(entry["answers"])
@@ -325,7 +327,7 @@ class Benchmark(Images):
             return questions
 
     @contextmanager
-    def reading(self, i: int, what: str) -> Iterator[None]:
+    def explain_errors(self, i: int, what: str) -> Iterator[None]:
         """Turn whatever is wrong with a part of sample i into one ValueError that names it."""
         try:
             yield
@@ -338,24 +340,24 @@ class Benchmark(Images):
                 f"evals: {self.folder}: {self.key(i)}: its {what} cannot be read ({why})"
             ) from None
 
-    def member(self, i: int, extension: str) -> bytes:
+    def read_member(self, i: int, extension: str) -> bytes:
         """Return one file of sample i."""
         sample = self.shards.read(i, only=(extension,))
-        if extension not in sample.parts:
-            available = ", ".join(sample.parts)
+        if extension not in sample.files:
+            available = ", ".join(sample.files)
             raise ValueError(
                 f"evals: {self.folder}: {sample.shard} {sample.key} has no {extension}"
                 f" (has {available})"
             )
-        return sample.parts[extension]
+        return sample.files[extension]
 
 
-def decode_map(data: bytes) -> np.ndarray:
+def decode_label_map(data: bytes) -> np.ndarray:
     """Return the numbers that a gray or palette PNG stores, (H, W) uint8.
 
     ValueError: it has colors, or numbers above 255.
     """
-    with opened(data) as image:
+    with open_image(data) as image:
         stored = np.array(image)
     if stored.ndim != 2 or stored.max(initial=0) > 255:
         raise ValueError(
@@ -375,7 +377,7 @@ class _Rounds(Dataset):
         self.batch = batch
         self.indices = indices
         self.turns = turns
-        rows, columns = grid(*sides(pre.image_size), pre.patch)
+        rows, columns = patch_grid(*height_and_width(pre.image_size), pre.patch)
         self.everything = np.arange(rows * columns)
 
     def __len__(self) -> int:
@@ -393,5 +395,5 @@ class _Rounds(Dataset):
         try:
             image = self.images.view(i, self.pre)
         except ValueError as error:
-            raise ValueError(f"evals: {self.images.place(i)}: {error}") from None
-        return visible(image, self.pre.patch, self.everything)
+            raise ValueError(f"evals: {self.images.location(i)}: {error}") from None
+        return patchify_visible(image, self.pre.patch, self.everything)

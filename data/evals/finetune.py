@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from glimpse.data.evals.clip_benchmark import Images
-from glimpse.data.transforms import Size, View, random_view, sides
+from glimpse.data.transforms import Size, View, height_and_width, random_view
 
-Row = tuple[int, int]  # epoch, sample
+EpochSample = tuple[int, int]  # epoch, sample
 
 
 @cache
-def timm(name: str) -> ModuleType:
+def timm_module(name: str) -> ModuleType:
     """Load timm/data/NAME.py; ValueError if timm is not installed."""
     package = importlib.util.find_spec("timm")
     if package is None or package.origin is None:
@@ -60,7 +60,7 @@ def rand_augment(
             f"finetune(augment={how!r}):"
             " write it as timm does, e.g. 'rand-m9-mstd0.5-inc1', or none"
         )
-    module = timm("auto_augment")
+    module = timm_module("auto_augment")
 
     # timm may ask Pillow to keep 0 bits of a color, which Pillow refuses.
     def posterize(image: Image.Image, bits: int, **options) -> Image.Image:
@@ -71,14 +71,14 @@ def rand_augment(
             module.NAME_TO_OP[name] = posterize
 
     # The same settings as timm's create_transform.
-    longest_shift = int(0.45 * min(sides(size)))
+    longest_shift = int(0.45 * min(height_and_width(size)))
     fill_color = tuple(round(255 * channel) for channel in mean)
     settings = dict(translate_const=longest_shift, img_mean=fill_color)
     return module.rand_augment_transform(how, settings)
 
 
 @contextmanager
-def drawn_from(rng: np.random.Generator) -> Iterator[None]:
+def seed_global_generators(rng: np.random.Generator) -> Iterator[None]:
     """Seed the three global generators from `rng` inside the block, and restore them after it.
 
     timm draws from all three of them.
@@ -95,7 +95,7 @@ def drawn_from(rng: np.random.Generator) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def paired(rows: Sequence[Row], rank: int, world: int) -> list[Row]:
+def mixup_pairs_of_rank(rows: Sequence[EpochSample], rank: int, world: int) -> list[EpochSample]:
     """Return this rank's share of a batch, made of the pairs that mixup mixes.
 
     The i-th row from the front and the i-th from the back are such a pair, of the batch and of the
@@ -105,7 +105,7 @@ def paired(rows: Sequence[Row], rank: int, world: int) -> list[Row]:
     return [rows[i] for i in front] + [rows[-1 - i] for i in reversed(front)]
 
 
-def label(images: Images, i: int, classes: int) -> int:
+def checked_label(images: Images, i: int, classes: int) -> int:
     """Return the class of image i; ValueError if the set does not name it."""
     number = images.label(i)
     if not 0 <= number < classes:
@@ -116,7 +116,7 @@ def label(images: Images, i: int, classes: int) -> int:
     return number
 
 
-class Labelled(Dataset):
+class LabeledImages(Dataset):
     """Batches by lists of rows: item [rows] is (images, classes, noise).
 
     Images are (b, 3, H, W) float32, normalized; classes (b,); the uniform noise (b, *noise) is for
@@ -148,9 +148,9 @@ class Labelled(Dataset):
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
         self.augment = rand_augment(augment, size, mean) if augment != "none" else None
-        self.erase = timm("random_erasing").RandomErasing(erase, mode="pixel", device="cpu")
+        self.erase = timm_module("random_erasing").RandomErasing(erase, mode="pixel", device="cpu")
 
-    def __getitem__(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, rows: Sequence[EpochSample]) -> tuple[Tensor, Tensor, Tensor]:
         images, labels, noise = zip(*(self.row(*row) for row in rows))
         return torch.stack(images), torch.tensor(labels), torch.from_numpy(np.stack(noise))
 
@@ -160,24 +160,24 @@ class Labelled(Dataset):
         try:
             pixels, _ = random_view(self.images.image(i), self.size, self.view, rng)
         except ValueError as error:
-            raise ValueError(f"evals: {self.images.place(i)}: {error}") from None
+            raise ValueError(f"evals: {self.images.location(i)}: {error}") from None
         noise = rng.random(self.noise, dtype=np.float32)
-        with drawn_from(rng):
+        with seed_global_generators(rng):
             if self.augment:
                 pixels = np.array(self.augment(Image.fromarray(pixels)))
             values = torch.from_numpy(pixels).permute(2, 0, 1) / 255
             image = self.erase((values - self.mean) / self.std)
-        return image, label(self.images, i, self.classes), noise
+        return image, checked_label(self.images, i, self.classes), noise
 
 
-class Mix:
+class MixupCutmix:
     """Mixup or cutmix, with one weight for the whole batch, and label smoothing.
 
     0 switches any of them off.
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float, smoothing: float):
-        self.mix = timm("mixup").Mixup(
+        self.mix = timm_module("mixup").Mixup(
             mixup,
             cutmix,
             prob=float(mixup + cutmix > 0),
@@ -190,5 +190,5 @@ class Mix:
 
         labels: their classes (b,). Return the images and their targets (b, C).
         """
-        with drawn_from(np.random.default_rng(key)):
+        with seed_global_generators(np.random.default_rng(key)):
             return self.mix(images, labels)

@@ -21,28 +21,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from glimpse.data.evals.clip_benchmark import Preprocess
-from glimpse.data.loader import quiet_worker
-from glimpse.data.patches import grid, visible
-from glimpse.data.shards import CAPTIONS, IMAGES, Sample, Shards, read_index
+from glimpse.data.loader import init_worker
+from glimpse.data.patches import patch_grid, patchify_visible
+from glimpse.data.shards import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, Sample, Shards, read_index
 from glimpse.data.tokenizer import without_surrogates
-from glimpse.data.transforms import center_view, sides
+from glimpse.data.transforms import center_view, height_and_width
 
 T = TypeVar("T")
 
 
-class Photos:
+class FolderGallery:
     """The images below a folder; the caption of NAME.jpg is in NAME.txt or NAME.json beside it."""
 
     def __init__(self, root: Path):
         try:
-            self.paths = image_paths(root)
+            self.paths = list_images(root)
         except ValueError as error:
             tars = sorted(root.rglob("*.tar"))
             message = str(error)
             if tars:
                 message = f"{error}; there are shards in {os.path.dirname(tars[0])}"
             raise ValueError(message) from None
-        self.captioned = any(captions_among(names) for _, _, names in os.walk(root))
+        self.captioned = any(has_captions(names) for _, _, names in os.walk(root))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,10 +52,10 @@ class Photos:
 
     def read(self, i: int) -> tuple[bytes, str | None]:
         path = Path(self.paths[i])
-        return path.read_bytes(), caption(Sample("", "", captions_beside(path)))
+        return path.read_bytes(), first_caption(Sample("", "", read_captions_beside(path)))
 
 
-class Tars:
+class ShardGallery:
     """The samples of a folder's shards; the first caption of each."""
 
     def __init__(self, folder: Path):
@@ -64,7 +64,7 @@ class Tars:
         self.captioned = "txt" in kinds
         if not self.captioned and "json" in kinds:
             # A json need not hold a caption; the first sample's shows whether they do.
-            self.captioned = caption(self.shards.read(0, only=CAPTIONS)) is not None
+            self.captioned = first_caption(self.shards.read(0, only=CAPTION_EXTENSIONS)) is not None
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -74,10 +74,10 @@ class Tars:
 
     def read(self, i: int) -> tuple[bytes, str | None]:
         sample = self.shards[i]
-        return sample.image, caption(sample)
+        return sample.image, first_caption(sample)
 
 
-class Texts:
+class TextGallery:
     """The lines of a file, without images."""
 
     captioned = True
@@ -103,29 +103,29 @@ class Texts:
         return self.lines[i]
 
 
-Gallery = Photos | Tars | Texts
+Gallery = FolderGallery | ShardGallery | TextGallery
 
 
-def open_gallery(folder: Path) -> Photos | Tars:
+def open_gallery(folder: Path) -> FolderGallery | ShardGallery:
     """Open a folder of images or of shards; ValueError: there is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images or shards")
-    return Tars(folder) if any(folder.glob("*.tar")) else Photos(folder)
+    return ShardGallery(folder) if any(folder.glob("*.tar")) else FolderGallery(folder)
 
 
-def captions_among(names: list[str]) -> bool:
+def has_captions(names: list[str]) -> bool:
     """Return True if one of these files of a folder is the caption of an image among them."""
     captions, images = set(), set()
     for name in names:
         stem, _, extension = name.rpartition(".")
-        if extension in CAPTIONS:
+        if extension in CAPTION_EXTENSIONS:
             captions.add(stem)
         if is_image(name):
             images.add(stem)
     return not captions.isdisjoint(images)
 
 
-def caption(sample: Sample) -> str | None:
+def first_caption(sample: Sample) -> str | None:
     """Return a sample's first caption; None if it has none, or an empty or unreadable one."""
     try:
         return without_surrogates(sample.caption) or None
@@ -133,7 +133,7 @@ def caption(sample: Sample) -> str | None:
         return None
 
 
-class Block(NamedTuple):
+class GalleryBlock(NamedTuple):
     """Consecutive images of a gallery, or texts."""
 
     names: list[str]  # of the m images that can be read
@@ -142,18 +142,18 @@ class Block(NamedTuple):
     left_out: list[tuple[str, str]]  # (name, why) of those that cannot
 
 
-def blocks(
+def read_blocks(
     gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int], workers: int
-) -> Iterator[Block]:
+) -> Iterator[GalleryBlock]:
     """Yield the images starts[n] to ends[n], exclusive, for each n in turn."""
     dataset = _Blocks(gallery, pre, starts, ends)
-    start = quiet_worker if workers else None
+    start = init_worker if workers else None
     yield from DataLoader(
-        dataset, batch_size=None, num_workers=workers, collate_fn=same, worker_init_fn=start
+        dataset, batch_size=None, num_workers=workers, collate_fn=identity, worker_init_fn=start
     )
 
 
-def same(sample: T) -> T:
+def identity(sample: T) -> T:
     """Return a sample unchanged: the loader's default would collate the lists of a Block."""
     return sample
 
@@ -168,52 +168,57 @@ class _Blocks(Dataset):
         self.pre = pre
         self.starts = starts
         self.ends = ends
-        rows, columns = grid(*sides(pre.image_size), pre.patch)
+        rows, columns = patch_grid(*height_and_width(pre.image_size), pre.patch)
         self.everything = np.arange(rows * columns)
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, n: int) -> Block:
+    def __getitem__(self, n: int) -> GalleryBlock:
         indices = range(self.starts[n], self.ends[n])
-        if isinstance(self.gallery, Texts):
-            return Block([], [self.gallery.name(i) for i in indices], None, [])
+        if isinstance(self.gallery, TextGallery):
+            return GalleryBlock([], [self.gallery.name(i) for i in indices], None, [])
         names, captions, patches, left_out = [], [], [], []
         for i in indices:
             name = self.gallery.name(i)
             try:
                 image, text = self.gallery.read(i)
-                view = center_view(image, self.pre.image_size, self.pre.how, self.pre.interpolation)
+                view = center_view(
+                    image, self.pre.image_size, self.pre.crop, self.pre.interpolation
+                )
             except (ValueError, OSError) as error:
                 left_out.append((name, " ".join(str(error).split())))
                 continue
             names.append(name)
             captions.append(text)
-            patches.append(visible(view, self.pre.patch, self.everything))
+            patches.append(patchify_visible(view, self.pre.patch, self.everything))
         stacked = torch.from_numpy(np.stack(patches)) if patches else None
-        return Block(names, captions, stacked, left_out)
+        return GalleryBlock(names, captions, stacked, left_out)
 
 
 # Formats that are not read: such a file is reported by name, not skipped in silence.
-OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jp2", "tif", "tiff")
+UNREADABLE_EXTENSIONS = ("avif", "bmp", "gif", "heic", "jp2", "tif", "tiff")
 
 
 def is_image(name: str) -> bool:
     """Return True if a file's name is that of an image, even of one in a format not read here."""
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGES + OTHER_IMAGES
+    return (
+        not name.startswith(".")
+        and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS + UNREADABLE_EXTENSIONS
+    )
 
 
-def captions_beside(path: Path) -> dict[str, bytes]:
+def read_captions_beside(path: Path) -> dict[str, bytes]:
     """Read the txt and json files with an image's name; a byte order mark is left out."""
     contents = {}
-    for kind in CAPTIONS:
+    for kind in CAPTION_EXTENSIONS:
         file = path.with_suffix(f".{kind}")
         if file.exists():
             contents[kind] = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     return contents
 
 
-def image_paths(root: Path) -> list[str]:
+def list_images(root: Path) -> list[str]:
     """List the images of a folder, then those of the folders in it, each in order of names.
 
     ValueError: there are none.
@@ -225,6 +230,6 @@ def image_paths(root: Path) -> list[str]:
     if not paths:
         tables = [p for p in root.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".parquet")]
         hint = f"; it holds tables, name them instead, e.g. {min(tables)}" if tables else ""
-        extensions = ", *.".join(IMAGES)
+        extensions = ", *.".join(IMAGE_EXTENSIONS)
         raise ValueError(f"{root}: no images below it (*.{extensions}){hint}")
     return paths

@@ -8,17 +8,17 @@ it its place in LAYOUTS: the first that fits is taken.
 from pathlib import Path
 
 from glimpse.data.evals.caption_layouts import CocoCaptions, Karpathy, Nocaps, Vqa
-from glimpse.data.evals.clip_benchmark import Benchmark, Images
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet, Images
 from glimpse.data.evals.segmentation_layouts import (
     Ade20k,
     CocoStuff,
-    Files,
-    Folders,
+    CustomFolders,
+    FileSet,
     PascalContext,
 )
 from glimpse.data.stream import is_url
 
-LAYOUTS: tuple[type[Files], ...] = (
+LAYOUTS: tuple[type[FileSet], ...] = (
     Karpathy,
     Nocaps,
     CocoCaptions,
@@ -26,7 +26,7 @@ LAYOUTS: tuple[type[Files], ...] = (
     Ade20k,
     PascalContext,
     CocoStuff,
-    Folders,
+    CustomFolders,
 )
 
 
@@ -38,15 +38,15 @@ def open_set(folder: str | Path, split: str = "test", reads: str = "") -> Images
     folder may hold all three.
     """
     if is_url(str(folder)):
-        return Benchmark(folder, split)
+        return ClipBenchmarkSet(folder, split)
     folder = Path(folder)
     if any((folder / split).glob("*.tar")):
-        return Benchmark(folder, split)
+        return ClipBenchmarkSet(folder, split)
 
-    fitting = [layout for layout in LAYOUTS if layout.fits(folder)]
+    fitting = [layout for layout in LAYOUTS if layout.matches(folder)]
     for layout in fitting:
-        if layout.holds == reads:
+        if layout.content == reads:
             return layout(folder, split)
     if fitting:
         return fitting[0](folder, split)
-    return Benchmark(folder, split)  # raises the error that names what a set needs
+    return ClipBenchmarkSet(folder, split)  # raises the error that names what a set needs

@@ -13,26 +13,26 @@ whose 85 these are.
 
 from pathlib import Path
 
-LISTS = Path(__file__).parent / "templates"
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
 
-def templates(which: str | Path) -> list[str]:
+def load_templates(which: str | Path) -> list[str]:
     """Return the templates of a list that comes with the code, by its number, or of a file.
 
     {c} in a template is the class. ValueError: there is neither such a list nor such a file.
     """
-    path = LISTS / f"{which}.txt"
+    path = TEMPLATE_FOLDER / f"{which}.txt"
     if not path.is_file():
         path = Path(which)
     if not path.is_file():
-        known = ", ".join(sorted((p.stem for p in LISTS.glob("*.txt")), key=int))
+        known = ", ".join(sorted((p.stem for p in TEMPLATE_FOLDER.glob("*.txt")), key=int))
         raise ValueError(
             f"templates: {str(which)!r}; known: {known}, or a file with a template a line"
         )
-    return read(path)
+    return read_templates(path)
 
 
-def read(path: Path) -> list[str]:
+def read_templates(path: Path) -> list[str]:
     """Read the templates of a file; empty lines are skipped, {} is the same as {c}."""
     lines = [line.strip() for line in path.read_text().splitlines()]
     templates = [line.replace("{}", "{c}") for line in lines if line]
@@ -44,7 +44,7 @@ def read(path: Path) -> list[str]:
     return templates
 
 
-def synonyms(line: str) -> list[str]:
+def split_synonyms(line: str) -> list[str]:
     """Split a class's names, which are separated by semicolons.
 
     No name of the usual sets holds a semicolon, while commas and slashes occur.

@@ -17,16 +17,16 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from glimpse.data.stream import is_url, opened_url
+from glimpse.data.stream import is_url, open_url
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "glimpse")
 # Each of these may be absent.
-TEXTS = ("classnames.txt", "zeroshot_classification_templates.txt", "class_subset.txt")
-ABSENT = 22  # exit status of curl --fail if the server answers with an error
-CURL = {
+TEXT_FILES = ("classnames.txt", "zeroshot_classification_templates.txt", "class_subset.txt")
+CURL_HTTP_ERROR = 22  # exit status of curl --fail if the server answers with an error
+CURL_ERRORS = {
     6: "no such host",
     7: "the host cannot be reached",
-    ABSENT: "the server says that it is not there",
+    CURL_HTTP_ERROR: "the server says that it is not there",
     28: "no answer in time",
 }
 HUGGING_FACE = re.compile(
@@ -34,7 +34,7 @@ HUGGING_FACE = re.compile(
 )
 
 
-def local(where: str | Path, split: str) -> Path:
+def local_copy(where: str | Path, split: str) -> Path:
     """Return the folder of a set at `where`: itself, or for a URL the folder of the fetched files.
 
     ValueError: the URL cannot be read.
@@ -42,17 +42,17 @@ def local(where: str | Path, split: str) -> Path:
     where = str(where)
     if not is_url(where):
         return Path(where)
-    base, name = address(where)
+    base, name = split_url(where)
     folder = CACHE / "sets" / f"{zlib.crc32(base.encode()):08x}" / name
     if (folder / split / "nshards.txt").exists():
         return folder
 
-    text = read(base, f"{split}/nshards.txt").decode(errors="replace").strip()
+    text = read_remote(base, f"{split}/nshards.txt").decode(errors="replace").strip()
     if not text.isdecimal():
         raise ValueError(
             f"evals: {where}: {split}/nshards.txt is {text[:40]!r}; it must be the number of shards"
         )
-    for file in TEXTS:
+    for file in TEXT_FILES:
         fetch(base, file, folder, needed=False)
     for shard in range(int(text)):
         fetch(base, f"{split}/{shard}.tar", folder)
@@ -61,7 +61,7 @@ def local(where: str | Path, split: str) -> Path:
     return folder
 
 
-def address(where: str) -> tuple[str, str]:
+def split_url(where: str) -> tuple[str, str]:
     """Split a URL into (URL with {file} in it, the set's name)."""
     match = HUGGING_FACE.fullmatch(where)
     if match:
@@ -72,7 +72,7 @@ def address(where: str) -> tuple[str, str]:
     return base, re.sub(r"[^\w.-]", "_", name) or "set"
 
 
-def read(base: str, file: str) -> bytes:
+def read_remote(base: str, file: str) -> bytes:
     """Read a file at a URL.  ValueError: it is not there, or the URL cannot be reached."""
     with tempfile.TemporaryDirectory() as folder:
         return fetch(base, file, Path(folder)).read_bytes()
@@ -91,7 +91,7 @@ def fetch(base: str, file: str, folder: Path, needed: bool = True) -> Path:
     # A temporary name of its own, since another process may fetch the same file.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as part:
         try:
-            with opened_url(url) as source:
+            with open_url(url) as source:
                 shutil.copyfileobj(source, part)
         except Exception as error:  # webdataset's many openers fail in many ways
             os.unlink(part.name)
@@ -99,8 +99,8 @@ def fetch(base: str, file: str, folder: Path, needed: bool = True) -> Path:
             status = int(exit_status[1]) if exit_status else 0
             by_curl = url.startswith("http")
             # Only curl says that a file is absent; a pipe's command fails for any reason.
-            if needed or (by_curl and status != ABSENT):
-                why = CURL.get(status) if by_curl else None
+            if needed or (by_curl and status != CURL_HTTP_ERROR):
+                why = CURL_ERRORS.get(status) if by_curl else None
                 reason = why or " ".join(str(error).split())[:200]
                 raise ValueError(f"evals: {url} cannot be read: {reason}") from None
             return path

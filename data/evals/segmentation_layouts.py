@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from glimpse.data.evals.clip_benchmark import IGNORE, Images, decode_map
-from glimpse.data.evals.prompts import synonyms
-from glimpse.data.shards import IMAGES
+from glimpse.data.evals.clip_benchmark import IGNORE, Images, decode_label_map
+from glimpse.data.evals.prompts import split_synonyms
+from glimpse.data.shards import IMAGE_EXTENSIONS
 from glimpse.data.transforms import image_size
 
-UNKNOWN = 254  # in a table from stored numbers to classes: the layout has no such number
+UNKNOWN_CLASS = 254  # in a table from stored numbers to classes: the layout has no such number
 # The classes of SegmentationClassContext, which the Detail API's converters write, in its order: by
 # name. 59_labels.txt has another order.
-CONTEXT = """
+CONTEXT_CLASSES = """
 aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat
 ceiling chair cloth computer cow cup curtain dog door fence floor flower food grass ground horse
 keyboard light motorbike mountain mouse person plate platform pottedplant road rock sheep
@@ -29,13 +29,13 @@ wood
 """.split()
 # Things of COCO's list that no image has, by their number in labels.txt: street sign, hat, shoe,
 # eye glasses, plate, mirror, window, desk, door, blender, hair brush.
-UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+UNUSED_THINGS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 
 
-class Files(Images):
+class FileSet(Images):
     """A set whose images are single files."""
 
-    holds: str  # the method of Images that the layout is for: label_map, captions, questions
+    content: str  # the method of Images that the layout is for: label_map, captions, questions
     splits: dict[str, str]  # our name of a split -> the layout's own, which is known, too
     paths: list[Path]
 
@@ -45,15 +45,15 @@ class Files(Images):
             raise ValueError(
                 f"evals: {folder}: no split {split!r} in it; it has {', '.join(self.splits)}"
             )
-        self.open(self.splits.get(split, split))
+        self.read_split(self.splits.get(split, split))
 
     @classmethod
     @abstractmethod
-    def fits(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         """Return True if a folder is in this layout."""
 
     @abstractmethod
-    def open(self, part: str) -> None:
+    def read_split(self, part: str) -> None:
         """Find the images of the layout's split `part`, and what is known of them."""
 
     def __len__(self) -> int:
@@ -65,19 +65,19 @@ class Files(Images):
     def key(self, i: int) -> str:
         return str(self.paths[i].relative_to(self.folder))
 
-    def other(self, split: str) -> "Files":
+    def open_split(self, split: str) -> "FileSet":
         return type(self)(self.folder, split)
 
 
-class LabelMaps(Files):
+class LabelMaps(FileSet):
     """Pairs of files; `table`: (256,) from what a map stores to classes."""
 
-    holds = "label_map"
+    content = "label_map"
     maps: list[Path]
     table: np.ndarray
-    named: list[str]
+    class_lines: list[str]
 
-    def pair(self, images: Path, maps: Path, stems: Sequence[str] | None = None) -> None:
+    def pair_files(self, images: Path, maps: Path, stems: Sequence[str] | None = None) -> None:
         """Set `paths` and `maps` to the images of a folder, or those of `stems`, and their maps.
 
         ValueError: a folder, an image or a map is missing.
@@ -87,7 +87,9 @@ class LabelMaps(Files):
                 raise ValueError(
                     f"evals: {self.folder}: it needs {place.relative_to(self.folder)}/"
                 )
-        image_files = [path for path in images.iterdir() if path.suffix[1:].lower() in IMAGES]
+        image_files = [
+            path for path in images.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS
+        ]
         map_files = [path for path in maps.iterdir() if path.suffix.lower() == ".png"]
         image_by_stem = {path.stem: path for path in sorted(image_files)}
         map_by_stem = {path.stem: path for path in map_files}
@@ -106,24 +108,24 @@ class LabelMaps(Files):
         self.paths = [image_by_stem[stem] for stem in stems]
         self.maps = [map_by_stem[stem] for stem in stems]
 
-    def call(
+    def set_classes(
         self, names: Sequence[str], stored: Sequence[int], none: Sequence[int] = (IGNORE,)
     ) -> None:
         """Set `named` and `table`: class i is called names[i] and stored as stored[i].
 
         none: the numbers that stand for no class.
         """
-        self.named = list(names)
-        self.table = np.full(256, UNKNOWN, np.uint8)
+        self.class_lines = list(names)
+        self.table = np.full(256, UNKNOWN_CLASS, np.uint8)
         self.table[list(none)] = IGNORE
         self.table[list(stored)] = np.arange(len(stored))
 
-    def names(self) -> list[list[str]]:
-        return list(map(synonyms, self.named))
+    def class_synonyms(self) -> list[list[str]]:
+        return list(map(split_synonyms, self.class_lines))
 
     def label_map(self, i: int) -> np.ndarray:
         try:
-            stored = decode_map(self.maps[i].read_bytes())
+            stored = decode_label_map(self.maps[i].read_bytes())
             height, width = image_size(self.image(i))
         except ValueError as error:
             raise ValueError(f"evals: {self.maps[i]} or its image: {error}") from None
@@ -133,23 +135,23 @@ class LabelMaps(Files):
                 f" {height} x {width}"
             )
         labels = self.table[stored]
-        strange = np.unique(stored[labels == UNKNOWN]).tolist()
+        strange = np.unique(stored[labels == UNKNOWN_CLASS]).tolist()
         if strange:
             some = ", ".join(map(str, strange[:5]))
-            lowest, highest = min(self.known), max(self.known)
+            lowest, highest = min(self.stored_numbers), max(self.stored_numbers)
             raise ValueError(
-                f"evals: {self.maps[i]} has pixels of class {some}; the {len(self.named)} classes"
+                f"evals: {self.maps[i]} has pixels of class {some}; the {len(self.class_lines)} classes"
                 f" of this layout are stored as {lowest} to {highest}"
             )
         return labels
 
     @property
-    def known(self) -> list[int]:
+    def stored_numbers(self) -> list[int]:
         """The numbers that stand for a class."""
-        is_class = (self.table != IGNORE) & (self.table != UNKNOWN)
+        is_class = (self.table != IGNORE) & (self.table != UNKNOWN_CLASS)
         return np.flatnonzero(is_class).tolist()
 
-    def listed(self, path: Path) -> dict[int, str]:
+    def read_class_list(self, path: Path) -> dict[int, str]:
         """Read the lines 'NUMBER: NAME' of a text file."""
         if not path.exists():
             name = path.relative_to(self.folder)
@@ -175,12 +177,12 @@ class Ade20k(LabelMaps):
     splits = {"test": "validation", "train": "training"}
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         places = ("annotations/validation", "images/validation")
         return all((folder / place).is_dir() for place in places)
 
-    def open(self, part: str) -> None:
-        rows = [line.split("\t") for line in self.lines("objectInfo150.txt")[1:]]
+    def read_split(self, part: str) -> None:
+        rows = [line.split("\t") for line in self.read_lines("objectInfo150.txt")[1:]]
         numbers = [row[0].strip() for row in rows]
         if numbers != [str(number) for number in range(1, 151)]:
             raise ValueError(
@@ -188,8 +190,8 @@ class Ade20k(LabelMaps):
                 " not the benchmark's table of classes 1 to 150"
             )
         names = [row[-1].split(",")[0].strip() for row in rows]
-        self.call(names, range(1, 151), none=(0, IGNORE))
-        self.pair(self.folder / "images" / part, self.folder / "annotations" / part)
+        self.set_classes(names, range(1, 151), none=(0, IGNORE))
+        self.pair_files(self.folder / "images" / part, self.folder / "annotations" / part)
 
 
 class PascalContext(LabelMaps):
@@ -201,25 +203,25 @@ class PascalContext(LabelMaps):
     splits = {"test": "val", "train": "train"}
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         places = ("SegmentationClassContext", "59_context_labels")
         return any((folder / place).is_dir() for place in places)
 
-    def open(self, part: str) -> None:
+    def read_split(self, part: str) -> None:
         # The classes: the user's names, else those of the kind of maps that is there.
         sorted_maps = self.folder / "SegmentationClassContext"  # of classes sorted by name
         if (self.folder / "classnames.txt").exists():
-            names = self.lines("classnames.txt")
+            names = self.read_lines("classnames.txt")
         elif sorted_maps.is_dir():
-            names = CONTEXT
+            names = CONTEXT_CLASSES
         else:
-            names = list(self.listed(self.folder / "59_labels.txt").values())
+            names = list(self.read_class_list(self.folder / "59_labels.txt").values())
         if len(names) not in (59, 60):
             raise ValueError(
                 f"evals: {self.folder}: {len(names)} names of classes; Pascal Context has 59, or 60"
                 " with the background"
             )
-        self.call(names, range(60 - len(names), 60), none=(0, IGNORE))
+        self.set_classes(names, range(60 - len(names), 60), none=(0, IGNORE))
 
         # The images of the split.
         context_list = self.folder / "ImageSets" / "SegmentationContext" / f"{part}.txt"
@@ -232,7 +234,7 @@ class PascalContext(LabelMaps):
             )
         stems = stem_list.read_text().split()
         maps = sorted_maps if sorted_maps.is_dir() else self.folder / "59_context_labels"
-        self.pair(self.folder / "JPEGImages", maps, stems)
+        self.pair_files(self.folder / "JPEGImages", maps, stems)
 
 
 class CocoStuff(LabelMaps):
@@ -244,19 +246,19 @@ class CocoStuff(LabelMaps):
     splits = {"test": "val2017", "train": "train2017"}
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         places = ("stuffthingmaps/val2017", "annotations/val2017")
         return any((folder / place).is_dir() for place in places)
 
-    def open(self, part: str) -> None:
-        listed = self.listed(self.folder / "labels.txt")
+    def read_split(self, part: str) -> None:
+        listed = self.read_class_list(self.folder / "labels.txt")
         if sorted(listed) != list(range(183)):
             raise ValueError(
                 f"evals: {self.folder}/labels.txt:"
                 " not COCO-Stuff's list, whose lines go from 0 to 182"
             )
-        used = [number for number in range(1, 183) if number not in UNUSED]
-        self.call([listed[number] for number in used], [number - 1 for number in used])
+        used = [number for number in range(1, 183) if number not in UNUSED_THINGS]
+        self.set_classes([listed[number] for number in used], [number - 1 for number in used])
 
         images = self.folder / "images" / part
         if not images.is_dir():
@@ -264,10 +266,10 @@ class CocoStuff(LabelMaps):
         maps = self.folder / "stuffthingmaps"
         if not maps.is_dir():
             maps = self.folder / "annotations"
-        self.pair(images, maps / part)
+        self.pair_files(images, maps / part)
 
 
-class Folders(LabelMaps):
+class CustomFolders(LabelMaps):
     """A set of your own: images/, labels/ and classnames.txt, whose line i + 1 names class i.
 
     Several splits are folders in images/ and labels/.
@@ -276,21 +278,21 @@ class Folders(LabelMaps):
     splits = {"test": "test", "train": "train"}
 
     @classmethod
-    def fits(cls, folder: Path) -> bool:
+    def matches(cls, folder: Path) -> bool:
         return all((folder / name).exists() for name in ("images", "labels", "classnames.txt"))
 
-    def open(self, part: str) -> None:
-        names = self.lines("classnames.txt")
+    def read_split(self, part: str) -> None:
+        names = self.read_lines("classnames.txt")
         if "" in map(str.strip, names):
             raise ValueError(
                 f"evals: {self.folder}: classnames.txt has an empty line; line i + 1 names class i"
             )
-        if len(names) > UNKNOWN:
+        if len(names) > UNKNOWN_CLASS:
             raise ValueError(
-                f"evals: {self.folder}: {len(names)} classes; a label map of bytes holds {UNKNOWN}"
+                f"evals: {self.folder}: {len(names)} classes; a label map of bytes holds {UNKNOWN_CLASS}"
             )
-        self.call(names, range(len(names)))
+        self.set_classes(names, range(len(names)))
         images, maps = self.folder / "images", self.folder / "labels"
         if (images / part).is_dir() or part != "test":
             images, maps = images / part, maps / part
-        self.pair(images, maps)
+        self.pair_files(images, maps)

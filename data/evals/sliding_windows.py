@@ -15,7 +15,7 @@ from glimpse.data.transforms import decode, image_size, resize
 
 
 @dataclass(frozen=True)
-class Sliding:
+class WindowGrid:
     """Positions of windows of `side` pixels on an image; size >= side."""
 
     side: int
@@ -29,7 +29,7 @@ class Sliding:
         columns = max(self.size, round(width * self.size / short))
         return rows, columns
 
-    def places(self, height: int, width: int) -> list[tuple[int, int]]:
+    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the top left corners of the windows on an image's canvas, row by row.
 
         height, width: the image's sides. The windows cover all of the canvas.
@@ -43,13 +43,13 @@ class Sliding:
         return [*range(0, last, self.stride), last]
 
 
-class Windows(Images):
+class WindowImages(Images):
     """The windows of some of a set's images, each an image to be passed through a tower.
 
     Window w is a part of image `owner[w]`.
     """
 
-    def __init__(self, images: Images, sliding: Sliding, chosen: Sequence[int]):
+    def __init__(self, images: Images, sliding: WindowGrid, chosen: Sequence[int]):
         self.images = images
         self.sliding = sliding
         self.folder = images.folder
@@ -59,31 +59,31 @@ class Windows(Images):
             try:
                 self.shapes[i] = image_size(images.image(i))
             except ValueError as error:
-                raise ValueError(f"evals: {images.place(i)}: {error}") from None
-        self.owner: list[int] = []
-        self.places: list[tuple[int, int]] = []
+                raise ValueError(f"evals: {images.location(i)}: {error}") from None
+        self.image_index: list[int] = []
+        self.corners: list[tuple[int, int]] = []
         for i, shape in self.shapes.items():
-            places = sliding.places(*shape)
-            self.owner += [i] * len(places)
-            self.places += places
+            places = sliding.corners(*shape)
+            self.image_index += [i] * len(places)
+            self.corners += places
         # Consecutive windows are of the same image, which is resized once.
         self.last: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return len(self.owner)
+        return len(self.image_index)
 
     def image(self, i: int) -> bytes:
-        return self.images.image(self.owner[i])
+        return self.images.image(self.image_index[i])
 
     def key(self, i: int) -> str:
-        return self.images.key(self.owner[i])
+        return self.images.key(self.image_index[i])
 
     def view(self, i: int, pre: Preprocess) -> np.ndarray:
-        owner = self.owner[i]
+        owner = self.image_index[i]
         if self.last is None or self.last[0] != owner:
             rows, columns = self.sliding.canvas(*self.shapes[owner])
             pixels = resize(decode(self.image(i)), rows, columns, pre.interpolation)
             self.last = (owner, pixels)
         _, pixels = self.last
-        top, left = self.places[i]
+        top, left = self.corners[i]
         return pixels[top : top + self.sliding.side, left : left + self.sliding.side]

@@ -25,7 +25,7 @@ class EvalSet:
     folders: tuple[str, ...]  # what its folder may be called, after the prefixes of FOLDER
 
 
-ROWS = (
+EVAL_SETS = (
     EvalSet("food101", 101, "top1", ("food101",)),
     EvalSet("cifar10", 10, "top1", ("cifar10",)),
     EvalSet("cifar100", 100, "top1", ("cifar100",)),
@@ -65,10 +65,10 @@ ROWS = (
     EvalSet("imagenet_vid", 30, "pm", ("imagenet_vid_robust", "imagenet-vid-robust")),
     EvalSet("ytbb", 24, "pm", ("ytbb_robust", "ytbb-robust")),
 )
-SETS = {row.name: row for row in ROWS}
+SETS = {row.name: row for row in EVAL_SETS}
 
 # Folders in which CLIP_benchmark and its exports store a set.
-FOLDER = ("{}", "wds_{}", "vtab-{}", "wds_vtab-{}", "vtab/{}")
+FOLDER_PATTERNS = ("{}", "wds_{}", "vtab-{}", "wds_vtab-{}", "vtab/{}")
 
 SLIP = (
     "food101 cifar10 cifar100 cub sun397 cars aircraft dtd pets caltech101 flowers mnist fer2013"
@@ -103,16 +103,16 @@ SUITES = {
 }
 
 
-def members(suite: str) -> list[str]:
+def suite_members(suite: str) -> list[str]:
     """Return the names of a suite's sets, each once."""
     names = [name for average in SUITES[suite].values() for name in average]
     return list(dict.fromkeys(names))
 
 
-def found(data: Path, row: EvalSet) -> Path | None:
+def find_set_folder(data: Path, row: EvalSet) -> Path | None:
     """Return the set's folder below `data`, under any of its names; None if there is none."""
     for name in row.folders:
-        for pattern in FOLDER:
+        for pattern in FOLDER_PATTERNS:
             path = data / pattern.format(name)
             if path.is_dir():
                 return path

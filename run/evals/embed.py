@@ -1,6 +1,6 @@
-"""Compute unit embeddings or features of images and texts, on all ranks in step.
+"""Compute embeddings and features of images and texts with a model, on all ranks in step.
 
-Names: N items, m this rank's share of a round, E embedding width, D tower width, L patches.
+Shapes: N items, m images of this rank in a round, E embedding width, D tower width, L patches.
 """
 
 import math
@@ -23,20 +23,22 @@ from glimpse.model.methods.base import Method
 from glimpse.run.lib.config import RunConfig
 from glimpse.run.lib.distributed import all_reduce_sum, print_rank0, rank, to_device, world_size
 
-CELLS = 3  # cells of `grid` features, each way
+CELLS = 3  # rows and columns of cells in `grid` features
 BATCH = 64  # images, or texts, that a rank embeds at once
 
 
 class Embedder:
-    """A method's two encoders with the preprocessing of its config.
+    """The two encoders of a method, with the preprocessing of its config.
 
-    Every call is collective: all ranks must make it.
+    All ranks must call each method together.
 
-    weights: student, or teacher (the moving average). mask: which patches of an image are seen
-    (FLIP table 1d). ensemble: an image's embedding is the mean of those of so many random views
-    that together show every patch once. home: the run's folder, where features and pictures are
-    stored, under names with `tag`, which distinguishes these weights from others. say: prints a
-    message, once for all ranks.
+    results_folder: folder of the run, in which features and pictures are stored.
+    tag: part of the stored files' names that distinguishes these weights from others.
+    weights: student, or teacher (the moving average).
+    mask: selects the patches of an image that the tower sees (FLIP table 1d).
+    ensemble: number of random views that together show every patch once; an image's embedding is
+    the mean over these views.
+    log: prints a line on rank 0.
     """
 
     def __init__(
@@ -45,12 +47,12 @@ class Embedder:
         cfg: RunConfig,
         tokenizer: Tokenizer,
         *,
-        home: Path,
+        results_folder: Path,
         tag: str,
         weights: str = "student",
         mask: str = "none",
         ensemble: int = 1,
-        say: Callable[[str], None] = print_rank0,
+        log: Callable[[str], None] = print_rank0,
     ):
         self.mask = parse_mask(mask)
         self.ensemble = ensemble
@@ -58,22 +60,22 @@ class Embedder:
         self.towers = method.eval_towers(weights)
         self.tokenizer = tokenizer
         self.cfg = cfg
-        self.log = say
+        self.log = log
         view = next(iter(cfg.views.values()))
         self.preprocess = Preprocess(
             cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation
         )
 
-        self.results_folder = home
+        self.results_folder = results_folder
         self.tag = f"{tag}-{weights}"
         if mask != "none":
             self.tag += f"-{mask}"
         if ensemble > 1:
             self.tag += f"-{ensemble}views"
 
-        # By the name of what they make of patches and positions, see `passed`.
+        # Functions of (patches, positions), by the kind of features that they compute.
         self.encoders = {
-            "embedded": self.embed,
+            "embedded": self.towers.encode_image,
             "pooled": self.towers.image_features,
             "tokens": self.towers.vision,
             "values": partial(self.towers.vision, alone=True),
@@ -83,98 +85,101 @@ class Embedder:
 
     @property
     def sees_all_patches(self) -> bool:
-        """True if an image is seen in one view, with all its patches."""
+        """True if each image is encoded once, with all its patches."""
         patches = self.grid[0] * self.grid[1]
         return self.ensemble == 1 and self.mask.visible(patches) == patches
 
     def delete_features(self) -> None:
-        """Remove the features of these weights from the disk."""
+        """Delete the stored features of these weights."""
         if rank() == 0:
             shutil.rmtree(self.results_folder / "features" / self.tag, ignore_errors=True)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of the texts, (N, E), all of them on every rank."""
-        out = torch.zeros(len(texts), self.cfg.model.shape.embed)
-        for turn in range(0, len(texts), BATCH * world_size()):
-            first = turn + rank() * BATCH
+        embeddings = torch.zeros(len(texts), self.cfg.model.shape.embed)
+        for round_start in range(0, len(texts), BATCH * world_size()):
+            first = round_start + rank() * BATCH
             last = min(first + BATCH, len(texts))
             if first < last:
-                out[first:last] = self.embed_text_batch(texts[first:last]).cpu()
-            else:  # no text is left for this rank, which goes through the tower in step
+                embeddings[first:last] = self.embed_text_batch(texts[first:last]).cpu()
+            else:
+                # No text is left for this rank. Under ZeRO-3 it must still run the tower when the
+                # other ranks do.
                 self.embed_text_batch(texts[:1])
-        return all_reduce_sum(out)
+        return all_reduce_sum(embeddings)
 
     def embed_text_batch(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings (n, E) of one batch of texts, which only this rank has."""
+        """Return the embeddings (n, E) of a batch of texts that only this rank has."""
         rows = [self.tokenizer(text) for text in texts]
         rows = [self.cfg.data.pad(ids, self.tokenizer.pad_id) for ids in rows]
         ids, lengths = pack(rows)
         batch = dict(ids=ids, lengths=lengths, longest=int(lengths.max()))
         return self.towers.encode_text(**to_device(batch))
 
-    def embed_images(self, images: Images, what: str = "embedded") -> tuple[Tensor, Tensor]:
-        """Embed this rank's images of a set: (indices (n,), embeddings (n, E)).
+    def embed_images(self, images: Images, kind: str = "embedded") -> tuple[Tensor, Tensor]:
+        """Return (indices (n,), features (n, ...)) of this rank's share of a set's images.
 
-        Over the ranks, every image comes once. what: as in `passed`.
+        The shares of all ranks contain every image once. kind: see `iterate_features`.
         """
-        # Batches are dealt out to the ranks in turn.
-        turns = math.ceil(len(images) / (BATCH * world_size()))
-        everything = range(len(images))
+        # Batches are assigned to the ranks in turn.
+        rounds = math.ceil(len(images) / (BATCH * world_size()))
+        all_indices = range(len(images))
         share: list[int] = []
-        for turn in range(turns):
-            first = (turn * world_size() + rank()) * BATCH
-            share += everything[first : first + BATCH]
+        for number in range(rounds):
+            first = (number * world_size() + rank()) * BATCH
+            share += all_indices[first : first + BATCH]
 
-        indices, embeddings = zip(*self.iterate_features(images, what, share, turns))
-        return torch.cat(indices), torch.cat(embeddings)
+        indices, features = zip(*self.iterate_features(images, kind, share, rounds))
+        return torch.cat(indices), torch.cat(features)
 
     @torch.no_grad()
     def iterate_features(
-        self, images: Images, what: str, share: Sequence[int], turns: int
+        self, images: Images, kind: str, share: Sequence[int], rounds: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (indices (m,), features (m, ...)) of this rank's images `share`, in `turns` rounds.
+        """Yield (indices (m,), features (m, ...)) of the images `share` in `rounds` batches.
 
-        turns: the same number on every rank. what: embedded (E), pooled (D, before the projection),
-        grid (9 D, see by_place), tokens (1 + K, D, the class token first), values, which are tokens
-        of a last block where each attends to itself alone, or pixels (L 3 P P), which need no
-        tower.
+        share: indices of this rank's images.
+        rounds: must be the same on every rank; m is 0 when this rank's images are used up.
+        kind: embedded (E,); pooled (D,), before the projection; grid (9 D,), see grid_features;
+        tokens (1 + K, D), class token first; values, tokens of a last block in which each token
+        attends only to itself; or pixels (L 3 P P,), which need no tower.
         """
         workers = min(self.cfg.data.workers, 2)
-        for indices, patches, positions in images.rounds(
-            self.preprocess, BATCH, share, turns, workers
-        ):
-            features = self.encode_images(what, indices, patches, positions)
+        batches = images.rounds(self.preprocess, BATCH, share, rounds, workers)
+        for indices, patches, positions in batches:
+            features = self.encode_images(kind, indices, patches, positions)
             yield indices, features[: len(indices)]
 
     def encode_images(
-        self, what: str, indices: Tensor, patches: Tensor, positions: Tensor
+        self, kind: str, indices: Tensor, patches: Tensor, positions: Tensor
     ) -> Tensor:
-        """Encode patches (n, L, 3 P P) at (n, L) of the images of these numbers to (n, ...).
+        """Return the features (n, ...) of images from their patches (n, L, 3 P P) at (n, L).
 
-        ValueError: features of patches cannot be averaged over the views of an ensemble.
+        indices: the images' numbers in their set, which determine their random views.
+        Raises ValueError if the features are of patches and there are several views.
         """
         patches = to_device(patches)
-        keeps = self.visible_patches(indices, positions)
-        if what in ("tokens", "values") and len(keeps) > 1:
-            raise ValueError("--ensemble: what reads patches sees one view; leave it out")
+        views = self.visible_patches(indices, positions)
+        if kind in ("tokens", "values") and len(views) > 1:
+            raise ValueError(
+                "--ensemble: this evaluation reads patch tokens, which cannot be averaged over"
+                " views; remove the option"
+            )
 
-        encoder = self.encoders[what]
+        encoder = self.encoders[kind]
         outputs = []
-        for keep in keeps:
-            places = to_device(keep)
-            seen = patches if keep is positions else take(patches, places)
-            outputs.append(encoder(seen, places))
+        for view in views:
+            view_positions = to_device(view)
+            visible = patches if view is positions else take(patches, view_positions)
+            outputs.append(encoder(visible, view_positions))
         summed = sum(outputs)
-        return unit(summed) if what == "embedded" else summed / len(keeps)
-
-    def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
-        return self.towers.encode_image(patches, positions)
+        return unit(summed) if kind == "embedded" else summed / len(views)
 
     def grid_features(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Return the mean of the patch tokens in each cell of the image, (n, CELLS^2 D).
+        """Return the mean patch token of each of the image's CELLS x CELLS cells, (n, CELLS^2 D).
 
-        Goyal et al. 2019 probe feature maps in this way.
+        Goyal et al. 2019 train probes on such features.
         """
         tokens = self.towers.vision(patches, positions)[:, 1:]
         feature_map = tokens.transpose(1, 2).unflatten(2, self.grid)  # (n, D, rows, columns)
@@ -182,20 +187,21 @@ class Embedder:
 
     @staticmethod
     def pixel_features(patches: Tensor, positions: Tensor) -> Tensor:
+        """Return the pixels as numbers from 0 to 1, (n, L 3 P P)."""
         return patches.flatten(1) / 255
 
     def visible_patches(self, indices: Tensor, positions: Tensor) -> list[Tensor]:
-        """Return the patches of each image that each view shows, (images, K) a view.
+        """Return the positions of the patches that each view shows, (n, K) for each view.
 
-        They are random; the seed is the image's number, so every rank would choose the same.
+        Random views are seeded by the image's index, so they do not depend on the rank.
         """
         images, patches = positions.shape
         if self.sees_all_patches:
-            return [positions]  # all, in their order
+            return [positions]
 
-        # A rank without images goes through the tower in step.
-        numbers = indices.tolist() or [0] * images
-        generators = [np.random.default_rng((0, i)) for i in numbers]
+        # A rank without images has no indices, but still encodes a batch.
+        seeds = indices.tolist() or [0] * images
+        generators = [np.random.default_rng((0, seed)) for seed in seeds]
         rows = [generator.random(patches, dtype=np.float32) for generator in generators]
         noise = torch.from_numpy(np.stack(rows))
         if self.ensemble > 1:

@@ -1,17 +1,18 @@
-"""Embeddings of a gallery (data/evals/gallery.py) in part files.
+"""Embeddings of a gallery (data/evals/gallery.py), written in part files.
 
 The folders are those that clip-retrieval writes and autofaiss reads:
 
     OUT/embed.json                        the model and the source; --resume needs the same ones
-    OUT/img_emb/img_emb_00000.npy         (n, E) unit vectors
-    OUT/text_emb/text_emb_00000.npy       the same of the captions; zeros where an image has none
-    OUT/metadata/metadata_00000.parquet   image_path and caption of each of the rows
+    OUT/img_emb/img_emb_00000.npy         (n, E) unit vectors of the images
+    OUT/text_emb/text_emb_00000.npy       (n, E) those of the captions; zeros without a caption
+    OUT/metadata/metadata_00000.parquet   image_path and caption of each row
     OUT/left_out/left_out_00000.tsv       images that cannot be read, which have no row, and why
 
-or, as parquet, OUT/parquet/part_00000.parquet with all four columns. A part is a fixed number of
-images of the gallery. All ranks embed it, a block each in turn, so that any number of ranks writes
-the same bytes. A part's files are complete, or there are none.
-Names: n rows of a part, m rows of a block, E embedding width.
+With the parquet format, OUT/parquet/part_00000.parquet has all four as columns. A part is a fixed
+number of images of the gallery. The ranks embed the blocks of each part in turn, so any number of
+ranks writes the same bytes. The files of a part are written only when the part is complete.
+
+Shapes: n rows of a part, m rows of a block, E embedding width.
 """
 
 import json
@@ -30,16 +31,14 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet
 
-from glimpse.data.evals.gallery import GalleryBlock, Gallery, TextGallery, read_blocks
+from glimpse.data.evals.gallery import Gallery, GalleryBlock, TextGallery, read_blocks
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.cli import progress_bar
 from glimpse.run.lib.distributed import all_gather_list, broadcast_from_rank0, rank, world_size
 
-PART_SIZE = 65536  # images: 134 MB of ViT-B's embeddings in fp32, held by the rank that writes them
-ROW_GROUP_SIZE = 8192  # rows of a row group of a parquet file, which readers load at once
-MAX_BROKEN_SHARE = (
-    0.5  # if more of a part's images cannot be read, it is not the images that are at fault
-)
+PART_SIZE = 65536  # images: 134 MB of ViT-B's embeddings in fp32, in the memory of one rank
+ROW_GROUP_SIZE = 8192  # rows of a parquet file that readers load at once
+MAX_BROKEN_SHARE = 0.5  # above this share of a part, probably the storage is at fault
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
 FORMATS = ("npy", "parquet")
 
@@ -49,96 +48,99 @@ class BlockRows(NamedTuple):
 
     names: list[str]
     captions: list[str | None]
-    images: np.ndarray | None  # (m, E); None of texts alone
-    texts: np.ndarray | None  # (m, E); None where the gallery has no captions
-    left_out: list[tuple[str, str]]
+    images: np.ndarray | None  # (m, E); None if the gallery has only texts
+    texts: np.ndarray | None  # (m, E); None if the gallery has no captions
+    left_out: list[tuple[str, str]]  # (name, reason) of each image that cannot be read
 
 
 @dataclass(frozen=True)
 class EmbeddingsInfo:
-    """The model and the source of a folder of embeddings, and its format."""
+    """The content of embed.json: model, source and format of a folder of embeddings."""
 
-    model: str  # its path
+    model: str  # path of the model
     weights: str
-    checksum: str  # of weights, config and tokenizer: the path may hold another model by now
+    checksum: str  # of weights, config and tokenizer, since another model may take the path
     source: str
-    count: int  # images, or texts, of the source
-    last: str  # the name of its last image or text
+    count: int  # number of images, or texts, of the source
+    last: str  # name of the last image or text of the source
     format: str
     dtype: str
     part: int
 
 
-def check_ranks_agree(about: EmbeddingsInfo) -> EmbeddingsInfo:
-    """Return `about` if it is the same on all ranks, which must all call.
+def check_ranks_agree(info: EmbeddingsInfo) -> EmbeddingsInfo:
+    """Return `info` if it is the same on all ranks, which must all call.
 
-    ValueError: this rank sees other images than rank 0, which would shift rows.
+    Raises ValueError if this rank sees other images than rank 0, which would shift the rows.
     """
-    text = json.dumps(asdict(about))
+    text = json.dumps(asdict(info))
     if broadcast_from_rank0(lambda: text) != text:
         raise ValueError(
-            f"{about.source}: {about.count} here, the last {about.last}; rank 0 sees others: is it"
-            " still written to?"
+            f"{info.source}: this rank sees {info.count} entries, the last of them {info.last};"
+            " rank 0 sees others. Wait until the source is complete on all machines"
         )
-    return about
+    return info
 
 
 class EmbeddingFolder:
-    """A folder of embeddings."""
+    """A folder of embeddings in parts."""
 
-    def __init__(self, folder: Path, about: EmbeddingsInfo):
+    def __init__(self, folder: Path, info: EmbeddingsInfo):
         self.folder = folder
-        self.about = about
-        self.parts = math.ceil(about.count / about.part)
+        self.info = info
+        self.part_count = math.ceil(info.count / info.part)
 
-    def begin(self, resume: bool) -> list[int]:
-        """Return the parts that are still to be made; only one rank must call.
+    def start(self, resume: bool) -> list[int]:
+        """Create the folder, or check that it can be resumed; return the parts to be written.
 
-        ValueError: the folder has content that must not be touched.
+        Only one rank must call. Raises ValueError if the folder has other content, or resume is
+        False and it has any.
         """
-        file = self.folder / "embed.json"
-        about = asdict(self.about)
-        empty = self.folder.is_dir() and not any(self.folder.iterdir())
-        if empty or not self.folder.exists():
-            content = json.dumps(about, indent=1).encode()
+        info_path = self.folder / "embed.json"
+        info = asdict(self.info)
+        is_empty = self.folder.is_dir() and not any(self.folder.iterdir())
+        if is_empty or not self.folder.exists():
+            content = json.dumps(info, indent=1).encode()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.put(file, lambda opened: opened.write(content))
+            self.write_file(info_path, lambda file: file.write(content))
         elif not resume:
             raise ValueError(
-                f"--out: {self.folder} exists;"
-                " go on with it by --resume, remove it, or name another"
+                f"--out: {self.folder} exists; continue with --resume, remove the folder, or choose"
+                " another"
             )
-        elif not file.is_file():
+        elif not info_path.is_file():
             raise ValueError(
-                f"--out: {self.folder} has no embed.json, so nothing to go on with; name another"
+                f"--out: {self.folder} has no embed.json, so it cannot be resumed; choose another"
+                " folder"
             )
 
         # A resumed folder must hold embeddings of the same model and source.
-        stored = json.loads(file.read_text())
-        for key, value in about.items():
+        stored = json.loads(info_path.read_text())
+        for key, value in info.items():
             if stored.get(key) != value:
                 raise ValueError(
-                    f"--resume: {self.folder} was begun with {key} {stored.get(key)!r},"
-                    f" not {value!r}; name another --out"
+                    f"--resume: {self.folder} was started with {key} {stored.get(key)!r}, not"
+                    f" {value!r}; choose another --out"
                 )
-        return [part for part in range(self.parts) if not self.file(part).exists()]
+        return [part for part in range(self.part_count) if not self.file_path(part).exists()]
 
     def span(self, part: int) -> tuple[int, int]:
-        """Return the images of a part: the first, and the one after the last."""
-        first = part * self.about.part
-        return first, min(first + self.about.part, self.about.count)
+        """Return the index of the first image of a part, and of the one after its last."""
+        first = part * self.info.part
+        return first, min(first + self.info.part, self.info.count)
 
-    def file(self, part: int, kind: str = "", suffix: str = "parquet") -> Path:
-        """Return OUT/KIND/KIND_00000.SUFFIX; by default the file that a complete part ends with."""
-        kind = kind or {"npy": "metadata", "parquet": "parquet"}[self.about.format]
-        stem = "part" if kind == "parquet" else kind
-        digits = max(5, len(str(self.parts - 1)))  # the same for all, so names sort as numbers do
-        return self.folder / kind / f"{stem}_{part:0{digits}d}.{suffix}"
+    def file_path(self, part: int, folder: str = "", suffix: str = "parquet") -> Path:
+        """Return OUT/FOLDER/FOLDER_00000.SUFFIX; by default the file that is written last."""
+        folder = folder or {"npy": "metadata", "parquet": "parquet"}[self.info.format]
+        stem = "part" if folder == "parquet" else folder
+        # All parts have the same number of digits, so that the names sort like the numbers.
+        digits = max(5, len(str(self.part_count - 1)))
+        return self.folder / folder / f"{stem}_{part:0{digits}d}.{suffix}"
 
-    def put(self, path: Path, write: Callable[[BufferedWriter], object]) -> None:
-        """Write a file, completely or not at all.
+    def write_file(self, path: Path, write: Callable[[BufferedWriter], object]) -> None:
+        """Write a file atomically.
 
-        While it is unfinished it lies in OUT, where no reader of the folders sees it.
+        The unfinished file is in OUT itself, where readers of the folders do not see it.
         """
         path.parent.mkdir(exist_ok=True)
         unfinished = self.folder / f".{path.name}.unfinished"
@@ -146,9 +148,9 @@ class EmbeddingFolder:
             write(file)
         os.replace(unfinished, path)
 
-    def write(self, part: int, every: Sequence[BlockRows]) -> None:
-        """Write the rows of a part, given block by block in order."""
-        names, captions, images, texts, left_out = zip(*every)
+    def write_part(self, part: int, blocks: Sequence[BlockRows]) -> None:
+        """Write the rows of a part, whose blocks are in order."""
+        names, captions, images, texts, left_out = zip(*blocks)
         table: dict[str, pa.Array] = {}
         embeddings: dict[str, np.ndarray] = {}
         if images[0] is not None:
@@ -158,38 +160,38 @@ class EmbeddingFolder:
             table["caption"] = string_column(captions)
             embeddings["text"] = np.concatenate(texts)
 
-        # The images without a row.
-        lines = [f"{name}\t{why}\n" for name, why in chain.from_iterable(left_out)]
+        # The list of images without a row.
+        lines = [f"{name}\t{reason}\n" for name, reason in chain.from_iterable(left_out)]
         if lines:
             content = "".join(lines).encode()
-            self.put(self.file(part, "left_out", "tsv"), lambda file: file.write(content))
+            left_out_path = self.file_path(part, "left_out", "tsv")
+            self.write_file(left_out_path, lambda file: file.write(content))
 
-        # The embeddings: a file each, or columns of the table.
-        for what, values in embeddings.items():
-            if self.about.format == "npy":
-                folder = {"image": "img_emb", "text": "text_emb"}[what]
-                self.put(self.file(part, folder, "npy"), partial(np.save, arr=values))
+        # The embeddings: one file each, or columns of the table.
+        for kind, values in embeddings.items():
+            if self.info.format == "npy":
+                folder = {"image": "img_emb", "text": "text_emb"}[kind]
+                path = self.file_path(part, folder, "npy")
+                self.write_file(path, partial(np.save, arr=values))
             else:
-                missing = table["caption"].is_null() if what == "text" else None
+                missing = table["caption"].is_null() if kind == "text" else None
                 numbers = pa.array(values.reshape(-1))
                 column = pa.FixedSizeListArray.from_arrays(numbers, values.shape[1], mask=missing)
-                table[f"{what}_embedding"] = column
+                table[f"{kind}_embedding"] = column
 
-        # The table last: its presence marks the part as complete.
+        # The table is written last: `start` takes a part with a table as complete.
         rows = pa.table(table)
-        self.put(
-            self.file(part),
-            lambda file: parquet.write_table(rows, file, row_group_size=ROW_GROUP_SIZE),
-        )
+        write_table = partial(parquet.write_table, rows, row_group_size=ROW_GROUP_SIZE)
+        self.write_file(self.file_path(part), write_table)
 
-    def written(self) -> tuple[int, int]:
-        """Count (rows, images left out) of all parts."""
+    def count_rows(self) -> tuple[int, int]:
+        """Return the number of rows, and of images left out, of all parts."""
         rows, left_out = 0, 0
-        for part in range(self.parts):
-            rows += parquet.read_metadata(self.file(part)).num_rows
-            file = self.file(part, "left_out", "tsv")
-            if file.exists():
-                left_out += len(file.read_text().splitlines())
+        for part in range(self.part_count):
+            rows += parquet.read_metadata(self.file_path(part)).num_rows
+            left_out_path = self.file_path(part, "left_out", "tsv")
+            if left_out_path.exists():
+                left_out += len(left_out_path.read_text().splitlines())
         return rows, left_out
 
 
@@ -202,63 +204,66 @@ def write_embeddings(
     model: Embedder,
     gallery: Gallery,
     out: EmbeddingFolder,
-    todo: Sequence[int],
+    parts: Sequence[int],
     batch: int,
     workers: int,
 ) -> None:
-    """Embed and write the parts `todo`; all ranks must call.
+    """Embed and write these parts of a gallery. All ranks must call.
 
-    batch: images that a rank embeds at once. Blocks begin anew with each part, and are the same on
-    any number of ranks. ValueError: most images of a part cannot be read.
+    batch: images that a rank embeds at once, which form a block. Each part starts a new block, so
+    the blocks do not depend on the number of ranks.
+    Raises ValueError if most images of a part cannot be read.
     """
-    if not todo:
+    if not parts:
         return
 
-    # This rank's blocks of all parts: the blocks of each part are dealt out to the ranks in turn.
-    starts_of: dict[int, np.ndarray] = {}  # by part: the first image of each of its blocks
+    # 1. The blocks of each part are assigned to the ranks in turn; load those of this rank.
+    block_starts: dict[int, np.ndarray] = {}  # {part: index of the first image of each block}
     starts, ends = [], []
-    for part in todo:
+    for part in parts:
         first, last = out.span(part)
-        starts_of[part] = np.arange(first, last, batch)
-        share = starts_of[part][rank() :: world_size()]
+        block_starts[part] = np.arange(first, last, batch)
+        share = block_starts[part][rank() :: world_size()]
         starts.append(share)
         ends.append(np.minimum(share + batch, last))
     starts, ends = np.concatenate(starts), np.concatenate(ends)
-    loaded = read_blocks(gallery, model.preprocess, starts, ends, workers)
+    loaded_blocks = read_blocks(gallery, model.preprocess, starts, ends, workers)
     if rank() == 0:
-        loaded = iter(
-            progress_bar(loaded, "embedding", " rows", len(starts), scale=batch * world_size())
-        )
+        scale = batch * world_size()
+        bar = progress_bar(loaded_blocks, "embedding", " rows", len(starts), scale=scale)
+        loaded_blocks = iter(bar)
 
-    for part, firsts in starts_of.items():
-        # Every rank embeds a block a turn; the rank that writes the part keeps them all.
-        writes = part % world_size() == rank()
-        rows: list[BlockRows] = []
-        for turn in range(0, len(firsts), world_size()):
-            has_block = turn + rank() < len(firsts)
-            block = (
-                [embed_block(model, next(loaded), gallery, out.about.dtype)] if has_block else []
-            )
-            for row in all_gather_list(block):
-                rows.append(row if writes else row._replace(images=None, texts=None))
+    for part, part_starts in block_starts.items():
+        # 2. Embed a block per rank at a time. The embeddings are sent to the rank that writes the
+        #    part; the other ranks drop them.
+        is_writer = part % world_size() == rank()
+        part_rows: list[BlockRows] = []
+        for block_number in range(0, len(part_starts), world_size()):
+            rows = []
+            if block_number + rank() < len(part_starts):
+                block = next(loaded_blocks)
+                rows.append(embed_block(model, block, gallery, out.info.dtype))
+            for row in all_gather_list(rows):
+                part_rows.append(row if is_writer else row._replace(images=None, texts=None))
 
-        # All ranks keep the images left out, so all of them stop here if any does.
+        # 3. All ranks have the list of unreadable images, so either all of them stop or none does.
         first, last = out.span(part)
-        broken = [image for row in rows for image in row.left_out]
+        broken = [entry for rows in part_rows for entry in rows.left_out]
         if len(broken) > MAX_BROKEN_SHARE * (last - first):
-            name, why = broken[0]
+            name, reason = broken[0]
             raise ValueError(
-                f"{out.about.source}: {len(broken):,} of {last - first:,} images cannot be read,"
-                f" the first {name} ({why}); --resume goes on when that is mended"
+                f"{out.info.source}: {len(broken):,} of {last - first:,} images cannot be read,"
+                f" the first {name} ({reason}); repair the images or the storage and continue with"
+                " --resume"
             )
-        if writes:
-            out.write(part, rows)
-    next(loaded, None)  # ends the progress bar
+        if is_writer:
+            out.write_part(part, part_rows)
+    next(loaded_blocks, None)  # ends the progress bar
 
 
 @torch.no_grad()
 def embed_block(model: Embedder, block: GalleryBlock, gallery: Gallery, dtype: str) -> BlockRows:
-    """Embed a block's images and captions; rows without a caption are zeros in `texts`."""
+    """Embed the images and captions of a block; rows without a caption are zeros in `texts`."""
     shape = (len(block.captions), model.cfg.model.shape.embed)
     images = np.zeros(shape, DTYPES[dtype])
     texts = np.zeros(shape, DTYPES[dtype])
@@ -269,10 +274,10 @@ def embed_block(model: Embedder, block: GalleryBlock, gallery: Gallery, dtype: s
         outputs = model.encode_images("embedded", torch.arange(count), block.patches, positions)
         images[:] = outputs.cpu().numpy()
 
-    with_caption = [i for i, caption in enumerate(block.captions) if caption]
-    if with_caption:
-        captions = [block.captions[i] for i in with_caption]
-        texts[with_caption] = model.embed_text_batch(captions).cpu().numpy()
+    captioned = [i for i, caption in enumerate(block.captions) if caption]
+    if captioned:
+        captions = [block.captions[i] for i in captioned]
+        texts[captioned] = model.embed_text_batch(captions).cpu().numpy()
 
     if isinstance(gallery, TextGallery):
         images = None

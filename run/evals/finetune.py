@@ -18,7 +18,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from glimpse.data.evals.clip_benchmark import Images
-from glimpse.data.evals.finetune import LabeledImages, MixupCutmix, EpochSample, checked_label, mixup_pairs_of_rank, rand_augment, timm_module
+from glimpse.data.evals.finetune import (
+    EpochSample,
+    LabeledImages,
+    MixupCutmix,
+    checked_label,
+    mixup_pairs_of_rank,
+    rand_augment,
+    timm_module,
+)
 from glimpse.data.loader import worker_kwargs
 from glimpse.data.patches import patchify
 from glimpse.model.layers import Linear, drop_path

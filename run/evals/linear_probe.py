@@ -131,7 +131,7 @@ def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, flo
     """Return top1, mean_per_class and chance, as shares."""
     recipe = options.recipe
     train, test = train_test_features(model, images, recipe.features)
-    task = ProbeTask(train, len(images.classes()), options)
+    task = ProbeTask(train, len(images.class_names()), options)
 
     # Hold out a tenth of train/ to choose the setting that the recipe leaves open.
     generator = torch.Generator().manual_seed(options.seed)

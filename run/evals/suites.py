@@ -62,7 +62,9 @@ def find_suite(name: str, data: str, options: Options, given: str = "") -> Suite
             " DIR, or eval_data in a config"
         )
     if options.templates:
-        load_templates(options.templates)  # raises the error of a misspelled one once, not for each set
+        load_templates(
+            options.templates
+        )  # raises the error of a misspelled one once, not for each set
 
     suite = Suite(name, Path(data), f"zero_shot{given}")
     for member in suite_members(name):
@@ -101,7 +103,7 @@ def add_set(suite: Suite, row: EvalSet, folder: Path, options: zero_shot.Options
     suite.sets[row.name] = images, options
     empty = classes - len(seen)
     if empty > 0:
-        first = images.classes()[min(set(range(classes)) - seen)]
+        first = images.class_names()[min(set(range(classes)) - seen)]
         suite.doubts.append(
             f"{row.name}: {folder}: {empty} of its {classes} classes have no image, e.g. {first};"
             " is it whole, and are its classes counted from 0?"

@@ -136,7 +136,9 @@ def multilabel_map(benchmark: ClipBenchmarkSet, indices: Tensor, scores: Tensor)
     return metrics.mean_average_precision(all_scores, all_present > 0)
 
 
-def video_accuracies(benchmark: ClipBenchmarkSet, indices: Tensor, scores: Tensor) -> dict[str, float]:
+def video_accuracies(
+    benchmark: ClipBenchmarkSet, indices: Tensor, scores: Tensor
+) -> dict[str, float]:
     """Return pm_0, pm_10 and chance over all ranks.
 
     scores (n, C): those of this rank's frames, `indices`.

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from glimpse.data.loader import DataConfig, SampleReader, plan
+from glimpse.data.loader import DataConfig, SampleReader, plan_views
 from glimpse.data.transforms import CROPS, View
 from glimpse.model.methods import METHODS
 from glimpse.model.towers import ModelConfig
@@ -176,7 +176,7 @@ class RunConfig:
             self.check_view(name)
 
         # A method that learns from masked patches needs a mask that hides some.
-        for spec in plan(self.views, self.model.image_size, self.model.patch):
+        for spec in plan_views(self.views, self.model.image_size, self.model.patch):
             rows, columns = spec.grid
             hides_nothing = spec.mask.visible(rows * columns) == rows * columns
             if spec.name in method.hidden and hides_nothing:

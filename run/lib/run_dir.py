@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from glimpse.data.tokenizer import vocabulary
+from glimpse.data.tokenizer import vocabulary_file
 from glimpse.run.lib import config
 from glimpse.run.lib.config import ROOT, RunConfig
 from glimpse.run.lib.distributed import rank, world_size
@@ -113,7 +113,7 @@ def prepare_run_folder(run_folder: Path, cfg: RunConfig, samples: int, resume: b
         shutil.copy(config_file, run_folder / f"config.until-{samples}.yaml")
     config.save(cfg, run_folder / "config.yaml.part", provenance())
     os.replace(run_folder / "config.yaml.part", config_file)  # atomic
-    if vocab := vocabulary(cfg.data.tokenizer):
+    if vocab := vocabulary_file(cfg.data.tokenizer):
         copy_if_changed(vocab, run_folder / vocab.name)
 
     # 3. Drop the records of steps that are repeated.

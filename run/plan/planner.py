@@ -18,7 +18,7 @@ from itertools import product
 import torch
 
 from glimpse.data.loader import micro_batch_size
-from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.data.tokenizer import build_tokenizer
 from glimpse.model.tiled_softmax import contrastive_memory
 from glimpse.run.lib.config import RunConfig
 from glimpse.run.plan import synthetic_batch

@@ -9,8 +9,8 @@ Letters: B samples, L patches, K visible patches, P patch side.
 import torch
 from torch import Tensor
 
-from glimpse.data.loader import plan
-from glimpse.data.transforms import draws
+from glimpse.data.loader import plan_views
+from glimpse.data.transforms import view_names
 from glimpse.model.methods import METHODS
 from glimpse.run.lib.config import RunConfig
 
@@ -42,7 +42,7 @@ def caption_lengths(cfg: RunConfig, tokens: float, batch: int) -> list[int]:
 def visible_patches(cfg: RunConfig) -> dict[str, int]:
     """Return the number K of visible patches of each view."""
     counts = {}
-    for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
+    for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch):
         rows, columns = grid
         counts[name] = mask.visible(rows * columns)
     return counts
@@ -50,7 +50,7 @@ def visible_patches(cfg: RunConfig) -> dict[str, int]:
 
 def expand_view_names(cfg: RunConfig, views: tuple[str, ...]) -> set[str]:
     """Return the names of all draws of these views: view1 and view2 for a view with count 2."""
-    return {draw for name in views for draw in draws(name, cfg.views[name])}
+    return {draw for name in views for draw in view_names(name, cfg.views[name])}
 
 
 def random_pixels(*shape: int) -> Tensor:
@@ -69,7 +69,7 @@ def random_micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
 
     # Views: the visible patches, and the extra inputs that the method reads for each view.
     views = {}
-    for name, _, mask, grid in plan(cfg.views, cfg.model.image_size, cfg.model.patch):
+    for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch):
         L = grid[0] * grid[1]
         K = mask.visible(L)
         # A uniform choice is enough: costs depend on the number of visible patches only.

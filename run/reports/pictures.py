@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.loader import MicroBatch, plan
-from glimpse.data.masking import parse
+from glimpse.data.loader import MicroBatch, plan_views
+from glimpse.data.masking import parse_mask
 from glimpse.data.patches import patchify, unpatchify
 from glimpse.data.shards import Shards
 from glimpse.data.tokenizer import Tokenizer, pack
@@ -57,7 +57,7 @@ def masked_inputs_picture(micro_batch: MicroBatch, cfg: RunConfig) -> Tensor:
     """Return the first images of each view of a micro-batch as one picture (3, H, W) uint8."""
     # Rows of images, view by view.
     rows: list[Tensor] = []
-    views = plan(cfg.views, cfg.model.image_size, cfg.model.patch)
+    views = plan_views(cfg.views, cfg.model.image_size, cfg.model.patch)
     for name, _, _, grid in views:
         view = micro_batch["views"][name]
         patches = view["patches"][:MAX_IMAGES].cpu()  # (n, K, 3 P P)
@@ -119,7 +119,7 @@ def build_gallery(
     # 2. The patches that each mask keeps, with the same noise for all masks.
     noise = np.random.default_rng(0).random(positions.shape, dtype=np.float32)
     noise = torch.from_numpy(noise)
-    visible_positions = {spec: parse(spec)(noise, grid) for spec in MASKS}
+    visible_positions = {spec: parse_mask(spec)(noise, grid) for spec in MASKS}
     # Attentive masks choose blocks of the size in A-CLIP's options, by default 2 x 2 patches if
     # the grid can be divided into them.
     is_even = all(side % 2 == 0 for side in grid)
@@ -160,7 +160,7 @@ def caption_similarity(
     method: Method, cfg: RunConfig, tokenizer: Tokenizer, tokens: Tensor, captions: list[str]
 ) -> Tensor:
     """Return the cosine (n, L) of each patch token and its image's caption (MaskCLIP, figure 2)."""
-    rows = [cfg.data.fill(tokenizer(caption), tokenizer.pad_id) for caption in captions]
+    rows = [cfg.data.pad(tokenizer(caption), tokenizer.pad_id) for caption in captions]
     ids, lengths = pack(rows)
     inputs = to_device(dict(ids=ids, lengths=lengths, longest=int(lengths.max())))
     text = method.towers.encode_text(**inputs)

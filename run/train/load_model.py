@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from glimpse.data.tokenizer import Tokenizer
-from glimpse.data.tokenizer import build as build_tokenizer
+from glimpse.data.tokenizer import build_tokenizer
 from glimpse.model import ema, tensor_files
 from glimpse.model.lazy_tensors import Tensors, more
 from glimpse.model.methods import Method, build_method

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 import glimpse.data.transforms as augment
-from glimpse.data.transforms import View, random_view, recolour, turned
+from glimpse.data.transforms import View, random_view, recolor, shift_hue
 from glimpse.tests.data.test_transforms import encode, picture
 
 F = pytest.importorskip("torchvision.transforms.functional")
@@ -46,7 +46,7 @@ class Chosen:
 
 
 def changed(rng, jitter=OFF, grey=0.0, blur=0.0, solarize=0.0, image=IMAGE):
-    result = recolour(image, rng, jitter, grey, blur, solarize)
+    result = recolor(image, rng, jitter, grey, blur, solarize)
     assert result.shape == image.shape
     assert result.dtype == np.uint8
     return result
@@ -68,7 +68,7 @@ def level(result, expected):
 def test_zeros_leave_the_image_and_the_generator_alone():
     rng = np.random.default_rng(0)
 
-    assert recolour(IMAGE, rng, OFF, 0.0, 0.0, 0.0) is IMAGE
+    assert recolor(IMAGE, rng, OFF, 0.0, 0.0, 0.0) is IMAGE
     assert rng.random() == np.random.default_rng(0).random()
 
 
@@ -98,7 +98,7 @@ def test_jitter_is_torchvision_from_one_end_of_its_range_to_the_other(name, amou
 
 @pytest.mark.parametrize("shift", [-0.5, -0.33, -0.1, 0.05, 0.25, 0.5])
 def test_hue_is_within_a_level_of_torchvision(shift):
-    result = np.asarray(turned(PICTURE, shift))
+    result = np.asarray(shift_hue(PICTURE, shift))
 
     largest, mean = level(result, F.adjust_hue(PICTURE, shift))
     assert largest <= 7, "one of 256 levels around the circle is 6 of red, green or blue"
@@ -146,11 +146,11 @@ def test_every_order_of_the_jitter_is_as_likely(monkeypatch):
 
     for name in ("Brightness", "Contrast", "Color"):
         monkeypatch.setattr(augment.ImageEnhance, name, recorded(name))
-    monkeypatch.setattr(augment, "turned", recorded_hue)
+    monkeypatch.setattr(augment, "shift_hue", recorded_hue)
     counts = Counter()
     for seed in range(1200):
         steps.clear()
-        augment.jittered(PICTURE, (0.1, 0.1, 0.1, 0.1), np.random.default_rng(seed))
+        augment.jitter_color(PICTURE, (0.1, 0.1, 0.1, 0.1), np.random.default_rng(seed))
         counts[tuple(steps)] += 1
 
     assert len(counts) == 24

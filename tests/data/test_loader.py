@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from glimpse.data.loader import SUBSTITUTES, Batches, DataConfig, SampleReader, micro_batch_size
-from glimpse.data.masking import parse
+from glimpse.data.loader import MAX_SUBSTITUTES, Batches, DataConfig, SampleReader, micro_batch_size
+from glimpse.data.masking import parse_mask
 from glimpse.data.patches import patchify
 from glimpse.data.shards import Sample, Shards, write_shard
 from glimpse.data.transforms import View, random_view
@@ -118,7 +118,7 @@ def test_one_of_several_captions_is_drawn(data):
     sample = Sample("", "", {"png": image, "json": json.dumps({"caption": texts}).encode()})
 
     def captions():
-        return [tuple(reader.row(sample, epoch, 7).ids) for epoch in range(30)]
+        return [tuple(reader.prepare(sample, epoch, 7).ids) for epoch in range(30)]
 
     first = captions()
 
@@ -145,7 +145,7 @@ def test_rows_are_what_their_seed_says(data):
             rng = np.random.default_rng((3, epoch, i, number))
             image, _ = random_view(sample.image, 32, VIEWS[name], rng)
             noise = torch.from_numpy(rng.random((1, 16), dtype=np.float32))
-            keep = parse(VIEWS[name].mask)(noise, (4, 4))[0]
+            keep = parse_mask(VIEWS[name].mask)(noise, (4, 4))[0]
             patches = patchify(torch.from_numpy(image).permute(2, 0, 1)[None], 8)[0, keep]
             assert torch.equal(part["views"][name]["patches"][row], patches)
             assert part["views"][name]["positions"][row].tolist() == keep.tolist()
@@ -154,8 +154,8 @@ def test_rows_are_what_their_seed_says(data):
 def test_workers_change_nothing(data):
     starts = range(0, 160, 16)  # over the end of the first epoch
 
-    alone = list(batches(data, workers=0).stream(starts, pin=False))
-    two = list(batches(data, workers=2).stream(starts, pin=False))
+    alone = list(batches(data, workers=0).iterate(starts, pin=False))
+    two = list(batches(data, workers=2).iterate(starts, pin=False))
 
     assert len(alone) == 10
     assert same(alone, two)
@@ -261,7 +261,7 @@ def test_visible_and_hidden_patches_are_the_whole_view(data, mask):
 
     assert "hidden" not in part["views"]["local"], "only where a method asks"
     image = part["views"]["image"]
-    visible = parse(mask).visible(16)
+    visible = parse_mask(mask).visible(16)
     assert image["hidden"].shape == (16, 16 - visible, 192)
     assert image["hidden"].dtype == torch.uint8
     assert image["hidden_positions"].dtype == torch.int16
@@ -310,8 +310,8 @@ def test_ranks_and_parts_share_several_views(data, world, accumulate):
 def test_workers_change_nothing_of_several_views(data):
     starts = range(96, 144, 16)
 
-    alone = list(several(data, workers=0).stream(starts, pin=False))
-    two = list(several(data, workers=2).stream(starts, pin=False))
+    alone = list(several(data, workers=0).iterate(starts, pin=False))
+    two = list(several(data, workers=2).iterate(starts, pin=False))
 
     assert len(alone) == 3
     assert same(alone, two)
@@ -368,7 +368,7 @@ def test_crops_and_masks_change_with_the_epoch_and_nothing_else(data):
     sample = Shards([data / "train"])[5]
 
     def views_of(epoch, **how):
-        return batches(data, **how).reader.row(sample, epoch, 5).views
+        return batches(data, **how).reader.prepare(sample, epoch, 5).views
 
     first, other, again = (views_of(epoch) for epoch in (0, 1, 0))
 
@@ -450,7 +450,7 @@ def test_nothing_readable_ends_the_run(data, tmp_path):
 
     with pytest.raises(
         ValueError,
-        match=f"{SUBSTITUTES} samples in a row cannot be read, the last 0.tar .*prepare.py check",
+        match=f"{MAX_SUBSTITUTES} samples in a row cannot be read, the last 0.tar .*prepare.py check",
     ):
         loader[0]
 

@@ -10,12 +10,12 @@ import torch
 
 from glimpse.data.masking import (
     STRATEGIES,
-    Gaussian,
-    InverseGaussian,
+    GaussianMask,
+    InverseGaussianMask,
     Mask,
-    Random,
+    RandomMask,
     normal_density,
-    parse,
+    parse_mask,
 )
 
 GRIDS = [(14, 14), (16, 16), (3, 11), (1, 8)]
@@ -32,7 +32,7 @@ def uniform(images, grid, seed=0):
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_contract(name, ratio, grid):
     patches = grid[0] * grid[1]
-    mask = parse(f"{name}({ratio})")
+    mask = parse_mask(f"{name}({ratio})")
     noise = uniform(64, grid)
     before = noise.clone()
 
@@ -68,18 +68,18 @@ def test_contract(name, ratio, grid):
     ],
 )
 def test_kept_counts(patches, ratio, count):
-    assert Random(ratio).visible(patches) == count
+    assert RandomMask(ratio).visible(patches) == count
 
 
 def test_hiding_everything_is_an_error():
-    mask = parse("random(0.95)")
+    mask = parse_mask("random(0.95)")
 
     with pytest.raises(ValueError, match="a ratio of 0.95 hides all 16 patches"):
         mask(uniform(1, (4, 4)), (4, 4))
 
 
 def test_none_hides_nothing():
-    keep = parse("none")(uniform(2, (3, 5)), (3, 5))
+    keep = parse_mask("none")(uniform(2, (3, 5)), (3, 5))
 
     assert torch.equal(keep, torch.arange(15).expand(2, 15))
 
@@ -87,7 +87,7 @@ def test_none_hides_nothing():
 def test_a_tie_keeps_the_earlier_patch():
     noise = torch.full((2, 200), 0.5)
 
-    keep = parse("random(0.5)")(noise, (10, 20))
+    keep = parse_mask("random(0.5)")(noise, (10, 20))
 
     assert torch.equal(keep, torch.arange(100).expand(2, 100))
 
@@ -95,14 +95,14 @@ def test_a_tie_keeps_the_earlier_patch():
 def test_random_keeps_the_largest_noise():
     noise = torch.tensor([[0.1, 0.9, 0.3, 0.8, 0.2, 0.7]])
 
-    keep = parse("random(0.5)")(noise, (2, 3))
+    keep = parse_mask("random(0.5)")(noise, (2, 3))
 
     assert keep.tolist() == [[1, 3, 5]]
 
 
 def keep_rates(spec, grid, draws=6000):
     """(rows, columns): how often each patch stays."""
-    keep = parse(spec)(uniform(draws, grid), grid)
+    keep = parse_mask(spec)(uniform(draws, grid), grid)
     counts = torch.bincount(keep.flatten(), minlength=grid[0] * grid[1])
     return (counts / draws).view(grid)
 
@@ -154,7 +154,7 @@ def test_rows_and_columns_are_told_apart(spec, sign, variance):
     grid = (4, 9)
     noise = uniform(200, grid)
 
-    keep = parse(spec)(noise, grid)
+    keep = parse_mask(spec)(noise, grid)
 
     score = noise.double().numpy() + sign * density(grid, variance)
     best = np.argsort(-score, axis=1)[:, : int(36 * 0.4)]
@@ -180,11 +180,17 @@ def test_gumbel_is_multinomial_without_replacement():
 
 
 def test_parse_reads_what_a_config_writes():
-    assert parse("random(0.5)") == Random(0.5)
-    assert parse("random(ratio=0.5)") == Random(0.5)
-    assert parse("gaussian(0.75)") == Gaussian(0.75, sigma=0.2, literal=False, gumbel=False)
-    assert parse("gaussian(0.75, 0.1, gumbel=True)") == Gaussian(0.75, sigma=0.1, gumbel=True)
-    assert parse("inverse_gaussian(0.5, literal=True)") == InverseGaussian(0.5, literal=True)
+    assert parse_mask("random(0.5)") == RandomMask(0.5)
+    assert parse_mask("random(ratio=0.5)") == RandomMask(0.5)
+    assert parse_mask("gaussian(0.75)") == GaussianMask(
+        0.75, sigma=0.2, literal=False, gumbel=False
+    )
+    assert parse_mask("gaussian(0.75, 0.1, gumbel=True)") == GaussianMask(
+        0.75, sigma=0.1, gumbel=True
+    )
+    assert parse_mask("inverse_gaussian(0.5, literal=True)") == InverseGaussianMask(
+        0.5, literal=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +224,7 @@ def test_parse_reads_what_a_config_writes():
 )
 def test_parse_refuses(spec, message):
     with pytest.raises(ValueError, match=message) as caught:
-        parse(spec)
+        parse_mask(spec)
     assert repr(spec) in str(caught.value)
 
 

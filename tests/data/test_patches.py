@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from glimpse.data.patches import patchify, unpatchify, visible
+from glimpse.data.patches import patchify, patchify_visible, unpatchify
 
 
 def test_a_linear_layer_over_patches_is_the_convolution():
@@ -37,7 +37,7 @@ def test_visible_is_patchify_at_keep(keep, mirrored):
     if mirrored:
         image = image[:, ::-1]
 
-    patches = visible(image, 8, np.array(keep, dtype=np.int64))
+    patches = patchify_visible(image, 8, np.array(keep, dtype=np.int64))
 
     batch = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
     expected = patchify(batch, 8)[0, keep]
@@ -51,4 +51,4 @@ def test_an_image_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="225 x 224 pixels does not divide into patches of 16"):
         patchify(torch.zeros(1, 3, 225, 224), 16)
     with pytest.raises(ValueError, match="32 x 40 pixels does not divide into patches of 16"):
-        visible(np.zeros((32, 40, 3), np.uint8), 16, np.array([0]))
+        patchify_visible(np.zeros((32, 40, 3), np.uint8), 16, np.array([0]))

@@ -23,7 +23,7 @@ from glimpse.data.shards import (
     Sample,
     Shards,
     build_index,
-    headers,
+    list_files,
     read_index,
     replace_json,
     split_name,
@@ -120,7 +120,7 @@ def test_only_some_members_are_read(folder, monkeypatch):
 
     assert sample == Sample("00002.tar", key, {"txt": parts["txt"]})
     assert sizes == [len(parts["txt"])]
-    assert shards.read(20, only=("cls",)).parts == parts, "none of them: all, to say what there is"
+    assert shards.read(20, only=("cls",)).files == parts, "none of them: all, to say what there is"
 
 
 def test_same_samples_same_bytes(tmp_path):
@@ -206,7 +206,7 @@ def test_a_tar_cut_off_anywhere_is_refused(tmp_path, keep):
     (tmp_path / "0.tar").write_bytes(cut)
 
     with pytest.raises(ValueError, match="0.tar: truncated or no tar"):
-        headers(tmp_path / "0.tar")
+        list_files(tmp_path / "0.tar")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_we_read_what_webdataset_writes(tmp_path):
 
     shards = Shards([tmp_path])
 
-    assert [(shards[i].key, shards[i].parts) for i in range(6)] == rows(6)
+    assert [(shards[i].key, shards[i].files) for i in range(6)] == rows(6)
 
 
 def test_captions():

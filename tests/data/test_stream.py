@@ -20,7 +20,7 @@ import pytest
 
 from glimpse.data import stream as stream_module
 from glimpse.data.loader import DataConfig, SampleReader
-from glimpse.data.shards import headers, write_shard
+from glimpse.data.shards import list_files, write_shard
 from glimpse.data.stream import Stream, is_stream
 from glimpse.data.transforms import View
 from glimpse.tests.helpers.tiny import (
@@ -56,7 +56,7 @@ def url(data):
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch):
     # less than a shard, so that the cursor moves within the test
-    monkeypatch.setattr(stream_module, "BUFFER", 15)
+    monkeypatch.setattr(stream_module, "SHUFFLE_BUFFER", 15)
 
 
 def stream(data, *train, workers=0, **more):
@@ -70,7 +70,7 @@ def stream(data, *train, workers=0, **more):
 
 def read(loader, batches):
     """The first batches of a loader, each a list of its parts."""
-    return list(loader.stream(range(batches), pin=False))
+    return list(loader.iterate(range(batches), pin=False))
 
 
 def read_until(loader, shard, limit=400):
@@ -79,12 +79,12 @@ def read_until(loader, shard, limit=400):
     Returns a Counter of (epoch, shard, key).
     """
     seen = Counter()
-    for parts in loader.stream(range(limit), pin=False):
+    for parts in loader.iterate(range(limit), pin=False):
         for part in parts:
             seen.update(loader.keys(part))
-        if loader.position() >= shard:
+        if loader.resume_cursor() >= shard:
             return seen
-    raise AssertionError(f"still at shard {loader.position()} after {limit} batches")
+    raise AssertionError(f"still at shard {loader.resume_cursor()} after {limit} batches")
 
 
 def first_epochs(seen, count):
@@ -138,11 +138,11 @@ def test_a_resume_loses_nothing(data, url, then):
     cursors = []
     for rank in range(2):
         loader = stream(data, train, rank=rank, world=2)
-        assert loader.position() == 0
-        for parts in loader.stream(range(25), pin=False):
+        assert loader.resume_cursor() == 0
+        for parts in loader.iterate(range(25), pin=False):
             for part in parts:
                 seen.update(loader.keys(part))
-        cursors.append(loader.position())
+        cursors.append(loader.resume_cursor())
     cursor = min(cursors)
     assert cursor > 0, "it goes on from somewhere"
 
@@ -187,7 +187,7 @@ def test_broken_shards_are_named_and_survived(data, tmp_path):
     path = data / "train" / "00000.tar"
     content = path.read_bytes()
     # within the tenth image; webdataset holds the ninth back
-    cut = headers(path)[18][2] + 100
+    cut = list_files(path)[18][2] + 100
     (tmp_path / "0.tar").write_bytes(content)
     (tmp_path / "1.tar").write_bytes(content[:cut])
     (tmp_path / "2.tar").write_bytes(b"<html>" * 200)

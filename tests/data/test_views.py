@@ -14,7 +14,14 @@ import pytest
 from PIL import Image
 
 import glimpse.data.transforms as augment
-from glimpse.data.transforms import View, decode, enclosing, enlarged, expanded, random_views
+from glimpse.data.transforms import (
+    View,
+    decode,
+    enclosing_box,
+    enlarge_box,
+    expand_views,
+    random_views,
+)
 
 CROP = (0.25, 0.4)
 # kind, (height, width), side of the views, how much smaller a JPEG can be decoded for them
@@ -53,7 +60,7 @@ def coded(kind, shape, axis=1):
 
 def drawn(data, size, views, seed=0):
     """random_views, each with a generator that follows from its name and the seed."""
-    views = expanded(views)
+    views = expand_views(views)
     rngs = {name: np.random.default_rng((seed, *name.encode())) for name in views}
     return random_views(data, size, views, rngs)
 
@@ -122,10 +129,10 @@ def test_an_enclosing_view_is_around_all_draws(kind, shape, size, shrink, enlarg
 
 def test_enlarging_moves_each_side_by_a_uniform_share_of_what_is_left():
     rng = np.random.default_rng(0)
-    least = enclosing([(30, 50, 20, 10), (35, 40, 35, 15)])
+    least = enclosing_box([(30, 50, 20, 10), (35, 40, 35, 15)])
     assert least == (30, 40, 40, 20)
 
-    boxes = np.array([enlarged(least, 100, 120, rng) for _ in range(4000)])
+    boxes = np.array([enlarge_box(least, 100, 120, rng) for _ in range(4000)])
 
     top, left, rows, columns = boxes.T
     for side, low, high in (
@@ -139,7 +146,7 @@ def test_enlarging_moves_each_side_by_a_uniform_share_of_what_is_left():
         deciles = np.quantile(side, np.linspace(0, 1, 11))
         expected = np.linspace(low, high, 11)
         np.testing.assert_allclose(deciles, expected, atol=0.04 * (high - low) + 0.5)
-    assert enlarged((0, 0, 100, 120), 100, 120, rng) == (0, 0, 100, 120), "nothing is left"
+    assert enlarge_box((0, 0, 100, 120), 100, 120, rng) == (0, 0, 100, 120), "nothing is left"
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -265,7 +272,7 @@ def test_expanded():
         "also": View(size=16),
     }
 
-    draws = expanded(views)
+    draws = expand_views(views)
 
     names = ["also", "teacher", "view1", "view2", "view3"]
     assert list(draws) == names, "in alphabetical order; a view drawn once keeps its name"
@@ -274,9 +281,9 @@ def test_expanded():
     assert draws["view1"] == View(grey=0.2)
     assert draws["view3"] == View(grey=0.2)
     assert draws["also"] == View(size=16)
-    assert expanded(draws) == draws
+    assert expand_views(draws) == draws
 
-    twice = expanded({"view": View(), "wide": View(encloses=("view",), count=2)})
+    twice = expand_views({"view": View(), "wide": View(encloses=("view",), count=2)})
     assert twice["wide1"] == View(encloses=("view",))
     assert twice["wide2"] == View(encloses=("view",))
 
@@ -343,4 +350,4 @@ def test_a_view_that_cannot_be_meant(fields, message):
 def test_views_that_do_not_go_together(views, message):
     for order in (views, dict(reversed(views.items()))):
         with pytest.raises(ValueError, match=message):
-            expanded(order)
+            expand_views(order)

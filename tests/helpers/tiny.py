@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from glimpse.data.shards import build_index, write_shard
-from glimpse.data.tokenizer import build, train_sentencepiece
+from glimpse.data.tokenizer import build_tokenizer, train_sentencepiece
 from glimpse.model.methods import METHODS
 from glimpse.run.lib import config
 from glimpse.run.study.grid import PlannedRun
@@ -160,7 +160,7 @@ def untrained_method(tokenizer: Path, *more: str) -> tuple:
         ],
     )
     torch.manual_seed(0)
-    text_tokenizer = build(cfg.data.tokenizer, cfg.data.context)
+    text_tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
     vocab_size = text_tokenizer.vocab_size
     method = METHODS["clip"](cfg.model, vocab_size, cfg.data.context, cfg.options)
     for parameter in method.towers.parameters():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glimpse.data.shards import Shards, write_shard
-from glimpse.data.tokenizer import build
+from glimpse.data.tokenizer import build_tokenizer
 from glimpse.run import prepare
 from glimpse.run.lib.cli import run_script
 from glimpse.tests.helpers import tiny
@@ -45,7 +45,7 @@ def command(monkeypatch, capsys):
 def test_pairs_started_as_a_file_from_elsewhere(data, tmp_path):
     shards = Shards([data / "train"])
     for i in range(3):
-        extension = list(shards[i].parts)[0]
+        extension = list(shards[i].files)[0]
         (tmp_path / f"{i}.{extension}").write_bytes(shards[i].image)
         (tmp_path / f"{i}.txt").write_text(shards[i].caption)
     (tmp_path / "9.png").write_bytes(shards[0].image)
@@ -138,7 +138,7 @@ def test_tokenizer(command, train, tmp_path):
 
     code, said, err = command("tokenizer", train, "--out", out, "--vocab-size", "320")
 
-    tokenizer = build(f"sentencepiece({out})", 16)
+    tokenizer = build_tokenizer(f"sentencepiece({out})", 16)
     assert (code, err) == (0, "")
     assert f"{out}: {tokenizer.vocab_size} pieces" in said
     assert f"--set 'data.tokenizer=sentencepiece({out})'" in said

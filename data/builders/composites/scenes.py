@@ -174,7 +174,7 @@ def drawings_by_name(
     shards = Shards([glyphs / part])
     for i in range(len(shards)):
         sample = shards[i]
-        about = json.loads(sample.parts["json"])
+        about = json.loads(sample.files["json"])
         if sample.caption not in names or not about["emoji"] or about["toned"]:
             continue
         if part == "heldout" and about["style"] not in UNSEEN:

@@ -202,7 +202,7 @@ def glyphs_families(cache: Path, glyphs: Path) -> Found:
             continue
         style = record["style"]
         sample = heldout[i]
-        [extension] = set(sample.parts) & set(ENCODING)
+        [extension] = set(sample.files) & set(ENCODING)
         glyph = Glyph(style, sample.key, extension, sample.caption, record, sample.image)
         members.setdefault(f"{side}_concepts_{style}", []).append(glyph)
 
@@ -233,4 +233,4 @@ def side_of(record: dict, seen: set[str]) -> str:
 
 def about(shards: Shards, i: int) -> dict:
     """Return the json member of sample number i."""
-    return json.loads(shards.read(i, only=("json",)).parts["json"])
+    return json.loads(shards.read(i, only=("json",)).files["json"])

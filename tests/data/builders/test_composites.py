@@ -27,7 +27,7 @@ from glimpse.data.builders.composites.texts import (
     questions,
     relations,
 )
-from glimpse.data.evals.clip_benchmark import IGNORE, Benchmark
+from glimpse.data.evals.clip_benchmark import IGNORE, ClipBenchmarkSet
 from glimpse.data.shards import Shards, build_index, write_shard
 
 COLORS = {
@@ -112,15 +112,15 @@ def test_label_maps_agree_with_alpha(glyphs):
 
 
 def test_boxes_just_hold_what_is_visible(composites):
-    images = Benchmark(composites)
+    images = ClipBenchmarkSet(composites)
     for i in range(len(images)):
         labels = images.label_map(i)
-        boxes = json.loads(images.member(i, "json"))["boxes"]
+        boxes = json.loads(images.read_member(i, "json"))["boxes"]
         assert labels.shape == (CANVAS, CANVAS)
 
         union = np.zeros_like(labels, bool)
         for row in boxes:
-            assert images.classes()[row["class"]] == row["name"]
+            assert images.class_names()[row["class"]] == row["name"]
             left, top, right, bottom = row["box"]
             inside = labels[top:bottom, left:right] == row["class"]
             # The first and the last column and row of the box have pixels of the thing.
@@ -169,9 +169,9 @@ def check_relations(text, boxes):
 def test_captions_name_what_is_there(composites):
     relational = 0
     for split in ("train", "test"):
-        images = Benchmark(composites, split)
+        images = ClipBenchmarkSet(composites, split)
         for i in range(len(images)):
-            boxes = json.loads(images.member(i, "json"))["boxes"]
+            boxes = json.loads(images.read_member(i, "json"))["boxes"]
             names = Counter(row["name"] for row in boxes)
             texts = images.captions(i)
             assert 2 <= len(texts) <= 5
@@ -238,10 +238,10 @@ def test_questions_of_a_scene_by_hand():
 
 
 def test_questions_of_built_scenes_are_true(composites):
-    images = Benchmark(composites)
+    images = ClipBenchmarkSet(composites)
     kinds = Counter()
     for i in range(len(images)):
-        boxes = json.loads(images.member(i, "json"))["boxes"]
+        boxes = json.loads(images.read_member(i, "json"))["boxes"]
         counts = Counter(row["name"] for row in boxes)
         for question in images.questions(i):
             kinds[question.kind] += 1
@@ -304,8 +304,8 @@ def test_same_seed_same_bytes(glyphs, composites, tmp_path):
     assert contents(tmp_path / "again") == first
     for folder in ("train", "test", "unseen_style/test"):
         assert other[f"{folder}/0.tar"] != first[f"{folder}/0.tar"]
-    assert len(Benchmark(composites / "unseen_style", "train")) == 20
-    assert len(Benchmark(composites / "unseen_style")) == 5
+    assert len(ClipBenchmarkSet(composites / "unseen_style", "train")) == 20
+    assert len(ClipBenchmarkSet(composites / "unseen_style")) == 5
 
 
 def test_an_existing_folder_is_kept(glyphs, composites, tmp_path):

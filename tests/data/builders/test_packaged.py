@@ -25,7 +25,7 @@ from glimpse.data.builders.glyphs.extras import RESOURCES
 from glimpse.data.builders.packaged import arrays as sources
 from glimpse.data.builders.packaged import build as packaged
 from glimpse.data.builders.packaged import pictures
-from glimpse.data.evals.clip_benchmark import Benchmark
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
 from glimpse.data.shards import build_index, write_shard
 from glimpse.tests.data.builders.test_glyphs_extras import picture, rcc
 
@@ -110,14 +110,14 @@ def test_fashion_mnist_becomes_a_benchmark(tmp_path, monkeypatch):
     summary = packaged.build("fashion_mnist", tmp_path / "out", cache=tmp_path / "cache")
 
     folder = tmp_path / "out/fashion_mnist"
-    train = Benchmark(folder, "train")
-    test = Benchmark(folder, "test")
+    train = ClipBenchmarkSet(folder, "train")
+    test = ClipBenchmarkSet(folder, "test")
     assert summary["sets"] == dict(fashion_mnist=dict(classes=10, train=20, test=10))
     assert summary["version"] == "1.0"
     assert (len(train), len(test)) == (20, 10)
     assert (folder / "train/nshards.txt").read_text() == "3\n"
     assert [test.label(i) for i in range(10)] == list(range(10))[::-1]
-    assert test.classes()[train.label(11)] == "trouser"
+    assert test.class_names()[train.label(11)] == "trouser"
     assert (pixels(train.image(17)) == images["train"][17]).all()
     assert test.prompts()[5][0] == "a photo of a sandal."
     assert "terms of dataset-fashion-mnist" in (folder / "LICENSES.txt").read_text()
@@ -313,7 +313,7 @@ def test_stamps_become_a_retrieval_set_for_each_language(tmp_path, monkeypatch):
     folder = tmp_path / "out/tuxstamps"
     languages = sorted(p.name for p in folder.iterdir() if p.is_dir())
     assert languages == ["tuxstamps_de", "tuxstamps_en"]  # Swahili has only one sentence
-    german = Benchmark(folder / "tuxstamps_de")
+    german = ClipBenchmarkSet(folder / "tuxstamps_de")
     channels = {}
     for i in range(len(german)):
         [caption] = german.captions(i)
@@ -337,8 +337,8 @@ def test_photographs_are_named_by_what_they_show(tmp_path):
 
     packaged.build("gcompris", tmp_path / "out", cache=tmp_path / "cache")
 
-    images = Benchmark(tmp_path / "out/gcompris")
-    assert images.classes() == ["hammer", "pliers", "statue of liberty"]
+    images = ClipBenchmarkSet(tmp_path / "out/gcompris")
+    assert images.class_names() == ["hammer", "pliers", "statue of liberty"]
     assert [images.label(i) for i in range(len(images))] == [0, 0, 1, 2]
 
 
@@ -381,7 +381,7 @@ def test_families_of_glyphs_are_split_by_what_training_saw(tmp_path):
     packaged.build("glyphs_families", out, cache=tmp_path, glyphs=glyphs)
 
     folders = [path for path in (out / "glyphs_families").iterdir() if path.is_dir()]
-    classes = {folder.name: Benchmark(folder).classes() for folder in folders}
+    classes = {folder.name: ClipBenchmarkSet(folder).class_names() for folder in folders}
     assert classes == {
         "seen_concepts_fluent-emoji-flat": ["a cat"],
         "unseen_concepts_fluent-emoji-flat": ["a owl"],

@@ -26,7 +26,7 @@ def samples(folder):
     rows = []
     for i in range(len(shards)):
         sample = shards[i]
-        source = json.loads(sample.parts["json"])["source"]
+        source = json.loads(sample.files["json"])["source"]
         rows.append((sample.key, sample.image, sample.caption, source))
     return rows
 

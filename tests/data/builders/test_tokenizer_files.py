@@ -15,7 +15,12 @@ from PIL import Image
 
 import glimpse.data.tokenizer
 from glimpse.data.builders.tokenizer_files import read, write
-from glimpse.data.tokenizer import ClipBpe, build, installed, train_sentencepiece
+from glimpse.data.tokenizer import (
+    ClipBpe,
+    build_tokenizer,
+    installed_vocabulary,
+    train_sentencepiece,
+)
 from glimpse.data.transforms import center_view
 from glimpse.model.convert import hf
 from glimpse.model.vision import normalise
@@ -72,14 +77,14 @@ def folders(tmp_path_factory):
         "sentencepiece": f"sentencepiece({top}/words.model)",
     }
     try:
-        installed("clip_bpe")
+        installed_vocabulary("clip_bpe")
         specs["clip_bpe"] = "clip_bpe"
     except ValueError:
         pass
 
     tokenizers = {}
     for kind, spec in specs.items():
-        tokenizer = build(spec, 77 if kind == "clip_bpe" else 32)
+        tokenizer = build_tokenizer(spec, 77 if kind == "clip_bpe" else 32)
         folder = top / kind.replace(" ", "_")
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "clip"}')
@@ -171,7 +176,7 @@ def test_read_again(folders, kind):
 
     spec = read(folder)
 
-    assert build(spec, tokenizer.context).fingerprint == tokenizer.fingerprint
+    assert build_tokenizer(spec, tokenizer.context).fingerprint == tokenizer.fingerprint
     # a package's vocabulary needs no copy
     assert (spec == "clip_bpe") == (kind == "clip_bpe")
 
@@ -273,7 +278,7 @@ def test_sentencepiece_models_that_cannot_be_told(tmp_path, options):
         minloglevel=2,
         **options,
     )
-    tokenizer = build(f"sentencepiece({tmp_path}/m.model)", 32)
+    tokenizer = build_tokenizer(f"sentencepiece({tmp_path}/m.model)", 32)
 
     with pytest.raises(ValueError, match="has those of type unigram without pieces of the user's"):
         write(tokenizer, tmp_path)

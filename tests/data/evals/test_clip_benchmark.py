@@ -8,7 +8,7 @@ import io
 import pytest
 from PIL import Image
 
-from glimpse.data.evals.clip_benchmark import Benchmark
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
 from glimpse.data.shards import write_shard
 
 
@@ -25,7 +25,7 @@ def made(folder, **parts):
         content[name.replace("_", ".")] = part
     (folder / "set/test").mkdir(parents=True)
     write_shard(folder / "set/test/0.tar", [("a", content)])
-    return Benchmark(folder / "set")
+    return ClipBenchmarkSet(folder / "set")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def made(folder, **parts):
             "label_map",
             r"0.tar a: its seg.png cannot be read \(cannot read the image",
         ),
-        (dict(npy=b"?"), "present", "0.tar a: its npy cannot be read"),
+        (dict(npy=b"?"), "multi_hot", "0.tar a: its npy cannot be read"),
         (dict(json=b'{"anchor": "x"}'), "frame", "no video frames"),
         (
             dict(json=b'{"anchor": "x", "offset": "far", "labels": [0]}'),
@@ -87,4 +87,4 @@ def test_class_names_that_are_not_utf8(tmp_path):
     (tmp_path / "set/classnames.txt").write_bytes("café".encode("latin-1"))
 
     with pytest.raises(ValueError, match="classnames.txt: not UTF-8"):
-        images.classes()
+        images.class_names()

@@ -13,8 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from glimpse.data.evals.clip_benchmark import Benchmark
-from glimpse.data.evals.finetune import Labelled, Mix, paired, rand_augment, timm
+from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
+from glimpse.data.evals.finetune import (
+    LabeledImages,
+    MixupCutmix,
+    mixup_pairs_of_rank,
+    rand_augment,
+    timm_module,
+)
 from glimpse.data.shards import write_shard
 from glimpse.tests.helpers.tiny import NAMES, picture
 
@@ -39,7 +45,7 @@ def images(tmp_path_factory):
         samples.append((f"{i:04d}", {"png": picture(NAMES[i], rng), "cls": b"%d" % i}))
     (folder / "train").mkdir()
     write_shard(folder / "train" / "0.tar", samples)
-    return Benchmark(folder, "train")
+    return ClipBenchmarkSet(folder, "train")
 
 
 def random_states():
@@ -55,12 +61,12 @@ def test_what_is_drawn_follows_from_seed_epoch_and_sample(images):
     """Not from what was read before, nor from the global generators, which stay as they were."""
     rows = [*ALL, (1, 3)]
 
-    first, labels, noise = Labelled(images, 24, **HOW, **STRONG)[rows]
+    first, labels, noise = LabeledImages(images, 24, **HOW, **STRONG)[rows]
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(7)
     states = random_states()
-    again, _, noise_again = Labelled(images, 24, **HOW, **STRONG)[rows[::-1]]
-    other, _, _ = Labelled(images, 24, **{**HOW, "seed": 1}, **STRONG)[rows]
+    again, _, noise_again = LabeledImages(images, 24, **HOW, **STRONG)[rows[::-1]]
+    other, _, _ = LabeledImages(images, 24, **{**HOW, "seed": 1}, **STRONG)[rows]
 
     assert states == random_states()
     torch.testing.assert_close(again.flip(0), first, rtol=0, atol=0)
@@ -76,7 +82,7 @@ def test_the_whole_image_without_augmentation(images):
     """Normalized by channel; mirrored at random, which is all that is left."""
     mean = torch.tensor(HOW["mean"]).view(3, 1, 1)
 
-    normalized, _, _ = Labelled(images, 24, **HOW, crop=1.0, augment="none", erase=0.0)[ALL]
+    normalized, _, _ = LabeledImages(images, 24, **HOW, crop=1.0, augment="none", erase=0.0)[ALL]
 
     pixels = (normalized * 0.2 + mean) * 255
     assert pixels.min() >= -1e-3
@@ -85,8 +91,8 @@ def test_the_whole_image_without_augmentation(images):
 
 
 def test_erasing_draws_noise_after_normalisation(images):
-    plain, _, _ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=0.0)[ALL]
-    erased, _, _ = Labelled(images, 24, **HOW, crop=0.5, augment="none", erase=1.0)[ALL]
+    plain, _, _ = LabeledImages(images, 24, **HOW, crop=0.5, augment="none", erase=0.0)[ALL]
+    erased, _, _ = LabeledImages(images, 24, **HOW, crop=0.5, augment="none", erase=1.0)[ALL]
 
     changed = (plain != erased).float().mean((1, 2, 3))
     assert (changed > 0.01).all()
@@ -98,7 +104,7 @@ def test_erasing_draws_noise_after_normalisation(images):
 def test_pairs_stay_on_a_rank(world):
     rows = [(0, i) for i in range(10)]
 
-    shares = [paired(rows, rank, world) for rank in range(world)]
+    shares = [mixup_pairs_of_rank(rows, rank, world) for rank in range(world)]
 
     assert sorted(sum(shares, [])) == rows
     for share in shares:
@@ -111,7 +117,7 @@ def test_shares_are_mixed_as_the_whole(mixup, cutmix):
     pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(10) % 4
     rows = [(0, i) for i in range(10)]
-    mix = Mix(4, mixup, cutmix, 0.1)
+    mix = MixupCutmix(4, mixup, cutmix, 0.1)
 
     for step in range(4):
         mixed, targets = mix(pixels.clone(), labels, 0, step)
@@ -119,7 +125,7 @@ def test_shares_are_mixed_as_the_whole(mixup, cutmix):
         assert not torch.equal(mixed, pixels)
 
         for rank in range(3):
-            share = [i for _, i in paired(rows, rank, 3)]
+            share = [i for _, i in mixup_pairs_of_rank(rows, rank, 3)]
             mixed_share, targets_share = mix(pixels[share], labels[share], 0, step)
             torch.testing.assert_close(mixed_share, mixed[share], rtol=0, atol=0)
             torch.testing.assert_close(targets_share, targets[share], rtol=0, atol=0)
@@ -130,12 +136,12 @@ def test_targets_by_hand():
     pixels = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     labels = torch.tensor([0, 1])
 
-    same, targets = Mix(2, 0.0, 0.0, 0.2)(pixels.clone(), labels, 0, 0)
+    same, targets = MixupCutmix(2, 0.0, 0.0, 0.2)(pixels.clone(), labels, 0, 0)
 
     assert torch.equal(same, pixels)
     torch.testing.assert_close(targets, torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
 
-    mixed, targets = Mix(2, 0.8, 0.0, 0.0)(pixels.clone(), labels, 0, 0)
+    mixed, targets = MixupCutmix(2, 0.8, 0.0, 0.0)(pixels.clone(), labels, 0, 0)
 
     weight = 1 - float(mixed[0, 0, 0, 0])
     assert 0 < weight < 1
@@ -144,7 +150,7 @@ def test_targets_by_hand():
 
 def test_a_label_beyond_the_classes_is_named(images):
     with pytest.raises(ValueError, match="0.tar 0005 is of class 5; classnames.txt names 5"):
-        Labelled(images, 5, **HOW, **STRONG)[[(0, 5)]]
+        LabeledImages(images, 5, **HOW, **STRONG)[[(0, 5)]]
 
 
 def test_randaugment_is_refused_where_timm_cannot_read_it():
@@ -153,7 +159,7 @@ def test_randaugment_is_refused_where_timm_cannot_read_it():
             rand_augment(how, 32, (0.5, 0.5, 0.5))
 
     transform = rand_augment("rand-m9-n1-p1-inc1", 32, (0.5, 0.5, 0.5))
-    strongest = timm("auto_augment").NAME_TO_OP["PosterizeIncreasing"]
+    strongest = timm_module("auto_augment").NAME_TO_OP["PosterizeIncreasing"]
     image = Image.new("RGB", (4, 4), (200, 100, 50))
 
     assert transform
@@ -161,8 +167,8 @@ def test_randaugment_is_refused_where_timm_cannot_read_it():
 
 
 def test_timm_is_asked_for(monkeypatch):
-    timm.cache_clear()
+    timm_module.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
     with pytest.raises(ValueError, match="pip install timm"):
-        timm("mixup")
+        timm_module("mixup")

@@ -79,7 +79,10 @@ def test_pascal_context(tmp_path):
     assert classes[:3] == ["aeroplane", "bag", "bed"] == sorted(classes)[:3]
 
     # With the background as a class.
-    tell(tmp_path / "classnames.txt", "\n".join(["background", *segmentation_layouts.CONTEXT_CLASSES]))
+    tell(
+        tmp_path / "classnames.txt",
+        "\n".join(["background", *segmentation_layouts.CONTEXT_CLASSES]),
+    )
     images = open_set(tmp_path)
     assert seen(images, 0) == [0, 1, 2, 59, 59]
     assert len(images.class_names()) == 60

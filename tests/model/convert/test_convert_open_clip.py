@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glimpse.data.tokenizer import build
+from glimpse.data.tokenizer import build_tokenizer
 from glimpse.model.convert import open_clip, positions
 from glimpse.model.lazy_tensors import Tensors
 from glimpse.model.portable import About, Portable
@@ -118,7 +118,7 @@ def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> Porta
 def assert_theirs_agrees(model: Portable, path: Path, *config: str) -> None:
     """Assert that open_clip's own model of the path gives our embeddings."""
     peer = open_clip.peer(path, *config)
-    far = proofs.differences(model, peer, build("clip_bpe", model.context))
+    far = proofs.differences(model, peer, build_tokenizer("clip_bpe", model.context))
     print(f"{path.name}: {far}")
     assert max(far.values()) < 1e-5
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from glimpse.data.masking import Random, complementary
-from glimpse.data.transforms import View, enclosing, random_box
+from glimpse.data.masking import RandomMask, complementary_masks
+from glimpse.data.transforms import View, enclosing_box, random_box
 from glimpse.model.methods.aclip import Aclip, Options
 from glimpse.model.methods.attentive import STRATEGIES, Attentive, scores_at, take
 from glimpse.tests.model.test_towers import CLIP, SMALL
@@ -110,7 +110,7 @@ def boxes_of(images):
     for _ in range(images):
         height, width = rng.integers(100, 641, 2).tolist()
         views = [random_box(height, width, view, rng) for _ in range(2)]
-        boxes.append((enclosing(views), views))
+        boxes.append((enclosing_box(views), views))
     return boxes
 
 
@@ -337,11 +337,11 @@ def test_take():
 @pytest.mark.parametrize("grid", [(14, 14), (4, 8), (3, 11), (7, 9)])
 def test_complementary_views_show_every_patch_once(grid, views, ratio):
     patches = grid[0] * grid[1]
-    visible = Random(ratio).visible(patches)
+    visible = RandomMask(ratio).visible(patches)
     noise = uniform(400, grid)
 
-    keeps = complementary(noise, views)
-    of_one_image = complementary(noise[9:10], views)
+    keeps = complementary_masks(noise, views)
+    of_one_image = complementary_masks(noise[9:10], views)
 
     # Every patch once, in views of nearly equal size.
     assert len(keeps) == views
@@ -363,4 +363,4 @@ def test_complementary_views_show_every_patch_once(grid, views, ratio):
 @pytest.mark.parametrize("views", [0, 16])
 def test_as_many_views_as_patches_at_most(views):
     with pytest.raises(ValueError, match=f"--ensemble {views}: 15 patches make 1 to 15 views"):
-        complementary(uniform(1, (3, 5)), views)
+        complementary_masks(uniform(1, (3, 5)), views)

@@ -109,7 +109,7 @@ def part(tmp_path_factory):
         )
         if patches is None:
             patches = pictures()
-        rows = [reader.row(sample(i, x), 0, i) for i, x in enumerate(patches)]
+        rows = [reader.prepare(sample(i, x), 0, i) for i, x in enumerate(patches)]
         return reader.micro_batch(rows, [])
 
     return batch

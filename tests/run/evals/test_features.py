@@ -285,7 +285,9 @@ def test_a_set_without_a_train_split_is_refused_at_the_start(images):
     def no_train(split):
         raise ValueError(f"it needs {split}")
 
-    test_only = SimpleNamespace(classes=images.class_names, label=images.label, other=no_train)
+    test_only = SimpleNamespace(
+        class_names=images.class_names, label=images.label, open_split=no_train
+    )
 
     with pytest.raises(ValueError, match="it needs train"):
         knn.check_set(test_only, knn.Options())

@@ -200,11 +200,11 @@ def test_names_of_a_class_and_a_subset(tmp_path):
 
     everything = ClipBenchmarkSet(folder)
     assert everything.prompts()[0] == ["a happy", "happy!", "a smiling", "smiling!"]
-    assert everything.classes() == ["happy", "sad", "bored", "angry"]
+    assert everything.class_names() == ["happy", "sad", "bored", "angry"]
 
     subset.write_text("1\n3\n")
     small = ClipBenchmarkSet(folder)
-    assert small.classes() == ["sad", "angry"]
+    assert small.class_names() == ["sad", "angry"]
     assert [small.label(0), small.label(1)] == [1, 0]
     assert [len(p) for p in small.prompts("7")] == [14, 7]
 
