@@ -113,11 +113,11 @@ class DataConfig:
     # Write the keys of every step's samples to RUN/trace/.
     trace: bool = False
 
-    def pad(self, ids: list[int], pad: int) -> list[int]:
+    def pad(self, ids: list[int], pad_id: int) -> list[int]:
         """Fill a caption's tokens to the context, where pad_text asks for it."""
         if not self.pad_text:
             return ids
-        return ids + [pad] * (self.context - len(ids))
+        return ids + [pad_id] * (self.context - len(ids))
 
     def __post_init__(self):
         if not self.train:
@@ -269,14 +269,14 @@ def stack_views(samples: list[dict[str, np.ndarray]]) -> ViewBatch:
     return cast(ViewBatch, {key: torch.from_numpy(array) for key, array in batch.items()})
 
 
-def micro_batch_size(batch: int, world: int, accumulate: int) -> int:
+def micro_batch_size(batch: int, world_size: int, accumulate: int) -> int:
     """The samples of a part on one rank, or ValueError."""
-    parts = world * accumulate
+    parts = world_size * accumulate
     if batch % parts:
         below = batch // parts * parts
         near = f"{below} or {below + parts}" if below else str(parts)
         raise ValueError(
-            f"batch: {batch} does not divide by {world} ranks x accumulate {accumulate}; nearest:"
+            f"batch: {batch} does not divide by {world_size} ranks x accumulate {accumulate}; nearest:"
             f" {near}"
         )
     return batch // parts
@@ -295,11 +295,11 @@ class Batches(Dataset):
         batch: int,
         accumulate: int = 1,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ):
         self.reader, self.shards, self.rank = reader, shards, rank
         self.order = Order(shards.counts, reader.seed, reader.cfg.window)
-        self.size = micro_batch_size(batch, world, accumulate)
+        self.size = micro_batch_size(batch, world_size, accumulate)
         self.accumulate = accumulate
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
@@ -353,12 +353,14 @@ class Batches(Dataset):
         """Return 0: nothing but the number of samples is needed to go on."""
         return 0
 
-    def iterate(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
+    def iterate(self, starts: range, pin_memory: bool) -> Iterator[list[MicroBatch]]:
         """The batches that begin at `starts`, prepared ahead by worker processes; pin: into
         page-locked memory, for a GPU.
         """
         settings = worker_kwargs(self.reader.cfg)
-        return iter(DataLoader(self, batch_size=None, sampler=starts, pin_memory=pin, **settings))
+        return iter(
+            DataLoader(self, batch_size=None, sampler=starts, pin_memory=pin_memory, **settings)
+        )
 
 
 def worker_kwargs(cfg: DataConfig) -> dict:

@@ -259,7 +259,7 @@ class Shards:
     captions: raise ValueError unless every shard holds images and captions.
     """
 
-    def __init__(self, folders: Iterable[str | Path], captions: bool = True):
+    def __init__(self, folders: Iterable[str | Path], require_captions: bool = True):
         self.paths: list[Path] = []
         self.counts: list[int] = []
         for folder, chosen in map(select_tars, folders):
@@ -273,7 +273,7 @@ class Shards:
                         f" {max(rows)}; see data.train"
                     )
                 row = rows[name]
-                if captions:
+                if require_captions:
                     require_pairs(folder, row)
                 self.paths.append(folder / row["name"])
                 self.counts.append(row["samples"])
@@ -286,10 +286,10 @@ class Shards:
     def __getitem__(self, i: int) -> Sample:
         return self.read(i)
 
-    def read(self, i: int, only: tuple[str, ...] = ()) -> Sample:
+    def read(self, i: int, extensions: tuple[str, ...] = ()) -> Sample:
         """Read sample i; only: extensions of the members to read, without any byte of the rest."""
         shard, place = self.locate(i)
-        return self._open(self.paths[shard]).read(place, only)
+        return self._open(self.paths[shard]).read(place, extensions)
 
     def locate(self, i: int) -> tuple[int, int]:
         """Return sample i as (shard, place in that shard)."""

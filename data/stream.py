@@ -65,16 +65,16 @@ class Stream(IterableDataset):
         batch: int,
         accumulate: int = 1,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         cursor: int = 0,
     ):
-        self.reader, self.rank, self.world, self.cursor = reader, rank, world, cursor
+        self.reader, self.rank, self.world, self.cursor = reader, rank, world_size, cursor
         self.urls = [url for path in train for url in webdataset.shardlists.expand_urls(path)]
-        self.size = micro_batch_size(batch, world, accumulate)
+        self.size = micro_batch_size(batch, world_size, accumulate)
         self.accumulate = accumulate
         # by worker: the oldest shard that it still needs
         self.oldest_needed = [cursor] * max(1, reader.cfg.workers)
-        readers = world * max(1, reader.cfg.workers)
+        readers = world_size * max(1, reader.cfg.workers)
         if len(self.urls) < readers:
             raise ValueError(
                 f"data.train: {len(self.urls)} streamed shards for {readers} readers (ranks x"
@@ -171,10 +171,12 @@ class Stream(IterableDataset):
         # the loader makes lists of tuples
         return [(epoch, shard, key) for epoch, shard, key in part["keys"]]
 
-    def iterate(self, starts: range, pin: bool) -> Iterator[list[MicroBatch]]:
+    def iterate(self, starts: range, pin_memory: bool) -> Iterator[list[MicroBatch]]:
         """Yield as many batches as `starts` names."""
         batches = iter(
-            DataLoader(self, batch_size=None, pin_memory=pin, **worker_kwargs(self.reader.cfg))
+            DataLoader(
+                self, batch_size=None, pin_memory=pin_memory, **worker_kwargs(self.reader.cfg)
+            )
         )
         for _ in starts:
             parts = next(batches)

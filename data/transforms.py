@@ -281,7 +281,7 @@ def random_box(
 
 
 def center_view(
-    data: bytes, size: Size, how: str = "resize_crop", interpolation: str = "bicubic"
+    data: bytes, size: Size, crop: str = "resize_crop", interpolation: str = "bicubic"
 ) -> np.ndarray:
     """The view for evaluation, (H, W, 3), from the image at its full size.
 
@@ -294,16 +294,16 @@ def center_view(
 
     ValueError: the image cannot be read.
     """
-    if how not in CROPS:
-        raise ValueError(f"how: {how!r}; known: {', '.join(CROPS)}")
+    if crop not in CROPS:
+        raise ValueError(f"how: {crop!r}; known: {', '.join(CROPS)}")
     image = decode(data)
     height, width = image.shape[:2]
     H, W = height_and_width(size)
-    if how == "squash":
+    if crop == "squash":
         return resize(image, H, W, interpolation)
 
     tall = height * W >= width * H  # for its width, so that it is the width that must fit
-    if how == "square":
+    if crop == "square":
         if tall:
             rows, columns = max(1, round(width * H / W)), width
         else:

@@ -103,7 +103,7 @@ def build_loader(cfg: RunConfig) -> Batches | Stream:
         batch=cfg.batch,
         accumulate=cfg.accumulate,
         rank=distributed.rank(),
-        world=distributed.world_size(),
+        world_size=distributed.world_size(),
     )
     if is_stream(cfg.data.train):
         return Stream(reader, cfg.data.train, **split)
@@ -181,7 +181,7 @@ class Training:
         """Train until the end of the run or a signal, then save and evaluate."""
         cfg, trainer = self.cfg, self.trainer
         starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
-        stream = self.batches.iterate(starts, pin=distributed.device().type == "cuda")
+        stream = self.batches.iterate(starts, pin_memory=distributed.device().type == "cuda")
 
         while self.has_more_steps() and not self.stop.is_requested():
             # 1. Wait for the batch, and count samples that could not be read.

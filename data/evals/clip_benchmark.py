@@ -251,7 +251,7 @@ class ClipBenchmarkSet(Images):
                 f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's"
                 " webdataset layout, or another layout of docs/evaluating.md"
             )
-        self.shards = Shards([self.folder / split], captions=False)
+        self.shards = Shards([self.folder / split], require_captions=False)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -304,7 +304,7 @@ class ClipBenchmarkSet(Images):
 
     def captions(self, i: int) -> list[str]:
         with self.explain_errors(i, "captions"):
-            texts = self.shards.read(i, only=CAPTION_EXTENSIONS).captions
+            texts = self.shards.read(i, extensions=CAPTION_EXTENSIONS).captions
             lines = [line for text in texts for line in text.splitlines()]
             captions = [line for line in lines if line.strip()]
             if not captions:
@@ -342,7 +342,7 @@ class ClipBenchmarkSet(Images):
 
     def read_member(self, i: int, extension: str) -> bytes:
         """Return one file of sample i."""
-        sample = self.shards.read(i, only=(extension,))
+        sample = self.shards.read(i, extensions=(extension,))
         if extension not in sample.files:
             available = ", ".join(sample.files)
             raise ValueError(

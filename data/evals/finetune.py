@@ -95,13 +95,15 @@ def seed_global_generators(rng: np.random.Generator) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def mixup_pairs_of_rank(rows: Sequence[EpochSample], rank: int, world: int) -> list[EpochSample]:
+def mixup_pairs_of_rank(
+    rows: Sequence[EpochSample], rank: int, world_size: int
+) -> list[EpochSample]:
     """Return this rank's share of a batch, made of the pairs that mixup mixes.
 
     The i-th row from the front and the i-th from the back are such a pair, of the batch and of the
     share.
     """
-    front = range(rank, len(rows) // 2, world)
+    front = range(rank, len(rows) // 2, world_size)
     return [rows[i] for i in front] + [rows[-1 - i] for i in reversed(front)]
 
 

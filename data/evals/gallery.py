@@ -59,12 +59,14 @@ class ShardGallery:
     """The samples of a folder's shards; the first caption of each."""
 
     def __init__(self, folder: Path):
-        self.shards = Shards([folder], captions=False)
+        self.shards = Shards([folder], require_captions=False)
         kinds = {kind for row in read_index(folder)["shards"] for kind in row["extensions"]}
         self.captioned = "txt" in kinds
         if not self.captioned and "json" in kinds:
             # A json need not hold a caption; the first sample's shows whether they do.
-            self.captioned = first_caption(self.shards.read(0, only=CAPTION_EXTENSIONS)) is not None
+            self.captioned = (
+                first_caption(self.shards.read(0, extensions=CAPTION_EXTENSIONS)) is not None
+            )
 
     def __len__(self) -> int:
         return len(self.shards)

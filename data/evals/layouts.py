@@ -30,7 +30,7 @@ LAYOUTS: tuple[type[FileSet], ...] = (
 )
 
 
-def open_set(folder: str | Path, split: str = "test", reads: str = "") -> Images:
+def open_set(folder: str | Path, split: str = "test", content: str = "") -> Images:
     """Open the set in a folder or at a URL.
 
     A folder with SPLIT/*.tar holds shards; any other is opened by the first of LAYOUTS that fits,
@@ -45,7 +45,7 @@ def open_set(folder: str | Path, split: str = "test", reads: str = "") -> Images
 
     fitting = [layout for layout in LAYOUTS if layout.matches(folder)]
     for layout in fitting:
-        if layout.content == reads:
+        if layout.content == content:
             return layout(folder, split)
     if fitting:
         return fitting[0](folder, split)

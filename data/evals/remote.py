@@ -53,7 +53,7 @@ def local_copy(where: str | Path, split: str) -> Path:
             f"evals: {where}: {split}/nshards.txt is {text[:40]!r}; it must be the number of shards"
         )
     for file in TEXT_FILES:
-        fetch(base, file, folder, needed=False)
+        fetch(base, file, folder, required=False)
     for shard in range(int(text)):
         fetch(base, f"{split}/{shard}.tar", folder)
     # Last: its presence marks the split as complete.
@@ -78,7 +78,7 @@ def read_remote(base: str, file: str) -> bytes:
         return fetch(base, file, Path(folder)).read_bytes()
 
 
-def fetch(base: str, file: str, folder: Path, needed: bool = True) -> Path:
+def fetch(base: str, file: str, folder: Path, required: bool = True) -> Path:
     """Copy a file to `folder`, completely or not at all; an existing file is left as it is.
 
     needed=False: a file that is absent at the URL is no error.
@@ -99,7 +99,7 @@ def fetch(base: str, file: str, folder: Path, needed: bool = True) -> Path:
             status = int(exit_status[1]) if exit_status else 0
             by_curl = url.startswith("http")
             # Only curl says that a file is absent; a pipe's command fails for any reason.
-            if needed or (by_curl and status != CURL_HTTP_ERROR):
+            if required or (by_curl and status != CURL_HTTP_ERROR):
                 why = CURL_ERRORS.get(status) if by_curl else None
                 reason = why or " ".join(str(error).split())[:200]
                 raise ValueError(f"evals: {url} cannot be read: {reason}") from None

@@ -49,13 +49,13 @@ class WindowImages(Images):
     Window w is a part of image `owner[w]`.
     """
 
-    def __init__(self, images: Images, sliding: WindowGrid, chosen: Sequence[int]):
+    def __init__(self, images: Images, sliding: WindowGrid, indices: Sequence[int]):
         self.images = images
         self.sliding = sliding
         self.folder = images.folder
         self.split = images.split
         self.shapes: dict[int, tuple[int, int]] = {}  # by image: its height and width
-        for i in chosen:
+        for i in indices:
             try:
                 self.shapes[i] = image_size(images.image(i))
             except ValueError as error:

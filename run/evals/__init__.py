@@ -85,7 +85,7 @@ def parse_evaluations(
             suite = module.look(folder, data, options, arguments)
             evals += [e for e in suite_evaluations(suite, training) if e.label not in labels]
             continue
-        images = open_set(folder, reads=getattr(module, "ANNOTATION", ""))
+        images = open_set(folder, content=getattr(module, "ANNOTATION", ""))
         module.check_set(images, options)
         label = f"{kind}{arguments}/{images.name}"
         if label in labels:

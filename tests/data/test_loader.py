@@ -154,8 +154,8 @@ def test_rows_are_what_their_seed_says(data):
 def test_workers_change_nothing(data):
     starts = range(0, 160, 16)  # over the end of the first epoch
 
-    alone = list(batches(data, workers=0).iterate(starts, pin=False))
-    two = list(batches(data, workers=2).iterate(starts, pin=False))
+    alone = list(batches(data, workers=0).iterate(starts, pin_memory=False))
+    two = list(batches(data, workers=2).iterate(starts, pin_memory=False))
 
     assert len(alone) == 10
     assert same(alone, two)
@@ -188,7 +188,7 @@ def test_a_share_of_the_shards_is_a_set_of_its_own(data):
 def test_ranks_and_parts_share_the_same_batch(data, world, accumulate):
     (expected,) = batches(data)[112]  # straddles two epochs
 
-    loaders = [batches(data, rank=r, world=world, accumulate=accumulate) for r in range(world)]
+    loaders = [batches(data, rank=r, world_size=world, accumulate=accumulate) for r in range(world)]
 
     for loader in loaders:
         parts = loader[112]
@@ -302,7 +302,7 @@ def test_noise(data):
 def test_ranks_and_parts_share_several_views(data, world, accumulate):
     (expected,) = several(data)[112]
 
-    loaders = [several(data, rank=r, world=world, accumulate=accumulate) for r in range(world)]
+    loaders = [several(data, rank=r, world_size=world, accumulate=accumulate) for r in range(world)]
 
     assert same(joined_ranks(loaders, 112), expected)
 
@@ -310,8 +310,8 @@ def test_ranks_and_parts_share_several_views(data, world, accumulate):
 def test_workers_change_nothing_of_several_views(data):
     starts = range(96, 144, 16)
 
-    alone = list(several(data, workers=0).iterate(starts, pin=False))
-    two = list(several(data, workers=2).iterate(starts, pin=False))
+    alone = list(several(data, workers=0).iterate(starts, pin_memory=False))
+    two = list(several(data, workers=2).iterate(starts, pin_memory=False))
 
     assert len(alone) == 3
     assert same(alone, two)
@@ -415,7 +415,7 @@ def test_a_broken_sample_is_replaced_named_and_alone(data, tmp_path):
     (good,) = batches(data, train=broken(tmp_path / "good", ()))[0]
     bad = broken(tmp_path / "bad", which)
 
-    loaders = [batches(data, train=bad, rank=rank, world=2) for rank in (0, 1)]
+    loaders = [batches(data, train=bad, rank=rank, world_size=2) for rank in (0, 1)]
     part = joined_ranks(loaders, 0)
 
     hit = [row for row, (_, i) in enumerate(good["samples"].tolist()) if i in which]

@@ -116,11 +116,13 @@ def test_only_some_members_are_read(folder, monkeypatch):
 
     monkeypatch.setattr("os.pread", recorded)
 
-    sample = shards.read(20, only=("cls", "txt"))
+    sample = shards.read(20, extensions=("cls", "txt"))
 
     assert sample == Sample("00002.tar", key, {"txt": parts["txt"]})
     assert sizes == [len(parts["txt"])]
-    assert shards.read(20, only=("cls",)).files == parts, "none of them: all, to say what there is"
+    assert shards.read(20, extensions=("cls",)).files == parts, (
+        "none of them: all, to say what there is"
+    )
 
 
 def test_same_samples_same_bytes(tmp_path):

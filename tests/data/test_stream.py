@@ -70,7 +70,7 @@ def stream(data, *train, workers=0, **more):
 
 def read(loader, batches):
     """The first batches of a loader, each a list of its parts."""
-    return list(loader.iterate(range(batches), pin=False))
+    return list(loader.iterate(range(batches), pin_memory=False))
 
 
 def read_until(loader, shard, limit=400):
@@ -79,7 +79,7 @@ def read_until(loader, shard, limit=400):
     Returns a Counter of (epoch, shard, key).
     """
     seen = Counter()
-    for parts in loader.iterate(range(limit), pin=False):
+    for parts in loader.iterate(range(limit), pin_memory=False):
         for part in parts:
             seen.update(loader.keys(part))
         if loader.resume_cursor() >= shard:
@@ -102,7 +102,7 @@ def test_every_sample_of_every_epoch(data, url, world, workers):
     """Once each, where nothing interrupts, however many readers share the shards."""
     seen = Counter()
     for rank in range(world):
-        loader = stream(data, url + ALL_SHARDS, rank=rank, world=world, workers=workers)
+        loader = stream(data, url + ALL_SHARDS, rank=rank, world_size=world, workers=workers)
         seen += read_until(loader, 2 * SHARDS)
 
     counts = first_epochs(seen, 2)
@@ -137,9 +137,9 @@ def test_a_resume_loses_nothing(data, url, then):
     seen = Counter()
     cursors = []
     for rank in range(2):
-        loader = stream(data, train, rank=rank, world=2)
+        loader = stream(data, train, rank=rank, world_size=2)
         assert loader.resume_cursor() == 0
-        for parts in loader.iterate(range(25), pin=False):
+        for parts in loader.iterate(range(25), pin_memory=False):
             for part in parts:
                 seen.update(loader.keys(part))
         cursors.append(loader.resume_cursor())
@@ -147,7 +147,7 @@ def test_a_resume_loses_nothing(data, url, then):
     assert cursor > 0, "it goes on from somewhere"
 
     for rank in range(then):
-        loader = stream(data, train, rank=rank, world=then, cursor=cursor)
+        loader = stream(data, train, rank=rank, world_size=then, cursor=cursor)
         seen += read_until(loader, 2 * SHARDS)
 
     counts = first_epochs(seen, 2)
@@ -158,7 +158,7 @@ def test_a_resume_loses_nothing(data, url, then):
 
 def test_fewer_shards_than_readers(data, url):
     with pytest.raises(ValueError, match="6 streamed shards for 8 readers .*fewer workers"):
-        stream(data, url + ALL_SHARDS, world=4, workers=2)
+        stream(data, url + ALL_SHARDS, world_size=4, workers=2)
 
 
 def test_pipes_and_several_sources(data, url):

@@ -238,7 +238,7 @@ def test_two_steps_of_every_method(data, name, more):
 def test_evaluations_by_hand(data, monkeypatch, tmp_path):
     method, cfg, tokenizer = untrained_method(data / "tokenizer.model", WIDE)
     model = embed.Embedder(method, cfg, tokenizer, results_folder=tmp_path, tag="test")
-    samples = Shards([data / "eval" / "shapes" / "test"], captions=False)
+    samples = Shards([data / "eval" / "shapes" / "test"], require_captions=False)
     encoded = [samples[i].image for i in range(len(samples))]
     views = np.stack([center_view(image, (H, W), cfg.eval_crop) for image in encoded])
     patches = patchify(torch.from_numpy(views).permute(0, 3, 1, 2), 8)

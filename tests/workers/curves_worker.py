@@ -105,7 +105,7 @@ def build_trainer(cfg: config.RunConfig, **engine_options) -> tuple[engine.Engin
         batch=cfg.batch,
         accumulate=cfg.accumulate,
         rank=distributed.rank(),
-        world=distributed.world_size(),
+        world_size=distributed.world_size(),
     )
     return trainer, batches
 
@@ -114,7 +114,7 @@ def train_until(
     cfg: config.RunConfig, trainer: engine.Engine, batches: Batches, samples: int
 ) -> Iterator[float]:
     """Train until `samples` samples have been seen, and yield the loss of each step."""
-    for micro_batches in batches.iterate(range(trainer.samples, samples, cfg.batch), pin=False):
+    for micro_batches in batches.iterate(range(trainer.samples, samples, cfg.batch), pin_memory=False):
         lr = cfg.optim.lr_at(trainer.samples, cfg.batch, cfg.samples)
         loss, *_ = trainer.step(micro_batches, lr)
         yield float(loss)

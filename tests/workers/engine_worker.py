@@ -85,10 +85,10 @@ class Cases:
             Shards(cfg.data.train),
             batch=cfg.batch,
             rank=distributed.rank(),
-            world=distributed.world_size(),
+            world_size=distributed.world_size(),
         )
         trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **engine_options)
-        for micro_batches in batches.iterate(range(0, steps * cfg.batch, cfg.batch), pin=False):
+        for micro_batches in batches.iterate(range(0, steps * cfg.batch, cfg.batch), pin_memory=False):
             loss, *_ = trainer.step(micro_batches, 3e-3)
             self.loss = float(loss)
         self.micro_batches = batches[steps * cfg.batch]

@@ -233,4 +233,4 @@ def side_of(record: dict, seen: set[str]) -> str:
 
 def about(shards: Shards, i: int) -> dict:
     """Return the json member of sample number i."""
-    return json.loads(shards.read(i, only=("json",)).files["json"])
+    return json.loads(shards.read(i, extensions=("json",)).files["json"])

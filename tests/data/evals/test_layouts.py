@@ -110,7 +110,7 @@ def test_pascal_context_as_it_was_published(tmp_path):
 
 @pytest.mark.parametrize("maps, where", [("stuffthingmaps", "."), ("annotations", "images")])
 def test_coco_stuff(tmp_path, maps, where):
-    images = open_set(coco_stuff(tmp_path, maps, where), reads="label_map")
+    images = open_set(coco_stuff(tmp_path, maps, where), content="label_map")
 
     assert type(images) is segmentation_layouts.CocoStuff
     assert len(images) == 2
@@ -443,14 +443,14 @@ def test_a_folder_that_holds_several(tmp_path):
         "": caption_layouts.CocoCaptions,
     }
     for reads, layout in expected.items():
-        assert type(open_set(tmp_path, reads=reads)) is layout
+        assert type(open_set(tmp_path, content=reads)) is layout
 
     karpathy(tmp_path)
-    assert type(open_set(tmp_path, reads="captions")) is caption_layouts.Karpathy
+    assert type(open_set(tmp_path, content="captions")) is caption_layouts.Karpathy
 
     (tmp_path / "test").mkdir()
     write_shard(tmp_path / "test/0.tar", [("a", {"jpg": b"x", "txt": b"y"})])
-    assert type(open_set(tmp_path, reads="captions")) is ClipBenchmarkSet
+    assert type(open_set(tmp_path, content="captions")) is ClipBenchmarkSet
 
 
 def test_evaluations_open_what_they_read(tmp_path):

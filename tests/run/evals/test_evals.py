@@ -84,7 +84,7 @@ def by_hand(method, cfg, tokenizer, folder, views=lambda i: [range(16)]):
     Return the embeddings (N, E), each the mean of those of the patches in each of views(i); a
     function that embeds a text; and the samples.
     """
-    shards = Shards([folder / "test"], captions=False)
+    shards = Shards([folder / "test"], require_captions=False)
     samples = [shards[i] for i in range(len(shards))]
     embeddings = []
     for i, sample in enumerate(samples):
