@@ -1,14 +1,15 @@
 """The training loader: samples -> views -> masked patches -> micro-batches.
 
-A batch on one rank is a list of `accumulate` micro-batches (one, unless GradCache is on), each a
-MicroBatch of b samples: only the visible patches of their views, as a mask left them, and their
-captions, packed without padding.
+A batch on one rank is a list of `accumulate` micro-batches (one unless GradCache is on). A
+MicroBatch holds b samples: the visible patches of each view, and the captions, concatenated
+without padding.
 
-Everything drawn for a sample comes from a generator of (seed, epoch, sample, view): neither the
-number of workers or ranks nor a resume changes a crop or a mask.
+Determinism. All random numbers of a sample come from generators seeded with
+(seed, epoch, sample, n): n = 0 for the caption, n = 1, 2, ... for the views in alphabetical order.
+Crops and masks therefore do not depend on the number of workers or ranks, or on resuming.
 
-Names: B global batch, b samples of a micro-batch on one rank, L patches of a grid, K visible
-patches, P patch side, T tokens.
+Shapes: B global batch size, b samples of a micro-batch on one rank, L patches of a view, K visible
+patches, P patch side, T tokens of all captions.
 """
 
 import signal
@@ -36,41 +37,46 @@ from glimpse.data.transforms import (
     view_names,
 )
 
-MAX_SUBSTITUTES = 20  # tries to replace a broken sample before the data are called broken
-BadSample = tuple[str, str, str]  # (shard, key, why): a sample that could not be read
+# Unreadable samples in a row after which the loader gives up.
+MAX_SUBSTITUTES = 20
+BadSample = tuple[str, str, str]  # (shard, key, reason) of a sample that could not be read
 
 
 class ViewBatch(TypedDict):
     """One view of the samples of a micro-batch."""
 
-    patches: Tensor  # (b, K, 3 P P) uint8: the visible patches alone
-    positions: Tensor  # (b, K) int16: their places in the grid
-    # (b, 4) float32: top, left, height, width in pixels of the source, where one view encloses
-    # others
+    patches: Tensor  # (b, K, 3 P P) uint8: the visible patches
+    positions: Tensor  # (b, K) int16: their indices in the grid
+    # (b, 4) float32: top, left, height and width of the crop in pixels of the source image. Only
+    # if the config has a view that encloses others.
     box: NotRequired[Tensor]
-    # (b, L - K, 3 P P) uint8 and (b, L - K) int16: the other patches, for methods that predict them
+    # (b, L - K, 3 P P) uint8 and (b, L - K) int16: the masked patches and their indices, for
+    # methods that predict them.
     hidden: NotRequired[Tensor]
     hidden_positions: NotRequired[Tensor]
-    noise: NotRequired[
-        Tensor
-    ]  # (b, L) float32, uniform: for methods that choose patches themselves
+    # (b, L) float32, uniform in [0, 1): for methods that choose patches on the device.
+    noise: NotRequired[Tensor]
 
 
 class TextBatch(TypedDict):
-    """The captions of a micro-batch, end to end."""
+    """The captions of a micro-batch, concatenated."""
 
     ids: Tensor  # (T,) int32
     lengths: Tensor  # (b,) int32
-    longest: int
-    positions: NotRequired[Tensor]  # (T,) int32: the tokens' places, where a text mask dropped some
+    longest: int  # the largest length
+    # (T,) int32: the position of each token in its caption; only if a text mask dropped some.
+    positions: NotRequired[Tensor]
 
 
 class MicroBatch(TypedDict):
+    """The samples that a rank passes through the model at once."""
+
     views: dict[str, ViewBatch]
     text: TextBatch
-    samples: Tensor  # (b, 2) int64: (epoch, sample), which Shards names
-    bad: list[BadSample]  # samples that could not be read, and were replaced
-    # of streams: (epoch, shard, key) of each sample, the worker, the oldest shard that it needs
+    samples: Tensor  # (b, 2) int64: (epoch, sample)
+    bad: list[BadSample]  # unreadable samples, which were replaced
+    # Only from streams: (epoch, shard, key) of each sample, the worker that made the micro-batch,
+    # and the oldest shard from which that worker still holds samples.
     keys: NotRequired[Sequence[tuple[int, str, str]]]
     worker: NotRequired[int]
     oldest: NotRequired[int]
@@ -79,10 +85,10 @@ class MicroBatch(TypedDict):
 class PreparedSample(NamedTuple):
     """One sample, ready to be stacked."""
 
-    sample: tuple[int, int]  # (epoch, number)
-    ids: list[int]  # the caption's tokens
-    places: list[int] | None  # their places; None: 0, 1, ...
-    views: dict[str, dict[str, np.ndarray]]  # as ViewBatch, without the b
+    sample: tuple[int, int]  # (epoch, sample)
+    ids: list[int]  # the tokens of the caption
+    positions: list[int] | None  # their positions in the caption; None: 0, 1, ...
+    views: dict[str, dict[str, np.ndarray]]  # the arrays of ViewBatch, without b
 
 
 @dataclass(frozen=True)
@@ -114,63 +120,64 @@ class DataConfig:
     trace: bool = False
 
     def pad(self, ids: list[int], pad_id: int) -> list[int]:
-        """Fill a caption's tokens to the context, where pad_text asks for it."""
+        """Pad the tokens of a caption to the context length if pad_text is on."""
         if not self.pad_text:
             return ids
         return ids + [pad_id] * (self.context - len(ids))
 
     def __post_init__(self):
         if not self.train:
-            raise ValueError("data.train: none; name at least one folder of shards")
+            raise ValueError("data.train: empty; give at least one folder of shards")
         mask = text_masking.parse_text_mask(self.text_mask)
         if isinstance(mask, text_masking.LengthMask) and mask.tokens >= self.context:
             raise ValueError(
                 f"data.text_mask: {self.text_mask} cuts nothing from captions of at most"
-                f" data.context {self.context} tokens"
+                f" data.context {self.context} tokens; use a number below {self.context}"
             )
         if not 0 <= self.max_bad < 1:
-            raise ValueError(f"data.max_bad: {self.max_bad}; a share from 0 to below 1")
+            raise ValueError(f"data.max_bad: {self.max_bad}; it must be a share from 0 to below 1")
         for name in ("context", "window", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}: {getattr(self, name)}; it must be at least 1")
 
 
 class ViewSpec(NamedTuple):
-    """One draw of a view: what is made of each image under one name."""
+    """One draw of a view: its name in a batch, and how to make it from an image."""
 
     name: str
     view: View
     mask: Mask
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # rows and columns of patches
 
 
 def plan_views(views: dict[str, View], image_size: Size, patch: int) -> list[ViewSpec]:
-    """Every draw of every view; ValueError for what cannot be cut into patches, or a mask that
-    hides all.
+    """Return the specs of every draw of every view, in alphabetical order of their names.
+
+    Raise ValueError if a view cannot be divided into patches, or a mask hides all of them.
     """
-    planned = []
+    specs = []
     for name, view in expand_views(views).items():
         mask = parse_mask(view.mask)
         height, width = height_and_width(image_size)
         try:
             if view.size and height != width:
                 raise ValueError(
-                    f"size: {view.size}; the side of a square, and model.image_size"
-                    f" {[height, width]} is none; leave it out"
+                    f"size: {view.size}; it is the side of a square, but model.image_size is"
+                    f" {[height, width]}; remove it"
                 )
             grid = patches.patch_grid(*height_and_width(view.size or image_size), patch)
-            mask.visible(grid[0] * grid[1])
+            mask.visible_count(grid[0] * grid[1])
         except ValueError as error:
             raise ValueError(f"views.{name}: {error}") from None
-        planned.append(ViewSpec(name, view, mask, grid))
-    return planned
+        specs.append(ViewSpec(name, view, mask, grid))
+    return specs
 
 
 class SampleReader:
-    """Turn samples into rows (tokens and visible patches), and rows into micro-batches.
+    """Prepare samples (tokens and visible patches), and collate them into micro-batches.
 
-    hidden, noise: the names of the views of which a method wants the hidden patches, or noise.
-    pool: first or eot, the caption's token that a text mask leaves.
+    hidden, noise: names of the views for which the method needs the hidden patches, or noise.
+    pool: first or eot, the token of the caption that the text tower pools; text masks keep it.
     """
 
     def __init__(
@@ -185,14 +192,17 @@ class SampleReader:
         noise: tuple[str, ...] = (),
         pool: str = "first",
     ):
-        self.cfg, self.image_size, self.patch, self.seed = cfg, image_size, patch, seed
+        self.cfg = cfg
+        self.image_size = image_size
+        self.patch = patch
+        self.seed = seed
         self.views = plan_views(views, image_size, patch)
-        self.boxes = any(view.encloses for view in views.values())
+        self.with_boxes = any(view.encloses for view in views.values())
         self.hidden = names_of_draws(hidden, views)
         self.noise = names_of_draws(noise, views)
         self.tokenizer = build_tokenizer(cfg.tokenizer, cfg.context)
         self.text_mask = text_masking.parse_text_mask(cfg.text_mask)
-        self.caption = text_masking.CaptionFormat(
+        self.caption_format = text_masking.CaptionFormat(
             cfg.context,
             start=len(self.tokenizer.start),
             end=len(self.tokenizer.end),
@@ -200,66 +210,87 @@ class SampleReader:
         )
 
     def prepare(self, sample: Sample, epoch: int, number: int) -> PreparedSample:
-        """The row of a sample; ValueError or OSError if it cannot be read."""
-        ids, places = self.text(sample.captions, epoch, number)
-        views, rngs = {}, {}
-        for n, draw in enumerate(self.views):
-            views[draw.name] = draw.view
-            rngs[draw.name] = np.random.default_rng((self.seed, epoch, number, 1 + n))
-        images = random_views(sample.image, self.image_size, views, rngs)
-        arrays = {}
-        for draw in self.views:
-            pixels, box = images[draw.name]
-            arrays[draw.name] = self.view(draw, pixels, box, rngs[draw.name])
-        return PreparedSample((epoch, number), ids, places, arrays)
+        """Prepare a sample.
 
-    def text(
+        number: identifies the sample in the seeds of its generators. Raise ValueError or OSError
+        if the sample cannot be read.
+        """
+        ids, token_positions = self.caption_tokens(sample.captions, epoch, number)
+
+        # Crop and recolor. Each view has its own generator, so that a new view changes no other.
+        views = {}
+        rngs = {}
+        for n, spec in enumerate(self.views):
+            views[spec.name] = spec.view
+            rngs[spec.name] = np.random.default_rng((self.seed, epoch, number, 1 + n))
+        images = random_views(sample.image, self.image_size, views, rngs)
+
+        # Mask: the generator of a view goes on from its crop.
+        arrays = {}
+        for spec in self.views:
+            pixels, box = images[spec.name]
+            arrays[spec.name] = self.view_arrays(spec, pixels, box, rngs[spec.name])
+        return PreparedSample((epoch, number), ids, token_positions, arrays)
+
+    def caption_tokens(
         self, captions: list[str], epoch: int, number: int
     ) -> tuple[list[int], list[int] | None]:
-        """Token ids of one of the captions, drawn as SLIP's code does, and their places."""
+        """Return the token ids of a random caption, as in SLIP's code, and their positions.
+
+        Positions are None for 0, 1, ...
+        """
         rng = np.random.default_rng((self.seed, epoch, number, 0))
+        # A single caption draws no number, so that the text mask below sees the same numbers as
+        # it does for data sets without alternative captions.
         chosen = rng.integers(len(captions)) if len(captions) > 1 else 0
-        real = self.tokenizer(captions[chosen])
-        ids = self.cfg.pad(real, self.tokenizer.pad_id)
+        tokens = self.tokenizer(captions[chosen])
+        ids = self.cfg.pad(tokens, self.tokenizer.pad_id)
         if self.text_mask is None:
             return ids, None
-        return self.text_mask(ids, len(real), self.caption, rng)
+        return self.text_mask(ids, len(tokens), self.caption_format, rng)
 
-    def view(
-        self, draw: ViewSpec, image: np.ndarray, box: Box, rng: np.random.Generator
+    def view_arrays(
+        self, spec: ViewSpec, image: np.ndarray, box: Box, rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """The arrays of one view of one image, under the names of ViewBatch."""
-        count = draw.grid[0] * draw.grid[1]
-        noise = torch.from_numpy(rng.random((1, count), dtype=np.float32))
-        keep = draw.mask(noise, draw.grid)[0].numpy()
+        """Mask one view of one image, and return the arrays that ViewBatch lists."""
+        count = spec.grid[0] * spec.grid[1]
+        mask_noise = torch.from_numpy(rng.random((1, count), dtype=np.float32))
+        keep = spec.mask(mask_noise, spec.grid)[0].numpy()
         arrays = dict(
             patches=patches.patchify_visible(image, self.patch, keep),
             positions=keep.astype(np.int16),
         )
-        if self.boxes:
+
+        # Optional inputs, only for methods that use them.
+        if self.with_boxes:
             arrays["box"] = np.array(box, np.float32)
-        if draw.name in self.hidden:
-            rest = np.setdiff1d(np.arange(count), keep)
-            arrays["hidden"] = patches.patchify_visible(image, self.patch, rest)
-            arrays["hidden_positions"] = rest.astype(np.int16)
-        if draw.name in self.noise:
+        if spec.name in self.hidden:
+            masked = np.setdiff1d(np.arange(count), keep)
+            arrays["hidden"] = patches.patchify_visible(image, self.patch, masked)
+            arrays["hidden_positions"] = masked.astype(np.int16)
+        if spec.name in self.noise:
             arrays["noise"] = rng.random(count, dtype=np.float32)
         return arrays
 
-    def micro_batch(self, rows: list[PreparedSample], bad: list[BadSample]) -> MicroBatch:
-        """Stack the views of rows, and pack their captions."""
-        views = {name: stack_views([row.views[name] for row in rows]) for name in rows[0].views}
-        ids, lengths = pack([row.ids for row in rows])
+    def collate(self, samples: list[PreparedSample], bad: list[BadSample]) -> MicroBatch:
+        """Stack the views of samples, and concatenate their captions."""
+        views = {}
+        for name in samples[0].views:
+            views[name] = stack_views([sample.views[name] for sample in samples])
+
+        ids, lengths = pack([sample.ids for sample in samples])
         text = TextBatch(ids=ids, lengths=lengths, longest=int(lengths.max()))
-        places = [row.places for row in rows if row.places is not None]
-        if places:  # a text mask gives places to all captions or to none
-            text["positions"] = pack(places)[0]
-        samples = torch.tensor([row.sample for row in rows])
-        return MicroBatch(views=views, text=text, samples=samples, bad=bad)
+        # A text mask returns positions for all captions or for none.
+        positions = [sample.positions for sample in samples if sample.positions is not None]
+        if positions:
+            text["positions"] = pack(positions)[0]
+
+        numbers = torch.tensor([sample.sample for sample in samples])
+        return MicroBatch(views=views, text=text, samples=numbers, bad=bad)
 
 
 def names_of_draws(names: Sequence[str], views: dict[str, View]) -> set[str]:
-    """Names of all draws of some views."""
+    """Return the names of all draws of the given views."""
     return {draw for name in names for draw in view_names(name, views[name])}
 
 
@@ -270,21 +301,26 @@ def stack_views(samples: list[dict[str, np.ndarray]]) -> ViewBatch:
 
 
 def micro_batch_size(batch: int, world_size: int, accumulate: int) -> int:
-    """The samples of a part on one rank, or ValueError."""
-    parts = world_size * accumulate
-    if batch % parts:
-        below = batch // parts * parts
-        near = f"{below} or {below + parts}" if below else str(parts)
+    """Return the number of samples in a micro-batch of one rank.
+
+    Raise ValueError if the global batch does not divide by ranks x accumulate.
+    """
+    divisor = world_size * accumulate
+    if batch % divisor:
+        below = batch // divisor * divisor
+        nearest = f"{below} or {below + divisor}" if below else str(divisor)
         raise ValueError(
-            f"batch: {batch} does not divide by {world_size} ranks x accumulate {accumulate}; nearest:"
-            f" {near}"
+            f"batch: {batch} does not divide by {world_size} ranks x accumulate {accumulate};"
+            f" nearest: {nearest}"
         )
-    return batch // parts
+    return batch // divisor
 
 
 class Batches(Dataset):
-    """One rank's share of every global batch of indexed shards; item `start` is the batch of the
-    run's positions start .. start + B.
+    """One rank's share of every global batch from indexed shards.
+
+    Item `start` is the share of the batch at positions start ... start + B - 1 of the run.
+    Consecutive positions form a micro-batch, consecutive micro-batches a rank's share.
     """
 
     def __init__(
@@ -297,24 +333,31 @@ class Batches(Dataset):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.reader, self.shards, self.rank = reader, shards, rank
+        self.reader = reader
+        self.shards = shards
+        self.rank = rank
         self.order = Order(shards.counts, reader.seed, reader.cfg.window)
-        self.size = micro_batch_size(batch, world_size, accumulate)
+        self.micro_batch_size = micro_batch_size(batch, world_size, accumulate)
         self.accumulate = accumulate
 
     def __getitem__(self, start: int) -> list[MicroBatch]:
-        first = start + self.rank * self.size * self.accumulate
-        begins = [first + n * self.size for n in range(self.accumulate)]
-        return [self.micro_batch(range(begin, begin + self.size)) for begin in begins]
+        size = self.micro_batch_size
+        first = start + self.rank * size * self.accumulate
+        begins = [first + n * size for n in range(self.accumulate)]
+        return [self.read_micro_batch(range(begin, begin + size)) for begin in begins]
 
-    def micro_batch(self, positions: range) -> MicroBatch:
+    def read_micro_batch(self, positions: range) -> MicroBatch:
+        """Read and collate the samples at some positions of the run."""
         bad: list[BadSample] = []
-        rows = [self.prepare(position, bad) for position in positions]
-        return self.reader.micro_batch(rows, bad)
+        samples = [self.prepare(position, bad) for position in positions]
+        return self.reader.collate(samples, bad)
 
     def prepare(self, position: int, bad: list[BadSample]) -> PreparedSample:
-        """The row of a position or, when its sample cannot be read, of one drawn in its place:
-        every rank needs a full batch.
+        """Prepare the sample at a position, or a random substitute if it cannot be read.
+
+        Every rank needs a full batch, so a sample is replaced, not skipped. Substitutes depend on
+        (seed, epoch, position, attempt) only: all world sizes use the same. Unreadable samples
+        are appended to `bad`.
         """
         epoch, i = self.order(position)
         for attempt in range(MAX_SUBSTITUTES):
@@ -329,13 +372,14 @@ class Batches(Dataset):
             f" {' '.join(bad[-1])}; run: run/prepare.py check DIR"
         )
 
-    def keys(self, part: MicroBatch) -> list[tuple[int, str, str]]:
-        """(epoch, shard, key) of each sample of a micro-batch."""
-        return [(epoch, *self.shards.name(i)) for epoch, i in part["samples"].tolist()]
+    def keys(self, micro_batch: MicroBatch) -> list[tuple[int, str, str]]:
+        """Return (epoch, shard, key) of each sample of a micro-batch."""
+        return [(epoch, *self.shards.name(i)) for epoch, i in micro_batch["samples"].tolist()]
 
     def fingerprint(self) -> dict:
-        """Everything that the order of the samples follows from: a run that is resumed must have
-        the same.
+        """Return everything that determines the order of the samples.
+
+        A run can only be resumed if its fingerprint is unchanged.
         """
         names = [(path.name, count) for path, count in zip(self.shards.paths, self.shards.counts)]
         digest = f"{zlib.crc32(repr(names).encode()):08x}"
@@ -347,32 +391,34 @@ class Batches(Dataset):
         )
 
     def seek(self, cursor: int) -> None:
-        """Do nothing: the number of samples says where to go on."""
+        """Do nothing: positions are computed from the number of samples seen (see Stream.seek)."""
 
     def resume_cursor(self) -> int:
-        """Return 0: nothing but the number of samples is needed to go on."""
+        """Return 0: the number of samples seen is enough to resume (see Stream.resume_cursor)."""
         return 0
 
     def iterate(self, starts: range, pin_memory: bool) -> Iterator[list[MicroBatch]]:
-        """The batches that begin at `starts`, prepared ahead by worker processes; pin: into
-        page-locked memory, for a GPU.
+        """Return an iterator over the batches at `starts`; worker processes prefetch them.
+
+        pin_memory: copy the tensors to page-locked memory, for a GPU.
         """
-        settings = worker_kwargs(self.reader.cfg)
+        workers = worker_kwargs(self.reader.cfg)
         return iter(
-            DataLoader(self, batch_size=None, sampler=starts, pin_memory=pin_memory, **settings)
+            DataLoader(self, batch_size=None, sampler=starts, pin_memory=pin_memory, **workers)
         )
 
 
 def worker_kwargs(cfg: DataConfig) -> dict:
-    """DataLoader's settings for worker processes, none where workers is 0."""
+    """Return DataLoader's arguments for worker processes; none if data.workers is 0."""
     if not cfg.workers:
         return {}
     return dict(num_workers=cfg.workers, prefetch_factor=cfg.prefetch, worker_init_fn=init_worker)
 
 
 def init_worker(_: int) -> None:
-    """Compute on one thread, and leave signals to the parent, which ends its workers after
-    saving.
+    """Use one thread, and ignore SIGTERM and SIGINT.
+
+    The parent handles these signals: it saves a checkpoint first, and then ends its workers.
     """
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT):

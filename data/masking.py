@@ -51,7 +51,7 @@ class Mask(ABC):
                 f"ratio is {self.ratio}; it must be in [0, 1): the share of patches to hide"
             )
 
-    def visible(self, patches: int) -> int:
+    def visible_count(self, patches: int) -> int:
         """K for L patches, rounded down as FLIP does (19 of 196 at 90 %)."""
         # 10 * (1 - 0.9) is 0.9999999999999998, and means 1
         count = int(round(patches * (1 - self.ratio), 6))
@@ -73,7 +73,7 @@ class Mask(ABC):
         )
         # stable: a tie keeps the earlier patch, on any device
         order = self.score(noise, grid).argsort(dim=1, descending=True, stable=True)
-        return order[:, : self.visible(noise.shape[1])].sort(dim=1).values
+        return order[:, : self.visible_count(noise.shape[1])].sort(dim=1).values
 
 
 @strategy("random")

@@ -1,11 +1,16 @@
-"""Training from shards that cannot be indexed (URLs, pipes), read from front to back by webdataset.
+"""Training from shards that cannot be indexed (URLs and pipes), which webdataset reads in order.
 
 `data.train: "https://host/{00000..00099}.tar"` or `"pipe:aws s3 cp s3://.../{0000..0099}.tar -"`
-comes here instead of data/loader.py's index. The shards of all epochs form one sequence, each
-epoch in an order of its own; reader r of R (ranks x workers) takes every R-th.
+selects this loader instead of the indexed one in data/loader.py.
 
-A resumed run begins at the first shard that some reader had not used up: every sample is seen at
-least once, some of them again. For exactly once, on any number of ranks, use local shards with an
+The shards of all epochs form one sequence; each epoch has another order. Reader r of R (ranks x
+workers) reads shards r, r + R, r + 2 R, ... of the sequence, and mixes their samples in a buffer.
+The order of the shards depends on (seed, epoch). The order of the samples also depends on the
+rank, the number of workers and where the run was resumed. The crops and masks of a sample depend
+on (seed, epoch, name of the shard, key), like those of indexed shards on (seed, epoch, sample).
+
+A resumed run starts at the oldest shard that some reader had not used up: every sample is seen at
+least once, some of them twice. For exactly once, on any number of ranks, use local shards with an
 index.
 """
 
@@ -28,23 +33,27 @@ from glimpse.data.loader import (
 )
 from glimpse.data.shards import Sample, split_name
 
-SHUFFLE_BUFFER = 1000  # samples that a reader mixes
+SHUFFLE_BUFFER = 1000  # samples in the buffer in which a reader mixes its shards
 
 
 def is_url(path: str) -> bool:
-    """Return True if webdataset reads this, and not the file system."""
+    """Return True if webdataset must open this path, rather than the file system."""
     return "://" in path or path.startswith("pipe:")
 
 
 def open_url(url: str):
-    """A file at a URL or the output of a pipe, open for reading; closing it raises where the
-    transfer failed.
+    """Open a URL or the output of a pipe for reading.
+
+    Closing the file raises an error if the transfer failed.
     """
     return webdataset.gopen(url)
 
 
 def is_stream(train: tuple[str, ...]) -> bool:
-    """Return True if these name streams; ValueError where folders and streams are mixed."""
+    """Return True if the paths of data.train are streams.
+
+    Raise ValueError if there are both streams and folders.
+    """
     streams = [path for path in train if is_url(path)]
     folders = [path for path in train if not is_url(path)]
     if streams and folders:
@@ -55,7 +64,10 @@ def is_stream(train: tuple[str, ...]) -> bool:
 
 
 class Stream(IterableDataset):
-    """One rank's batches from streamed shards; `cursor`: the sequence begins at this shard."""
+    """One rank's share of every global batch from streamed shards.
+
+    cursor: the index of the shard, in the sequence of all epochs, at which to start.
+    """
 
     def __init__(
         self,
@@ -68,11 +80,14 @@ class Stream(IterableDataset):
         world_size: int = 1,
         cursor: int = 0,
     ):
-        self.reader, self.rank, self.world, self.cursor = reader, rank, world_size, cursor
+        self.reader = reader
+        self.rank = rank
+        self.world_size = world_size
+        self.cursor = cursor
         self.urls = [url for path in train for url in webdataset.shardlists.expand_urls(path)]
-        self.size = micro_batch_size(batch, world_size, accumulate)
+        self.micro_batch_size = micro_batch_size(batch, world_size, accumulate)
         self.accumulate = accumulate
-        # by worker: the oldest shard that it still needs
+        # For each worker, the oldest shard of which it still holds or will read samples.
         self.oldest_needed = [cursor] * max(1, reader.cfg.workers)
         readers = world_size * max(1, reader.cfg.workers)
         if len(self.urls) < readers:
@@ -82,37 +97,39 @@ class Stream(IterableDataset):
             )
 
     def __len__(self) -> int:
-        raise TypeError("a stream does not know its samples")
+        raise TypeError("the length of a stream is unknown")
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         bad: list[BadSample] = []
-        rows = self.rows(workers, worker, bad)
+        samples = self.prepared_samples(workers, worker, bad)
         while True:
-            parts = []
+            micro_batches = []
             for _ in range(self.accumulate):
-                oldest, mixed, keys = zip(*islice(rows, self.size))
-                part = self.reader.micro_batch(list(mixed), list(bad))
-                part["keys"] = keys
-                part["worker"] = worker
-                part["oldest"] = oldest[-1]
-                parts.append(part)
+                oldest, prepared, keys = zip(*islice(samples, self.micro_batch_size))
+                micro_batch = self.reader.collate(list(prepared), list(bad))
+                micro_batch["keys"] = keys
+                micro_batch["worker"] = worker
+                micro_batch["oldest"] = oldest[-1]
+                micro_batches.append(micro_batch)
                 bad.clear()
-            yield parts
+            yield micro_batches
 
-    def rows(
+    def prepared_samples(
         self, workers: int, worker: int, bad: list[BadSample]
     ) -> Iterator[tuple[int, PreparedSample, tuple[int, str, str]]]:
-        """Yield (oldest shard still in the buffer, row, key) without end; what cannot be read goes
-        to `bad`.
+        """Yield (oldest shard in the buffer, prepared sample, its key) without end.
+
+        Unreadable samples are appended to `bad`, and skipped.
         """
         rng = np.random.default_rng((self.reader.seed, self.cursor, self.rank, worker))
         buffer: list[tuple[Sample, int, int]] = []
-        failed = 0
-        reader, readers = self.rank * workers + worker, self.world * workers
+        failures = 0
+        reader = self.rank * workers + worker
+        readers = self.world_size * workers
         for newest in self.samples(reader, readers, bad):
-            # 1. Fill the buffer, then exchange a random sample of it for each new one.
+            # 1. Fill the buffer. Once it is full, each new sample replaces a random one.
             buffer.append(newest)
             if len(buffer) < SHUFFLE_BUFFER:
                 continue
@@ -120,82 +137,96 @@ class Stream(IterableDataset):
             buffer[i], buffer[-1] = buffer[-1], buffer[i]
             sample, epoch, _ = buffer.pop()
 
-            # 2. Read it; many failures in a row are no accident.
+            # 2. Prepare the sample. A stream has no sample numbers: a checksum of the shard's name
+            #    and the key replaces it in the seeds.
             number = zlib.crc32(f"{sample.shard}/{sample.key}".encode())
             try:
-                row = self.reader.prepare(sample, epoch, number)
+                prepared = self.reader.prepare(sample, epoch, number)
             except (ValueError, OSError) as error:
                 bad.append((sample.shard, sample.key, " ".join(str(error).split())))
-                failed += 1
-                if failed == MAX_SUBSTITUTES:
+                failures += 1
+                # So many failures in a row are not single broken files.
+                if failures == MAX_SUBSTITUTES:
                     raise ValueError(
-                        f"data.train: {failed} samples in a row cannot be read, the last"
+                        f"data.train: {failures} samples in a row cannot be read, the last"
                         f" {' '.join(bad[-1])}"
                     ) from None
                 continue
-            failed = 0
-            oldest = min((ordinal for _, _, ordinal in buffer), default=newest[2])
-            yield oldest, row, (epoch, sample.shard, sample.key)
+            failures = 0
+
+            # 3. Resuming must start at the oldest shard in the buffer to see all of its samples.
+            oldest = min((shard_index for _, _, shard_index in buffer), default=newest[2])
+            yield oldest, prepared, (epoch, sample.shard, sample.key)
 
     def samples(
         self, reader: int, readers: int, bad: list[BadSample]
     ) -> Iterator[tuple[Sample, int, int]]:
-        """Yield (sample, epoch, shard's place in the sequence) of this reader's shards; ValueError
-        where one after another is empty.
+        """Yield (sample, epoch, shard index in the sequence) of the shards of one reader.
+
+        Shards that cannot be read to their end are recorded in `bad`. Raise ValueError if many
+        shards in a row yield no sample.
         """
-        empty = 0
-        for ordinal in count(self.cursor + reader, readers):
-            epoch, place = divmod(ordinal, len(self.urls))
+        empty_shards = 0
+        for shard_index in count(self.cursor + reader, readers):
+            epoch, position = divmod(shard_index, len(self.urls))
             order = np.random.default_rng((self.reader.seed, epoch)).permutation(len(self.urls))
-            url = self.urls[order[place]]
+            url = self.urls[order[position]]
             name = url.rstrip(" -").rpartition("/")[2]
-            found = 0
+
+            samples_read = 0
             try:
                 for sample in read_shard(url, name):
-                    found += 1
-                    yield sample, epoch, ordinal
-            # a transfer or a tar that breaks off, in whatever way its library says so
+                    samples_read += 1
+                    yield sample, epoch, shard_index
+            # Transfers and truncated tars raise different errors in each of the libraries.
             except Exception as error:
-                bad.append((name, f"after {found} samples", " ".join(str(error).split())))
-            empty = 0 if found else empty + 1
-            # A server that is down would be asked forever, while the ranks wait.
-            if empty == min(MAX_SUBSTITUTES, len(self.urls)):
-                why = bad[-1][2] if bad else "empty shards"
+                bad.append((name, f"after {samples_read} samples", " ".join(str(error).split())))
+
+            # Without this limit a reader would retry forever while its server is down, and all
+            # other ranks would wait.
+            empty_shards = 0 if samples_read else empty_shards + 1
+            if empty_shards == min(MAX_SUBSTITUTES, len(self.urls)):
+                reason = bad[-1][2] if bad else "empty shards"
                 raise ValueError(
-                    f"data.train: {empty} streamed shards in a row gave nothing, the last {url}:"
-                    f" {why}"
+                    f"data.train: {empty_shards} streamed shards in a row yielded no samples, the"
+                    f" last {url}: {reason}"
                 )
 
-    def keys(self, part: MicroBatch) -> list[tuple[int, str, str]]:
-        """(epoch, shard, key) of each sample of a micro-batch."""
-        # the loader makes lists of tuples
-        return [(epoch, shard, key) for epoch, shard, key in part["keys"]]
+    def keys(self, micro_batch: MicroBatch) -> list[tuple[int, str, str]]:
+        """Return (epoch, shard, key) of each sample of a micro-batch."""
+        # DataLoader's default_convert turns the tuples into lists.
+        return [(epoch, shard, key) for epoch, shard, key in micro_batch["keys"]]
 
     def iterate(self, starts: range, pin_memory: bool) -> Iterator[list[MicroBatch]]:
-        """Yield as many batches as `starts` names."""
-        batches = iter(
-            DataLoader(
-                self, batch_size=None, pin_memory=pin_memory, **worker_kwargs(self.reader.cfg)
-            )
-        )
+        """Yield one batch for each element of `starts`; worker processes prefetch them.
+
+        The values of `starts` have no effect. pin_memory: copy the tensors to page-locked memory,
+        for a GPU.
+        """
+        workers = worker_kwargs(self.reader.cfg)
+        batches = iter(DataLoader(self, batch_size=None, pin_memory=pin_memory, **workers))
         for _ in starts:
-            parts = next(batches)
-            self.oldest_needed[parts[-1]["worker"]] = parts[-1]["oldest"]
-            yield parts
+            micro_batches = next(batches)
+            last = micro_batches[-1]
+            self.oldest_needed[last["worker"]] = last["oldest"]
+            yield micro_batches
 
     def fingerprint(self) -> dict:
-        """Everything that the order of the shards follows from: a run that is resumed must have the
-        same.
+        """Return everything that determines the order of the shards.
+
+        A run can only be resumed if its fingerprint is unchanged.
         """
         return dict(seed=self.reader.seed, shards=f"{zlib.crc32(repr(self.urls).encode()):08x}")
 
     def seek(self, cursor: int) -> None:
-        """Go on from that shard of the sequence."""
-        self.cursor, self.oldest_needed = cursor, [cursor] * len(self.oldest_needed)
+        """Start at this shard of the sequence."""
+        self.cursor = cursor
+        self.oldest_needed = [cursor] * len(self.oldest_needed)
 
     def resume_cursor(self) -> int:
-        """The cursor for going on from the last batch that `stream` gave: no reader of this rank
-        needs an earlier shard.
+        """Return the shard from which to resume after the last batch that `iterate` yielded.
+
+        No worker of this rank needs an earlier shard.
         """
         return min(self.oldest_needed)
 
@@ -203,10 +234,10 @@ class Stream(IterableDataset):
 def read_shard(url: str, name: str) -> Iterator[Sample]:
     """Yield the samples of one streamed shard."""
     shards = webdataset.SimpleShardList([url])
-    for parts in webdataset.DataPipeline(shards, webdataset.tarfile_to_samples()):
+    for members in webdataset.DataPipeline(shards, webdataset.tarfile_to_samples()):
         files = {
             split_name(f"x.{extension}")[1]: data
-            for extension, data in parts.items()
+            for extension, data in members.items()
             if isinstance(data, bytes)
         }
-        yield Sample(name, parts["__key__"], files)
+        yield Sample(name, members["__key__"], files)

@@ -87,7 +87,7 @@ class Embedder:
     def sees_all_patches(self) -> bool:
         """True if each image is encoded once, with all its patches."""
         patches = self.grid[0] * self.grid[1]
-        return self.ensemble == 1 and self.mask.visible(patches) == patches
+        return self.ensemble == 1 and self.mask.visible_count(patches) == patches
 
     def delete_features(self) -> None:
         """Delete the stored features of these weights."""

@@ -1,8 +1,8 @@
-"""Code that captioning and VQA share.
+"""Readers of patch tokens: what captioning and VQA have in common.
 
-Texts as rows of ids, patch tokens of both splits, a reader fitted to them, and the results of all
-ranks gathered. A text's ids are the pieces of the run's tokenizer that occur in the training texts,
-renumbered, so that every id of the vocabulary can be learned.
+Texts as rows of ids, the patch tokens of both splits, the training of a reader on them, and
+predictions gathered from all ranks. A text's ids are the tokenizer's pieces that occur in the
+training texts, renumbered, so that every id of the vocabulary can be learned.
 """
 
 import copy
@@ -32,24 +32,26 @@ from glimpse.run.evals.supervised import (
 from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world_size
 from glimpse.run.train.engine import gather_state_dict, initialize_supervised
 
-START, UNKNOWN = 1, 2
-INFERENCE_BATCH = 128  # samples of an inference batch, whichever rank takes it
-SLICE = 16  # samples of a training batch whose gradient one rank computes
+START, UNKNOWN = 1, 2  # ids of the start of a text, and of pieces that are not in the vocabulary
+# Batches and slices have the same samples on any number of ranks, so that results are the same.
+INFERENCE_BATCH = 128
+SLICE = 16  # samples of a training batch whose gradient one rank computes at once
 
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """Settings of a reader and its training.
+    """Options of captioning and vqa: the reader and its training.
 
-    AdamW, a tenth of warm-up, cosine, gradients clipped at 1.
+    Training uses AdamW, a cosine schedule with a tenth of warm-up, and gradients clipped at 1.
     """
 
     epochs: float = 10.0
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.01
-    tower: float = 0.0  # 0: it stays frozen; above: it is trained, too, at so many times the rate
-    width: int = 0  # 0: as wide as the tower's tokens
+    # 0: the tower stays frozen. Above 0: it is trained too, at `tower` times the learning rate.
+    tower: float = 0.0
+    width: int = 0  # of the reader; 0: the width of the tower's tokens
     depth: int = 3
     seed: int = 0
 
@@ -60,53 +62,59 @@ class ReaderOptions:
                 raise ValueError(f"evals: {name}={value}: it must be above 0")
         if self.tower < 0:
             raise ValueError(
-                f"evals: tower={self.tower}: 0, or by what the tower's learning rate is multiplied"
+                f"evals: tower={self.tower}: it must be 0 (frozen tower) or the positive factor of"
+                " the tower's learning rate"
             )
         if self.width < 0 or self.width % 64:
             raise ValueError(
-                f"evals: width={self.width}: a multiple of 64 (64 to an attention head), or 0 for"
-                " the tower's own"
+                f"evals: width={self.width}: it must be a multiple of 64 (attention heads have 64"
+                " dimensions), or 0 for the tower's width"
             )
 
     def shape(self, model: Embedder) -> dict:
-        """Return the keyword arguments of a reader of this model's tokens."""
+        """Return the keyword arguments that build a reader of this model's tokens."""
         rows, columns = model.grid
-        token_count = 1 + model.mask.visible(rows * columns)  # with the class token
+        token_count = 1 + model.mask.visible_count(rows * columns)  # with the class token
         token_width = model.cfg.model.shape.width
-        # the tower's width, rounded up to whole attention heads of 64
+        # By default the tower's width, rounded up to whole attention heads of 64.
         width = self.width or -(-token_width // 64) * 64
         image = (token_count, token_width)
         return dict(image=image, width=width, depth=self.depth, heads=width // 64)
 
 
 class PieceVocabulary:
-    """A map from texts to ids (the first is START, at most `context` of them) and back."""
+    """A vocabulary of the tokenizer's pieces that occur in the given texts.
+
+    A text has at most `context` ids, of which the first is START.
+    """
 
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], context: int):
         self.tokenizer = tokenizer
         self.context = context
-        self.known = sorted({piece for text in texts for piece in tokenizer.encode(text)})
-        self.numbers = {piece: i for i, piece in enumerate(self.known, UNKNOWN + 1)}
+        self.pieces = sorted({piece for text in texts for piece in tokenizer.encode(text)})
+        self.id_of_piece = {piece: i for i, piece in enumerate(self.pieces, UNKNOWN + 1)}
 
     def __len__(self) -> int:
-        return UNKNOWN + 1 + len(self.known)
+        return UNKNOWN + 1 + len(self.pieces)
 
     def ids(self, text: str) -> Tensor:
-        pieces = [self.numbers.get(piece, UNKNOWN) for piece in self.tokenizer.encode(text)]
-        return torch.tensor([START, *pieces][: self.context])
+        """Return the ids of a text."""
+        ids = [self.id_of_piece.get(piece, UNKNOWN) for piece in self.tokenizer.encode(text)]
+        return torch.tensor([START, *ids][: self.context])
 
     def text(self, ids: Sequence[int]) -> str:
-        pieces = [self.known[i - UNKNOWN - 1] for i in ids if i > UNKNOWN]
+        """Return the text of ids, without START, UNKNOWN and padding."""
+        pieces = [self.pieces[i - UNKNOWN - 1] for i in ids if i > UNKNOWN]
         return self.tokenizer.spell(pieces).strip()
 
 
 def pad_texts(rows: Sequence[Tensor]) -> Tensor:
-    """Return rows of different lengths as one batch (B, N) on the device."""
+    """Pad rows of ids of different lengths to one batch (B, N) on the device."""
     return to_device(pad_sequence(list(rows), batch_first=True, padding_value=PAD))
 
 
 def patch_tokens(model: Embedder, images: Images) -> Features:
-    """Return the tower's patch tokens of a split, (images, K, D), the class token first.
+    """Return the tower's patch tokens of a split, (images, K, D), class token first.
 
     All ranks must call.
     """
@@ -114,53 +122,61 @@ def patch_tokens(model: Embedder, images: Images) -> Features:
 
 
 def check_model(model: Embedder, options: ReaderOptions) -> None:
+    """Raise ValueError if the model's views, or the number of ranks, do not fit the options."""
     if model.ensemble > 1:
-        raise ValueError("--ensemble: what reads patch tokens sees one view; leave it out")
+        raise ValueError(
+            "--ensemble: this evaluation reads the patch tokens of one view; remove the option"
+        )
     if options.tower and not model.sees_all_patches:
-        raise ValueError("--mask: a tower is tuned on all patches; leave it out, or tower=0")
+        raise ValueError(
+            "--mask: a tower is trained on all patches; remove the option, or set tower=0"
+        )
     if options.tower and options.batch % world_size():
         raise ValueError(
-            f"evals: batch={options.batch}: where the tower is trained, too, a multiple of"
-            f" {world_size()} ranks"
+            f"evals: batch={options.batch}: with tower above 0 it must be a multiple of the number"
+            f" of ranks, {world_size()}"
         )
 
 
 def trains_tower(options: ReaderOptions) -> bool:
+    """Return True if the tower is trained with the reader."""
     return options.tower > 0
 
 
 def train_reader(
     model: Embedder,
     train: Images,
-    how: ReaderOptions,
+    options: ReaderOptions,
     build: Callable[..., nn.Module],
-    owner: Sequence[int],
-    losses_of: Callable,
-    weight: Callable = len,
+    image_indices: Sequence[int],
+    compute_losses: Callable,
+    count_losses: Callable = len,
 ) -> tuple[nn.Module, Embedder]:
-    """Return a reader trained on the samples of a split, and the model whose patch tokens it reads.
+    """Train a reader on samples of a split; return it, and the model whose tokens it reads.
 
     All ranks must call.
 
-    owner: the image of each sample. losses_of(read, samples (b,), image) -> losses (n,), where
-    read(ids, image) gives the reader's logits; weight(samples (B,)) -> how many such losses a
-    global batch has.
+    image_indices: the image of each sample.
+    compute_losses(read, samples (b,), image): returns losses (n,), where read(ids, image) returns
+    the reader's logits.
+    count_losses(samples (B,)): returns the number of such losses of a global batch.
     """
-    # an evaluation during training must not use the training's random generator
+    # An evaluation during training must not use the training's random generator.
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(how.seed)
-        reader = build(**how.shape(model))
-    train_reader = train_with_tower if how.tower else train_on_frozen_tower
-    reader, model, losses = train_reader(
-        model, train, how, reader, torch.tensor(owner), losses_of, weight
+        torch.default_generator.manual_seed(options.seed)
+        reader = build(**options.shape(model))
+    train_function = train_with_tower if options.tower else train_on_frozen_tower
+    reader, model, losses = train_function(
+        model, train, options, reader, torch.tensor(image_indices), compute_losses, count_losses
     )
     if not all(map(math.isfinite, losses)):
         raise ValueError(
-            f"evals: lr={how.lr}: the loss of what is trained on the tokens is not finite; take a"
-            " lower one"
+            f"evals: lr={options.lr}: the loss of the reader is not finite; use a lower learning"
+            " rate"
         )
     model.log(
-        f"  {len(owner):,} samples, {len(losses):,} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+        f"  {len(image_indices):,} samples, {len(losses):,} steps,"
+        f" loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )
     return reader.eval(), model
 
@@ -168,106 +184,114 @@ def train_reader(
 def train_on_frozen_tower(
     model: Embedder,
     train: Images,
-    how: ReaderOptions,
+    options: ReaderOptions,
     reader: nn.Module,
-    owner: Tensor,
-    losses_of: Callable,
-    weight: Callable,
+    image_indices: Tensor,
+    compute_losses: Callable,
+    count_losses: Callable,
 ) -> tuple[nn.Module, Embedder, list[float]]:
-    """Train the reader on tokens of the frozen tower, which are computed once.
+    """Train the reader on stored tokens of the frozen tower.
 
-    Bitwise equal on any number of ranks.
+    The result is bitwise equal on any number of ranks.
     """
     image_tokens = patch_tokens(model, train)
     reader = reader.to(device())
-    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=how.weight_decay)
+    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=options.weight_decay)
     trainer = ExactTrainer(reader, optimizer, clip=1.0)
 
-    def loss_of(trainer: ExactTrainer, samples: Tensor) -> Tensor:
-        loss_count = weight(samples)
+    def compute_loss(trainer: ExactTrainer, samples: Tensor) -> Tensor:
+        loss_count = count_losses(samples)
         loss = torch.zeros((), device=device())
-        for part in samples.split(SLICE)[rank() :: world_size()]:
-            image = to_device(image_tokens.rows(owner[part]))
-            loss += trainer.learn(losses_of(reader, part, image).sum() / loss_count)
+        for slice_samples in samples.split(SLICE)[rank() :: world_size()]:
+            image = to_device(image_tokens.rows(image_indices[slice_samples]))
+            losses = compute_losses(reader, slice_samples, image)
+            loss += trainer.add_gradient(losses.sum() / loss_count)
         return loss * world_size()
 
-    batches = global_batches(len(owner), how.batch, how.epochs, how.seed)
-    step_count = count_steps(len(owner), how.batch, how.epochs)
-    rate = cosine_rate(how.lr, warmup=0.1)
-    losses = fit(trainer, batches, loss_of, rate, step_count, model.log)
+    count = len(image_indices)
+    batches = global_batches(count, options.batch, options.epochs, options.seed)
+    step_count = count_steps(count, options.batch, options.epochs)
+    learning_rate = cosine_rate(options.lr, warmup=0.1)
+    losses = fit(trainer, batches, compute_loss, learning_rate, step_count, model.log)
     return reader, model, losses
 
 
 def train_with_tower(
     model: Embedder,
     train: Images,
-    how: ReaderOptions,
+    options: ReaderOptions,
     reader: nn.Module,
-    owner: Tensor,
-    losses_of: Callable,
-    weight: Callable,
+    image_indices: Tensor,
+    compute_losses: Callable,
+    count_losses: Callable,
 ) -> tuple[nn.Module, Embedder, list[float]]:
     """Train a copy of the tower with the reader, under the run's DeepSpeed JSON.
 
-    The tower's learning rate is `tower` times the reader's.
+    The tower's learning rate is options.tower times the reader's.
     """
+    # 1. Put both into one module. A second copy takes the trained weights out of DeepSpeed.
     vision = copy.deepcopy(model.towers.vision).requires_grad_(True)
     module = Seeing(vision, reader)
-    plain = copy.deepcopy(module)  # takes the trained weights, without DeepSpeed
+    plain_module = copy.deepcopy(module)
     groups = []
-    for part, scale in ((module.vision, how.tower), (module.reader, 1.0)):
-        parameters = list(part.parameters())
-        groups.append(dict(params=parameters, weight_decay=how.weight_decay, scale=scale))
+    for submodule, scale in ((module.vision, options.tower), (module.reader, 1.0)):
+        parameters = list(submodule.parameters())
+        groups.append(dict(params=parameters, weight_decay=options.weight_decay, scale=scale))
     trainer = initialize_supervised(module, groups, model.cfg.deepspeed)
     trainer.train()
 
-    # Each step's global batch, and the images of this rank's share.
-    batches = list(global_batches(len(owner), how.batch, how.epochs, how.seed))
+    # 2. Load the images of this rank's share of each global batch.
+    count = len(image_indices)
+    batches = list(global_batches(count, options.batch, options.epochs, options.seed))
     share = torch.cat([rank_share(samples) for samples in batches])
     workers = min(model.cfg.data.workers, 2)
+    rank_batch = options.batch // world_size()
     rounds = train.rounds(
-        model.preprocess, how.batch // world_size(), owner[share].tolist(), len(batches), workers
+        model.preprocess, rank_batch, image_indices[share].tolist(), len(batches), workers
     )
 
     def read(ids: Tensor, image: tuple[Tensor, Tensor]) -> Tensor:
         return trainer(ids, *image).float()
 
-    def loss_of(_trainer: nn.Module, batch: tuple) -> Tensor:
+    def compute_loss(_trainer: nn.Module, batch: tuple) -> Tensor:
         samples, (_, patches, positions) = batch
         image = to_device(patches), to_device(positions)
-        losses = losses_of(read, rank_share(samples), image)
-        return mean_loss(losses, weight(samples))
+        losses = compute_losses(read, rank_share(samples), image)
+        return mean_loss(losses, count_losses(samples))
 
-    rate = cosine_rate(how.lr, warmup=0.1)
-    losses = fit(trainer, zip(batches, rounds), loss_of, rate, len(batches), model.log)
+    # 3. Train.
+    learning_rate = cosine_rate(options.lr, warmup=0.1)
+    pairs = zip(batches, rounds)
+    losses = fit(trainer, pairs, compute_loss, learning_rate, len(batches), model.log)
 
-    # The model, with the trained tower in the place of its own.
-    plain.load_state_dict(gather_state_dict(trainer))
+    # 4. Return the model with the trained tower as the encoder of its tokens.
+    plain_module.load_state_dict(gather_state_dict(trainer))
     trainer.destroy()
-    plain = plain.to(device()).eval()
-    embedder = copy.copy(model)
-    embedder.encoders = model.encoders | {"tokens": plain.vision}
-    embedder.tag = f"{model.tag}-tuned"
-    embedder.delete_features()  # cached tokens of another tuning
-    return plain.reader, embedder, losses
+    plain_module = plain_module.to(device()).eval()
+    trained_model = copy.copy(model)
+    trained_model.encoders = model.encoders | {"tokens": plain_module.vision}
+    trained_model.tag = f"{model.tag}-tuned"
+    # An earlier evaluation may have stored tokens of another training under this tag.
+    trained_model.delete_features()
+    return plain_module.reader, trained_model, losses
 
 
 @torch.no_grad()
-def predict(count: int, width: int, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return make's rows for samples 0 to count - 1, (count, width) on every rank.
+def predict(count: int, width: int, predict_batch: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the predictions (count, width) of samples 0 to count - 1, on every rank.
 
-    make(samples (b,)) -> (b, width) int64; each sample is computed by one rank.
+    predict_batch(samples (b,)): returns rows (b, width) int64. Each sample is computed by one rank.
     """
-    out = torch.zeros(count, width, dtype=torch.int64)
+    predictions = torch.zeros(count, width, dtype=torch.int64)
     for samples in torch.arange(count).split(INFERENCE_BATCH)[rank() :: world_size()]:
-        out[samples] = make(samples).cpu()
-    return all_reduce_sum(out).cpu()
+        predictions[samples] = predict_batch(samples).cpu()
+    return all_reduce_sum(predictions).cpu()
 
 
-def write_records(model: Embedder, kind: str, images: Images, rows: Iterable[dict]) -> None:
-    """Write RUN/KIND/TAG-SET.jsonl, one row a line."""
+def write_records(model: Embedder, kind: str, images: Images, records: Iterable[dict]) -> None:
+    """Write RUN/KIND/TAG-SET.jsonl on rank 0, with one record per line."""
     if rank():
         return
     path = model.results_folder / kind / f"{model.tag}-{images.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -178,7 +178,7 @@ class RunConfig:
         # A method that learns from masked patches needs a mask that hides some.
         for spec in plan_views(self.views, self.model.image_size, self.model.patch):
             rows, columns = spec.grid
-            hides_nothing = spec.mask.visible(rows * columns) == rows * columns
+            hides_nothing = spec.mask.visible_count(rows * columns) == rows * columns
             if spec.name in method.hidden and hides_nothing:
                 raise ValueError(
                     f"views.{spec.name}.mask: {spec.view.mask!r} hides nothing; method"

@@ -44,7 +44,7 @@ def visible_patches(cfg: RunConfig) -> dict[str, int]:
     counts = {}
     for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch):
         rows, columns = grid
-        counts[name] = mask.visible(rows * columns)
+        counts[name] = mask.visible_count(rows * columns)
     return counts
 
 
@@ -71,7 +71,7 @@ def random_micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
     views = {}
     for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch):
         L = grid[0] * grid[1]
-        K = mask.visible(L)
+        K = mask.visible_count(L)
         # A uniform choice is enough: costs depend on the number of visible patches only.
         order = torch.rand(batch, L).argsort(1)
         visible = order[:, :K].sort(1).values

@@ -261,7 +261,7 @@ def test_visible_and_hidden_patches_are_the_whole_view(data, mask):
 
     assert "hidden" not in part["views"]["local"], "only where a method asks"
     image = part["views"]["image"]
-    visible = parse_mask(mask).visible(16)
+    visible = parse_mask(mask).visible_count(16)
     assert image["hidden"].shape == (16, 16 - visible, 192)
     assert image["hidden"].dtype == torch.uint8
     assert image["hidden_positions"].dtype == torch.int16

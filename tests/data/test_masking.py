@@ -38,7 +38,7 @@ def test_contract(name, ratio, grid):
 
     keep = mask(noise, grid)
 
-    assert keep.shape == (64, mask.visible(patches))
+    assert keep.shape == (64, mask.visible_count(patches))
     assert keep.dtype == torch.int64
     assert (keep.diff(dim=1) > 0).all(), "ascending, so no patch twice"
     assert keep.min() >= 0
@@ -68,7 +68,7 @@ def test_contract(name, ratio, grid):
     ],
 )
 def test_kept_counts(patches, ratio, count):
-    assert RandomMask(ratio).visible(patches) == count
+    assert RandomMask(ratio).visible_count(patches) == count
 
 
 def test_hiding_everything_is_an_error():

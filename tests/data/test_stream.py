@@ -219,7 +219,7 @@ def test_broken_shards_are_named_and_survived(data, tmp_path):
     ],
 )
 def test_nothing_to_read_is_an_error_and_no_endless_wait(data, train):
-    with pytest.raises(ValueError, match="streamed shards in a row gave nothing"):
+    with pytest.raises(ValueError, match="streamed shards in a row yielded no samples"):
         read(stream(data, train), 1)
 
 

@@ -277,7 +277,7 @@ def read(tokenizer, text_mask, *, pool="first", epoch=0, pad_text=False):
     for i, text in enumerate(captions):
         sample = Sample("s", str(i), {"png": image, "txt": text.encode()})
         rows.append(reader.prepare(sample, epoch, i))
-    return reader.micro_batch(rows, [])["text"], [reader.tokenizer(text) for text in captions]
+    return reader.collate(rows, [])["text"], [reader.tokenizer(text) for text in captions]
 
 
 @pytest.mark.parametrize("pool", ["first", "eot"])

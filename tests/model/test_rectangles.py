@@ -332,7 +332,7 @@ def test_a_wrong_size_is_refused(overrides, message):
 def test_a_teachers_view_of_another_size_is_refused():
     overrides = ["model.size=nano/8", WIDE, "views.teacher.size=16"]
     message = (
-        r"views.teacher: size: 16; the side of a square, and model.image_size \[32, 48\] is none"
+        r"views.teacher: size: 16; it is the side of a square, but model.image_size is \[32, 48\]"
     )
 
     with pytest.raises(ValueError, match=message):

@@ -337,7 +337,7 @@ def test_take():
 @pytest.mark.parametrize("grid", [(14, 14), (4, 8), (3, 11), (7, 9)])
 def test_complementary_views_show_every_patch_once(grid, views, ratio):
     patches = grid[0] * grid[1]
-    visible = RandomMask(ratio).visible(patches)
+    visible = RandomMask(ratio).visible_count(patches)
     noise = uniform(400, grid)
 
     keeps = complementary_masks(noise, views)

@@ -110,7 +110,7 @@ def part(tmp_path_factory):
         if patches is None:
             patches = pictures()
         rows = [reader.prepare(sample(i, x), 0, i) for i, x in enumerate(patches)]
-        return reader.micro_batch(rows, [])
+        return reader.collate(rows, [])
 
     return batch
 
