@@ -1,15 +1,15 @@
-"""Masks: a strategy scores every patch, and the best-scoring patches stay visible.
+"""Masks of images: a strategy scores every patch, and the patches with the highest scores stay.
 
-    mask = parse("gaussian(0.75, sigma=0.2)")    as a config writes it
-    keep = mask(noise, grid)                     (B, K) int64, ascending; K is the same for all
+    mask = parse_mask("gaussian(0.75, sigma=0.2)")   as written in a config
+    keep = mask(noise, grid)                         (B, K) int64, ascending; K is equal for all
 
-A mask is a pure function of uniform noise: the caller has the random generator, so that a mask can
-be a function of (seed, epoch, sample, view) and of nothing else.
+A mask is a pure function of uniform noise. The caller owns the random generator: the loader seeds
+it with (seed, epoch, sample, view), so masks do not depend on ranks, workers or resuming.
 
-Letters: B images, grid = (rows, columns), L = rows * columns patches, K visible patches.
+Shapes: B images, grid = (rows, columns), L = rows * columns patches, K visible patches.
 
-To add a strategy, write a class here, decorated with @strategy, and name it in a config (`mask:
-mine(0.5)`); tests/data/test_masking.py then holds it to the contract above.
+To add a strategy, write a class here, decorate it with @strategy("name"), and use that name in a
+config (`mask: name(0.5)`). tests/data/test_masking.py then tests it, too.
 """
 
 import math
@@ -27,6 +27,8 @@ STRATEGIES: dict[str, type["Mask"]] = {}
 
 
 def strategy(name: str) -> Callable[[type["Mask"]], type["Mask"]]:
+    """Register a mask under the name that configs use, and make it a frozen dataclass."""
+
     def register(cls: type["Mask"]) -> type["Mask"]:
         STRATEGIES[name] = dataclass(frozen=True)(cls)
         return STRATEGIES[name]
@@ -36,6 +38,8 @@ def strategy(name: str) -> Callable[[type["Mask"]], type["Mask"]]:
 
 @dataclass(frozen=True)
 class Mask(ABC):
+    """Base class of the strategies; the fields are the arguments in a config."""
+
     ratio: float  # the share of patches to hide, in [0, 1)
 
     def __post_init__(self):
@@ -52,8 +56,11 @@ class Mask(ABC):
             )
 
     def visible_count(self, patches: int) -> int:
-        """K for L patches, rounded down as FLIP does (19 of 196 at 90 %)."""
-        # 10 * (1 - 0.9) is 0.9999999999999998, and means 1
+        """Return K for L patches, rounded down as in FLIP (19 of 196 at 90 %).
+
+        Raise ValueError if that is 0.
+        """
+        # round() first: 10 * (1 - 0.9) is 0.9999999999999998 in floating point, not 1.
         count = int(round(patches * (1 - self.ratio), 6))
         if count == 0:
             raise ValueError(
@@ -64,23 +71,24 @@ class Mask(ABC):
 
     @abstractmethod
     def score(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, L), the larger the likelier to stay."""
+        """Return scores (B, L); the patches with the highest scores stay visible."""
 
     def __call__(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
-        """noise (B, L), uniform in [0, 1) -> keep (B, K)."""
+        """Return the indices of the visible patches (B, K), ascending.
+
+        noise: (B, L), uniform in [0, 1).
+        """
         assert noise.shape[1] == grid[0] * grid[1], (
-            f"noise for {noise.shape[1]} patches, but a grid of {grid[0]} x {grid[1]}"
+            f"noise has {noise.shape[1]} patches, but the grid is {grid[0]} x {grid[1]}"
         )
-        # stable: a tie keeps the earlier patch, on any device
+        # A stable sort breaks ties in favor of the earlier patch, on any device.
         order = self.score(noise, grid).argsort(dim=1, descending=True, stable=True)
         return order[:, : self.visible_count(noise.shape[1])].sort(dim=1).values
 
 
 @strategy("random")
 class RandomMask(Mask):
-    """FLIP (arXiv 2212.00794, section 3, image masking): every patch is as likely to stay as any
-    other.
-    """
+    """Keep every patch with equal probability (FLIP, arXiv 2212.00794, section 3)."""
 
     def score(self, noise, grid):
         return noise
@@ -88,11 +96,10 @@ class RandomMask(Mask):
 
 @dataclass(frozen=True)
 class CenteredMask(Mask):
-    """A normal density around the image's center, on coordinates from -1 to 1 both ways (GLIP).
+    """Base of GLIP's masks: a normal density around the image center, coordinates from -1 to 1.
 
-    The paper calls `sigma` a standard deviation; its released code, which gave the published
-    results, uses the number as the VARIANCE, and so do we. `literal=True` follows the paper's
-    wording.
+    The paper calls `sigma` a standard deviation. Its released code, which produced the published
+    results, uses the number as the VARIANCE, and so do we. `literal=True` follows the paper's text.
     """
 
     sigma: float = 0.2  # the variance of the density, not its standard deviation; > 0
@@ -104,15 +111,16 @@ class CenteredMask(Mask):
             raise ValueError(f"sigma is {self.sigma}; it must be a finite number above 0")
 
     def density(self, grid: tuple[int, int], noise: Tensor) -> Tensor:
-        """(L,), on the device of the noise."""
+        """Return the density at each patch (L,), on the device of the noise."""
         variance = self.sigma**2 if self.literal else self.sigma
         return normal_density(variance, tuple(grid)).to(noise)
 
 
 @cache
 def normal_density(variance: float, grid: tuple[int, int]) -> Tensor:
-    """The density (L,) at the patches; the outermost lie on the border itself, at -1 and 1, as in
-    the released code.
+    """Return the normal density at each patch (L,).
+
+    The outermost patches have coordinates -1 and 1, as in GLIP's released code.
     """
     y, x = (torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in grid)
     squared_distance = y[:, None] ** 2 + x[None, :] ** 2
@@ -121,43 +129,48 @@ def normal_density(variance: float, grid: tuple[int, int]) -> Tensor:
 
 @strategy("gaussian")
 class GaussianMask(CenteredMask):
-    """GLIP (arXiv 2403.15837, equation 2): patches near the centre are likelier to stay.
+    """Prefer patches near the center (GLIP, arXiv 2403.15837, equation 2).
 
-    As released: noise plus density.
+    The score is noise plus density, as in the released code.
     """
 
-    # True: draw one by one, with probability proportional to the density (Gumbel top-k)
+    # True: sample without replacement, with probabilities proportional to the density.
     gumbel: bool = False
 
     def score(self, noise, grid):
         density = self.density(grid, noise)
-        # -log(u) / w is an arrival time of rate w; the first K arrivals are K draws without
-        # replacement, of weights w
-        return noise.log() / density if self.gumbel else noise + density
+        if self.gumbel:
+            # Gumbel top-k: -log(u) / w is exponentially distributed with rate w. The K smallest
+            # of these times are K draws without replacement, with weights w.
+            return noise.log() / density
+        return noise + density
 
 
 @strategy("inverse_gaussian")
 class InverseGaussianMask(CenteredMask):
-    """GLIP's control experiment (its table 7): patches near the border are likelier to stay."""
+    """Prefer patches near the border, the control experiment of GLIP's table 7."""
 
     def score(self, noise, grid):
         return noise - self.density(grid, noise)
 
 
 def complementary_masks(noise: Tensor, views: int) -> list[Tensor]:
-    """noise (B, L) -> `views` keeps (B, K), ascending, that together hold every patch once; where L
-    does not divide, K differ by one.
+    """Divide the patches of each image at random into `views` disjoint sets of visible patches.
+
+    noise: (B, L), uniform in [0, 1). Each set is (B, K), ascending; if L does not divide by
+    `views`, the K differ by one. Raise ValueError if there are fewer patches than views.
     """
     patches = noise.shape[1]
     if not 1 <= views <= patches:
         raise ValueError(f"--ensemble {views}: {patches} patches make 1 to {patches} views")
     order = noise.argsort(dim=1, stable=True)
-    return [part.sort(dim=1).values for part in order.tensor_split(views, dim=1)]
+    return [patch_set.sort(dim=1).values for patch_set in order.tensor_split(views, dim=1)]
 
 
 def parse_mask(spec: str) -> Mask:
-    """'gaussian(0.5, sigma=0.1)' -> Gaussian(ratio=0.5, sigma=0.1); 'none' -> a mask that hides
-    nothing.
+    """Parse a mask as written in a config: 'gaussian(0.5, sigma=0.1)'.
+
+    'none' is a mask that hides nothing. Raise ValueError if the text is not a mask.
     """
     if spec == "none":
         return RandomMask(0.0)

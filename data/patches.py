@@ -1,9 +1,11 @@
-"""Cut images into patches, and put patches back together.
+"""Divide images into patches, and assemble images from patches.
 
-A patch is laid out (channel, row, column), as the weight of a stride-P convolution flattens. A
-linear layer over patches therefore equals that convolution, and its weights convert by reshaping.
-Letters: B images, H x W pixels, P pixels to a patch side, L = (H / P) * (W / P) patches in reading
-order, K visible patches.
+The values of a patch are ordered (channel, row, column), like the flattened weight of a stride-P
+convolution. A linear layer over patches therefore equals that convolution, and its weights convert
+by reshaping.
+
+Shapes: B images, C channels, H x W pixels, P patch side in pixels, L = (H / P) * (W / P) patches in
+row-major order, K visible patches.
 """
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor
 
 
 def patch_grid(height: int, width: int, P: int) -> tuple[int, int]:
-    """Return (rows, columns) of the patches of an image."""
+    """Return (rows, columns) of patches; ValueError if P does not divide the image's sides."""
     if height % P or width % P:
         raise ValueError(
             f"an image of {height} x {width} pixels does not divide into patches of {P}; change the"
@@ -21,7 +23,7 @@ def patch_grid(height: int, width: int, P: int) -> tuple[int, int]:
 
 
 def patchify(images: Tensor, P: int) -> Tensor:
-    """(B, C, H, W) -> (B, L, C*P*P)."""
+    """Divide images (B, C, H, W) into patches (B, L, C*P*P)."""
     B, C, H, W = images.shape
     rows, columns = patch_grid(H, W, P)
     return (
@@ -32,7 +34,7 @@ def patchify(images: Tensor, P: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, P: int, grid_size: tuple[int, int]) -> Tensor:
-    """(B, L, C*P*P) -> (B, C, H, W); grid_size is (rows, columns)."""
+    """Assemble images (B, C, H, W) from patches (B, L, C*P*P); grid_size is (rows, columns)."""
     B = patches.shape[0]
     rows, columns = grid_size
     return (
@@ -43,9 +45,9 @@ def unpatchify(patches: Tensor, P: int, grid_size: tuple[int, int]) -> Tensor:
 
 
 def patchify_visible(image: np.ndarray, P: int, keep: np.ndarray) -> np.ndarray:
-    """Cut an image (H, W, C) at keep (K,) -> (K, C*P*P); reads the visible patches only."""
+    """Return the patches `keep` (K,) of an image (H, W, C) as (K, C*P*P); copy only these."""
     height, width = image.shape[:2]
     rows, columns = patch_grid(height, width, P)
-    # (rows, columns, C, P, P), no copy yet
-    view = image.reshape(rows, P, columns, P, -1).transpose(0, 2, 4, 1, 3)
-    return view[keep // columns, keep % columns].reshape(len(keep), -1)
+    # A view (rows, columns, C, P, P) of the same memory; the indexing below copies.
+    tiles = image.reshape(rows, P, columns, P, -1).transpose(0, 2, 4, 1, 3)
+    return tiles[keep // columns, keep % columns].reshape(len(keep), -1)

@@ -1,15 +1,16 @@
-"""Tar shards of captioned images: writing, indexing, random access, and one global order.
+"""Tar shards of captioned images: writing, indexing, random access, and the order of a run.
 
-A shard is a tar in webdataset's convention: the members of a sample follow each other and share a
-key, `000017.jpg`, `000017.txt`.
-A folder of shards has an index, built once (`run/prepare.py index DIR`, or on first use):
+A shard is a tar file in webdataset's convention: the files of a sample are adjacent and share a
+key, e.g. `000017.jpg`, `000017.txt`. The index of a folder of shards is built once
+(`run/prepare.py index DIR`, or on first use):
 
     DIR/shards.index.json           the tars, with the samples, bytes and extensions of each
-    DIR/shards.index/NAME.tar.json  the position of each member of a tar: one sample is one read
+    DIR/shards.index/NAME.tar.json  the offset of each file in a tar: reading a sample is one read
 
-With the index, sample i is a place in a file and `Order` is a pure function: position p of a run ->
-(epoch, sample). Nothing depends on the reader. A resumed run therefore sees every sample of an
-epoch exactly once, on any number of ranks and workers.
+With the index, any sample can be read directly, and `Order` computes which sample is at position p
+of a run from (seed, window, shards) alone. Ranks and workers only divide the positions among
+themselves. A run that is resumed on any number of ranks and workers therefore sees every sample of
+an epoch exactly once.
 """
 
 import io
@@ -31,30 +32,34 @@ from braceexpand import braceexpand
 INDEX_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "json")
-CAPTION_FIELDS = ("caption", "text", "TEXT")  # of a json member, the first that is there
-MAX_OPEN_SHARDS = 64  # file handles and member tables a reader keeps
+# Fields of a json file that can hold the caption; the first one present is used.
+CAPTION_FIELDS = ("caption", "text", "TEXT")
+MAX_OPEN_SHARDS = 64  # file handles and indexes that a process keeps in memory
 
 
 @dataclass(frozen=True)
 class Sample:
+    """The files of one sample."""
+
     shard: str
     key: str
     files: dict[str, bytes]  # extension -> content
 
     @property
     def image(self) -> bytes:
+        """The encoded image; ValueError if there is none."""
         for extension in IMAGE_EXTENSIONS:
             if extension in self.files:
                 return self.files[extension]
-        raise ValueError(
-            f"no image: has {', '.join(self.files)}; an image is one of {', '.join(IMAGE_EXTENSIONS)}"
-        )
+        present = ", ".join(self.files)
+        allowed = ", ".join(IMAGE_EXTENSIONS)
+        raise ValueError(f"no image: has {present}; an image is one of {allowed}")
 
     @property
     def captions(self) -> list[str]:
-        """The captions of the image: its txt member, or the caption field of its json member.
+        """The captions: the txt file, or the caption field of the json file.
 
-        The field may be a list of several captions.
+        The field may be a list of several captions. ValueError if there is neither.
         """
         if "txt" in self.files:
             return [self.files["txt"].decode("utf-8", errors="replace").strip()]
@@ -75,30 +80,31 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The first of the captions."""
+        """The first caption."""
         return self.captions[0]
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    """Write (key, {extension: content}) as one tar and return the number of samples.
+    """Write samples (key, {extension: content}) as one tar and return their number.
 
-    The same samples give the same bytes.
+    Equal samples give equal bytes.
     """
-    part = path.with_name(path.name + ".part")
+    # An interrupted write leaves only the temporary file.
+    temporary = path.with_name(path.name + ".part")
     count = 0
-    with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, parts in samples:
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, files in samples:
             if "." in key.rpartition("/")[2]:
                 raise ValueError(
-                    f"{path}: key {key!r} has a dot, where its extension would begin; replace the"
-                    " dots"
+                    f"{path}: key {key!r} contains a dot, where the extension would begin; replace"
+                    " the dots"
                 )
             count += 1
-            for extension, content in parts.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")  # no time, no owner: TarInfo's zeros
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")  # time and owner stay 0
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    os.replace(part, path)
+    os.replace(temporary, path)
     return count
 
 
@@ -109,18 +115,18 @@ def list_files(path: Path) -> list[tuple[str, str, int, int]]:
     """
     files = []
     try:
-        with tarfile.open(path, "r:") as tar:  # a tar cut off within a file raises ReadError here
+        with tarfile.open(path, "r:") as tar:  # raises ReadError if cut off within a file
             for member in tar:
                 if member.isfile():
                     key, extension = split_name(member.name)
                     files.append((key, extension, member.offset_data, member.size))
-            # tarfile mistakes a header that it cannot read for the end of the tar.
+            # tarfile treats a damaged header as the end of the tar; a real end consists of zeros.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ValueError(
-            f"{path}: truncated or no tar ({error}); fetch it again or remove it"
+            f"{path}: truncated or not a tar ({error}); fetch it again or remove it"
         ) from None
     if not files:
         raise ValueError(f"{path}: an empty shard; remove it")
@@ -128,18 +134,18 @@ def list_files(path: Path) -> list[tuple[str, str, int, int]]:
 
 
 def list_samples(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """List the samples of a tar: [(key, {extension: (offset, bytes)})]; reads headers only."""
+    """List the samples of a tar: [(key, {extension: (offset, bytes)})]; read only its headers."""
     return group_samples(list_files(path))
 
 
 def group_samples(
     files: list[tuple[str, str, int, int]],
 ) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """Group the files of `headers` into samples: neighbors that share a key."""
+    """Group the result of `list_files` into samples: adjacent files that share a key."""
     samples = []
     for key, group in groupby(files, key=lambda file: file[0]):
-        parts = {extension: (offset, size) for _, extension, offset, size in group}
-        samples.append((key, parts))
+        members = {extension: (offset, size) for _, extension, offset, size in group}
+        samples.append((key, members))
     return samples
 
 
@@ -155,16 +161,16 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -> dict:
-    """Index every tar of the folder (not of its subfolders) and return the summary.
+    """Index the tars in a folder, without its subfolders, and write and return the summary.
 
-    progress: wraps the iteration over tars.
+    progress: wraps the iteration over tars, e.g. with a progress bar.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"{folder}: no *.tar in it; name the folder that holds the shards")
     (folder / "shards.index").mkdir(exist_ok=True)
 
-    # The members of each tar. A tar that cannot be read does not stop the others.
+    # Index each tar. Damaged ones are collected, so that one message lists all of them.
     rows = []
     broken = []
     for path in progress(paths):
@@ -174,7 +180,7 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
             broken.append(str(error))
             continue
         replace_json(folder / "shards.index" / f"{path.name}.json", samples)
-        extensions = Counter(extension for _, parts in samples for extension in parts)
+        extensions = Counter(extension for _, members in samples for extension in members)
         rows.append(
             dict(
                 name=path.name,
@@ -186,29 +192,29 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
     if len(broken) == 1:
         raise ValueError(broken[0])
     if broken:
-        several = f"{folder}: {len(broken)} of {len(paths)} shards are unusable"
-        raise ValueError("\n  ".join([several, *broken]))
+        summary = f"{folder}: {len(broken)} of {len(paths)} shards are unusable"
+        raise ValueError("\n  ".join([summary, *broken]))
 
-    # The summary last: a folder without it is indexed again.
+    # Write the summary last: a folder without it is indexed again.
     index = dict(version=INDEX_VERSION, shards=rows)
     replace_json(folder / "shards.index.json", index)
     return index
 
 
 def replace_json(path: Path, value: object) -> None:
-    """Write JSON completely or not at all, even if several jobs index one folder at a time."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    part.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
-    os.replace(part, path)
+    """Write JSON completely or not at all, even if several jobs index a folder at once."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    os.replace(temporary, path)
 
 
 def read_index(folder: Path) -> dict:
-    """Load the folder's index and check it against the tars; build it if there is none."""
+    """Load a folder's index, or build it, and check that the tars have not changed since."""
     path = folder / "shards.index.json"
     index = json.loads(path.read_text()) if path.exists() else build_index(folder)
     if index.get("version") != INDEX_VERSION:
         raise ValueError(
-            f"{path}: version {index.get('version')!r}, this code writes {INDEX_VERSION}; run:"
+            f"{path}: version {index.get('version')!r}, but this code uses {INDEX_VERSION}; run:"
             f" run/prepare.py index {folder}"
         )
     present = {(tar.name, tar.stat().st_size) for tar in folder.glob("*.tar")}
@@ -224,7 +230,7 @@ def read_index(folder: Path) -> dict:
 def require_pairs(folder: Path, row: dict) -> None:
     """Raise ValueError if a training shard has no images or no captions.
 
-    The run stops here rather than at its first batch.
+    row: the shard's entry in the index.
     """
     for what, known in (("images", IMAGE_EXTENSIONS), ("captions", CAPTION_EXTENSIONS)):
         if not any(extension in row["extensions"] for extension in known):
@@ -237,9 +243,9 @@ def require_pairs(folder: Path, row: dict) -> None:
 
 
 def select_tars(source: str | Path) -> tuple[Path, list[str]]:
-    """Return a folder and the names of the tars chosen from it; an empty list means all.
+    """Split an entry of data.train into a folder and names of tars; an empty list means all.
 
-    'DIR/{00000..00008}.tar' chooses nine, with braces as in a shell and in webdataset.
+    'DIR/{00000..00008}.tar' selects nine tars, with braces as in a shell and in webdataset.
     """
     path = Path(source)
     if path.suffix != ".tar" or path.is_dir():
@@ -248,29 +254,29 @@ def select_tars(source: str | Path) -> tuple[Path, list[str]]:
         names = set(braceexpand(path.name))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; see data.train") from None
-    # Sorted like the index: the order in which a config names them has no effect.
+    # Sorted like the index, so that the order in a config has no effect.
     return path.parent, sorted(names)
 
 
 class Shards:
-    """The samples of indexed shard folders as one list: `len(shards)`, `shards[i] -> Sample`.
+    """The samples of indexed folders of shards as one sequence: `len(shards)`, `shards[i]`.
 
     folders: folders of tars, or some tars of a folder, as FOLDER/NAME-{00000..00008}.tar.
-    captions: raise ValueError unless every shard holds images and captions.
+    require_captions: raise ValueError unless every shard contains images and captions.
     """
 
     def __init__(self, folders: Iterable[str | Path], require_captions: bool = True):
         self.paths: list[Path] = []
         self.counts: list[int] = []
-        for folder, chosen in map(select_tars, folders):
+        for folder, selected in map(select_tars, folders):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: no such folder of shards; see data.train")
             rows = {row["name"]: row for row in read_index(folder)["shards"]}
-            for name in chosen or rows:
+            for name in selected or rows:
                 if name not in rows:
                     raise ValueError(
-                        f"{folder / name}: no such shard of {len(rows)}, {min(rows)} to"
-                        f" {max(rows)}; see data.train"
+                        f"{folder / name}: no such shard; the folder has {len(rows)},"
+                        f" {min(rows)} to {max(rows)}; see data.train"
                     )
                 row = rows[name]
                 if require_captions:
@@ -287,24 +293,27 @@ class Shards:
         return self.read(i)
 
     def read(self, i: int, extensions: tuple[str, ...] = ()) -> Sample:
-        """Read sample i; only: extensions of the members to read, without any byte of the rest."""
-        shard, place = self.locate(i)
-        return self._open(self.paths[shard]).read(place, extensions)
+        """Read sample i; with `extensions`, read only its files that have one of these extensions.
+
+        If it has no such file, read all of its files.
+        """
+        shard, index = self.locate(i)
+        return self._open(self.paths[shard]).read(index, extensions)
 
     def locate(self, i: int) -> tuple[int, int]:
-        """Return sample i as (shard, place in that shard)."""
+        """Return sample i as (shard, index in that shard)."""
         shard = bisect_right(self.ends, i)
         return shard, i - (self.ends[shard] - self.counts[shard])
 
     def name(self, i: int) -> tuple[str, str]:
-        """Return (shard, key) of sample i, read from the index alone."""
-        shard, place = self.locate(i)
+        """Return (shard, key) of sample i; read only the index."""
+        shard, index = self.locate(i)
         path = self.paths[shard]
-        key, _ = self._open(path).samples[place]
+        key, _ = self._open(path).samples[index]
         return path.name, key
 
     def __getstate__(self) -> dict:
-        # File handles stay with the process that opened them.
+        # File handles cannot be pickled: each worker process opens its own.
         return {name: value for name, value in vars(self).items() if name != "_open"}
 
     def __setstate__(self, state: dict) -> None:
@@ -312,7 +321,7 @@ class Shards:
 
 
 class _OpenShard:
-    """An open tar with its table of members."""
+    """An open tar with the offsets of its files."""
 
     def __init__(self, path: Path):
         self.name = path.name
@@ -324,32 +333,40 @@ class _OpenShard:
         if hasattr(self, "file"):
             os.close(self.file)
 
-    def read(self, i: int, only: tuple[str, ...]) -> Sample:
-        key, parts = self.samples[i]
-        selected = {extension: parts[extension] for extension in only if extension in parts}
-        if selected:  # else all, so that the caller can say which members there are
-            parts = selected
+    def read(self, i: int, extensions: tuple[str, ...]) -> Sample:
+        key, members = self.samples[i]
+        selected = {
+            extension: members[extension] for extension in extensions if extension in members
+        }
+        # Otherwise all files, so that the caller's error message can list them.
+        if selected:
+            members = selected
 
-        # The members of a sample lie side by side: one read for all.
-        start = min(offset for offset, _ in parts.values())
-        end = max(offset + size for offset, size in parts.values())
+        # The files of a sample are adjacent: one read for all.
+        start = min(offset for offset, _ in members.values())
+        end = max(offset + size for offset, size in members.values())
         block = os.pread(self.file, end - start, start)
         if len(block) < end - start:
-            raise ValueError(f"{self.name}: shorter than its index says; run: run/prepare.py index")
+            raise ValueError(
+                f"{self.name}: shorter than its index says; run: run/prepare.py index DIR"
+            )
 
-        contents = {}
-        for extension, (offset, size) in parts.items():
+        files = {}
+        for extension, (offset, size) in members.items():
             begin = offset - start
-            contents[extension] = block[begin : begin + size]
-        return Sample(self.name, key, contents)
+            files[extension] = block[begin : begin + size]
+        return Sample(self.name, key, files)
 
 
 class Order:
-    """The global order of a run: position -> (epoch, sample), the same for every reader.
+    """The order of a run: position -> (epoch, sample), a function of (seed, window, counts).
 
-    Each epoch visits the shards in a new order, `window` shards at a time, and mixes the samples
-    within a window: random enough for contrastive batches, local enough for a network file system.
-    Positions run on over the epochs, so a batch may straddle two.
+    Each epoch shuffles the shards, divides them into windows of `window` shards, and shuffles the
+    samples within each window. That is random enough for contrastive batches, and local enough for
+    a network file system. Positions continue over epochs, so a batch may contain samples of two.
+
+    Generators: the shards of an epoch are shuffled with (seed, epoch), the samples of a window with
+    (seed, epoch, 1 + window).
     """
 
     def __init__(self, counts: list[int], seed: int, window: int):
@@ -358,23 +375,26 @@ class Order:
         self.window = window
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.total = int(self.counts.sum())
+        # Consecutive positions share a window: its permutation is computed once.
         self._epoch = lru_cache(2)(self._epoch_windows)
-        self._window = lru_cache(4)(self._mixed_window)
+        self._window = lru_cache(4)(self._shuffled_window)
 
     def __call__(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.total)
+        epoch, offset = divmod(position, self.total)
         _, ends = self._epoch(epoch)
-        window = bisect_right(ends, place)
+        window = bisect_right(ends, offset)
         begin = ends[window - 1] if window else 0
-        return epoch, int(self._window(epoch, window)[place - begin])
+        return epoch, int(self._window(epoch, window)[offset - begin])
 
     def _epoch_windows(self, epoch: int) -> tuple[list[np.ndarray], list[int]]:
+        """Return the shards of each window of an epoch, and the offset at which it ends."""
         shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         sizes = [int(self.counts[window].sum()) for window in windows]
         return windows, list(accumulate(sizes))
 
-    def _mixed_window(self, epoch: int, window: int) -> np.ndarray:
+    def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
+        """Return the samples of a window in the order in which the run visits them."""
         shards = self._epoch(epoch)[0][window]
         begins = self.starts[shards]
         ends = begins + self.counts[shards]

@@ -1,6 +1,6 @@
-"""Specs in a config: `name`, `name(0.5)` or `name(0.5, key=value)`.
+"""Parse specs in a config: `name`, `name(0.5)` or `name(0.5, key=value)`.
 
-Masks, text masks and evaluations are written in this form. A value is a Python literal.
+Masks, text masks and evaluations are written in this form. Values are Python literals.
 """
 
 import ast
@@ -11,26 +11,27 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
-YAML_BOOLEANS = {"true": True, "false": False}  # as YAML writes them
+YAML_BOOLEANS = {"true": True, "false": False}  # spelled as in YAML
 
 
 class UnreadableSpec(ValueError):
-    """The text is not of the form `name(...)`; the caller knows what should stand there."""
+    """The text is not of the form `name(...)`; callers replace the message by one for their key."""
 
 
 @dataclass(frozen=True)
 class Spec:
+    """A parsed spec."""
+
     name: str
-    args: tuple
+    args: tuple  # values without a key
     options: dict[str, object]
 
 
 def read_spec(text: str, bare_words: bool = False) -> Spec:
     """Parse 'gaussian(0.5, sigma=0.1)' -> Spec("gaussian", (0.5,), {"sigma": 0.1}).
 
-    bare_words: `key=word` is a string, or True and False as YAML writes them; without it only
-    literals are values.
-    Raise UnreadableSpec, or ValueError if an option is given twice or a value is no literal.
+    bare_words: also accept unquoted strings, and true and false as in YAML: `key=word`.
+    Raise UnreadableSpec, or ValueError if an option is repeated or a value is not a literal.
     """
     name, tree = parse_call(text)
 
@@ -40,21 +41,21 @@ def read_spec(text: str, bare_words: bool = False) -> Spec:
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError):
-            raise ValueError("arguments must be plain values, such as 0.5 or True") from None
+            raise ValueError("arguments must be literals, such as 0.5 or True") from None
 
     if tree is None:
         return Spec(name, (), {})
-    # A keyword without a name is `**mapping`.
+    # `**mapping` is a keyword without a name; it drops out here and is refused below.
     nodes = {keyword.arg: keyword.value for keyword in tree.keywords if keyword.arg}
     if len(nodes) < len(tree.keywords):
-        raise ValueError("name each option once")
+        raise ValueError("give each option once, as key=value")
     options = {key: value(node) for key, node in nodes.items()}
     args = tuple(value(node) for node in tree.args)
     return Spec(name, args, options)
 
 
 def parse_call(text: str) -> tuple[str, ast.Call | None]:
-    """'gaussian(0.5)' -> (its name, its syntax tree; None where there are no parentheses)."""
+    """Split 'gaussian(0.5)' into its name and its syntax tree, None without parentheses."""
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, TypeError):
@@ -66,10 +67,10 @@ def parse_call(text: str) -> tuple[str, ast.Call | None]:
 
 
 def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: str) -> T:
-    """Build the strategy that a spec names from the spec's arguments.
+    """Build the strategy of a spec, e.g. GaussianMask(0.5) for 'gaussian(0.5)'.
 
-    Raise ValueError, which begins with `key` and lists the strategy's arguments, or shows `form`,
-    the way to write a spec.
+    key: config key, the beginning of error messages. form: examples of valid specs for these
+    messages. Raise ValueError if the spec is invalid.
     """
     try:
         name, _ = parse_call(text)
@@ -78,6 +79,7 @@ def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: st
     if name not in strategies:
         raise ValueError(f"{key} {text!r}: {describe_unknown(name, strategies)}")
 
+    # Check the arguments against the signature, so that a message can list what is allowed.
     strategy = strategies[name]
     signature = inspect.signature(strategy)
     signature = signature.replace(return_annotation=inspect.Signature.empty)
@@ -90,10 +92,10 @@ def build_strategy(text: str, strategies: dict[str, type[T]], key: str, form: st
 
 
 def describe_unknown(name: str, strategies: Iterable[str]) -> str:
-    """Describe why a name is no strategy, with the closest one."""
+    """Return the message for a name that is not a strategy, with the closest match."""
     if name == "none":
         return "none takes no arguments"
     known = sorted([*strategies, "none"])
-    near = get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    matches = get_close_matches(name, known, 1)
+    hint = f"; did you mean {matches[0]!r}?" if matches else ""
     return f"unknown strategy {name!r}; known: {', '.join(known)}{hint}"

@@ -96,7 +96,8 @@ def test_some_shards_of_a_folder(folder):
     assert len(Shards([folder / "00001.tar"])) == 5
     with pytest.raises(
         ValueError,
-        match=r"00003\.tar: no such shard of 3, 00000\.tar to 00002\.tar; see data\.train",
+        match=r"00003\.tar: no such shard; the folder has 3, 00000\.tar to 00002\.tar; see"
+        r" data\.train",
     ):
         Shards([f"{folder}/{{00001..00003}}.tar"])
     with pytest.raises(ValueError, match=r"Unbalanced braces.*see data\.train"):
@@ -207,7 +208,7 @@ def test_a_tar_cut_off_anywhere_is_refused(tmp_path, keep):
         cut += b"x" * 512
     (tmp_path / "0.tar").write_bytes(cut)
 
-    with pytest.raises(ValueError, match="0.tar: truncated or no tar"):
+    with pytest.raises(ValueError, match="0.tar: truncated or not a tar"):
         list_files(tmp_path / "0.tar")
 
 

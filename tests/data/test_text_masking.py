@@ -28,7 +28,7 @@ from glimpse.data.text_masking import (
 )
 from glimpse.data.tokenizer import pack, train_sentencepiece
 from glimpse.data.transforms import View
-from glimpse.model.init import Init
+from glimpse.model.init import WeightInit
 from glimpse.model.text import TextConfig, TextTower
 from glimpse.tests.helpers.tiny import NAMES, picture
 
@@ -229,11 +229,11 @@ def test_parse_reads_what_a_config_writes():
         ("prioritised", "missing a required argument: 'ratio'; prioritised takes"),
         (
             "first(2)",
-            r"tokens is 2; it must be 3 or more: how many stay, special ones included;"
-            r" first takes \(tokens: int\)",
+            r"tokens is 2; it must be an integer of at least 3: the number of tokens to keep,"
+            r" special tokens included; first takes \(tokens: int\)",
         ),
-        ("block(8.0)", "tokens is 8.0; it must be 3 or more"),
-        ("shuffled(True)", "tokens is True; it must be 3 or more"),
+        ("block(8.0)", "tokens is 8.0; it must be an integer of at least 3"),
+        ("shuffled(True)", "tokens is True; it must be an integer of at least 3"),
         ("first(8, 9)", "too many positional"),
         (
             "prioritized(0.5)",
@@ -338,7 +338,7 @@ def test_a_filled_caption_loses_padding_first(tokenizer):
 
 def tower(pool):
     torch.manual_seed(0)
-    init = Init(token=1.0, positions=1.0)  # large, so that a wrong place shows
+    init = WeightInit(token=1.0, positions=1.0)  # large, so that a wrong place shows
     return TextTower(
         TextConfig(pool=pool), vocab=120, context=CONTEXT, width=32, depth=3, heads=4, init=init
     )

@@ -130,7 +130,7 @@ def test_what_is_finished_is_left_and_what_is_broken_off_is_not_there(tmp_path, 
     source = sources.Found([eval_set], "p", "1", "MIT", "")
     monkeypatch.setitem(packaged.SETS, "x", lambda cache, glyphs: source)
 
-    with pytest.raises(ValueError, match="has a dot"):
+    with pytest.raises(ValueError, match="contains a dot"):
         packaged.build("x", tmp_path, cache=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -23,7 +23,7 @@ from glimpse.data.tokenizer import (
 )
 from glimpse.data.transforms import center_view
 from glimpse.model.convert import hf
-from glimpse.model.vision import normalise
+from glimpse.model.vision import normalize_pixels
 from glimpse.tests.data.test_tokenizer import TEXTS, WORDPIECES
 from glimpse.tests.model.convert.test_convert_hf import CLIP, made
 from glimpse.tests.model.test_towers import patches_of
@@ -332,7 +332,7 @@ def test_the_whole_folder(folders, tmp_path, interpolation):
     views = [center_view(picture, 96, "resize_crop", interpolation) for picture in pictures]
     images = torch.stack([torch.from_numpy(view) for view in views]).permute(0, 3, 1, 2)
     patches = patches_of(images.float(), 32).to(torch.uint8)
-    patches = normalise(patches, CLIP.vision.mean, CLIP.vision.std, torch.float32)
+    patches = normalize_pixels(patches, CLIP.vision.mean, CLIP.vision.std, torch.float32)
     ids = [torch.tensor(tokenizer(text)) for text in texts]
     lengths = torch.tensor([len(i) for i in ids])
 

@@ -133,7 +133,7 @@ def data(tmp_path_factory):
 
 
 FAULTS = (
-    "cifar10: .*wds_vtab-cifar10/test/0.tar: truncated or no tar",
+    "cifar10: .*wds_vtab-cifar10/test/0.tar: truncated or not a tar",
     "fer2013: .*6 classes; fer2013 has 7",
     "stl10: .*wds_stl10: 0.tar 030 is of class 10; classnames.txt names 10, from 0",
     "gtsrb: .*0.tar 000: cannot read the image",
