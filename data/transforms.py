@@ -1,19 +1,20 @@
-"""One encoded image into views: decode, crop, resize, flip, color; uint8 (H, W, 3), normalized
-later, on the device.
+"""Make views of an encoded image: decode, crop, resize, flip, recolor.
 
-A box is (top, left, height, width) in pixels of the source; H x W are the sides of a view, one
-number where it is square.
+A view is uint8 (H, W, 3); the model normalizes it later, on the device. A box is (top, left,
+height, width) in pixels of the source image. A size is (H, W), or one number for a square.
 
-JPEGs are decoded by simplejpeg (the same pixels as Pillow's, without its copies) and, where a crop
-is at least twice as large as the view, at a half, a quarter or an eighth of their size:
-libjpeg-turbo's other scales take longer than the whole image. Everything else, and every JPEG that
-simplejpeg refuses, is Pillow's. Resizing is torch's antialiased kernel for bytes, Pillow's
-algorithm in vector instructions (within one level of 255 at 99.9 % of pixels).
+Decoding. simplejpeg decodes JPEGs: the same pixels as Pillow's, without its copies. If every crop
+is at least twice as large as its view, libjpeg-turbo decodes the JPEG at 1/2, 1/4 or 1/8 of its
+size; its other scales take longer than the full size. Pillow decodes everything else, and every
+JPEG that simplejpeg refuses.
 
-Three choices where released code differs. As in open_clip and torchvision, EXIF orientation is
-ignored. Transparency is laid on white, where they drop the alpha channel and show what lies
-beneath. FLIP resizes with TensorFlow's bicubic, without antialiasing; we always antialias, since a
-crop of a photograph is shrunk.
+Resizing uses torch's antialiased kernel for bytes: Pillow's algorithm in vector instructions, with
+a difference of at most one level of 255 at 99.9 % of the pixels.
+
+There are three differences from released code. EXIF orientation is ignored, as in open_clip and
+torchvision. Transparent pixels are blended with white, whereas open_clip and torchvision drop the
+alpha channel. Resizing is always antialiased, whereas FLIP resizes with TensorFlow's bicubic
+without antialiasing: crops of photographs are usually shrunk.
 """
 
 import math
@@ -30,14 +31,14 @@ from glimpse.data.masking import parse_mask
 
 try:
     import simplejpeg
-except ImportError:  # Pillow alone gives the same pixels, in more time
+except ImportError:  # Pillow decodes the same pixels, more slowly
     simplejpeg = None
 
 Box = tuple[int, int, int, int]
-Size = int | tuple[int, int]  # a square's side, or (height, width); pixels
-CROPS = ("resize_crop", "square", "squash")  # of an evaluation image, see center_view
+Size = int | tuple[int, int]  # side of a square, or (height, width), in pixels
+CROPS = ("resize_crop", "square", "squash")  # crops of evaluation images, see center_view
 INTERPOLATIONS = ("bicubic", "bilinear")
-CROP_ATTEMPTS = 10  # draws of a crop before the central one is taken, as in torchvision and FLIP
+CROP_ATTEMPTS = 10  # random crops to try before the central one is used, as in torchvision and FLIP
 
 
 @dataclass(frozen=True)
@@ -94,116 +95,129 @@ class View:
             )
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise ValueError(
-                f"jitter: {self.jitter}; of brightness, contrast, saturation (0 or more) and hue (0"
-                " to 0.5)"
+                f"jitter: {self.jitter}; it must be strengths of brightness, contrast, saturation"
+                " (0 or more) and hue (0 to 0.5)"
             )
         for key in ("grey", "blur", "solarize"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: {getattr(self, key)}; it must be a probability, 0 to 1")
         if not 1 <= self.count <= 9:
-            raise ValueError(f"count: {self.count}; a view is drawn 1 to 9 times")
+            raise ValueError(f"count: {self.count}; it must be 1 to 9")
         if self.size < 0:
             raise ValueError(
                 f"size: {self.size}; it must be a side in pixels, or 0 for model.image_size"
             )
         if self.enlarge and not self.encloses:
             raise ValueError(
-                "enlarge: only a view that encloses others can be enlarged; name them in encloses"
+                "enlarge: only a view that encloses others can be enlarged; list them in encloses"
             )
         if self.encloses and (self.crop, self.ratio) != (View.crop, View.ratio):
             raise ValueError(
-                "crop, ratio: a view that encloses others has the box around theirs; leave both out"
+                "crop, ratio: a view that encloses others uses the box around theirs; remove both"
             )
         if self.encloses and self.flip:
             raise ValueError(
-                "flip: a view that encloses others cannot be mirrored, since places in it are"
-                " looked up by theirs"
+                "flip: a view that encloses others cannot be mirrored, because their boxes locate"
+                " them in it; set it to false"
             )
         check_interpolation(self.interpolation)
         parse_mask(self.mask)
 
 
 def view_names(name: str, view: View) -> list[str]:
-    """Names of the draws of a view: NAME, or NAME1, NAME2, ... where there are several."""
+    """Return the names of the draws of a view: NAME, or NAME1, NAME2, ... for several."""
     if view.count == 1:
         return [name]
     return [f"{name}{n + 1}" for n in range(view.count)]
 
 
 def expand_views(views: dict[str, View]) -> dict[str, View]:
-    """Every draw of every view under its own name, in alphabetical order."""
+    """Return one view for each draw of each view, under its name, in alphabetical order.
+
+    The order must not depend on the config file: the loader seeds the n-th view with n.
+    """
     names = {name: view_names(name, view) for name, view in views.items()}
     result: dict[str, View] = {}
     for name, view in views.items():
-        inside: list[str] = []
+        # An enclosing view encloses every draw of the views that it lists.
+        enclosed: list[str] = []
         for other in view.encloses:
             check_enclosed(name, other, views)
-            inside += names[other]
+            enclosed += names[other]
         for draw in names[name]:
             if draw in result:
-                raise ValueError(f"views: two are called {draw!r}; rename one")
-            result[draw] = replace(view, count=1, encloses=tuple(inside))
+                raise ValueError(f"views: two views are called {draw!r}; rename one")
+            result[draw] = replace(view, count=1, encloses=tuple(enclosed))
     return dict(sorted(result.items()))
 
 
 def check_enclosed(name: str, other: str, views: dict[str, View]) -> None:
     """Raise ValueError unless view `name` can enclose the view `other`."""
     if other not in views or views[other].encloses:
-        with_crop = sorted(key for key, view in views.items() if not view.encloses)
+        allowed = sorted(key for key, view in views.items() if not view.encloses)
         raise ValueError(
-            f"views.{name}.encloses: {other!r}; name views with a crop: {', '.join(with_crop)}"
+            f"views.{name}.encloses: {other!r} is not a view with a crop; use some of:"
+            f" {', '.join(allowed)}"
         )
     if views[other].flip:
         raise ValueError(
-            f"views.{other}.flip: {name} encloses it and looks places up by its box; set it to"
-            " false"
+            f"views.{other}.flip: {name} encloses this view and locates patches by its box; set"
+            " flip to false"
         )
 
 
 def height_and_width(size: Size) -> tuple[int, int]:
-    """(height, width)."""
+    """Return a size as (height, width)."""
     return (size, size) if isinstance(size, int) else size
 
 
 def check_interpolation(name: str) -> None:
     if name not in INTERPOLATIONS:
-        raise ValueError(f"interpolation: {name!r}; known: {', '.join(INTERPOLATIONS)}")
+        raise ValueError(f"interpolation: unknown {name!r}; known: {', '.join(INTERPOLATIONS)}")
 
 
 def random_views(
     data: bytes, size: Size, views: dict[str, View], rngs: dict[str, np.random.Generator]
 ) -> dict[str, tuple[np.ndarray, Box]]:
-    """{name: ((H, W, 3) uint8, its box)} of views from `expanded`; the image is decoded once.
+    """Make random views of an image, which is decoded once.
 
-    ValueError: it cannot be read.
+    views: from `expand_views`. rngs: a generator for each view; a view does not depend on the
+    others' numbers, except through the boxes that it encloses. Return {name: (pixels (H, W, 3)
+    uint8, box)}. Raise ValueError if the image cannot be read.
     """
-    # 1. Draw the boxes in the whole image.
+    # 1. Draw a box in the full-size image for each view with a crop.
     height, width = image_size(data)
     targets = {name: height_and_width(view.size or size) for name, view in views.items()}
     boxes = {}
     for name, view in views.items():
         if not view.encloses:
-            shape = targets[name][1] / targets[name][0]
-            boxes[name] = random_box(height, width, view, rngs[name], shape)
+            aspect = targets[name][1] / targets[name][0]
+            boxes[name] = random_box(height, width, view, rngs[name], aspect)
     flips = {name: view.flip and rngs[name].random() < 0.5 for name, view in views.items()}
 
-    # 2. A JPEG is decoded at a half, a quarter or an eighth, where every view is smaller still.
-    #    Boxes shift by less than one pixel of the view.
+    # 2. Decode a JPEG at 1/2, 1/4 or 1/8 if every view is smaller still, and scale the boxes.
+    #    They shift by less than one pixel of the view.
     shrink = choose_shrink(views, boxes, targets) if is_jpeg(data) else 1
-    cuts = {name: shrink_box(box, shrink) for name, box in boxes.items()}
+    crops = {name: shrink_box(box, shrink) for name, box in boxes.items()}
     for name, view in views.items():
         if view.encloses:
-            cuts[name] = enclosing_box([cuts[other] for other in view.encloses])
+            crops[name] = enclosing_box([crops[other] for other in view.encloses])
             if view.enlarge:
-                cuts[name] = enlarge_box(cuts[name], height // shrink, width // shrink, rngs[name])
+                crops[name] = enlarge_box(
+                    crops[name], height // shrink, width // shrink, rngs[name]
+                )
 
-    # 3. Cut, resize and recolor.
+    # 3. Crop, resize, flip and recolor.
     image = decode(data, shrink)
     results = {}
     for name, view in views.items():
-        top, left, rows, columns = cuts[name]
-        crop = image[top : top + rows, left : left + columns]
-        pixels = resize(crop, *targets[name], view.interpolation, flips[name])
+        top, left, rows, columns = crops[name]
+        pixels = resize(
+            image[top : top + rows, left : left + columns],
+            *targets[name],
+            view.interpolation,
+            flips[name],
+        )
         pixels = recolor(pixels, rngs[name], view.jitter, view.grey, view.blur, view.solarize)
         results[name] = pixels, (top * shrink, left * shrink, rows * shrink, columns * shrink)
     return results
@@ -212,20 +226,20 @@ def random_views(
 def choose_shrink(
     views: dict[str, View], boxes: dict[str, Box], targets: dict[str, tuple[int, int]]
 ) -> int:
-    """8, 4, 2 or 1: by how much the image may shrink before the tightest view would be enlarged."""
-    room = math.inf
+    """Return the largest of 8, 4, 2 and 1 by which no crop becomes smaller than its view."""
+    smallest_ratio = math.inf
     for name, view in views.items():
-        box = (
-            enclosing_box([boxes[other] for other in view.encloses])
-            if view.encloses
-            else boxes[name]
-        )
+        if view.encloses:
+            box = enclosing_box([boxes[other] for other in view.encloses])
+        else:
+            box = boxes[name]
         rows, columns = targets[name]
-        room = min(room, box[2] / rows, box[3] / columns)
-    return next((shrink for shrink in (8, 4, 2) if room >= shrink), 1)
+        smallest_ratio = min(smallest_ratio, box[2] / rows, box[3] / columns)
+    return next((shrink for shrink in (8, 4, 2) if smallest_ratio >= shrink), 1)
 
 
 def shrink_box(box: Box, shrink: int) -> Box:
+    """Return a box in an image that was decoded at 1 / shrink of its size."""
     top, left, rows, columns = box
     return top // shrink, left // shrink, rows // shrink, columns // shrink
 
@@ -233,12 +247,12 @@ def shrink_box(box: Box, shrink: int) -> Box:
 def random_view(
     data: bytes, size: Size, view: View, rng: np.random.Generator
 ) -> tuple[np.ndarray, Box]:
-    """One view of an image: see random_views."""
+    """Make one random view of an image; see random_views."""
     return random_views(data, size, {"": view}, {"": rng})[""]
 
 
 def enclosing_box(boxes: list[Box]) -> Box:
-    """The smallest box around the boxes."""
+    """Return the smallest box around several boxes."""
     top = min(box[0] for box in boxes)
     left = min(box[1] for box in boxes)
     bottom = max(box[0] + box[2] for box in boxes)
@@ -247,7 +261,7 @@ def enclosing_box(boxes: list[Box]) -> Box:
 
 
 def enlarge_box(box: Box, height: int, width: int, rng: np.random.Generator) -> Box:
-    """The box with each side moved outwards, by a uniform share of what the image leaves it."""
+    """Move each side of a box outward, by a uniform share of its distance to the image's border."""
     top = int(rng.integers(box[0] + 1))
     left = int(rng.integers(box[1] + 1))
     bottom = int(rng.integers(box[0] + box[2], height + 1))
@@ -256,17 +270,18 @@ def enlarge_box(box: Box, height: int, width: int, rng: np.random.Generator) -> 
 
 
 def random_box(
-    height: int, width: int, view: View, rng: np.random.Generator, shape: float = 1.0
+    height: int, width: int, view: View, rng: np.random.Generator, aspect: float = 1.0
 ) -> Box:
-    """Draw a box of random area and shape, as torchvision and FLIP do; after TRIES that do not fit,
-    take the largest central one in shape.
+    """Draw a box of random area and aspect ratio, as in torchvision and FLIP.
 
-    shape: width : height of the view that is made of it, which view.ratio multiplies, so that a
-    view that is not square is distorted no more than a square one. Only images far wider or taller
-    than that come to the central box, where FLIP would take a central square of 7/8 of the short
-    side.
+    If CROP_ATTEMPTS boxes in a row do not fit into the image, return the largest central box with
+    an allowed aspect ratio. Only images much wider or taller than the view need it; FLIP would use
+    a central square of 7/8 of the short side.
+
+    aspect: width / height of the view. view.ratio is relative to it, so that views that are not
+    square are distorted as little as square ones.
     """
-    narrowest, widest = shape * view.ratio[0], shape * view.ratio[1]
+    narrowest, widest = aspect * view.ratio[0], aspect * view.ratio[1]
     for _ in range(CROP_ATTEMPTS):
         area = height * width * rng.uniform(*view.crop)
         ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
@@ -283,26 +298,26 @@ def random_box(
 def center_view(
     data: bytes, size: Size, crop: str = "resize_crop", interpolation: str = "bicubic"
 ) -> np.ndarray:
-    """The view for evaluation, (H, W, 3), from the image at its full size.
+    """Make the view of an image for evaluation, (H, W, 3) uint8.
 
-    resize_crop: the short side to `size`, then the central square (CLIP, SLIP, open_clip); square:
-    the central square, then resized (FLIP); squash: all of the image, distorted (DFN's models in
-    open_clip).
+    crop:
+    - resize_crop: resize the image until it just covers H x W, then take its center (CLIP, SLIP,
+      open_clip);
+    - square: take the largest central box with the aspect ratio of H x W, then resize it (FLIP);
+    - squash: resize the image to H x W, which distorts it (DFN's models in open_clip).
 
-    Of a view that is not square: the image, made just large enough to cover H x W, then its center;
-    the largest central box in the shape of H x W, then resized; all of the image.
-
-    ValueError: the image cannot be read.
+    The image is decoded at its full size. Raise ValueError if it cannot be read.
     """
     if crop not in CROPS:
-        raise ValueError(f"how: {crop!r}; known: {', '.join(CROPS)}")
+        raise ValueError(f"crop: unknown {crop!r}; known: {', '.join(CROPS)}")
     image = decode(data)
     height, width = image.shape[:2]
     H, W = height_and_width(size)
     if crop == "squash":
         return resize(image, H, W, interpolation)
 
-    tall = height * W >= width * H  # for its width, so that it is the width that must fit
+    # Compared with H x W the image is tall: its width decides the scale.
+    tall = height * W >= width * H
     if crop == "square":
         if tall:
             rows, columns = max(1, round(width * H / W)), width
@@ -323,11 +338,11 @@ def center_view(
 def resize(
     image: np.ndarray, height: int, width: int, interpolation: str, flip: bool = False
 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3); flip mirrors left and right."""
+    """Resize an image (H, W, 3) uint8 to (height, width, 3); flip mirrors it horizontally."""
     check_interpolation(interpolation)
     pixels = torch.from_numpy(np.ascontiguousarray(image)).view(1, *image.shape).permute(0, 3, 1, 2)
-    # torch must see channels last, in the stride of the batch too: else it works plane by plane, in
-    # twice the time
+    # The strides must be channels-last, including that of the batch. Otherwise torch resizes plane
+    # by plane, which takes twice as long.
     pixels = torch.nn.functional.interpolate(
         pixels, (height, width), mode=interpolation, antialias=True
     )
@@ -341,9 +356,9 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) as the header has it.
+    """Return (height, width) from the header of an image.
 
-    ValueError: no image, or one larger than Pillow allows.
+    Raise ValueError if it is not an image, or larger than Pillow allows.
     """
     if size := jpeg_header(data):
         return size
@@ -352,30 +367,32 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def jpeg_header(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG for simplejpeg; None leaves the image to Pillow, which also says
-    what is wrong with it.
+    """Return (height, width) of a JPEG that simplejpeg can decode; None leaves it to Pillow.
+
+    That includes damaged images: Pillow's errors describe the problem better.
     """
     if simplejpeg is None or not is_jpeg(data):
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    # Pillow warns, and above twice that size refuses
-    bomb = height * width > (Image.MAX_IMAGE_PIXELS or math.inf)
-    return None if bomb or colours in ("CMYK", "YCCK") else (height, width)
+    # Pillow warns about decompression bombs, and refuses images of more than twice its limit.
+    too_large = height * width > (Image.MAX_IMAGE_PIXELS or math.inf)
+    return None if too_large or color_space in ("CMYK", "YCCK") else (height, width)
 
 
 def decode(data: bytes, shrink: int = 1) -> np.ndarray:
-    """(H, W, 3) uint8; a JPEG also at a shrink of 2, 4 or 8, sides rounded up.
+    """Decode an image to (H, W, 3) uint8.
 
-    ValueError: the image cannot be read.
+    shrink: 2, 4 or 8 decodes a JPEG at that fraction of its size, sides rounded up. Raise
+    ValueError if the image cannot be read.
     """
     if header := jpeg_header(data):
         height, width = (-(-side // shrink) for side in header)
         try:
             return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
-        except ValueError:  # truncated, or a flaw that Pillow forgives: Pillow decides
+        except ValueError:  # truncated, or a defect that Pillow tolerates: let Pillow decide
             pass
     with open_image(data) as image:
         if shrink > 1:
@@ -385,21 +402,22 @@ def decode(data: bytes, shrink: int = 1) -> np.ndarray:
 
 @contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
-    """Pillow's image. Whatever Pillow raises on broken data (it has many kinds) becomes a
-    ValueError.
+    """Open an image with Pillow, and convert any error in the block to a ValueError.
+
+    Pillow raises errors of many types for damaged data.
     """
     try:
         with Image.open(BytesIO(data)) as image:
             yield image
-    except UnidentifiedImageError:  # Pillow's own words tell an address in memory
-        raise ValueError("cannot read the image: of no format that Pillow knows") from None
+    except UnidentifiedImageError:  # Pillow's message contains a memory address
+        raise ValueError("cannot read the image: its format is unknown to Pillow") from None
     except Exception as error:
         raise ValueError(f"cannot read the image: {type(error).__name__}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a Pillow image of any mode, transparency laid on white."""
-    # 16 bits of grey, which Pillow's own conversion would clip at 255
+    """Convert a Pillow image of any mode to (H, W, 3) uint8, blending transparency with white."""
+    # 16-bit grayscale: Pillow's conversion would clip values at 255 instead of scaling them.
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -408,11 +426,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-# ---- color and sharpness of self-supervised views, as SLIP and A-CLIP make them: jitter, gray,
-# blur, solarize, in this order; Pillow does the work, in torchvision's terms
+# ---- Augmentations of self-supervised views as in SLIP and A-CLIP: color jitter, grayscale, blur
+# and solarize, in this order. They use Pillow, with torchvision's definitions of the parameters.
 
-JITTER_PROBABILITY = 0.8  # of the images; the other probabilities are the view's
-BLUR_SIGMA = (0.1, 2.0)  # of the blur, pixels
+JITTER_PROBABILITY = 0.8  # the other probabilities are fields of View
+BLUR_SIGMA = (0.1, 2.0)  # pixels
 
 
 def recolor(
@@ -423,10 +441,11 @@ def recolor(
     blur: float,
     solarize: float,
 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same, changed at random.
+    """Change the colors of an image (H, W, 3) uint8 at random, and blur it.
 
-    jitter: of brightness, contrast, saturation, hue; x draws a factor from 1 - x to 1 + x, for the
-    hue a shift from -x to x. The others are probabilities. All 0: unchanged.
+    jitter: strengths for brightness, contrast, saturation and hue. A strength x draws a factor from
+    1 - x to 1 + x, for the hue a shift from -x to x. grey, blur and solarize are probabilities. If
+    all are 0, the image is returned unchanged.
     """
     if not (any(jitter) or grey or blur or solarize):
         return image
@@ -445,20 +464,21 @@ def recolor(
 def jitter_color(
     picture: Image.Image, jitter: tuple[float, ...], rng: np.random.Generator
 ) -> Image.Image:
-    """Change brightness, contrast, saturation and hue, in random order."""
+    """Change brightness, contrast, saturation and hue at random, in random order."""
     for i in rng.permutation(4):
         if not jitter[i]:
             continue
-        if i == 3:
+        if i == 3:  # hue
             picture = shift_hue(picture, rng.uniform(-jitter[3], jitter[3]))
         else:
-            kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
-            picture = kind(picture).enhance(rng.uniform(max(0.0, 1 - jitter[i]), 1 + jitter[i]))
+            enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
+            factor = rng.uniform(max(0.0, 1 - jitter[i]), 1 + jitter[i])
+            picture = enhancer(picture).enhance(factor)
     return picture
 
 
 def shift_hue(picture: Image.Image, shift: float) -> Image.Image:
-    """Move every hue along the circle by `shift` of it, -0.5 to 0.5."""
+    """Rotate every hue by `shift` of the color circle, -0.5 to 0.5."""
     hue, saturation, value = picture.convert("HSV").split()
     hue = hue.point([(level + round(shift * 255)) % 256 for level in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")

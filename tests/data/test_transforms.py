@@ -298,7 +298,7 @@ def test_bombs_are_refused(kind, monkeypatch):
         (dict(crop=(0.5, 1), ratio=(2, 1)), "narrowest <= widest"),
         (
             dict(crop=(0.5, 1), interpolation="lanczos"),
-            "interpolation: 'lanczos'; known: bicubic, bilinear",
+            "interpolation: unknown 'lanczos'; known: bicubic, bilinear",
         ),
         (dict(crop=(0.5, 1), mask="gausian(0.5)"), "did you mean 'gaussian'"),
     ],
@@ -309,5 +309,5 @@ def test_views_that_cannot_be_meant(fields, message):
 
 
 def test_an_unknown_evaluation_view_is_refused():
-    with pytest.raises(ValueError, match="how: 'center'; known: resize_crop, square"):
+    with pytest.raises(ValueError, match="crop: unknown 'center'; known: resize_crop, square"):
         center_view(encode(picture(9, 9)), 8, "center")

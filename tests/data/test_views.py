@@ -291,11 +291,11 @@ def test_expanded():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(count=0), "^count: 0; a view is drawn 1 to 9 times"),
-        (dict(count=10), "^count: 10; a view is drawn 1 to 9 times"),
+        (dict(count=0), "^count: 0; it must be 1 to 9"),
+        (dict(count=10), "^count: 10; it must be 1 to 9"),
         (
             dict(enlarge=True),
-            "^enlarge: only a view that encloses others can be enlarged; name them in encloses",
+            "^enlarge: only a view that encloses others can be enlarged; list them in encloses",
         ),
         (
             dict(encloses=("view",), flip=True),
@@ -307,8 +307,8 @@ def test_expanded():
         (dict(solarize=2), "^solarize: 2; it must be a probability, 0 to 1"),
         (
             dict(jitter=(0.4, 0.4, 0.2, 0.6)),
-            r"^jitter: \(0.4, 0.4, 0.2, 0.6\); of brightness, contrast, saturation .*"
-            r" hue \(0 to 0.5\)",
+            r"^jitter: \(0.4, 0.4, 0.2, 0.6\); it must be strengths of brightness, contrast,"
+            r" saturation .* hue \(0 to 0.5\)",
         ),
         (
             dict(jitter=(0.4, -0.4, 0.2, 0.1)),
@@ -326,25 +326,28 @@ def test_a_view_that_cannot_be_meant(fields, message):
     [
         (
             dict(teacher=View(encloses=("imge",)), image=View(), a=View()),
-            "^views.teacher.encloses: 'imge'; name views with a crop: a, image$",
+            "^views.teacher.encloses: 'imge' is not a view with a crop; use some of: a, image$",
         ),
         (
             dict(teacher=View(encloses=("view1",)), view=View(count=2)),
-            "^views.teacher.encloses: 'view1'; name views with a crop: view$",
+            "^views.teacher.encloses: 'view1' is not a view with a crop; use some of: view$",
         ),
         (
             dict(teacher=View(encloses=("wide",)), wide=View(encloses=("image",)), image=View()),
-            "^views.teacher.encloses: 'wide'; .*: image$",
+            "^views.teacher.encloses: 'wide' is not .*: image$",
         ),
         (
             dict(teacher=View(encloses=("teacher",)), image=View()),
-            "^views.teacher.encloses: 'teacher'; name views with a crop: image$",
+            "^views.teacher.encloses: 'teacher' is not a view with a crop; use some of: image$",
         ),
         (
             dict(teacher=View(encloses=("image",)), image=View(flip=True)),
-            "^views.image.flip: teacher encloses it .* set it to false$",
+            "^views.image.flip: teacher encloses this view .* set flip to false$",
         ),
-        (dict(view=View(count=2), view1=View()), "^views: two are called 'view1'; rename one$"),
+        (
+            dict(view=View(count=2), view1=View()),
+            "^views: two views are called 'view1'; rename one$",
+        ),
     ],
 )
 def test_views_that_do_not_go_together(views, message):

@@ -156,7 +156,7 @@ def test_what_is_there_what_is_missing_what_is_broken(data):
     assert len(lines) == 8
     assert lines[0].startswith("suite:aclip: 4 of 26 sets in ")
     assert lines[1].startswith("  missing: food101, ")
-    doubt = "  in doubt: caltech101: .*100 of its 102 classes have no image, e.g. 0; is it whole"
+    doubt = "  in doubt: caltech101: .*100 of its 102 classes have no image, e.g. 0; check that"
     assert re.match(doubt, lines[-1])
 
     with_templates = find_suite("aclip", str(data), Options(templates="7"))
@@ -175,7 +175,7 @@ def test_what_cannot_be_a_suite(data, tmp_path):
         with pytest.raises(ValueError, match=words):
             parse_evaluations([spec], data=str(folder))
 
-    with pytest.raises(ValueError, match="mend or remove\n  cifar10: "):
+    with pytest.raises(ValueError, match="repair or remove them\n  cifar10: "):
         parse_evaluations(["suite:aclip"], data=str(data), training=True)
 
 
