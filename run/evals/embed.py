@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from glimpse.data.evals.clip_benchmark import Images, Preprocess
 from glimpse.data.masking import complementary_masks, parse_mask
 from glimpse.data.tokenizer import Tokenizer, pack
-from glimpse.model.losses import unit
-from glimpse.model.methods.attentive import take
+from glimpse.model.losses import l2_normalize
+from glimpse.model.methods.attentive import gather_patches
 from glimpse.model.methods.base import Method
 from glimpse.run.lib.config import RunConfig
 from glimpse.run.lib.distributed import all_reduce_sum, print_rank0, rank, to_device, world_size
@@ -63,7 +63,7 @@ class Embedder:
         self.log = log
         view = next(iter(cfg.views.values()))
         self.preprocess = Preprocess(
-            cfg.model.image_size, cfg.model.patch, cfg.eval_crop, view.interpolation
+            cfg.model.image_size, cfg.model.patch_size, cfg.eval_crop, view.interpolation
         )
 
         self.results_folder = results_folder
@@ -78,7 +78,7 @@ class Embedder:
             "embedded": self.towers.encode_image,
             "pooled": self.towers.image_features,
             "tokens": self.towers.vision,
-            "values": partial(self.towers.vision, alone=True),
+            "values": partial(self.towers.vision, value_attention_only=True),
             "grid": self.grid_features,
             "pixels": self.pixel_features,
         }
@@ -171,10 +171,10 @@ class Embedder:
         outputs = []
         for view in views:
             view_positions = to_device(view)
-            visible = patches if view is positions else take(patches, view_positions)
+            visible = patches if view is positions else gather_patches(patches, view_positions)
             outputs.append(encoder(visible, view_positions))
         summed = sum(outputs)
-        return unit(summed) if kind == "embedded" else summed / len(views)
+        return l2_normalize(summed) if kind == "embedded" else summed / len(views)
 
     def grid_features(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Return the mean patch token of each of the image's CELLS x CELLS cells, (n, CELLS^2 D).

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from glimpse.data.evals.clip_benchmark import Images
 from glimpse.data.tokenizer import Tokenizer
-from glimpse.model.downstream.decoders import PAD, Seeing
+from glimpse.model.downstream.decoders import PAD, DecoderWithTower
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.features import Features, compute_features
 from glimpse.run.evals.supervised import (
@@ -105,7 +105,7 @@ class PieceVocabulary:
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without START, UNKNOWN and padding."""
         pieces = [self.pieces[i - UNKNOWN - 1] for i in ids if i > UNKNOWN]
-        return self.tokenizer.spell(pieces).strip()
+        return self.tokenizer.decode_ids(pieces).strip()
 
 
 def pad_texts(rows: Sequence[Tensor]) -> Tensor:
@@ -231,7 +231,7 @@ def train_with_tower(
     """
     # 1. Put both into one module. A second copy takes the trained weights out of DeepSpeed.
     vision = copy.deepcopy(model.towers.vision).requires_grad_(True)
-    module = Seeing(vision, reader)
+    module = DecoderWithTower(vision, reader)
     plain_module = copy.deepcopy(module)
     groups = []
     for submodule, scale in ((module.vision, options.tower), (module.reader, 1.0)):

@@ -1,6 +1,6 @@
-"""LARS (You et al. 2017, arXiv 1708.03888), as MoCo v3 and MAE use it.
+"""LARS (You et al. 2017, arXiv 1708.03888) as in MoCo v3 and MAE.
 
-A learning rate for each layer, for batches of thousands.
+It scales the learning rate of each layer, which allows batches of thousands of samples.
 """
 
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ import torch
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, its step on a matrix scaled by trust x |weights| / |gradient|.
+    """SGD with momentum, in which each matrix's step is scaled by trust * |weights| / |gradient|.
 
-    1-d parameters take the plain step, without weight decay. As in the code of MoCo v3 and MAE,
-    momentum accumulates scaled steps and the learning rate is applied last, where the paper applies
-    the rate before the momentum.
+    1-d parameters take plain SGD steps without weight decay. As in the code of MoCo v3 and MAE,
+    momentum accumulates the scaled steps and is multiplied by the learning rate at the end. The
+    paper multiplies before the momentum.
     """
 
     def __init__(
@@ -29,15 +29,17 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update the parameters; each must have a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 step = p.grad
                 if p.ndim > 1:
                     step = step + group["weight_decay"] * p
-                    weights = p.norm()
-                    gradient = step.norm()
-                    ratio = group["trust"] * weights / gradient
-                    step = step * torch.where(weights * gradient > 0, ratio, 1.0)
+                    weight_norm = p.norm()
+                    step_norm = step.norm()
+                    ratio = group["trust"] * weight_norm / step_norm
+                    # The ratio is 0 or nan if a norm is 0; take a plain step then.
+                    step = step * torch.where(weight_norm * step_norm > 0, ratio, 1.0)
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.mul_(group["momentum"]).add_(step)
                 p.sub_(group["lr"] * momentum)

@@ -1,18 +1,20 @@
-"""Linear probe: a linear classifier on frozen features of a set's train/, tested on its test/.
+"""Linear probe: a linear classifier on frozen features, trained on train/ and tested on test/.
 
-There are four recipes, one per optimizer. Features are computed once, without augmentation, where
-LARS and SGD of the papers see random crops and flips. A setting that a recipe leaves open is chosen
-on a held-out tenth of train/, and the classifier is then fitted again to all of train/.
+There are four recipes, one for each optimizer:
 
-    lbfgs   CLIP (arXiv 2103.00020, section 3.2 and appendix A.3): at most 1,000 iterations; the
-            weight decay is swept
-    lars    MaskCLIP's (arXiv 2208.12262, appendix) and MAE's: batch norm without affine below the
-            linear layer, wide batches
-    sgd     SLIP's and A-CLIP's main_linear.py: no norm; the learning rate is swept, from the
-            0.00625 that their code comes to on 8 GPUs
-    adamw   CLIP_benchmark's, which GLIP reports: unit embeddings
+    lbfgs   CLIP (arXiv 2103.00020, section 3.2 and appendix A.3): at most 1,000 iterations, and the
+            best of many weight decays
+    lars    MaskCLIP (arXiv 2208.12262, appendix) and MAE: batch norm without affine parameters
+            before the linear layer, large batches
+    sgd     SLIP's and A-CLIP's main_linear.py: no norm, and the best of several learning rates; the
+            lowest, 0.00625, is what their code uses on 8 GPUs
+    adamw   CLIP_benchmark, whose probe GLIP reports: normalized embeddings
 
-Names: N images, n of them on this rank, D width, C classes.
+Features are computed once, without augmentation; the papers that use LARS and SGD train on random
+crops and flips. The setting that a recipe leaves open is chosen on a held-out tenth of train/. Then
+the classifier is trained again on all of train/.
+
+Shapes: N images, n images of this rank, D width, C classes.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,25 +49,26 @@ from glimpse.run.lib.config import check_choice
 from glimpse.run.lib.distributed import all_reduce_sum, device, rank, to_device, world_size
 
 ITERATIONS = 1000  # of L-BFGS
-CHUNK = 4096  # rows that go through the classifier at once
-# steps of an epoch that a set should have: sets smaller than those of the recipes get smaller
-# batches
+CHUNK = 4096  # images classified at once
+# Steps of an epoch. A set with fewer images than the recipe's gets smaller batches, so that its
+# epochs have about this number of steps.
 MIN_STEPS = 64
 HELD_OUT_INTERVAL = 10  # one image in ten
-SWEEP_STEPS = 96  # weight decays of the sweep: 1e-6 x 10^(i / 8), i = 0 ... 96
+SWEEP_STEPS = 96  # the sweep's weight decays are 1e-6 * 10^(i / 8), i = 0 ... SWEEP_STEPS
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings that the optimizer determines; an option of the same name overrides each."""
+    """The settings of an optimizer. An option of the same name overrides each of them."""
 
-    features: str = "pooled"  # of features.KINDS
-    standardize: bool = False  # batch norm without affine below the linear layer
-    lr: tuple[float, ...] = ()  # the peak; of several, the best on held-out images
+    features: str = "pooled"  # one of features.FEATURE_KINDS
+    standardize: bool = False  # batch norm without affine parameters before the linear layer
+    lr: tuple[float, ...] = ()  # peaks; if there are several, held-out images decide
     epochs: float = 0
     warmup: float = 0  # epochs
-    batch: int = 0  # of all ranks
-    # None: swept.  Of L-BFGS: lambda of sum of losses + lambda / 2 |W|^2, scikit-learn's 1 / C
+    batch: int = 0  # global batch
+    # None: chosen by a sweep. L-BFGS minimizes sum of losses + weight_decay / 2 * |W|^2, so it is
+    # scikit-learn's 1 / C.
     weight_decay: float | None = 0.0
 
 
@@ -84,8 +87,10 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Options:
+    """Options of linear_probe; None leaves a setting to the recipe."""
+
     optimizer: str = "lbfgs"
-    seed: int = 0  # of the order of batches, and of what is held out
+    seed: int = 0  # of the order of images, and of the held-out images
     features: str | None = None
     standardize: bool | None = None
     lr: tuple[float, ...] | None = None
@@ -102,7 +107,7 @@ class Options:
                 continue
             if self.optimizer == "lbfgs":
                 raise ValueError(
-                    f"linear_probe({name}={value}): lbfgs has none; choose"
+                    f"linear_probe({name}={value}): lbfgs has no such setting; remove it, or use"
                     f" optimizer={', '.join(OPTIMIZERS)}"
                 )
             smallest = min(value, default=0) if name == "lr" else value
@@ -115,6 +120,7 @@ class Options:
 
     @property
     def recipe(self) -> Recipe:
+        """The optimizer's recipe, overridden by these options."""
         overrides = {}
         for field in fields(Recipe):
             value = getattr(self, field.name, None)
@@ -128,75 +134,80 @@ check_model = check_visible_patches
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """Return top1, mean_per_class and chance, as shares."""
+    """Return top1, mean_per_class and chance, as fractions."""
     recipe = options.recipe
     train, test = train_test_features(model, images, recipe.features)
     task = ProbeTask(train, len(images.class_names()), options)
 
-    # Hold out a tenth of train/ to choose the setting that the recipe leaves open.
+    # 1. Choose the setting that the recipe leaves open on a held-out tenth of train/.
     generator = torch.Generator().manual_seed(options.seed)
     is_held_out = torch.randperm(len(train), generator=generator) % HELD_OUT_INTERVAL == 0
-    fitting = torch.nonzero(~is_held_out).flatten()
-    held_out = torch.nonzero(is_held_out).flatten()
+    fit_indices = torch.nonzero(~is_held_out).flatten()
+    held_out_indices = torch.nonzero(is_held_out).flatten()
 
-    def tried(value: float) -> float:
-        probe, how = task.fitted(fitting, value)
-        top1 = test_accuracies(probe, train, held_out)["top1"]
-        model.log(f"  {how}: {top1:.2%} of {len(held_out)} held-out images")
+    def held_out_accuracy(value: float) -> float:
+        probe, description = task.fit_probe(fit_indices, value)
+        top1 = probe_accuracies(probe, train, held_out_indices)["top1"]
+        model.log(f"  {description}: {top1:.2%} of {len(held_out_indices)} held-out images")
         return top1
 
     model.log(f"{images.name}: a linear probe on {recipe.features} features of {len(train)} images")
-    if options.optimizer == "lbfgs":
-        value = sweep_weight_decay(tried) if recipe.weight_decay is None else recipe.weight_decay
+    if options.optimizer != "lbfgs":
+        rates = recipe.lr
+        value = max(rates, key=held_out_accuracy) if len(rates) > 1 else rates[0]
+    elif recipe.weight_decay is None:
+        value = sweep_weight_decay(held_out_accuracy)
     else:
-        value = max(recipe.lr, key=tried) if len(recipe.lr) > 1 else recipe.lr[0]
+        value = recipe.weight_decay
 
-    # Fit again, to all training images.
-    probe, how = task.fitted(torch.arange(len(train)), value)
-    model.log(f"  {how}, on all images")
-    return test_accuracies(probe, test, torch.arange(len(test)))
+    # 2. Train on all of train/, and test.
+    probe, description = task.fit_probe(torch.arange(len(train)), value)
+    model.log(f"  {description}, on all images")
+    return probe_accuracies(probe, test, torch.arange(len(test)))
 
 
-def sweep_weight_decay(tried: Callable[[float], float]) -> float:
-    """Return the best of the MOST + 1 weight decays, of equal ones the largest.
+def sweep_weight_decay(accuracy: Callable[[float], float]) -> float:
+    """Return the best of the SWEEP_STEPS + 1 weight decays, the largest if several are best.
 
-    CLIP's search: seven values over the range, then halving the steps around the best.
+    CLIP's search: seven values over the range, then steps around the best that are halved each
+    time. accuracy(weight_decay): called at most once for each value.
     """
     step = SWEEP_STEPS // 6
     scores: dict[int, float] = {}
-    around: Iterable[int] = range(SWEEP_STEPS, -1, -step)
+    candidates: Iterable[int] = range(SWEEP_STEPS, -1, -step)
     while step:
-        for i in around:
+        for i in candidates:
             if 0 <= i <= SWEEP_STEPS and i not in scores:
-                scores[i] = tried(sweep_value(i))
+                scores[i] = accuracy(sweep_value(i))
         step //= 2
         best = max(scores, key=lambda i: (scores[i], i))
-        around = (best + step, best - step)
+        candidates = (best + step, best - step)
     return sweep_value(best)
 
 
 def sweep_value(i: int) -> float:
+    """Return weight decay i of the sweep."""
     return 10 ** (i / 8 - 6)
 
 
-def test_accuracies(probe: nn.Module, features: Features, indices: Tensor) -> dict[str, float]:
-    """Return the probe's accuracies on these images; each rank computes a share of them."""
+def probe_accuracies(probe: nn.Module, features: Features, indices: Tensor) -> dict[str, float]:
+    """Return the probe's accuracies on these images; each rank classifies a share of them."""
     probe.eval()
     share = indices[rank() :: world_size()]
     dtype = next(probe.parameters()).dtype
     with torch.no_grad():
-        chunks = [probe(feature_rows(features, part).to(dtype)) for part in share.split(CHUNK)]
+        chunks = [probe(feature_rows(features, chunk).to(dtype)) for chunk in share.split(CHUNK)]
         scores = torch.cat(chunks)
     return accuracies(scores, features.labels()[share])
 
 
 def feature_rows(features: Features, indices: Tensor) -> Tensor:
-    """Return the features at indices, (n, D) float32, on the device."""
+    """Return the features of these images, (n, D) float32, on the device."""
     return to_device(features.rows(indices).flatten(1))
 
 
 class ProbeTask:
-    """The features of a train split, to some of which a classifier of C classes is fitted."""
+    """The features and labels of a train split, on which classifiers of C classes are trained."""
 
     def __init__(self, train: Features, classes: int, options: Options):
         self.train = train
@@ -205,63 +216,75 @@ class ProbeTask:
         self.recipe = options.recipe
         self.labels = to_device(train.labels())
 
-    def fitted(self, indices: Tensor, value: float) -> tuple[nn.Module, str]:
-        """Return a classifier fitted to the images `indices`, and a description of the fit.
+    def fit_probe(self, indices: Tensor, value: float) -> tuple[nn.Module, str]:
+        """Return a classifier trained on the images `indices`, and a description of the training.
 
-        value: the weight decay of L-BFGS, the learning rate of the others.
+        value: the weight decay of L-BFGS, or the learning rate of another optimizer.
         """
         width = feature_rows(self.train, indices[:1]).shape[1]
         linear = nn.utils.skip_init(nn.Linear, width, self.classes, device=device())
-        # its own generator, so that an evaluation during training does not change the training
+        # A generator of its own, so that an evaluation during training does not change the
+        # training's random numbers.
         generator = torch.Generator().manual_seed(self.options.seed)
         with torch.no_grad():
             weight = torch.empty(linear.weight.shape).normal_(std=0.01, generator=generator)
             linear.weight.copy_(weight)
             linear.bias.zero_()
-        norm = NonAffineBatchNorm(width).to(device()) if self.recipe.standardize else nn.Identity()
-        fit_to = self.by_lbfgs if self.options.optimizer == "lbfgs" else self.by_steps
-        return fit_to(nn.Sequential(norm, linear), indices, value)
+        norm = nn.Identity()
+        if self.recipe.standardize:
+            norm = NonAffineBatchNorm(width).to(device())
+        probe = nn.Sequential(norm, linear)
+        if self.options.optimizer == "lbfgs":
+            return self.fit_lbfgs(probe, indices, value)
+        return self.fit_minibatches(probe, indices, value)
 
-    def by_lbfgs(
+    def fit_lbfgs(
         self, probe: nn.Sequential, indices: Tensor, weight_decay: float
     ) -> tuple[nn.Module, str]:
+        """Train on all images at once with L-BFGS."""
         share = rank_share(indices)
         probe = probe.double()
-        # a component that all classes' weights share has no effect on the loss, and decays slowly
+        # Start from zeros: a component that the weights of all classes share does not affect the
+        # loss, and would only decay slowly.
         nn.init.zeros_(probe[1].weight)
         x = feature_rows(self.train, share).double()
         if self.recipe.standardize:
-            probe[0].momentum = 1.0  # the batch is the whole training set
+            probe[0].momentum = 1.0  # the only batch is the whole training set
             x = probe[0](x)
-        iterations = fit_regression(probe[1], x, self.labels[share], len(indices), weight_decay)
+        labels = self.labels[share]
+        iterations = fit_regression(probe[1], x, labels, len(indices), weight_decay)
         return probe, f"weight decay {weight_decay:.3g}, {iterations} iterations"
 
-    def by_steps(self, probe: nn.Sequential, indices: Tensor, lr: float) -> tuple[nn.Module, str]:
+    def fit_minibatches(
+        self, probe: nn.Sequential, indices: Tensor, lr: float
+    ) -> tuple[nn.Module, str]:
+        """Train on mini-batches with LARS, SGD or AdamW."""
         recipe = self.recipe
         batch = self.options.batch or min(recipe.batch, max(len(indices) // MIN_STEPS, MIN_STEPS))
         batch = min(batch, len(indices))
-        build = OPTIMIZERS[self.options.optimizer]
-        optimizer = build(probe.parameters(), lr=lr, weight_decay=recipe.weight_decay)
+        build_optimizer = OPTIMIZERS[self.options.optimizer]
+        optimizer = build_optimizer(probe.parameters(), lr=lr, weight_decay=recipe.weight_decay)
         trainer = ReplicatedTrainer(probe, optimizer)
 
-        def loss_of(trainer: ReplicatedTrainer, samples: Tensor) -> Tensor:
+        def compute_loss(trainer: ReplicatedTrainer, samples: Tensor) -> Tensor:
             share = indices[rank_share(samples)]
             logits = trainer(feature_rows(self.train, share))
             losses = F.cross_entropy(logits, self.labels[share], reduction="none")
             return mean_loss(losses, batch)
 
-        count = count_steps(len(indices), batch, recipe.epochs)
+        step_count = count_steps(len(indices), batch, recipe.epochs)
         batches = global_batches(len(indices), batch, recipe.epochs, self.options.seed)
-        rate = cosine_rate(lr, recipe.warmup / recipe.epochs)
-        losses = fit(trainer, batches, loss_of, rate, count)
-        return probe, f"lr {lr:.4g}, {count} steps of {batch}, loss {losses[-1]:.4f}"
+        learning_rate = cosine_rate(lr, recipe.warmup / recipe.epochs)
+        losses = fit(trainer, batches, compute_loss, learning_rate, step_count)
+        return probe, f"lr {lr:.4g}, {step_count} steps of {batch}, loss {losses[-1]:.4f}"
 
 
 class NonAffineBatchNorm(nn.Module):
-    """Batch norm (b, D) -> (b, D) without affine, over all ranks' rows, however many each has.
+    """Batch norm without affine parameters over the rows of all ranks, (b, D) -> (b, D).
 
-    Evaluation uses running statistics. The input needs no gradient, since the model below is frozen
-    (model/heads.py has a batch norm with one).
+    Ranks may have different numbers of rows. Evaluation uses running statistics. There is no
+    gradient for the input, because the model that computes it is frozen; model/heads.py has a batch
+    norm with a gradient.
     """
 
     def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-6):
@@ -275,7 +298,7 @@ class NonAffineBatchNorm(nn.Module):
         mean = self.mean
         var = self.var
         if self.training:
-            # one all-reduce for the sums and the number of rows
+            # One all-reduce for the sums and the number of rows.
             count = torch.full((1,), len(x), dtype=x.dtype, device=x.device)
             sums = torch.cat([x.sum(0), x.square().sum(0), count])
             sums = all_reduce_sum(sums.double())
@@ -289,12 +312,13 @@ class NonAffineBatchNorm(nn.Module):
 def fit_regression(
     linear: nn.Linear, x: Tensor, labels: Tensor, count: int, weight_decay: float
 ) -> int:
-    """Fit a logistic regression and return the number of iterations.
+    """Fit a logistic regression with L-BFGS and return the number of iterations.
 
-    This rank has the share x (n, D), labels (n,) of `count` images, all float64. The minimum is of
-    the sum of cross-entropies + weight_decay / 2 |W|^2, the bias free, as scikit-learn's
-    LogisticRegression(C=1/weight_decay). Every rank takes the same steps, since all have the same
-    sums.
+    Minimizes the sum of cross-entropies + weight_decay / 2 * |W|^2 without decay of the bias, like
+    scikit-learn's LogisticRegression(C=1/weight_decay). Every rank takes the same steps, because
+    all of them compute with the same sums.
+
+    x: (n, D) float64 and labels: (n,), this rank's share of `count` images.
     """
     optimizer = torch.optim.LBFGS(
         linear.parameters(), max_iter=ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
@@ -303,11 +327,11 @@ def fit_regression(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = torch.zeros(1, dtype=x.dtype, device=x.device)
-        for part, numbers in zip(x.split(CHUNK), labels.split(CHUNK)):
-            part_loss = F.cross_entropy(linear(part), numbers, reduction="sum")
-            part_loss.backward()
-            loss += part_loss.detach()
-        # the mean loss and its gradients over all ranks, then the weight decay
+        for x_chunk, labels_chunk in zip(x.split(CHUNK), labels.split(CHUNK)):
+            chunk_loss = F.cross_entropy(linear(x_chunk), labels_chunk, reduction="sum")
+            chunk_loss.backward()
+            loss += chunk_loss.detach()
+        # The mean loss over all ranks and its gradients, then the weight decay.
         W = linear.weight
         b = linear.bias
         sums = all_reduce_sum(torch.cat([loss, W.grad.flatten(), b.grad])) / count

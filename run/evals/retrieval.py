@@ -1,10 +1,11 @@
-"""Retrieval both ways: recall at 1, 5, 10, with one or several captions to an image.
+"""Retrieval in both directions: recall at 1, 5 and 10, with one or more captions per image.
 
-A query is a hit at K if any of its matches is among its K nearest; a tie is a miss, so that a model
-whose embeddings are all alike (or nan) has no hits. Similarities are computed a tile at a time, but
-each rank holds the embeddings of all images and captions, and the captions' text: of a million
-pairs with 512 numbers an embedding 2 GB each in fp32 (five captions an image: 10 GB). Names: N
-images, M captions.
+A query is a hit at K if one of its matches is among its K nearest targets. A tie is a miss, so a
+model whose embeddings are all equal (or nan) has no hits. Similarities are computed one tile at a
+time. Each rank holds the embeddings of all images and captions, and the texts of the captions: a
+million images with a million captions of width 512 take 4 GB in fp32.
+
+Shapes: N images, M captions, E embedding width.
 """
 
 from dataclasses import dataclass
@@ -13,88 +14,94 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
+from glimpse.data.evals.clip_benchmark import Images
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.lib.distributed import all_reduce_sum, rank, world_size
 
 RECALL_AT = (1, 5, 10)
-CHUNK = 1024  # queries whose similarities are held at once
-TILE = 8192  # targets of these
-ANNOTATION = "captions"
+# A tile of the similarity matrix has CHUNK queries and TILE targets.
+CHUNK = 1024
+TILE = 8192
+CONTENT = "captions"
 
 
 @dataclass(frozen=True)
 class Options:
-    pass
+    """retrieval has no options."""
 
 
-def check_set(benchmark: ClipBenchmarkSet, options: Options) -> None:
-    benchmark.captions(0)
+def check_set(images: Images, options: Options) -> None:
+    """Raise ValueError unless the set has captions."""
+    images.captions(0)
 
 
-def evaluate(model: Embedder, benchmark: ClipBenchmarkSet, options: Options) -> dict[str, float]:
-    """Return image_to_text and text_to_image R@K (shares), from raw captions without a prompt."""
-    captions = [benchmark.captions(i) for i in range(len(benchmark))]
-    # (M,): the image of each caption
-    owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
-    texts = model.embed_texts([text for texts in captions for text in texts])  # (M, E)
+def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
+    """Return image_to_text_rK and text_to_image_rK, as fractions. Captions have no prompt."""
+    captions = [images.captions(i) for i in range(len(images))]
+    all_captions = [caption for image_captions in captions for caption in image_captions]
+    text_embeddings = model.embed_texts(all_captions)  # (M, E)
 
-    # (N, E): every rank embeds its share of the images, and gets all of them.
-    indices, embeddings = model.embed_images(benchmark)
-    images = torch.zeros(len(captions), texts.shape[1])
-    images[indices] = embeddings.cpu()
-    images = all_reduce_sum(images)
+    # Every rank embeds its share of the images, and gets the embeddings of all, (N, E).
+    indices, embeddings = model.embed_images(images)
+    image_embeddings = torch.zeros(len(captions), text_embeddings.shape[1])
+    image_embeddings[indices] = embeddings.cpu()
+    image_embeddings = all_reduce_sum(image_embeddings)
 
-    every = torch.arange(len(images), device=images.device)
-    owner = owner.to(images.device)
+    # An image and a caption match if their ids are equal.
+    image_ids = torch.arange(len(captions), device=image_embeddings.device)
+    caption_counts = [len(image_captions) for image_captions in captions]
+    text_ids = image_ids.repeat_interleave(
+        torch.tensor(caption_counts, device=image_embeddings.device)
+    )
     return {
-        **compute_recalls("image_to_text", images, every, texts, owner),
-        **compute_recalls("text_to_image", texts, owner, images, every),
+        **compute_recalls("image_to_text", image_embeddings, image_ids, text_embeddings, text_ids),
+        **compute_recalls("text_to_image", text_embeddings, text_ids, image_embeddings, image_ids),
     }
 
 
 def compute_recalls(
     name: str, queries: Tensor, query_ids: Tensor, targets: Tensor, target_ids: Tensor
 ) -> dict[str, float]:
-    """Return R@K over all queries; each rank takes blocks of them.
+    """Return {NAME_rK: recall at K} over all queries; each rank computes a share of the queries.
 
-    Query q matches target t if their ids, which ascend, are equal.
+    Query and target match if their ids are equal. Both lists of ids must be sorted.
     """
     hits = torch.zeros(len(RECALL_AT), dtype=torch.float64, device=queries.device)
     tiles = list(zip(targets.split(TILE), target_ids.split(TILE)))
-    spans = [(int(ids[0]), int(ids[-1])) for _, ids in tiles]
-    for first in range(rank() * CHUNK, len(queries), world_size() * CHUNK):
-        block = queries[first : first + CHUNK]
-        ids = query_ids[first : first + CHUNK]
-        lowest, highest = int(ids[0]), int(ids[-1])
+    tile_ranges = [(int(ids[0]), int(ids[-1])) for _, ids in tiles]
+    for start in range(rank() * CHUNK, len(queries), world_size() * CHUNK):
+        chunk = queries[start : start + CHUNK]
+        chunk_ids = query_ids[start : start + CHUNK]
+        lowest, highest = int(chunk_ids[0]), int(chunk_ids[-1])
 
         # 1. The similarity of each query's nearest match, (queries, 1).
-        best = torch.full((len(block), 1), -torch.inf, device=queries.device)
-        for (tile, tile_ids), (low, high) in zip(tiles, spans):
-            if high < lowest or highest < low:  # no match is in it
-                continue
-            is_other = ids[:, None] != tile_ids
-            matches = tile_similarities(block, tile).masked_fill(is_other, -torch.inf)
+        best = torch.full((len(chunk), 1), -torch.inf, device=queries.device)
+        for (tile, tile_ids), (tile_lowest, tile_highest) in zip(tiles, tile_ranges):
+            if tile_highest < lowest or highest < tile_lowest:
+                continue  # no match in this tile
+            is_other = chunk_ids[:, None] != tile_ids
+            matches = tile_similarities(chunk, tile).masked_fill(is_other, -torch.inf)
             best = best.maximum(matches.amax(1, keepdim=True))
 
-        # 2. The number of other targets that are as near as it, or nearer. "Not less than" counts
-        # nan, too.
-        nearer = torch.zeros(len(block), dtype=torch.int64, device=queries.device)
+        # 2. The number of other targets that are at least as near. `not (x < best)` also counts
+        #    nan as nearer.
+        nearer = torch.zeros(len(chunk), dtype=torch.int64, device=queries.device)
         for tile, tile_ids in tiles:
-            is_other = ids[:, None] != tile_ids
-            nearer += (~(tile_similarities(block, tile) < best) & is_other).sum(1)
+            is_other = chunk_ids[:, None] != tile_ids
+            nearer += (~(tile_similarities(chunk, tile) < best) & is_other).sum(1)
         hits += torch.stack([(nearer < k).sum() for k in RECALL_AT])
 
-    recall = all_reduce_sum(hits) / len(queries)
-    return {f"{name}_r{k}": float(value) for k, value in zip(RECALL_AT, recall)}
+    recalls = all_reduce_sum(hits) / len(queries)
+    return {f"{name}_r{k}": float(recall) for k, recall in zip(RECALL_AT, recalls)}
 
 
-def tile_similarities(block: Tensor, tile: Tensor) -> Tensor:
-    """Return the similarities (queries, targets) of a block and a tile.
+def tile_similarities(chunk: Tensor, tile: Tensor) -> Tensor:
+    """Return the similarities (queries, targets) of a chunk of queries and a tile of targets.
 
-    They are always multiplied at full size: equal embeddings then give the same bits anywhere.
+    Both are padded to full size before they are multiplied, because the rounding of a matrix
+    product depends on its shape: equal embeddings must have bitwise equal similarities.
     """
-    queries = F.pad(block, (0, 0, 0, CHUNK - len(block)))
-    targets = F.pad(tile, (0, 0, 0, TILE - len(tile)))
-    products = queries @ targets.T
-    return products[: len(block), : len(tile)]
+    padded_chunk = F.pad(chunk, (0, 0, 0, CHUNK - len(chunk)))
+    padded_tile = F.pad(tile, (0, 0, 0, TILE - len(tile)))
+    products = padded_chunk @ padded_tile.T
+    return products[: len(chunk), : len(tile)]

@@ -1,10 +1,11 @@
-"""Segmentation without annotation (MaskCLIP section 4, table 8).
+"""Segmentation from class names, without trained labels (MaskCLIP section 4, table 8).
 
-Each patch is of the class whose prompts' mean embedding lies nearest. Class embeddings are a 1x1
-classifier on patch tokens under a sliding window; overlapping windows are averaged, and the
-similarities resized to the label map, bilinearly. The scores come from a confusion matrix of pixel
-counts, so sums over ranks are exact.
-Names: C classes, (rows, columns) a window's grid of patches, (H, W) an image's label map.
+A patch gets the class whose mean prompt embedding has the highest cosine similarity. The image is
+resized and covered by windows of the tower's size; similarities are averaged where windows overlap,
+and resized bilinearly to the label map. Scores come from a confusion matrix of pixel counts, whose
+sum over ranks is exact.
+
+Shapes: C classes, (rows, columns) the patches of a window, (H, W) a label map.
 """
 
 import math
@@ -21,6 +22,7 @@ from glimpse.data.transforms import decode
 from glimpse.run.evals.embed import BATCH, Embedder
 from glimpse.run.evals.segmentation_pictures import draw_segmentations
 from glimpse.run.evals.zero_shot import class_embeddings
+from glimpse.run.lib.config import check_choice
 from glimpse.run.lib.distributed import (
     all_gather_list,
     all_reduce_min,
@@ -31,66 +33,69 @@ from glimpse.run.lib.distributed import (
 )
 
 FEATURES = ("auto", "tokens", "values")
-ANNOTATION = "label_map"
+CONTENT = "label_map"
 
 
 @dataclass(frozen=True)
 class Options:
-    # 7, 80, 85 (data/evals/prompts.py; MaskCLIP: 85) or a file; default: the set's own
+    """Options of segmentation."""
+
+    # 7, 80, 85 (data/evals/prompts.py; MaskCLIP uses 85) or a file; "": the set's own
     templates: str = ""
-    # pixels that an image's short side is resized to; 0: twice the tower's side (MaskCLIP: 512,
-    # Pascal Context 480, at 224)
+    # Pixels of an image's short side after resizing; 0: twice the tower's side. MaskCLIP uses 512,
+    # and 480 for Pascal Context, with a tower of 224.
     size: int = 0
-    stride: int = 0  # pixels from window to window; 0: half the tower's side
-    # tokens: the tower's; values: of a last block that mixes no tokens; auto: values if the tower
-    # pools cls
+    stride: int = 0  # pixels between windows; 0: half the tower's side
+    # tokens: the tower's; values: those of a last block that mixes no tokens; auto: values if the
+    # tower pools cls, else tokens
     features: str = "auto"
-    save_picture: int = 8  # number of images drawn in RUN/pictures, with truth and prediction
+    picture: int = 8  # number of images drawn in RUN/pictures, with label map and prediction
 
     def __post_init__(self):
-        if self.features not in FEATURES:
-            raise ValueError(f"features: {self.features!r}; known: {', '.join(FEATURES)}")
-        if min(self.size, self.stride, self.picture) < 0:
-            raise ValueError(
-                f"size {self.size}, stride {self.stride}, picture {self.picture}: 0 or more"
-            )
+        check_choice("segmentation(features=...)", self.features, FEATURES)
+        for name in ("size", "stride", "picture"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"segmentation({name}={value}): it must be 0 or more")
 
 
 def check_set(images: Images, options: Options) -> None:
+    """Raise ValueError unless the set has class names, templates and label maps."""
     read_label_map(images, 0, len(images.prompts(options.templates)))
 
 
 def read_label_map(images: Images, i: int, classes: int) -> Tensor:
     """Return the label map of image i, (H, W) int64.
 
-    ValueError: it has a class that the set does not name.
+    Raises ValueError if it has a class without a name.
     """
-    truth = torch.from_numpy(images.label_map(i)).long()
-    known = truth[truth != IGNORE]
-    highest = int(known.max()) if len(known) else 0
+    label_map = torch.from_numpy(images.label_map(i)).long()
+    labeled = label_map[label_map != IGNORE]
+    highest = int(labeled.max()) if len(labeled) else 0
     if highest >= classes:
         raise ValueError(
             f"evals: {images.folder}: the label map of {images.key(i)} has class {highest}; only"
             f" {classes} are named"
         )
-    return truth
+    return label_map
 
 
 def check_model(model: Embedder, options: Options) -> None:
+    """Raise ValueError unless the model sees all patches of square windows, of at most `size`."""
     if not model.sees_all_patches:
         raise ValueError(
-            "--mask, --ensemble: segmentation asks every patch of one view; leave them out"
+            "--mask, --ensemble: segmentation needs all patches in one view; remove these options"
         )
-    height, width = model.cfg.model.sides
+    height, width = model.cfg.model.image_shape
     if height != width:
         raise ValueError(
-            "evals: segmentation lays square windows on an image, and model.image_size is"
-            f" {[height, width]}; leave it out"
+            "evals: segmentation needs square windows, and model.image_size is"
+            f" {[height, width]}; remove segmentation from the evaluations"
         )
     if 0 < options.size < height:
         raise ValueError(
             f"evals: segmentation(size={options.size}): the tower sees windows of {height} pixels;"
-            " at least that"
+            " use at least that size"
         )
 
 
@@ -98,47 +103,49 @@ def check_model(model: Embedder, options: Options) -> None:
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
     """Return mean_iou and mean_accuracy over the classes that occur, and accuracy over pixels.
 
-    All are shares.
+    All are fractions.
     """
-    side = model.cfg.model.sides[0]
+    side = model.cfg.model.image_shape[0]
     size = options.size or 2 * side
-    stride = min(options.stride or side // 2, side)  # no pixel between windows is left out
-    sliding = WindowGrid(side, size, stride)
-    what = options.features
-    if what == "auto":
-        what = "values" if model.towers.vision.cfg.pool == "cls" else "tokens"
+    stride = min(options.stride or side // 2, side)  # windows must not leave gaps
+    window_grid = WindowGrid(side, size, stride)
+    kind = options.features
+    if kind == "auto":
+        kind = "values" if model.towers.vision.cfg.pool == "cls" else "tokens"
     classes = class_embeddings(model, images, options.templates)  # (C, E)
 
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device())
-    samples = []  # for the picture: number, image, label map and prediction
-    for i, similar in image_similarities(model, images, sliding, what, classes):
-        truth = read_label_map(images, i, len(classes))
-        prediction = resize_maps(similar, truth.shape).argmax(0)
-        counts += confusion_matrix(truth.to(prediction.device), prediction, len(classes))
+    picture_rows = []
+    for i, similarities in image_similarities(model, images, window_grid, kind, classes):
+        label_map = read_label_map(images, i, len(classes))
+        prediction = resize_maps(similarities, label_map.shape).argmax(0)
+        counts += confusion_matrix(label_map.to(prediction.device), prediction, len(classes))
         if i < options.picture:
             pixels = decode(images.image(i))
-            samples.append((i, pixels, truth.numpy(), prediction.cpu().numpy()))
-    save_picture(model, images, f"{what}-{size}", samples)
+            picture_rows.append((i, pixels, label_map.numpy(), prediction.cpu().numpy()))
+    save_picture(model, images, f"{kind}-{size}", picture_rows)
     return compute_scores(all_reduce_sum(counts))
 
 
 def image_similarities(
-    model: Embedder, images: Images, sliding: WindowGrid, what: str, classes: Tensor
+    model: Embedder, images: Images, window_grid: WindowGrid, kind: str, classes: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield this rank's images one by one, all ranks in step: (number, cosines).
+    """Yield (index, similarities) of each of this rank's images. All ranks must call.
 
-    The cosines to each class are (C, canvas rows, canvas columns), a pixel of the canvas each.
+    Similarities are cosines of each class and canvas pixel, (C, canvas rows, canvas columns).
+    kind: see Embedder.iterate_features. classes: (C, E).
     """
+    # 1. The windows of this rank's images. Under ZeRO-3 all ranks must run the tower equally often,
+    #    so all take as many rounds as the rank with the most windows.
     share = range(rank(), len(images), world_size())
-    # A rank without images goes through the tower in step.
-    windows = WindowImages(images, sliding, share or [0])
-    every_window = range(len(windows)) if share else []
-    turns = -all_reduce_min(
-        -math.ceil(len(every_window) / BATCH)
-    )  # of the rank with the most windows
+    windows = WindowImages(images, window_grid, share or [0])  # a rank without images reads image 0
+    window_indices = range(len(windows)) if share else []
+    rank_rounds = math.ceil(len(window_indices) / BATCH)
+    rounds = -all_reduce_min(-rank_rounds)
 
-    waiting: list[Tensor] = []  # windows of the current image
-    for indices, tokens in model.iterate_features(windows, what, every_window, turns):
+    # 2. Collect the similarities of windows until an image is complete.
+    image_windows: list[Tensor] = []
+    for indices, tokens in model.iterate_features(windows, kind, window_indices, rounds):
         if not len(indices):
             continue
         # Patch tokens (m, 1 + rows * columns, D) -> cosines (m, rows * columns, C).
@@ -146,72 +153,73 @@ def image_similarities(
         embedded = embedded.unflatten(0, (len(tokens), -1))
         cosines = embedded @ classes.T.to(embedded.device)
 
-        for index, row in zip(indices.tolist(), cosines):
-            waiting.append(row.T.unflatten(1, model.grid))
-            owner = windows.image_index[index]
-            is_last = index + 1 == len(every_window) or windows.image_index[index + 1] != owner
+        for index, window_cosines in zip(indices.tolist(), cosines):
+            image_windows.append(window_cosines.T.unflatten(1, model.grid))
+            image = windows.image_index[index]
+            is_last = index + 1 == len(windows) or windows.image_index[index + 1] != image
             if is_last:
-                yield owner, merge_windows(waiting, sliding, windows.shapes[owner])
-                waiting = []
+                yield image, merge_windows(image_windows, window_grid, windows.shapes[image])
+                image_windows = []
 
 
-def merge_windows(parts: list[Tensor], sliding: WindowGrid, shape: tuple[int, int]) -> Tensor:
-    """Join an image's windows on its canvas, with their mean where they overlap.
+def merge_windows(windows: list[Tensor], window_grid: WindowGrid, shape: tuple[int, int]) -> Tensor:
+    """Average the similarities of an image's windows at each pixel of its canvas.
 
-    parts: (C, rows, columns) of each window. Return (C, canvas rows, canvas columns).
+    windows: (C, rows, columns) each. shape: (H, W) of the image. Returns (C, canvas rows, canvas
+    columns).
     """
-    rows, columns = sliding.canvas(*shape)
-    sums = parts[0].new_zeros(len(parts[0]), rows, columns)
-    seen = parts[0].new_zeros(rows, columns)  # windows over each pixel
-    for part, (top, left) in zip(parts, sliding.corners(*shape), strict=True):
-        here = slice(top, top + sliding.side), slice(left, left + sliding.side)
-        sums[:, *here] += resize_maps(part, (sliding.side, sliding.side))
-        seen[here] += 1
-    return sums / seen
+    rows, columns = window_grid.canvas(*shape)
+    sums = windows[0].new_zeros(len(windows[0]), rows, columns)
+    window_counts = windows[0].new_zeros(rows, columns)
+    for window, (top, left) in zip(windows, window_grid.corners(*shape), strict=True):
+        area = slice(top, top + window_grid.side), slice(left, left + window_grid.side)
+        sums[:, *area] += resize_maps(window, (window_grid.side, window_grid.side))
+        window_counts[area] += 1
+    return sums / window_counts
 
 
-def resize_maps(similar: Tensor, shape: tuple[int, int]) -> Tensor:
+def resize_maps(maps: Tensor, shape: tuple[int, int]) -> Tensor:
     """Resize (C, h, w) to (C, *shape), bilinearly."""
-    return F.interpolate(similar[None], tuple(shape), mode="bilinear", align_corners=False)[0]
+    return F.interpolate(maps[None], tuple(shape), mode="bilinear", align_corners=False)[0]
 
 
-def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Count the pixels of each class (row) that are predicted as each class (column), (C, C) int64.
+def confusion_matrix(label_map: Tensor, prediction: Tensor, classes: int) -> Tensor:
+    """Count the pixels of each class (row) by predicted class (column), (C, C) int64.
 
-    Pixels of no class are left out.
+    Pixels without a class are left out.
     """
-    known = truth != IGNORE
-    pairs = truth[known] * classes + prediction[known]
+    labeled = label_map != IGNORE
+    pairs = label_map[labeled] * classes + prediction[labeled]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def compute_scores(counts: Tensor) -> dict[str, float]:
-    """Compute the scores from a confusion matrix (C, C).
+    """Return the scores of a confusion matrix (C, C).
 
     A class that neither occurs nor is predicted does not count, as in mmsegmentation.
     """
     counts = counts.double()
-    right = counts.diag()
+    hits = counts.diag()
     pixels = counts.sum(1)  # of each class
     predicted = counts.sum(0)
-    union = pixels + predicted - right
+    union = pixels + predicted - hits
     return dict(
-        mean_iou=float((right / union)[union > 0].mean()),
-        mean_accuracy=float((right / pixels)[pixels > 0].mean()),
-        accuracy=float(right.sum() / counts.sum()),
+        mean_iou=float((hits / union)[union > 0].mean()),
+        mean_accuracy=float((hits / pixels)[pixels > 0].mean()),
+        accuracy=float(hits.sum() / counts.sum()),
         chance=1 / len(counts),
     )
 
 
-def save_picture(model: Embedder, images: Images, how: str, samples: list) -> None:
-    """Write the images of all ranks to RUN/pictures/TAG-SET-HOW.png.
+def save_picture(model: Embedder, images: Images, settings: str, rows: list) -> None:
+    """Write the rows of all ranks as one picture, RUN/pictures/TAG-SET-SETTINGS.png.
 
-    samples: (number, image, label map, prediction) of each.
+    rows: (index, image, label map, prediction) of each image.
     """
-    samples = sorted(all_gather_list(samples), key=lambda row: row[0])
-    if rank() or not samples:
+    rows = sorted(all_gather_list(rows), key=lambda row: row[0])
+    if rank() or not rows:
         return
-    path = model.results_folder / "pictures" / f"{model.tag}-{images.name}-{how}.png"
+    path = model.results_folder / "pictures" / f"{model.tag}-{images.name}-{settings}.png"
     path.parent.mkdir(exist_ok=True)
-    draw_segmentations([row[1:] for row in samples], images.class_names()).save(path)
-    model.log(f"{path}: images, their label maps, what was found")
+    draw_segmentations([row[1:] for row in rows], images.class_names()).save(path)
+    model.log(f"{path}: images, label maps and predictions")

@@ -1,11 +1,11 @@
-"""The papers' suites of zero-shot sets (data/evals/suites.py), and their averages.
+"""Suites of zero-shot sets (data/evals/suites.py) as in the papers, and their averages.
 
-    suite:aclip            the sets that lie in --data (in a config: eval_data), each as zero_shot
-                           with its own metric
-    suite(templates=7):flip
+    suite:aclip               evaluate the sets in the folder --data (in a config: eval_data) with
+                              zero_shot, each with its own metric
+    suite(templates=7):flip   with other templates
 
-A set that is there and cannot be evaluated is reported at the start and at the end; the others are
-evaluated, and the averages state how many sets they are over.
+Sets that exist but cannot be evaluated are reported at the start and at the end. The others are
+evaluated, and the names of the averages state the number of sets.
 """
 
 from dataclasses import dataclass, field
@@ -21,25 +21,28 @@ from glimpse.run.lib.config import check_choice
 
 @dataclass(frozen=True)
 class Options:
-    load_templates: str = ""  # as in zero_shot; default: each set's own
+    """Options of suite."""
+
+    templates: str = ""  # as in zero_shot; "": each set's own
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The sets of a suite below a folder, and what is wrong with them."""
+    """The sets of a suite in a folder, and the problems with them."""
 
     name: str
     data: Path
-    kind: str  # first part of the names of its sets' results: zero_shot with the options given
-    # the sets that can be evaluated
+    kind: str  # prefix of the results of its sets: zero_shot with the user's options
+    # {name: set and options} of those that can be evaluated
     sets: dict[str, tuple[ClipBenchmarkSet, zero_shot.Options]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    # a line for each set that is there and cannot be evaluated
+    # a line for each set that exists but cannot be evaluated
     faults: list[str] = field(default_factory=list)
-    # a line for each set that can be evaluated, but may not be the set of its name
+    # a line for each set that can be evaluated, but may be incomplete or wrongly labeled
     doubts: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        """Return the table of sets that is printed at the start."""
         count = len(suite_members(self.name))
         names = ", ".join(self.sets)
         lines = [f"suite:{self.name}: {len(self.sets)} of {count} sets in {self.data}: {names}"]
@@ -50,23 +53,23 @@ class Suite:
         return "\n".join(lines)
 
 
-def find_suite(name: str, data: str, options: Options, given: str = "") -> Suite:
-    """Find the suite's sets below `data`, and check every one of them.
+def find_suite(name: str, data: str, options: Options, arguments: str = "") -> Suite:
+    """Find and check the suite's sets in the folder `data`.
 
-    ValueError: there is no such suite, or none of its sets.
+    arguments: the options as the user wrote them, for the names of results.
+    Raises ValueError if the suite is unknown, or none of its sets can be evaluated.
     """
     check_choice("evals: suite", name, SUITES)
     if not data:
         raise ValueError(
-            f"evals: suite:{name} needs the folder that the sets lie in: run/evaluate.py --data"
-            " DIR, or eval_data in a config"
+            f"evals: suite:{name} needs the folder of its sets; set run/evaluate.py --data DIR, or"
+            " eval_data in a config"
         )
     if options.templates:
-        load_templates(
-            options.templates
-        )  # raises the error of a misspelled one once, not for each set
+        # Report misspelled templates once, not for each set.
+        load_templates(options.templates)
 
-    suite = Suite(name, Path(data), f"zero_shot{given}")
+    suite = Suite(name, Path(data), f"zero_shot{arguments}")
     for member in suite_members(name):
         row = SETS[member]
         folder = find_set_folder(suite.data, row)
@@ -75,10 +78,10 @@ def find_suite(name: str, data: str, options: Options, given: str = "") -> Suite
         else:
             add_set(suite, row, folder, zero_shot.Options(options.templates, row.metric))
     if not suite.sets:
-        first = SETS[suite_members(name)[0]].folders[0]
+        example = SETS[suite_members(name)[0]].folders[0]
         message = (
             f"evals: suite:{name}: no set to evaluate in {data}; their folders are called e.g."
-            f" {first} or wds_{first}"
+            f" {example} or wds_{example}"
         )
         raise ValueError("\n  ".join([message, *suite.faults]))
     return suite
@@ -94,27 +97,27 @@ def add_set(suite: Suite, row: EvalSet, folder: Path, options: zero_shot.Options
                 f"evals: {folder}: {classes} classes; {row.name} has {row.classes}"
                 " (classnames.txt, class_subset.txt)"
             )
-        seen = zero_shot.check_set(images, options)
+        classes_with_images = zero_shot.check_set(images, options)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).removeprefix("evals: ").split())
         suite.faults.append(f"{row.name}: {message}")
         return
 
     suite.sets[row.name] = images, options
-    empty = classes - len(seen)
-    if empty > 0:
-        first = images.class_names()[min(set(range(classes)) - seen)]
+    empty_classes = set(range(classes)) - classes_with_images
+    if empty_classes:
+        example = images.class_names()[min(empty_classes)]
         suite.doubts.append(
-            f"{row.name}: {folder}: {empty} of its {classes} classes have no image, e.g. {first};"
-            " is it whole, and are its classes counted from 0?"
+            f"{row.name}: {folder}: {len(empty_classes)} of its {classes} classes have no image,"
+            f" e.g. {example}; check that the set is complete and its classes start at 0"
         )
 
 
 def average_metrics(suite: Suite, results: dict[str, float]) -> dict[str, float]:
     """Average the main metrics of the suite's sets.
 
-    results: as run.evals.evaluate names them. An average over only n of the sets is called
-    NAME_of_n, so that nobody takes it for the paper's.
+    results: {KIND/SET/METRIC: value}, as from run.evals.evaluate. An average over only n of the
+    sets is called NAME_of_n, so that nobody mistakes it for the paper's.
     """
     means: dict[str, float] = {}
     for name, sets in SUITES[suite.name].items():

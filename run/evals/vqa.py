@@ -1,11 +1,13 @@
-"""Visual question answering with a fusion transformer over frozen patch tokens.
+"""Visual question answering with a fusion transformer over patch tokens.
 
-The transformer has new weights. It reads the question beside the patch tokens, and a classifier
-answers. The classes are the most frequent answers of the train split, trained by binary
-cross-entropy towards the soft accuracy of each (Bottom-Up and Top-Down, arXiv 1707.07998 section
-3.3; METER, which FLIP table 7 follows). Accuracy is VQAv2's, over all questions and for each kind.
-Beside it stand three that see no image: the most frequent answer of train, that of the question's
-kind, that of the very same question. The answers go to RUN/vqa/TAG-SET.jsonl.
+The transformer has new weights. It reads the question together with the patch tokens, and a
+classifier answers. The classes are the most frequent answers of train/. Training minimizes the
+binary cross-entropy of each class, whose target is its soft accuracy (Bottom-Up and Top-Down, arXiv
+1707.07998 section 3.3; METER, which FLIP table 7 follows).
+
+The accuracy is VQAv2's, over all questions and for each kind of question. It is reported with those
+of three guesses without an image: the most frequent answer of train/, that of the question's kind,
+and that of the same question. The answers are written to RUN/vqa/TAG-SET.jsonl.
 """
 
 import re
@@ -34,9 +36,9 @@ from glimpse.run.evals.language import (
 )
 from glimpse.run.lib.distributed import to_device
 
-PRINTED_ANSWERS = 5  # answers that are printed
-# Spellings that VQAv2's evaluation treats as the same answer (vqaEval.py of
-# github.com/GT-Vision-Lab/VQA).
+PRINTED_ANSWERS = 5
+# Spellings that VQAv2's evaluation (vqaEval.py of github.com/GT-Vision-Lab/VQA) treats as the same
+# answer.
 DIGITS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {word: str(n) for n, word in enumerate(DIGITS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
@@ -52,23 +54,26 @@ CONTRACTED_WORDS = """
     who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
     y'all'd've you'd you'd've you'll you're you've
     """.split()
-# {a contraction without one of its apostrophes: the contraction}
+# {contraction without one of its apostrophes: contraction}
 CONTRACTIONS = {}
 for word in CONTRACTED_WORDS:
     for apostrophe in re.finditer("'", word):
         CONTRACTIONS[word[: apostrophe.start()] + word[apostrophe.end() :]] = word
-IndexedQuestions = Sequence[tuple[int, Question]]  # each with its image's index
-ANNOTATION = "questions"
-__all__ = ["ANNOTATION", "Options", "check_model", "check_set", "evaluate", "trains_tower"]
+IndexedQuestions = Sequence[tuple[int, Question]]  # (index of the image, question)
+CONTENT = "questions"
+__all__ = ["CONTENT", "Options", "check_model", "check_set", "evaluate", "trains_tower"]
 
 
 @dataclass(frozen=True)
 class Options(ReaderOptions):
-    # classes at most: VQAv2's answers that occur nine times (Bottom-Up and Top-Down)
+    """Options of vqa."""
+
+    # Maximum number of classes: VQAv2's answers that occur nine times (Bottom-Up and Top-Down).
     answers: int = 3129
 
 
 def check_set(images: Images, options: Options) -> None:
+    """Raise ValueError unless test/ and train/ have questions, and options.answers is positive."""
     images.questions(0)
     images.open_split("train").questions(0)
     if options.answers < 1:
@@ -76,69 +81,78 @@ def check_set(images: Images, options: Options) -> None:
 
 
 def evaluate(model: Embedder, images: Images, options: Options) -> dict[str, float]:
-    """Return accuracy, and frequent, frequent_of_kind, frequent_of_question, which see no image.
+    """Return accuracy, frequent, frequent_of_kind and frequent_of_question, as fractions.
 
-    accuracy_KIND and frequent_KIND are those of one kind of questions.
+    The last three are the accuracies of guesses without an image. accuracy_KIND and frequent_KIND
+    are those of one kind of question.
     """
     train = images.open_split("train")
-    learned = read_questions(train)
-    asked = read_questions(images)
+    train_questions = read_questions(train)
+    test_questions = read_questions(images)
 
-    # The classes: the most frequent of the answers that most people gave to a question.
-    usual = [(q, most_frequent(q.answers)) for _, q in learned]
-    counts = sort_by_count(Counter(answer for _, answer in usual))
+    # 1. The classes are the most frequent of the questions' most frequent answers.
+    usual_answers = [(q, most_frequent(q.answers)) for _, q in train_questions]
+    counts = sort_by_count(Counter(answer for _, answer in usual_answers))
     classes = [answer for answer, _ in counts[: options.answers]]
-    numbers = {answer: n for n, answer in enumerate(classes)}
+    class_indices = {answer: n for n, answer in enumerate(classes)}
 
+    # 2. Train an answerer. A sample is one question about one image.
     context = model.cfg.data.context
-    pieces = PieceVocabulary(model.tokenizer, (q.text for _, q in learned), context)
+    vocabulary = PieceVocabulary(model.tokenizer, (q.text for _, q in train_questions), context)
     model.log(
-        f"vqa {images.name}: {len(classes):,} answers, questions of {len(pieces):,} different"
+        f"vqa {images.name}: {len(classes):,} answers, questions of {len(vocabulary):,} different"
         " pieces"
     )
 
-    def ids_of(batch: IndexedQuestions) -> Tensor:
-        return pad_texts([pieces.ids(q.text) for _, q in batch])
+    def question_ids(batch: IndexedQuestions) -> Tensor:
+        return pad_texts([vocabulary.ids(q.text) for _, q in batch])
 
-    def losses_of(read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def compute_losses(
+        read: Callable, samples: Tensor, image: Tensor | tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Return the loss of each question, (questions,), summed over the classes."""
-        batch = [learned[s] for s in samples.tolist()]
+        batch = [train_questions[s] for s in samples.tolist()]
         targets = torch.zeros(len(batch), len(classes))
         for row, (_, q) in zip(targets, batch):
-            for answer in set(q.answers) & numbers.keys():
-                row[numbers[answer]] = soft_accuracy(answer, q.answers)
-        logits = read(ids_of(batch), image)
+            for answer in set(q.answers) & class_indices.keys():
+                row[class_indices[answer]] = soft_accuracy(answer, q.answers)
+        logits = read(question_ids(batch), image)
         losses = F.binary_cross_entropy_with_logits(logits, to_device(targets), reduction="none")
         return losses.sum(1)
 
-    build = partial(Answerer, len(pieces), context, answers=len(classes))
-    owner = [i for i, _ in learned]
-    answerer, embedder = train_reader(model, train, options, build, owner, losses_of)
+    build = partial(Answerer, len(vocabulary), context, answers=len(classes))
+    image_indices = [i for i, _ in train_questions]
+    answerer, token_model = train_reader(
+        model, train, options, build, image_indices, compute_losses
+    )
 
-    # Answer the test questions, and print a few.
-    image_tokens = patch_tokens(embedder, images)
+    # 3. Answer the test questions, and print a few.
+    image_tokens = patch_tokens(token_model, images)
 
-    def best_class(samples: Tensor) -> Tensor:
-        batch = [asked[s] for s in samples.tolist()]
+    def best_classes(samples: Tensor) -> Tensor:
+        batch = [test_questions[s] for s in samples.tolist()]
         image = to_device(image_tokens.rows([i for i, _ in batch]))
-        return answerer(ids_of(batch), image).argmax(1, keepdim=True)
+        return answerer(question_ids(batch), image).argmax(1, keepdim=True)
 
-    best = predict(len(asked), 1, best_class)
+    best = predict(len(test_questions), 1, best_classes)
     answers = [classes[n] for n in best[:, 0].tolist()]
-    for (i, q), answer in list(zip(asked, answers))[:PRINTED_ANSWERS]:
+    for (i, q), answer in list(zip(test_questions, answers))[:PRINTED_ANSWERS]:
         truth = ", ".join(dict.fromkeys(q.answers))
         model.log(f"  {images.key(i)}: {q.text} {answer}; truth: {truth}")
 
     def records() -> Iterator[dict]:
-        for (i, q), answer in zip(asked, answers):
+        for (i, q), answer in zip(test_questions, answers):
             yield dict(key=images.key(i), question=q.text, answer=answer, truth=q.answers)
 
     write_records(model, "vqa", images, records())
-    return compute_accuracies(asked, answers, usual)
+    return compute_accuracies(test_questions, answers, usual_answers)
 
 
 def read_questions(images: Images) -> list[tuple[int, Question]]:
-    """Return (image, question) of a whole split, the answers normalized."""
+    """Return (index of the image, question) for all questions of a split that have answers.
+
+    The answers are normalized.
+    """
     pairs = []
     for i in range(len(images)):
         for q in images.questions(i):
@@ -151,41 +165,41 @@ def read_questions(images: Images) -> list[tuple[int, Question]]:
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """Return the most frequent answer, of equal ones the first."""
+    """Return the most frequent answer; of equally frequent answers, the first."""
     return Counter(answers).most_common(1)[0][0]
 
 
 def sort_by_count(counts: Counter) -> list[tuple[str, int]]:
-    """Return the counts from the most frequent; equals by name, independent of reading order."""
+    """Sort answers by falling count, and by name where counts are equal."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def compute_accuracies(
-    asked: IndexedQuestions,
-    given: Sequence[str],
-    usual: Sequence[tuple[Question, str]],
+    questions: IndexedQuestions,
+    answers: Sequence[str],
+    usual_answers: Sequence[tuple[Question, str]],
 ) -> dict[str, float]:
-    """Return the accuracies of the given answers, and of guesses without an image.
+    """Return the accuracies of these answers to the questions, and of guesses without an image.
 
-    usual: the training questions, each with the answer that most people gave.
+    usual_answers: the training questions, each with its most frequent answer.
     """
     groupings = {"": lambda q: "", "_of_kind": lambda q: q.kind, "_of_question": lambda q: q.text}
 
-    # Over all questions.
-    right = [soft_accuracy(answer, q.answers) for (_, q), answer in zip(asked, given)]
-    values = dict(accuracy=mean(right))
-    guessed = {}
+    # 1. Over all questions.
+    accuracies = [soft_accuracy(answer, q.answers) for (_, q), answer in zip(questions, answers)]
+    values = dict(accuracy=mean(accuracies))
+    guess_accuracies = {}
     for name, group in groupings.items():
-        guess = blind_guesser(usual, group)
-        guessed[name] = [soft_accuracy(guess(q), q.answers) for _, q in asked]
-        values[f"frequent{name}"] = mean(guessed[name])
+        guess = blind_guesser(usual_answers, group)
+        guess_accuracies[name] = [soft_accuracy(guess(q), q.answers) for _, q in questions]
+        values[f"frequent{name}"] = mean(guess_accuracies[name])
 
-    # For each kind.
-    for kind in sorted({q.kind for _, q in asked} - {""}):
+    # 2. For each kind of question.
+    for kind in sorted({q.kind for _, q in questions} - {""}):
         name = re.sub(r"\W+", "_", kind)
-        indices = [n for n, (_, q) in enumerate(asked) if q.kind == kind]
-        values[f"accuracy_{name}"] = mean([right[n] for n in indices])
-        values[f"frequent_{name}"] = mean([guessed["_of_kind"][n] for n in indices])
+        indices = [n for n, (_, q) in enumerate(questions) if q.kind == kind]
+        values[f"accuracy_{name}"] = mean([accuracies[n] for n in indices])
+        values[f"frequent_{name}"] = mean([guess_accuracies["_of_kind"][n] for n in indices])
     return values
 
 
@@ -194,25 +208,26 @@ def mean(values: Sequence[float]) -> float:
 
 
 def blind_guesser(
-    usual: Sequence[tuple[Question, str]], group: Callable[[Question], str]
+    usual_answers: Sequence[tuple[Question, str]], group: Callable[[Question], str]
 ) -> Callable[[Question], str]:
-    """Return a function from a question to the most frequent answer of the question's group.
+    """Return a function from a question to the most frequent answer of its group.
 
-    Where a group is new, it is the most frequent answer of all.
+    For a group without training questions it is the most frequent of all answers.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
-    for q, answer in usual:
+    for q, answer in usual_answers:
         counts[group(q)][answer] += 1
     best = {key: sort_by_count(count)[0][0] for key, count in counts.items()}
-    overall = sort_by_count(Counter(answer for _, answer in usual))[0][0]
+    overall = sort_by_count(Counter(answer for _, answer in usual_answers))[0][0]
     return lambda q: best.get(group(q), overall)
 
 
 def soft_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Return VQAv2's accuracy of an answer: min(n / 3, 1), n people having given this answer.
+    """Return VQAv2's accuracy of an answer, given the answers of several people.
 
-    It is averaged over leaving each person out in turn: 1 where four of ten people agree. Where
-    fewer than four were asked, all but one stand for the three; an only answer is the truth.
+    It is min(n / 3, 1) if n people gave this answer, averaged over leaving out each person in turn.
+    So it is 1 if four of ten people agree. With fewer than four people, all but one take the place
+    of the three. A single person's answer counts as the truth.
     """
     if len(answers) == 1:
         return float(answer == answers[0])
@@ -222,18 +237,18 @@ def soft_accuracy(answer: str, answers: Sequence[str]) -> float:
 
 
 def normalize_answer(answer: str) -> str:
-    """Return an answer as VQAv2 compares it.
+    """Return an answer in the form in which VQAv2 compares it.
 
-    It has no punctuation and no articles, numbers are digits, contractions have their apostrophes.
-    The original does not change answers on which all people agree; this always normalizes both
-    sides.
+    It has no punctuation and no articles, numbers are digits, and contractions have their
+    apostrophes. VQAv2's code does not normalize answers on which all people agree; this function
+    always does.
     """
     text = " ".join(answer.split())
-    has_grouped_digits = re.search(r"\d,\d", text)  # 1,000
-    bare = text
+    has_grouped_digits = re.search(r"\d,\d", text)  # e.g. 1,000
+    unpunctuated = text
     for mark in MARKS:
-        vanishes = has_grouped_digits or f"{mark} " in text or f" {mark}" in text
-        bare = bare.replace(mark, "" if vanishes else " ")
-    bare = re.sub(r"\.(?!\d)", "", bare)  # periods, but not decimal points
-    words = [NUMBERS.get(word, word) for word in bare.lower().split()]
+        is_removed = has_grouped_digits or f"{mark} " in text or f" {mark}" in text
+        unpunctuated = unpunctuated.replace(mark, "" if is_removed else " ")
+    unpunctuated = re.sub(r"\.(?!\d)", "", unpunctuated)  # periods, but not decimal points
+    words = [NUMBERS.get(word, word) for word in unpunctuated.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

@@ -347,7 +347,7 @@ def test_segmentation_is_refused(data, tmp_path):
 
     method, cfg, tokenizer = untrained_method(data / "tokenizer.model", WIDE)
     model = embed.Embedder(method, cfg, tokenizer, results_folder=tmp_path, tag="test")
-    message = r"segmentation lays square windows on an image, and model.image_size is \[32, 48\]"
+    message = r"segmentation needs square windows, and model.image_size is \[32, 48\]"
 
     with pytest.raises(ValueError, match=message):
         segmentation.check_model(model, segmentation.Options())

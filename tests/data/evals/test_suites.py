@@ -230,11 +230,11 @@ def test_two_suites_share_their_sets(data, monkeypatch):
         towers = torch.nn.Identity()
 
         @staticmethod
-        def texts(texts):
+        def embed_texts(texts):
             return torch.eye(2)[[0] * 7 + [1] * (len(texts) - 7)]
 
         @staticmethod
-        def images(images):
+        def embed_images(images):
             return torch.arange(len(images)), torch.eye(2)[[0] * len(images)]
 
     with ranks(monkeypatch, 1, 4) as run:
@@ -270,7 +270,7 @@ def test_a_suite_from_the_command_line(data, tmp_path):
         assert len(re.findall(fault, done.stdout)) == 1, fault
         assert len(re.findall(fault, done.stderr)) == 1, fault
     assert "missing: food101" in done.stdout
-    assert "5 of the sets could not be evaluated; all others are" in done.stderr
+    assert "5 of the sets could not be evaluated; all others were" in done.stderr
     trained, after = map(json.loads, (run / "results.jsonl").read_text().splitlines())
     assert after == {**trained, "mask": "none", "ensemble": 1}
     assert "suite/aclip/average_of_4" in after

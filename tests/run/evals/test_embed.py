@@ -23,9 +23,9 @@ from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
 from glimpse.data.evals.gallery import FolderGallery, ShardGallery, TextGallery, open_gallery
 from glimpse.data.shards import write_shard
 from glimpse.model import portable
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About as Source
-from glimpse.model.portable import Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo as Source
+from glimpse.model.portable import PortableModel
 from glimpse.run.embed import main
 from glimpse.run.evals import embeddings as code
 from glimpse.run.evals.embed import Embedder
@@ -194,7 +194,9 @@ def test_they_are_the_embeddings_of_evaluations(data, model, tmp_path, monkeypat
     made(monkeypatch, model, gallery, tmp_path / "images", world=2)
     made(monkeypatch, model, TextGallery(tmp_path / "prompts.txt"), tmp_path / "texts", world=3)
     with ranks(monkeypatch, 1, 4) as run:
-        ((indices, images),) = run(lambda: model.embed_images(ClipBenchmarkSet(data / "eval/shapes")))
+        ((indices, images),) = run(
+            lambda: model.embed_images(ClipBenchmarkSet(data / "eval/shapes"))
+        )
         (texts,) = run(lambda: model.embed_texts(prompts))
 
     names = parquet.read_table(tmp_path / "images/metadata")["image_path"].to_pylist()
@@ -327,10 +329,10 @@ def converted(data, folder):
     about = Source(
         tokenizer=cfg.data.tokenizer, fingerprint=tokenizer.fingerprint, crop="resize_crop"
     )
-    model = Portable(
-        cfg.model, tokenizer.vocab_size, cfg.data.context, Tensors.held(weights), about
+    model = PortableModel(
+        cfg.model, tokenizer.vocab_size, cfg.data.context, LazyTensors.from_dict(weights), about
     )
-    portable.save(model, folder, torch.float32)
+    portable.save_model(model, folder, torch.float32)
     return embedder(method, replace(cfg, eval_crop="resize_crop"), tokenizer)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from glimpse.data.shards import write_shard
-from glimpse.model.towers import ModelConfig, vision_tower
+from glimpse.model.towers import ModelConfig, build_vision_tower
 from glimpse.model.vision import VisionConfig, VisionTower
 from glimpse.run.evals import finetune, parse_evaluations
 from glimpse.run.evals.finetune import (
@@ -28,7 +28,9 @@ from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
 def nano(**vision) -> VisionTower:
     torch.manual_seed(0)
-    return vision_tower(ModelConfig(size="nano/8", image_size=32, vision=VisionConfig(**vision)))
+    return build_vision_tower(
+        ModelConfig(size="nano/8", image_size=32, vision=VisionConfig(**vision))
+    )
 
 
 def test_scales_by_hand():
@@ -52,7 +54,7 @@ def test_scales_by_hand():
     }
     model = Classifier(nano(positions="learned", pool="cls", pre_norm=True), 128, 10)
 
-    all_groups = parameter_groups(model, Options().resolved(4))
+    all_groups = parameter_groups(model, Options().resolve(4))
 
     group_of = {id(p): group for group in all_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
@@ -64,7 +66,7 @@ def test_scales_by_hand():
         decays = name.endswith("weight") and "norm" not in name
         assert group["weight_decay"] == (0.05 if decays else 0.0), name
 
-    table = format_rates(4, Options(batch=256).resolved(4)).splitlines()
+    table = format_rates(4, Options(batch=256).resolve(4)).splitlines()
 
     assert len(table) == 6
     assert table[0].split() == ["embedding", "x", "0.1160", "peak", "lr", "1.160e-04"]
@@ -84,7 +86,7 @@ def test_scales_by_hand():
     ],
 )
 def test_recipes_are_the_papers(recipe, depth, peak, decay, drop, epochs, warm):
-    resolved = Options(recipe).resolved(depth)
+    resolved = Options(recipe).resolve(depth)
 
     assert resolved.lr * resolved.batch / 256 == pytest.approx(peak)
     assert resolved.batch == 1024
@@ -139,7 +141,7 @@ def test_backward_passes_and_epochs(monkeypatch):
         for rank in range(world):
             monkeypatch.setattr(finetune, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(finetune, "world_size", lambda world=world: world)
-            share = rank_batches(images, options.resolved(4), options)
+            share = rank_batches(images, options.resolve(4), options)
             for all_rows, rows in zip(passes, share, strict=True):
                 all_rows.extend(rows)
         by_world[world] = [sorted(rows) for rows in passes]

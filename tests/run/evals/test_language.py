@@ -14,8 +14,7 @@ import torch
 
 from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet, Question
 from glimpse.data.shards import write_shard
-from glimpse.data.tokenizer import build_tokenizer
-from glimpse.data.tokenizer import train_sentencepiece
+from glimpse.data.tokenizer import build_tokenizer, train_sentencepiece
 from glimpse.model.downstream.decoders import PAD, Answerer, Captioner
 from glimpse.run.evals import captioning, language, parse_evaluations, vqa
 from glimpse.tests.helpers.tiny import NAMES, launch, picture, tiny_run_arguments

@@ -153,7 +153,7 @@ def peer_loss(peer, cfg: config.RunConfig) -> float:
     (batch,) = Batches(reader, Shards(cfg.data.train), batch=cfg.batch)[0]
 
     patches = batch["views"]["image"]["patches"].float()
-    pixels = unpatchify(patches, cfg.model.patch, cfg.model.grid)
+    pixels = unpatchify(patches, cfg.model.patch_size, cfg.model.grid)
     mean = torch.tensor(cfg.model.vision.mean).view(3, 1, 1)
     std = torch.tensor(cfg.model.vision.std).view(3, 1, 1)
     images = (pixels / 255 - mean) / std

@@ -138,7 +138,9 @@ def by_hand(parts, scenes, alone):
             rows, columns = slice(top, top + 32), slice(left, left + 32)
             window = torch.from_numpy(pixels[rows, columns].copy()).permute(2, 0, 1)
             patches = patchify(window[None], 8)
-            tokens = method.towers.vision(patches, torch.arange(16)[None], alone=alone)
+            tokens = method.towers.vision(
+                patches, torch.arange(16)[None], value_attention_only=alone
+            )
             embedded = method.towers.embed_image(tokens[0, 1:])
             similar = (embedded @ classes.T).T.view(1, 4, 4, 4)
             sums[:, rows, columns] += F.interpolate(similar, (32, 32), mode="bilinear")[0]
@@ -185,11 +187,11 @@ def test_values_are_of_tokens_that_attend_to_themselves(scenes):
 
     one_by_one = torch.cat([block(token) for token in x.split(1, dim=1)], dim=1)
 
-    torch.testing.assert_close(block(x, alone=True), one_by_one)
+    torch.testing.assert_close(block(x, value_attention_only=True), one_by_one)
     patches = torch.randn(2, 5, 192)
     places = torch.arange(5).expand(2, -1)
     tokens = vision(patches, places)
-    values = vision(patches, places, alone=True)
+    values = vision(patches, places, value_attention_only=True)
     assert not torch.allclose(tokens, values)
 
 
