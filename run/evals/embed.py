@@ -146,7 +146,7 @@ class Embedder:
         attends only to itself; or pixels (L 3 P P,), which need no tower.
         """
         workers = min(self.cfg.data.workers, 2)
-        batches = images.rounds(self.preprocess, BATCH, share, rounds, workers)
+        batches = images.batches(self.preprocess, BATCH, share, rounds, workers)
         for indices, patches, positions in batches:
             features = self.encode_images(kind, indices, patches, positions)
             yield indices, features[: len(indices)]

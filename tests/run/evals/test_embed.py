@@ -1,10 +1,11 @@
-"""run/embed.py: row i is the i-th readable image, embedded as evaluations do it.
+"""run/embed.py: row i is the embedding of the i-th readable image, the same as in evaluations.
 
 The rows are the same on any number of ranks, and after an interruption.
 
     bash run/test.sh tests/run/evals/test_embed.py
-Fast cases run ranks as threads of this process, or the script as one process; the slow one launches
-it on two.
+
+Fast tests run ranks as threads of this process, or the script as one process. The slow test
+launches two ranks.
 """
 
 import json
@@ -24,12 +25,12 @@ from glimpse.data.evals.gallery import FolderGallery, ShardGallery, TextGallery,
 from glimpse.data.shards import write_shard
 from glimpse.model import portable
 from glimpse.model.lazy_tensors import LazyTensors
-from glimpse.model.portable import ModelInfo as Source
-from glimpse.model.portable import PortableModel
+from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.run.embed import main
-from glimpse.run.evals import embeddings as code
+from glimpse.run.evals import embeddings
 from glimpse.run.evals.embed import Embedder
 from glimpse.run.evals.embeddings import EmbeddingFolder, EmbeddingsInfo, write_embeddings
+from glimpse.run.lib import distributed
 from glimpse.tests.helpers.threads import ranks
 from glimpse.tests.helpers.tiny import (
     NAMES,
@@ -39,25 +40,26 @@ from glimpse.tests.helpers.tiny import (
     picture,
     tiny_run_arguments,
     untrained_method,
+    write_dataset,
 )
-from glimpse.tests.helpers.tiny import write_dataset as make_shards
 
-PHOTOS, BROKEN = 47, (9, 30)
+PHOTOS = 47
+BROKEN = (9, 30)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("embed"))
+    return write_dataset(tmp_path_factory.mktemp("embed"))
 
 
 @pytest.fixture(scope="module")
 def model(data):
-    return embedder(*untrained_method(data / "tokenizer.model"))
+    return build_embedder(*untrained_method(data / "tokenizer.model"))
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Pictures in nested folders, two of them broken.
+    """Write pictures into nested folders, two of them broken, and return the root.
 
     Two of three have a caption, in a txt or a json.
     """
@@ -82,26 +84,27 @@ def photos(tmp_path_factory):
         path.write_bytes(image)
 
         if i % 3 == 1:
-            path.with_suffix(".txt").write_text(said(i))
+            path.with_suffix(".txt").write_text(caption(i))
         elif i % 3 == 2:
-            path.with_suffix(".json").write_text(json.dumps({"caption": [said(i), "another"]}))
+            path.with_suffix(".json").write_text(json.dumps({"caption": [caption(i), "another"]}))
     return root
 
 
-def said(i):
+def caption(i):
+    """Return the caption of picture i."""
     return f"a {NAMES[i % 24]} number {i}"
 
 
-ORDER = [*range(20), *range(30, PHOTOS), *range(20, 30)]  # the folder's own, then b/, then more/
-KEPT = [i for i in ORDER if i not in BROKEN]
+ORDER = [*range(20), *range(30, PHOTOS), *range(20, 30)]  # the root's, then b/, then more/
+READABLE = [i for i in ORDER if i not in BROKEN]
 
 
-def embedder(method, cfg, tokenizer):
+def build_embedder(method, cfg, tokenizer):
     return Embedder(method, cfg, tokenizer, results_folder=Path("nowhere"), tag="test")
 
 
-def output(folder, gallery, **how):
-    about = dict(
+def embedding_folder(folder, gallery, **changes):
+    info = dict(
         model="m",
         weights="student",
         checksum="0",
@@ -112,23 +115,27 @@ def output(folder, gallery, **how):
         dtype="fp32",
         part=20,
     )
-    return EmbeddingFolder(folder, EmbeddingsInfo(**about | how))
+    return EmbeddingFolder(folder, EmbeddingsInfo(**info | changes))
 
 
-def made(monkeypatch, model, gallery, folder, world=1, batch=4, resume=False, **how):
-    """Write the folder by `world` ranks, in parts of 20 images."""
-    out = output(folder, gallery, **how)
-    todo = out.begin(resume)
+def embed_gallery(
+    monkeypatch, model, gallery, folder, world=1, batch=4, resume=False, **changes
+) -> EmbeddingFolder:
+    """Embed a gallery on `world` ranks, in parts of 20 images."""
+    out = embedding_folder(folder, gallery, **changes)
+    parts = out.start(resume)
     with ranks(monkeypatch, world, batch) as run:
-        run(lambda: write_embeddings(model, gallery, out, todo, batch, 0))
+        run(lambda: write_embeddings(model, gallery, out, parts, batch, 0))
     return out
 
 
-def npy(folder, kind):
+def load_npy(folder, kind):
+    """Return the rows of all parts."""
     return np.concatenate([np.load(path) for path in sorted(folder.glob(f"{kind}/*.npy"))])
 
 
 def contents(folder):
+    """Return {path: bytes} of all files in a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -136,14 +143,16 @@ def contents(folder):
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_ranks_writes_the_same_bytes(model, photos, tmp_path, monkeypatch, world):
     gallery = open_gallery(photos)
-    counts = {"npy": 1 + 3 * 3 + 2, "parquet": 1 + 3 + 2}
-    for kind, count in counts.items():
-        made(monkeypatch, model, gallery, tmp_path / f"{kind} 1", format=kind)
-        made(monkeypatch, model, gallery, tmp_path / f"{kind} {world}", world, format=kind)
+    file_counts = {"npy": 1 + 3 * 3 + 2, "parquet": 1 + 3 + 2}
+    for kind, file_count in file_counts.items():
+        single, several = tmp_path / f"{kind} 1", tmp_path / f"{kind} {world}"
 
-        alone = contents(tmp_path / f"{kind} 1")
-        assert contents(tmp_path / f"{kind} {world}") == alone
-        assert len(alone) == count
+        embed_gallery(monkeypatch, model, gallery, single, format=kind)
+        embed_gallery(monkeypatch, model, gallery, several, world, format=kind)
+
+        files = contents(single)
+        assert contents(several) == files
+        assert len(files) == file_count
 
 
 def test_rows_are_the_readable_images_in_order(model, photos, tmp_path, monkeypatch):
@@ -151,30 +160,31 @@ def test_rows_are_the_readable_images_in_order(model, photos, tmp_path, monkeypa
     assert isinstance(gallery, FolderGallery)
     assert gallery.captioned
 
-    out = made(monkeypatch, model, gallery, tmp_path / "out")
+    out = embed_gallery(monkeypatch, model, gallery, tmp_path / "out")
 
     # The table.
     table = parquet.read_table(tmp_path / "out/metadata").to_pydict()
     paths = [Path(name) for name in table["image_path"]]
-    assert [int(path.stem) for path in paths] == KEPT
+    assert [int(path.stem) for path in paths] == READABLE
     assert all(path.is_file() for path in paths)
-    assert table["caption"] == [said(i) if i % 3 else None for i in KEPT]
+    assert table["caption"] == [caption(i) if i % 3 else None for i in READABLE]
 
     # The embeddings.
-    images, texts = npy(tmp_path / "out", "img_emb"), npy(tmp_path / "out", "text_emb")
+    images, texts = load_npy(tmp_path / "out", "img_emb"), load_npy(tmp_path / "out", "text_emb")
     shape = (PHOTOS - 2, model.cfg.model.shape.embed)
     assert images.dtype == np.float32
     assert images.shape == texts.shape == shape
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-6)
-    captioned = [row for row, i in enumerate(KEPT) if i % 3]
+    captioned = [row for row, i in enumerate(READABLE) if i % 3]
     with ranks(monkeypatch, 1, 4) as run:
-        (wanted,) = run(lambda: model.embed_texts([said(KEPT[row]) for row in captioned]))
-    np.testing.assert_allclose(texts[captioned], wanted, atol=1e-6)
-    bare = [row for row, i in enumerate(KEPT) if i % 3 == 0]
-    assert not texts[bare].any(), "zeros where there is no caption"
+        captions = [caption(READABLE[row]) for row in captioned]
+        (expected,) = run(lambda: model.embed_texts(captions))
+    np.testing.assert_allclose(texts[captioned], expected, atol=1e-6)
+    uncaptioned = [row for row, i in enumerate(READABLE) if i % 3 == 0]
+    assert not texts[uncaptioned].any(), "zeros without a caption"
 
     # The images left out.
-    assert out.written() == (PHOTOS - 2, 2)
+    assert out.count_rows() == (PHOTOS - 2, 2)
     lines = []
     for path in sorted((tmp_path / "out/left_out").iterdir()):
         lines += path.read_text().splitlines()
@@ -184,15 +194,17 @@ def test_rows_are_the_readable_images_in_order(model, photos, tmp_path, monkeypa
 
 
 def test_they_are_the_embeddings_of_evaluations(data, model, tmp_path, monkeypatch):
-    """Bit for bit: the images of an evaluation set, and texts."""
-    prompts = [said(i) for i in range(49)]
+    """The images of an evaluation set, and texts, are bitwise equal."""
+    prompts = [caption(i) for i in range(49)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
     gallery = open_gallery(data / "eval/shapes/test")
     assert isinstance(gallery, ShardGallery)
-    assert not gallery.captioned, "it has classes"
+    assert not gallery.captioned, "its images have classes"
 
-    made(monkeypatch, model, gallery, tmp_path / "images", world=2)
-    made(monkeypatch, model, TextGallery(tmp_path / "prompts.txt"), tmp_path / "texts", world=3)
+    embed_gallery(monkeypatch, model, gallery, tmp_path / "images", world=2)
+    embed_gallery(
+        monkeypatch, model, TextGallery(tmp_path / "prompts.txt"), tmp_path / "texts", world=3
+    )
     with ranks(monkeypatch, 1, 4) as run:
         ((indices, images),) = run(
             lambda: model.embed_images(ClipBenchmarkSet(data / "eval/shapes"))
@@ -204,8 +216,8 @@ def test_they_are_the_embeddings_of_evaluations(data, model, tmp_path, monkeypat
     table = parquet.read_table(tmp_path / "texts/metadata").to_pydict()
     assert table == {"caption": prompts}
     assert indices.tolist() == list(range(49))
-    np.testing.assert_array_equal(npy(tmp_path / "images", "img_emb"), images)
-    np.testing.assert_array_equal(npy(tmp_path / "texts", "text_emb"), texts)
+    np.testing.assert_array_equal(load_npy(tmp_path / "images", "img_emb"), images)
+    np.testing.assert_array_equal(load_npy(tmp_path / "texts", "text_emb"), texts)
     folders = [path.name for path in tmp_path.glob("*/*_emb")]
     assert sorted(folders) == ["img_emb", "text_emb"]
 
@@ -213,8 +225,10 @@ def test_they_are_the_embeddings_of_evaluations(data, model, tmp_path, monkeypat
 def test_parquet_and_half_precision_hold_the_same(model, photos, tmp_path, monkeypatch):
     gallery = open_gallery(photos)
 
-    made(monkeypatch, model, gallery, tmp_path / "npy")
-    made(monkeypatch, model, gallery, tmp_path / "parquet", format="parquet", dtype="fp16", part=40)
+    embed_gallery(monkeypatch, model, gallery, tmp_path / "npy")
+    embed_gallery(
+        monkeypatch, model, gallery, tmp_path / "parquet", format="parquet", dtype="fp16", part=40
+    )
 
     table = parquet.read_table(tmp_path / "parquet/parquet")
     metadata = parquet.read_table(tmp_path / "npy/metadata")
@@ -223,44 +237,48 @@ def test_parquet_and_half_precision_hold_the_same(model, photos, tmp_path, monke
         kind = str(table.schema.field(column).type)
         assert kind == "fixed_size_list<element: halffloat>[128]"
     images = np.stack(table["image_embedding"].to_numpy())
-    np.testing.assert_array_equal(images, npy(tmp_path / "npy", "img_emb").astype(np.float16))
-    for i, text in zip(KEPT, table["text_embedding"].to_pylist(), strict=True):
-        assert (text is None) == (i % 3 == 0), "null where there is no caption"
+    np.testing.assert_array_equal(images, load_npy(tmp_path / "npy", "img_emb").astype(np.float16))
+    for i, text in zip(READABLE, table["text_embedding"].to_pylist(), strict=True):
+        assert (text is None) == (i % 3 == 0), "null without a caption"
 
 
 def test_broken_off_it_goes_on(model, photos, tmp_path, monkeypatch):
     gallery = open_gallery(photos)
     folder = tmp_path / "out"
-    made(monkeypatch, model, gallery, tmp_path / "whole")
-    write = EmbeddingFolder.write
+    embed_gallery(monkeypatch, model, gallery, tmp_path / "uninterrupted")
+    write_part = EmbeddingFolder.write_part
 
-    def breaks(self, part, rows):
+    def fail_at_part_1(self, part, rows):
         if part == 1:
             raise OSError("disk full")
-        write(self, part, rows)
+        write_part(self, part, rows)
 
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="disk full"):
-        broken.setattr(EmbeddingFolder, "write", breaks)
-        made(broken, model, gallery, folder)
+    with monkeypatch.context() as context, pytest.raises(OSError, match="disk full"):
+        context.setattr(EmbeddingFolder, "write_part", fail_at_part_1)
+        embed_gallery(context, model, gallery, folder)
 
-    # Two parts are left; only the same model and options may go on.
-    assert output(folder, gallery).begin(resume=True) == [1, 2]
-    with pytest.raises(ValueError, match=f"--out: {folder} exists; go on with it by --resume"):
-        output(folder, gallery).begin(resume=False)
-    with pytest.raises(ValueError, match="begun with dtype 'fp32', not 'fp16'; name another --out"):
-        output(folder, gallery, dtype="fp16").begin(resume=True)
-    with pytest.raises(ValueError, match="begun with model 'm', not 'n'; name another --out"):
-        output(folder, gallery, model="n").begin(resume=True)
+    # Two parts are missing. They can only be added with the same model and options.
+    assert embedding_folder(folder, gallery).start(resume=True) == [1, 2]
+    with pytest.raises(ValueError, match=f"--out: {folder} exists; continue with --resume"):
+        embedding_folder(folder, gallery).start(resume=False)
+    with pytest.raises(
+        ValueError, match="was started with dtype 'fp32', not 'fp16'; choose another --out"
+    ):
+        embedding_folder(folder, gallery, dtype="fp16").start(resume=True)
+    with pytest.raises(
+        ValueError, match="was started with model 'm', not 'n'; choose another --out"
+    ):
+        embedding_folder(folder, gallery, model="n").start(resume=True)
 
-    made(monkeypatch, model, gallery, folder, world=3, resume=True)
-    assert contents(folder) == contents(tmp_path / "whole")
-    made(monkeypatch, model, gallery, folder, resume=True)  # nothing is left to do
+    embed_gallery(monkeypatch, model, gallery, folder, world=3, resume=True)
+    assert contents(folder) == contents(tmp_path / "uninterrupted")
+    embed_gallery(monkeypatch, model, gallery, folder, resume=True)  # no part is missing
 
-    # A folder of something else.
+    # A folder with other content is refused.
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="has no embed.json"):
-        output(tmp_path / "other", gallery).begin(resume=True)
+        embedding_folder(tmp_path / "other", gallery).start(resume=True)
 
 
 def test_where_most_images_are_broken_it_stops(data, model, tmp_path, monkeypatch):
@@ -268,24 +286,25 @@ def test_where_most_images_are_broken_it_stops(data, model, tmp_path, monkeypatc
     rows = []
     for i in range(10):
         image = picture(NAMES[i], rng) if i % 5 == 0 else b""
-        rows.append((f"{i}", {"png": image, "txt": said(i).encode()}))
-    rows.append(("text", {"txt": b"alone"}))
+        rows.append((f"{i}", {"png": image, "txt": caption(i).encode()}))
+    rows.append(("text", {"txt": b"no image"}))
     (tmp_path / "tars").mkdir()
     write_shard(tmp_path / "tars/0.tar", rows)
     gallery = open_gallery(tmp_path / "tars")
     out = tmp_path / "out"
 
-    complaint = (
-        r"s: 9 of 11 images cannot be read, the first 0.tar/1 \(cannot read .*; --resume goes on"
+    message = (
+        r"s: 9 of 11 images cannot be read, the first 0.tar/1 \(cannot read .*\); repair the images"
+        " or the storage and continue with --resume"
     )
-    with pytest.raises(ValueError, match=complaint):
-        made(monkeypatch, model, gallery, out, world=2, batch=3)
+    with pytest.raises(ValueError, match=message):
+        embed_gallery(monkeypatch, model, gallery, out, world=2, batch=3)
 
-    # With a higher limit it goes on, without them.
-    monkeypatch.setattr(code, "MAX_BROKEN_SHARE", 0.9)
-    made(monkeypatch, model, gallery, out, world=2, batch=3, resume=True)
+    # With a higher limit the job continues without them.
+    monkeypatch.setattr(embeddings, "MAX_BROKEN_SHARE", 0.9)
+    embed_gallery(monkeypatch, model, gallery, out, world=2, batch=3, resume=True)
     table = parquet.read_table(out / "metadata").to_pydict()
-    assert table == dict(image_path=["0.tar/0", "0.tar/5"], caption=[said(0), said(5)])
+    assert table == dict(image_path=["0.tar/0", "0.tar/5"], caption=[caption(0), caption(5)])
     left_out = (out / "left_out/left_out_00000.tsv").read_text()
     assert "0.tar/text\tno image: has txt" in left_out
 
@@ -310,33 +329,39 @@ def test_what_is_no_gallery(data, tmp_path):
 
 
 def test_ranks_that_see_other_images_are_told(data, monkeypatch):
-    """A rank that listed one file more would shift the rows of all others."""
+    """If one rank listed one more file, the rows of all others would be shifted."""
     gallery = open_gallery(data / "train")
-    about = output(Path("nowhere"), gallery).about
+    info = embedding_folder(Path("nowhere"), gallery).info
 
     with ranks(monkeypatch, 2, 4) as run:
-        run(lambda: code.check_ranks_agree(about))
+        run(lambda: embeddings.check_ranks_agree(info))
         with pytest.raises(
-            ValueError, match="s: 121 here, the last 00002.tar/000119; rank 0 sees others"
+            ValueError,
+            match="s: this rank sees 121 entries, the last of them 00002.tar/000119; rank 0 sees"
+            " others",
         ):
-            run(lambda: code.check_ranks_agree(replace(about, count=about.count + code.rank())))
+            run(
+                lambda: embeddings.check_ranks_agree(
+                    replace(info, count=info.count + distributed.rank())
+                )
+            )
 
 
-def converted(data, folder):
-    """An untrained model in the folder, as run/convert.py writes it."""
+def save_converted_model(data, folder):
+    """Save an untrained model as run/convert.py does, and return its embedder."""
     method, cfg, tokenizer = untrained_method(data / "tokenizer.model")
     weights = {name: p.detach().clone() for name, p in method.towers.named_parameters()}
-    about = Source(
+    about = ModelInfo(
         tokenizer=cfg.data.tokenizer, fingerprint=tokenizer.fingerprint, crop="resize_crop"
     )
     model = PortableModel(
         cfg.model, tokenizer.vocab_size, cfg.data.context, LazyTensors.from_dict(weights), about
     )
     portable.save_model(model, folder, torch.float32)
-    return embedder(method, replace(cfg, eval_crop="resize_crop"), tokenizer)
+    return build_embedder(method, replace(cfg, eval_crop="resize_crop"), tokenizer)
 
 
-def script(*args, cwd=ROOT):
+def run_script(*args, cwd=ROOT):
     """Run run/embed.py as one process."""
     return subprocess.run(
         [sys.executable, ROOT / "run/embed.py", *args],
@@ -348,75 +373,75 @@ def script(*args, cwd=ROOT):
 
 
 def test_the_script_with_a_converted_model(data, photos, tmp_path, monkeypatch):
-    """Called from another folder, with loader processes, and then with what it refuses."""
-    model = converted(data, tmp_path / "model")
-    made(monkeypatch, model, FolderGallery(photos), tmp_path / "wanted", batch=8)
+    """Calls from another folder, with loader processes, and calls that are refused."""
+    model = save_converted_model(data, tmp_path / "model")
+    embed_gallery(monkeypatch, model, FolderGallery(photos), tmp_path / "expected", batch=8)
     args = ("model", photos, "--out", "out", "--workers", "2", "--batch", "8", "--part", "20")
 
-    # 1. The same files as from a call of the function.
-    done = script(*args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    # 1. The script writes the same files as a call of the function.
+    result = run_script(*args, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
     for kind in ("img_emb", "text_emb", "metadata", "left_out"):
-        assert contents(tmp_path / "out" / kind) == contents(tmp_path / "wanted" / kind)
+        assert contents(tmp_path / "out" / kind) == contents(tmp_path / "expected" / kind)
 
-    # 2. The code that it prints runs.
-    first, left_out, _, load, nearest = done.stdout.splitlines()
+    # 2. The code that it prints can be run.
+    first, left_out, _, load, nearest = result.stdout.splitlines()
     assert first == "out: 45 images, 128 numbers each in fp32, 3 parts"
     assert left_out.startswith("2 images could not be read")
-    known = {"np": np, "pq": parquet}
+    names = {"np": np, "pq": parquet}
     monkeypatch.chdir(tmp_path)
-    exec(load.strip(), known)
-    assert eval(nearest.strip(), known)[0] == str(photos / "00.jpg")
+    exec(load.strip(), names)
+    assert eval(nearest.strip(), names)[0] == str(photos / "00.jpg")
 
-    # 3. A second call is refused in one line.
-    done = script(*args, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    # 3. A second call is refused, with an error of one line.
+    result = run_script(*args, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert errors == [
-        "error: --out: out exists; go on with it by --resume, remove it, or name another"
+        "error: --out: out exists; continue with --resume, remove the folder, or choose another"
     ]
 
-    # 4. Another model at the same path.
+    # 4. Another model at the same path is refused.
     file = tmp_path / "model/model.safetensors"
     weights = load_file(file)
     save_file(weights | {"text.norm.weight": -weights["text.norm.weight"]}, file)
-    done = script(*args, "--resume", cwd=tmp_path)
-    assert done.returncode == 2, "another model at the same path"
-    assert "error: --resume: out was begun with checksum '" in done.stderr
+    result = run_script(*args, "--resume", cwd=tmp_path)
+    assert result.returncode == 2, "another model at the same path"
+    assert "error: --resume: out was started with checksum '" in result.stderr
 
-    # 5. A model without some of its weights.
+    # 5. A model that lacks a weight is refused.
     del weights["vision.patch.weight"]
     save_file(weights, file)
-    done = script(*args, "--resume", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    complaint = "model: has no weights for towers.vision.patch.weight; it holds another"
-    assert complaint in done.stderr, done.stderr
+    result = run_script(*args, "--resume", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    message = "model: has no weights for towers.vision.patch.weight; it holds another"
+    assert message in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(
-    "args, words",
+    "args, message",
     [
-        ("--batch 0 photos", "--batch 0: it must be at least 1"),
+        ("--batch 0 photos", "--batch: 0 is too small; use 1 or more"),
         ("", "a folder of images, or --texts"),
         ("photos --texts prompts.txt", "a folder of images, or --texts"),
-        ("photos --workers -1", "--workers -1: it must be at least 0"),
+        ("photos --workers -1", "--workers: -1 is too small; use 0 or more"),
     ],
 )
-def test_arguments_that_cannot_be(args, words, monkeypatch):
+def test_arguments_that_cannot_be(args, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run/embed.py", "runs/x", "--out", "out", *args.split()])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         main()
 
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_writes_the_bytes_of_one(data, photos, tmp_path):
-    done = launch(1, "run/pretrain.py", *tiny_run_arguments(data, tmp_path / "run", "samples=32"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    result = launch(1, "run/pretrain.py", *tiny_run_arguments(data, tmp_path / "run", "samples=32"))
+    assert result.returncode == 0, result.stderr[-2000:]
     args = (str(tmp_path / "run"), str(photos), "--batch", "4", "--part", "20", "--out")
 
-    alone = script(*args, tmp_path / "1")
-    assert alone.returncode == 0, alone.stdout[-2000:] + alone.stderr[-2000:]
+    single = run_script(*args, tmp_path / "1")
+    assert single.returncode == 0, single.stdout[-2000:] + single.stderr[-2000:]
     two = launch(2, "run/embed.py", *args, str(tmp_path / "2"))
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-2000:]
 

@@ -209,7 +209,7 @@ def test_names_of_a_class_and_a_subset(tmp_path):
     assert [len(p) for p in small.prompts("7")] == [14, 7]
 
     subset.write_text("1\n2\n")
-    with pytest.raises(ValueError, match="0.tar 000 is of class 3, which class_subset.txt has not"):
+    with pytest.raises(ValueError, match="0.tar 000 is of class 3, which is not in class_subset.txt"):
         parse_evaluations([f"zero_shot:{folder}"])
     complaint = "class_subset.txt: it holds lines of classnames.txt by number, 0 to 3"
     for wrong in ("1\n1", "4", "x"):
