@@ -17,67 +17,67 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # process group -> the b all its ranks brought to the first step
-_agreed: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+_batch_sizes: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
-_alone = False  # see single_process
+_is_single_process = False  # see single_process
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
     """Make this rank a world of one, for computations without the other ranks."""
-    global _alone
-    before, _alone = _alone, True
+    global _is_single_process
+    before, _is_single_process = _is_single_process, True
     try:
         yield
     finally:
-        _alone = before
+        _is_single_process = before
 
 
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() and not _is_single_process else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+    return dist.get_rank() if dist.is_initialized() and not _is_single_process else 0
 
 
-def gather(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """Gather x (k, ...) of each rank: (k x ranks, ...), in rank order; no gradient."""
-    if world() == 1:
+    if world_size() == 1:
         return x
-    out = x.new_empty(len(x) * world(), *x.shape[1:])
+    out = x.new_empty(len(x) * world_size(), *x.shape[1:])
     _all_gather(out, x.contiguous())  # NCCL refuses any other
     return out
 
 
-def scatter_sum(x: Tensor) -> Tensor:
+def reduce_scatter_sum(x: Tensor) -> Tensor:
     """Return this rank's rows (k, ...) of the sum over ranks of x (k x ranks, ...); no gradient."""
-    if world() == 1:
+    if world_size() == 1:
         return x
-    out = x.new_empty(len(x) // world(), *x.shape[1:])
+    out = x.new_empty(len(x) // world_size(), *x.shape[1:])
     _reduce_scatter(out, x)
     return out
 
 
 def all_reduce(x: Tensor, largest: bool = False) -> Tensor:
     """Reduce x in place to the sum over ranks, or to the largest; no gradient."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return x
 
 
-class _GatherWithGrad(torch.autograd.Function):
+class _AllGatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return gather(x)
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return scatter_sum(grad.contiguous())
+        return reduce_scatter_sum(grad.contiguous())
 
 
-def gather_with_grad(x: Tensor) -> Tensor:
+def all_gather_with_grad(x: Tensor) -> Tensor:
     """Gather x (k, ...) of each rank, (k x ranks, ...) in rank order, with a gradient.
 
     The gradient of a rank's rows is the sum of the gradients of all ranks' losses.
@@ -86,25 +86,25 @@ def gather_with_grad(x: Tensor) -> Tensor:
     If every rank computes the same loss the summed gradient is `ranks` times that of the loss, and
     DeepSpeed's average over ranks makes it exact.
     """
-    return _GatherWithGrad.apply(x) if world() > 1 else x
+    return _AllGatherWithGrad.apply(x) if world_size() > 1 else x
 
 
-class _Mean(torch.autograd.Function):
+class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return all_reduce(x.clone()) / world()
+        return all_reduce(x.clone()) / world_size()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return all_reduce(grad.clone()) / world()
+        return all_reduce(grad.clone()) / world_size()
 
 
-def mean(x: Tensor) -> Tensor:
+def mean_over_ranks(x: Tensor) -> Tensor:
     """Return the mean over ranks, the same on each.
 
     Its gradient is that of the sum of all ranks' losses, which DeepSpeed then averages.
     """
-    return _Mean.apply(x) if world() > 1 else x
+    return _MeanOverRanks.apply(x) if world_size() > 1 else x
 
 
 def batch_mean(x: Tensor) -> Tensor:
@@ -112,29 +112,29 @@ def batch_mean(x: Tensor) -> Tensor:
 
     x: a number per sample, as many on each rank.
     """
-    return mean(x.mean())
+    return mean_over_ranks(x.mean())
 
 
-def check_batch(image: Tensor) -> None:
+def check_equal_batches(image: Tensor) -> None:
     """Refuse ranks with unequal batches: they would hang or corrupt the collectives.
 
     The sizes are compared over ranks once, at the first step; afterwards each rank holds its own to
     that number, with no communication.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
     b, group = len(image), dist.group.WORLD
     assert group is not None
-    if group not in _agreed:
-        sizes = gather(torch.tensor([b], device=image.device)).tolist()
+    if group not in _batch_sizes:
+        sizes = all_gather(torch.tensor([b], device=image.device)).tolist()
         if len(set(sizes)) > 1:
             raise ValueError(
                 f"local batches {sizes} differ over the ranks: the contrastive loss needs the same"
                 " number on every rank"
             )
-        _agreed[group] = b
-    if b != _agreed[group]:
+        _batch_sizes[group] = b
+    if b != _batch_sizes[group]:
         raise ValueError(
-            f"local batch {b} on rank {rank()}, {_agreed[group]} at the first step: bring that"
+            f"local batch {b} on rank {rank()}, {_batch_sizes[group]} at the first step: bring that"
             " number at every step"
         )

@@ -36,7 +36,7 @@ def check_momentum(momentum: tuple[float, float]) -> None:
         raise ValueError(f"options.momentum {momentum}: two numbers from 0 to 1, first <= last")
 
 
-def parameters(
+def pair_parameters(
     modules: Iterable[tuple[nn.Module, nn.Module]],
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """{i.name: (teacher's, student's)} of pairs of modules that are built alike."""
@@ -46,17 +46,19 @@ def parameters(
         differing = sorted(averages.keys() ^ sources.keys())
         assert not differing, f"teacher and student differ in {differing[0]}"
         for name, average in averages.items():
-            assert shape(average) == shape(sources[name]), "teacher and student differ in a shape"
+            assert full_shape(average) == full_shape(sources[name]), (
+                "teacher and student differ in a shape"
+            )
             assert not average.requires_grad, "a teacher's parameters are frozen"
             pairs[f"{i}.{name}"] = average, sources[name]
     return pairs
 
 
-def shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # a sharded one's own is empty
 
 
-class Average:
+class MovingAverages:
     """The averages of this rank, {name: flat fp32 tensor}."""
 
     def __init__(
@@ -68,13 +70,13 @@ class Average:
     ):
         self.pairs, self.part, self.source, self.written = pairs, part, source, written
         # the same memory where it is fp32
-        self.kept = {name: part(teacher).float() for name, (teacher, _) in pairs.items()}
+        self.values = {name: part(teacher).float() for name, (teacher, _) in pairs.items()}
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """average = momentum * average + (1 - momentum) * student; momentum 0 copies."""
         for name, (_, student) in self.pairs.items():
-            average = self.kept[name]
+            average = self.values[name]
             newest = self.source(student).view(-1)[: average.numel()].to(average)
             average.lerp_(newest, 1 - momentum)
         self.write()
@@ -84,6 +86,6 @@ class Average:
         """Copy the averages into the teacher's weights."""
         for name, (teacher, _) in self.pairs.items():
             part = self.part(teacher)
-            if part.data_ptr() != self.kept[name].data_ptr():
-                part.copy_(self.kept[name])
+            if part.data_ptr() != self.values[name].data_ptr():
+                part.copy_(self.values[name])
             self.written(teacher)

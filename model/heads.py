@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.collectives import mean
-from glimpse.model.init import Init
-from glimpse.model.layers import Blocks, Linear, normal_parameter, sincos
+from glimpse.model.collectives import mean_over_ranks
+from glimpse.model.init import WeightInit
+from glimpse.model.layers import Linear, Transformer, normal_parameter, sincos_positions
 
 
-class BatchNorm(nn.Module):
+class CrossRankBatchNorm(nn.Module):
     """Batch normalization over all ranks, (B, D) -> (B, D), each with as many rows, in fp32.
 
     Beside torch's SyncBatchNorm, which refuses CPU tensors, it keeps no running statistics: a head
@@ -33,14 +33,14 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kind, x = x.dtype, x.float()
-        x = x - mean(x.mean(0))
-        x = x * (mean(x.square().mean(0)) + self.eps).rsqrt()
+        x = x - mean_over_ranks(x.mean(0))
+        x = x * (mean_over_ranks(x.square().mean(0)) + self.eps).rsqrt()
         if self.weight is not None and self.bias is not None:
             x = x * self.weight + self.bias
         return x.to(kind)
 
 
-def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
+def projection_mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
     """Return linear layers of these widths, with BatchNorm and ReLU between them.
 
     last_norm: a BatchNorm after the last, too.
@@ -50,7 +50,7 @@ def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
         last = i == len(widths) - 2
         layers.append(Linear(inputs, outputs, "uniform", "uniform" if bias else None))
         if last_norm or not last:
-            layers.append(BatchNorm(outputs))
+            layers.append(CrossRankBatchNorm(outputs))
         if not last:
             layers.append(nn.ReLU())
     return nn.Sequential(*layers)
@@ -58,30 +58,30 @@ def mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequential:
 
 def simclr_head(width: int, hidden: int, out: int) -> nn.Module:
     """Return SLIP's and A-CLIP's head of SimCLR: D -> 4096 -> 4096 -> 256."""
-    return mlp(width, hidden, hidden, out, bias=True)
+    return projection_mlp(width, hidden, hidden, out, bias=True)
 
 
 def byol_projector(width: int, hidden: int, out: int) -> nn.Module:
     """Return the projector of A-CLIP's release, D -> 4096 -> 256; the teacher has a copy of it."""
-    return mlp(width, hidden, out, bias=False)
+    return projection_mlp(width, hidden, out, bias=False)
 
 
 def byol_predictor(hidden: int, out: int) -> nn.Module:
     """Return BYOL's predictor, 256 -> 4096 -> 256, which the student alone has."""
-    return mlp(out, hidden, out, bias=False)
+    return projection_mlp(out, hidden, out, bias=False)
 
 
 def simsiam_projector(width: int, hidden: int) -> nn.Module:
     """Return the projector D -> 2048 -> 2048 -> 2048, the last normalized (SimSiam section 3)."""
-    return mlp(width, hidden, hidden, hidden, bias=False, last_norm=True)
+    return projection_mlp(width, hidden, hidden, hidden, bias=False, last_norm=True)
 
 
 def simsiam_predictor(hidden: int) -> nn.Module:
     """Return SimSiam's predictor, 2048 -> 512 -> 2048."""
-    return mlp(hidden, hidden // 4, hidden, bias=True)
+    return projection_mlp(hidden, hidden // 4, hidden, bias=True)
 
 
-def check_decoder(width: int, heads: int) -> None:
+def check_decoder_width(width: int, heads: int) -> None:
     """Raise ValueError if the width is no multiple of the heads, or of four, for the positions."""
     if heads < 1 or width < 1 or width % heads or width % 4:
         raise ValueError(
@@ -90,7 +90,7 @@ def check_decoder(width: int, heads: int) -> None:
         )
 
 
-class Decoder(nn.Module):
+class PatchDecoder(nn.Module):
     """Decoder of hidden patches, over visible and mask tokens with fixed sine-cosine positions.
 
     It is MAE's (arXiv 2111.06377 section 3); MaskCLIP's has one block.
@@ -110,25 +110,25 @@ class Decoder(nn.Module):
         heads: int,
         grid: tuple[int, int],
         out: int,
-        recompute: bool = False,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
-        init = Init()
+        init = WeightInit()
         self.inputs = Linear(inputs, width, "xavier")
         self.mask = normal_parameter(width, std=0.02)
-        self.register_buffer("positions", sincos(grid, width), persistent=False)
-        self.blocks = Blocks(depth, width, heads, "gelu", 1e-6, init, recompute)
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.blocks = Transformer(depth, width, heads, "gelu", 1e-6, init, checkpoint_activations)
         self.norm = nn.LayerNorm(width, 1e-6)
         self.out = Linear(width, out, "xavier")
 
-    def forward(self, tokens: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, hidden_positions: Tensor) -> Tensor:
         x = self.inputs(tokens)
-        visible = x[:, 1:] + self.at(positions, x)
-        masked = self.mask + self.at(hidden, x)
+        visible = x[:, 1:] + self.embed_positions(positions, x)
+        masked = self.mask + self.embed_positions(hidden_positions, x)
         # the class token has no position, as in MAE
         x = self.blocks(torch.cat([x[:, :1], visible, masked.to(x.dtype)], dim=1))
-        return self.out(self.norm(x[:, -hidden.shape[1] :]))
+        return self.out(self.norm(x[:, -hidden_positions.shape[1] :]))
 
-    def at(self, positions: Tensor, like: Tensor) -> Tensor:
+    def embed_positions(self, positions: Tensor, like: Tensor) -> Tensor:
         """Return the embeddings of positions, (B, K) -> (B, K, width)."""
         return F.embedding(positions.long(), self.positions).to(like.dtype)

@@ -15,7 +15,7 @@ InitSpec = str | float
 
 
 @dataclass(frozen=True)
-class Init:
+class WeightInit:
     """How one tower draws its weights.  The defaults are FLIP's, which are MAE's."""
 
     # on the fused (3 D, D) weight; the bias is zero in every recipe, as is `out`'s
@@ -31,14 +31,14 @@ class Init:
     positions: float = 0.02  # std of learned positions
 
 
-def vision_init(init: str, width: int) -> Init:
+def vision_init(init: str, width: int) -> WeightInit:
     """The recipe of a vision tower; for 'clip', what open_clip trains with: torch's defaults (fused
     Xavier for qkv) in all linear layers, std D ** -0.5 in the rest.
     """
     if init == "flip":
-        return Init()
+        return WeightInit()
     std = width**-0.5
-    return Init(
+    return WeightInit(
         out="uniform",
         up="uniform",
         down="uniform",
@@ -50,15 +50,15 @@ def vision_init(init: str, width: int) -> Init:
     )
 
 
-def text_init(init: str, width: int, depth: int) -> Init:
+def text_init(init: str, width: int, depth: int) -> WeightInit:
     """The recipe of a text tower; for 'clip', the stds of the CLIP paper's, whose MLP biases stay
     at torch's default.
     """
     if init == "flip":
-        return Init()
+        return WeightInit()
     std = width**-0.5
     residual = (2 * depth) ** -0.5  # keeps the sum of 2 * depth branches at the scale of one
-    return Init(
+    return WeightInit(
         qkv=std,
         out=std * residual,
         up=(2 * width) ** -0.5,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from glimpse.model.init import Init, InitSpec
+from glimpse.model.init import InitSpec, WeightInit
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # The tokens that a block computes: all (None), the first n of each sequence (int), or, in a packed
 # batch, these indices, one per sequence, (B,).
-Only = int | Tensor | None
+QueryIndex = int | Tensor | None
 
 
 class Linear(nn.Linear):
@@ -36,22 +36,22 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, weight: InitSpec, bias: str | None = "zeros"):
         # before super().__init__, which calls reset_parameters
-        self.draw_weight, self.draw_bias = weight, bias
+        self.weight_init, self.bias_init = weight, bias
         super().__init__(inputs, outputs, bias=bias is not None)
 
     def reset_parameters(self) -> None:
         bound = self.in_features**-0.5
-        if isinstance(self.draw_weight, float):
-            nn.init.normal_(self.weight, std=self.draw_weight)
-        elif self.draw_weight == "xavier":
+        if isinstance(self.weight_init, float):
+            nn.init.normal_(self.weight, std=self.weight_init)
+        elif self.weight_init == "xavier":
             nn.init.xavier_uniform_(self.weight)
-        elif self.draw_weight == "uniform":
+        elif self.weight_init == "uniform":
             nn.init.uniform_(self.weight, -bound, bound)
         else:
-            raise ValueError(f"weight {self.draw_weight!r}: xavier, uniform or a float")
-        if self.draw_bias == "zeros":
+            raise ValueError(f"weight {self.weight_init!r}: xavier, uniform or a float")
+        if self.bias_init == "zeros":
             nn.init.zeros_(self.bias)
-        elif self.draw_bias == "uniform":
+        elif self.bias_init == "uniform":
             nn.init.uniform_(self.bias, -bound, bound)
 
 
@@ -65,7 +65,7 @@ class AttentionRecorder:
         self.layers: list[Tensor] = []
 
 
-class Packed:
+class PackedSequences:
     """B sequences of different lengths laid end to end, T tokens, which only attention sees padded,
     as (B, N).
 
@@ -82,34 +82,34 @@ class Packed:
 
         # (B,): the first and the last token of each sequence
         ends = lengths.cumsum(0)
-        self.first, self.last = ends - lengths, ends - 1
+        self.first_token, self.last_token = ends - lengths, ends - 1
 
         # (T,): the sequence of each token, its place in the sequence and in the padded layout
         sequences = torch.arange(len(lengths), device=device)
         rows = torch.repeat_interleave(sequences, lengths, output_size=tokens)
-        self.positions = torch.arange(tokens, device=device) - self.first[rows]
-        self.slots = rows * longest + self.positions
+        self.positions = torch.arange(tokens, device=device) - self.first_token[rows]
+        self.padded_index = rows * longest + self.positions
 
         # Without pads, packed and padded are the same memory. With causal attention every pad comes
         # after the real tokens, so that no mask is needed when all tokens are queries.
-        self.full = tokens == len(lengths) * longest
-        self.keys = None if self.full else real_tokens(lengths, longest)
-        self.mask = None if causal else self.keys
+        self.has_no_padding = tokens == len(lengths) * longest
+        self.key_mask = None if self.has_no_padding else key_padding_mask(lengths, longest)
+        self.attention_mask = None if causal else self.key_mask
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, D) -> (B, N, D), zeros in the pads."""
-        if not self.full:
+        if not self.has_no_padding:
             padded = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1])
-            x = padded.index_copy_(0, self.slots, x)
+            x = padded.index_copy_(0, self.padded_index, x)
         return x.unflatten(0, self.shape)
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (T, D)."""
         x = x.flatten(0, 1)
-        return x if self.full else x.index_select(0, self.slots)
+        return x if self.has_no_padding else x.index_select(0, self.padded_index)
 
 
-def real_tokens(lengths: Tensor, longest: int) -> Tensor:
+def key_padding_mask(lengths: Tensor, longest: int) -> Tensor:
     """(B,) -> (B, 1, 1, N): True where a padded sequence has a token, as a mask of keys."""
     places = torch.arange(longest, device=lengths.device)
     return (places < lengths[:, None])[:, None, None]
@@ -120,19 +120,19 @@ class Attention(nn.Module):
     sequences.
     """
 
-    def __init__(self, width: int, heads: int, init: Init):
+    def __init__(self, width: int, heads: int, init: WeightInit):
         super().__init__()
-        self.head = width // heads
+        self.head_dim = width // heads
         self.qkv = Linear(width, 3 * width, init.qkv)
         self.out = Linear(width, width, init.out)
 
     def forward(
         self,
         x: Tensor,
-        packed: Packed | None = None,
-        only: Only = None,
-        watch: AttentionRecorder | None = None,
-        alone: bool = False,
+        packed: PackedSequences | None = None,
+        query_index: QueryIndex = None,
+        recorder: AttentionRecorder | None = None,
+        value_attention_only: bool = False,
     ) -> Tensor:
         """only: the tokens that are queries, and are returned.
 
@@ -140,88 +140,98 @@ class Attention(nn.Module):
         """
         x = self.qkv(x)
         x = x if packed is None else packed.pad(x)
-        q, k, v = x.unflatten(2, (3, -1, self.head)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
-        if watch is not None:
-            scores = q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head**-0.5
-            watch.layers.append(scores.softmax(3).mean(1)[:, 0])
+        q, k, v = x.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
+        if recorder is not None:
+            scores = q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head_dim**-0.5
+            recorder.layers.append(scores.softmax(3).mean(1)[:, 0])
 
-        if alone:
+        if value_attention_only:
             x = v
         elif packed is None:
-            x = F.scaled_dot_product_attention(q[:, :, :only], k, v)
-        elif only is None:
+            x = F.scaled_dot_product_attention(q[:, :, :query_index], k, v)
+        elif query_index is None:
             x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=packed.mask, is_causal=packed.causal
+                q, k, v, attn_mask=packed.attention_mask, is_causal=packed.causal
             )
         else:
             # One query per sequence: its first token (not causal), or its last, which may attend to
             # all tokens in either case.
-            place = packed.positions[only].view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, self.head)
-            x = F.scaled_dot_product_attention(q.gather(2, place), k, v, attn_mask=packed.keys)
+            place = (
+                packed.positions[query_index]
+                .view(-1, 1, 1, 1)
+                .expand(-1, q.shape[1], 1, self.head_dim)
+            )
+            x = F.scaled_dot_product_attention(q.gather(2, place), k, v, attn_mask=packed.key_mask)
             return self.out(x.flatten(1))
         x = x.transpose(1, 2).flatten(2)
         return self.out(x if packed is None else packed.unpad(x))
 
 
-def hidden(width: int, ratio: float) -> int:
+def mlp_width(width: int, mlp_ratio: float) -> int:
     """The width inside an MLP, rounded down as open_clip does."""
-    return int(width * ratio)
+    return int(width * mlp_ratio)
 
 
 class MLP(nn.Module):
-    """(..., D) -> (..., D) through `ratio` times D."""
+    """(..., D) -> (..., D) through `mlp_ratio` times D."""
 
-    def __init__(self, width: int, activation: str, init: Init, ratio: float = 4.0):
+    def __init__(self, width: int, activation: str, init: WeightInit, mlp_ratio: float = 4.0):
         super().__init__()
-        self.up = Linear(width, hidden(width, ratio), init.up, init.bias)
+        self.up = Linear(width, mlp_width(width, mlp_ratio), init.up, init.bias)
         self.act = ACTIVATIONS[activation]
-        self.down = Linear(hidden(width, ratio), width, init.down, init.bias)
+        self.down = Linear(mlp_width(width, mlp_ratio), width, init.down, init.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm transformer block; shapes as Attention's.
 
-    paths: (2, B), by what its two branches are multiplied (see drop_path).
+    drop_path_mask: (2, B), by what its two branches are multiplied (see drop_path).
     """
 
     def __init__(
-        self, width: int, heads: int, activation: str, eps: float, init: Init, ratio: float = 4.0
+        self,
+        width: int,
+        heads: int,
+        activation: str,
+        eps: float,
+        init: WeightInit,
+        mlp_ratio: float = 4.0,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads, init)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width, activation, init, ratio)
+        self.mlp = MLP(width, activation, init, mlp_ratio)
 
     def forward(
         self,
         x: Tensor,
-        packed: Packed | None = None,
-        only: Only = None,
-        watch: AttentionRecorder | None = None,
-        alone: bool = False,
-        paths: Tensor | None = None,
+        packed: PackedSequences | None = None,
+        query_index: QueryIndex = None,
+        recorder: AttentionRecorder | None = None,
+        value_attention_only: bool = False,
+        drop_path_mask: Tensor | None = None,
     ) -> Tensor:
-        attended = self.attn(self.norm1(x), packed, only, watch, alone)
-        if isinstance(only, Tensor):
-            x = x.index_select(0, only)
-        elif only is not None:
-            x = x[:, :only]
-        attention_path, mlp_path = (None, None) if paths is None else paths
-        x = x + times(attended, attention_path)
-        return x + times(self.mlp(self.norm2(x)), mlp_path)
+        attended = self.attn(self.norm1(x), packed, query_index, recorder, value_attention_only)
+        if isinstance(query_index, Tensor):
+            x = x.index_select(0, query_index)
+        elif query_index is not None:
+            x = x[:, :query_index]
+        attention_path, mlp_path = (None, None) if drop_path_mask is None else drop_path_mask
+        x = x + scale_branch(attended, attention_path)
+        return x + scale_branch(self.mlp(self.norm2(x)), mlp_path)
 
 
-def times(branch: Tensor, factors: Tensor | None) -> Tensor:
+def scale_branch(branch: Tensor, factors: Tensor | None) -> Tensor:
     """(B, N, D) times (B,)."""
     return branch if factors is None else branch * factors.to(branch.dtype)[:, None, None]
 
 
-def drop_path(noise: Tensor, rate: float) -> Tensor:
-    """Uniform noise (B, depth, 2) -> paths (depth, 2, B) for Blocks: stochastic depth (arXiv
+def make_drop_path_mask(noise: Tensor, rate: float) -> Tensor:
+    """Uniform noise (B, depth, 2) -> drop_path_mask (depth, 2, B) for Blocks: stochastic depth (arXiv
     1603.09382).
 
     A sample goes round a branch with a probability that rises linearly from 0 in the first block to
@@ -232,8 +242,8 @@ def drop_path(noise: Tensor, rate: float) -> Tensor:
     return ((noise >= rates) / (1 - rates)).permute(1, 2, 0)
 
 
-class Blocks(nn.ModuleList):
-    """`depth` blocks; `recompute` drops a block's activations until its backward pass, the one
+class Transformer(nn.ModuleList):
+    """`depth` blocks; `checkpoint_activations` drops a block's activations until its backward pass, the one
     place that trades compute for memory.
     """
 
@@ -244,39 +254,41 @@ class Blocks(nn.ModuleList):
         heads: int,
         activation: str,
         eps: float,
-        init: Init,
-        recompute: bool = False,
-        ratio: float = 4.0,
+        init: WeightInit,
+        checkpoint_activations: bool = False,
+        mlp_ratio: float = 4.0,
     ):
-        super().__init__(Block(width, heads, activation, eps, init, ratio) for _ in range(depth))
-        self.recompute = recompute
+        super().__init__(
+            TransformerBlock(width, heads, activation, eps, init, mlp_ratio) for _ in range(depth)
+        )
+        self.checkpoint_activations = checkpoint_activations
 
     def forward(
         self,
         x: Tensor,
-        packed: Packed | None = None,
-        only: Only = None,
-        watch: AttentionRecorder | None = None,
-        alone: bool = False,
-        paths: Tensor | None = None,
+        packed: PackedSequences | None = None,
+        query_index: QueryIndex = None,
+        recorder: AttentionRecorder | None = None,
+        value_attention_only: bool = False,
+        drop_path_mask: Tensor | None = None,
     ) -> Tensor:
         """only: the tokens that are needed: the last block computes these alone. alone: in the last
         block each token attends to itself.
 
-        paths: (depth, 2, B), of drop_path; for sequences of one length.
+        drop_path_mask: (depth, 2, B), of drop_path; for sequences of one length.
         """
         for i, block in enumerate(self):
             last = i == len(self) - 1
             arguments = (
                 x,
                 packed,
-                only if last else None,
-                watch,
-                alone and last,
-                None if paths is None else paths[i],
+                query_index if last else None,
+                recorder,
+                value_attention_only and last,
+                None if drop_path_mask is None else drop_path_mask[i],
             )
-            if self.recompute and torch.is_grad_enabled():
-                # No layer draws random numbers (paths are drawn before), so no generator is saved.
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # No layer draws random numbers (drop_path_mask are drawn before), so no generator is saved.
                 # DeepSpeed's own non-reentrant form fails under ZeRO-3.
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -300,7 +312,7 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=std))
 
 
-def sincos(grid: tuple[int, int], width: int) -> Tensor:
+def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """MAE's fixed 2-D positions of a (rows, columns) grid, (L, D) fp32: [sin x, cos x, sin y, cos
     y], D / 4 frequencies each.
 

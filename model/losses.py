@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.model.collectives import check_batch
-from glimpse.model.tiled_softmax import Contrastive, SimCLR
+from glimpse.model.collectives import check_equal_batches
+from glimpse.model.tiled_softmax import TiledContrastive, TiledSimCLR
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Return vectors (..., E) scaled to length 1, in fp32 (fp64 stays fp64)."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
@@ -55,9 +55,9 @@ def contrastive(
         )
     if scale.shape != (1,):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, must be (1,)")
-    check_batch(image)
+    check_equal_batches(image)
     kind = torch.promote_types(image.dtype, torch.float32)
-    loss, accuracy = Contrastive.apply(image.to(kind), text.to(kind), scale.to(kind), exact)
+    loss, accuracy = TiledContrastive.apply(image.to(kind), text.to(kind), scale.to(kind), exact)
     return loss, {"accuracy": accuracy}
 
 
@@ -71,7 +71,9 @@ def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
 
 
-def simclr(one: Tensor, two: Tensor, temperature: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+def simclr(
+    first: Tensor, second: Tensor, temperature: float = 0.1
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return SimCLR's loss () and {"simclr_accuracy": ()}, the same numbers on every rank.
 
     one and two: the vectors of two views, each (b, E).
@@ -80,13 +82,13 @@ def simclr(one: Tensor, two: Tensor, temperature: float = 0.1) -> tuple[Tensor, 
     positive is the other view of its image, its negatives both views of all other images. Mean over
     the 2 B rows; gradients as `contrastive`'s.
     """
-    if one.ndim != 2 or one.shape != two.shape or not len(one):
+    if first.ndim != 2 or first.shape != second.shape or not len(first):
         raise ValueError(
-            f"one {tuple(one.shape)} and two {tuple(two.shape)}: both must be (b, E), b > 0, one"
+            f"one {tuple(first.shape)} and two {tuple(second.shape)}: both must be (b, E), b > 0, one"
             " row an image"
         )
-    check_batch(one)
-    loss, accuracy = SimCLR.apply(unit(one), unit(two), 1 / temperature)
+    check_equal_batches(first)
+    loss, accuracy = TiledSimCLR.apply(l2_normalize(first), l2_normalize(second), 1 / temperature)
     return loss, {"simclr_accuracy": accuracy}
 
 
@@ -98,7 +100,7 @@ def byol(prediction: Tensor, target: Tensor) -> Tensor:
 
     No gradient reaches the target.
     """
-    return 2 - 2 * (unit(prediction) * unit(target.detach())).sum(-1)
+    return 2 - 2 * (l2_normalize(prediction) * l2_normalize(target.detach())).sum(-1)
 
 
 def simsiam(prediction: Tensor, target: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def simsiam(prediction: Tensor, target: Tensor) -> Tensor:
 
     No gradient reaches the target.
     """
-    return -(unit(prediction) * unit(target.detach())).sum(-1)
+    return -(l2_normalize(prediction) * l2_normalize(target.detach())).sum(-1)
 
 
 def distillation(

@@ -19,26 +19,26 @@ import torch
 from torch import nn
 
 from glimpse.model import tensor_files
-from glimpse.model.lazy_tensors import Tensors, check_shapes
+from glimpse.model.lazy_tensors import LazyTensors, check_shapes
 from glimpse.model.towers import ModelConfig, Towers
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 # Values of eval_crop, how evaluation images become square. resize_crop: resized, then cropped;
 # square: cropped, then resized; squash: only resized, which distorts them.
-CROPS = ("resize_crop", "square", "squash")
+EVAL_CROPS = ("resize_crop", "square", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
-class About:
+class ModelInfo:
     """Settings that go with the weights."""
 
     tokenizer: str = ""  # as data.tokenizer names it
     fingerprint: str = ""  # of its vocabulary
     eot: int | None = None  # the id that ends a caption, where there is one
     pad_text: bool = False  # captions are filled to the context, and the padding is attended to
-    crop: str = CROPS[0]  # how an image becomes square
+    crop: str = EVAL_CROPS[0]  # how an image becomes square
     interpolation: str = "bicubic"
     # path, format, weights, step, samples, ...
     source: dict = field(default_factory=dict)
@@ -52,14 +52,14 @@ class About:
 
 
 @dataclass(frozen=True)
-class Portable:
+class PortableModel:
     """A pair of towers, or a vision tower alone (vocab 0), whose tensors are read on demand."""
 
     cfg: ModelConfig
     vocab: int  # number of token ids; 0: there is no text tower
     context: int  # the most tokens of a caption; 0 likewise
-    tensors: Tensors  # by the names of Towers: vision.patch.weight, ...
-    about: About = field(default_factory=lambda: About())
+    tensors: LazyTensors  # by the names of Towers: vision.patch.weight, ...
+    about: ModelInfo = field(default_factory=lambda: ModelInfo())
 
     def __post_init__(self) -> None:
         check_shapes(self.tensors, self.shapes(), self.about.source.get("path", "the model"))
@@ -68,7 +68,7 @@ class Portable:
         """Return {name: shape} of every tensor of the architecture."""
         shapes = {}
         for name, parameter in self.skeleton().named_parameters():
-            if self.vocab or vision(name):
+            if self.vocab or is_vision_weight(name):
                 shapes[name] = parameter.shape
         return shapes
 
@@ -91,19 +91,19 @@ class Portable:
         return towers.eval()
 
 
-def vision(name: str) -> bool:
+def is_vision_weight(name: str) -> bool:
     """Return True for a tensor of the vision tower.  The projection belongs to the pair."""
     return name.startswith("vision.")
 
 
-def vision_only(tensors: Tensors) -> Tensors:
-    return tensors.renamed({name: name for name in tensors if vision(name)})
+def select_vision_weights(tensors: LazyTensors) -> LazyTensors:
+    return tensors.rename({name: name for name in tensors if is_vision_weight(name)})
 
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_model(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the folder without the vocabulary, which the caller writes."""
     folder.mkdir(parents=True)
-    tensor_files.write(folder / WEIGHTS, model.tensors, dtype)
+    tensor_files.write_safetensors(folder / WEIGHTS_FILE, model.tensors, dtype)
     about = model.about
     provenance = dict(
         format="glimpse",
@@ -122,12 +122,12 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> N
         tree["data"] = dict(
             context=model.context, tokenizer=about.tokenizer, pad_text=about.pad_text
         )
-    (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=1) + "\n")
 
 
-def is_one(folder: Path) -> bool:
+def is_glimpse_folder(folder: Path) -> bool:
     """Return True for a folder in Glimpse's own format."""
     try:
-        return json.loads((folder / CONFIG).read_text())["provenance"]["format"] == "glimpse"
+        return json.loads((folder / CONFIG_FILE).read_text())["provenance"]["format"] == "glimpse"
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -12,7 +12,7 @@ import torch
 # Python 3.11.2, Debian 12's, pickles a member of an enum as a call of getattr.
 GETATTR = "builtins", "getattr"
 
-UNSAFE = (
+UNSAFE_MESSAGE = (
     "it is a pickle that would run code or make objects of its own when it is read, and tensors are"
     " all that is needed; ask for the weights as safetensors, or load it once where you trust it"
     " and save its state_dict() alone"
@@ -24,7 +24,7 @@ def read_pickle(path: Path) -> object:
 
     ValueError if it holds anything but tensors and plain containers.
     """
-    if torchscript(path):  # as OpenAI released its models
+    if is_torchscript(path):  # as OpenAI released its models
         command = (
             f"import torch; torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(),"
             f" '{path.stem}-weights.pt')"
@@ -43,13 +43,13 @@ def read_pickle(path: Path) -> object:
         raise
     except Exception as error:  # a file that is no pickle may raise anything
         if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{path}: refused ({name[1]}): {UNSAFE}") from None
+            raise ValueError(f"{path}: refused ({name[1]}): {UNSAFE_MESSAGE}") from None
         raise ValueError(
             f"{path}: truncated or no file of tensors ({first_line(error)}); fetch it again"
         ) from None
 
 
-def member(kind: object, name: str) -> object:
+def enum_member(kind: object, name: str) -> object:
     """Return a member of an enum by its name: the only getattr that pickles may do."""
     if isinstance(kind, EnumMeta) and name in kind.__members__:
         return kind[name]
@@ -65,7 +65,7 @@ def first_line(error: Exception) -> str:
     return lines[0].partition(". ")[0][:120]
 
 
-def torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
     """Return True for an archive of code and constants."""
     if not zipfile.is_zipfile(path):
         return False

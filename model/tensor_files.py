@@ -15,10 +15,10 @@ from typing import TypeGuard
 import torch
 from safetensors import SafetensorError, safe_open
 
-from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.safe_unpickler import first_line, read_pickle
 
-NAMES = {  # safetensors' own
+SAFETENSORS_TYPES = {  # safetensors' own
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -32,19 +32,19 @@ NAMES = {  # safetensors' own
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-TYPES = {name: dtype for dtype, name in NAMES.items()}
-PREFIXES = ("module.", "_orig_mod.")  # of DDP, of torch.compile
+TORCH_TYPES = {name: dtype for dtype, name in SAFETENSORS_TYPES.items()}
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DDP, of torch.compile
 
 
-def read(path: Path) -> Tensors:
+def read_tensors(path: Path) -> LazyTensors:
     """Return the tensors of a .safetensors file, of a pickle of tensors, or of the shards that a
     *.index.json lists.
     """
     if path.name.endswith(".index.json"):
-        return sharded(path)
+        return read_sharded(path)
     if is_safetensors(path):
         return read_safetensors(path)
-    return tensors_of(read_pickle(path), path)
+    return extract_state_dict(read_pickle(path), path)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -69,15 +69,15 @@ def read_json(path: Path) -> dict:
     return tree
 
 
-def metas(path: Path) -> dict[str, torch.Tensor]:
+def read_meta_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return {name: meta tensor} of the tensors in a file; {} if it cannot be read."""
     try:
-        return read(path).meta
+        return read_tensors(path).meta
     except (ValueError, OSError):
         return {}
 
 
-def read_safetensors(path: Path) -> Tensors:
+def read_safetensors(path: Path) -> LazyTensors:
     try:
         file = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
@@ -88,29 +88,31 @@ def read_safetensors(path: Path) -> Tensors:
     for name in file.keys():
         part = file.get_slice(name)
         kind = part.get_dtype()
-        if kind not in TYPES:
+        if kind not in TORCH_TYPES:
             raise ValueError(
                 f"{path}: {name} is stored as {kind}; save it as float32, float16 or bfloat16"
             )
-        meta[name] = torch.empty(part.get_shape(), dtype=TYPES[kind], device="meta")
-    return Tensors(meta, file.get_tensor)
+        meta[name] = torch.empty(part.get_shape(), dtype=TORCH_TYPES[kind], device="meta")
+    return LazyTensors(meta, file.get_tensor)
 
 
-def sharded(index: Path) -> Tensors:
+def read_sharded(index: Path) -> LazyTensors:
     """Read the shards of a Hugging Face index: {weight_map: {tensor: file beside it}}."""
     file_of = read_json(index).get("weight_map")
     if not is_weight_map(file_of):
         raise ValueError(
             f"{index}: no index: it should hold weight_map, {{tensor: name of a file beside it}}"
         )
-    shards = {file: read(index.parent / file) for file in sorted(set(file_of.values()))}
+    shards = {file: read_tensors(index.parent / file) for file in sorted(set(file_of.values()))}
     meta = {}
     for name, file in file_of.items():
         if name not in shards[file]:
             raise ValueError(f"{index}: {file} has no {name}; fetch it again")
         meta[name] = shards[file].meta[name]
-    left_out = [f"{name} of {file}" for file, shard in shards.items() for name in shard.left_out]
-    return Tensors(meta, lambda name: shards[file_of[name]][name], left_out)
+    unused_entries = [
+        f"{name} of {file}" for file, shard in shards.items() for name in shard.unused_entries
+    ]
+    return LazyTensors(meta, lambda name: shards[file_of[name]][name], unused_entries)
 
 
 def is_weight_map(tree: object) -> TypeGuard[dict[str, str]]:
@@ -120,23 +122,23 @@ def is_weight_map(tree: object) -> TypeGuard[dict[str, str]]:
     return all(name == Path(str(name)).name for name in tree.values())
 
 
-def metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata in the header of a safetensors file."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 
 
-def tensors_of(tree: object, path: Path) -> Tensors:
+def extract_state_dict(tree: object, path: Path) -> LazyTensors:
     """Return the state dict in the content of a pickle.
 
     It is the tree itself, or an entry under one of the names that trainers use. Prefixes of DDP and
     torch.compile are removed.
     """
     # The entry of the state dict; other entries with tensors are left out.
-    left_out = []
+    unused_entries = []
     for key in ("state_dict", "model", "model_state_dict", "module"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-            left_out += names_with_tensors(tree, but=[key])
+            unused_entries += names_with_tensors(tree, but=[key])
             tree = tree[key]
     if not isinstance(tree, dict):
         tree = {}
@@ -148,37 +150,37 @@ def tensors_of(tree: object, path: Path) -> Tensors:
             tensors[name] = value
     if not tensors:
         raise ValueError(f"{path}: no tensors in it")
-    left_out += names_with_tensors(tree, but=tensors)
+    unused_entries += names_with_tensors(tree, but=tensors)
 
     while prefix := common_prefix(tensors):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return Tensors.held(tensors, left_out)
+    return LazyTensors.from_dict(tensors, unused_entries)
 
 
 def names_with_tensors(tree: dict, but: Collection[object]) -> list[str]:
     """Return the keys of the entries with tensors in them, except some."""
-    return [str(key) for key, value in tree.items() if key not in but and holds_tensors(value)]
+    return [str(key) for key, value in tree.items() if key not in but and contains_tensors(value)]
 
 
 def common_prefix(names: Collection[str]) -> str:
     """Return a prefix of PREFIXES that all names have, or ""."""
-    for prefix in PREFIXES:
+    for prefix in WRAPPER_PREFIXES:
         if all(name.startswith(prefix) for name in names):
             return prefix
     return ""
 
 
-def holds_tensors(tree: object) -> bool:
+def contains_tensors(tree: object) -> bool:
     if isinstance(tree, dict):
-        return any(map(holds_tensors, tree.values()))
+        return any(map(contains_tensors, tree.values()))
     if isinstance(tree, (list, tuple)):
-        return any(map(holds_tensors, tree))
+        return any(map(contains_tensors, tree))
     return isinstance(tree, torch.Tensor)
 
 
-def write(
+def write_safetensors(
     path: Path,
-    tensors: Tensors,
+    tensors: LazyTensors,
     dtype: torch.dtype | None = None,
     about: dict[str, str] | None = None,
     exact: Collection[str] = (),
@@ -205,7 +207,7 @@ def write(
         meta = tensors.meta[name]
         begin, end = end, end + meta.numel() * types[name].itemsize
         header[name] = dict(
-            dtype=NAMES[types[name]], shape=list(meta.shape), data_offsets=[begin, end]
+            dtype=SAFETENSORS_TYPES[types[name]], shape=list(meta.shape), data_offsets=[begin, end]
         )
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.init import Init
-from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Packed, normal_parameter
+from glimpse.model.init import WeightInit
+from glimpse.model.layers import (
+    ACTIVATIONS,
+    Embedding,
+    PackedSequences,
+    Transformer,
+    normal_parameter,
+)
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,17 @@ class TextTower(nn.Module):
         width: int,
         depth: int,
         heads: int,
-        init: Init,
-        recompute: bool = False,
-        ratio: float = 4.0,
+        init: WeightInit,
+        checkpoint_activations: bool = False,
+        mlp_ratio: float = 4.0,
     ):
         super().__init__()
         self.cfg = cfg
         self.token = Embedding(vocab, width, init.token)
         self.positions = normal_parameter(context, width, std=init.positions)
-        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute, ratio)
+        self.blocks = Transformer(
+            depth, width, heads, cfg.activation, cfg.eps, init, checkpoint_activations, mlp_ratio
+        )
         self.norm = nn.LayerNorm(width, cfg.eps)
 
     def forward(
@@ -78,10 +86,10 @@ class TextTower(nn.Module):
 
         positions (T,): the tokens' places in captions of which a mask dropped some.
         """
-        packed = Packed(lengths, len(ids), longest, self.cfg.causal)
+        packed = PackedSequences(lengths, len(ids), longest, self.cfg.causal)
         places = packed.positions if positions is None else positions.long()
         x = self.token(ids) + F.embedding(places, self.positions)
         # The last token, never the largest id: a caption that was cut, or another vocabulary, has
         # its EOT elsewhere.
-        pooled = packed.last if self.cfg.pool == "eot" else packed.first
-        return self.norm(self.blocks(x, packed, only=pooled))
+        pooled = packed.last_token if self.cfg.pool == "eot" else packed.first_token
+        return self.norm(self.blocks(x, packed, query_index=pooled))

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from glimpse.model.collectives import all_reduce, gather, rank, scatter_sum, world
+from glimpse.model.collectives import all_gather, all_reduce, rank, reduce_scatter_sum, world_size
 
 # Rows x columns of a tile: 8 MiB of fp32 logits. Forward + backward of B 4096, E 512 on 2 CPU
 # cores, ns per logit: 256x512 18.9, 512x512 17.4, 1024x1024 16.7, 1024x2048 16.6, 2048x4096 18.4,
@@ -45,7 +45,7 @@ def contrastive_memory(rows: int, batch: int, embed: int) -> float:
     return 4.0 * ((2 * rows + columns * batch) * embed + 8 * batch + 3 * tile)
 
 
-class Contrastive(torch.autograd.Function):
+class TiledContrastive(torch.autograd.Function):
     """InfoNCE in both directions.
 
     (image (b, E), text (b, E), scale (1,), exact) -> (loss (), accuracy ()).
@@ -60,12 +60,12 @@ class Contrastive(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         first = len(image) * rank()
         rows = image * scale
-        cols = gather(text)
+        cols = all_gather(text)
         B = len(cols)
         pairs = slice(first, first + len(image))
 
         # 1. This rank's block: rows are complete, columns are partial sums.
-        positive, by_row, by_col = negatives(rows, cols, first)
+        positive, by_row, by_col = sum_negatives(rows, cols, first)
         row_neg = by_row.largest + by_row.total.log()
 
         # 2. Complete the columns over the ranks: the largest logit, then the sums under it.
@@ -73,13 +73,13 @@ class Contrastive(torch.autograd.Function):
         col_total = by_col.total * (by_col.largest - peak).exp()
         positives = torch.zeros_like(peak)
         positives[pairs] = positive
-        row_score = score(positive, row_neg, by_row.largest)
+        row_score = summarize(positive, row_neg, by_row.largest)
         message = all_reduce(torch.cat([col_total, positives, row_score]))
         col_total, positives, row_score = message.split([B, B, 2])
         col_neg = peak + col_total.log()
 
         # 3. Loss and accuracy over rows and columns; clones, since `loss *= 2` may follow.
-        scores = (row_score + score(positives, col_neg, peak)) / (2 * B)
+        scores = (row_score + summarize(positives, col_neg, peak)) / (2 * B)
         loss, accuracy = scores[0].clone(), scores[1].clone()
 
         # 4. For the backward pass: 1 - the probability of each positive, by row and by column.
@@ -106,7 +106,7 @@ class Contrastive(torch.autograd.Function):
 
         # 1. This rank's block, in both directions at once.
         d_rows, d_cols = block_gradients(col_lse, pull.sum(0))
-        grad = grad * world() / (2 * len(cols))  # x ranks: DeepSpeed averages
+        grad = grad * world_size() / (2 * len(cols))  # x ranks: DeepSpeed averages
         d_scale = (d_rows * image).sum() * grad  # sum(G * image @ text^T): this rank's share of it
 
         # 2. As released, an image feels the softmax of its own row alone, a text its column.
@@ -115,10 +115,15 @@ class Contrastive(torch.autograd.Function):
             d_cols -= by_row
 
         # 3. The texts' gradients go back to the ranks that they came from.
-        return d_rows.mul_(grad * scale), scatter_sum(d_cols).mul_(grad), d_scale.reshape(1), None
+        return (
+            d_rows.mul_(grad * scale),
+            reduce_scatter_sum(d_cols).mul_(grad),
+            d_scale.reshape(1),
+            None,
+        )
 
 
-class SimCLR(torch.autograd.Function):
+class TiledSimCLR(torch.autograd.Function):
     """NT-Xent over two views.
 
     (unit vectors one (b, E) and two (b, E), scale) -> (loss (), accuracy ()).
@@ -127,19 +132,19 @@ class SimCLR(torch.autograd.Function):
     @staticmethod
     def forward(ctx, one: Tensor, two: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         ctx.first, ctx.scale = len(one) * rank(), scale
-        all_one, all_two = gather(one), gather(two)
+        all_one, all_two = all_gather(one), all_gather(two)
         total = one.new_zeros(2)
         saved = []
         for view, other, same in ((one, all_two, all_one), (two, all_one, all_two)):
             rows = view * scale
             # Against the other view: the diagonal holds the positives.
-            positive, others, _ = negatives(rows, other, ctx.first)
+            positive, others, _ = sum_negatives(rows, other, ctx.first)
             # Against the same view: the diagonal holds each view with itself, which is left out.
-            _, sames, _ = negatives(rows, same, ctx.first)
+            _, sames, _ = sum_negatives(rows, same, ctx.first)
             lse = torch.logaddexp(
                 others.largest + others.total.log(), sames.largest + sames.total.log()
             )
-            total += score(positive, lse, torch.maximum(others.largest, sames.largest))
+            total += summarize(positive, lse, torch.maximum(others.largest, sames.largest))
             saved += [torch.logaddexp(lse, positive), (lse - positive).sigmoid()]
         ctx.save_for_backward(one, two, all_one, all_two, *saved)
         means = all_reduce(total) / (2 * len(all_one))
@@ -171,13 +176,13 @@ class SimCLR(torch.autograd.Function):
             d_everyone[1 - n] += d_other
             d_everyone[n] += d_same
 
-        grad = grad * world() / (2 * len(everyone[0]))  # x ranks: DeepSpeed averages
-        d_one = (d_views[0] + scatter_sum(d_everyone[0])) * grad
-        d_two = (d_views[1] + scatter_sum(d_everyone[1])) * grad
+        grad = grad * world_size() / (2 * len(everyone[0]))  # x ranks: DeepSpeed averages
+        d_one = (d_views[0] + reduce_scatter_sum(d_everyone[0])) * grad
+        d_two = (d_views[1] + reduce_scatter_sum(d_everyone[1])) * grad
         return d_one, d_two, None
 
 
-class Sums(NamedTuple):
+class ExpSums(NamedTuple):
     """The largest logit, and the sum of exp(logit - largest), each (k,)."""
 
     largest: Tensor
@@ -194,7 +199,7 @@ class Tile(NamedTuple):
     first: int  # the row of the first of them
 
 
-def tiles(rows: Tensor, cols: Tensor, first: int) -> Iterator[Tile]:
+def iterate_tiles(rows: Tensor, cols: Tensor, first: int) -> Iterator[Tile]:
     """Walk rows (m, E) @ cols (n, E)^T; row i and column first + i belong together.
 
     All tiles share one buffer: it spares allocations, and `out=` keeps a surrounding autocast from
@@ -217,7 +222,7 @@ def tiles(rows: Tensor, cols: Tensor, first: int) -> Iterator[Tile]:
             )
 
 
-def negatives(rows: Tensor, cols: Tensor, first: int) -> tuple[Tensor, Sums, Sums]:
+def sum_negatives(rows: Tensor, cols: Tensor, first: int) -> tuple[Tensor, ExpSums, ExpSums]:
     """Return the positives (m,), and the Sums of the other logits by row and by column.
 
     rows (m, E), cols (n, E); the Sums are (m,) and (n,).
@@ -226,24 +231,24 @@ def negatives(rows: Tensor, cols: Tensor, first: int) -> tuple[Tensor, Sums, Sum
     # The least finite number, not -inf: a tile that holds nothing but a pair would compute
     # -inf - -inf.
     least = torch.finfo(rows.dtype).min
-    by_row = Sums(rows.new_full((len(rows),), least), rows.new_zeros(len(rows)))
-    by_col = Sums(rows.new_full((len(cols),), least), rows.new_zeros(len(cols)))
-    for tile in tiles(rows, cols, first):
+    by_row = ExpSums(rows.new_full((len(rows),), least), rows.new_zeros(len(rows)))
+    by_col = ExpSums(rows.new_full((len(cols),), least), rows.new_zeros(len(cols)))
+    for tile in iterate_tiles(rows, cols, first):
         positive[tile.first : tile.first + len(tile.positives)] = tile.positives
         tile.positives.fill_(-torch.inf)
-        fold(by_row.largest[tile.rows], by_row.total[tile.rows], tile.logits, 1)
-        fold(by_col.largest[tile.cols], by_col.total[tile.cols], tile.logits, 0)
+        update_sums(by_row.largest[tile.rows], by_row.total[tile.rows], tile.logits, 1)
+        update_sums(by_col.largest[tile.cols], by_col.total[tile.cols], tile.logits, 0)
     return positive, by_row, by_col
 
 
-def fold(largest: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
+def update_sums(largest: Tensor, total: Tensor, logits: Tensor, dim: int) -> None:
     """Take a tile's logits into the sums so far, in place: online log-sum-exp."""
     new = torch.maximum(largest, logits.amax(dim))
     total.mul_((largest - new).exp_()).add_((logits - new.unsqueeze(dim)).exp_().sum(dim))
     largest.copy_(new)
 
 
-def score(positive: Tensor, lse: Tensor, largest: Tensor) -> Tensor:
+def summarize(positive: Tensor, lse: Tensor, largest: Tensor) -> Tensor:
     """Return [summed loss, number of positives that beat every negative], (2,).
 
     lse, largest: of the negatives of each positive; all are (k,).
@@ -259,7 +264,7 @@ def softmax_gradients(
     G is the softmax by row plus the softmax by column, zero at the pairs that belong together.
     """
     d_rows, d_cols = torch.zeros_like(rows), torch.zeros_like(cols)
-    for tile in tiles(rows, cols, first):
+    for tile in iterate_tiles(rows, cols, first):
         tile.positives.fill_(-torch.inf)
         weight = (tile.logits - row_lse[tile.rows, None]).exp_()
         weight += tile.logits.sub_(col_lse[tile.cols]).exp_()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from glimpse.model.init import text_init, vision_init
 from glimpse.model.layers import Linear
-from glimpse.model.losses import unit
+from glimpse.model.losses import l2_normalize
 from glimpse.model.text import TextConfig, TextTower
 from glimpse.model.vision import VisionConfig, VisionTower
 
@@ -80,7 +80,7 @@ SIZES = {
     "L512": Size(1024, 24, 16, 512, 12, 8, 512),
     "H": Size(1280, 32, 16, 1024, 24, 16, 1024),
 }
-PATCHES = (8, 14, 16, 32)
+PATCH_SIZES = (8, 14, 16, 32)
 INITS = ("clip", "flip")
 
 
@@ -107,11 +107,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         name, _, patch = self.size.partition("/")
         is_custom = name == "custom" and bool(re.fullmatch("[1-9][0-9]*", patch))
-        is_row = name in SIZES and patch in map(str, PATCHES)
+        is_row = name in SIZES and patch in map(str, PATCH_SIZES)
         if not is_custom and not is_row:
             raise ValueError(
                 f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side"
-                f" {PATCHES}, as in 'B/16'; or custom, '/', and any patch side"
+                f" {PATCH_SIZES}, as in 'B/16'; or custom, '/', and any patch side"
             )
         if is_custom != bool(self.custom):
             state = "missing" if is_custom else "given"
@@ -124,7 +124,7 @@ class ModelConfig:
                 f"model.custom.width {self.shape.width}: model.vision.positions sincos needs a"
                 " multiple of 4; or use learned"
             )
-        if any(side < self.patch or side % self.patch for side in self.sides):
+        if any(side < self.patch_size or side % self.patch_size for side in self.image_shape):
             raise ValueError(
                 f"model.image_size {self.image_size}: not a multiple of the patch side of"
                 f" model.size {self.size!r}"
@@ -137,11 +137,11 @@ class ModelConfig:
         return self.custom or SIZES[self.size.partition("/")[0]]
 
     @property
-    def patch(self) -> int:
+    def patch_size(self) -> int:
         return int(self.size.partition("/")[2])
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def image_shape(self) -> tuple[int, int]:
         """Height and width of an image, pixels."""
         if isinstance(self.image_size, tuple):
             return self.image_size
@@ -150,7 +150,7 @@ class ModelConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.sides[0] // self.patch, self.sides[1] // self.patch
+        return self.image_shape[0] // self.patch_size, self.image_shape[1] // self.patch_size
 
 
 class Temperature(nn.Module):
@@ -173,13 +173,13 @@ class Temperature(nn.Module):
         return (self.logit_scale.float() + self.residual).clamp(max=math.log(100)).exp()
 
 
-def vision_tower(cfg: ModelConfig) -> VisionTower:
+def build_vision_tower(cfg: ModelConfig) -> VisionTower:
     """The vision tower of a model; of its teacher too."""
     size = cfg.shape
     return VisionTower(
         cfg.vision,
         cfg.grid,
-        cfg.patch,
+        cfg.patch_size,
         size.width,
         size.depth,
         size.heads,
@@ -197,7 +197,7 @@ class Towers(nn.Module):
         size = cfg.shape
         image = vision_init(cfg.init, size.width)
         text = text_init(cfg.init, size.text_width, size.text_depth)
-        self.vision = vision_tower(cfg)
+        self.vision = build_vision_tower(cfg)
         self.text = TextTower(
             cfg.text,
             vocab,
@@ -220,7 +220,7 @@ class Towers(nn.Module):
 
     def embed_image(self, features: Tensor) -> Tensor:
         """Pooled tokens (B, D) -> (B, E), fp32 unit vectors."""
-        return unit(self.image_projection(features))
+        return l2_normalize(self.image_projection(features))
 
     def encode_image(self, patches: Tensor, positions: Tensor) -> Tensor:
         """(B, K, 3 P P) at (B, K) -> (B, E), fp32 unit vectors."""
@@ -236,4 +236,4 @@ class Towers(nn.Module):
         """ids (T,), lengths (B,), the tokens' places (T,) if they are not 0, 1, ... -> (B, E), fp32
         unit vectors.
         """
-        return unit(self.text_projection(self.text(ids, lengths, longest, positions)))
+        return l2_normalize(self.text_projection(self.text(ids, lengths, longest, positions)))

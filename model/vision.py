@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.init import Init
+from glimpse.model.init import WeightInit
 from glimpse.model.layers import (
     ACTIVATIONS,
     AttentionRecorder,
-    Blocks,
     Linear,
+    Transformer,
     normal_parameter,
-    sincos,
+    sincos_positions,
 )
 
 # the tower's tokens (B, 1 + K, D) -> (B, D)
@@ -87,26 +87,28 @@ class VisionTower(nn.Module):
         self,
         cfg: VisionConfig,
         grid: tuple[int, int],
-        patch: int,
+        patch_size: int,
         width: int,
         depth: int,
         heads: int,
-        init: Init,
-        recompute: bool = False,
-        ratio: float = 4.0,
+        init: WeightInit,
+        checkpoint_activations: bool = False,
+        mlp_ratio: float = 4.0,
     ):
         super().__init__()
         self.cfg, self.grid = cfg, grid
         bias = init.bias if cfg.patch_bias else None
-        self.patch = Linear(3 * patch * patch, width, init.patch, bias)
+        self.patch = Linear(3 * patch_size * patch_size, width, init.patch, bias)
         self.patch.requires_grad_(not cfg.freeze_patch)
         self.cls = normal_parameter(width, std=init.cls)
         if cfg.positions == "learned":
             self.positions = normal_parameter(1 + grid[0] * grid[1], width, std=init.positions)
         else:
-            self.register_buffer("positions", sincos(grid, width), persistent=False)
+            self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self.pre_norm = nn.LayerNorm(width, cfg.eps) if cfg.pre_norm else nn.Identity()
-        self.blocks = Blocks(depth, width, heads, cfg.activation, cfg.eps, init, recompute, ratio)
+        self.blocks = Transformer(
+            depth, width, heads, cfg.activation, cfg.eps, init, checkpoint_activations, mlp_ratio
+        )
         self.norm = nn.LayerNorm(width, cfg.eps)
 
     def forward(
@@ -115,9 +117,9 @@ class VisionTower(nn.Module):
         positions: Tensor,
         grid: tuple[int, int] | None = None,
         only_cls: bool = False,
-        watch: AttentionRecorder | None = None,
-        alone: bool = False,
-        paths: Tensor | None = None,
+        recorder: AttentionRecorder | None = None,
+        value_attention_only: bool = False,
+        drop_path_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, K, 3 P P), uint8 pixels or normalized floats, at (B, K) -> tokens (B, 1 + K, D), the
         class token first.
@@ -125,18 +127,18 @@ class VisionTower(nn.Module):
         Where mean_then_norm is pooled, the normalized mean stands in the class token's place.
 
         grid: the positions are those of another grid, to which the tower's own are interpolated.
-        only_cls: compute the class token alone, (B, 1, D), exactly and for less. watch: records the
+        only_cls: compute the class token alone, (B, 1, D), exactly and for less. recorder: records the
         attention of the class token. alone: in the last block each token attends to itself, so that
         it describes its own place where the tower is pooled by its class token (Zhou et al. 2022,
-        Extract Free Dense Labels from CLIP, 3.2). paths: (depth, 2, B), model/layers.py's
+        Extract Free Dense Labels from CLIP, 3.2). drop_path_mask: (depth, 2, B), model/layers.py's
         drop_path, in fine-tuning.
         """
         # 1. Embed the patches and add their positions; row 0 of learned ones is the class token's.
         learned = self.cfg.positions == "learned"
-        x = self.patch(normalise(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
+        x = self.patch(normalize_pixels(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
         table = self.positions[1:] if learned else self.positions
         if grid is not None and grid != self.grid:
-            table = resized(table, self.grid, grid)
+            table = resize_positions(table, self.grid, grid)
         x = x + F.embedding(positions.long(), table).to(x.dtype)
 
         # 2. Put the class token first.
@@ -144,8 +146,14 @@ class VisionTower(nn.Module):
         x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
         # 3. The transformer.
-        only = 1 if only_cls else None
-        x = self.blocks(self.pre_norm(x), only=only, watch=watch, alone=alone, paths=paths)
+        query_index = 1 if only_cls else None
+        x = self.blocks(
+            self.pre_norm(x),
+            query_index=query_index,
+            recorder=recorder,
+            value_attention_only=value_attention_only,
+            drop_path_mask=drop_path_mask,
+        )
         if self.cfg.pool == "mean_then_norm" and not only_cls:
             x = torch.cat([x[:, 1:].mean(1, keepdim=True), x[:, 1:]], dim=1)
         return self.norm(x)
@@ -155,7 +163,7 @@ class VisionTower(nn.Module):
         return POOLS[self.cfg.pool](tokens)
 
 
-def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Interpolate the positions (L, D) of one grid (rows, columns) at the places of another's
     patches, bicubic (A-CLIP section 4.1).
     """
@@ -164,7 +172,7 @@ def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor
     return image[0].flatten(1).t().to(table.dtype)
 
 
-def normalise(
+def normalize_pixels(
     patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
 ) -> Tensor:
     """uint8 (B, K, 3 P P), channel after channel -> (x / 255 - mean) / std, computed in fp32;

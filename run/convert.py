@@ -33,7 +33,7 @@ from glimpse.data.tokenizer import build_tokenizer
 from glimpse.model import portable
 from glimpse.model.convert import FORMATS
 from glimpse.model.convert.resize import resized
-from glimpse.model.portable import Portable, vision_only
+from glimpse.model.portable import PortableModel, select_vision_weights
 from glimpse.model.safe_unpickler import first_line
 from glimpse.run.lib import config
 from glimpse.run.lib.cli import run_script
@@ -182,7 +182,7 @@ def side(given: list[int] | None) -> int | tuple[int, int] | None:
     return given[0] if len(given) == 1 else tuple(given)
 
 
-def with_tokenizer(model: Portable, args: Namespace) -> tuple[Portable, Tokenizer | None]:
+def with_tokenizer(model: PortableModel, args: Namespace) -> tuple[PortableModel, Tokenizer | None]:
     """Return the model, completed with the tokenizer's settings, and the tokenizer.
 
     ValueError if it is not the one that the model was trained with.
@@ -213,7 +213,7 @@ def with_tokenizer(model: Portable, args: Namespace) -> tuple[Portable, Tokenize
 
 
 def write(
-    model: Portable, args: Namespace, tokenizer: Tokenizer | None, folder: Path, news: bool
+    model: PortableModel, args: Namespace, tokenizer: Tokenizer | None, folder: Path, news: bool
 ) -> list[str]:
     """Write the model in its format, with its vocabulary; return notes, one line each.
 
@@ -230,7 +230,7 @@ def write(
         model = replace(model, about=replace(model.about, tokenizer=spec))
 
     if args.format == "glimpse":
-        portable.save(model, folder, dtype)
+        portable.save_model(model, folder, dtype)
     else:
         options = {"tp": args.tp, "spec": args.spec} if args.format == "megatron" else {}
         notes += FORMATS[args.format].save(model, folder, dtype, **options) or []
@@ -257,8 +257,8 @@ def source_notes(source: dict, news: bool) -> list[str]:
 
 
 def proofs(
-    model: Portable,
-    again: Portable,
+    model: PortableModel,
+    again: PortableModel,
     args: Namespace,
     tokenizer: Tokenizer | None,
     folder: Path,
@@ -271,7 +271,7 @@ def proofs(
     # The same tensors, bit for bit.
     module = FORMATS.get(args.format)
     dtype = DTYPES[args.dtype]
-    tensors = model.tensors if again.vocab else vision_only(model.tensors)
+    tensors = model.tensors if again.vocab else select_vision_weights(model.tensors)
     if flaw := prove.flaw(tensors, again.tensors, dtype):
         raise ValueError(f"{args.source}: {flaw} ({args.format})")
     rounding = f", rounded to {args.dtype}" if prove.rounded(tensors, dtype) else ""
@@ -294,7 +294,7 @@ def proofs(
         yield f"not run in {args.format}'s own code; the tests do that"
 
 
-def compared(whose: Path, peer: Callable, model: Portable, tokenizer: Tokenizer | None) -> str:
+def compared(whose: Path, peer: Callable, model: PortableModel, tokenizer: Tokenizer | None) -> str:
     """Return a line about the foreign library's own model beside ours.
 
     ValueError if its embeddings differ. whose: the path of the foreign model.

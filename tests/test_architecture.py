@@ -138,7 +138,7 @@ def test_rules(path):
 @pytest.mark.parametrize(
     "path, source, message",
     [
-        ("data/x.py", "from glimpse.model.layers import Block", "imports model.layers.Block"),
+        ("data/x.py", "from glimpse.model.layers import MLP", "imports model.layers.MLP"),
         ("data/x.py", "from glimpse.data.evals import suites", "imports data.evals.suites"),
         ("data/evals/x.py", "import glimpse.data.builders.pairs", "imports data.builders.pairs"),
         ("model/x.py", "import glimpse.data.masking", "imports data.masking"),

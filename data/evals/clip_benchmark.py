@@ -1,20 +1,20 @@
-"""Evaluation sets in CLIP_benchmark's webdataset layout, read in shares over all ranks.
+"""Evaluation sets: the interface `Images`, and CLIP_benchmark's webdataset layout.
 
     SET/classnames.txt
-        a class a line; NAME;OTHER NAME where it has several
+        one class per line; NAME;OTHER NAME if a class has several names
     SET/zeroshot_classification_templates.txt
-        a template a line, {c} is the class
+        one template per line, with {c} for the class
     SET/class_subset.txt
-        where only some of the classes compete: their numbers, a line each
+        optional: the numbers of the classes that compete, one per line
     SET/test/0.tar ...
-        key.webp|png|jpg with key.cls (the class's number) or key.txt (captions, one a line), or
-        with key.seg.png (a label map), key.npy (0 or 1 for each class), or key.json that holds
+        key.webp|png|jpg with key.cls (the class number) or key.txt (captions, one per line), or
+        with key.seg.png (a label map), key.npy (0 or 1 for each class), or key.json that contains
         questions: [{question, answers, kind}], or anchor, offset and labels of a video frame
     SET/train/0.tar ...
-        the same, for what is fitted before it is evaluated (probes, fine-tuning, heads)
+        the same, for evaluations that train something first (probes, fine-tuning, heads)
 
-Other layouts are classes of their own in data/evals/layouts.py. Names: n images on this rank in
-this round, m of them assigned to it, L patches, P patch side.
+data/evals/layouts.py lists the other layouts. Shapes: n images of this rank in a batch, m <= n of
+them to evaluate, H x W an image's sides, C classes, L patches, P patch side.
 """
 
 import json
@@ -38,44 +38,41 @@ from glimpse.data.patches import patch_grid, patchify_visible
 from glimpse.data.shards import CAPTION_EXTENSIONS, Shards
 from glimpse.data.transforms import Size, center_view, height_and_width, open_image
 
-IGNORE = 255  # in a label map: no class
+IGNORE = 255  # value of pixels without a class in a label map
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Size, patches, crop and interpolation of evaluation images."""
+    """How to prepare evaluation images for a vision tower."""
 
     image_size: Size
     patch: int
-    crop: str  # one of data/transforms.py's CROPS
+    crop: str  # one of CROPS in data/transforms.py
     interpolation: str
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image, and what people answered (VQAv2: ten of them)."""
+    """A question about an image, and the answers of annotators (ten in VQAv2)."""
 
     text: str
     answers: tuple[str, ...]
-    kind: str = ""  # e.g. what, how many; accuracies are reported for each
+    kind: str = ""  # e.g. "number"; accuracies are also reported for each kind
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A video frame: its anchor frame, how many frames it is away from that, and its classes.
+    """A video frame, with its distance from an anchor frame."""
 
-    offset 0: the anchor frame itself.
-    """
-
-    anchor: str
-    offset: int
-    labels: tuple[int, ...]
+    anchor: str  # name of the anchor frame
+    offset: int  # distance in frames; 0 is the anchor frame itself
+    labels: tuple[int, ...]  # classes of the frame, from 0
 
 
 class Images(ABC):
-    """Images by number, and what is known of each; there are `len(images)`.
+    """Base class of evaluation sets: `len(images)` images, with their annotations.
 
-    A method for something that the layout does not hold raises ValueError.
+    Methods for annotations that a set does not contain raise ValueError.
     """
 
     folder: Path
@@ -83,7 +80,7 @@ class Images(ABC):
 
     @property
     def name(self) -> str:
-        """Name of the set in results."""
+        """The name of the set in results."""
         return self.folder.name
 
     @abstractmethod
@@ -95,21 +92,21 @@ class Images(ABC):
 
     @abstractmethod
     def key(self, i: int) -> str:
-        """Return the name of image i in messages."""
+        """Return the name of image i, for messages."""
 
     def location(self, i: int) -> str:
-        """Describe where image i is: many sets have the same keys."""
+        """Describe image i uniquely, for messages; keys alone repeat in other sets."""
         return f"{self.folder}: {self.key(i)} of {self.split}"
 
     def view(self, i: int, pre: Preprocess) -> np.ndarray:
-        """Return image i as the tower sees it, (H, W, 3) uint8.
+        """Return image i as the vision tower sees it, (H, W, 3) uint8.
 
-        ValueError: it cannot be read.
+        Raise ValueError if it cannot be read.
         """
         return center_view(self.image(i), pre.image_size, pre.crop, pre.interpolation)
 
     def read_lines(self, name: str) -> list[str]:
-        """Return the lines of a text file of the set."""
+        """Return the lines of a text file of the set; ValueError if it is missing or not UTF-8."""
         path = self.folder / name
         if not path.exists():
             raise ValueError(f"evals: {self.folder}: it needs {name}")
@@ -121,13 +118,13 @@ class Images(ABC):
             ) from None
 
     def class_synonyms(self) -> list[list[str]]:
-        """Return all names of each class, from classnames.txt, or of the classes of `subset`."""
+        """Return all names of each class, from classnames.txt; only those in `subset`, if any."""
         names = [prompts.split_synonyms(line) for line in self.read_lines("classnames.txt")]
         if not all(names):
             empty = names.index([]) + 1
             raise ValueError(
-                f"evals: {self.folder}: classnames.txt: line {empty} is empty; line i + 1 names"
-                " class i"
+                f"evals: {self.folder}: classnames.txt: line {empty} is empty; line i + 1 must"
+                " name class i"
             )
         if self.subset:
             return [names[number] for number in self.subset]
@@ -139,9 +136,9 @@ class Images(ABC):
 
     @cached_property
     def subset(self) -> list[int]:
-        """Content of class_subset.txt, lines of classnames.txt from 0; []: all classes compete.
+        """The class numbers in class_subset.txt, from 0; [] if all classes compete.
 
-        Class i of the set is the i-th of these.
+        They are line numbers of classnames.txt. Class i of the set is the i-th of them.
         """
         if not (self.folder / "class_subset.txt").exists():
             return []
@@ -151,42 +148,46 @@ class Images(ABC):
         repeated = len(set(numbers)) < len(numbers)
         if repeated or not all(0 <= number < count for number in numbers):
             raise ValueError(
-                f"evals: {self.folder}: class_subset.txt: it holds lines of classnames.txt by"
-                f" number, 0 to {count - 1}, each once"
+                f"evals: {self.folder}: class_subset.txt: it must list class numbers from 0 to"
+                f" {count - 1}, each once"
             )
         return numbers
 
-    def templates(self, which: str = "") -> list[str]:
-        """Return a list of data/evals/prompts.py, or by default the set's own templates.
+    def templates(self, name: str = "") -> list[str]:
+        """Return prompt templates.
 
-        Those are in its zeroshot_classification_templates.txt.
+        name: a list or file, see data/evals/prompts.py. By default, those of the set, in
+        zeroshot_classification_templates.txt.
         """
         default = "zeroshot_classification_templates.txt"
-        if not which and not (self.folder / default).exists():
+        if not name and not (self.folder / default).exists():
             raise ValueError(
                 f"evals: {self.folder}: no templates;"
                 f" it needs {default}, or give templates=7, 80 or a file"
             )
-        return prompts.load_templates(which or self.folder / default)
+        return prompts.load_templates(name or self.folder / default)
 
-    def prompts(self, which: str = "") -> list[list[str]]:
-        """Return for each class all of its names in every template."""
-        templates = self.templates(which)
+    def prompts(self, name: str = "") -> list[list[str]]:
+        """Return the prompts of each class: all of its names in every template.
+
+        name: of the templates, as for `templates`.
+        """
+        templates = self.templates(name)
         return [
-            [template.replace("{c}", name) for name in names for template in templates]
-            for names in self.class_synonyms()
+            [template.replace("{c}", synonym) for synonym in synonyms for template in templates]
+            for synonyms in self.class_synonyms()
         ]
 
     def label(self, i: int) -> int:
-        """Return the number of the class of image i."""
+        """Return the class number of image i."""
         raise self.missing_error("classes of images")
 
     def multi_hot(self, i: int) -> np.ndarray:
-        """Return which classes are in image i, (C,) bool, where it may have several."""
+        """Return the classes of image i, which may have several, as (C,) bool."""
         raise self.missing_error("lists of classes of images")
 
     def frame(self, i: int) -> Frame:
-        """Return the position of image i in a video."""
+        """Return image i as a frame of a video."""
         raise self.missing_error("video frames")
 
     def captions(self, i: int) -> list[str]:
@@ -196,7 +197,7 @@ class Images(ABC):
     def label_map(self, i: int) -> np.ndarray:
         """Return the class of each pixel of image i at its full size, (H, W) uint8.
 
-        IGNORE: a pixel of no class.
+        Pixels without a class are IGNORE.
         """
         raise self.missing_error("label maps")
 
@@ -205,41 +206,40 @@ class Images(ABC):
         raise self.missing_error("questions")
 
     def group(self, i: int) -> str:
-        """Return the part of the set that image i is in, or '' if the set has no parts.
+        """Return the group of image i, e.g. its domain in nocaps; "" if the set has no groups.
 
-        Each part has results of its own, like nocaps' domains.
+        Results are also reported for each group.
         """
         return ""
 
     def missing_error(self, what: str) -> ValueError:
-        """Return the error that the set has nothing of this kind."""
+        """Return the error for annotations that the set does not contain."""
         return ValueError(
-            f"evals: {self.folder}: no {what} in it, or none in a layout that is known"
-            " (docs/evaluating.md)"
+            f"evals: {self.folder}: no {what} in it, or not in a known layout (docs/evaluating.md)"
         )
 
     def open_split(self, split: str) -> "Images":
-        """Return another split of the same set; ValueError if it has none of that name."""
+        """Open another split of the same set; ValueError if it has no such split."""
         raise self.missing_error("other splits")
 
-    def rounds(
-        self, pre: Preprocess, batch: int, indices: Sequence[int], turns: int, workers: int
+    def batches(
+        self, pre: Preprocess, batch: int, indices: Sequence[int], count: int, workers: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield `turns` rounds over this rank's images, `indices`.
+        """Yield `count` batches of the images `indices`, which are those of this rank.
 
-        A round is indices (m,), patches (n, L, 3*P*P) uint8 and positions (n, L); its first m <= n
-        images are those of the indices. When this rank's images are used up, a round shows image 0
-        and has m = 0: under ZeRO-3 all ranks must go through the tower in step.
+        A batch is indices (m,), patches (n, L, 3 P P) uint8 and positions (n, L). Its first m
+        images are those at the indices. When this rank's images are used up, batches contain image
+        0, with m = 0: under ZeRO-3 all ranks must call the tower equally often.
         """
-        rounds = _Rounds(self, pre, batch, indices, turns)
-        start = init_worker if workers else None
-        yield from DataLoader(rounds, batch_size=None, num_workers=workers, worker_init_fn=start)
+        dataset = _ImageBatches(self, pre, batch, indices, count)
+        init = init_worker if workers else None
+        yield from DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=init)
 
 
 class ClipBenchmarkSet(Images):
-    """A set in that layout, in a folder or at a URL.
+    """A set in CLIP_benchmark's webdataset layout, in a folder or at a URL.
 
-    It has classes and templates (none for retrieval) and images.
+    Sets for retrieval have no classes and no templates.
     """
 
     def __init__(self, folder: str | Path, split: str = "test"):
@@ -248,8 +248,8 @@ class ClipBenchmarkSet(Images):
         self.split = split
         if not (self.folder / split).is_dir():
             raise ValueError(
-                f"evals: {folder} is no evaluation set; it needs {split}/*.tar in CLIP_benchmark's"
-                " webdataset layout, or another layout of docs/evaluating.md"
+                f"evals: {folder} is not an evaluation set; it needs {split}/*.tar in"
+                " CLIP_benchmark's webdataset layout, or another layout of docs/evaluating.md"
             )
         self.shards = Shards([self.folder / split], require_captions=False)
 
@@ -275,19 +275,19 @@ class ClipBenchmarkSet(Images):
         return self.class_index(i, int(text))
 
     def class_index(self, i: int, label: int) -> int:
-        """Convert a class's number in the files of image i to its number in `names`."""
+        """Convert a class number in the files of image i to an index into `class_names`."""
         if not self.subset:
             return label
         if label not in self.subset:
             raise ValueError(
-                f"evals: {self.folder}: {self.key(i)} is of class {label}, which class_subset.txt"
-                " has not"
+                f"evals: {self.folder}: {self.key(i)} is of class {label}, which is not in"
+                " class_subset.txt"
             )
         return self.subset.index(label)
 
     def multi_hot(self, i: int) -> np.ndarray:
         with self.explain_errors(i, "npy"):
-            values = np.load(BytesIO(self.read_member(i, "npy")))  # refuses pickles
+            values = np.load(BytesIO(self.read_member(i, "npy")))  # without allow_pickle: safe
             present = values.reshape(-1) > 0
         return present[self.subset] if self.subset else present
 
@@ -297,10 +297,11 @@ class ClipBenchmarkSet(Images):
             is_frame = isinstance(row, dict) and {"anchor", "offset", "labels"} <= row.keys()
             if not is_frame or not row["labels"]:
                 raise self.missing_error("video frames (json with anchor, offset and labels)")
-            anchor, offset = str(row["anchor"]), int(row["offset"])
-            return Frame(
-                anchor, offset, tuple(self.class_index(i, label) for label in row["labels"])
-            )
+            for label in row["labels"]:
+                if not isinstance(label, int) or label < 0:
+                    raise ValueError(f"labels: {label!r} is not a class number, 0 or more")
+            labels = tuple(self.class_index(i, label) for label in row["labels"])
+            return Frame(str(row["anchor"]), int(row["offset"]), labels)
 
     def captions(self, i: int) -> list[str]:
         with self.explain_errors(i, "captions"):
@@ -308,7 +309,7 @@ class ClipBenchmarkSet(Images):
             lines = [line for text in texts for line in text.splitlines()]
             captions = [line for line in lines if line.strip()]
             if not captions:
-                raise ValueError("none but empty ones")
+                raise ValueError("all of them are empty")
             return captions
 
     def label_map(self, i: int) -> np.ndarray:
@@ -328,20 +329,20 @@ class ClipBenchmarkSet(Images):
 
     @contextmanager
     def explain_errors(self, i: int, what: str) -> Iterator[None]:
-        """Turn whatever is wrong with a part of sample i into one ValueError that names it."""
+        """Convert errors about a file of sample i to a ValueError that names the sample."""
         try:
             yield
         except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             if str(error).startswith("evals: "):
                 raise
-            # The message of a KeyError is the key alone: it needs its type to be understood.
-            why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            # The message of a KeyError is only the key: add the type.
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"evals: {self.folder}: {self.key(i)}: its {what} cannot be read ({why})"
+                f"evals: {self.folder}: {self.key(i)}: its {what} cannot be read ({reason})"
             ) from None
 
     def read_member(self, i: int, extension: str) -> bytes:
-        """Return one file of sample i."""
+        """Return the content of one file of sample i; ValueError if there is no such file."""
         sample = self.shards.read(i, extensions=(extension,))
         if extension not in sample.files:
             available = ", ".join(sample.files)
@@ -353,42 +354,43 @@ class ClipBenchmarkSet(Images):
 
 
 def decode_label_map(data: bytes) -> np.ndarray:
-    """Return the numbers that a gray or palette PNG stores, (H, W) uint8.
+    """Return the values that a grayscale or palette PNG stores, (H, W) uint8.
 
-    ValueError: it has colors, or numbers above 255.
+    Raise ValueError if it is a color image, or has values above 255.
     """
     with open_image(data) as image:
         stored = np.array(image)
     if stored.ndim != 2 or stored.max(initial=0) > 255:
         raise ValueError(
-            f"a label map stores one number from 0 to 255 a pixel; this is of mode {image.mode}"
+            f"a label map stores one value from 0 to 255 per pixel, but this image has mode"
+            f" {image.mode}"
         )
     return stored.astype(np.uint8)
 
 
-class _Rounds(Dataset):
-    """The rounds of `Images.rounds`."""
+class _ImageBatches(Dataset):
+    """The dataset of `Images.batches`: item n is batch n."""
 
     def __init__(
-        self, images: Images, pre: Preprocess, batch: int, indices: Sequence[int], turns: int
+        self, images: Images, pre: Preprocess, batch: int, indices: Sequence[int], count: int
     ):
         self.images = images
         self.pre = pre
         self.batch = batch
         self.indices = indices
-        self.turns = turns
+        self.count = count
         rows, columns = patch_grid(*height_and_width(pre.image_size), pre.patch)
-        self.everything = np.arange(rows * columns)
+        self.all_patches = np.arange(rows * columns)
 
     def __len__(self) -> int:
-        return self.turns
+        return self.count
 
-    def __getitem__(self, turn: int) -> tuple[Tensor, Tensor, Tensor]:
-        if turn >= self.turns:
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        if n >= self.count:
             raise IndexError
-        indices = list(self.indices[turn * self.batch : (turn + 1) * self.batch])
+        indices = list(self.indices[n * self.batch : (n + 1) * self.batch])
         patches = np.stack([self.patches(i) for i in indices or [0]])
-        positions = torch.from_numpy(self.everything).expand(len(patches), -1)
+        positions = torch.from_numpy(self.all_patches).expand(len(patches), -1)
         return torch.tensor(indices, dtype=torch.int64), torch.from_numpy(patches), positions
 
     def patches(self, i: int) -> np.ndarray:
@@ -396,4 +398,4 @@ class _Rounds(Dataset):
             image = self.images.view(i, self.pre)
         except ValueError as error:
             raise ValueError(f"evals: {self.images.location(i)}: {error}") from None
-        return patchify_visible(image, self.pre.patch, self.everything)
+        return patchify_visible(image, self.pre.patch, self.all_patches)

@@ -171,7 +171,7 @@ class _Blocks(Dataset):
         self.starts = starts
         self.ends = ends
         rows, columns = patch_grid(*height_and_width(pre.image_size), pre.patch)
-        self.everything = np.arange(rows * columns)
+        self.all_patches = np.arange(rows * columns)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -193,7 +193,7 @@ class _Blocks(Dataset):
                 continue
             names.append(name)
             captions.append(text)
-            patches.append(patchify_visible(view, self.pre.patch, self.everything))
+            patches.append(patchify_visible(view, self.pre.patch, self.all_patches))
         stacked = torch.from_numpy(np.stack(patches)) if patches else None
         return GalleryBlock(names, captions, stacked, left_out)
 

@@ -1,8 +1,10 @@
-"""Evaluation sets stored as folders of images, and of label maps with the images' names.
+"""Layouts of evaluation sets with folders of images and folders of label maps.
 
-ADE20K, Pascal Context, COCO-Stuff, and sets of your own. A layout is a class, which defines the
-numbers that its label maps store and the names of the classes; data/evals/layouts.py lists them.
-Names: a map *stores* numbers, 0 to 255; the set's classes go from 0 without gaps, IGNORE is none.
+ADE20K, Pascal Context, COCO-Stuff and custom sets. Each layout is a class, which defines the class
+names and how the label maps store them; data/evals/layouts.py lists the layouts.
+
+A label map stores values from 0 to 255. `LabelMaps.table` converts them to classes, which are
+numbered from 0 without gaps; IGNORE stands for no class.
 """
 
 import re
@@ -17,9 +19,9 @@ from glimpse.data.evals.prompts import split_synonyms
 from glimpse.data.shards import IMAGE_EXTENSIONS
 from glimpse.data.transforms import image_size
 
-UNKNOWN_CLASS = 254  # in a table from stored numbers to classes: the layout has no such number
-# The classes of SegmentationClassContext, which the Detail API's converters write, in its order: by
-# name. 59_labels.txt has another order.
+UNKNOWN_CLASS = 254  # in LabelMaps.table: the layout does not use this value
+# Classes of SegmentationClassContext, in the order of its label maps, which is alphabetical. (The
+# Detail API's converters write these maps; 59_labels.txt has another order.)
 CONTEXT_CLASSES = """
 aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat
 ceiling chair cloth computer cow cup curtain dog door fence floor flower food grass ground horse
@@ -27,34 +29,37 @@ keyboard light motorbike mountain mouse person plate platform pottedplant road r
 shelves sidewalk sign sky snow sofa table track train tree truck tvmonitor wall water window
 wood
 """.split()
-# Things of COCO's list that no image has, by their number in labels.txt: street sign, hat, shoe,
-# eye glasses, plate, mirror, window, desk, door, blender, hair brush.
+# Line numbers of labels.txt of things that occur in no image: street sign, hat, shoe, eye glasses,
+# plate, mirror, window, desk, door, blender, hair brush.
 UNUSED_THINGS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 
 
 class FileSet(Images):
-    """A set whose images are single files."""
+    """Base class of layouts whose images are single files."""
 
-    content: str  # the method of Images that the layout is for: label_map, captions, questions
-    splits: dict[str, str]  # our name of a split -> the layout's own, which is known, too
+    content: str  # method of Images for its annotations: label_map, captions or questions
+    splits: dict[str, str]  # test, train or val -> name in the layout; both names are accepted
     paths: list[Path]
 
     def __init__(self, folder: str | Path, split: str = "test"):
         self.folder, self.split = Path(folder), split
         if split not in self.splits and split not in self.splits.values():
             raise ValueError(
-                f"evals: {folder}: no split {split!r} in it; it has {', '.join(self.splits)}"
+                f"evals: {folder}: no split {split!r}; it has {', '.join(self.splits)}"
             )
         self.read_split(self.splits.get(split, split))
 
     @classmethod
     @abstractmethod
     def matches(cls, folder: Path) -> bool:
-        """Return True if a folder is in this layout."""
+        """Return True if a folder has this layout."""
 
     @abstractmethod
-    def read_split(self, part: str) -> None:
-        """Find the images of the layout's split `part`, and what is known of them."""
+    def read_split(self, name: str) -> None:
+        """Locate the images of a split and read their annotations.
+
+        name: of the split in this layout.
+        """
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -70,7 +75,10 @@ class FileSet(Images):
 
 
 class LabelMaps(FileSet):
-    """Pairs of files; `table`: (256,) from what a map stores to classes."""
+    """Base class of layouts with label maps.
+
+    `table` (256,) converts stored values to classes.
+    """
 
     content = "label_map"
     maps: list[Path]
@@ -78,14 +86,15 @@ class LabelMaps(FileSet):
     class_lines: list[str]
 
     def pair_files(self, images: Path, maps: Path, stems: Sequence[str] | None = None) -> None:
-        """Set `paths` and `maps` to the images of a folder, or those of `stems`, and their maps.
+        """Set `paths` and `maps` to the images in a folder, and their label maps in another.
 
-        ValueError: a folder, an image or a map is missing.
+        stems: file names without extension of the images to use; None uses all. Raise ValueError if
+        a folder, an image or a map is missing.
         """
-        for place in (images, maps):
-            if not place.is_dir():
+        for folder in (images, maps):
+            if not folder.is_dir():
                 raise ValueError(
-                    f"evals: {self.folder}: it needs {place.relative_to(self.folder)}/"
+                    f"evals: {self.folder}: it needs {folder.relative_to(self.folder)}/"
                 )
         image_files = [
             path for path in images.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS
@@ -98,12 +107,12 @@ class LabelMaps(FileSet):
             stems = list(image_by_stem)
         if not stems:
             raise ValueError(f"evals: {images}: no images in it")
-        for place, by_stem in ((images, image_by_stem), (maps, map_by_stem)):
+        for folder, by_stem in ((images, image_by_stem), (maps, map_by_stem)):
             missing = [stem for stem in stems if stem not in by_stem]
             if missing:
                 raise ValueError(
-                    f"evals: {place} has nothing for {len(missing):,} of {len(stems):,} images, the"
-                    f" first is {missing[0]}"
+                    f"evals: {folder}: {len(missing):,} of {len(stems):,} images have no file in it,"
+                    f" the first is {missing[0]}"
                 )
         self.paths = [image_by_stem[stem] for stem in stems]
         self.maps = [map_by_stem[stem] for stem in stems]
@@ -111,9 +120,9 @@ class LabelMaps(FileSet):
     def set_classes(
         self, names: Sequence[str], stored: Sequence[int], none: Sequence[int] = (IGNORE,)
     ) -> None:
-        """Set `named` and `table`: class i is called names[i] and stored as stored[i].
+        """Set `class_lines` and `table`: class i is called names[i] and stored as stored[i].
 
-        none: the numbers that stand for no class.
+        none: stored values that stand for no class.
         """
         self.class_lines = list(names)
         self.table = np.full(256, UNKNOWN_CLASS, np.uint8)
@@ -135,19 +144,19 @@ class LabelMaps(FileSet):
                 f" {height} x {width}"
             )
         labels = self.table[stored]
-        strange = np.unique(stored[labels == UNKNOWN_CLASS]).tolist()
-        if strange:
-            some = ", ".join(map(str, strange[:5]))
+        unknown = np.unique(stored[labels == UNKNOWN_CLASS]).tolist()
+        if unknown:
+            examples = ", ".join(map(str, unknown[:5]))
             lowest, highest = min(self.stored_numbers), max(self.stored_numbers)
             raise ValueError(
-                f"evals: {self.maps[i]} has pixels of class {some}; the {len(self.class_lines)} classes"
-                f" of this layout are stored as {lowest} to {highest}"
+                f"evals: {self.maps[i]} has pixels of class {examples}; this layout stores its"
+                f" {len(self.class_lines)} classes as {lowest} to {highest}"
             )
         return labels
 
     @property
     def stored_numbers(self) -> list[int]:
-        """The numbers that stand for a class."""
+        """The stored values that stand for a class."""
         is_class = (self.table != IGNORE) & (self.table != UNKNOWN_CLASS)
         return np.flatnonzero(is_class).tolist()
 
@@ -156,60 +165,60 @@ class LabelMaps(FileSet):
         if not path.exists():
             name = path.relative_to(self.folder)
             raise ValueError(
-                f"evals: {self.folder}: it needs {name}, the data set's own list of classes"
+                f"evals: {self.folder}: it needs {name}, the data set's list of classes"
             )
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         names = {}
         for number, line in enumerate(lines, start=1):
-            row = re.fullmatch(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*", line)
-            if row is None:
-                raise ValueError(f"evals: {path}: line {number} is no 'NUMBER: NAME'")
-            names[int(row[1])] = row[2]
+            match = re.fullmatch(r"\s*(\d+)\s*[:\t]\s*(.*\S)\s*", line)
+            if match is None:
+                raise ValueError(f"evals: {path}: line {number} is not 'NUMBER: NAME'")
+            names[int(match[1])] = match[2]
         return names
 
 
 class Ade20k(LabelMaps):
-    """ADEChallengeData2016, the scene parsing benchmark's 150 classes; 0 is stored for none.
+    """ADE20K: ADEChallengeData2016, the 150 classes of the scene parsing benchmark.
 
-    Names: the first of objectInfo150.txt's.
+    0 is stored for no class. Of the names of a class in objectInfo150.txt, the first is used.
     """
 
     splits = {"test": "validation", "train": "training"}
 
     @classmethod
     def matches(cls, folder: Path) -> bool:
-        places = ("annotations/validation", "images/validation")
-        return all((folder / place).is_dir() for place in places)
+        required = ("annotations/validation", "images/validation")
+        return all((folder / name).is_dir() for name in required)
 
-    def read_split(self, part: str) -> None:
+    def read_split(self, name: str) -> None:
         rows = [line.split("\t") for line in self.read_lines("objectInfo150.txt")[1:]]
         numbers = [row[0].strip() for row in rows]
         if numbers != [str(number) for number in range(1, 151)]:
             raise ValueError(
-                f"evals: {self.folder}/objectInfo150.txt:"
-                " not the benchmark's table of classes 1 to 150"
+                f"evals: {self.folder}/objectInfo150.txt: it is not the benchmark's table of the"
+                " classes 1 to 150"
             )
         names = [row[-1].split(",")[0].strip() for row in rows]
         self.set_classes(names, range(1, 151), none=(0, IGNORE))
-        self.pair_files(self.folder / "images" / part, self.folder / "annotations" / part)
+        self.pair_files(self.folder / "images" / name, self.folder / "annotations" / name)
 
 
 class PascalContext(LabelMaps):
-    """VOC2010 with Pascal Context's maps: 59 classes, 0 is stored for none.
+    """Pascal Context: VOC2010 with label maps of 59 classes; 0 is stored for no class.
 
-    60 classes, background first, if classnames.txt has as many names.
+    If classnames.txt has 60 names, 0 is the class `background`, the first.
     """
 
     splits = {"test": "val", "train": "train"}
 
     @classmethod
     def matches(cls, folder: Path) -> bool:
-        places = ("SegmentationClassContext", "59_context_labels")
-        return any((folder / place).is_dir() for place in places)
+        map_folders = ("SegmentationClassContext", "59_context_labels")
+        return any((folder / name).is_dir() for name in map_folders)
 
-    def read_split(self, part: str) -> None:
-        # The classes: the user's names, else those of the kind of maps that is there.
-        sorted_maps = self.folder / "SegmentationClassContext"  # of classes sorted by name
+    def read_split(self, name: str) -> None:
+        # Class names: from classnames.txt, else those that belong to the kind of label maps.
+        sorted_maps = self.folder / "SegmentationClassContext"  # classes in alphabetical order
         if (self.folder / "classnames.txt").exists():
             names = self.read_lines("classnames.txt")
         elif sorted_maps.is_dir():
@@ -218,19 +227,19 @@ class PascalContext(LabelMaps):
             names = list(self.read_class_list(self.folder / "59_labels.txt").values())
         if len(names) not in (59, 60):
             raise ValueError(
-                f"evals: {self.folder}: {len(names)} names of classes; Pascal Context has 59, or 60"
-                " with the background"
+                f"evals: {self.folder}: {len(names)} class names; Pascal Context has 59, or 60 with"
+                " the background"
             )
         self.set_classes(names, range(60 - len(names), 60), none=(0, IGNORE))
 
         # The images of the split.
-        context_list = self.folder / "ImageSets" / "SegmentationContext" / f"{part}.txt"
-        main_list = self.folder / "ImageSets" / "Main" / f"{part}.txt"
+        context_list = self.folder / "ImageSets" / "SegmentationContext" / f"{name}.txt"
+        main_list = self.folder / "ImageSets" / "Main" / f"{name}.txt"
         stem_list = context_list if context_list.exists() else main_list
         if not stem_list.exists():
-            needed = context_list.relative_to(self.folder)
+            missing = context_list.relative_to(self.folder)
             raise ValueError(
-                f"evals: {self.folder}: it needs {needed}, or VOC's own {part}.txt in Main"
+                f"evals: {self.folder}: it needs {missing}, or VOC's {name}.txt in ImageSets/Main"
             )
         stems = stem_list.read_text().split()
         maps = sorted_maps if sorted_maps.is_dir() else self.folder / "59_context_labels"
@@ -238,41 +247,41 @@ class PascalContext(LabelMaps):
 
 
 class CocoStuff(LabelMaps):
-    """COCO-Stuff 164k: 80 things and 91 kinds of stuff.
+    """COCO-Stuff 164k: 80 classes of things and 91 of stuff.
 
-    Each is stored as one less than its number in labels.txt.
+    Each is stored as its number in labels.txt minus one.
     """
 
     splits = {"test": "val2017", "train": "train2017"}
 
     @classmethod
     def matches(cls, folder: Path) -> bool:
-        places = ("stuffthingmaps/val2017", "annotations/val2017")
-        return any((folder / place).is_dir() for place in places)
+        map_folders = ("stuffthingmaps/val2017", "annotations/val2017")
+        return any((folder / name).is_dir() for name in map_folders)
 
-    def read_split(self, part: str) -> None:
-        listed = self.read_class_list(self.folder / "labels.txt")
-        if sorted(listed) != list(range(183)):
+    def read_split(self, name: str) -> None:
+        labels = self.read_class_list(self.folder / "labels.txt")
+        if sorted(labels) != list(range(183)):
             raise ValueError(
-                f"evals: {self.folder}/labels.txt:"
-                " not COCO-Stuff's list, whose lines go from 0 to 182"
+                f"evals: {self.folder}/labels.txt: it is not COCO-Stuff's list, which has the"
+                " numbers 0 to 182"
             )
         used = [number for number in range(1, 183) if number not in UNUSED_THINGS]
-        self.set_classes([listed[number] for number in used], [number - 1 for number in used])
+        self.set_classes([labels[number] for number in used], [number - 1 for number in used])
 
-        images = self.folder / "images" / part
+        images = self.folder / "images" / name
         if not images.is_dir():
-            images = self.folder / part
+            images = self.folder / name
         maps = self.folder / "stuffthingmaps"
         if not maps.is_dir():
             maps = self.folder / "annotations"
-        self.pair_files(images, maps / part)
+        self.pair_files(images, maps / name)
 
 
 class CustomFolders(LabelMaps):
-    """A set of your own: images/, labels/ and classnames.txt, whose line i + 1 names class i.
+    """A custom set: images/, labels/ and classnames.txt, whose line i + 1 names class i.
 
-    Several splits are folders in images/ and labels/.
+    If it has several splits, they are subfolders of images/ and labels/.
     """
 
     splits = {"test": "test", "train": "train"}
@@ -281,18 +290,22 @@ class CustomFolders(LabelMaps):
     def matches(cls, folder: Path) -> bool:
         return all((folder / name).exists() for name in ("images", "labels", "classnames.txt"))
 
-    def read_split(self, part: str) -> None:
+    def read_split(self, name: str) -> None:
         names = self.read_lines("classnames.txt")
         if "" in map(str.strip, names):
             raise ValueError(
-                f"evals: {self.folder}: classnames.txt has an empty line; line i + 1 names class i"
+                f"evals: {self.folder}: classnames.txt has an empty line; line i + 1 must name"
+                " class i"
             )
         if len(names) > UNKNOWN_CLASS:
             raise ValueError(
-                f"evals: {self.folder}: {len(names)} classes; a label map of bytes holds {UNKNOWN_CLASS}"
+                f"evals: {self.folder}: {len(names)} classes; label maps can store at most"
+                f" {UNKNOWN_CLASS}"
             )
         self.set_classes(names, range(len(names)))
+
+        # A set with only a test split needs no subfolders.
         images, maps = self.folder / "images", self.folder / "labels"
-        if (images / part).is_dir() or part != "test":
-            images, maps = images / part, maps / part
+        if (images / name).is_dir() or name != "test":
+            images, maps = images / name, maps / name
         self.pair_files(images, maps)

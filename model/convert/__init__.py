@@ -1,9 +1,9 @@
 """Formats that models are converted from and to, one module each.
 
-Models pass between formats as portable.Portable. A module defines those of the following names that
-make sense for its format:
+Models pass between formats as portable.PortableModel. A module defines those of the following names
+that make sense for its format:
 
-    load(path, **given) -> Portable
+    load(path, **given) -> PortableModel
         Read the model at the path lazily. ValueError if our towers cannot express its architecture.
     Given
         A dataclass of the options that `load` and `peer` take. Without it there are none.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from glimpse.model.lazy_tensors import more
-from glimpse.model.portable import CROPS
+from glimpse.model.lazy_tensors import and_more
+from glimpse.model.portable import EVAL_CROPS
 
 # OpenAI's, the default of open_clip and HF
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,7 +26,7 @@ def origin(
     notes = list(notes)
     if left_out:
         names = ", ".join(left_out[:MOST])
-        notes.append(f"left out: {names}{more(left_out[MOST - 1 :])}")
+        notes.append(f"left out: {names}{and_more(left_out[MOST - 1 :])}")
     source = dict(path=str(path), format=format_name)
     if notes:
         source["notes"] = "; ".join(notes)
@@ -53,15 +53,17 @@ def kept_crop(crop: str) -> dict[str, dict]:
     return {"glimpse": {"eval_crop": crop}}
 
 
-def crop_in(tree: dict, file: Path, says: str = CROPS[0]) -> str:
+def crop_in(tree: dict, file: Path, says: str = EVAL_CROPS[0]) -> str:
     """Return the crop that `kept_crop` wrote into the file's tree.
 
     says: the crop according to the format's own fields, returned if there is no such entry.
     """
     section = tree.get("glimpse") or {}
     crop = section.get("eval_crop", says)
-    if crop not in CROPS:
-        raise ValueError(f"{file}: glimpse.eval_crop {crop!r}: unknown; known: {', '.join(CROPS)}")
+    if crop not in EVAL_CROPS:
+        raise ValueError(
+            f"{file}: glimpse.eval_crop {crop!r}: unknown; known: {', '.join(EVAL_CROPS)}"
+        )
     return crop
 
 

@@ -35,8 +35,8 @@ from glimpse.model.convert.rules import (
     transposed,
 )
 from glimpse.model.convert.sizes import ratio, sized
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
@@ -195,7 +195,7 @@ def step_of(file: Path) -> int:
     return int(file.parent.name.removeprefix("checkpoint_"))
 
 
-def load(path: Path, heads: int | None = None, text_heads: int | None = None) -> Portable:
+def load(path: Path, heads: int | None = None, text_heads: int | None = None) -> PortableModel:
     file = newest(path)
     if file is None:
         raise ValueError(
@@ -224,18 +224,18 @@ def load(path: Path, heads: int | None = None, text_heads: int | None = None) ->
     vocab = tensors.meta[TOKEN].shape[0]
     context = tensors.meta[PLACES["text"]].shape[1]
     tokenizer = "wordpiece" if vocab == VOCAB else ""
-    about = About(tokenizer=tokenizer, pad_text=True, crop="square", source=source)
+    about = ModelInfo(tokenizer=tokenizer, pad_text=True, crop="square", source=source)
     table = rules(depth, text_depth, sincos)
-    return Portable(cfg, vocab, context, imported(table, tensors, str(file)), about)
+    return PortableModel(cfg, vocab, context, imported(table, tensors, str(file)), about)
 
 
-def count_blocks(tensors: Tensors, tower: str) -> int:
+def count_blocks(tensors: LazyTensors, tower: str) -> int:
     """Return the number of blocks of a tower, named as in FLIP's tree."""
     prefix = f"{tower}/{BLOCK.partition('{')[0]}"
     return len({name.split("/")[2] for name in tensors if name.startswith(prefix)})
 
 
-def check_names(tensors: Tensors, known: set[str], whose: Path) -> None:
+def check_names(tensors: LazyTensors, known: set[str], whose: Path) -> None:
     """Raise ValueError listing the parameters that are missing or unknown."""
     problems = []
     if missing := sorted(known - tensors.keys()):
@@ -250,7 +250,7 @@ def check_names(tensors: Tensors, known: set[str], whose: Path) -> None:
 
 
 def architecture(
-    tensors: Tensors,
+    tensors: LazyTensors,
     depth: int,
     text_depth: int,
     whose: Path,
@@ -298,7 +298,7 @@ def architecture(
 # ---- out
 
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write the folder, all in the msgpack file; return what differs when FLIP's code runs it."""
     cfg = model.cfg
     check_flavour(cfg, bool(model.vocab))
@@ -344,5 +344,5 @@ def check_flavour(cfg: ModelConfig, text: bool) -> None:
                 )
     if cfg.grid[0] != cfg.grid[1]:
         raise ValueError(
-            f"model.image_size {list(cfg.sides)}: FLIP's code knows square images alone"
+            f"model.image_size {list(cfg.image_shape)}: FLIP's code knows square images alone"
         )

@@ -26,9 +26,9 @@ from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, o
 from glimpse.model.convert.positions import position_rule, taken, write
 from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, fused, one, scalar, thirds
 from glimpse.model.convert.sizes import ratio, sized
-from glimpse.model.layers import hidden
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable
+from glimpse.model.layers import mlp_width
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
@@ -129,7 +129,7 @@ def claims(path: Path) -> bool:
         return False
 
 
-def load(path: Path) -> Portable:
+def load(path: Path) -> PortableModel:
     """Load the folder's model.  ValueError: see the package's docstring."""
     try:
         return understood(path, tensor_files.read_json(path / CONFIG))
@@ -139,7 +139,7 @@ def load(path: Path) -> Portable:
         raise ValueError(f"{path / CONFIG}: {error}") from None
 
 
-def understood(path: Path, tree: dict) -> Portable:
+def understood(path: Path, tree: dict) -> PortableModel:
     """Load the folder's model, given the tree of its config.json."""
     # 1. The architecture, from the config.
     vision = section(tree, "vision_config", VISION)
@@ -183,14 +183,14 @@ def understood(path: Path, tree: dict) -> Portable:
     eot, vocab = text["eos_token_id"], text["vocab_size"]
     if eot == ARGMAX:
         eot = vocab - 1
-    about = About(
+    about = ModelInfo(
         eot=eot,
         crop=crop,
         interpolation=interpolation,
-        source=origin(path, "hf", left_out=tensors.left_out),
+        source=origin(path, "hf", left_out=tensors.unused_entries),
     )
     cfg, tensors = taken(path, cfg, rules, POSITIONS, tensors, str(path))
-    return Portable(cfg, vocab, text["max_position_embeddings"], tensors, about)
+    return PortableModel(cfg, vocab, text["max_position_embeddings"], tensors, about)
 
 
 def section(tree: dict, key: str, default: dict) -> dict:
@@ -298,16 +298,16 @@ def interpolation_in(config: dict, file: Path) -> str:
     raise ValueError(f"{file}: resample {config['resample']}: we have {known}")
 
 
-def weights(path: Path) -> Tensors:
+def weights(path: Path) -> LazyTensors:
     """Return the folder's tensors without the buffers that only count."""
     for name in WEIGHTS:
         if (path / name).exists():
-            tensors = tensor_files.read(path / name)
-            return tensors.renamed({name: name for name in tensors if name not in COUNTS})
+            tensors = tensor_files.read_tensors(path / name)
+            return tensors.rename({name: name for name in tensors if name not in COUNTS})
     raise ValueError(f"{path}: no weights; one of {', '.join(WEIGHTS)}")
 
 
-def check(model: Portable) -> None:
+def check(model: PortableModel) -> None:
     """Raise ValueError naming the first setting that CLIPModel does not have."""
     vision, text, about = model.cfg.vision, model.cfg.text, model.about
     if not model.vocab:
@@ -323,7 +323,7 @@ def check(model: Portable) -> None:
             raise ValueError(
                 f"{key} {json.dumps(value)}: HF's CLIPModel has {json.dumps(wanted)} alone"
             )
-    height, width = model.cfg.sides
+    height, width = model.cfg.image_shape
     if height != width:
         raise ValueError(
             f"model.image_size {[height, width]}: HF's CLIPModel has square images alone"
@@ -340,7 +340,7 @@ def check(model: Portable) -> None:
     )
 
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write the folder without tokenizer files; return what differs when HF's libraries run it.
 
     ValueError: see `check`.
@@ -354,26 +354,26 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     return told_crop(model.about.crop, "HF's image processor")
 
 
-def config_out(model: Portable, dtype: torch.dtype) -> dict:
+def config_out(model: PortableModel, dtype: torch.dtype) -> dict:
     """Return the content of config.json."""
     cfg, s = model.cfg, model.cfg.shape
     vision = dict(
         model_type="clip_vision_model",
         hidden_size=s.width,
-        intermediate_size=hidden(s.width, s.mlp),
+        intermediate_size=mlp_width(s.width, s.mlp),
         num_hidden_layers=s.depth,
         num_attention_heads=s.heads,
         hidden_act=ACTIVATIONS[cfg.vision.activation],
         layer_norm_eps=cfg.vision.eps,
         projection_dim=s.embed,
         num_channels=3,
-        image_size=cfg.sides[0],
-        patch_size=cfg.patch,
+        image_size=cfg.image_shape[0],
+        patch_size=cfg.patch_size,
     )
     text = dict(
         model_type="clip_text_model",
         hidden_size=s.text_width,
-        intermediate_size=hidden(s.text_width, s.text_mlp),
+        intermediate_size=mlp_width(s.text_width, s.text_mlp),
         num_hidden_layers=s.text_depth,
         num_attention_heads=s.text_heads,
         hidden_act=ACTIVATIONS[cfg.text.activation],
@@ -395,10 +395,10 @@ def config_out(model: Portable, dtype: torch.dtype) -> dict:
     )
 
 
-def processor_out(model: Portable) -> dict:
+def processor_out(model: PortableModel) -> dict:
     """Return the content of preprocessor_config.json."""
     cfg, about = model.cfg, model.about
-    side = cfg.sides[0]
+    side = cfg.image_shape[0]
     square = dict(height=side, width=side)
     size = square if about.crop == "squash" else {"shortest_edge": side}
     return dict(

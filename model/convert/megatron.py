@@ -39,9 +39,9 @@ from glimpse.model.convert import torch_dist
 from glimpse.model.convert.positions import keep, position_rule, taken
 from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, exported, one, same, scalar
 from glimpse.model.convert.torch_dist import Folder, Place
-from glimpse.model.layers import hidden
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import CONFIG, About, Portable
+from glimpse.model.layers import mlp_width
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import CONFIG_FILE, ModelInfo, PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size
 from glimpse.model.vision import VisionConfig
@@ -68,7 +68,7 @@ MULTIPLE = 128
 
 
 def save(
-    model: Portable,
+    model: PortableModel,
     folder: Path,
     dtype: torch.dtype = torch.float32,
     tp: int = 1,
@@ -108,7 +108,7 @@ def save(
         megatron=dict(tp=tp, spec=spec, **arguments(cfg, padded, model.context)),
     )
     folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=1) + "\n")
     keep(folder, model, table)
     torch_dist.write(folder, tensors, places, states, common, tp, dtype)
 
@@ -139,12 +139,12 @@ class Given:
     config: str = ""
 
 
-def load(path: Path, config: str = "") -> Portable:
+def load(path: Path, config: str = "") -> PortableModel:
     """Load a checkpoint of any number of ranks, perhaps after training elsewhere.
 
     config: as in Given.
     """
-    cfg, vocab, context, about = described(Path(config or path / CONFIG))
+    cfg, vocab, context, about = described(Path(config or path / CONFIG_FILE))
     tensors = named(Folder(path))
 
     # A bias of zeros stands for none, until it is trained.
@@ -160,10 +160,10 @@ def load(path: Path, config: str = "") -> Portable:
 
     cfg, tensors = taken(path, cfg, rules_of, POSITIONS, tensors, str(path))
     source = {**about.source, "path": str(path), "format": "megatron"}
-    return Portable(cfg, vocab, context, tensors, replace(about, source=source))
+    return PortableModel(cfg, vocab, context, tensors, replace(about, source=source))
 
 
-def spec_of(tensors: Tensors, tower: str) -> str:
+def spec_of(tensors: LazyTensors, tower: str) -> str:
     """Return the spec, a key of NORMS, that gave a tower's norms their names."""
     first_norm = f"{tower}{LAYERS}0.{NORMS['te'][0]}weight"
     return "te" if first_norm in tensors else "local"
@@ -177,9 +177,9 @@ def check(cfg: ModelConfig, text: bool, tp: int, spec: str) -> None:
     if spec not in NORMS:
         raise ValueError(f"spec {spec!r}: unknown; known: {', '.join(sorted(NORMS))}")
     s = cfg.shape
-    counts = {"heads": s.heads, "mlp": hidden(s.width, s.mlp)}
+    counts = {"heads": s.heads, "mlp": mlp_width(s.width, s.mlp)}
     if text:
-        counts |= {"text_heads": s.text_heads, "text_mlp": hidden(s.text_width, s.text_mlp)}
+        counts |= {"text_heads": s.text_heads, "text_mlp": mlp_width(s.text_width, s.text_mlp)}
     for key, count in counts.items():
         if tp < 1 or count % tp:
             units = "hidden units" if "mlp" in key else "heads"
@@ -323,7 +323,7 @@ def place(cfg: ModelConfig, name: str) -> Place:
     return Place(before + after, int(row), depth, axis)
 
 
-def named(folder: Folder) -> Tensors:
+def named(folder: Folder) -> LazyTensors:
     """Return the folder's tensors under the names of `rules`, layers one by one."""
     meta: dict[str, Tensor] = {}
     where: dict[str, tuple[str, int | None]] = {}  # (key, row), as `Folder.read` takes them
@@ -339,7 +339,7 @@ def named(folder: Folder) -> Tensors:
         for row in range(len(tensor)):
             layer_name = f"{before}{row}.{after}"
             meta[layer_name], where[layer_name] = tensor[row], (key, row)
-    return Tensors(meta, lambda name: folder.read(*where[name]))
+    return LazyTensors(meta, lambda name: folder.read(*where[name]))
 
 
 def arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
@@ -354,15 +354,15 @@ def arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
         num_layers=s.depth,
         hidden_size=s.width,
         num_attention_heads=s.heads,
-        ffn_hidden_size=hidden(s.width, s.mlp),
+        ffn_hidden_size=mlp_width(s.width, s.mlp),
         layernorm_epsilon=cfg.vision.eps,
         activation_func=cfg.vision.activation,
         attn_mask_type="no_mask",
         model_subtype=subtype,
-        patch_dim=cfg.patch,
+        patch_dim=cfg.patch_size,
         class_token_len=1,
-        img_h=cfg.sides[0],
-        img_w=cfg.sides[1],
+        img_h=cfg.image_shape[0],
+        img_w=cfg.image_shape[1],
     )
     if not padded:
         return {"vision": vision}
@@ -371,7 +371,7 @@ def arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
         num_layers=s.text_depth,
         hidden_size=s.text_width,
         num_attention_heads=s.text_heads,
-        ffn_hidden_size=hidden(s.text_width, s.text_mlp),
+        ffn_hidden_size=mlp_width(s.text_width, s.text_mlp),
         layernorm_epsilon=cfg.text.eps,
         activation_func=cfg.text.activation,
         attn_mask_type=text_mask,
@@ -382,7 +382,7 @@ def arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
     return {"vision": vision, "text": text}
 
 
-def described(path: Path) -> tuple[ModelConfig, int, int, About]:
+def described(path: Path) -> tuple[ModelConfig, int, int, ModelInfo]:
     """Return (architecture, vocab, context, about) from a config.json of `save`."""
     try:
         tree = json.loads(path.read_text())
@@ -394,7 +394,7 @@ def described(path: Path) -> tuple[ModelConfig, int, int, About]:
         fields["vision"] = VisionConfig(**fields["vision"])
         fields["text"] = TextConfig(**fields["text"])
         cfg = ModelConfig(**fields)
-        return cfg, tree["vocab"], tree["context"], About(**tree["about"])
+        return cfg, tree["vocab"], tree["context"], ModelInfo(**tree["about"])
     except FileNotFoundError:
         raise ValueError(
             f"{path}: missing; megatron-core keeps no architecture, so add --given config=PATH of"

@@ -26,8 +26,8 @@ from glimpse.model.convert import positions
 from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, origin, told_crop
 from glimpse.model.convert.open_clip_config import RESNET, config_in, config_out, is_timms
 from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, one, scalar, transposed
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.towers import ModelConfig
 
 CONFIG = "open_clip_config.json"
@@ -56,13 +56,13 @@ class Given:
 def claims(path: Path) -> bool:
     if (path / CONFIG).is_file():
         return True
-    return path.is_file() and not MARKS.isdisjoint(tensor_files.metas(path))
+    return path.is_file() and not MARKS.isdisjoint(tensor_files.read_meta_tensors(path))
 
 
 # --- in
 
 
-def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Portable:
+def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> PortableModel:
     """Load a folder as above, or a file of weights.
 
     config, statistics (mean, std): as in Given.
@@ -76,12 +76,12 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
             )
         tree = tensor_files.read_json(path / CONFIG)
         file, config_file = weights_of(path), path / CONFIG
-        tensors = tensor_files.read(file)
+        tensors = tensor_files.read_tensors(file)
     else:
         file, config_file = path, Path(config)
-        tensors = tensor_files.read(file)
+        tensors = tensor_files.read_tensors(file)
         tree = config_of(tensors, path, config)
-    left_out = tensors.left_out
+    left_out = tensors.unused_entries
 
     # 2. The architecture.
     model = tree.get("model_cfg", tree)
@@ -105,7 +105,7 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
     interpolation = preprocess.get("interpolation") or "bicubic"
     eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
     attends_padding = not cfg.text.causal
-    about = About(
+    about = ModelInfo(
         tokenizer=tokenizer_in(text),
         eot=eot,
         pad_text=attends_padding,
@@ -114,7 +114,7 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
         source=origin(path, "open_clip", assumed(config, preprocess), left_out),
     )
     vocab, context = text.get("vocab_size", 49408), text.get("context_length", 77)
-    return Portable(cfg, vocab, context, tensors, about)
+    return PortableModel(cfg, vocab, context, tensors, about)
 
 
 def weights_of(folder: Path) -> Path:
@@ -131,14 +131,14 @@ def tokenizer_in(text: dict) -> str:
     return "" if any(text.get(key) for key in keys) else "clip_bpe"
 
 
-def plain_names(tensors: Tensors) -> Tensors:
+def plain_names(tensors: LazyTensors) -> LazyTensors:
     """Return the weights under the names of open_clip's CLIP.
 
     CustomTextCLIP has `text.` before the names of the text tower.
     """
     unused = (*OPENAI, "attn_mask")
     names = [name for name in tensors if name not in unused]
-    return tensors.renamed({name.removeprefix("text."): name for name in names})
+    return tensors.rename({name.removeprefix("text."): name for name in names})
 
 
 def assumed(config: str, preprocess: dict) -> list[str]:
@@ -159,7 +159,7 @@ def assumed(config: str, preprocess: dict) -> list[str]:
     return [note]
 
 
-def config_of(tensors: Tensors, path: Path, config: str) -> dict:
+def config_of(tensors: LazyTensors, path: Path, config: str) -> dict:
     """Return the config of a file of weights; config: its file or name, for all but OpenAI's."""
     is_openais = set(OPENAI) <= tensors.meta.keys()
     if is_openais and config:
@@ -189,7 +189,7 @@ def named(config: str) -> dict:
     )
 
 
-def openai(tensors: Tensors, path: Path) -> dict:
+def openai(tensors: LazyTensors, path: Path) -> dict:
     """Return the config of OpenAI's state dicts, from the shapes."""
     if not set(OPENAI) <= tensors.meta.keys():
         raise ValueError(
@@ -218,7 +218,7 @@ def openai(tensors: Tensors, path: Path) -> dict:
     return dict(embed_dim=embed, quick_gelu=True, vision_cfg=vision, text_cfg=text)
 
 
-def count_layers(tensors: Tensors, prefix: str) -> int:
+def count_layers(tensors: LazyTensors, prefix: str) -> int:
     """Return the number of layers whose names begin with the prefix and an index."""
     layers = (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
     return 1 + max(int(name.partition(".")[0]) for name in layers)
@@ -227,7 +227,7 @@ def count_layers(tensors: Tensors, prefix: str) -> int:
 # --- out
 
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write a folder as above; return what differs when open_clip runs it.
 
     ValueError naming the first setting that open_clip's CLIP does not have.
@@ -312,7 +312,7 @@ def peer(path: Path, config: str = "", **_: object) -> Callable:
     if path.is_dir():
         model = open_clip.create_model(f"local-dir:{path}")
     else:
-        tensors = tensor_files.read(path)
+        tensors = tensor_files.read_tensors(path)
         tree = config_of(tensors, path, config)
         options = dict(tree.get("model_cfg", tree))
         options.pop("custom_text", None)

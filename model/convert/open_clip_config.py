@@ -6,7 +6,7 @@ from pathlib import Path
 from glimpse.model.convert import open_clip_trunk as trunk
 from glimpse.model.convert.common import MEAN, STD
 from glimpse.model.convert.sizes import sized
-from glimpse.model.portable import Portable
+from glimpse.model.portable import PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
@@ -215,7 +215,7 @@ def activation(model: dict, tower: dict, where: str) -> str:
     return known[approximate]
 
 
-def config_out(model: Portable) -> dict:
+def config_out(model: PortableModel) -> dict:
     """Return the model_cfg.  ValueError naming the first setting that open_clip does not have."""
     cfg, shape, vision, text = model.cfg, model.cfg.shape, model.cfg.vision, model.cfg.text
     if not model.vocab:
@@ -261,7 +261,7 @@ def tower_out(cfg: ModelConfig) -> dict:
     pool, norm_after_pool = POOLS[cfg.vision.pool]
     return dict(
         image_size=cfg.image_size,
-        patch_size=cfg.patch,
+        patch_size=cfg.patch_size,
         width=shape.width,
         layers=shape.depth,
         head_width=shape.width // shape.heads,
@@ -304,7 +304,7 @@ def inside(tower: VisionConfig | TextConfig) -> dict[str, dict]:
     return settings
 
 
-def pooled(model: Portable) -> dict:
+def pooled(model: PortableModel) -> dict:
     """Return the settings of the text's pooling, and of the tokenizer.
 
     CLIP's tokenizer is open_clip's own; another lies in the folder as Hugging Face's files.

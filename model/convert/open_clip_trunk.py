@@ -17,7 +17,7 @@ from typing import TypedDict
 
 from glimpse.model.convert import positions, timm
 from glimpse.model.convert.rules import Rule
-from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.towers import ModelConfig
 
 TRUNK = "visual.trunk."
@@ -62,14 +62,14 @@ def named(cfg: ModelConfig) -> str:
         if value not in allowed:
             choices = " or ".join(map(str, allowed))
             raise ValueError(f"none there has model.vision.{key} {value!r}, only {choices}")
-    if set(cfg.sides) != {SIDE}:
+    if set(cfg.image_shape) != {SIDE}:
         raise ValueError(f"none there has model.image_size {cfg.image_size}, only {SIDE}")
 
     numbers = (shape.width, shape.depth, shape.heads)
     for name, size in timm.SIZES.items():
-        is_known = f"{name}_patch{cfg.patch}" in timm.KNOWN
+        is_known = f"{name}_patch{cfg.patch_size}" in timm.KNOWN
         if size == numbers and shape.mlp == 4 and is_known:
-            return f"vit_{name}_patch{cfg.patch}_{SIDE}"
+            return f"vit_{name}_patch{cfg.patch_size}_{SIDE}"
     raise ValueError(
         f"none there has the width, depth, heads and patches of model.size {cfg.size!r}"
     )
@@ -120,7 +120,7 @@ def tower_in(vision: dict, where: str) -> tuple[TowerSize, TowerSettings]:
     return size, settings
 
 
-def is_fixed(tensors: Tensors, cfg: ModelConfig) -> bool:
+def is_fixed(tensors: LazyTensors, cfg: ModelConfig) -> bool:
     """Return True if the tower's positions are the sin-cos ones."""
     name = f"{TRUNK}pos_embed"
     return name in tensors and positions.is_fixed(tensors[name][0], cfg)

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from glimpse.model import tensor_files
 from glimpse.model.convert.rules import Rule, as_tuple, exported, imported
-from glimpse.model.layers import sincos
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import Portable
+from glimpse.model.layers import sincos_positions
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import PortableModel
 from glimpse.model.towers import ModelConfig
 
 KEPT = "glimpse.safetensors"
@@ -59,7 +59,7 @@ def no_tensors(table: Tensor) -> tuple[()]:
 def fixed(cfg: ModelConfig) -> Tensor:
     """Return sin-cos positions as a table, (1 + L, D)."""
     width = cfg.shape.width
-    return torch.cat([torch.zeros(1, width), sincos(cfg.grid, width)])
+    return torch.cat([torch.zeros(1, width), sincos_positions(cfg.grid, width)])
 
 
 def is_fixed(table: Tensor, cfg: ModelConfig) -> bool:
@@ -85,7 +85,7 @@ def folded(table: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def write(
-    file: Path, tensors: Tensors, model: Portable, rules: list[Rule], dtype: torch.dtype
+    file: Path, tensors: LazyTensors, model: PortableModel, rules: list[Rule], dtype: torch.dtype
 ) -> None:
     """Write a format's file of weights, as its rules make them, and beside it the tensors that
     folding loses.
@@ -97,25 +97,25 @@ def write(
     for rule in rules:
         if rule.folded or not rule.ours:
             computed += rule.theirs
-    tensor_files.write(file, exported(rules, tensors), dtype, exact=computed)
+    tensor_files.write_safetensors(file, exported(rules, tensors), dtype, exact=computed)
     keep(file.parent, model, rules)
 
 
-def keep(folder: Path, model: Portable, rules: list[Rule]) -> None:
+def keep(folder: Path, model: PortableModel, rules: list[Rule]) -> None:
     """Write those of our tensors that folding loses into the folder."""
     lost: list[str] = []
     for rule in rules:
         if rule.folded:
             lost += rule.ours
     if lost:
-        tensors = model.tensors.renamed({name: name for name in lost})
+        tensors = model.tensors.rename({name: name for name in lost})
         about = {"model": json.dumps(asdict(model.cfg))}
-        tensor_files.write(folder / KEPT, tensors, about=about)
+        tensor_files.write_safetensors(folder / KEPT, tensors, about=about)
 
 
 def taken(
-    folder: Path, cfg: ModelConfig, rules: Rules, name: str, tensors: Tensors, whose: str
-) -> tuple[ModelConfig, Tensors]:
+    folder: Path, cfg: ModelConfig, rules: Rules, name: str, tensors: LazyTensors, whose: str
+) -> tuple[ModelConfig, LazyTensors]:
     """Return the architecture, completed from the tensors, and the foreign tensors as ours.
 
     cfg: the architecture that their files give, with learned positions and no bias. name: the
@@ -133,15 +133,15 @@ def taken(
 
 
 def unfolded(
-    path: Path, cfg: ModelConfig, rules: Rules, tensors: Tensors, whose: str
-) -> tuple[ModelConfig, Tensors] | None:
+    path: Path, cfg: ModelConfig, rules: Rules, tensors: LazyTensors, whose: str
+) -> tuple[ModelConfig, LazyTensors] | None:
     """Return architecture and tensors with the terms in the file at `path`; None if their sums
     differ from the foreign tensors.
     """
     # The terms, and the architecture that they belong to.
-    terms = tensor_files.read(path)
+    terms = tensor_files.read_tensors(path)
     try:
-        source = json.loads(tensor_files.metadata(path)["model"])
+        source = json.loads(tensor_files.read_metadata(path)["model"])
         vision = source["vision"]
         lost = {key: vision[key] for key in ("positions", "patch_bias", "freeze_patch")}
     except (KeyError, TypeError, ValueError):
@@ -161,15 +161,15 @@ def unfolded(
             for name in rule.theirs:
                 del rest[name]
     plain_rules = [rule for rule in table if not rule.folded]
-    ours = imported(plain_rules, Tensors(rest, tensors.__getitem__), whose)
+    ours = imported(plain_rules, LazyTensors(rest, tensors.__getitem__), whose)
 
     def get(name: str) -> Tensor:
         return terms[name] if name in terms else ours[name]
 
-    return cfg, Tensors(ours.meta | terms.meta, get)
+    return cfg, LazyTensors(ours.meta | terms.meta, get)
 
 
-def is_sum(rule: Rule, terms: Tensors, tensors: Tensors) -> bool:
+def is_sum(rule: Rule, terms: LazyTensors, tensors: LazyTensors) -> bool:
     """Return True if the foreign tensors of a folded rule equal those computed from the terms."""
     complete = all(name in terms for name in rule.ours)
     if not complete or not all(name in tensors for name in rule.theirs):

@@ -15,31 +15,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import Portable
-from glimpse.model.towers import PATCHES
-from glimpse.model.vision import resized as resized_grid
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import PortableModel
+from glimpse.model.towers import PATCH_SIZES
+from glimpse.model.vision import resize_positions as resized_grid
 
 
 def resized(
-    model: Portable, image_size: int | tuple[int, int] | None = None, patch: int | None = None
-) -> Portable:
+    model: PortableModel, image_size: int | tuple[int, int] | None = None, patch: int | None = None
+) -> PortableModel:
     """Return the same towers for other images or patches, in pixels; None leaves them as they
     are.
     """
     # The architecture; a patch side that no row of SIZES has makes the size a custom one.
     old = model.cfg
-    patch = old.patch if patch is None else patch
+    patch = old.patch_size if patch is None else patch
     image_size = old.image_size if image_size is None else image_size
     name, custom = old.size.partition("/")[0], old.custom
-    if patch != old.patch and patch not in PATCHES and not custom:
+    if patch != old.patch_size and patch not in PATCH_SIZES and not custom:
         name, custom = "custom", old.shape
     cfg = replace(old, size=f"{name}/{patch}", custom=custom, image_size=image_size)
 
     # The tensors that change.
     changed = {}
-    if cfg.patch != old.patch:
-        changed["vision.patch.weight"] = partial(kernel, old=old.patch, new=cfg.patch)
+    if cfg.patch_size != old.patch_size:
+        changed["vision.patch.weight"] = partial(kernel, old=old.patch_size, new=cfg.patch_size)
     if cfg.grid != old.grid and cfg.vision.positions == "learned":
         changed["vision.positions"] = partial(positions, old=old.grid, new=cfg.grid)
 
@@ -50,7 +50,7 @@ def resized(
         return change(name, model.tensors[name])
 
     meta = {name: change(name, tensor) for name, tensor in model.tensors.meta.items()}
-    return replace(model, cfg=cfg, tensors=Tensors(meta, get))
+    return replace(model, cfg=cfg, tensors=LazyTensors(meta, get))
 
 
 def positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

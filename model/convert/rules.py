@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glimpse.model.lazy_tensors import Tensors, more
+from glimpse.model.lazy_tensors import LazyTensors, and_more
 
 
 def same(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -40,19 +40,19 @@ class Rule:
     folded: bool = False
 
 
-def exported(rules: Iterable[Rule], ours: Tensors) -> Tensors:
+def exported(rules: Iterable[Rule], ours: LazyTensors) -> LazyTensors:
     """Return our tensors as the foreign ones."""
     return applied([(rule.ours, rule.theirs, rule.out) for rule in rules], ours, "the model")
 
 
-def imported(rules: Iterable[Rule], tensors: Tensors, whose: str) -> Tensors:
+def imported(rules: Iterable[Rule], tensors: LazyTensors, whose: str) -> LazyTensors:
     """Return foreign tensors as ours; `whose` names the file or folder in errors."""
     return applied([(rule.theirs, rule.ours, rule.back) for rule in rules], tensors, whose)
 
 
 def applied(
-    steps: list[tuple[tuple[str, ...], tuple[str, ...], Callable]], source: Tensors, whose: str
-) -> Tensors:
+    steps: list[tuple[tuple[str, ...], tuple[str, ...], Callable]], source: LazyTensors, whose: str
+) -> LazyTensors:
     """Return the outputs of all steps, computed when they are read.
 
     steps: (names in the source, names of the outputs, function).
@@ -62,13 +62,13 @@ def applied(
     assert len(needed) == len(set(needed)), "a table uses a tensor twice"
     if missing := [name for name in needed if name not in source]:
         raise ValueError(
-            f"{whose}: {missing[0]} is missing{more(missing)}; incomplete, or of another"
+            f"{whose}: {missing[0]} is missing{and_more(missing)}; incomplete, or of another"
             " architecture than it says"
         )
     if extra := sorted(source.meta.keys() - set(needed)):
         raise ValueError(
-            f"{whose}: nothing takes {extra[0]} {tuple(source.meta[extra[0]].shape)}{more(extra)}; "
-            "it holds more than this format, or another architecture"
+            f"{whose}: nothing takes {extra[0]} {tuple(source.meta[extra[0]].shape)}"
+            f"{and_more(extra)}; it holds more than this format, or another architecture"
         )
 
     # 2. Each step on meta tensors: the shapes and types of its outputs.
@@ -99,7 +99,7 @@ def applied(
             latest.update(zip(outputs, as_tuple(function(*(source[n] for n in inputs)))))
         return latest.pop(name)
 
-    return Tensors(meta, get)
+    return LazyTensors(meta, get)
 
 
 def as_tuple(tensors: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:

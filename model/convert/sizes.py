@@ -7,8 +7,8 @@ custom size.
 import math
 from typing import NotRequired, TypedDict
 
-from glimpse.model.layers import hidden
-from glimpse.model.towers import PATCHES, SIZES, Size
+from glimpse.model.layers import mlp_width
+from glimpse.model.towers import PATCH_SIZES, SIZES, Size
 
 
 class SizeFields(TypedDict):
@@ -49,7 +49,7 @@ def sized(
         text_mlp=text_mlp,
     )
     known = {key: value for key, value in columns.items() if value is not None}
-    if patch in PATCHES:
+    if patch in PATCH_SIZES:
         for name, row in SIZES.items():
             if all(getattr(row, key) == value for key, value in known.items()):
                 return {"size": f"{name}/{patch}"}
@@ -81,4 +81,4 @@ def ratio(width: int, inside: int) -> float:
     `hidden` turns it into `inside` again, although it rounds down.
     """
     mlp = inside / width
-    return mlp if hidden(width, mlp) == inside else math.nextafter(mlp, math.inf)
+    return mlp if mlp_width(width, mlp) == inside else math.nextafter(mlp, math.inf)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.lazy_tensors import LazyTensors
 
 # The most bytes of a tensor: msgpack counts them in 32 bits, together with its shape and type.
 LARGEST = 2**32 - 2**10
@@ -40,7 +40,7 @@ class Zarr(NamedTuple):
     folder: Path
 
 
-def read(file: Path) -> Tensors:
+def read(file: Path) -> LazyTensors:
     """Return the parameters by their names, a/b/c.
 
     Tensors beside the file are read on demand; those in it are in memory.
@@ -68,7 +68,7 @@ def read(file: Path) -> Tensors:
     def get(name: str) -> Tensor:
         return value(parameters[name], meta[name].dtype, f"{file}: {name}")
 
-    return Tensors(meta, get)
+    return LazyTensors(meta, get)
 
 
 def unpacked(file: Path) -> object:
@@ -179,7 +179,7 @@ def value(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> Tensor:
     return content.view(dtype).reshape(leaf.shape)
 
 
-def write(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
+def write(path: Path, tensors: LazyTensors, dtype: torch.dtype) -> None:
     """Write the tree of parameters as t5x's version 3, without an optimizer's state.
 
     One tensor is in memory at a time.
@@ -196,7 +196,7 @@ def write(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
     os.replace(part, path)
 
 
-def check_sizes(tensors: Tensors, dtype: torch.dtype) -> None:
+def check_sizes(tensors: LazyTensors, dtype: torch.dtype) -> None:
     """Raise ValueError naming the first tensor that is too large for msgpack."""
     for name, meta in tensors.meta.items():
         size = meta.numel() * dtype.itemsize
@@ -222,7 +222,7 @@ def nested(names: Iterable[str]) -> dict:
 
 
 def packed(
-    node: dict | str | int, tensors: Tensors, dtype: torch.dtype
+    node: dict | str | int, tensors: LazyTensors, dtype: torch.dtype
 ) -> Iterator[bytes | memoryview]:
     """Yield the msgpack form of a tree, piece by piece; its strings are names of tensors."""
     packer = msgpack.Packer()

@@ -27,8 +27,8 @@ from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, o
 from glimpse.model.convert.positions import is_fixed, position_rule, taken, write
 from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, as_tuple
 from glimpse.model.convert.sizes import ratio, sized
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import INTERPOLATIONS, About, Portable, vision_only
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import INTERPOLATIONS, ModelInfo, PortableModel, select_vision_weights
 from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
 
@@ -188,7 +188,7 @@ def from_token(token: Tensor) -> Tensor:
 # ---- out
 
 
-def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write the folder; return notes on what it does not hold of the model.
 
     ValueError if timm has no such architecture.
@@ -196,12 +196,12 @@ def save(model: Portable, folder: Path, dtype: torch.dtype = torch.float32) -> l
     cfg, vision = model.cfg, model.cfg.vision
     name, args = described(cfg)
     folder.mkdir(parents=True)
-    write(folder / WEIGHTS[0], vision_only(model.tensors), model, rules(cfg), dtype)
+    write(folder / WEIGHTS[0], select_vision_weights(model.tensors), model, rules(cfg), dtype)
 
     # The config, with an entry of ours that timm ignores.
     mode = "squash" if model.about.crop == "squash" else "center"
     pretrained_cfg = dict(
-        input_size=[3, *cfg.sides],
+        input_size=[3, *cfg.image_shape],
         fixed_input_size=True,
         interpolation=model.about.interpolation,
         crop_pct=1.0,
@@ -247,12 +247,12 @@ def described(cfg: ModelConfig) -> tuple[str, dict]:
             f"model.vision.eps {vision.eps}: a config of timm's can say {allowed} alone"
         )
     suffix = EPS[vision.eps]
-    name = f"{NAMES.get(shape.width, 'base')}_patch{cfg.patch}{suffix}"
+    name = f"{NAMES.get(shape.width, 'base')}_patch{cfg.patch_size}{suffix}"
     if name not in KNOWN:
         name = f"base_patch16{suffix}"
     args = dict(
-        img_size=cfg.sides,
-        patch_size=cfg.patch,
+        img_size=cfg.image_shape,
+        patch_size=cfg.patch_size,
         embed_dim=shape.width,
         depth=shape.depth,
         num_heads=shape.heads,
@@ -273,15 +273,15 @@ def claims(path: Path) -> bool:
         if path.is_dir():
             tree = json.loads((path / CONFIG).read_text())
             return {"architecture", "pretrained_cfg"} <= tree.keys()
-        return MARKS <= tensor_files.metas(path).keys()
+        return MARKS <= tensor_files.read_meta_tensors(path).keys()
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def load(path: Path, **given: object) -> Portable:
+def load(path: Path, **given: object) -> PortableModel:
     """Load a folder, or a file of weights; given: as in Given."""
     if not path.is_dir():
-        return portable(tensor_files.read(path), path, given)
+        return portable(tensor_files.read_tensors(path), path, given)
     tree, tensors = opened(path)
     settings = settings_in(tree, "norm.weight" in tensors)
     mode, interpolation, notes = preparation(tree["pretrained_cfg"])
@@ -349,7 +349,7 @@ def preparation(prepared: dict) -> tuple[str, str, list[str]]:
     return mode, interpolation, notes
 
 
-def opened(folder: Path) -> tuple[dict, Tensors]:
+def opened(folder: Path) -> tuple[dict, LazyTensors]:
     """Return the folder's config and its tensors."""
     try:
         tree = json.loads((folder / CONFIG).read_text())
@@ -360,17 +360,17 @@ def opened(folder: Path) -> tuple[dict, Tensors]:
         ) from None
     for name in WEIGHTS:
         if (folder / name).exists():
-            return tree, tensor_files.read(folder / name)
+            return tree, tensor_files.read_tensors(folder / name)
     raise ValueError(f"{folder}: no weights in it; looked for {' and '.join(WEIGHTS)}")
 
 
 def portable(
-    tensors: Tensors,
+    tensors: LazyTensors,
     path: Path,
     settings: dict,
     notes: Iterable[str] = (),
     glimpse: dict | None = None,
-) -> Portable:
+) -> PortableModel:
     """Return tensors under timm's names as our model.
 
     settings: arguments of `architecture`. glimpse: the entry that `save` wrote into the config.
@@ -391,11 +391,11 @@ def portable(
         cfg = replace(cfg, init=glimpse["init"])
     cfg = replace(cfg, vision=vision)
 
-    left_out += tensors.left_out
+    left_out += tensors.unused_entries
     folder = path if path.is_dir() else path.parent
     cfg, tensors = taken(folder, cfg, rules, "pos_embed", tensors, str(path))
     source = origin(path, "timm", [*notes, *assumed(cfg, settings)], left_out)
-    return Portable(cfg, 0, 0, tensors, About(source=source))
+    return PortableModel(cfg, 0, 0, tensors, ModelInfo(source=source))
 
 
 def stated(settings: dict) -> dict:
@@ -425,7 +425,7 @@ def assumed(cfg: ModelConfig, settings: dict) -> list[str]:
     return [f"assumed, as nothing says it: {', '.join(missing)}; --given KEY=VALUE says otherwise"]
 
 
-def encoder(tensors: Tensors, whose: Path) -> tuple[Tensors, list[str]]:
+def encoder(tensors: LazyTensors, whose: Path) -> tuple[LazyTensors, list[str]]:
     """Return the tensors of the tower, and the modules of the others, which are left out.
 
     ValueError naming a tensor that no tower of ours has.
@@ -436,11 +436,11 @@ def encoder(tensors: Tensors, whose: Path) -> tuple[Tensors, list[str]]:
                 raise ValueError(f"{whose}: {name}: {what}, which our vision tower has not")
     names = [name for name in tensors if not name.startswith(LEFT_OUT)]
     others = {name.partition(".")[0] for name in tensors if name.startswith(LEFT_OUT)}
-    return tensors.renamed({name: name for name in names}), sorted(others)
+    return tensors.rename({name: name for name in names}), sorted(others)
 
 
 def architecture(
-    tensors: Tensors,
+    tensors: LazyTensors,
     whose: Path,
     heads: int | None = None,
     pool: str | None = None,
@@ -547,10 +547,10 @@ def peer(path: Path, **given: object) -> Callable[[Tensor, None], tuple[Tensor, 
 
     if path.is_dir():
         return run(timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0))
-    return run(built(tensor_files.read(path), path, given))
+    return run(built(tensor_files.read_tensors(path), path, given))
 
 
-def built(tensors: Tensors, whose: Path, settings: dict) -> nn.Module:
+def built(tensors: LazyTensors, whose: Path, settings: dict) -> nn.Module:
     """Return timm's model of these tensors."""
     import timm
 

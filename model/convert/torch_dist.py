@@ -48,8 +48,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.safe_unpickler import GETATTR, member
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.safe_unpickler import GETATTR, enum_member
 
 INDEX, SIGN, COMMON = ".metadata", "metadata.json", "common.pt"
 # megatron-core 0.15's own, with attributes that no weight needs
@@ -69,7 +69,7 @@ class Place:
 
 def write(
     folder: Path,
-    tensors: Tensors,
+    tensors: LazyTensors,
     places: Mapping[str, Place],
     objects: Mapping[str, object],
     common: object,
@@ -111,7 +111,7 @@ class Pieces(DefaultSavePlanner):
 
     def __init__(
         self,
-        tensors: Tensors,
+        tensors: LazyTensors,
         places: Mapping[str, Place],
         objects: Mapping[str, object],
         ranks: int,
@@ -274,7 +274,7 @@ class Plain(pickle.Unpickler):
         elif module.partition(".")[0] == "pathlib" and name.endswith("Path"):
             return PurePath
         elif (module.replace("__builtin__", "builtins"), name) == GETATTR:
-            return member
+            return enum_member
         elif module == "megatron.core.dist_checkpointing.strategies.torch" and name in OLDER:
             return OLDER[name]
         for known in (metadata, planner, filesystem):

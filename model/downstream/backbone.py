@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glimpse.model.layers import drop_path
-from glimpse.model.vision import VisionTower, normalise
+from glimpse.model.layers import make_drop_path_mask
+from glimpse.model.vision import VisionTower, normalize_pixels
 
 
 class Backbone(nn.Module):
@@ -40,7 +40,7 @@ class Backbone(nn.Module):
         super().__init__()
         depth, width = len(tower.blocks), tower.patch.out_features
         self.tower, self.width, self.drop_path = tower, width, drop_path
-        self.patch = math.isqrt(tower.patch.in_features // 3)
+        self.patch_size = math.isqrt(tower.patch.in_features // 3)
         if not taps:
             taps = [max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
         self.taps = tuple(taps)
@@ -78,18 +78,20 @@ class Backbone(nn.Module):
     def tokens(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> the patch tokens after the tapped blocks, 4 x (B, D, rows, columns)."""
         # 1. Normalize the pixels, pad them to whole patches, and cut these.
-        cfg, P, blocks = self.tower.cfg, self.patch, self.tower.blocks
+        cfg, P, blocks = self.tower.cfg, self.patch_size, self.tower.blocks
         pixels = images.flatten(1)[:, None]
-        floats = normalise(pixels, cfg.mean, cfg.std, self.tower.cls.dtype).view(images.shape)
+        floats = normalize_pixels(pixels, cfg.mean, cfg.std, self.tower.cls.dtype).view(
+            images.shape
+        )
         floats = F.pad(floats, (0, -images.shape[3] % P, 0, -images.shape[2] % P))
         grid = floats.shape[2] // P, floats.shape[3] // P
         # (B, L, 3 P P), in the order of a convolution's weight
         patches = F.unfold(floats, P, stride=P).transpose(1, 2)
         places = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
-        paths = None
+        drop_path_mask = None
         if self.training and self.drop_path:
             noise = torch.rand(len(images), len(blocks), 2, device=images.device)
-            paths = drop_path(noise, self.drop_path)
+            drop_path_mask = make_drop_path_mask(noise, self.drop_path)
 
         # 2. Run the tower, and keep the outputs of the tapped blocks.
         outputs: dict[int, Tensor] = {}
@@ -102,7 +104,7 @@ class Backbone(nn.Module):
 
         hooks = [blocks[tap - 1].register_forward_hook(keep(tap)) for tap in set(self.taps)]
         try:
-            self.tower(patches, places, grid, paths=paths)
+            self.tower(patches, places, grid, drop_path_mask=drop_path_mask)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -17,7 +17,7 @@ from glimpse.model.layers import Embedding, Linear, normal_parameter
 PAD = 0
 
 
-class Reader(nn.Module):
+class TextDecoder(nn.Module):
     """Text tokens that attend each other (causal: those before them), then the image, layer after
     layer; pre-norm, no dropout.
 
@@ -72,7 +72,7 @@ class Captioner(nn.Module):
     ):
         super().__init__()
         self.reader, self.context = (
-            Reader(vocab, context, image, width, depth, heads, causal=True),
+            TextDecoder(vocab, context, image, width, depth, heads, causal=True),
             context,
         )
 
@@ -113,7 +113,7 @@ class Answerer(nn.Module):
     ):
         super().__init__()
         self.reader, self.answer = (
-            Reader(vocab, context, image, width, depth, heads, causal=False),
+            TextDecoder(vocab, context, image, width, depth, heads, causal=False),
             Linear(width, answers, "xavier"),
         )
         # as unlikely as one of so many: else the first steps learn that alone
@@ -123,7 +123,7 @@ class Answerer(nn.Module):
         return self.answer(self.reader(ids, image)[:, 0])
 
 
-class Seeing(nn.Module):
+class DecoderWithTower(nn.Module):
     """A reader and the tower by which it sees, to be trained together: ids (B, N), patches (B, L, 3
     P P) at (B, L) -> logits.
     """

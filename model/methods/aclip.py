@@ -29,9 +29,15 @@ from glimpse.model.heads import (
 )
 from glimpse.model.layers import AttentionRecorder
 from glimpse.model.losses import byol, contrastive, simclr, simsiam
-from glimpse.model.methods.attentive import Attentive, scores_at, take
-from glimpse.model.methods.base import Averaging, MicroBatch, ViewBatch, above, at_least
-from glimpse.model.towers import ModelConfig, Towers, vision_tower
+from glimpse.model.methods.attentive import PatchSelector, gather_patches, scores_in_view
+from glimpse.model.methods.base import (
+    EmaMethod,
+    MicroBatch,
+    ViewBatch,
+    require_above,
+    require_at_least,
+)
+from glimpse.model.towers import ModelConfig, Towers, build_vision_tower
 from glimpse.model.vision import VisionTower
 
 
@@ -75,23 +81,23 @@ class Options:
                 " views) to 1"
             )
         check_momentum(self.momentum)
-        at_least(0, simclr=self.simclr, simsiam=self.simsiam, byol=self.byol)
-        at_least(1, out=self.out)
-        at_least(8, hidden=self.hidden)  # SimSiam's narrowest layer has an eighth of it
-        above(0, temperature=self.temperature)
+        require_at_least(0, simclr=self.simclr, simsiam=self.simsiam, byol=self.byol)
+        require_at_least(1, out=self.out)
+        require_at_least(8, hidden=self.hidden)  # SimSiam's narrowest layer has an eighth of it
+        require_above(0, temperature=self.temperature)
 
 
-class Aclip(Averaging):
+class Aclip(EmaMethod):
     Options = Options
-    views = {"view": (1, 2, 3, 4), "teacher": (1,)}
-    noise = ("view",)
-    enclosing = ("teacher",)
+    allowed_view_counts = {"view": (1, 2, 3, 4), "teacher": (1,)}
+    noise_views = ("view",)
+    enclosing_views = ("teacher",)
     teacher: Towers | nn.ModuleDict
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
         width, hidden, out = cfg.shape.width, options.hidden, options.out
-        self.attentive = attentive(options, cfg)
+        self.selector = build_selector(options, cfg)
         if options.average_text:
             self.teacher = Towers(cfg, vocab, context)
             # the release shares these with the student
@@ -100,7 +106,7 @@ class Aclip(Averaging):
             del self.teacher.text.positions
             del self.teacher.text.norm
         else:
-            self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)})
+            self.teacher = nn.ModuleDict({"vision": build_vision_tower(cfg)})
         self.teacher.requires_grad_(False)
         if options.simclr:
             self.simclr_head = simclr_head(width, hidden, out)
@@ -114,8 +120,8 @@ class Aclip(Averaging):
             self.byol_predictor = byol_predictor(hidden, out)
 
     @staticmethod
-    def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
-        attentive(options, cfg).kept(options.keep or 1 / counts["view"])
+    def check_options(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
+        build_selector(options, cfg).count_blocks(options.keep or 1 / counts["view"])
         if (options.simclr or options.simsiam) and counts["view"] < 2:
             raise ValueError(
                 "options.simclr, options.simsiam: they compare views, and views.view.count is 1;"
@@ -146,13 +152,13 @@ class Aclip(Averaging):
 
         # 1. The teacher looks once at what encloses all views.
         scores, teacher_features = torch.zeros_like(scene["positions"], dtype=torch.float32), None
-        if self.looks(share):
+        if self.needs_teacher(share):
             with torch.no_grad():
-                scores, teacher_features = self.look(scene)
+                scores, teacher_features = self.run_teacher(scene)
 
         # 2. Each view keeps the patches that the teacher attends to; all go through the student.
-        selected = [self.select(scores, scene, view, share) for view in views]
-        pooled = self.pooled(selected)  # k x (B, D)
+        selected = [self.select_patches(scores, scene, view, share) for view in views]
+        pooled = self.pool_views(selected)  # k x (B, D)
         features = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(pooled)}
         features["text"] = self.towers.encode_text(**micro_batch["text"])
         features["scale"] = self.towers.temperature()
@@ -173,7 +179,7 @@ class Aclip(Averaging):
         if options.simsiam:
             targets = self.simsiam_projector(together)
             predictions = self.simsiam_predictor(targets)
-            features["simsiam"] = between(predictions.chunk(k), targets.chunk(k))
+            features["simsiam"] = pairwise_simsiam(predictions.chunk(k), targets.chunk(k))
         if options.byol:
             with torch.no_grad():
                 # the teacher's own batch statistics, as in the release
@@ -183,36 +189,38 @@ class Aclip(Averaging):
             features["byol"] = torch.stack(losses).mean(0)
         return features
 
-    def looks(self, share: float) -> bool:
+    def needs_teacher(self, share: float) -> bool:
         """Return True if the teacher's forward pass is needed."""
         return bool(self.options.byol) or (self.options.strategy != "random" and share < 1)
 
-    def look(self, scene: ViewBatch) -> tuple[Tensor, Tensor]:
+    def run_teacher(self, scene: ViewBatch) -> tuple[Tensor, Tensor]:
         """Return the teacher's attention scores (B, L) and its pooled features (B, D).
 
         The scores are means over heads and layers (equation 4).
         """
-        vision, watch = self.teacher_vision(), AttentionRecorder()
+        vision, recorder = self.teacher_vision(), AttentionRecorder()
         tokens = vision(
             scene["patches"],
             scene["positions"],
             grid=self.teacher_grid(scene),
             only_cls=vision.cfg.pool == "cls",
-            watch=watch,
+            recorder=recorder,
         )
         if self.options.layers == "all":
-            scores = torch.stack(watch.layers).mean(0)
+            scores = torch.stack(recorder.layers).mean(0)
         else:
-            scores = watch.layers[-1]
+            scores = recorder.layers[-1]
         # without the class token's attention to itself
         return scores[:, 1:], vision.pool(tokens)
 
-    def select(self, scores: Tensor, scene: ViewBatch, view: ViewBatch, share: float) -> ViewBatch:
+    def select_patches(
+        self, scores: Tensor, scene: ViewBatch, view: ViewBatch, share: float
+    ) -> ViewBatch:
         """Return the patches of a view that stay: (B, K, 3 P P) at (B, K)."""
         grid = self.teacher_grid(scene)
-        at_patches = scores_at(scores, grid, scene["box"], view["box"], self.cfg.grid)
-        keep = self.attentive.choose(at_patches, share, view["noise"])
-        return ViewBatch(patches=take(view["patches"], keep), positions=keep)
+        at_patches = scores_in_view(scores, grid, scene["box"], view["box"], self.cfg.grid)
+        keep = self.selector.choose(at_patches, share, view["noise"])
+        return ViewBatch(patches=gather_patches(view["patches"], keep), positions=keep)
 
     def teacher_vision(self) -> VisionTower:
         """Return the teacher's vision tower."""
@@ -238,7 +246,7 @@ class Aclip(Averaging):
 
         # 1. Each view against the text.
         losses, accuracies = [], []
-        for image in in_order(features, "image"):
+        for image in numbered_features(features, "image"):
             loss, metrics = contrastive(image, features["text"], features["scale"])
             losses.append(loss)
             accuracies.append(metrics["accuracy"])
@@ -252,7 +260,7 @@ class Aclip(Averaging):
         # 2. The auxiliary losses.
         auxiliary = {}
         if options.simclr:
-            auxiliary["simclr"] = self.simclr_loss(in_order(features, "simclr"))
+            auxiliary["simclr"] = self.simclr_loss(numbered_features(features, "simclr"))
         for name in ("simsiam", "byol"):
             if name in features:
                 auxiliary[name] = batch_mean(features[name])
@@ -270,16 +278,16 @@ class Aclip(Averaging):
         return torch.stack(losses).mean()
 
 
-def attentive(options: Options, cfg: ModelConfig) -> Attentive:
-    return Attentive(options.strategy, options.block, cfg.patch, cfg.grid)
+def build_selector(options: Options, cfg: ModelConfig) -> PatchSelector:
+    return PatchSelector(options.strategy, options.block, cfg.patch_size, cfg.grid)
 
 
-def in_order(features: Mapping[str, Tensor], name: str) -> list[Tensor]:
+def numbered_features(features: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """Return the features name0, name1, and so on."""
     return [features[f"{name}{i}"] for i in range(len(features)) if f"{name}{i}" in features]
 
 
-def between(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def pairwise_simsiam(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Return SimSiam's loss over all pairs of views, both ways, (B,)."""
     losses = []
     for i, prediction in enumerate(predictions):

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 STRATEGIES = ("low", "high", "mixed", "random")
-DRAWN = 0.25  # of what the strategy mixed keeps
+RANDOM_SHARE = 0.25  # of what the strategy mixed keeps
 
 
-class Attentive:
+class PatchSelector:
     """Choice of the patches that stay, by their scores.
 
     strategy: low (the lowest scores go), high (the highest go), mixed (a quarter of the patches
@@ -29,45 +29,47 @@ class Attentive:
     of `block` pixels, 1 x 1 patch or more.
     """
 
-    def __init__(self, strategy: str, block: int, patch: int, grid: tuple[int, int]):
+    def __init__(self, strategy: str, block: int, patch_size: int, grid: tuple[int, int]):
         if strategy not in STRATEGIES:
             raise ValueError(
                 f"options.strategy {strategy!r}: unknown; known: {', '.join(STRATEGIES)}"
             )
-        side = block // patch
-        if block < patch or block % patch or any(length % side for length in grid):
+        side = block // patch_size
+        if block < patch_size or block % patch_size or any(length % side for length in grid):
             divisors = [
                 k for k in range(1, min(grid) + 1) if not any(length % k for length in grid)
             ]
-            fits = [k * patch for k in divisors]
+            fits = [k * patch_size for k in divisors]
             raise ValueError(
-                f"options.block {block}: a grid of {grid[0]} x {grid[1]} patches of {patch} pixels"
+                f"options.block {block}: a grid of {grid[0]} x {grid[1]} patches of {patch_size} pixels"
                 f" divides into blocks of {', '.join(map(str, fits))}"
             )
-        self.strategy, self.side, self.grid = strategy, side, grid
+        self.strategy, self.block_side, self.grid = strategy, side, grid
         # (N, n): the patches of each block
-        self.members = self.blocks(torch.arange(grid[0] * grid[1])[None].double())[0].long()
+        self.patches_of_block = self.group_by_block(torch.arange(grid[0] * grid[1])[None].double())[
+            0
+        ].long()
 
-    def blocks(self, scores: Tensor) -> Tensor:
+    def group_by_block(self, scores: Tensor) -> Tensor:
         """Return scores (B, L) by blocks, (B, N, n)."""
-        rows, columns = (length // self.side for length in self.grid)
+        rows, columns = (length // self.block_side for length in self.grid)
         return (
-            scores.view(-1, rows, self.side, columns, self.side)
+            scores.view(-1, rows, self.block_side, columns, self.block_side)
             .transpose(2, 3)
             .flatten(3)
             .flatten(1, 2)
         )
 
-    def kept(self, share: float) -> int:
+    def count_blocks(self, share: float) -> int:
         """Return how many blocks stay for a share of the patches; half a block counts as one.
 
         Of 196 patches in 49 blocks: 25 blocks, 100 patches, at a half, as in A-CLIP's release; 64
         at a third and 48 at a quarter. One by one: 98, 65, 49. (Table 5 has 98, 65, 48.)
         """
-        count = int(round(len(self.members) * share, 6) + 0.5)
-        if not 0 < count <= len(self.members):
+        count = int(round(len(self.patches_of_block) * share, 6) + 0.5)
+        if not 0 < count <= len(self.patches_of_block):
             raise ValueError(
-                f"options.keep {share}: keeps {count} of {len(self.members)} blocks; use smaller"
+                f"options.keep {share}: keeps {count} of {len(self.patches_of_block)} blocks; use smaller"
                 " blocks, or another share"
             )
         return count
@@ -77,20 +79,25 @@ class Attentive:
 
         scores (B, L). share: of the patches. noise (B, L), uniform: for mixed and random.
         """
-        score, count = self.blocks(scores.float()).mean(2), self.kept(share)  # (B, N)
+        score, count = (
+            self.group_by_block(scores.float()).mean(2),
+            self.count_blocks(share),
+        )  # (B, N)
         if self.strategy in ("mixed", "random"):
             assert noise is not None, f"strategy {self.strategy} draws by noise"
-            drawn = count if self.strategy == "random" else round(DRAWN * count)
-            noise = self.blocks(noise)[:, :, 0]  # below 1, where a rank from the top is at least 1
+            drawn = count if self.strategy == "random" else round(RANDOM_SHARE * count)
+            noise = self.group_by_block(noise)[
+                :, :, 0
+            ]  # below 1, where a rank from the top is at least 1
             order = score.argsort(dim=1, descending=True, stable=True)
             score = torch.zeros_like(score).scatter_(1, order[:, : count - drawn], 1.0) + noise
         order = score.argsort(dim=1, descending=self.strategy != "high", stable=True)
-        self.members = self.members.to(order.device)  # copied once
-        chosen = self.members[order[:, :count]]  # (B, count, n)
+        self.patches_of_block = self.patches_of_block.to(order.device)  # copied once
+        chosen = self.patches_of_block[order[:, :count]]  # (B, count, n)
         return chosen.flatten(1).sort(dim=1).values
 
 
-def scores_at(
+def scores_in_view(
     scores: Tensor,
     teacher_grid: tuple[int, int],
     teacher_box: Tensor,
@@ -123,6 +130,6 @@ def scores_at(
     return sampled.flatten(1)
 
 
-def take(patches: Tensor, keep: Tensor) -> Tensor:
+def gather_patches(patches: Tensor, keep: Tensor) -> Tensor:
     """Return the patches to keep: (B, L, X), keep (B, K) -> (B, K, X)."""
     return patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))

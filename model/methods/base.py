@@ -56,21 +56,21 @@ class MicroBatch(TypedDict):
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoOptions:
     """Options of a method that has none."""
 
 
 class Method(nn.Module, ABC):
     """Towers, and the facts on a method that a run needs: its options, views and teacher."""
 
-    Options: type = Nothing  # what the config's `options:` may hold
+    Options: type = NoOptions  # what the config's `options:` may hold
     # the views that it reads, and how many of each it can use
-    views: dict[str, tuple[int, ...]] = {"image": (1,)}
-    hidden: tuple[str, ...] = ()  # views whose hidden patches it reads, as targets
+    allowed_view_counts: dict[str, tuple[int, ...]] = {"image": (1,)}
+    hidden_patch_views: tuple[str, ...] = ()  # views whose hidden patches it reads, as targets
     # views whose visible patches it chooses itself, with uniform noise of the data path
-    noise: tuple[str, ...] = ()
-    enclosing: tuple[str, ...] = ()  # views around others, of which it reads the boxes
-    shared: tuple[str, ...] = ("scale",)
+    noise_views: tuple[str, ...] = ()
+    enclosing_views: tuple[str, ...] = ()  # views around others, of which it reads the boxes
+    shared_features: tuple[str, ...] = ("scale",)
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__()
@@ -78,7 +78,7 @@ class Method(nn.Module, ABC):
         self.towers = Towers(cfg, vocab, context)
 
     @staticmethod
-    def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
+    def check_options(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
         """Raise ValueError if the options do not go with the model or the number of draws.
 
         counts: draws of each view.
@@ -114,7 +114,7 @@ class Method(nn.Module, ABC):
         assert isinstance(towers, Towers)
         return towers
 
-    def pooled(self, views: Sequence[ViewBatch]) -> list[Tensor]:
+    def pool_views(self, views: Sequence[ViewBatch]) -> list[Tensor]:
         """Return the pooled features (B, D) of each view.
 
         If all views have the same number of patches, they pass through the tower together.
@@ -153,7 +153,7 @@ class Method(nn.Module, ABC):
         """Return (loss (), metrics to log) for the features of the whole batch on this rank."""
 
 
-class Averaging(Method):
+class EmaMethod(Method):
     """Method with a teacher that is a moving average."""
 
     @abstractmethod
@@ -185,21 +185,21 @@ def replace_submodules(module: nn.Module, others: Mapping[nn.Module, nn.Module])
     return twin
 
 
-def at_least(least: float, **options: float) -> None:
+def require_at_least(least: float, **options: float) -> None:
     """Raise ValueError naming the first option that is less."""
     for name, value in options.items():
         if not value >= least:
             raise ValueError(f"options.{name} {value}: it must be at least {least}")
 
 
-def above(bound: float, **options: float) -> None:
+def require_above(bound: float, **options: float) -> None:
     """Raise ValueError naming the first option that is not more."""
     for name, value in options.items():
         if not value > bound:
             raise ValueError(f"options.{name} {value}: it must be above {bound}")
 
 
-def sees_all_patches(view: ViewBatch) -> tuple[Tensor, Tensor]:
+def all_patches(view: ViewBatch) -> tuple[Tensor, Tensor]:
     """Return all patches (B, L, 3 P P) of a masked view and their positions (B, L).
 
     The visible ones come first, then the hidden ones.

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from glimpse.model.collectives import batch_mean
-from glimpse.model.heads import Decoder, check_decoder
+from glimpse.model.heads import PatchDecoder, check_decoder_width
 from glimpse.model.losses import contrastive, reconstruction
-from glimpse.model.methods.base import Method, MicroBatch, above, at_least, sees_all_patches
+from glimpse.model.methods.base import (
+    Method,
+    MicroBatch,
+    all_patches,
+    require_above,
+    require_at_least,
+)
 from glimpse.model.towers import ModelConfig
-from glimpse.model.vision import normalise
+from glimpse.model.vision import normalize_pixels
 
 
 @dataclass(frozen=True)
@@ -41,41 +47,41 @@ class Options:
     def __post_init__(self) -> None:
         if self.contrast not in ("image", "visible"):
             raise ValueError(f"options.contrast {self.contrast!r}: unknown; known: image, visible")
-        at_least(1, depth=self.depth)
-        above(0, weight=self.weight)
+        require_at_least(1, depth=self.depth)
+        require_above(0, weight=self.weight)
 
 
 class Mae(Method):
     Options = Options
-    hidden = ("image",)
+    hidden_patch_views = ("image",)
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
-        self.decoder = Decoder(
+        self.decoder = PatchDecoder(
             cfg.shape.width,
             options.width,
             options.depth,
             options.heads,
             cfg.grid,
-            out=3 * cfg.patch**2,
-            recompute=cfg.checkpoint_activations,
+            out=3 * cfg.patch_size**2,
+            checkpoint_activations=cfg.checkpoint_activations,
         )
 
     @staticmethod
-    def check(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
-        check_decoder(options.width, options.heads)
+    def check_options(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
+        check_decoder_width(options.width, options.heads)
 
     def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         view, towers, vision = micro_batch["views"]["image"], self.towers, self.cfg.vision
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
         if self.options.contrast == "image":
-            pooled = towers.image_features(*sees_all_patches(view))
+            pooled = towers.image_features(*all_patches(view))
         else:
             pooled = towers.vision.pool(tokens)
 
         # The hidden patches, predicted and real: (B, L - K, 3 P P).
         prediction = self.decoder(tokens, view["positions"], view["hidden_positions"])
-        target = normalise(view["hidden"], vision.mean, vision.std, torch.float32)
+        target = normalize_pixels(view["hidden"], vision.mean, vision.std, torch.float32)
         features = self.pair_features(pooled, micro_batch["text"])
         error = reconstruction(prediction, target, self.options.normalise)
         return dict(features, reconstruction=error)

@@ -15,10 +15,16 @@ from torch import Tensor, nn
 from glimpse.model.collectives import batch_mean
 from glimpse.model.ema import check_momentum
 from glimpse.model.ema import linear_momentum as linear_momentum
-from glimpse.model.heads import Decoder
+from glimpse.model.heads import PatchDecoder
 from glimpse.model.losses import contrastive, distillation
-from glimpse.model.methods.base import Averaging, MicroBatch, above, at_least, sees_all_patches
-from glimpse.model.towers import ModelConfig, vision_tower
+from glimpse.model.methods.base import (
+    EmaMethod,
+    MicroBatch,
+    all_patches,
+    require_above,
+    require_at_least,
+)
+from glimpse.model.towers import ModelConfig, build_vision_tower
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class Options:
         if self.convention not in ("sum", "half"):
             raise ValueError(f"options.convention {self.convention!r}: unknown; known: half, sum")
         check_momentum(self.momentum)
-        at_least(1, depth=self.depth)
-        above(0, weight=self.weight, beta=self.beta)
+        require_at_least(1, depth=self.depth)
+        require_above(0, weight=self.weight, beta=self.beta)
         if not self.contrast and self.teacher in ("average", "student"):
             raise ValueError(
                 f"options.contrast: false with teacher {self.teacher!r}: nothing would be learned"
@@ -58,24 +64,24 @@ class Options:
             )
 
 
-class MaskClip(Averaging):
+class MaskClip(EmaMethod):
     Options = Options
-    hidden = ("image",)
+    hidden_patch_views = ("image",)
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
         width = cfg.shape.width
-        self.decoder = Decoder(
+        self.decoder = PatchDecoder(
             width,
             width,
             options.depth,
             cfg.shape.heads,
             cfg.grid,
             out=width,
-            recompute=cfg.checkpoint_activations,
+            checkpoint_activations=cfg.checkpoint_activations,
         )
         if options.teacher != "student":
-            self.teacher = nn.ModuleDict({"vision": vision_tower(cfg)}).requires_grad_(False)
+            self.teacher = nn.ModuleDict({"vision": build_vision_tower(cfg)}).requires_grad_(False)
         if not options.contrast:
             for module in (
                 self.towers.text,
@@ -101,7 +107,7 @@ class MaskClip(Averaging):
 
     def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         view, towers, options = micro_batch["views"]["image"], self.towers, self.options
-        patches, positions = sees_all_patches(view)  # the hidden patches last
+        patches, positions = all_patches(view)  # the hidden patches last
 
         # 1. The whole image, for the teacher's targets and the contrastive loss.
         features: dict[str, Tensor] = {}

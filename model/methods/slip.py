@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glimpse.model.heads import simclr_head
 from glimpse.model.losses import contrastive, simclr
-from glimpse.model.methods.base import Method, MicroBatch, above, at_least
+from glimpse.model.methods.base import Method, MicroBatch, require_above, require_at_least
 from glimpse.model.towers import ModelConfig
 
 
@@ -29,14 +29,14 @@ class Options:
     as_released: bool = False
 
     def __post_init__(self) -> None:
-        at_least(0, weight=self.weight)
-        at_least(1, hidden=self.hidden, out=self.out)
-        above(0, temperature=self.temperature)
+        require_at_least(0, weight=self.weight)
+        require_at_least(1, hidden=self.hidden, out=self.out)
+        require_above(0, temperature=self.temperature)
 
 
 class Slip(Method):
     Options = Options
-    views = {"image": (1,), "augmented": (2,)}
+    allowed_view_counts = {"image": (1,), "augmented": (2,)}
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
         super().__init__(cfg, vocab, context, options)
@@ -44,7 +44,9 @@ class Slip(Method):
 
     def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         views = micro_batch["views"]
-        image, one, two = self.pooled([views["image"], views["augmented1"], views["augmented2"]])
+        image, one, two = self.pool_views(
+            [views["image"], views["augmented1"], views["augmented2"]]
+        )
         features = self.pair_features(image, micro_batch["text"])
         # each view has its own batch statistics
         return dict(features, one=self.head(one), two=self.head(two))

@@ -215,7 +215,7 @@ class Classifier(nn.Module):
     ) -> Tensor:
         """Return logits (B, C) fp32 of patches (B, L, 3 P P) at positions (B, L).
 
-        drop_path_mask: the drop-path masks, see model.layers.drop_path.
+        drop_path_mask: the drop-path masks, see model.layers.make_drop_path_mask.
         """
         only_cls = self.vision.cfg.pool == "cls"
         tokens = self.vision(patches, positions, only_cls=only_cls, drop_path_mask=drop_path_mask)

@@ -246,7 +246,7 @@ def train_with_tower(
     share = torch.cat([rank_share(samples) for samples in batches])
     workers = min(model.cfg.data.workers, 2)
     rank_batch = options.batch // world_size()
-    rounds = train.rounds(
+    image_batches = train.batches(
         model.preprocess, rank_batch, image_indices[share].tolist(), len(batches), workers
     )
 
@@ -261,7 +261,7 @@ def train_with_tower(
 
     # 3. Train.
     learning_rate = cosine_rate(options.lr, warmup=0.1)
-    pairs = zip(batches, rounds)
+    pairs = zip(batches, image_batches)
     losses = fit(trainer, pairs, compute_loss, learning_rate, len(batches), model.log)
 
     # 4. Return the model with the trained tower as the encoder of its tokens.

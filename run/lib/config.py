@@ -176,22 +176,22 @@ class RunConfig:
             self.check_view(name)
 
         # A method that learns from masked patches needs a mask that hides some.
-        for spec in plan_views(self.views, self.model.image_size, self.model.patch):
+        for spec in plan_views(self.views, self.model.image_size, self.model.patch_size):
             rows, columns = spec.grid
             hides_nothing = spec.mask.visible_count(rows * columns) == rows * columns
-            if spec.name in method.hidden and hides_nothing:
+            if spec.name in method.hidden_patch_views and hides_nothing:
                 raise ValueError(
                     f"views.{spec.name}.mask: {spec.view.mask!r} hides nothing; method"
                     f" {self.method!r} learns from masked patches: use e.g. random(0.75)"
                 )
 
         counts = {name: view.count for name, view in self.views.items()}
-        method.check(self.options, self.model, counts)
+        method.check_options(self.options, self.model, counts)
 
     def check_view_names(self) -> None:
         """Raise ValueError unless the views have the names and counts that the method requires."""
         method = METHODS[self.method]
-        for name, counts in method.views.items():
+        for name, counts in method.allowed_view_counts.items():
             if name not in self.views:
                 raise ValueError(
                     f"views: method {self.method!r} reads view {name!r}; add it under views:"
@@ -203,7 +203,7 @@ class RunConfig:
                     f"views.{name}.count: {count}; method {self.method!r} takes {allowed}"
                 )
         for name in self.views:
-            check_choice(f"views: method {self.method!r}", name, method.views)
+            check_choice(f"views: method {self.method!r}", name, method.allowed_view_counts)
 
     def check_view(self, name: str) -> None:
         """Raise ValueError if the method cannot use the settings of a view."""
@@ -211,7 +211,7 @@ class RunConfig:
         view = self.views[name]
 
         # A view that encloses others is cropped around their boxes, and may have its own size.
-        encloses_others = name in method.enclosing
+        encloses_others = name in method.enclosing_views
         if encloses_others != bool(view.encloses):
             allowed = "the names of other views, e.g. [view]" if encloses_others else "only []"
             raise ValueError(
@@ -224,7 +224,7 @@ class RunConfig:
                 " model.image_size; remove it"
             )
 
-        chosen_by_method = (*method.noise, *method.enclosing)
+        chosen_by_method = (*method.noise_views, *method.enclosing_views)
         if view.mask != "none" and name in chosen_by_method:
             raise ValueError(
                 f"views.{name}.mask: {view.mask!r}; method {self.method!r} chooses the visible"
@@ -244,10 +244,10 @@ def build_reader(cfg: RunConfig) -> SampleReader:
         cfg.data,
         cfg.views,
         image_size=cfg.model.image_size,
-        patch=cfg.model.patch,
+        patch=cfg.model.patch_size,
         seed=cfg.seed,
-        hidden=method.hidden,
-        noise=method.noise,
+        hidden=method.hidden_patch_views,
+        noise=method.noise_views,
         pool=cfg.model.text.pool,
     )
 

@@ -175,7 +175,7 @@ def count_loss(method: nn.Module, features: dict[str, Tensor], batch: int) -> fl
     """
     rows = {}
     for name, feature in features.items():
-        shape = feature.shape if name in method.shared else (LOSS_ROWS, *feature.shape[1:])
+        shape = feature.shape if name in method.shared_features else (LOSS_ROWS, *feature.shape[1:])
         rows[name] = feature.new_empty(shape).requires_grad_()
     with create_counter() as counter:
         loss, _ = method.loss(rows)

@@ -42,7 +42,7 @@ def caption_lengths(cfg: RunConfig, tokens: float, batch: int) -> list[int]:
 def visible_patches(cfg: RunConfig) -> dict[str, int]:
     """Return the number K of visible patches of each view."""
     counts = {}
-    for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch):
+    for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch_size):
         rows, columns = grid
         counts[name] = mask.visible_count(rows * columns)
     return counts
@@ -63,13 +63,13 @@ def random_micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
     Under FakeTensorMode it takes no memory.
     """
     method = METHODS[cfg.method]
-    hidden_views = expand_view_names(cfg, method.hidden)
-    noise_views = expand_view_names(cfg, method.noise)
-    patch_values = 3 * cfg.model.patch**2
+    hidden_views = expand_view_names(cfg, method.hidden_patch_views)
+    noise_views = expand_view_names(cfg, method.noise_views)
+    patch_values = 3 * cfg.model.patch_size**2
 
     # Views: the visible patches, and the extra inputs that the method reads for each view.
     views = {}
-    for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch):
+    for name, _, mask, grid in plan_views(cfg.views, cfg.model.image_size, cfg.model.patch_size):
         L = grid[0] * grid[1]
         K = mask.visible_count(L)
         # A uniform choice is enough: costs depend on the number of visible patches only.
@@ -79,7 +79,7 @@ def random_micro_batch(cfg: RunConfig, tokens: float, batch: int) -> dict:
         view = dict(
             patches=random_pixels(batch, K, patch_values), positions=visible.to(torch.int16)
         )
-        if method.enclosing:
+        if method.enclosing_views:
             corner = torch.rand(batch, 2) * SOURCE_SIDE / 8
             size = torch.full((batch, 2), 0.75 * SOURCE_SIDE)
             view["box"] = torch.cat([corner, size], 1)

@@ -57,7 +57,9 @@ class ParameterCounts:
         frozen = [p.numel() for p in method.parameters() if not p.requires_grad]
         groups = optim.parameter_groups(method, cfg.optim)
         group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-        ema_sizes = [teacher.numel() for teacher, _ in ema.parameters(method.ema_pairs()).values()]
+        ema_sizes = [
+            teacher.numel() for teacher, _ in ema.pair_parameters(method.ema_pairs()).values()
+        ]
         unsharded = [size for size in trained if size < threshold]
         return cls(
             trained=sum(trained),

@@ -19,7 +19,7 @@ from glimpse.data.shards import Shards
 from glimpse.data.tokenizer import Tokenizer, pack
 from glimpse.data.transforms import center_view, decode
 from glimpse.model.layers import AttentionRecorder
-from glimpse.model.methods.attentive import Attentive, take
+from glimpse.model.methods.attentive import PatchSelector, gather_patches
 from glimpse.model.methods.base import Method
 from glimpse.run.lib.config import RunConfig
 from glimpse.run.lib.distributed import to_device
@@ -57,12 +57,12 @@ def masked_inputs_picture(micro_batch: MicroBatch, cfg: RunConfig) -> Tensor:
     """Return the first images of each view of a micro-batch as one picture (3, H, W) uint8."""
     # Rows of images, view by view.
     rows: list[Tensor] = []
-    views = plan_views(cfg.views, cfg.model.image_size, cfg.model.patch)
+    views = plan_views(cfg.views, cfg.model.image_size, cfg.model.patch_size)
     for name, _, _, grid in views:
         view = micro_batch["views"][name]
         patches = view["patches"][:MAX_IMAGES].cpu()  # (n, K, 3 P P)
         positions = view["positions"][:MAX_IMAGES].cpu().long()  # (n, K)
-        images = add_frames(place_patches(patches, positions, cfg.model.patch, grid))
+        images = add_frames(place_patches(patches, positions, cfg.model.patch_size, grid))
         # Fill the last row with white images.
         missing = -len(images) % IMAGES_PER_ROW
         blank = images.new_full((missing, *images.shape[1:]), 255)
@@ -110,7 +110,7 @@ def build_gallery(
         for image in images
     ]
     originals = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    patches = patchify(originals, cfg.model.patch)
+    patches = patchify(originals, cfg.model.patch_size)
     grid = cfg.model.grid
     positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
     attention, tokens = attend(method, **to_device(dict(patches=patches, positions=positions)))
@@ -123,17 +123,19 @@ def build_gallery(
     # Attentive masks choose blocks of the size in A-CLIP's options, by default 2 x 2 patches if
     # the grid can be divided into them.
     is_even = all(side % 2 == 0 for side in grid)
-    default_block = 2 * cfg.model.patch if is_even else cfg.model.patch
+    default_block = 2 * cfg.model.patch_size if is_even else cfg.model.patch_size
     block = getattr(cfg.options, "block", default_block)
     for strategy in ("low", "high"):
-        mask = Attentive(strategy, block, cfg.model.patch, grid)
+        mask = PatchSelector(strategy, block, cfg.model.patch_size, grid)
         name = f"attentive, {strategy}, blocks of {block} px"
         visible_positions[name] = mask.choose(attention, 0.5)
 
     # 3. The columns.
     columns = {"image": originals}
     for name, visible in visible_positions.items():
-        columns[name] = place_patches(take(patches, visible), visible, cfg.model.patch, grid)
+        columns[name] = place_patches(
+            gather_patches(patches, visible), visible, cfg.model.patch_size, grid
+        )
     columns["attention"] = heat_maps(attention, grid, originals)
     columns["similarity"] = heat_maps(similarity, grid, originals)
     return columns
@@ -146,9 +148,9 @@ def attend(method: Method, patches: Tensor, positions: Tensor) -> tuple[Tensor, 
     """
     student = AttentionRecorder()
     teacher = AttentionRecorder()
-    tokens = method.towers.vision(patches, positions, watch=student)
+    tokens = method.towers.vision(patches, positions, recorder=student)
     if hasattr(method, "teacher"):
-        method.teacher.vision(patches, positions, watch=teacher)
+        method.teacher.vision(patches, positions, recorder=teacher)
     layers = teacher.layers or student.layers
     if getattr(method.options, "layers", "all") == "last":
         layers = layers[-1:]

@@ -65,7 +65,7 @@ def save(engine: Engine, folder: Path, state: dict, keep: int) -> Path:
     engine.ds.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
     if engine.averages.pairs and (engine.stage == 3 or rank() == 0):
         # clone(): torch.save would write the full storage of a view
-        averages = {name: average.clone() for name, average in engine.averages.kept.items()}
+        averages = {name: average.clone() for name, average in engine.averages.values.items()}
         torch.save(averages, path / AVERAGE_FILE.format(rank()))
     barrier()
 

@@ -196,7 +196,7 @@ def load_averages(engine: Engine, path: Path, manifest: dict) -> None:
         file = path / AVERAGE_FILE.format(i)
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
-    for name, average in engine.averages.kept.items():
+    for name, average in engine.averages.values.items():
         # This rank's elements of the flat parameter are [first, end). A saved shard has `size`.
         length = len(average)
         size = len(saved_shards(min(index, saved_count - 1))[name])

@@ -221,11 +221,11 @@ class Engine:
         #    student (momentum 0 copies).
         self.temperatures = [m for m in method.modules() if isinstance(m, Temperature)]
         self.update_temperature_residuals()
-        pairs = ema.parameters(method.ema_pairs())
+        pairs = ema.pair_parameters(method.ema_pairs())
         if self.stage == 3:
             teachers = [teacher for teacher, _ in pairs.values()]
             disable_persistence(teachers, self.ds.optimizer.persistent_parameters)
-        self.averages = ema.Average(pairs, local_shard, local_fp32_shard, discard_gathered)
+        self.averages = ema.MovingAverages(pairs, local_shard, local_fp32_shard, discard_gathered)
         self.averages.update(0.0)
 
     def restore(self, folder: Path, manifest: dict) -> None:
@@ -307,12 +307,12 @@ class Engine:
     def concatenate(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the features of the whole batch, as leaf tensors that require grad.
 
-        Features in `method.shared` (such as the temperature) do not depend on the samples; they
-        are taken from the first micro-batch.
+        Features in `method.shared_features` (such as the temperature) do not depend on the
+        samples; they are taken from the first micro-batch.
         """
         features = {}
         for name, first in outputs[0].items():
-            if name in self.method.shared:
+            if name in self.method.shared_features:
                 feature = first
             else:
                 feature = torch.cat([output[name] for output in outputs])
@@ -325,7 +325,7 @@ class Engine:
         """Split the gradients of the whole batch's features into those of each micro-batch."""
         micro_gradients: list[dict[str, torch.Tensor]] = [{} for _ in outputs]
         for name, gradient in gradients.items():
-            if name in self.method.shared:
+            if name in self.method.shared_features:
                 # every micro-batch adds its part of a shared feature's gradient
                 pieces = [gradient / len(outputs)] * len(outputs)
             else:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from glimpse.model.methods import Method
-from glimpse.model.portable import is_one
+from glimpse.model.portable import is_glimpse_folder
 from glimpse.model.towers import ModelConfig
 from glimpse.run.lib.config import build, merge, tuples_to_lists
 from glimpse.run.lib.distributed import broadcast_from_rank0
@@ -106,7 +106,7 @@ def check_init_source(path: Path, cfg: ModelConfig, vocabulary: str) -> str:
     That is both towers, or the vision tower if the model has no text tower. Raises ValueError if
     the vocabulary or the architecture differs from the config's.
     """
-    if is_one(path):
+    if is_glimpse_folder(path):
         provenance = read_provenance(path)
         if not provenance["vocab"]:
             return check_vision_tower(path, cfg)
@@ -136,7 +136,7 @@ def check_architecture(
     path: Path, cfg: ModelConfig, advice: str, vision_only: bool = False
 ) -> None:
     """Raise ValueError with the first architecture setting in which a model differs from cfg."""
-    if is_one(path):
+    if is_glimpse_folder(path):
         tree = read_portable_config(path)["model"]
     else:
         tree = read_manifest(path)["identity"]["model"]
@@ -145,9 +145,10 @@ def check_architecture(
     config_settings = tuples_to_lists(architecture_settings(cfg, vision_only))
     for key, stored, current in differences(stored_settings, config_settings, "model"):
         if key in ("model.grid", "model.patch"):
-            sides = " ".join(map(str, dict.fromkeys(cfg.sides)))
+            sides = " ".join(map(str, dict.fromkeys(cfg.image_shape)))
             advice = (
-                f"python run/convert.py glimpse {path} OUT --patch {cfg.patch} --image-size {sides}"
+                f"python run/convert.py glimpse {path} OUT --patch {cfg.patch_size}"
+                f" --image-size {sides}"
                 " writes a model that fits"
             )
         raise ValueError(
@@ -166,4 +167,4 @@ def architecture_settings(model: ModelConfig, vision_only: bool) -> dict:
     if vision_only:
         shape = {key: shape[key] for key in ("width", "depth", "heads", "mlp")}
     text = None if vision_only else asdict(model.text)
-    return dict(shape=shape, patch=model.patch, grid=model.grid, vision=vision, text=text)
+    return dict(shape=shape, patch=model.patch_size, grid=model.grid, vision=vision, text=text)

@@ -19,12 +19,17 @@ from pathlib import Path
 
 import torch
 
-from glimpse.data.tokenizer import Tokenizer
-from glimpse.data.tokenizer import build_tokenizer
+from glimpse.data.tokenizer import Tokenizer, build_tokenizer
 from glimpse.model import ema, tensor_files
-from glimpse.model.lazy_tensors import Tensors, more
+from glimpse.model.lazy_tensors import LazyTensors, and_more
 from glimpse.model.methods import Method, build_method
-from glimpse.model.portable import CONFIG, WEIGHTS, About, Portable, is_one
+from glimpse.model.portable import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ModelInfo,
+    PortableModel,
+    is_glimpse_folder,
+)
 from glimpse.model.towers import ModelConfig
 from glimpse.run.lib.config import RunConfig, build, merge, relocate_tokenizer, tuples_to_lists
 from glimpse.run.lib.config import load as load_config
@@ -52,9 +57,9 @@ def find_model(path: Path) -> Path:
     """
     from glimpse.model.convert import claimed
 
-    if path.name == WEIGHTS and is_one(path.parent):
+    if path.name == WEIGHTS_FILE and is_glimpse_folder(path.parent):
         path = path.parent
-    if is_one(path):
+    if is_glimpse_folder(path):
         return path
 
     foreign_format = claimed(path) if path.exists() else None
@@ -63,14 +68,14 @@ def find_model(path: Path) -> Path:
             f"{path}: a model in {foreign_format} format; convert it first, with `python"
             f" run/convert.py glimpse {path} OUT`"
         )
-    if (path / CONFIG).is_file():
-        tensor_files.read_json(path / CONFIG)  # raises ValueError if it is damaged
+    if (path / CONFIG_FILE).is_file():
+        tensor_files.read_json(path / CONFIG_FILE)  # raises ValueError if it is damaged
     return newest_checkpoint(path)
 
 
 def results_folder(path: Path) -> Path:
     """Return the folder for a model's results: its run folder, or the converted model's folder."""
-    return path if is_one(path) else path.parents[1]
+    return path if is_glimpse_folder(path) else path.parents[1]
 
 
 def read_run_config(path: Path) -> RunConfig:
@@ -78,7 +83,7 @@ def read_run_config(path: Path) -> RunConfig:
 
     A converted model's config gets placeholders for the keys that only training reads.
     """
-    if not is_one(path):
+    if not is_glimpse_folder(path):
         run = path.parents[1]
         cfg = load_config(run / "config.yaml")
         data = replace(cfg.data, tokenizer=relocate_tokenizer(cfg.data.tokenizer, run))
@@ -98,7 +103,7 @@ def read_portable_config(path: Path) -> dict:
 
     Raises ValueError if a key is missing.
     """
-    tree = tensor_files.read_json(path / CONFIG)
+    tree = tensor_files.read_json(path / CONFIG_FILE)
     check_keys(path, tree, "", ("model", "views", "eval_crop"))
     check_keys(path, tree, "provenance", ("vocab", "fingerprint", "eot", "source"))
     if tree["provenance"].get("vocab") or tree.get("data"):
@@ -114,7 +119,9 @@ def check_keys(path: Path, tree: dict, key: str, names: tuple[str, ...]) -> None
         mapping = {}
     missing = [f"{key}.{name}".lstrip(".") for name in names if name not in mapping]
     if missing:
-        raise ValueError(f"{path / CONFIG}: {', '.join(missing)} missing; convert the model again")
+        raise ValueError(
+            f"{path / CONFIG_FILE}: {', '.join(missing)} missing; convert the model again"
+        )
 
 
 def read_provenance(path: Path) -> dict:
@@ -124,16 +131,16 @@ def read_provenance(path: Path) -> dict:
 
 def training_progress(path: Path) -> dict:
     """Return the step and samples that a model was trained for, if they are known."""
-    source = read_provenance(path)["source"] if is_one(path) else read_manifest(path)
+    source = read_provenance(path)["source"] if is_glimpse_folder(path) else read_manifest(path)
     return {key: source[key] for key in ("step", "samples") if key in source}
 
 
-def open_converted(path: Path) -> Portable:
+def open_converted(path: Path) -> PortableModel:
     """Open a converted model."""
     tree = read_portable_config(path)
     record = tree["provenance"]
     data = tree.get("data", {})
-    about = About(
+    about = ModelInfo(
         tokenizer=data.get("tokenizer", ""),
         fingerprint=record["fingerprint"],
         eot=record["eot"],
@@ -143,16 +150,16 @@ def open_converted(path: Path) -> Portable:
         source={**record["source"], "path": str(path)},
     )
     model = build(ModelConfig, merge({}, tree["model"]), "model.")
-    tensors = tensor_files.read(path / WEIGHTS)
-    return Portable(model, record["vocab"], data.get("context", 0), tensors, about)
+    tensors = tensor_files.read_tensors(path / WEIGHTS_FILE)
+    return PortableModel(model, record["vocab"], data.get("context", 0), tensors, about)
 
 
-def open_portable(path: Path, weights: str = "student") -> Portable:
+def open_portable(path: Path, weights: str = "student") -> PortableModel:
     """Open the towers of a model, in fp32, as the common form of all conversions.
 
     weights: "student", or "teacher" for a run's moving averages.
     """
-    if is_one(path):
+    if is_glimpse_folder(path):
         if weights != "student":
             raise ValueError(
                 f"--weights {weights}: {path} is a converted model, which has one set of weights;"
@@ -166,7 +173,7 @@ def open_portable(path: Path, weights: str = "student") -> Portable:
     tensors = zero_reader.read_weights(path)
     names = {name.removeprefix(TOWERS): name for name in tensors if name.startswith(TOWERS)}
     vocab = tensors.meta[f"{TOWERS}text.token.weight"].shape[0]
-    towers = tensors.renamed(names)
+    towers = tensors.rename(names)
     if weights == "teacher":
         towers = replace_by_averages(path, cfg, vocab, towers)
 
@@ -179,7 +186,7 @@ def open_portable(path: Path, weights: str = "student") -> Portable:
         step=manifest["step"],
         samples=manifest["samples"],
     )
-    about = About(
+    about = ModelInfo(
         tokenizer=cfg.data.tokenizer,
         fingerprint=manifest["identity"]["tokenizer"],
         pad_text=cfg.data.pad_text,
@@ -187,7 +194,7 @@ def open_portable(path: Path, weights: str = "student") -> Portable:
         interpolation=eval_interpolation(cfg),
         source=source,
     )
-    return Portable(cfg.model, vocab, cfg.data.context, towers, about)
+    return PortableModel(cfg.model, vocab, cfg.data.context, towers, about)
 
 
 def eval_interpolation(cfg: RunConfig) -> str:
@@ -195,14 +202,14 @@ def eval_interpolation(cfg: RunConfig) -> str:
     return next(iter(cfg.views.values())).interpolation
 
 
-def replace_by_averages(path: Path, cfg: RunConfig, vocab: int, towers: Tensors) -> Tensors:
+def replace_by_averages(path: Path, cfg: RunConfig, vocab: int, towers: LazyTensors) -> LazyTensors:
     """Return the towers' tensors, with moving averages in place of the parameters that have one."""
     with torch.device("meta"):
         method = build_method(cfg, vocab)
 
     # Find out which tower parameters have an average: eval_towers("teacher") returns towers that
     # contain the teacher's own Parameter objects. {parameter: (name, shape) of its average}
-    pairs = ema.parameters(method.ema_pairs()).items()
+    pairs = ema.pair_parameters(method.ema_pairs()).items()
     teachers = {id(teacher): (key, teacher.shape) for key, (teacher, _) in pairs}
     average_of = {}
     for name, parameter in method.eval_towers("teacher").named_parameters():
@@ -210,20 +217,20 @@ def replace_by_averages(path: Path, cfg: RunConfig, vocab: int, towers: Tensors)
             average_of[name] = teachers[id(parameter)]
 
     keys = {name: key for name, (key, _) in average_of.items()}
-    averages = zero_reader.read_averages(path, dict(average_of.values())).renamed(keys)
+    averages = zero_reader.read_averages(path, dict(average_of.values())).rename(keys)
 
     def read(name: str) -> torch.Tensor:
         return averages[name] if name in average_of else towers[name]
 
-    return Tensors({**towers.meta, **averages.meta}, read)
+    return LazyTensors({**towers.meta, **averages.meta}, read)
 
 
-def read_weights(path: Path) -> Tensors:
+def read_weights(path: Path) -> LazyTensors:
     """Return the weights of a checkpoint or converted model, by the method's parameter names."""
-    if not is_one(path):
+    if not is_glimpse_folder(path):
         return zero_reader.read_weights(path)
-    tensors = tensor_files.read(path / WEIGHTS)
-    return tensors.renamed({TOWERS + name: name for name in tensors})
+    tensors = tensor_files.read_tensors(path / WEIGHTS_FILE)
+    return tensors.rename({TOWERS + name: name for name in tensors})
 
 
 def load_weights(
@@ -249,7 +256,7 @@ def load_weights(
         shapes[stored_name] = getattr(parameter, "ds_shape", parameter.shape)
 
     # Check names and shapes on rank 0 before any rank waits for weights in a broadcast.
-    source = read_weights(path) if rank() == 0 else Tensors.held({})
+    source = read_weights(path) if rank() == 0 else LazyTensors.from_dict({})
     broadcast_from_rank0(partial(check_names_and_shapes, path, source, shapes, required_prefix))
 
     for name, stored_name in names.items():
@@ -259,7 +266,7 @@ def load_weights(
 
 
 def check_names_and_shapes(
-    path: Path, source: Tensors, shapes: dict[str, torch.Size], required_prefix: str | None
+    path: Path, source: LazyTensors, shapes: dict[str, torch.Size], required_prefix: str | None
 ) -> str:
     """Raise ValueError if the weights at a path do not match the expected names and shapes.
 
@@ -268,16 +275,16 @@ def check_names_and_shapes(
     missing = sorted(shapes.keys() - source.meta.keys())
     if missing:
         raise ValueError(
-            f"{path}: has no weights for {missing[0]}{more(missing)}; it holds another architecture"
-            " than this config's"
+            f"{path}: has no weights for {missing[0]}{and_more(missing)}; it holds another"
+            " architecture than this config's"
         )
     if required_prefix is not None:
         stored = {name for name in source if name.startswith(required_prefix)}
         extra = sorted(stored - shapes.keys())
         if extra:
             raise ValueError(
-                f"{path}: this config's model has no parameter {extra[0]}{more(extra)}; the weights"
-                " are of another architecture"
+                f"{path}: this config's model has no parameter {extra[0]}{and_more(extra)}; the"
+                " weights are of another architecture"
             )
     for name, shape in shapes.items():
         stored_shape = source.meta[name].shape
@@ -296,7 +303,7 @@ def open_model(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
     """
     cfg = read_run_config(path)
     tokenizer = build_tokenizer(cfg.data.tokenizer, cfg.data.context)
-    if is_one(path):
+    if is_glimpse_folder(path):
         source = read_provenance(path)
         if source["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(
@@ -305,7 +312,7 @@ def open_model(path: Path) -> tuple[RunConfig, Tokenizer, Method]:
                 " vocabulary file"
             )
         vocab = source["vocab"]
-        tensors = tensor_files.read(path / WEIGHTS).meta.values()
+        tensors = tensor_files.read_tensors(path / WEIGHTS_FILE).meta.values()
         bf16 = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
     else:
         check_identity(path, identity(cfg, tokenizer.fingerprint))

@@ -6,13 +6,13 @@ every parameter is one-dimensional.
 
 from torch import nn
 
-from glimpse.model.heads import BatchNorm
+from glimpse.model.heads import CrossRankBatchNorm
 from glimpse.run.lib.config import PARAMETER_KINDS, OptimConfig
 
 
 def parameter_kind(module: nn.Module, name: str) -> str:
     """Return the kind of the parameter `module.name`, one of PARAMETER_KINDS."""
-    if isinstance(module, (nn.LayerNorm, BatchNorm)):
+    if isinstance(module, (nn.LayerNorm, CrossRankBatchNorm)):
         return "norm"
     if isinstance(module, nn.Embedding):
         return "tokens"

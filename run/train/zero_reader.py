@@ -27,8 +27,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.safe_unpickler import GETATTR, UNSAFE, first_line, member
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.safe_unpickler import GETATTR, UNSAFE_MESSAGE, enum_member, first_line
 
 # What DeepSpeed's files contain besides tensors and plain Python types.
 ALLOWED_TYPES = [
@@ -36,7 +36,7 @@ ALLOWED_TYPES = [
     DynamicLossScaler,
     ZeroStageEnum,
     fragment_address,
-    (member, ".".join(GETATTR)),
+    (enum_member, ".".join(GETATTR)),
 ]
 
 
@@ -77,7 +77,7 @@ def read_structure(file: Path) -> dict:
             return torch.load(file, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{file}: refused ({refused[1]}): {UNSAFE}") from None
+            raise ValueError(f"{file}: refused ({refused[1]}): {UNSAFE_MESSAGE}") from None
         raise ValueError(f"{file}: truncated, or not a checkpoint ({first_line(error)})") from None
 
 
@@ -108,7 +108,7 @@ def slice_ranges(ranges: Iterable[StoredRange], first: int, count: int) -> list[
     return pieces
 
 
-def build_tensors(layout: Layout) -> Tensors:
+def build_tensors(layout: Layout) -> LazyTensors:
     """Return lazy fp32 tensors that are read from the ranges of a layout."""
     for name, (shape, ranges) in layout.items():
         stored_count = sum(stored.count for stored in ranges)
@@ -135,7 +135,7 @@ def build_tensors(layout: Layout) -> Tensors:
         return out.view(shape)
 
     meta = {name: torch.empty(shape, device="meta") for name, (shape, _) in layout.items()}
-    return Tensors(meta, read)
+    return LazyTensors(meta, read)
 
 
 def rank_files(path: Path, kind: str) -> list[Path]:
@@ -150,7 +150,7 @@ def rank_files(path: Path, kind: str) -> list[Path]:
     return matches
 
 
-def read_weights(path: Path) -> Tensors:
+def read_weights(path: Path) -> LazyTensors:
     """Return every parameter of a checkpoint's method in fp32.
 
     Trained parameters come from the optimizer's master copies, frozen ones from the module.
@@ -236,7 +236,7 @@ def sharded_layout(
     return layout
 
 
-def read_averages(path: Path, shapes: dict[str, torch.Size]) -> Tensors:
+def read_averages(path: Path, shapes: dict[str, torch.Size]) -> LazyTensors:
     """Return a teacher's moving averages, which run/train/checkpoint.py saves, in fp32.
 
     shapes: {name in model/ema.py: full shape}.

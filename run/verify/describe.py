@@ -7,7 +7,7 @@ from torch import Tensor
 from glimpse.data.builders import tokenizer_files
 from glimpse.model import tensor_files
 from glimpse.model.convert import claimed
-from glimpse.model.portable import Portable, is_one
+from glimpse.model.portable import PortableModel, is_glimpse_folder
 from glimpse.run.train import checkpoint
 from glimpse.run.train.log import format_count
 from glimpse.run.verify import open_any
@@ -54,7 +54,7 @@ def describe(path: Path, given: dict | None = None) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
-def vision_row(model: Portable) -> str:
+def vision_row(model: PortableModel) -> str:
     vision = model.cfg.vision
     return (
         f"positions {vision.positions}, pool {vision.pool}, pre_norm {vision.pre_norm}, patch_bias"
@@ -62,7 +62,7 @@ def vision_row(model: Portable) -> str:
     )
 
 
-def text_row(model: Portable, path: Path) -> str:
+def text_row(model: PortableModel, path: Path) -> str:
     text = model.cfg.text
     causal = "causal" if text.causal else "not causal"
     tokenizer = model.about.tokenizer or vocabulary(path)
@@ -72,7 +72,7 @@ def text_row(model: Portable, path: Path) -> str:
     )
 
 
-def stored_types(model: Portable) -> list[str]:
+def stored_types(model: PortableModel) -> list[str]:
     """Return the types of the stored tensors, without `torch.`."""
     metas = model.tensors.meta.values()
     return sorted({str(meta.dtype).removeprefix("torch.") for meta in metas})
@@ -110,7 +110,7 @@ def loose(path: Path, why: ValueError) -> str:
         )
     rows = []
     for file in loose_files(path):
-        if meta := tensor_files.metas(file):
+        if meta := tensor_files.read_meta_tensors(file):
             rows += tensor_rows(file, meta)
     if not rows:
         raise why
@@ -121,7 +121,7 @@ def loose_files(path: Path) -> list[Path]:
     """Return the files at a path that are described one by one: none of a known format."""
     if path.is_file():
         return [path]
-    if claimed(path) or is_one(path):
+    if claimed(path) or is_glimpse_folder(path):
         return []
     return sorted(path.glob("*"))
 
@@ -137,7 +137,7 @@ def tensor_rows(file: Path, meta: dict[str, Tensor]) -> list[str]:
     return rows
 
 
-def architecture(model: Portable) -> str:
+def architecture(model: PortableModel) -> str:
     """Return the architecture in a few words: ViT-B/32 at 224 with text, 151 M parameters."""
     shape = model.cfg.shape
     total = sum(meta.numel() for meta in model.tensors.meta.values())
@@ -149,13 +149,13 @@ def architecture(model: Portable) -> str:
     return f"ViT-{model.cfg.size} ({sizes}), {format_count(total)} parameters"
 
 
-def sides(model: Portable) -> str:
+def sides(model: PortableModel) -> str:
     """Return the size of images and the number of patches."""
-    (height, width), (rows, columns) = model.cfg.sides, model.cfg.grid
-    return f"{height} x {width} pixels, {rows} x {columns} patches of {model.cfg.patch}"
+    (height, width), (rows, columns) = model.cfg.image_shape, model.cfg.grid
+    return f"{height} x {width} pixels, {rows} x {columns} patches of {model.cfg.patch_size}"
 
 
-def counts(model: Portable) -> dict[str, str]:
+def counts(model: PortableModel) -> dict[str, str]:
     """Return the row with the number of parameters of each tower."""
     towers: dict[str, int] = {}
     for name, meta in model.tensors.meta.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from glimpse.model import safe_unpickler, tensor_files
 from glimpse.model.convert import FORMATS, claimed
-from glimpse.model.portable import CONFIG, Portable, is_one
+from glimpse.model.portable import CONFIG_FILE, PortableModel, is_glimpse_folder
 from glimpse.run.lib.config import build, relocate_tokenizer
 from glimpse.run.train.load_model import find_model, open_portable
 
@@ -17,7 +17,7 @@ class Nothing:
 
 def anything(
     path: Path, weights: str = "student", given: dict | None = None
-) -> tuple[str, Portable]:
+) -> tuple[str, PortableModel]:
     """Return (format, model) of a path.
 
     ValueError, one line that names the path, if it holds no model of ours or is damaged.
@@ -34,7 +34,7 @@ def anything(
             raise ValueError(
                 f"--given {' '.join(given)}: {path} tells everything itself; leave it out"
             )
-        return "glimpse" if is_one(folder) else "checkpoint of a run", open_portable(
+        return "glimpse" if is_glimpse_folder(folder) else "checkpoint of a run", open_portable(
             folder, weights
         )
     except ValueError as error:
@@ -48,7 +48,7 @@ def anything(
         raise ValueError(f"{path}: damaged, or not what {source} says ({what})") from error
 
 
-def foreign(path: Path, format_name: str, weights: str, given: dict) -> Portable:
+def foreign(path: Path, format_name: str, weights: str, given: dict) -> PortableModel:
     """Load a model of another format."""
     if weights != "student":
         raise ValueError(
@@ -65,16 +65,18 @@ def foreign(path: Path, format_name: str, weights: str, given: dict) -> Portable
 def check_known(path: Path) -> None:
     """Raise ValueError for a file, and for a folder whose config.json is of an unknown format."""
     if path.is_file():
-        tensor_files.read(path)  # raises ValueError if it cannot be read
+        tensor_files.read_tensors(path)  # raises ValueError if it cannot be read
         raise ValueError(
             f"{path}: tensors of no architecture that is known here; `run/convert.py inspect"
             f" {path}` lists them"
         )
-    if (path / CONFIG).is_file() and not is_one(path):
-        tree = tensor_files.read_json(path / CONFIG)
+    if (path / CONFIG_FILE).is_file() and not is_glimpse_folder(path):
+        tree = tensor_files.read_json(path / CONFIG_FILE)
         says = (
             tree.get("model_type")
             or tree.get("architecture")
             or "neither model_type nor architecture"
         )
-        raise ValueError(f"{path / CONFIG}: of no architecture that is known here: it says {says}")
+        raise ValueError(
+            f"{path / CONFIG_FILE}: of no architecture that is known here: it says {says}"
+        )

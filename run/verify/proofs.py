@@ -12,9 +12,9 @@ from torch import Tensor
 
 from glimpse.data.patches import patchify
 from glimpse.data.tokenizer import Tokenizer, pack
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.losses import unit
-from glimpse.model.portable import Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.losses import l2_normalize
+from glimpse.model.portable import PortableModel
 
 CLOSE = 1e-5  # for unit embeddings in fp32, whose sums may be in another order
 CAPTIONS = (
@@ -25,7 +25,7 @@ CAPTIONS = (
 )
 
 
-def flaw(source: Tensors, written: Tensors, dtype: torch.dtype) -> str | None:
+def flaw(source: LazyTensors, written: LazyTensors, dtype: torch.dtype) -> str | None:
     """Describe the first tensor that differs between a model and its copy, written with `dtype`.
 
     None if they are the same, bit for bit.
@@ -46,12 +46,12 @@ def flaw(source: Tensors, written: Tensors, dtype: torch.dtype) -> str | None:
     return None
 
 
-def rounded(tensors: Tensors, dtype: torch.dtype) -> bool:
+def rounded(tensors: LazyTensors, dtype: torch.dtype) -> bool:
     """Return True if `dtype` cannot hold all values of the tensors' types."""
     return any(torch.promote_types(meta.dtype, dtype) != dtype for meta in tensors.meta.values())
 
 
-def fits(model: Portable) -> bool:
+def fits(model: PortableModel) -> bool:
     """Return True if there is memory for two such models in fp32, and a third in between."""
     return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < room()
 
@@ -87,13 +87,15 @@ def room_in(group: Path) -> float:
 
 
 @torch.no_grad()
-def differences(model: Portable, peer: Callable, tokenizer: Tokenizer | None) -> dict[str, float]:
+def differences(
+    model: PortableModel, peer: Callable, tokenizer: Tokenizer | None
+) -> dict[str, float]:
     """Compare our embeddings of a few images and captions with a foreign model's, as unit vectors.
 
     Return the largest difference: {"images": ..., "captions": ...}.
     """
     torch.manual_seed(0)
-    images = torch.randn(4, 3, *model.cfg.sides)
+    images = torch.randn(4, 3, *model.cfg.image_shape)
     rows, padded, ids = [], [], None
     if tokenizer:
         rows = [tokenizer(caption) for caption in CAPTIONS]
@@ -104,19 +106,21 @@ def differences(model: Portable, peer: Callable, tokenizer: Tokenizer | None) ->
     far = {}
     for what, our_vectors, foreign_vectors in zip(("images", "captions"), ours, foreign):
         if our_vectors is not None:
-            far[what] = float((unit(our_vectors) - unit(foreign_vectors)).abs().max())
+            far[what] = float(
+                (l2_normalize(our_vectors) - l2_normalize(foreign_vectors)).abs().max()
+            )
     return far
 
 
 def embeddings(
-    model: Portable, images: Tensor, rows: list[list[int]]
+    model: PortableModel, images: Tensor, rows: list[list[int]]
 ) -> tuple[Tensor, Tensor | None]:
     """Return unit embeddings of normalized images (B, 3, H, W) and of rows of ids.
 
     For a vision tower alone: its pooled tokens, and None.
     """
     towers = model.towers()
-    patches = patchify(images, model.cfg.patch)
+    patches = patchify(images, model.cfg.patch_size)
     positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
     if not model.vocab:
         return towers.image_features(patches, positions), None

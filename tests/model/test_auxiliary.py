@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from glimpse.model import losses, tiled_softmax
-from glimpse.model.collectives import batch_mean, gather_with_grad, mean, rank
-from glimpse.model.methods.aclip import Aclip, Options, between
+from glimpse.model.collectives import all_gather_with_grad, batch_mean, mean_over_ranks, rank
+from glimpse.model.methods.aclip import Aclip, Options, pairwise_simsiam
 from glimpse.model.towers import ModelConfig
 from glimpse.tests.workers import ranks_worker
 
@@ -100,11 +100,11 @@ def gathered_sigmoid(image, text, scale):
     """A new loss across ranks as its author would write it: SigLIP's, this rank's rows against the
     gathered columns.
     """
-    texts = gather_with_grad(text)
+    texts = all_gather_with_grad(text)
     rows = torch.arange(len(image))
     sign = -torch.ones(len(image), len(texts), dtype=image.dtype)
     sign[rows, rows + len(image) * rank()] = 1
-    return mean(-F.logsigmoid(sign * (scale * image @ texts.t() - 1)).sum(1).mean())
+    return mean_over_ranks(-F.logsigmoid(sign * (scale * image @ texts.t() - 1)).sum(1).mean())
 
 
 def plain_sigmoid(image, text, scale):
@@ -407,7 +407,7 @@ def test_simsiam_meets_the_other_views():
     pairs = ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1))
     expected = sum(plain_simsiam(p[i], z[j]) for i, j in pairs) / 6
 
-    torch.testing.assert_close(between(p.unbind(), z.unbind()), expected)
+    torch.testing.assert_close(pairwise_simsiam(p.unbind(), z.unbind()), expected)
 
 
 # ---- on 2 ranks

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from glimpse.model.ema import Average, cosine_momentum, linear_momentum, parameters
+from glimpse.model.ema import MovingAverages, cosine_momentum, linear_momentum, pair_parameters
 from glimpse.tests.model.methods.test_methods import build, pictures
 
 STEPS = 50
@@ -59,7 +59,7 @@ def average(teacher, student, written=lambda parameter: None):
     def padded(parameter):
         return torch.cat([parameter.data.view(-1), torch.ones(3)])
 
-    return Average(parameters([(teacher, student)]), flattened, padded, written)
+    return MovingAverages(pair_parameters([(teacher, student)]), flattened, padded, written)
 
 
 def steps(student):
@@ -84,7 +84,7 @@ def follow(kind):
         for name, x in flat(student).items():
             exact[name] = momentum * exact[name] + (1 - momentum) * x.double()
             coarse[name] = momentum * coarse[name] + (1 - momentum) * x.bfloat16()
-    averages = {name.removeprefix("0."): x for name, x in ema.kept.items()}
+    averages = {name.removeprefix("0."): x for name, x in ema.values.items()}
     return teacher, student, averages, exact, coarse
 
 
@@ -118,7 +118,7 @@ def test_fifty_updates_are_the_plain_formula(kind):
 def test_fp32_costs_no_copy():
     for kind, shared in ((torch.float32, True), (torch.bfloat16, False)):
         teacher, student = modules(kind)
-        averages = average(teacher, student).kept
+        averages = average(teacher, student).values
         for name, p in teacher.named_parameters():
             same_memory = averages[f"0.{name}"].data_ptr() == p.data_ptr()
             assert same_memory == shared
@@ -157,7 +157,7 @@ def test_pairs_of_several_modules_keep_apart():
     first, second = modules(), modules()
     names = ("0.weight", "0.bias", "1.weight", "1.bias")
 
-    named = parameters([first, second])
+    named = pair_parameters([first, second])
 
     assert list(named) == [f"{i}.{name}" for i in range(2) for name in names]
     teacher, student = second
@@ -183,7 +183,7 @@ def test_pairs_of_several_modules_keep_apart():
 )
 def test_refuses(teacher, student, complaint):
     with pytest.raises(AssertionError, match=complaint):
-        parameters([(teacher, student)])
+        pair_parameters([(teacher, student)])
 
 
 @pytest.mark.parametrize(

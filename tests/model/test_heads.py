@@ -16,7 +16,7 @@ from torch import nn
 
 from glimpse.model import heads
 from glimpse.model.collectives import batch_mean
-from glimpse.model.layers import sincos
+from glimpse.model.layers import sincos_positions
 from glimpse.tests.workers import ranks_worker
 
 b, D = 6, 5  # rows a rank, and their width
@@ -52,7 +52,7 @@ def normed(norm, x, probe):
 
 
 def ours(x, weight, bias, probe, affine=True):
-    norm = heads.BatchNorm(D, affine)
+    norm = heads.CrossRankBatchNorm(D, affine)
     if affine:
         norm.load_state_dict({"weight": weight, "bias": bias})
     return normed(norm, x, probe)
@@ -79,7 +79,7 @@ def test_batch_norm_is_torchs(affine, offset, near):
 
 def test_batch_norm_computes_in_fp32_and_returns_bf16():
     x = batch(100.0)[0].bfloat16()
-    got = heads.BatchNorm(D).bfloat16()(x)
+    got = heads.CrossRankBatchNorm(D).bfloat16()(x)
     assert got.dtype == torch.bfloat16
     # one rounding, at the end
     torch.testing.assert_close(got.float(), nn.BatchNorm1d(D)(x.float()), rtol=2**-8, atol=1e-3)
@@ -221,7 +221,7 @@ L = GRID[0] * GRID[1]
 
 def decoder(depth=2, attention=2):
     torch.manual_seed(0)
-    module = heads.Decoder(INPUTS, WIDTH, depth, attention, GRID, OUT)
+    module = heads.PatchDecoder(INPUTS, WIDTH, depth, attention, GRID, OUT)
     # As after some training: a mask token and a bias that differ from every default.
     nn.init.normal_(module.mask, std=1.0)
     nn.init.normal_(module.inputs.bias)
@@ -251,7 +251,7 @@ def test_decoder_is_maes():
         embedded = module.inputs(tokens[i])
         image = module.mask.expand(L, WIDTH).clone()
         image[positions[i].long()] = embedded[1:]
-        x = torch.cat([embedded[:1], image + sincos(GRID, WIDTH)])[None]
+        x = torch.cat([embedded[:1], image + sincos_positions(GRID, WIDTH)])[None]
         for block in module.blocks:
             x = block(x)
         outputs = module.out(module.norm(x))[0, 1:]
@@ -261,7 +261,7 @@ def test_decoder_is_maes():
 def test_decoder_positions_are_sincos_and_not_saved():
     module = decoder()
 
-    assert torch.equal(module.positions, sincos(GRID, WIDTH))
+    assert torch.equal(module.positions, sincos_positions(GRID, WIDTH))
     assert "positions" not in module.state_dict()
     assert "positions" not in dict(module.named_parameters())
 
@@ -312,7 +312,7 @@ def test_decoder_refuses_a_width(width, attention, multiple):
         f"options.width {width}: a decoder of {attention} heads needs a multiple of {multiple}$"
     )
 
-    heads.check_decoder(96, 16)
+    heads.check_decoder_width(96, 16)
 
     with pytest.raises(ValueError, match=message):
-        heads.check_decoder(width, attention)
+        heads.check_decoder_width(width, attention)

@@ -12,17 +12,27 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from glimpse.model.init import Init
-from glimpse.model.layers import ACTIVATIONS, Blocks, Embedding, Linear, Packed, drop_path, sincos
+from glimpse.model.init import WeightInit
+from glimpse.model.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    PackedSequences,
+    Transformer,
+    make_drop_path_mask,
+    sincos_positions,
+)
 from glimpse.model.towers import ModelConfig, Towers
 
 LENGTHS = torch.tensor([3, 1, 7, 4])
 WIDTH, HEADS = 24, 3
 
 
-def blocks(recompute: bool = False, dtype: torch.dtype = torch.float64) -> Blocks:
+def blocks(checkpoint_activations: bool = False, dtype: torch.dtype = torch.float64) -> Transformer:
     torch.manual_seed(0)
-    return Blocks(2, WIDTH, HEADS, "gelu", 1e-6, Init(), recompute).to(dtype)
+    return Transformer(2, WIDTH, HEADS, "gelu", 1e-6, WeightInit(), checkpoint_activations).to(
+        dtype
+    )
 
 
 def tokens(count: int = int(LENGTHS.sum())) -> torch.Tensor:
@@ -30,7 +40,7 @@ def tokens(count: int = int(LENGTHS.sum())) -> torch.Tensor:
     return torch.randn(count, WIDTH, dtype=torch.float64, generator=rng).requires_grad_()
 
 
-def plain(stack: Blocks, x: torch.Tensor, causal: bool) -> torch.Tensor:
+def plain(stack: Transformer, x: torch.Tensor, causal: bool) -> torch.Tensor:
     """Run the blocks on one sequence (N, D), with attention written out."""
     for block in stack:
         attn = block.attn
@@ -48,7 +58,7 @@ def plain(stack: Blocks, x: torch.Tensor, causal: bool) -> torch.Tensor:
     return x
 
 
-def gradients(stack: Blocks, y: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+def gradients(stack: Transformer, y: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
     weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
     return list(torch.autograd.grad((y * weights).sum(), [x, *stack.parameters()]))
 
@@ -59,7 +69,7 @@ def test_packed_equals_one_sequence_at_a_time(causal, longest):
     stack = blocks()
     x = tokens()
 
-    y = stack(x, Packed(LENGTHS, len(x), longest, causal))
+    y = stack(x, PackedSequences(LENGTHS, len(x), longest, causal))
     grads = gradients(stack, y, x)
 
     expected = torch.cat([plain(stack, part, causal) for part in x.split(LENGTHS.tolist())])
@@ -74,10 +84,10 @@ def test_equal_lengths_need_no_padding(causal):
     stack = blocks()
     x = tokens(12)
 
-    packed = Packed(torch.full((3,), 4, dtype=torch.int32), 12, None, causal)
+    packed = PackedSequences(torch.full((3,), 4, dtype=torch.int32), 12, None, causal)
 
-    assert packed.full
-    assert packed.mask is None
+    assert packed.has_no_padding
+    assert packed.attention_mask is None
     expected = torch.cat([plain(stack, part, causal) for part in x.split(4)])
     torch.testing.assert_close(stack(x, packed), expected)
 
@@ -91,13 +101,13 @@ def test_without_packing_blocks_take_a_batch_of_sequences():
 
 
 def test_packed_knows_where_sequences_are():
-    packed = Packed(LENGTHS.int(), 15, None, causal=True)
+    packed = PackedSequences(LENGTHS.int(), 15, None, causal=True)
     x = tokens()
 
     padded = packed.pad(x)
 
-    assert packed.first.tolist() == [0, 3, 4, 11]
-    assert packed.last.tolist() == [2, 3, 10, 14]
+    assert packed.first_token.tolist() == [0, 3, 4, 11]
+    assert packed.last_token.tolist() == [2, 3, 10, 14]
     assert packed.positions.tolist() == [n for length in LENGTHS for n in range(length)]
     assert padded.shape == (4, 7, WIDTH)
     assert torch.equal(packed.unpad(padded), x)
@@ -108,16 +118,16 @@ def test_packed_knows_where_sequences_are():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputed_activations_change_no_bit(dtype):
     results = []
-    for recompute in (False, True):
-        stack = blocks(recompute, dtype)
+    for checkpoint_activations in (False, True):
+        stack = blocks(checkpoint_activations, dtype)
         x = tokens().detach().to(dtype).requires_grad_()
-        y = stack(x, Packed(LENGTHS, len(x), None, causal=False))
+        y = stack(x, PackedSequences(LENGTHS, len(x), None, causal=False))
         results.append([y, *gradients(stack, y, x)])
 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def saved_numbers(recompute: bool) -> int:
+def saved_numbers(checkpoint_activations: bool) -> int:
     """Count the numbers that a forward pass of the blocks saves for the backward pass."""
     sizes = []
 
@@ -129,19 +139,22 @@ def saved_numbers(recompute: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        blocks(recompute)(tokens(12).view(3, 4, WIDTH))
+        blocks(checkpoint_activations)(tokens(12).view(3, 4, WIDTH))
     return sum(sizes)
 
 
 def test_recompute_keeps_fewer_activations():
-    assert saved_numbers(recompute=True) < saved_numbers(recompute=False) / 10
+    assert (
+        saved_numbers(checkpoint_activations=True)
+        < saved_numbers(checkpoint_activations=False) / 10
+    )
 
 
 def test_sincos_on_a_grid_that_is_not_square():
     rows, columns, width = 3, 5, 16
     frequencies = [10_000 ** (-i / 4) for i in range(4)]
 
-    table = sincos((rows, columns), width)
+    table = sincos_positions((rows, columns), width)
 
     assert table.shape == (rows * columns, width)
     assert table.dtype == torch.float32
@@ -203,7 +216,7 @@ def test_drop_path_by_hand():
     noise = torch.tensor([[[0.0, 0.9], [0.05, 0.1], [0.1, 0.3]]])
     expected = torch.tensor([[1, 1], [0, 1 / 0.9], [0, 1 / 0.8]])
 
-    torch.testing.assert_close(drop_path(noise, 0.2)[..., 0], expected)
+    torch.testing.assert_close(make_drop_path_mask(noise, 0.2)[..., 0], expected)
 
 
 def test_drop_path_keeps_the_mean():
@@ -213,28 +226,28 @@ def test_drop_path_keeps_the_mean():
     noise = torch.rand(20_000, 4, 2, generator=torch.Generator().manual_seed(0))
     rates = torch.linspace(0, 0.3, 4)[:, None].expand(4, 2)
 
-    paths = drop_path(noise, 0.3)
+    drop_path_mask = make_drop_path_mask(noise, 0.3)
 
-    dropped = (paths == 0).float().mean(2)
-    assert paths.shape == (4, 2, 20_000)
-    assert (paths[0] == 1).all()
-    torch.testing.assert_close(paths.mean(2), torch.ones(4, 2), atol=0.02, rtol=0)
+    dropped = (drop_path_mask == 0).float().mean(2)
+    assert drop_path_mask.shape == (4, 2, 20_000)
+    assert (drop_path_mask[0] == 1).all()
+    torch.testing.assert_close(drop_path_mask.mean(2), torch.ones(4, 2), atol=0.02, rtol=0)
     torch.testing.assert_close(dropped, rates, atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_paths_multiply_the_branches(recompute):
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_paths_multiply_the_branches(checkpoint_activations):
     """Zeros leave a sample unchanged, ones change nothing, and factors act on gradients, too."""
-    stack = blocks(recompute)
+    stack = blocks(checkpoint_activations)
     x = tokens(6).detach().view(2, 3, WIDTH).requires_grad_()
 
     # Ones.
-    paths = torch.ones(2, 2, 2, dtype=torch.float64)
-    torch.testing.assert_close(stack(x, paths=paths), stack(x), rtol=0, atol=0)
+    drop_path_mask = torch.ones(2, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(stack(x, drop_path_mask=drop_path_mask), stack(x), rtol=0, atol=0)
 
     # Zeros for the second sample.
-    paths[:, :, 1] = 0
-    y = stack(x, paths=paths)
+    drop_path_mask[:, :, 1] = 0
+    y = stack(x, drop_path_mask=drop_path_mask)
     torch.testing.assert_close(y[1], x[1], rtol=0, atol=0)
     torch.testing.assert_close(y[0], stack(x)[0])
 
@@ -244,7 +257,7 @@ def test_paths_multiply_the_branches(recompute):
     half = x[:1] + 3 * block.attn(block.norm1(x[:1]))
     expected = half + 2 * block.mlp(block.norm2(half))
     factors = torch.stack([factor, torch.zeros_like(factor)])
-    output = Blocks.forward(stack, x[:1], paths=factors)
+    output = Transformer.forward(stack, x[:1], drop_path_mask=factors)
     (grad,) = torch.autograd.grad(output.sum(), x)
     (expected_grad,) = torch.autograd.grad(expected.sum(), x)
     torch.testing.assert_close(output, expected)

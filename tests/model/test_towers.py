@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from glimpse.model.layers import Packed
+from glimpse.model.layers import PackedSequences
 from glimpse.model.towers import (
-    PATCHES,
+    PATCH_SIZES,
     SIZES,
     ModelConfig,
     Temperature,
@@ -238,7 +238,7 @@ def test_counts_and_heads_equal_open_clip(size):
 def golden_lines() -> list[str]:
     sizes = []
     for name in SIZES:
-        patches = (8,) if name == "nano" else PATCHES[1:]
+        patches = (8,) if name == "nano" else PATCH_SIZES[1:]
         sizes += [f"{name}/{patch}" for patch in patches]
     lines = []
     for flavour in FLAVOURS:
@@ -317,7 +317,7 @@ def test_flip_class_token_has_no_position_and_joins_the_mean():
 def test_flip_text_pools_the_first_token():
     towers = small("flip")
     ids, lengths = captions()
-    packed = Packed(lengths, len(ids), None, False)
+    packed = PackedSequences(lengths, len(ids), None, False)
     text = towers.text
     firsts = [0, 5, 17, 19]
 

@@ -114,7 +114,9 @@ def train_until(
     cfg: config.RunConfig, trainer: engine.Engine, batches: Batches, samples: int
 ) -> Iterator[float]:
     """Train until `samples` samples have been seen, and yield the loss of each step."""
-    for micro_batches in batches.iterate(range(trainer.samples, samples, cfg.batch), pin_memory=False):
+    for micro_batches in batches.iterate(
+        range(trainer.samples, samples, cfg.batch), pin_memory=False
+    ):
         lr = cfg.optim.lr_at(trainer.samples, cfg.batch, cfg.samples)
         loss, *_ = trainer.step(micro_batches, lr)
         yield float(loss)

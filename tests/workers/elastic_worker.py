@@ -83,8 +83,8 @@ def full_state(trainer: engine.Engine) -> dict[str, torch.Tensor]:
         tensors[f"fp32 {name}"] = safe_get_full_fp32_param(parameter)
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key} {name}"] = safe_get_full_optimizer_state(parameter, key)
-    for name, average in trainer.averages.kept.items():
-        shape = ema.shape(trainer.averages.pairs[name][0])
+    for name, average in trainer.averages.values.items():
+        shape = ema.full_shape(trainer.averages.pairs[name][0])
         full_average = gather_shards(average)[: shape.numel()] if trainer.stage == 3 else average
         tensors[f"average {name}"] = full_average.view(shape)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}

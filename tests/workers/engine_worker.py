@@ -88,7 +88,9 @@ class Cases:
             world_size=distributed.world_size(),
         )
         trainer = engine.Engine(cfg, reader.tokenizer.vocab_size, **engine_options)
-        for micro_batches in batches.iterate(range(0, steps * cfg.batch, cfg.batch), pin_memory=False):
+        for micro_batches in batches.iterate(
+            range(0, steps * cfg.batch, cfg.batch), pin_memory=False
+        ):
             loss, *_ = trainer.step(micro_batches, 3e-3)
             self.loss = float(loss)
         self.micro_batches = batches[steps * cfg.batch]

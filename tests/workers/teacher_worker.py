@@ -50,7 +50,7 @@ class PlainAverage:
     """The moving average, computed by its formula on full fp32 tensors."""
 
     def __init__(self, trainer, name: str, averages: list | None = None):
-        pairs = ema.parameters(trainer.method.ema_pairs()).values()
+        pairs = ema.pair_parameters(trainer.method.ema_pairs()).values()
         self.teachers = [teacher for teacher, _ in pairs]
         self.students = [student for _, student in pairs]
         self.momentum = MOMENTA[name]
@@ -103,7 +103,7 @@ def train_teacher(data: Path, name: str) -> dict:
 
     # Elements of this rank's averages, as a share of the full averages and of its shards of the
     # teacher; elements that the optimizer updates.
-    averages = trainer.averages.kept
+    averages = trainer.averages.values
     average_size = sum(tensor.numel() for tensor in averages.values())
     results["share"] = average_size / sum(tensor.numel() for tensor in plain.averages)
     results["share of shards"] = sum(t.ds_tensor.numel() for t in plain.teachers) / average_size
@@ -118,7 +118,7 @@ def train_teacher(data: Path, name: str) -> dict:
     resumed, batches = build_trainer(cfg)
     elastic.resume(resumed, path, None)
     results["resumed"] = list(train_until(cfg, resumed, batches, cfg.samples))
-    results["same teacher"] = equal(averages, resumed.averages.kept)
+    results["same teacher"] = equal(averages, resumed.averages.values)
     resumed.ds.destroy()
     return results
 
@@ -149,8 +149,8 @@ def resume_from_two_ranks(data: Path, name: str, cfg) -> tuple:
     trainer, batches = build_trainer(cfg, universal=True)
     elastic.resume(trainer, path, elastic.prepare_elastic(path, 1))
     averages = {}
-    for key, value in trainer.averages.kept.items():
-        averages[key] = value.view(ema.shape(trainer.averages.pairs[key][0]))
+    for key, value in trainer.averages.values.items():
+        averages[key] = value.view(ema.full_shape(trainer.averages.pairs[key][0]))
     shapes = {key: value.shape for key, value in averages.items()}
     saved = zero_reader.read_averages(path, shapes)
     return trainer, batches, {"same teacher": equal(averages, saved)}

@@ -1,4 +1,4 @@
-"""Sets in CLIP_benchmark's layout: an error names the set, the sample and the part, in one line.
+"""Sets in CLIP_benchmark's layout: errors name the set, the sample and its file, in one line.
 
 Run: pytest tests/data/evals/test_clip_benchmark.py
 """
@@ -12,24 +12,24 @@ from glimpse.data.evals.clip_benchmark import ClipBenchmarkSet
 from glimpse.data.shards import write_shard
 
 
-def png():
+def encode_png():
     file = io.BytesIO()
     Image.new("L", (4, 4)).save(file, "PNG")
     return file.getvalue()
 
 
-def made(folder, **parts):
-    """A set of one sample, a, with a png and the parts; seg_png is for seg.png."""
-    content = {"png": png()}
-    for name, part in parts.items():
-        content[name.replace("_", ".")] = part
+def make_set(folder, **contents):
+    """Make a set of one sample, a, with a png and files of these contents; seg_png is seg.png."""
+    files = {"png": encode_png()}
+    for name, content in contents.items():
+        files[name.replace("_", ".")] = content
     (folder / "set/test").mkdir(parents=True)
-    write_shard(folder / "set/test/0.tar", [("a", content)])
+    write_shard(folder / "set/test/0.tar", [("a", files)])
     return ClipBenchmarkSet(folder / "set")
 
 
 @pytest.mark.parametrize(
-    "parts, method, complaint",
+    "contents, method, message",
     [
         (dict(cls=b"cat"), "label", "the class of 0.tar a is 'cat'; it must be a number"),
         (
@@ -40,7 +40,7 @@ def made(folder, **parts):
         (
             dict(txt=b" \n"),
             "captions",
-            r"0.tar a: its captions cannot be read \(none but empty ones",
+            r"0.tar a: its captions cannot be read \(all of them are empty",
         ),
         (
             dict(json=b"{bad"),
@@ -73,17 +73,27 @@ def made(folder, **parts):
             "frame",
             "0.tar a: its json cannot be read",
         ),
+        (
+            dict(json=b'{"anchor": "x", "offset": 0, "labels": [1, -1]}'),
+            "frame",
+            r"0.tar a: its json cannot be read \(labels: -1 is not a class number, 0 or more",
+        ),
+        (
+            dict(json=b'{"anchor": "x", "offset": 0, "labels": ["cat"]}'),
+            "frame",
+            r"0.tar a: its json cannot be read \(labels: 'cat' is not a class number",
+        ),
     ],
 )
-def test_what_is_wrong_with_a_sample_is_named(tmp_path, parts, method, complaint):
-    images = made(tmp_path, **parts)
+def test_what_is_wrong_with_a_sample_is_named(tmp_path, contents, method, message):
+    images = make_set(tmp_path, **contents)
 
-    with pytest.raises(ValueError, match=f"^evals: {tmp_path}/set: {complaint}"):
+    with pytest.raises(ValueError, match=f"^evals: {tmp_path}/set: {message}"):
         getattr(images, method)(0)
 
 
 def test_class_names_that_are_not_utf8(tmp_path):
-    images = made(tmp_path, cls=b"0")
+    images = make_set(tmp_path, cls=b"0")
     (tmp_path / "set/classnames.txt").write_bytes("café".encode("latin-1"))
 
     with pytest.raises(ValueError, match="classnames.txt: not UTF-8"):

@@ -64,7 +64,7 @@ def test_ade20k(tmp_path):
     assert images.prompts("7")[1][0].count("building") == 1
     assert images.open_split("train").key(0) == "images/training/ADE_train_1.jpg"
     assert len(images.open_split("validation")) == 2
-    with pytest.raises(ValueError, match="no split 'extra' in it; it has test, train"):
+    with pytest.raises(ValueError, match="no split 'extra'; it has test, train"):
         images.open_split("extra")
 
 
@@ -89,16 +89,14 @@ def test_pascal_context(tmp_path):
 
     tell(tmp_path / "classnames.txt", "one\ntwo")
     with pytest.raises(
-        ValueError, match="2 names of classes; Pascal Context has 59, or 60 with the background"
+        ValueError, match="2 class names; Pascal Context has 59, or 60 with the background"
     ):
         open_set(tmp_path)
 
 
 def test_pascal_context_as_it_was_published(tmp_path):
     """Those maps have the order of their own list."""
-    with pytest.raises(
-        ValueError, match="it needs 59_labels.txt, the data set's own list of classes"
-    ):
+    with pytest.raises(ValueError, match="it needs 59_labels.txt, the data set's list of classes"):
         open_set(context(tmp_path, "59_context_labels"))
 
     tell(tmp_path / "59_labels.txt", "\n".join(f"{i}: name {i}" for i in range(1, 60)))
@@ -127,7 +125,7 @@ def test_coco_stuff(tmp_path, maps, where):
     label_map(tmp_path / maps / "val2017/000000000139.png", (11, 0))
     complaint = (
         "000000000139.png has pixels of class 11;"
-        " the 171 classes of this layout are stored as 0 to 181"
+        " this layout stores its 171 classes as 0 to 181"
     )
     with pytest.raises(ValueError, match=complaint):
         images.label_map(0)
@@ -157,15 +155,15 @@ def test_folders_of_ones_own(tmp_path):
     [
         (
             lambda f: label_map(f / "labels/1.png", (3, 0)),
-            "1.png has pixels of class 3; the 3 classes of this layout are stored as 0 to 2",
+            "1.png has pixels of class 3; this layout stores its 3 classes as 0 to 2",
         ),
         (
             lambda f: Image.new("RGB", SIZE).save(f / "labels/1.png"),
-            "map stores one number from 0 to 255 a pixel; this is of mode RGB",
+            "map stores one value from 0 to 255 per pixel, but this image has mode RGB",
         ),
         (
             lambda f: label_map(f / "labels/1.png", (300, 0), "I;16"),
-            "map stores one number from 0 to 255 a pixel; this is of mode I;16",
+            "map stores one value from 0 to 255 per pixel, but this image has mode I;16",
         ),
         (
             lambda f: Image.new("L", (4, 6)).save(f / "labels/1.png"),
@@ -181,11 +179,11 @@ def test_folders_of_ones_own(tmp_path):
         ),
         (
             lambda f: tell(f / "classnames.txt", "cat\n\ndog"),
-            "classnames.txt has an empty line; line i + 1 names class i",
+            "classnames.txt has an empty line; line i + 1 must name class i",
         ),
         (
             lambda f: (f / "labels/1.png").unlink(),
-            "labels has nothing for 1 of 3 images, the first is 1",
+            "labels: 1 of 3 images have no file in it, the first is 1",
         ),
     ],
 )
@@ -206,13 +204,13 @@ def test_a_bad_map_is_named(tmp_path, spoil, complaint):
         (
             ade20k,
             lambda f: tell(f / "objectInfo150.txt", "Idx\tName\n1\twall\n"),
-            "not the benchmark's table of classes 1 to 150",
+            "it is not the benchmark's table of the classes 1 to 150",
         ),
         (ade20k, lambda f: (f / "images/validation/ADE_val_1.jpg").rename(f / "x.jpg"), ""),
         (
             context,
             lambda f: tell(f / "ImageSets/SegmentationContext/val.txt", "2008_000002"),
-            "Context has nothing for 1 of 1 images",
+            "Context: 1 of 1 images have no file in it",
         ),
         (
             context,
@@ -222,17 +220,17 @@ def test_a_bad_map_is_named(tmp_path, spoil, complaint):
         (
             coco_stuff,
             lambda f: (f / "labels.txt").unlink(),
-            "it needs labels.txt, the data set's own list of classes",
+            "it needs labels.txt, the data set's list of classes",
         ),
         (
             coco_stuff,
             lambda f: tell(f / "labels.txt", "0: unlabeled\nperson"),
-            "labels.txt: line 2 is no 'NUMBER: NAME'",
+            "labels.txt: line 2 is not 'NUMBER: NAME'",
         ),
         (
             coco_stuff,
             lambda f: tell(f / "labels.txt", "0: unlabeled\n1: person"),
-            "labels.txt: not COCO-Stuff's list",
+            "labels.txt: it is not COCO-Stuff's list",
         ),
     ],
 )
@@ -333,24 +331,25 @@ ANSWERS = "v2_mscoco_val2014_annotations.json"
         (
             coco,
             lambda f: tell(f / CAPTIONS, '{"images": ['),
-            "captions_val2017.json: cut off, or no json",
+            "captions_val2017.json: truncated or not JSON",
         ),
         (
             coco,
             lambda f: tell(f / CAPTIONS, dict(annotations=[])),
-            "captions_val2017.json: not in the layout of its name (KeyError: 'images')",
+            "captions_val2017.json: an entry has no key 'images'; is it the data set's file of this"
+            " name?",
         ),
         (
             coco,
             lambda f: tell(f / CAPTIONS, []),
-            "captions_val2017.json: not in the layout of its name (TypeError",
+            "captions_val2017.json: not structured as the data set's file of this name (TypeError",
         ),
         (
             coco,
             lambda f: change(
                 f / CAPTIONS, lambda c: c["annotations"].append(dict(image_id=1, caption="x"))
             ),
-            "a caption belongs to image 1, which it does not list",
+            "a caption belongs to image 1, which the file does not list",
         ),
         (
             coco,
@@ -360,7 +359,7 @@ ANSWERS = "v2_mscoco_val2014_annotations.json"
         (
             coco,
             lambda f: (f / "val2017/000000000001.jpg").unlink(),
-            "val2017 lacks 1 of 3 images that captions_val2017.json lists",
+            "val2017: 1 of 3 images that captions_val2017.json lists are missing",
         ),
         (
             coco,
@@ -372,12 +371,12 @@ ANSWERS = "v2_mscoco_val2014_annotations.json"
             lambda f: change(
                 f / "nocaps_val_4500_captions.json", lambda c: c["images"][0].pop("domain")
             ),
-            "(KeyError: 'domain')",
+            "an entry has no key 'domain'",
         ),
         (
             karpathy,
             lambda f: change(f / "dataset_coco.json", lambda c: c["images"][0].pop("split")),
-            "(KeyError: 'split')",
+            "an entry has no key 'split'",
         ),
         (
             karpathy,
@@ -393,14 +392,29 @@ ANSWERS = "v2_mscoco_val2014_annotations.json"
         (
             vqa,
             lambda f: change(f / ANSWERS, lambda c: c["annotations"][0].pop("answers")),
-            "(KeyError: 'answers')",
+            "an entry has no key 'answers'",
+        ),
+        (
+            vqa,
+            lambda f: change(f / ANSWERS, lambda c: c["annotations"][0].clear()),
+            f"{ANSWERS}: an entry has no key 'answers'",
+        ),
+        (
+            vqa,
+            lambda f: change(f / QUESTIONS, lambda c: c["questions"][0].clear()),
+            f"{QUESTIONS}: an entry has no key 'question_id'",
+        ),
+        (
+            vqa,
+            lambda f: change(f / QUESTIONS, lambda c: c["questions"][0].update(image_id=None)),
+            f"{QUESTIONS}: not structured as the data set's file of this name (TypeError",
         ),
         (
             vqa,
             lambda f: change(
                 f / QUESTIONS, lambda c: c["questions"].append(dict(c["questions"][0], image_id=5))
             ),
-            "val2014 lacks 1 of 3 images",
+            "val2014: 1 of 3 images",
         ),
     ],
 )
@@ -467,8 +481,8 @@ def test_evaluations_open_what_they_read(tmp_path):
     assert segmentation.label == f"segmentation/{tmp_path.name}"
     with pytest.raises(
         ValueError,
-        match="is no evaluation set; it needs test/.*, or another layout of docs/evaluating.md",
+        match="is not an evaluation set; it needs test/.*, or another layout of docs/evaluating.md",
     ):
         parse_evaluations([f"retrieval:{tmp_path / 'val2017'}"])
-    with pytest.raises(ValueError, match="no captions in it, or none in a layout that is known"):
+    with pytest.raises(ValueError, match="no captions in it, or not in a known layout"):
         parse_evaluations([f"retrieval:{ade20k(tmp_path / 'ade')}"])

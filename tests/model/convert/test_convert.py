@@ -21,9 +21,9 @@ from glimpse.model import portable, tensor_files
 from glimpse.model.convert import common, open_clip
 from glimpse.model.convert.resize import kernel, resized
 from glimpse.model.convert.rules import Rule, exported, imported
-from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.towers import SIZES, ModelConfig
-from glimpse.model.vision import resized as resized_grid
+from glimpse.model.vision import resize_positions as resized_grid
 from glimpse.run.train import initial_weights, load_model, zero_reader
 from glimpse.tests.helpers.tiny import launch, memory_growth, write_dataset
 from glimpse.tests.model.convert.test_convert_open_clip import (
@@ -33,7 +33,7 @@ from glimpse.tests.model.convert.test_convert_open_clip import (
     made,
 )
 
-HELD = Tensors.held({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1)})
+HELD = LazyTensors.from_dict({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1)})
 
 
 class Hostile:
@@ -71,7 +71,7 @@ def test_a_table_goes_both_ways():
 
 
 def test_a_table_keeps_nothing_that_was_taken():
-    source = Tensors(HELD.meta, lambda name: HELD[name].clone())
+    source = LazyTensors(HELD.meta, lambda name: HELD[name].clone())
     rules = [Rule(("a",), ("top", "rest"), first_and_rest), Rule(("b",), ("c",))]
 
     out = exported(rules, source)
@@ -90,7 +90,7 @@ def test_a_table_keeps_nothing_that_was_taken():
 )
 def test_each_tensor_is_used_once(names, complaint):
     with pytest.raises(ValueError, match=complaint):
-        imported([Rule(("x",), ("a",)), Rule(("y",), ("b",))], HELD.renamed(names), "FILE")
+        imported([Rule(("x",), ("a",)), Rule(("y",), ("b",))], HELD.rename(names), "FILE")
 
 
 def test_a_tensor_of_another_shape_is_named():
@@ -101,7 +101,7 @@ def test_a_tensor_of_another_shape_is_named():
     with pytest.raises(
         ValueError, match=r"text.norm.weight is \(3,\); its architecture makes it \(64,\)"
     ):
-        replace(model, tensors=Tensors.held(wrong))
+        replace(model, tensors=LazyTensors.from_dict(wrong))
 
 
 # --- files
@@ -119,15 +119,15 @@ def test_what_is_written_is_safetensors(dtype, tmp_path):
     tensors["turned"] = tensors["w"].t()
     path = tmp_path / "x.safetensors"
 
-    tensor_files.write(path, Tensors.held(tensors), dtype, {"who": "me"})
+    tensor_files.write_safetensors(path, LazyTensors.from_dict(tensors), dtype, {"who": "me"})
 
-    by_safetensors, lazy = load_file(path), tensor_files.read(path)
+    by_safetensors, lazy = load_file(path), tensor_files.read_tensors(path)
     for name, tensor in tensors.items():
         wanted = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         assert torch.equal(by_safetensors[name], wanted)
         assert by_safetensors[name].dtype == wanted.dtype == lazy.meta[name].dtype
         assert torch.equal(lazy[name], wanted)
-    assert tensor_files.metadata(path)["who"] == "me"
+    assert tensor_files.read_metadata(path)["who"] == "me"
 
 
 def test_shards_by_their_index(tmp_path):
@@ -136,11 +136,11 @@ def test_shards_by_their_index(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
 
-    assert tensor_files.read(index)["b"].shape == (3,)
+    assert tensor_files.read_tensors(index)["b"].shape == (3,)
 
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "c": "2.safetensors"}}))
     with pytest.raises(ValueError, match="2.safetensors has no c"):
-        tensor_files.read(index)
+        tensor_files.read_tensors(index)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_prefixes_of_trainers_are_taken_off(prefix, tmp_path):
     state = {f"{prefix}{name}": tensor for name, tensor in HELD.items()}
     torch.save({"state_dict": state}, tmp_path / "x.pt")
 
-    assert sorted(tensor_files.read(tmp_path / "x.pt")) == ["a", "b"]
+    assert sorted(tensor_files.read_tensors(tmp_path / "x.pt")) == ["a", "b"]
 
 
 def test_what_else_holds_tensors_is_named(tmp_path):
@@ -165,13 +165,13 @@ def test_what_else_holds_tensors_is_named(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "x.pt"}}))
     names = [f"t{i}" for i in range(22)]
 
-    tensors = tensor_files.read(tmp_path / "x.pt")
+    tensors = tensor_files.read_tensors(tmp_path / "x.pt")
     notes = common.origin(Path("x"), "hf", ["odd"], names)["notes"]
 
     assert sorted(tensors) == ["a", "b"]
-    assert tensors.left_out == ("ema", "optimizer", "extra", "7")
-    assert tensors.renamed({"c": "a"}).left_out == tensors.left_out
-    assert tensor_files.read(index).left_out[0] == "ema of x.pt"
+    assert tensors.unused_entries == ("ema", "optimizer", "extra", "7")
+    assert tensors.rename({"c": "a"}).unused_entries == tensors.unused_entries
+    assert tensor_files.read_tensors(index).unused_entries[0] == "ema of x.pt"
     assert notes.startswith("odd; left out: t0, t1, ")
     assert notes.endswith(", t19 (and 2 more)")
 
@@ -182,10 +182,10 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     torch.save(content, tmp_path / "x.pt")
 
     with pytest.raises(ValueError, match=r"x.pt: refused .*run code"):
-        tensor_files.read(tmp_path / "x.pt")
+        tensor_files.read_tensors(tmp_path / "x.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "harm")))
     with pytest.raises(ValueError, match="old.pt: (refused|truncated)"):
-        tensor_files.read(tmp_path / "old.pt")
+        tensor_files.read_tensors(tmp_path / "old.pt")
     with pytest.raises(ValueError, match=r"x.pt: refused"):
         zero_reader.read_structure(tmp_path / "x.pt")
     assert not (tmp_path / "harm").exists()
@@ -197,7 +197,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
 def test_torchscript_is_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
     with pytest.raises(ValueError, match="a TorchScript archive.*ViT-B-32-weights.pt"):
-        tensor_files.read(tmp_path / "ViT-B-32.pt")
+        tensor_files.read_tensors(tmp_path / "ViT-B-32.pt")
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
@@ -209,7 +209,7 @@ def test_a_truncated_file_is_called_that(name, size, tmp_path):
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:size])
     with pytest.raises(ValueError, match=f"{name}: truncated"):
-        tensor_files.read(tmp_path / name)
+        tensor_files.read_tensors(tmp_path / name)
 
 
 def test_files_are_written_and_checkpoints_read_a_tensor_at_a_time(tmp_path):
@@ -238,11 +238,11 @@ from glimpse.model import tensor_files as files
 from glimpse.run.train import zero_reader as zero_files
 tensors = zero_files.read_weights(Path({str(tmp_path)!r}))""",
         f"""
-files.write(Path({str(tmp_path)!r}) / "out.safetensors", tensors)""",
+files.write_safetensors(Path({str(tmp_path)!r}) / "out.safetensors", tensors)""",
     )
 
     assert megabytes < 1.3 * 32
-    last = tensor_files.read(tmp_path / "out.safetensors")[f"w{count - 1}"].flatten()
+    last = tensor_files.read_tensors(tmp_path / "out.safetensors")[f"w{count - 1}"].flatten()
     assert len(last) == numel
     assert last[0] == (count - 1) * half
     assert last[half] == (count - 1) * half + 1
@@ -341,7 +341,7 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
     assert "bfloat16" in description
     assert "open_clip" in convert("inspect", folder)[1]
     loose = tmp_path / "loose.safetensors"
-    tensor_files.write(loose, HELD)
+    tensor_files.write_safetensors(loose, HELD)
     assert "of no architecture that is known here" in convert("inspect", loose)[1]
 
 
@@ -440,7 +440,7 @@ def test_runs_of_any_rank_count_come_out_as_the_file_that_went_in(folder, tmp_pa
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(change, complaint, folder, tmp_path):
-    portable.save(open_clip.load(folder), tmp_path / "start")
+    portable.save_model(open_clip.load(folder), tmp_path / "start")
     cfg = load_model.read_run_config(tmp_path / "start").model
     for key, value in change.items():
         *inner, last = key.split(".")[1:]

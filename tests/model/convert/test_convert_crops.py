@@ -19,8 +19,8 @@ from glimpse.data.transforms import center_view
 from glimpse.model import portable
 from glimpse.model.convert import FORMATS, flip_jax, hf, open_clip, timm
 from glimpse.model.convert.common import crop_in
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import CROPS, About, Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import EVAL_CROPS, ModelInfo, PortableModel
 from glimpse.model.towers import ModelConfig, Towers
 from glimpse.tests.model.convert.test_convert_hf import CLIP, made
 from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS
@@ -32,10 +32,10 @@ CONFIGS = {"open_clip": "open_clip_config.json", "hf": hf.IMAGES, "timm": timm.C
 
 def test_models_and_images_are_prepared_in_the_same_words():
     """model/ may not import data/."""
-    assert (CROPS, portable.INTERPOLATIONS) == (transforms.CROPS, transforms.INTERPOLATIONS)
+    assert (EVAL_CROPS, portable.INTERPOLATIONS) == (transforms.CROPS, transforms.INTERPOLATIONS)
 
 
-@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("crop", EVAL_CROPS)
 @pytest.mark.parametrize("kind", WHOSE)
 def test_out_and_back(kind, crop, tmp_path):
     model, folder = made(CLIP, crop=crop), tmp_path / "out"
@@ -115,11 +115,11 @@ def test_transformers_keeps_it(tmp_path):
 def test_flips_release_knows_the_square_alone(tmp_path):
     cfg = ModelConfig("nano/8", image_size=16)
     parameters = Towers(cfg, 9, 4).named_parameters()
-    tensors = Tensors.held({name: parameter.detach() for name, parameter in parameters})
-    model = Portable(cfg, 9, 4, tensors, About(pad_text=True, crop="square"))
+    tensors = LazyTensors.from_dict({name: parameter.detach() for name, parameter in parameters})
+    model = PortableModel(cfg, 9, 4, tensors, ModelInfo(pad_text=True, crop="square"))
 
     assert flip_jax.save(model, tmp_path / "same") == []
-    (note,) = flip_jax.save(replace(model, about=About(pad_text=True)), tmp_path / "other")
+    (note,) = flip_jax.save(replace(model, about=ModelInfo(pad_text=True)), tmp_path / "other")
     assert note.startswith("eval_crop resize_crop: FLIP's code crops images before it resizes them")
     assert flip_jax.load(tmp_path / "other").about.crop == "square"
 
@@ -140,7 +140,7 @@ def test_the_command_tells_it(tmp_path, convert):
     """For a model of Glimpse's own that is evaluated on central squares."""
     model = pair(*FLAVOURS["CLIP"])
     model = replace(model, about=replace(model.about, crop="square"))
-    portable.save(model, tmp_path / "in", torch.bfloat16)
+    portable.save_model(model, tmp_path / "in", torch.bfloat16)
 
     code, out, complaint = convert("open_clip", tmp_path / "in", tmp_path / "out")
 

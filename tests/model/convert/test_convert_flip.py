@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from glimpse.model.convert import flip_jax
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable, vision_only
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel, select_vision_weights
 from glimpse.model.towers import ModelConfig, Size, Towers
 from glimpse.model.vision import VisionConfig
 from glimpse.tests.model.test_towers import patches_of
@@ -146,7 +146,7 @@ def flip(p, images, ids):
     return [z / np.linalg.norm(z, axis=-1, keepdims=True) for z in (image, text)]
 
 
-def embeddings(model: Portable, images, ids):
+def embeddings(model: PortableModel, images, ids):
     towers, side = model.towers(), P * SIDE
     pixels = torch.from_numpy(images).float().permute(0, 3, 1, 2)
     assert pixels.shape[2:] == (side, side)
@@ -302,9 +302,9 @@ def test_large_arrays_in_chunks_and_both_forms_in_one(tmp_path, monkeypatch):
     assert unchunked.cfg.vision.positions == "sincos"
 
 
-def random_pair(cfg: ModelConfig, **about) -> Portable:
+def random_pair(cfg: ModelConfig, **about) -> PortableModel:
     tensors = {name: p.detach() for name, p in Towers(cfg, 9, 4).named_parameters()}
-    return Portable(cfg, 9, 4, Tensors.held(tensors), About(**about))
+    return PortableModel(cfg, 9, 4, LazyTensors.from_dict(tensors), ModelInfo(**about))
 
 
 def test_sizes_whose_heads_are_known(tmp_path):
@@ -313,7 +313,7 @@ def test_sizes_whose_heads_are_known(tmp_path):
 
     flip_jax.save(ours, tmp_path / "out")
     back = flip_jax.load(tmp_path / "out")
-    (note, *_) = flip_jax.save(replace(ours, about=About()), tmp_path / "unpadded")
+    (note, *_) = flip_jax.save(replace(ours, about=ModelInfo()), tmp_path / "unpadded")
 
     assert back.cfg == cfg
     for name, tensor in ours.tensors.items():
@@ -340,7 +340,7 @@ def test_positions_that_were_learned(tmp_path):
     with pytest.raises(
         ValueError, match="model.vision.positions learned: FLIP's code adds none to the class token"
     ):
-        flip_jax.save(replace(model, tensors=Tensors.held(tensors)), tmp_path / "no")
+        flip_jax.save(replace(model, tensors=LazyTensors.from_dict(tensors)), tmp_path / "no")
 
 
 @pytest.mark.parametrize(
@@ -475,6 +475,6 @@ def test_what_flip_cannot_express(tmp_path, changes, complaint):
         flip_jax.save(ours, tmp_path / "out")
 
     tower = ModelConfig("nano/8", image_size=cfg.image_size, vision=cfg.vision)
-    alone = Portable(tower, 0, 0, vision_only(ours.tensors))
+    alone = PortableModel(tower, 0, 0, select_vision_weights(ours.tensors))
     with pytest.raises(ValueError, match="a vision tower alone"):
         flip_jax.save(alone, tmp_path / "out")

@@ -15,8 +15,8 @@ import torch
 from glimpse.model import tensor_files
 from glimpse.model.convert import hf
 from glimpse.model.convert.positions import KEPT, fixed
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable, vision_only
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel, select_vision_weights
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size, Towers
 from glimpse.model.vision import VisionConfig
@@ -60,7 +60,7 @@ FLIP = replace(
 UNBIASED = replace(FLIP, vision=replace(FLIP.vision, patch_bias=False))
 
 
-def made(cfg: ModelConfig, vocab: int = VOCAB, context: int = 32, **about) -> Portable:
+def made(cfg: ModelConfig, vocab: int = VOCAB, context: int = 32, **about) -> PortableModel:
     """A model whose every tensor matters."""
     torch.manual_seed(0)
     towers = Towers(cfg, vocab, context)
@@ -68,11 +68,11 @@ def made(cfg: ModelConfig, vocab: int = VOCAB, context: int = 32, **about) -> Po
         for parameter in towers.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     tensors = {name: parameter.detach() for name, parameter in towers.named_parameters()}
-    about = About(**{"eot": vocab - 1, **about})
-    return Portable(cfg, vocab, context, Tensors.held(tensors), about)
+    about = ModelInfo(**{"eot": vocab - 1, **about})
+    return PortableModel(cfg, vocab, context, LazyTensors.from_dict(tensors), about)
 
 
-def inputs(model: Portable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(model: PortableModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return images, ids padded with 0, and lengths: captions of every kind, the longest full."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([2, 5, model.context, 9])
@@ -80,19 +80,19 @@ def inputs(model: Portable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     for row, length in zip(ids, lengths):
         row[:length] = torch.randint(0, model.about.eot, (int(length),), generator=generator)
         row[length - 1] = model.about.eot
-    return torch.randn(4, 3, *model.cfg.sides, generator=generator), ids, lengths
+    return torch.randn(4, 3, *model.cfg.image_shape, generator=generator), ids, lengths
 
 
-def embeddings(model: Portable) -> tuple[torch.Tensor, torch.Tensor]:
+def embeddings(model: PortableModel) -> tuple[torch.Tensor, torch.Tensor]:
     towers, (images, ids, lengths) = model.towers(), inputs(model)
-    patches = patches_of(images, model.cfg.patch)
+    patches = patches_of(images, model.cfg.patch_size)
     positions = torch.arange(patches.shape[1]).expand(4, -1)
     tokens = torch.cat([row[:length] for row, length in zip(ids, lengths)])
     with torch.no_grad():
         return towers.encode_image(patches, positions), towers.encode_text(tokens, lengths)
 
 
-def assert_same(a: Portable, b: Portable) -> None:
+def assert_same(a: PortableModel, b: PortableModel) -> None:
     assert (a.cfg, a.vocab, a.context, a.about.eot) == (b.cfg, b.vocab, b.context, b.about.eot)
     assert a.tensors.keys() == b.tensors.keys()
     for name in a.tensors:
@@ -100,7 +100,7 @@ def assert_same(a: Portable, b: Portable) -> None:
         assert torch.equal(a.tensors[name], b.tensors[name]), name
 
 
-def assert_theirs_agrees(model: Portable, folder: Path) -> None:
+def assert_theirs_agrees(model: PortableModel, folder: Path) -> None:
     images, ids, _ = inputs(model)
     peer = hf.peer(folder)
     pairs = zip(embeddings(model), peer(images, ids))
@@ -187,8 +187,8 @@ def test_from_transformers(tmp_path, eos):
 
     hf.save(model, tmp_path / "again")
     assert not (tmp_path / "again" / KEPT).exists()
-    source = tensor_files.read(tmp_path / "hf" / "model.safetensors")
-    again = tensor_files.read(tmp_path / "again" / "model.safetensors")
+    source = tensor_files.read_tensors(tmp_path / "hf" / "model.safetensors")
+    again = tensor_files.read_tensors(tmp_path / "again" / "model.safetensors")
     assert source.keys() == again.keys()
     for name in source:
         assert torch.equal(source[name], again[name])
@@ -274,12 +274,12 @@ def test_what_hf_cannot_express(tmp_path, change, complaint):
 
 def test_a_vision_tower_alone_is_refused(tmp_path):
     model = made(CLIP)
-    alone = vision_only(model.tensors)
+    alone = select_vision_weights(model.tensors)
 
     with pytest.raises(
         ValueError, match="a vision tower alone: HF's CLIPModel has a text tower too"
     ):
-        hf.save(Portable(CLIP, 0, 0, alone), tmp_path / "hf")
+        hf.save(PortableModel(CLIP, 0, 0, alone), tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -387,9 +387,11 @@ def test_image_processors_of_other_ages(tmp_path):
 
 def test_positions_that_were_tuned_elsewhere(tmp_path):
     hf.save(made(FLIP), tmp_path / "hf")
-    tensors = dict(tensor_files.read(tmp_path / "hf" / "model.safetensors"))
+    tensors = dict(tensor_files.read_tensors(tmp_path / "hf" / "model.safetensors"))
     tensors[hf.POSITIONS] = tensors[hf.POSITIONS] + 1
-    tensor_files.write(tmp_path / "hf" / "model.safetensors", Tensors.held(tensors))
+    tensor_files.write_safetensors(
+        tmp_path / "hf" / "model.safetensors", LazyTensors.from_dict(tensors)
+    )
     model = hf.load(tmp_path / "hf")
     assert (model.cfg.vision.positions, model.cfg.vision.patch_bias) == ("learned", False)
     assert not torch.equal(model.tensors["vision.positions"], fixed(FLIP))

@@ -21,8 +21,8 @@ import torch
 from glimpse.data.patches import patchify
 from glimpse.model.convert import megatron, torch_dist
 from glimpse.model.convert.positions import KEPT
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size, Towers
 from glimpse.model.vision import VisionConfig
@@ -57,9 +57,9 @@ def model(flavour, vision_only=False):
         scale = 0.5 if is_vector else parameter.shape[-1] ** -0.5
         tensors[name] = torch.randn_like(parameter) * scale
     if not vision_only:
-        return Portable(cfg, VOCAB, context, Tensors.held(tensors))
+        return PortableModel(cfg, VOCAB, context, LazyTensors.from_dict(tensors))
     tower = {name: t for name, t in tensors.items() if name.startswith("vision.")}
-    return Portable(cfg, 0, 0, Tensors.held(tower))
+    return PortableModel(cfg, 0, 0, LazyTensors.from_dict(tower))
 
 
 def equal(a, b, dtype=torch.float32):
@@ -139,7 +139,7 @@ def test_trained_elsewhere_positions_and_bias_count(tmp_path):
             changes = "position" in name or name.endswith("conv1.bias")
             trained[name] = foreign[name] + (1e-3 if changes else 0)
         places = {name: megatron.place(ours.cfg, name) for name in trained}
-        torch_dist.write(folder, Tensors.held(trained), places, {}, {}, 1, torch.float32)
+        torch_dist.write(folder, LazyTensors.from_dict(trained), places, {}, {}, 1, torch.float32)
 
         again = megatron.load(folder)
 
@@ -317,7 +317,7 @@ def test_megatrons_own_modules_give_our_embeddings(jobs, flavour, world):
     inputs = torch.load(jobs / f"inputs-{flavour}.pt")
     towers, lengths = model(flavour).towers(), inputs["lengths"]
     ids = torch.cat([row[:length] for row, length in zip(inputs["ids"], lengths)])
-    patches = patchify(inputs["images"], cfg.patch)
+    patches = patchify(inputs["images"], cfg.patch_size)
     with torch.no_grad():
         image = towers.encode_image(patches, torch.arange(patches.shape[1]).expand(3, -1))
         text = towers.encode_text(ids, lengths)

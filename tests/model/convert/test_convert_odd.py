@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import metadata
 
 from glimpse.model import portable
 from glimpse.model.convert import common, open_clip, t5x, timm, torch_dist
-from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.run.train import zero_reader
 from glimpse.tests.helpers.tiny import ROOT, environment
 from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS, made
@@ -34,7 +34,7 @@ def good(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("good")
     open_clip.save(made(*FLAVOURS["CLIP"]), root / "open_clip")
-    portable.save(made(*FLAVOURS["FLIP, pooled mean"]), root / "glimpse")
+    portable.save_model(made(*FLAVOURS["FLIP, pooled mean"]), root / "glimpse")
     timm.save(made(*FLAVOURS["FLIP, pooled mean"]), root / "timm")
     return root
 
@@ -220,7 +220,7 @@ def test_values_that_are_no_numbers(good, tmp_path, convert):
     endless = {name: model.tensors[name].clone() for name in model.tensors}
     endless["text.norm.weight"][0] = float("inf")
     source = tmp_path / "endless"
-    portable.save(replace(model, tensors=Tensors.held(endless)), source)
+    portable.save_model(replace(model, tensors=LazyTensors.from_dict(endless)), source)
     for kind in ("open_clip", "hf"):
         code, _, message = convert(kind, source, tmp_path / kind, "--tokenizer", "clip_bpe")
         assert code == 2, message
@@ -439,7 +439,7 @@ def test_bf16_in_and_out(kind, flavour, tmp_path, convert):
     """Positions and biases are added up in fp32 and stay so, or the other library would not give
     our embeddings.
     """
-    portable.save(made(*FLAVOURS[flavour]), tmp_path / "source", torch.bfloat16)
+    portable.save_model(made(*FLAVOURS[flavour]), tmp_path / "source", torch.bfloat16)
 
     code, out, complaint = convert(kind, tmp_path / "source", tmp_path / "out", "--dtype", "bf16")
 
@@ -466,7 +466,7 @@ def test_a_tensor_that_is_too_large_for_flips_file(tmp_path):
         match=r"a/large \(1048576, 1024\) takes 4,294,967,296 bytes as float32: .*--dtype bf16",
     ):
         t5x.write(
-            tmp_path / "checkpoint", Tensors(meta, lambda name: torch.zeros(1)), torch.float32
+            tmp_path / "checkpoint", LazyTensors(meta, lambda name: torch.zeros(1)), torch.float32
         )
     assert not list(tmp_path.iterdir())
 
@@ -478,11 +478,11 @@ LARGE = 66
 SPLIT = "[Rule((n,), (n + 'q', n + 'k', n + 'v'), thirds, fused) for n in source]"
 TURNED = "[Rule((n,), (n,), transposed, transposed) for n in source]"
 WRITERS = {
-    "files.write(out, source)": 1.2,
-    f"files.write(out, exported({SPLIT}, source))": 1.2,
+    "files.write_safetensors(out, source)": 1.2,
+    f"files.write_safetensors(out, exported({SPLIT}, source))": 1.2,
     "t5x.write(out, source, torch.float32)": 1.2,
-    "files.write(out, source, torch.bfloat16)": 1.7,
-    f"files.write(out, exported({TURNED}, source))": 2.2,
+    "files.write_safetensors(out, source, torch.bfloat16)": 1.7,
+    f"files.write_safetensors(out, exported({TURNED}, source))": 2.2,
 }
 
 
@@ -497,10 +497,10 @@ import psutil
 import torch
 from glimpse.model import tensor_files as files
 from glimpse.model.convert import t5x
-from glimpse.model.convert.rules import Rule, Tensors, exported, fused, thirds, transposed
+from glimpse.model.convert.rules import LazyTensors, Rule, exported, fused, thirds, transposed
 shape, out = (3 * 2**10, {LARGE} * 2**18 // (3 * 2**10)), Path({str(tmp_path / "x")!r})
 meta = {{f"w{{i}}": torch.empty(shape, device="meta") for i in range(3)}}
-source = Tensors(meta, lambda name: torch.ones(shape))
+source = LazyTensors(meta, lambda name: torch.ones(shape))
 before = psutil.Process().memory_info().rss
 for writer in {list(WRITERS)!r}:
     eval(writer)

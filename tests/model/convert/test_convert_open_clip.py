@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from glimpse.data.tokenizer import build_tokenizer
 from glimpse.model.convert import open_clip, positions
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size, Towers
 from glimpse.model.vision import VisionConfig
@@ -103,7 +103,7 @@ FLAVOURS = {  # model config, context, captions padded
 }
 
 
-def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> Portable:
+def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> PortableModel:
     """A random model whose every tensor differs from its start, biases and norms too."""
     torch.manual_seed(seed)
     towers = Towers(cfg, 49408, context)
@@ -111,11 +111,11 @@ def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> Porta
         for parameter in towers.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     tensors = {name: p.detach() for name, p in towers.named_parameters()}
-    about = About(tokenizer="clip_bpe", eot=49407, pad_text=pad_text)
-    return Portable(cfg, 49408, context, Tensors.held(tensors), about)
+    about = ModelInfo(tokenizer="clip_bpe", eot=49407, pad_text=pad_text)
+    return PortableModel(cfg, 49408, context, LazyTensors.from_dict(tensors), about)
 
 
-def assert_theirs_agrees(model: Portable, path: Path, *config: str) -> None:
+def assert_theirs_agrees(model: PortableModel, path: Path, *config: str) -> None:
     """Assert that open_clip's own model of the path gives our embeddings."""
     peer = open_clip.peer(path, *config)
     far = proofs.differences(model, peer, build_tokenizer("clip_bpe", model.context))
@@ -141,7 +141,10 @@ def test_after_tuning_elsewhere_what_was_folded_is_taken_as_it_is(tmp_path):
     model = made(*FLAVOURS["FLIP, pooled mean"])
     open_clip.save(model, tmp_path / "out")
     weights = tmp_path / "out" / open_clip.WEIGHTS[0]
-    tuned = {name: tensor.clone() for name, tensor in open_clip.tensor_files.read(weights).items()}
+    tuned = {
+        name: tensor.clone()
+        for name, tensor in open_clip.tensor_files.read_tensors(weights).items()
+    }
     tuned["visual.positional_embedding"] += 0.01
     save_file(tuned, weights)
     assert (tmp_path / "out" / positions.KEPT).exists()
@@ -326,11 +329,14 @@ def test_every_config_of_open_clips_is_taken_or_refused_for_what_it_is():
     }
 
 
-def state(tmp_path, model: Portable) -> dict[str, torch.Tensor]:
+def state(tmp_path, model: PortableModel) -> dict[str, torch.Tensor]:
     """Return the state dict that open_clip would save."""
     open_clip.save(model, tmp_path / "state")
     weights = tmp_path / "state" / open_clip.WEIGHTS[0]
-    return {name: tensor.clone() for name, tensor in open_clip.tensor_files.read(weights).items()}
+    return {
+        name: tensor.clone()
+        for name, tensor in open_clip.tensor_files.read_tensors(weights).items()
+    }
 
 
 def test_openais_state_dict_tells_its_architecture(tmp_path):
@@ -392,5 +398,5 @@ def test_open_clips_own_b32(name, tmp_path):
     assert_theirs_agrees(model, folder)
 
     open_clip.save(model, tmp_path / "out")
-    written = open_clip.tensor_files.read(tmp_path / "out" / open_clip.WEIGHTS[0])
-    assert proofs.flaw(Tensors.held(weights), written, torch.float32) is None
+    written = open_clip.tensor_files.read_tensors(tmp_path / "out" / open_clip.WEIGHTS[0])
+    assert proofs.flaw(LazyTensors.from_dict(weights), written, torch.float32) is None

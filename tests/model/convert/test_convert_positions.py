@@ -10,8 +10,8 @@ import torch
 from glimpse.model import tensor_files
 from glimpse.model.convert.positions import KEPT, fixed, keep, position_rule, taken
 from glimpse.model.convert.rules import Rule, exported
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import PortableModel
 from glimpse.model.towers import ModelConfig, Towers
 from glimpse.model.vision import VisionConfig
 
@@ -37,7 +37,7 @@ def model(positions, bias):
     for parameter in towers.parameters():
         torch.nn.init.normal_(parameter)
     tensors = {name: parameter.detach() for name, parameter in towers.named_parameters()}
-    return Portable(cfg, 5, 3, Tensors.held(tensors))
+    return PortableModel(cfg, 5, 3, LazyTensors.from_dict(tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,9 +48,9 @@ def test_there_and_back(tmp_path, positions, bias, dtype):
     ours = model(positions, bias)
     table, path = rules(ours.cfg), tmp_path / "theirs.safetensors"
 
-    tensor_files.write(path, exported(table, ours.tensors), dtype)
+    tensor_files.write_safetensors(path, exported(table, ours.tensors), dtype)
     keep(tmp_path, ours, table)
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read(path), "here")
+    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read_tensors(path), "here")
 
     assert (tmp_path / KEPT).exists() == bias
     unbiased = replace(PLAIN, vision=replace(PLAIN.vision, positions=positions))
@@ -68,17 +68,17 @@ def test_the_table_is_what_the_tower_adds(tmp_path):
     """
     ours = model("sincos", True)
     path = tmp_path / "theirs.safetensors"
-    tensor_files.write(path, exported(rules(ours.cfg), ours.tensors))
+    tensor_files.write_safetensors(path, exported(rules(ours.cfg), ours.tensors))
 
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read(path), "here")
+    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read_tensors(path), "here")
 
     assert cfg == PLAIN
     folded = fixed(PLAIN)[1:] + ours.tensors["vision.patch.bias"]
     assert torch.equal(tensors["vision.positions"][1:], folded)
     patches, places = torch.randn(2, 9, 3 * 32 * 32), torch.arange(9).expand(2, 9)
     with torch.no_grad():
-        a = Portable(ours.cfg, 5, 3, ours.tensors).towers().vision(patches, places)
-        b = Portable(cfg, 5, 3, tensors).towers().vision(patches, places)
+        a = PortableModel(ours.cfg, 5, 3, ours.tensors).towers().vision(patches, places)
+        b = PortableModel(cfg, 5, 3, tensors).towers().vision(patches, places)
     assert (a - b).abs().max() < 1e-4 * a.abs().max()
 
 
@@ -89,23 +89,23 @@ def test_tuned_elsewhere_the_table_counts(tmp_path):
     tuned = {name: tensor.clone() for name, tensor in exported(table, ours.tensors).items()}
     keep(tmp_path, ours, table)
     tuned["table"][3, 5] += 1e-3
-    foreign = Tensors.held(tuned)
+    foreign = LazyTensors.from_dict(tuned)
 
     cfg, tensors = taken(tmp_path, PLAIN, rules, "table", foreign, "here")
 
     assert cfg == PLAIN
     assert torch.equal(tensors["vision.positions"], tuned["table"])
 
-    about = tensor_files.metadata(tmp_path / KEPT)
-    short = Tensors.held({"vision.patch.bias": torch.zeros(7)})
-    tensor_files.write(tmp_path / KEPT, short, about=about)
+    about = tensor_files.read_metadata(tmp_path / KEPT)
+    short = LazyTensors.from_dict({"vision.patch.bias": torch.zeros(7)})
+    tensor_files.write_safetensors(tmp_path / KEPT, short, about=about)
     assert taken(tmp_path, PLAIN, rules, "table", foreign, "here")[0] == PLAIN
 
 
 def test_a_table_that_is_missing_or_of_another_grid_is_named(tmp_path):
     tensors = dict(exported(rules(PLAIN), model("learned", False).tensors))
-    without = Tensors.held({name: t for name, t in tensors.items() if name != "table"})
-    larger = Tensors.held(tensors | {"table": torch.zeros(50, 128)})
+    without = LazyTensors.from_dict({name: t for name, t in tensors.items() if name != "table"})
+    larger = LazyTensors.from_dict(tensors | {"table": torch.zeros(50, 128)})
 
     with pytest.raises(ValueError, match="here: table is missing"):
         taken(tmp_path, PLAIN, rules, "table", without, "here")
@@ -114,4 +114,4 @@ def test_a_table_that_is_missing_or_of_another_grid_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"vision.positions is \(50, 128\); its architecture makes it \(10, 128\)"
     ):
-        Portable(cfg, 5, 3, ours)
+        PortableModel(cfg, 5, 3, ours)

@@ -10,22 +10,22 @@ import pytest
 import torch
 
 from glimpse.model.convert import flip_jax, hf, megatron, open_clip, timm
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.towers import Towers
 from glimpse.run.lib import config
 from glimpse.tests.helpers.tiny import ROOT
 
 
-def check_timm(model: Portable) -> None:
+def check_timm(model: PortableModel) -> None:
     timm.described(model.cfg)
 
 
-def check_megatron(model: Portable) -> None:
+def check_megatron(model: PortableModel) -> None:
     megatron.check(model.cfg, True, 1, "local")
 
 
-def check_flip_jax(model: Portable) -> None:
+def check_flip_jax(model: PortableModel) -> None:
     flip_jax.check_flavour(model.cfg, True)
 
 
@@ -63,11 +63,11 @@ def test_the_table_is_what_the_formats_say(name):
     cfg = config.load(ROOT / f"run/configs/{name}.yaml")
     with torch.device("meta"):
         towers = Towers(cfg.model, 1000, cfg.data.context)
-    about = About(
+    about = ModelInfo(
         tokenizer=cfg.data.tokenizer, eot=999, pad_text=cfg.data.pad_text, crop=cfg.eval_crop
     )
-    tensors = Tensors.held(dict(towers.named_parameters()))
-    model = Portable(cfg.model, 1000, cfg.data.context, tensors, about)
+    tensors = LazyTensors.from_dict(dict(towers.named_parameters()))
+    model = PortableModel(cfg.model, 1000, cfg.data.context, tensors, about)
 
     for format_name, goes in told()[name].items():
         try:

@@ -8,7 +8,7 @@ import torch
 
 from glimpse.model.convert.positions import fixed, is_fixed
 from glimpse.model.convert.sizes import ratio, sized
-from glimpse.model.layers import hidden
+from glimpse.model.layers import mlp_width
 from glimpse.model.towers import ModelConfig, Size
 
 
@@ -29,7 +29,7 @@ def test_rows_and_others():
     "width, inside", [(1408, 6144), (1664, 8192), (1152, 4304), (49, 147), (3, 10)]
 )
 def test_the_ratio_gives_the_width(width, inside):
-    assert hidden(width, ratio(width, inside)) == inside
+    assert mlp_width(width, ratio(width, inside)) == inside
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

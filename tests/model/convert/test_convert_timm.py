@@ -15,8 +15,8 @@ import torch
 from glimpse.model.convert import open_clip
 from glimpse.model.convert import timm as timm_format
 from glimpse.model.convert.positions import KEPT, fixed
-from glimpse.model.lazy_tensors import Tensors
-from glimpse.model.portable import About, Portable
+from glimpse.model.lazy_tensors import LazyTensors
+from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig, Size, Towers
 from glimpse.model.vision import VisionConfig
@@ -54,22 +54,22 @@ FLAVOURS = {
 }
 
 
-def pair(cfg: ModelConfig) -> Portable:
+def pair(cfg: ModelConfig) -> PortableModel:
     torch.manual_seed(0)
     tensors = {}
     for name, parameter in Towers(cfg, 5, 3).named_parameters():
         tensors[name] = parameter.detach() + 0.05 * torch.randn_like(parameter)
-    return Portable(cfg, 5, 3, Tensors.held(tensors))
+    return PortableModel(cfg, 5, 3, LazyTensors.from_dict(tensors))
 
 
-def tokens(model: Portable, images: torch.Tensor) -> torch.Tensor:
-    patches = patches_of(images, model.cfg.patch)
+def tokens(model: PortableModel, images: torch.Tensor) -> torch.Tensor:
+    patches = patches_of(images, model.cfg.patch_size)
     positions = torch.arange(patches.shape[1]).expand(len(images), -1)
     with torch.no_grad():
         return model.towers().vision(patches, positions)
 
 
-def features(model: Portable, images: torch.Tensor) -> torch.Tensor:
+def features(model: PortableModel, images: torch.Tensor) -> torch.Tensor:
     return model.skeleton().vision.pool(tokens(model, images))
 
 
@@ -83,7 +83,7 @@ def test_out_and_back(tmp_path, flavour):
     assert (folder / KEPT).exists() == (flavour == "a norm and a bias")
 
     # timm's own model and its preparation of images.
-    images = torch.randn(3, 3, *ours.cfg.sides)
+    images = torch.randn(3, 3, *ours.cfg.image_shape)
     reference, none = timm_format.peer(folder)(images, None)
     far = float((features(ours, images) - reference).abs().max())
     print(f"{flavour}: {far:.1e} (features, of {float(reference.abs().max()):.1f} at most)")
@@ -92,13 +92,13 @@ def test_out_and_back(tmp_path, flavour):
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))
     assert tuple(data["mean"]) == ours.cfg.vision.mean
     assert tuple(data["std"]) == ours.cfg.vision.std
-    assert tuple(data["input_size"]) == (3, *ours.cfg.sides)
+    assert tuple(data["input_size"]) == (3, *ours.cfg.image_shape)
 
     # Back.
     back = timm_format.load(folder)
     assert back.vocab == 0
     assert back.cfg.vision == ours.cfg.vision
-    assert back.cfg.sides == ours.cfg.sides
+    assert back.cfg.image_shape == ours.cfg.image_shape
     assert back.cfg.size == ours.cfg.size
     assert back.cfg.shape.heads == ours.cfg.shape.heads
     assert back.cfg.shape.mlp == ours.cfg.shape.mlp
@@ -116,8 +116,8 @@ def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
         text=TextConfig(causal=True, pool="eot", activation="quick_gelu", eps=1e-5),
     )
     towers = Towers(cfg, 49408, 77)
-    tensors = Tensors.held({name: p.detach() for name, p in towers.named_parameters()})
-    model = Portable(cfg, 49408, 77, tensors, About(tokenizer="clip_bpe", eot=49407))
+    tensors = LazyTensors.from_dict({name: p.detach() for name, p in towers.named_parameters()})
+    model = PortableModel(cfg, 49408, 77, tensors, ModelInfo(tokenizer="clip_bpe", eot=49407))
     open_clip.save(model, tmp_path / "pair")
     line = ["convert.py", "timm", str(tmp_path / "pair"), str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", line)
@@ -304,7 +304,7 @@ def test_what_a_folder_lacks_or_cannot_say(tmp_path):
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=complaint):
             timm_format.load(folder)
-    assert timm_format.load(folder, image_size=32).cfg.sides == (32, 32)
+    assert timm_format.load(folder, image_size=32).cfg.image_shape == (32, 32)
 
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json: no config of timm's .*architecture"):

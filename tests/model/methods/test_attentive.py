@@ -17,7 +17,12 @@ from torch.nn import functional as F
 from glimpse.data.masking import RandomMask, complementary_masks
 from glimpse.data.transforms import View, enclosing_box, random_box
 from glimpse.model.methods.aclip import Aclip, Options
-from glimpse.model.methods.attentive import STRATEGIES, Attentive, scores_at, take
+from glimpse.model.methods.attentive import (
+    STRATEGIES,
+    PatchSelector,
+    gather_patches,
+    scores_in_view,
+)
 from glimpse.tests.model.test_towers import CLIP, SMALL
 
 GRIDS = [((12, 16), 2), ((6, 9), 3), ((3, 5), 1)]  # patches, and the side of a block in patches
@@ -47,10 +52,10 @@ def staying(keep, grid):
 )
 def test_how_many_stay(patch, block, grid, counts):
     rows, columns = grid
-    attentive = Attentive("low", block, patch, grid)
+    attentive = PatchSelector("low", block, patch, grid)
 
     for share, count in zip((1 / 2, 1 / 3, 1 / 4), counts):
-        assert attentive.kept(share) * (block // patch) ** 2 == count
+        assert attentive.count_blocks(share) * (block // patch) ** 2 == count
         assert attentive.choose(uniform(3, grid), share).shape == (3, count)
     assert attentive.choose(uniform(1, grid), 1.0).tolist() == [list(range(rows * columns))]
 
@@ -72,7 +77,7 @@ def test_scores_are_the_mean_of_whole_attention_matrices(layers, side, pool):
         positions=torch.arange(side**2).expand(3, -1),
     )
 
-    scores, pooled = method.look(view)
+    scores, pooled = method.run_teacher(view)
 
     # The teacher again, with the queries and keys of every block.
     vision = method.teacher.vision
@@ -165,8 +170,8 @@ def maps(images, grid, smooth):
 )
 def test_scores_choose_as_the_paper_does(images, teacher_grid, grid, side, share, smooth):
     """Two views of each image."""
-    attentive = Attentive("low", 16 * side, 16, grid)
-    count = attentive.kept(share)
+    attentive = PatchSelector("low", 16 * side, 16, grid)
+    count = attentive.count_blocks(share)
     scores = maps(images, teacher_grid, smooth)
 
     # The paper's procedure, view by view.
@@ -184,7 +189,7 @@ def test_scores_choose_as_the_paper_does(images, teacher_grid, grid, side, share
     teachers = torch.tensor(teacher_boxes, dtype=torch.float32)
     views = torch.tensor(view_boxes, dtype=torch.float32)
     view_scores = scores.flatten(1).repeat_interleave(2, 0)
-    patch_scores = scores_at(view_scores, teacher_grid, teachers, views, grid)
+    patch_scores = scores_in_view(view_scores, teacher_grid, teachers, views, grid)
     fast = staying(attentive.choose(patch_scores, share), grid)
 
     assert (fast.sum(1) == slow.sum(1)).all()
@@ -203,8 +208,8 @@ def test_a_view_that_is_the_whole_reads_the_map_itself():
     corner = torch.tensor([[110.0, 170.0, 40.0, 40.0]])  # the last patch of the box
     scores = uniform(1, (3, 5))
 
-    at_box = scores_at(scores, (3, 5), box, box, (3, 5))
-    at_corner = scores_at(scores, (3, 5), box, corner, (1, 1))
+    at_box = scores_in_view(scores, (3, 5), box, box, (3, 5))
+    at_corner = scores_in_view(scores, (3, 5), box, corner, (1, 1))
 
     torch.testing.assert_close(at_box, scores)
     torch.testing.assert_close(at_corner, scores[:, -1:])
@@ -217,7 +222,7 @@ def test_a_view_that_is_the_whole_reads_the_map_itself():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_contract(strategy, grid, side):
     rows, columns = grid
-    attentive = Attentive(strategy, 8 * side, 8, grid)
+    attentive = PatchSelector(strategy, 8 * side, 8, grid)
     scores = uniform(50, grid)
     noise = uniform(50, grid, 1)
 
@@ -240,16 +245,16 @@ def test_contract(strategy, grid, side):
 # Numbers of blocks that all three shares divide.
 @pytest.mark.parametrize("grid, side", [((12, 16), 2), ((9, 12), 3)])
 def test_high_keeps_what_low_drops(grid, side, share):
-    low = Attentive("low", 8 * side, 8, grid)
-    high = Attentive("high", 8 * side, 8, grid)
+    low = PatchSelector("low", 8 * side, 8, grid)
+    high = PatchSelector("high", 8 * side, 8, grid)
     scores = uniform(50, grid)
 
     low_patches = staying(low.choose(scores, share), grid)
     high_patches = staying(high.choose(scores, 1 - share), grid)
 
     assert torch.equal(high_patches, ~low_patches)
-    means = low.blocks(scores).mean(2)
-    stays = low.blocks(low_patches).all(2)
+    means = low.group_by_block(scores).mean(2)
+    stays = low.group_by_block(low_patches).all(2)
     worst_staying = means.masked_fill(~stays, 2).amin(1)
     best_dropped = means.masked_fill(stays, -1).amax(1)
     assert (worst_staying > best_dropped).all(), "the best stay"
@@ -262,7 +267,7 @@ def test_what_is_drawn_is_drawn_uniformly(strategy, sure, rate):
     """
     grid = (12, 16)
     draws = 5000
-    attentive = Attentive(strategy, 32, 16, grid)
+    attentive = PatchSelector(strategy, 32, 16, grid)
     scores = uniform(1, grid).expand(draws, -1)
     noise = uniform(draws, grid, 1)
 
@@ -270,8 +275,8 @@ def test_what_is_drawn_is_drawn_uniformly(strategy, sure, rate):
     with_other_scores = attentive.choose(scores.flip(1), 0.5, noise)
 
     patch_rates = staying(keep, grid).double().mean(0)
-    rates = attentive.blocks(patch_rates[None])[0, :, 0]
-    best = attentive.blocks(scores[:1])[0].mean(1).argsort(descending=True)
+    rates = attentive.group_by_block(patch_rates[None])[0, :, 0]
+    best = attentive.group_by_block(scores[:1])[0].mean(1).argsort(descending=True)
     near = 5 * (rate * (1 - rate) / draws) ** 0.5
     assert (rates[best[:sure]] == 1).all()
     np.testing.assert_allclose(rates[best[sure:]], rate, atol=near)
@@ -281,7 +286,7 @@ def test_what_is_drawn_is_drawn_uniformly(strategy, sure, rate):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_tie_keeps_the_earlier_block(strategy):
-    attentive = Attentive(strategy, 8, 8, (10, 20))
+    attentive = PatchSelector(strategy, 8, 8, (10, 20))
     equal = torch.full((2, 200), 0.5)
 
     keep = attentive.choose(equal, 0.5, equal)
@@ -315,14 +320,14 @@ def test_refuses(strategy, block, share, message):
     grid = (12, 18)
 
     with pytest.raises(ValueError, match=message):
-        Attentive(strategy, block, 16, grid).choose(uniform(1, grid), share)
+        PatchSelector(strategy, block, 16, grid).choose(uniform(1, grid), share)
 
 
 def test_take():
     patches = torch.randint(0, 256, (3, 15, 7), dtype=torch.uint8)
     keep = uniform(3, (3, 5)).argsort(1)[:, :4]
 
-    taken = take(patches, keep)
+    taken = gather_patches(patches, keep)
 
     assert taken.shape == (3, 4, 7)
     for b in range(3):

@@ -24,7 +24,7 @@ from glimpse.data.transforms import View
 from glimpse.model import ema
 from glimpse.model.losses import dense_contrastive, simclr
 from glimpse.model.methods import METHODS
-from glimpse.model.methods.attentive import Attentive, scores_at, take
+from glimpse.model.methods.attentive import PatchSelector, gather_patches, scores_in_view
 from glimpse.model.methods.base import Method
 from glimpse.model.towers import ModelConfig
 from glimpse.tests.model.test_towers import CLIP
@@ -77,7 +77,7 @@ def build(name: str, views: int = 2, **options) -> Method:
         vision = dataclasses.replace(vision, freeze_patch=True)
     cfg = dataclasses.replace(cfg, size="nano/8", image_size=64, vision=vision)
     method_options = METHODS[name].Options(**{**OPTIONS[name], **options})
-    METHODS[name].check(method_options, cfg, {"view": views})
+    METHODS[name].check_options(method_options, cfg, {"view": views})
     return METHODS[name](cfg, VOCAB, CONTEXT, method_options)
 
 
@@ -103,7 +103,7 @@ def part(tmp_path_factory):
     data = DataConfig(train=("none",), tokenizer=f"sentencepiece({path})", context=CONTEXT)
 
     def batch(name, patches=None, **views):
-        extra = dict(hidden=METHODS[name].hidden, noise=METHODS[name].noise)
+        extra = dict(hidden=METHODS[name].hidden_patch_views, noise=METHODS[name].noise_views)
         reader = SampleReader(
             data, {**VIEWS[name], **views}, image_size=64, patch=8, seed=0, **extra
         )
@@ -166,7 +166,7 @@ def test_the_student_never_sees_a_hidden_patch(part, monkeypatch, name, options)
     patches = pictures()
     # A-CLIP's teacher sees everything.
     scores_and_tokens = (torch.rand(B, L), torch.randn(B, 128))
-    monkeypatch.setattr(method, "look", lambda seen: scores_and_tokens, raising=False)
+    monkeypatch.setattr(method, "run_teacher", lambda seen: scores_and_tokens, raising=False)
 
     def outputs_with_changes(changed):
         changed_patches = torch.where(changed[:, :, None], 255 - patches, patches)
@@ -228,7 +228,7 @@ def test_every_weight_of_a_teacher_follows_its_own(name, options):
     teacher_names = {key for key in names.values() if key.startswith(("teacher.", "byol_teacher."))}
 
     pairs = {}
-    for teacher, student in ema.parameters(method.ema_pairs()).values():
+    for teacher, student in ema.pair_parameters(method.ema_pairs()).values():
         pairs[names[id(teacher)]] = names[id(student)]
 
     assert pairs.keys() == teacher_names
@@ -260,7 +260,7 @@ def test_clip(part):
 
     features = method(batch)
 
-    patches = take(pictures(), view["positions"].long())
+    patches = gather_patches(pictures(), view["positions"].long())
     assert torch.equal(view["patches"], patches), "WHOLE shows the picture's own pixels"
     embedding = method.towers.encode_image(view["patches"], view["positions"])
     torch.testing.assert_close(features["image"], embedding)
@@ -330,7 +330,7 @@ def test_mae(part, contrast, normalise):
     # The reconstruction of hidden patches.
     mean = torch.tensor(method.cfg.vision.mean).repeat_interleave(64)
     std = torch.tensor(method.cfg.vision.std).repeat_interleave(64)
-    target = take((pictures() / 255 - mean) / std, hidden(batch))
+    target = gather_patches((pictures() / 255 - mean) / std, hidden(batch))
     if normalise:
         target = (target - target.mean(2, keepdim=True)) / target.std(2, keepdim=True)
     errors = ((prediction - target) ** 2).mean((1, 2))
@@ -372,7 +372,7 @@ def test_maskclip(part, teacher, convention, beta, normalise):
 
     # Distillation at the hidden patches.
     features, ((_, prediction),) = hooked(method.decoder, lambda: method(batch))
-    target = take(vision(*all_patches)[:, 1:], hidden(batch))
+    target = gather_patches(vision(*all_patches)[:, 1:], hidden(batch))
     if normalise:
         target = F.layer_norm(target, (128,))
     error = (prediction - target).abs()
@@ -428,15 +428,15 @@ def test_aclip(part, count, size, kept, options):
     loss, metrics = method.loss(features)
 
     # The choice of patches, and the embeddings of the views.
-    scores, teacher_tokens = method.look(teacher_view)
-    attentive = Attentive(method.options.strategy, 16, 8, GRID)
+    scores, teacher_tokens = method.run_teacher(teacher_view)
+    attentive = PatchSelector(method.options.strategy, 16, 8, GRID)
     pooled = []
     for i in range(count):
         view = batch["views"][f"view{i + 1}" if count > 1 else "view"]
-        view_scores = scores_at(scores, teacher_grid, teacher_view["box"], view["box"], GRID)
+        view_scores = scores_in_view(scores, teacher_grid, teacher_view["box"], view["box"], GRID)
         keep = attentive.choose(view_scores, share, view["noise"])
         assert keep.shape == (B, kept)
-        pooled.append(method.towers.image_features(take(view["patches"], keep), keep))
+        pooled.append(method.towers.image_features(gather_patches(view["patches"], keep), keep))
         torch.testing.assert_close(features[f"image{i}"], method.towers.embed_image(pooled[i]))
 
     # The loss.

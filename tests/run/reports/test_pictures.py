@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from glimpse.data.shards import Shards, build_index, write_shard
-from glimpse.model.layers import AttentionRecorder, Packed
+from glimpse.model.layers import AttentionRecorder, PackedSequences
 from glimpse.model.text import TextTower
-from glimpse.model.vision import resized
+from glimpse.model.vision import resize_positions
 from glimpse.run.reports.pictures import read_examples
 from glimpse.tests.helpers.tiny import picture
 from glimpse.tests.model.test_towers import FLAVOURS, captions, everywhere, small
@@ -19,9 +19,9 @@ from glimpse.tests.model.test_towers import FLAVOURS, captions, everywhere, smal
 
 def block_inputs(
     text: TextTower, ids: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, Packed]:
+) -> tuple[torch.Tensor, PackedSequences]:
     """Return inputs with which the blocks compute all tokens, not only the pooled ones."""
-    packed = Packed(lengths, len(ids), None, text.cfg.causal)
+    packed = PackedSequences(lengths, len(ids), None, text.cfg.causal)
     return text.token(ids) + text.positions[packed.positions], packed
 
 
@@ -40,7 +40,7 @@ def test_the_last_block_for_the_pooled_tokens_alone(flavour):
             text = towers.text(ids, lengths)
         else:
             x, packed = block_inputs(towers.text, ids, lengths)
-            pooled = packed.last if flavour == "clip" else packed.first
+            pooled = packed.last_token if flavour == "clip" else packed.first_token
             text = towers.text.norm(towers.text.blocks(x, packed)[pooled])
         (image.sin().sum() + text.sin().sum()).backward()
         parameters = [*towers.vision.parameters(), *towers.text.parameters()]
@@ -60,7 +60,7 @@ def test_attention_of_the_class_token(layers):
     patches = torch.randn(3, 16, 192)
     recorder = AttentionRecorder()
 
-    tokens = vision(patches, everywhere(3), watch=recorder)
+    tokens = vision(patches, everywhere(3), recorder=recorder)
 
     torch.testing.assert_close(tokens, vision(patches, everywhere(3)))
     assert len(recorder.layers) == 4
@@ -84,8 +84,8 @@ def test_attention_of_the_class_token_without_other_outputs():
     cls_recorder = AttentionRecorder()
     full_recorder = AttentionRecorder()
 
-    cls = vision(patches, everywhere(2), only_cls=True, watch=cls_recorder)
-    tokens = vision(patches, everywhere(2), watch=full_recorder)
+    cls = vision(patches, everywhere(2), only_cls=True, recorder=cls_recorder)
+    tokens = vision(patches, everywhere(2), recorder=full_recorder)
 
     torch.testing.assert_close(cls, tokens[:, :1])
     for a, b in zip(cls_recorder.layers, full_recorder.layers, strict=True):
@@ -105,7 +105,7 @@ def test_another_resolution(flavour):
     with torch.no_grad():
         table[:4] = interpolated.reshape(-1, 4).T
     torch.testing.assert_close(tokens, vision(patches, torch.arange(4)[None]))
-    assert resized(table, (4, 4), (2, 3)).shape == (6, 128)
+    assert resize_positions(table, (4, 4), (2, 3)).shape == (6, 128)
 
 
 def test_examples_leave_out_what_cannot_be_read(tmp_path):

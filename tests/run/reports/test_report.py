@@ -404,7 +404,7 @@ def test_in_a_browser(tmp_path):
     # Masks of a converted model, whose number of samples is unknown.
     pair = load_model.open_portable(load_model.find_model(trained))
     about = replace(pair.about, source={"path": "elsewhere"})
-    portable.save(replace(pair, about=about), tmp_path / "pair")
+    portable.save_model(replace(pair, about=about), tmp_path / "pair")
     images = data / "train"
     line = ["--run", tmp_path / "pair", "--images", images, "--count", 2]
     succeed("run/report.py", "masks", *line)

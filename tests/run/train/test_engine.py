@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from glimpse.model.methods import build_method
-from glimpse.model.methods.base import Averaging, Method
+from glimpse.model.methods.base import EmaMethod, Method
 from glimpse.run.lib import config
 from glimpse.run.train import checkpoint
 from glimpse.run.train.engine import read_deepspeed_json
@@ -115,7 +115,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(results):
     "base, lacks",
     [
         (Method, "forward, loss|'forward', 'loss'"),
-        (Averaging, "momentum"),
+        (EmaMethod, "momentum"),
     ],
 )
 def test_an_incomplete_method_cannot_be_made(base, lacks):

@@ -17,7 +17,7 @@ import torch
 
 from glimpse.model import portable
 from glimpse.model.convert import open_clip
-from glimpse.model.lazy_tensors import Tensors
+from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.run.lib import config, run_dir
 from glimpse.run.train import initial_weights, load_model
 from glimpse.run.verify import proofs
@@ -162,7 +162,7 @@ def test_a_foreign_model_where_one_of_ours_belongs(tmp_path):
 
 def test_a_converted_model_without_a_key(tmp_path):
     folder = tmp_path / "converted"
-    portable.save(made(*FLAVOURS["CLIP"]), folder)
+    portable.save_model(made(*FLAVOURS["CLIP"]), folder)
     tree = json.loads((folder / "config.json").read_text())
     del tree["provenance"]["fingerprint"]
     (folder / "config.json").write_text(json.dumps(tree))
@@ -190,7 +190,7 @@ def test_a_converted_model_without_a_key(tmp_path):
 def test_a_damaged_config_is_reported_wherever_it_is_read(damage, message, tmp_path):
     """Opening a model and starting a run from it both name the missing key."""
     folder = tmp_path / "converted"
-    portable.save(made(*FLAVOURS["CLIP"]), folder)
+    portable.save_model(made(*FLAVOURS["CLIP"]), folder)
     cfg = load_model.read_run_config(folder).model
     file = folder / "config.json"
     if damage:
@@ -215,7 +215,7 @@ def test_a_damaged_config_is_reported_wherever_it_is_read(damage, message, tmp_p
     ],
 )
 def test_weights_are_compared_before_any_are_sent(shapes, required_prefix, message, tmp_path):
-    source = Tensors.held({"a": torch.ones(2), "c": torch.ones(1)})
+    source = LazyTensors.from_dict({"a": torch.ones(2), "c": torch.ones(1)})
     expected = {name: torch.Size(shape) for name, shape in shapes.items()}
 
     with pytest.raises(ValueError, match=message):
