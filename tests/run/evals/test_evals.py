@@ -99,7 +99,7 @@ def embed_one_by_one(method, cfg, tokenizer, folder, views=lambda i: [range(16)]
     embeddings = []
     for i, sample in enumerate(samples):
         image = torch.from_numpy(center_view(sample.image, 32)).permute(2, 0, 1)
-        (patches,) = patchify(image[None], cfg.model.patch)
+        (patches,) = patchify(image[None], cfg.model.patch_size)
         outputs = []
         for view in views(i):
             positions = torch.tensor(view)
