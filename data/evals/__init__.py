@@ -1,1 +1,1 @@
-"""Evaluation sets: their layouts, suites, prompts, and images as the evaluations see them."""
+"""Evaluation sets: layouts, suites, prompts, and loaders of their images."""

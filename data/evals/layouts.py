@@ -1,8 +1,8 @@
-"""The known layouts of evaluation sets: `open_set(folder)` detects a folder's layout and opens it.
+"""Open evaluation sets: `open_set(folder)` detects the layout of a folder.
 
 The result is an `Images` of data/evals/clip_benchmark.py. To add a layout, write a class with
-`fits` and `open` in data/evals/segmentation_layouts.py or data/evals/caption_layouts.py, and give
-it its place in LAYOUTS: the first that fits is taken.
+`matches` and `read_split` in data/evals/segmentation_layouts.py or data/evals/caption_layouts.py,
+and add it to LAYOUTS, whose first match is used.
 """
 
 from pathlib import Path
@@ -33,9 +33,11 @@ LAYOUTS: tuple[type[FileSet], ...] = (
 def open_set(folder: str | Path, split: str = "test", content: str = "") -> Images:
     """Open the set in a folder or at a URL.
 
-    A folder with SPLIT/*.tar holds shards; any other is opened by the first of LAYOUTS that fits,
-    of those for `reads` if there are any. reads: label_map, captions or questions, since COCO's
-    folder may hold all three.
+    A folder with SPLIT/*.tar contains shards; any other is opened by the first of LAYOUTS that
+    matches.
+
+    content: label_map, captions or questions. A layout with this content takes precedence, because
+    COCO's folder may contain all three. Raise ValueError if the folder is not an evaluation set.
     """
     if is_url(str(folder)):
         return ClipBenchmarkSet(folder, split)
@@ -43,10 +45,10 @@ def open_set(folder: str | Path, split: str = "test", content: str = "") -> Imag
     if any((folder / split).glob("*.tar")):
         return ClipBenchmarkSet(folder, split)
 
-    fitting = [layout for layout in LAYOUTS if layout.matches(folder)]
-    for layout in fitting:
+    layouts = [layout for layout in LAYOUTS if layout.matches(folder)]
+    for layout in layouts:
         if layout.content == content:
             return layout(folder, split)
-    if fitting:
-        return fitting[0](folder, split)
-    return ClipBenchmarkSet(folder, split)  # raises the error that names what a set needs
+    if layouts:
+        return layouts[0](folder, split)
+    return ClipBenchmarkSet(folder, split)  # raises an error that lists what a set needs

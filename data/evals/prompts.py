@@ -1,14 +1,17 @@
-"""Prompts: class names put into templates, whose mean embedding stands for the class.
+"""Prompt templates for class names; the mean embedding of a class's prompts represents it.
 
-    templates("80")              the list of that name, or of a file: a template a line, {c} (or {})
-                                 is the class
-    synonyms("happy;smiling")    the names of a class: each goes into every template
+    load_templates("80")             a list by its name, or a file: one template per line, with {c}
+                                     or {} for the class
+    split_synonyms("happy;smiling")  the names of a class; each is put into every template
 
-data/evals/templates/: 7, the ensemble of seven from CLIP's notebook that FLIP, SLIP, A-CLIP and
-MaskCLIP use for ImageNet; 80, CLIP's for ImageNet (GLIP's too); 85, the 80 and five about scenes,
-of MaskCLIP's segmentation. Sources: open_clip's OPENAI_IMAGENET_TEMPLATES and
-SIMPLE_IMAGENET_TEMPLATES, and the prompts of the code of "Extract Free Dense Labels from CLIP",
-whose 85 these are.
+Lists in data/evals/templates/:
+
+    7   the ensemble in CLIP's notebook that FLIP, SLIP, A-CLIP and MaskCLIP use for ImageNet
+    80  CLIP's templates for ImageNet, also used by GLIP
+    85  the 80 and five about scenes, for MaskCLIP's segmentation
+
+Sources: open_clip's SIMPLE_IMAGENET_TEMPLATES (7) and OPENAI_IMAGENET_TEMPLATES (80), and the code
+of "Extract Free Dense Labels from CLIP" (85).
 """
 
 from pathlib import Path
@@ -16,37 +19,40 @@ from pathlib import Path
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
 
-def load_templates(which: str | Path) -> list[str]:
-    """Return the templates of a list that comes with the code, by its number, or of a file.
+def load_templates(name: str | Path) -> list[str]:
+    """Return the templates of a list in TEMPLATE_FOLDER, or of a file; {c} stands for the class.
 
-    {c} in a template is the class. ValueError: there is neither such a list nor such a file.
+    Raise ValueError if there is neither such a list nor such a file.
     """
-    path = TEMPLATE_FOLDER / f"{which}.txt"
+    path = TEMPLATE_FOLDER / f"{name}.txt"
     if not path.is_file():
-        path = Path(which)
+        path = Path(name)
     if not path.is_file():
-        known = ", ".join(sorted((p.stem for p in TEMPLATE_FOLDER.glob("*.txt")), key=int))
+        lists = sorted((path.stem for path in TEMPLATE_FOLDER.glob("*.txt")), key=int)
         raise ValueError(
-            f"templates: {str(which)!r}; known: {known}, or a file with a template a line"
+            f"templates: unknown {str(name)!r}; known: {', '.join(lists)}, or a file with one"
+            " template per line"
         )
     return read_templates(path)
 
 
 def read_templates(path: Path) -> list[str]:
-    """Read the templates of a file; empty lines are skipped, {} is the same as {c}."""
+    """Read the templates in a file; skip empty lines, and replace {} by {c}."""
     lines = [line.strip() for line in path.read_text().splitlines()]
     templates = [line.replace("{}", "{c}") for line in lines if line]
     for template in templates:
         if "{c}" not in template:
-            raise ValueError(f"{path}: {template!r}: no {{c}} in it, where the class goes")
+            raise ValueError(f"{path}: {template!r} has no {{c}}, which stands for the class")
     if not templates:
-        raise ValueError(f"{path}: no templates in it; one a line, {{c}} is the class")
+        raise ValueError(
+            f"{path}: no templates in it; write one per line, with {{c}} for the class"
+        )
     return templates
 
 
 def split_synonyms(line: str) -> list[str]:
-    """Split a class's names, which are separated by semicolons.
+    """Split the names of a class at semicolons.
 
-    No name of the usual sets holds a semicolon, while commas and slashes occur.
+    Unlike commas and slashes, semicolons do not occur in class names of the usual sets.
     """
     return [name.strip() for name in line.split(";") if name.strip()]

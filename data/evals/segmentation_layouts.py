@@ -111,8 +111,8 @@ class LabelMaps(FileSet):
             missing = [stem for stem in stems if stem not in by_stem]
             if missing:
                 raise ValueError(
-                    f"evals: {folder}: {len(missing):,} of {len(stems):,} images have no file in it,"
-                    f" the first is {missing[0]}"
+                    f"evals: {folder}: {len(missing):,} of {len(stems):,} images have no file in"
+                    f" it, the first is {missing[0]}"
                 )
         self.paths = [image_by_stem[stem] for stem in stems]
         self.maps = [map_by_stem[stem] for stem in stems]

@@ -1,8 +1,9 @@
-"""Sliding windows over images, for evaluations that need an answer at every pixel.
+"""Sliding windows over images, for evaluations of every pixel.
 
-An image's short side is made `size` pixels; windows of the tower's side S lie on it every `stride`
-pixels, the last of a row or column at its end, so that positions are those that the tower was
-trained at (MaskCLIP, section 4: 224-pixel windows every 112 of 512).
+The short side of an image is resized to `size` pixels. Windows of the tower's image side S are
+placed on it every `stride` pixels, the last of a row or column at its end. The tower therefore sees
+images of the size that its position embeddings were trained for (MaskCLIP, section 4: 224-pixel
+windows every 112 pixels of 512).
 """
 
 from collections.abc import Sequence
@@ -16,23 +17,23 @@ from glimpse.data.transforms import decode, image_size, resize
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """Positions of windows of `side` pixels on an image; size >= side."""
+    """Positions of windows of `side` pixels on a resized image; size >= side."""
 
     side: int
     size: int
     stride: int
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
-        """Return the sides (rows, columns) to resize an image to; neither is below `size`."""
+        """Return the size (rows, columns) to resize an image to; neither is below `size`."""
         short = min(height, width)
         rows = max(self.size, round(height * self.size / short))
         columns = max(self.size, round(width * self.size / short))
         return rows, columns
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return the top left corners of the windows on an image's canvas, row by row.
+        """Return the top left corners of an image's windows on its canvas, row by row.
 
-        height, width: the image's sides. The windows cover all of the canvas.
+        The windows cover the canvas. height, width: of the original image.
         """
         rows, columns = self.canvas(height, width)
         return [(top, left) for top in self.starts(rows) for left in self.starts(columns)]
@@ -44,17 +45,17 @@ class WindowGrid:
 
 
 class WindowImages(Images):
-    """The windows of some of a set's images, each an image to be passed through a tower.
+    """The windows of some images of a set; each window is an image for the tower.
 
-    Window w is a part of image `owner[w]`.
+    Window w belongs to image `image_index[w]`.
     """
 
-    def __init__(self, images: Images, sliding: WindowGrid, indices: Sequence[int]):
+    def __init__(self, images: Images, grid: WindowGrid, indices: Sequence[int]):
         self.images = images
-        self.sliding = sliding
+        self.grid = grid
         self.folder = images.folder
         self.split = images.split
-        self.shapes: dict[int, tuple[int, int]] = {}  # by image: its height and width
+        self.shapes: dict[int, tuple[int, int]] = {}  # height and width by image
         for i in indices:
             try:
                 self.shapes[i] = image_size(images.image(i))
@@ -63,10 +64,10 @@ class WindowImages(Images):
         self.image_index: list[int] = []
         self.corners: list[tuple[int, int]] = []
         for i, shape in self.shapes.items():
-            places = sliding.corners(*shape)
-            self.image_index += [i] * len(places)
-            self.corners += places
-        # Consecutive windows are of the same image, which is resized once.
+            corners = grid.corners(*shape)
+            self.image_index += [i] * len(corners)
+            self.corners += corners
+        # Consecutive windows belong to one image: keep the last one resized.
         self.last: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -79,11 +80,11 @@ class WindowImages(Images):
         return self.images.key(self.image_index[i])
 
     def view(self, i: int, pre: Preprocess) -> np.ndarray:
-        owner = self.image_index[i]
-        if self.last is None or self.last[0] != owner:
-            rows, columns = self.sliding.canvas(*self.shapes[owner])
+        image_index = self.image_index[i]
+        if self.last is None or self.last[0] != image_index:
+            rows, columns = self.grid.canvas(*self.shapes[image_index])
             pixels = resize(decode(self.image(i)), rows, columns, pre.interpolation)
-            self.last = (owner, pixels)
+            self.last = (image_index, pixels)
         _, pixels = self.last
         top, left = self.corners[i]
-        return pixels[top : top + self.sliding.side, left : left + self.sliding.side]
+        return pixels[top : top + self.grid.side, left : left + self.grid.side]

@@ -1,14 +1,15 @@
-"""The sets that the papers report zero-shot classification on, and the papers' suites of them.
+"""The sets on which the papers report zero-shot classification, and the papers' suites of them.
 
-    SETS["aircraft"]                    100 classes, mean per class, in a folder fgvc_aircraft or
-                                        aircraft
-    SUITES["glip"]["object"]            the names of the sets that are averaged under that name
-    found(Path("/data"), SETS["dtd"])   /data/dtd, /data/wds_dtd, /data/wds_vtab-dtd ..., or None
+    SETS["aircraft"]                    an EvalSet: 100 classes, mean per class accuracy, in a
+                                        folder fgvc_aircraft or aircraft
+    SUITES["glip"]["object"]            names of the sets in GLIP's average over object sets
+    find_set_folder(Path("/data"), SETS["dtd"])
+                                        /data/dtd, /data/wds_dtd, /data/wds_vtab-dtd ..., or None
 
-Sources: numbers of classes and metrics from CLIP's table 9 and SLIP's eval_zeroshot.py and
-labels.json; the suites from the columns of FLIP's tables 4 and 6, SLIP's catalogue (A-CLIP's table
-6 has the same 26), MaskCLIP's table 5 and GLIP's tables 4 and 5. For FLIP and GLIP, which do not
-state their metrics, CLIP's are taken. The metrics are those of run/evals/metrics.py.
+Sources. Classes and metrics: CLIP's table 9, and SLIP's eval_zeroshot.py and labels.json. FLIP and
+GLIP do not state their metrics; CLIP's are used. Suites: the columns of FLIP's tables 4 and 6,
+SLIP's catalog (A-CLIP's table 6 has the same 26 sets), MaskCLIP's table 5 and GLIP's tables 4 and
+5. run/evals/metrics.py defines the metrics.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class EvalSet:
     name: str
     classes: int
     metric: str
-    folders: tuple[str, ...]  # what its folder may be called, after the prefixes of FOLDER
+    folders: tuple[str, ...]  # possible names of its folder; see also FOLDER_PATTERNS
 
 
 EVAL_SETS = (
@@ -34,7 +35,7 @@ EVAL_SETS = (
     EvalSet("sun397", 397, "top1", ("sun397",)),
     EvalSet("cars", 196, "top1", ("cars", "stanford_cars")),
     EvalSet("aircraft", 100, "mean_per_class", ("fgvc_aircraft", "aircraft")),
-    # CLIP_benchmark's voc2007 is another set: cut-out objects, one class each
+    # CLIP_benchmark's voc2007 is another set: cropped objects, with one class each.
     EvalSet("voc2007", 20, "map", ("voc2007_multilabel",)),
     EvalSet("dtd", 47, "top1", ("dtd",)),
     EvalSet("pets", 37, "mean_per_class", ("pets",)),
@@ -56,18 +57,18 @@ EVAL_SETS = (
     EvalSet("sst2", 2, "top1", ("renderedsst2", "rendered_sst2", "sst2")),
     EvalSet("imagenet", 1000, "top1", ("imagenet1k", "imagenet")),
     EvalSet("imagenet_v2", 1000, "top1", ("imagenetv2", "imagenet_v2")),
-    # the 200 classes are in the order of their WordNet numbers
+    # The 200 classes are in the order of their WordNet numbers.
     EvalSet("imagenet_a", 200, "top1", ("imagenet-a", "imagenet_a")),
     EvalSet("imagenet_o", 200, "top1", ("imagenet-o", "imagenet_o")),
     EvalSet("imagenet_r", 200, "top1", ("imagenet-r", "imagenet_r")),
     EvalSet("imagenet_sketch", 1000, "top1", ("imagenet_sketch", "imagenet-sketch")),
-    EvalSet("objectnet", 113, "top1", ("objectnet",)),  # those that ImageNet has, too
+    EvalSet("objectnet", 113, "top1", ("objectnet",)),  # the classes that ImageNet has, too
     EvalSet("imagenet_vid", 30, "pm", ("imagenet_vid_robust", "imagenet-vid-robust")),
     EvalSet("ytbb", 24, "pm", ("ytbb_robust", "ytbb-robust")),
 )
 SETS = {row.name: row for row in EVAL_SETS}
 
-# Folders in which CLIP_benchmark and its exports store a set.
+# Folder names that CLIP_benchmark and its exports use for a set.
 FOLDER_PATTERNS = ("{}", "wds_{}", "vtab-{}", "wds_vtab-{}", "vtab/{}")
 
 SLIP = (
@@ -90,28 +91,28 @@ OTHER = (
 MASKCLIP = [name for name in SLIP if name != "hateful_memes"]
 ROBUSTNESS = ("imagenet_v2 imagenet_a imagenet_o imagenet_r imagenet_sketch objectnet").split()
 
-# suite -> name of an average -> the sets it is over; "": sets that are evaluated, in no average
+# suite -> name of an average -> its sets; "" contains sets that belong to no average
 SUITES = {
     "slip": {"average": SLIP},
-    # The paper says 25; its averages are over the 26 columns of its table.
+    # The paper states 25 sets, but its averages are over the 26 columns of its table.
     "aclip": {"average": SLIP},
     "flip": {"average": FLIP},
     "maskclip": {"average": MASKCLIP},
     "glip": {"object": OBJECT, "other": OTHER, "average": OBJECT + OTHER},
-    # GLIP's table 5; with five of the sets above it is FLIP's table 6.
+    # GLIP's table 5. FLIP's table 6 has five more sets, which are listed above.
     "robustness": {"average": ROBUSTNESS, "": ["imagenet_vid", "ytbb"]},
 }
 
 
 def suite_members(suite: str) -> list[str]:
-    """Return the names of a suite's sets, each once."""
+    """Return the names of the sets in a suite, each once."""
     names = [name for average in SUITES[suite].values() for name in average]
     return list(dict.fromkeys(names))
 
 
-def find_set_folder(data: Path, row: EvalSet) -> Path | None:
-    """Return the set's folder below `data`, under any of its names; None if there is none."""
-    for name in row.folders:
+def find_set_folder(data: Path, eval_set: EvalSet) -> Path | None:
+    """Return the folder of a set in `data`, under any of its names; None if it is missing."""
+    for name in eval_set.folders:
         for pattern in FOLDER_PATTERNS:
             path = data / pattern.format(name)
             if path.is_dir():

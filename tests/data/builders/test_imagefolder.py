@@ -171,7 +171,7 @@ def test_what_cannot_become_a_set(tmp_path):
     refused("names bee; there are no images", tree, names=names)
     written(names, "ape\t ")
     refused("has no name for ape", tree, names=names)
-    refused("templates: '8'", tree, prompts="8")
+    refused("templates: unknown '8'", tree, prompts="8")
 
     # trees with bad images
     written(tree / "ape" / "b.jpg", "no picture")

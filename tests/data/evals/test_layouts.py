@@ -124,8 +124,7 @@ def test_coco_stuff(tmp_path, maps, where):
     # 11 is what class 12 would be stored as.
     label_map(tmp_path / maps / "val2017/000000000139.png", (11, 0))
     complaint = (
-        "000000000139.png has pixels of class 11;"
-        " this layout stores its 171 classes as 0 to 181"
+        "000000000139.png has pixels of class 11; this layout stores its 171 classes as 0 to 181"
     )
     with pytest.raises(ValueError, match=complaint):
         images.label_map(0)

@@ -95,9 +95,7 @@ def test_what_cannot_be_reached_is_named(server, folder):
         f"http://127.0.0.1:{free_port()}/x": (
             "/x/test/nshards.txt cannot be read: the host cannot be reached"
         ),
-        f"{url}2": (
-            "wds_shapes2/test/nshards.txt cannot be read: the server says that it is not there"
-        ),
+        f"{url}2": ("wds_shapes2/test/nshards.txt cannot be read: the server does not have it"),
         "pipe:cat /nowhere": "cat /nowhere/test/nshards.txt cannot be read: .*exit 1",
         "abc://host/set": "abc://host/set/test/nshards.txt cannot be read: .*no gopen handler",
     }

@@ -169,7 +169,7 @@ def test_what_cannot_be_a_suite(data, tmp_path):
         ("suite:flip", "", "--data DIR, or eval_data"),
         ("suite:flip", tmp_path, "no set to evaluate.*called e.g. food101 or wds_food101"),
         ("suite:aclip(templates=7)", data, "unknown"),
-        ("suite(templates=8):aclip", data, "^templates: '8'"),
+        ("suite(templates=8):aclip", data, "^templates: unknown '8'"),
         ("suite(metric=map):aclip", data, "metric"),
     ):
         with pytest.raises(ValueError, match=words):
