@@ -1,12 +1,14 @@
-"""Labeled images for fine-tuning, strongly augmented.
+"""Labeled images for fine-tuning, with strong augmentation.
 
-The random numbers of a sample follow from (seed, epoch, sample), those of a mixed batch from (seed,
-step): neither the number of workers nor of ranks changes a crop, an erased box, or which images are
-mixed.
+The random numbers of a sample depend on (seed, epoch, sample), those of a mixed batch on the key
+that `MixupCutmix` gets. Crops, erased boxes and the choice of mixed images therefore do not depend
+on the number of workers or ranks.
 
-RandAugment, random erasing, mixup and cutmix are timm's, which is not needed otherwise. Three of
-its files are loaded by themselves: the package would import torchvision. Names: B global batch, b
-this rank's share, H x W an image's sides, C classes.
+RandAugment, random erasing, mixup and cutmix are timm's. timm is an optional dependency: only these
+need it, and they load three of its files directly, because importing the package would import
+torchvision.
+
+Shapes: b images of this rank in a batch, H x W an image's sides, C classes.
 """
 
 import importlib.util
@@ -27,42 +29,42 @@ from torch.utils.data import Dataset
 from glimpse.data.evals.clip_benchmark import Images
 from glimpse.data.transforms import Size, View, height_and_width, random_view
 
-EpochSample = tuple[int, int]  # epoch, sample
+EpochSample = tuple[int, int]  # (epoch, sample)
 
 
 @cache
 def timm_module(name: str) -> ModuleType:
-    """Load timm/data/NAME.py; ValueError if timm is not installed."""
+    """Load the module timm/data/NAME.py; ValueError if timm is not installed."""
     package = importlib.util.find_spec("timm")
     if package is None or package.origin is None:
         raise ValueError(
-            "finetune: RandAugment, random erasing, mixup and cutmix are timm's, which is not"
+            "finetune: RandAugment, random erasing, mixup and cutmix need timm, which is not"
             " installed; pip install timm"
         )
     path = Path(package.origin).parent / "data" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"timm_{name}", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"finetune: {path} is no Python module; reinstall timm")
+        raise ValueError(f"finetune: {path} is not a Python module; reinstall timm")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def rand_augment(
-    how: str, size: Size, mean: Sequence[float]
+    notation: str, size: Size, mean: Sequence[float]
 ) -> Callable[[Image.Image], Image.Image]:
-    """Build RandAugment from timm's notation, e.g. rand-m9-mstd0.5-inc1, for images of this size.
+    """Build RandAugment for images of this size from timm's notation, e.g. rand-m9-mstd0.5-inc1.
 
-    ValueError: the notation is misspelled, which timm itself would ignore.
+    Raise ValueError if the notation is misspelled; timm would ignore that.
     """
-    if not re.fullmatch(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?)*", how):
+    if not re.fullmatch(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?)*", notation):
         raise ValueError(
-            f"finetune(augment={how!r}):"
-            " write it as timm does, e.g. 'rand-m9-mstd0.5-inc1', or none"
+            f"finetune(augment={notation!r}): it is not in timm's notation; write e.g."
+            " 'rand-m9-mstd0.5-inc1', or none"
         )
     module = timm_module("auto_augment")
 
-    # timm may ask Pillow to keep 0 bits of a color, which Pillow refuses.
+    # timm may request 0 bits per color, which Pillow refuses: use at least 1.
     def posterize(image: Image.Image, bits: int, **options) -> Image.Image:
         return module.posterize(image, max(1, bits), **options)
 
@@ -74,14 +76,14 @@ def rand_augment(
     longest_shift = int(0.45 * min(height_and_width(size)))
     fill_color = tuple(round(255 * channel) for channel in mean)
     settings = dict(translate_const=longest_shift, img_mean=fill_color)
-    return module.rand_augment_transform(how, settings)
+    return module.rand_augment_transform(notation, settings)
 
 
 @contextmanager
 def seed_global_generators(rng: np.random.Generator) -> Iterator[None]:
-    """Seed the three global generators from `rng` inside the block, and restore them after it.
+    """Seed the global generators of Python, numpy and torch from `rng` for the duration of a block.
 
-    timm draws from all three of them.
+    timm uses all three of them. Their previous states are restored afterwards.
     """
     python_state = random.getstate()
     numpy_state = np.random.get_state()
@@ -96,19 +98,19 @@ def seed_global_generators(rng: np.random.Generator) -> Iterator[None]:
 
 
 def mixup_pairs_of_rank(
-    rows: Sequence[EpochSample], rank: int, world_size: int
+    samples: Sequence[EpochSample], rank: int, world_size: int
 ) -> list[EpochSample]:
-    """Return this rank's share of a batch, made of the pairs that mixup mixes.
+    """Return this rank's share of a batch, which contains both samples of each pair to be mixed.
 
-    The i-th row from the front and the i-th from the back are such a pair, of the batch and of the
-    share.
+    timm mixes the i-th sample with the i-th from the end. These pairs are the same in the share as
+    in the batch.
     """
-    front = range(rank, len(rows) // 2, world_size)
-    return [rows[i] for i in front] + [rows[-1 - i] for i in reversed(front)]
+    front = range(rank, len(samples) // 2, world_size)
+    return [samples[i] for i in front] + [samples[-1 - i] for i in reversed(front)]
 
 
 def checked_label(images: Images, i: int, classes: int) -> int:
-    """Return the class of image i; ValueError if the set does not name it."""
+    """Return the class number of image i; ValueError unless it is below `classes`."""
     number = images.label(i)
     if not 0 <= number < classes:
         raise ValueError(
@@ -119,11 +121,13 @@ def checked_label(images: Images, i: int, classes: int) -> int:
 
 
 class LabeledImages(Dataset):
-    """Batches by lists of rows: item [rows] is (images, classes, noise).
+    """Batches of augmented images: item [(epoch, sample), ...] is (images, classes, noise).
 
-    Images are (b, 3, H, W) float32, normalized; classes (b,); the uniform noise (b, *noise) is for
-    what a model drops. crop: smallest share of the image's area that a crop covers. augment:
-    RandAugment in timm's notation, or none. erase: probability.
+    images: (b, 3, H, W) float32, normalized. classes: (b,). noise: (b, *noise), uniform in [0, 1);
+    the model uses it for stochastic depth (drop path).
+
+    crop: smallest share of the image's area that a crop covers. augment: RandAugment in timm's
+    notation, or none. erase: probability of random erasing.
     """
 
     def __init__(
@@ -152,12 +156,15 @@ class LabeledImages(Dataset):
         self.augment = rand_augment(augment, size, mean) if augment != "none" else None
         self.erase = timm_module("random_erasing").RandomErasing(erase, mode="pixel", device="cpu")
 
-    def __getitem__(self, rows: Sequence[EpochSample]) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels, noise = zip(*(self.row(*row) for row in rows))
+    def __getitem__(self, samples: Sequence[EpochSample]) -> tuple[Tensor, Tensor, Tensor]:
+        prepared = [self.prepare(epoch, i) for epoch, i in samples]
+        images, labels, noise = zip(*prepared)
         return torch.stack(images), torch.tensor(labels), torch.from_numpy(np.stack(noise))
 
-    def row(self, epoch: int, i: int) -> tuple[Tensor, int, np.ndarray]:
-        """Return image i as it is seen in an epoch, its class, and its noise."""
+    def prepare(self, epoch: int, i: int) -> tuple[Tensor, int, np.ndarray]:
+        """Return the augmented image i of an epoch (3, H, W), its class, and its noise."""
+        # All random numbers come from this generator. timm uses the global ones, which are seeded
+        # from it.
         rng = np.random.default_rng((self.seed, epoch, i, 1))
         try:
             pixels, _ = random_view(self.images.image(i), self.size, self.view, rng)
@@ -173,9 +180,9 @@ class LabeledImages(Dataset):
 
 
 class MixupCutmix:
-    """Mixup or cutmix, with one weight for the whole batch, and label smoothing.
+    """Mixup or cutmix, with one weight for all images of a batch, and label smoothing.
 
-    0 switches any of them off.
+    The value 0 disables any of the three.
     """
 
     def __init__(self, classes: int, mixup: float, cutmix: float, smoothing: float):
@@ -188,9 +195,10 @@ class MixupCutmix:
         )
 
     def __call__(self, images: Tensor, labels: Tensor, *key: int) -> tuple[Tensor, Tensor]:
-        """Mix images (b, 3, H, W) of `paired`, in place, with random numbers that follow from key.
+        """Mix images (b, 3, H, W) in place, and return them and their targets (b, C).
 
-        labels: their classes (b,). Return the images and their targets (b, C).
+        The images must be in the order of `mixup_pairs_of_rank`. labels: their classes (b,). key:
+        seed of the random numbers, equal on all ranks.
         """
         with seed_global_generators(np.random.default_rng(key)):
             return self.mix(images, labels)

@@ -1,13 +1,13 @@
-"""Images to be embedded, with or without captions, or lines of text alone.
+"""Galleries: images to embed, with or without captions, or lines of text.
 
-Images lie in a folder of any depth, or in a folder of tar shards.
+Images are in a folder of any depth, or in a folder of tar shards.
 
     gallery = open_gallery(Path("photos"))
-    len(gallery), gallery.name(i), gallery.read(i)      the image's bytes, and its caption or None
-    for block in blocks(gallery, pre, starts, ...): ...
+    len(gallery), gallery.name(i), gallery.read(i)      the encoded image, and its caption or None
+    for block in read_blocks(gallery, pre, starts, ends, workers): ...
 
-Images come in one order, whoever reads: a folder's by name (data/builders/pairs.py `Folder`), those
-of shards as they lie in them. Names: m images of a block that can be read, L patches, P patch side.
+The order of the images is always the same: by name in a folder (as in data/builders/pairs.py), and
+the order of the shards. Shapes: m readable images of a block, L patches, P patch side.
 """
 
 import os
@@ -31,17 +31,18 @@ T = TypeVar("T")
 
 
 class FolderGallery:
-    """The images below a folder; the caption of NAME.jpg is in NAME.txt or NAME.json beside it."""
+    """The images in a folder and its subfolders.
+
+    The caption of NAME.jpg is in NAME.txt or NAME.json next to it.
+    """
 
     def __init__(self, root: Path):
         try:
             self.paths = list_images(root)
         except ValueError as error:
             tars = sorted(root.rglob("*.tar"))
-            message = str(error)
-            if tars:
-                message = f"{error}; there are shards in {os.path.dirname(tars[0])}"
-            raise ValueError(message) from None
+            hint = f"; there are shards in {os.path.dirname(tars[0])}" if tars else ""
+            raise ValueError(f"{error}{hint}") from None
         self.captioned = any(has_captions(names) for _, _, names in os.walk(root))
 
     def __len__(self) -> int:
@@ -56,14 +57,14 @@ class FolderGallery:
 
 
 class ShardGallery:
-    """The samples of a folder's shards; the first caption of each."""
+    """The samples in a folder of shards, with the first caption of each."""
 
     def __init__(self, folder: Path):
         self.shards = Shards([folder], require_captions=False)
         kinds = {kind for row in read_index(folder)["shards"] for kind in row["extensions"]}
         self.captioned = "txt" in kinds
         if not self.captioned and "json" in kinds:
-            # A json need not hold a caption; the first sample's shows whether they do.
+            # A JSON file may contain other fields: check the first sample.
             self.captioned = (
                 first_caption(self.shards.read(0, extensions=CAPTION_EXTENSIONS)) is not None
             )
@@ -80,7 +81,7 @@ class ShardGallery:
 
 
 class TextGallery:
-    """The lines of a file, without images."""
+    """The lines of a text file, without images."""
 
     captioned = True
 
@@ -95,7 +96,8 @@ class TextGallery:
         if "" in self.lines:
             empty = self.lines.index("") + 1
             raise ValueError(
-                f"--texts: {path}: line {empty} is empty; a text a line, so that line i is row i"
+                f"--texts: {path}: line {empty} is empty; write one text per line, so that line i"
+                " is row i"
             )
 
     def __len__(self) -> int:
@@ -109,14 +111,14 @@ Gallery = FolderGallery | ShardGallery | TextGallery
 
 
 def open_gallery(folder: Path) -> FolderGallery | ShardGallery:
-    """Open a folder of images or of shards; ValueError: there is no such folder."""
+    """Open a folder of images or of shards; ValueError if it does not exist."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images or shards")
     return ShardGallery(folder) if any(folder.glob("*.tar")) else FolderGallery(folder)
 
 
 def has_captions(names: list[str]) -> bool:
-    """Return True if one of these files of a folder is the caption of an image among them."""
+    """Return True if the file names of a folder contain an image and its caption."""
     captions, images = set(), set()
     for name in names:
         stem, _, extension = name.rpartition(".")
@@ -128,7 +130,7 @@ def has_captions(names: list[str]) -> bool:
 
 
 def first_caption(sample: Sample) -> str | None:
-    """Return a sample's first caption; None if it has none, or an empty or unreadable one."""
+    """Return the first caption of a sample; None if it is missing, empty or unreadable."""
     try:
         return without_surrogates(sample.caption) or None
     except ValueError:
@@ -136,32 +138,32 @@ def first_caption(sample: Sample) -> str | None:
 
 
 class GalleryBlock(NamedTuple):
-    """Consecutive images of a gallery, or texts."""
+    """Consecutive images, or texts, of a gallery."""
 
-    names: list[str]  # of the m images that can be read
-    captions: list[str | None]
-    patches: Tensor | None  # (m, L, 3 P P) uint8; None of texts
-    left_out: list[tuple[str, str]]  # (name, why) of those that cannot
+    names: list[str]  # names of the m readable images; empty for texts
+    captions: list[str | None]  # captions of these images, or the texts
+    patches: Tensor | None  # (m, L, 3 P P) uint8; None for texts
+    left_out: list[tuple[str, str]]  # (name, reason) of the unreadable images
 
 
 def read_blocks(
     gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int], workers: int
 ) -> Iterator[GalleryBlock]:
-    """Yield the images starts[n] to ends[n], exclusive, for each n in turn."""
+    """Yield the images starts[n] ... ends[n] - 1 for n = 0, 1, ..."""
     dataset = _Blocks(gallery, pre, starts, ends)
-    start = init_worker if workers else None
+    init = init_worker if workers else None
     yield from DataLoader(
-        dataset, batch_size=None, num_workers=workers, collate_fn=identity, worker_init_fn=start
+        dataset, batch_size=None, num_workers=workers, collate_fn=identity, worker_init_fn=init
     )
 
 
 def identity(sample: T) -> T:
-    """Return a sample unchanged: the loader's default would collate the lists of a Block."""
+    """Return the argument; as a collate_fn it keeps DataLoader from converting a block's lists."""
     return sample
 
 
 class _Blocks(Dataset):
-    """The blocks of `blocks`."""
+    """The dataset of `read_blocks`: item n is block n."""
 
     def __init__(
         self, gallery: Gallery, pre: Preprocess, starts: Sequence[int], ends: Sequence[int]
@@ -178,8 +180,12 @@ class _Blocks(Dataset):
 
     def __getitem__(self, n: int) -> GalleryBlock:
         indices = range(self.starts[n], self.ends[n])
+
+        # Texts: no images to read.
         if isinstance(self.gallery, TextGallery):
             return GalleryBlock([], [self.gallery.name(i) for i in indices], None, [])
+
+        # Images: those that cannot be read are reported, not raised.
         names, captions, patches, left_out = [], [], [], []
         for i in indices:
             name = self.gallery.name(i)
@@ -198,12 +204,12 @@ class _Blocks(Dataset):
         return GalleryBlock(names, captions, stacked, left_out)
 
 
-# Formats that are not read: such a file is reported by name, not skipped in silence.
+# Formats that cannot be read. Such files count as unreadable images, instead of being ignored.
 UNREADABLE_EXTENSIONS = ("avif", "bmp", "gif", "heic", "jp2", "tif", "tiff")
 
 
 def is_image(name: str) -> bool:
-    """Return True if a file's name is that of an image, even of one in a format not read here."""
+    """Return True if a file name is that of an image, also of one in an unreadable format."""
     return (
         not name.startswith(".")
         and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS + UNREADABLE_EXTENSIONS
@@ -211,7 +217,7 @@ def is_image(name: str) -> bool:
 
 
 def read_captions_beside(path: Path) -> dict[str, bytes]:
-    """Read the txt and json files with an image's name; a byte order mark is left out."""
+    """Read the txt and json files with the name of an image, without a byte order mark."""
     contents = {}
     for kind in CAPTION_EXTENSIONS:
         file = path.with_suffix(f".{kind}")
@@ -221,17 +227,18 @@ def read_captions_beside(path: Path) -> dict[str, bytes]:
 
 
 def list_images(root: Path) -> list[str]:
-    """List the images of a folder, then those of the folders in it, each in order of names.
+    """List the images in a folder and then those in its subfolders, each sorted by name.
 
-    ValueError: there are none.
+    Raise ValueError if there are no images.
     """
     paths: list[str] = []
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for folder, subfolders, names in os.walk(root):
+        # os.walk visits the subfolders that remain in this list, in this order.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths += [os.path.join(folder, name) for name in sorted(names) if is_image(name)]
     if not paths:
         tables = [p for p in root.iterdir() if p.suffix.lower() in (".csv", ".tsv", ".parquet")]
-        hint = f"; it holds tables, name them instead, e.g. {min(tables)}" if tables else ""
+        hint = f"; it contains tables, give them instead, e.g. {min(tables)}" if tables else ""
         extensions = ", *.".join(IMAGE_EXTENSIONS)
         raise ValueError(f"{root}: no images below it (*.{extensions}){hint}")
     return paths

@@ -155,7 +155,7 @@ def test_a_label_beyond_the_classes_is_named(images):
 
 def test_randaugment_is_refused_where_timm_cannot_read_it():
     for how in ("auto-m9", "rand-x9", "rand-mnine"):
-        with pytest.raises(ValueError, match="finetune.augment=.*write it as timm does"):
+        with pytest.raises(ValueError, match="finetune.augment=.*not in timm's notation"):
             rand_augment(how, 32, (0.5, 0.5, 0.5))
 
     transform = rand_augment("rand-m9-n1-p1-inc1", 32, (0.5, 0.5, 0.5))
