@@ -122,7 +122,7 @@ def test_zero_shot(data, model, monkeypatch, world):
     # 49 pictures of 24 classes.
     folder = data / "eval" / "shapes"
     images, embed_text, samples = embed_one_by_one(*model, folder)
-    labels = [int(sample.parts["cls"]) for sample in samples]
+    labels = [int(sample.files["cls"]) for sample in samples]
     assert len(set(labels)) == 24
     prompts = [embed_text(f"a {name}") + embed_text(f"the {name}") for name in NAMES]
     classes = torch.stack(prompts) / 2
@@ -149,7 +149,7 @@ def test_retrieval(data, model, monkeypatch, world):
     images, embed_text, samples = embed_one_by_one(*model, folder)
     captions, image_of_caption = [], []
     for i, sample in enumerate(samples):
-        lines = [line for line in sample.parts["txt"].decode().split("\n") if line]
+        lines = [line for line in sample.files["txt"].decode().split("\n") if line]
         captions += lines
         image_of_caption += [i] * len(lines)
     scores = images @ torch.stack([embed_text(line) for line in captions]).T  # (131, 261)

@@ -1,9 +1,9 @@
-"""A converted open_clip model: run/evaluate.py gives the numbers of open_clip's own code.
+"""A converted open_clip model: run/evaluate.py returns the numbers of open_clip's code.
 
-This is tested for a random ViT-B-32 on sets in CLIP_benchmark's layout; and a small model trains
-on, from the loss that open_clip computes.
+A random ViT-B-32 is evaluated on sets in CLIP_benchmark's layout. A small model is trained further,
+from the loss that open_clip computes.
 
-    bash run/test.sh tests/run/evals/test_peer.py -s        prints the differences
+    bash run/test.sh tests/run/evals/test_peer.py -s        print the differences too
 """
 
 import io
@@ -27,7 +27,8 @@ from glimpse.run.lib import config, distributed
 from glimpse.run.train import load_model
 from glimpse.tests.helpers.tiny import NAMES, ROOT, environment, launch, picture, write_dataset
 
-SIZES = {"own": (224, 224), "larger": (500, 375)}  # width and height of the images
+# {set: width and height of its images}
+SIZES = {"input_size": (224, 224), "larger": (500, 375)}
 SMALL = dict(
     embed_dim=48,
     vision_cfg=dict(image_size=64, patch_size=16, width=128, head_width=64, layers=2),
@@ -38,27 +39,29 @@ TEMPLATES = ("a photo of a {c}.", "a drawing of the {c}.", "itap of a {c}.")
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """(open_clip's model, our embedder of the same, converted)."""
+def models(tmp_path_factory):
+    """Return open_clip's model, and an Embedder of the same model, converted."""
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
-    peer = open_clip.create_model("ViT-B-32", pretrained=None).eval()
+    reference = open_clip.create_model("ViT-B-32", pretrained=None).eval()
     folder = tmp_path_factory.mktemp("models")
-    torch.save(peer.state_dict(), folder / "b32.pt")
+    torch.save(reference.state_dict(), folder / "b32.pt")
     convert(folder / "b32.pt", folder / "ours", "config=ViT-B-32")
     distributed.start()
     cfg, tokenizer, method = load_model.open_model(load_model.find_model(folder / "ours"))
-    return peer, embed.Embedder(method, cfg, tokenizer, results_folder=folder / "ours", tag="peer")
+    return reference, embed.Embedder(
+        method, cfg, tokenizer, results_folder=folder / "ours", tag="peer"
+    )
 
 
-def convert(source: Path, target: Path, given: str) -> None:
+def convert(source: Path, target: Path, settings: str) -> None:
     """Run run/convert.py."""
-    line = [sys.executable, "run/convert.py", "glimpse", source, target, "--given", given]
+    line = [sys.executable, "run/convert.py", "glimpse", source, target, "--given", settings]
     subprocess.run(line, check=True, cwd=ROOT)
 
 
-def benchmark(folder: Path, size: tuple[int, int]) -> Path:
-    """A set of shapes, of images of (width, height)."""
+def write_shapes_set(folder: Path, size: tuple[int, int]) -> Path:
+    """Write a set of shapes whose images have the size (width, height)."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(len(NAMES) + 1):
@@ -74,35 +77,40 @@ def benchmark(folder: Path, size: tuple[int, int]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluated(both, tmp_path_factory):
-    """(folder of the sets, the results of run/evaluate.py on them)."""
-    _peer, model = both
-    home = model.results_folder
+def results_of_script(models, tmp_path_factory):
+    """Return the folder of the sets, and the results of run/evaluate.py on them."""
+    _reference, model = models
+    model_folder = model.results_folder
     sets = tmp_path_factory.mktemp("sets")
-    kinds = [f"zero_shot:{benchmark(sets / name, size)}" for name, size in SIZES.items()]
-    line = [sys.executable, "run/evaluate.py", "--run", home, "--evals", *kinds]
-    done = subprocess.run(
+    kinds = [f"zero_shot:{write_shapes_set(sets / name, size)}" for name, size in SIZES.items()]
+    line = [sys.executable, "run/evaluate.py", "--run", model_folder, "--evals", *kinds]
+    result = subprocess.run(
         line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (row,) = (home / "results.jsonl").read_text().splitlines()
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    (row,) = (model_folder / "results.jsonl").read_text().splitlines()
     return sets, json.loads(row)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, close, hits", [("own", 1e-5, 0), ("larger", 5e-3, 1)])
-def test_the_same_accuracy_and_embeddings(both, evaluated, monkeypatch, name, close, hits):
-    """At the model's input size the pixels are equal; else the two libraries resize differently.
+@pytest.mark.parametrize(
+    "name, tolerance, max_changes", [("input_size", 1e-5, 0), ("larger", 5e-3, 1)]
+)
+def test_the_same_accuracy_and_embeddings(
+    models, results_of_script, monkeypatch, name, tolerance, max_changes
+):
+    """At the model's input size the pixels are equal; other sizes are resized.
 
-    Their kernels differ by a level of 255 here and there. hits: the number of images that may then
-    fall on the other side of a decision.
+    The resizing of the two libraries differs by one level of 255 in some pixels.
+    tolerance: of the image embeddings. max_changes: number of images that may be classified
+    differently.
     """
-    peer, model = both
-    sets, results = evaluated
+    reference, model = models
+    sets, results = results_of_script
     import open_clip
-    import open_clip_train.zero_shot as peer_zero_shot
+    import open_clip_train.zero_shot as reference_zero_shot
 
-    # 1. The same set, as open_clip reads it.
+    # 1. Read the same set with open_clip.
     test_set = ClipBenchmarkSet(sets / name)
     vision = model.cfg.model.vision
     transform = open_clip.image_transform(224, is_train=False, mean=vision.mean, std=vision.std)
@@ -113,40 +121,40 @@ def test_the_same_accuracy_and_embeddings(both, evaluated, monkeypatch, name, cl
     images, labels = torch.stack(images), torch.tensor(labels)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     templates = [template.replace("{c}", "{}") for template in TEMPLATES]
-    classifier = open_clip.build_zero_shot_classifier(peer, tokenizer, NAMES, templates)
+    classifier = open_clip.build_zero_shot_classifier(reference, tokenizer, NAMES, templates)
 
-    # open_clip 3.3.0 turns arrays of one number into floats, which numpy 2.4 refuses: the same
-    # count, computed otherwise.
+    # open_clip 3.3.0 converts arrays of one number to floats, which numpy 2.4 refuses. This replaces
+    # its function and counts the same hits.
     def accuracy(output, target, topk):
         hits = output.topk(max(topk)).indices == target[:, None]
         return [float(hits[:, :k].sum()) for k in topk]
 
-    # 2. The accuracies.
-    monkeypatch.setattr(peer_zero_shot, "accuracy", accuracy)
+    # 2. Compare the accuracies.
+    monkeypatch.setattr(reference_zero_shot, "accuracy", accuracy)
     args = SimpleNamespace(device="cpu", precision="fp32", batch_size=16)
     batches = list(zip(images.split(16), labels.split(16)))
-    top1, top5 = peer_zero_shot.run(peer, classifier, batches, args)
-    tolerance = (hits + 1e-9) / len(test_set)
-    assert results[f"zero_shot/{name}/top1"] == pytest.approx(top1, abs=tolerance)
-    assert results[f"zero_shot/{name}/top5"] == pytest.approx(top5, abs=tolerance)
+    top1, top5 = reference_zero_shot.run(reference, classifier, batches, args)
+    accuracy_tolerance = (max_changes + 1e-9) / len(test_set)
+    assert results[f"zero_shot/{name}/top1"] == pytest.approx(top1, abs=accuracy_tolerance)
+    assert results[f"zero_shot/{name}/top5"] == pytest.approx(top5, abs=accuracy_tolerance)
 
-    # 3. The embeddings.
+    # 3. Compare the embeddings.
     with torch.no_grad():
-        peer_images = peer.encode_image(images, normalize=True)
-        peer_texts = peer.encode_text(tokenizer(NAMES), normalize=True)
+        reference_images = reference.encode_image(images, normalize=True)
+        reference_texts = reference.encode_text(tokenizer(NAMES), normalize=True)
     indices, embeddings = model.embed_images(test_set)
-    images_apart = (embeddings - peer_images[indices]).abs().max()
-    texts_apart = (model.embed_texts(NAMES) - peer_texts).abs().max()
+    image_difference = (embeddings - reference_images[indices]).abs().max()
+    text_difference = (model.embed_texts(NAMES) - reference_texts).abs().max()
     print(
         f"\nimages of {SIZES[name]}: top1 {top1:.4f}, top5 {top5:.4f} in both;"
-        f" embeddings at most {images_apart:.1e} (images) and {texts_apart:.1e} (texts) apart"
+        f" embeddings differ by at most {image_difference:.1e} (images), {text_difference:.1e} (texts)"
     )
-    assert images_apart < close
-    assert texts_apart < 1e-5
+    assert image_difference < tolerance
+    assert text_difference < 1e-5
 
 
-def peer_loss(peer, cfg: config.RunConfig) -> float:
-    """The loss that open_clip computes of the run's first batch, from pixels and padded ids."""
+def reference_loss(reference, cfg: config.RunConfig) -> float:
+    """Return open_clip's loss of the run's first batch, from pixels and padded ids."""
     import open_clip
 
     reader = config.build_reader(cfg)
@@ -164,23 +172,23 @@ def peer_loss(peer, cfg: config.RunConfig) -> float:
         row[: len(caption)] = caption
 
     with torch.no_grad():
-        return float(open_clip.ClipLoss()(*peer(images, ids)))
+        return float(open_clip.ClipLoss()(*reference(images, ids)))
 
 
 @pytest.mark.slow
 def test_a_converted_model_trains_on(tmp_path):
-    """On 2 ZeRO-3 ranks, by `init:` and its config.json as `base:`.
+    """It is trained on 2 ZeRO-3 ranks, with the config keys `init` and `base`.
 
-    The first loss is the one that open_clip computes, and it falls from there.
+    The first loss is the one that open_clip computes, and later losses are lower.
     """
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
-    peer = open_clip.CLIP(**SMALL).eval()
+    reference = open_clip.CLIP(**SMALL).eval()
     data = write_dataset(tmp_path / "data")
-    torch.save(peer.state_dict(), tmp_path / "small.pt")
+    torch.save(reference.state_dict(), tmp_path / "small.pt")
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     convert(tmp_path / "small.pt", tmp_path / "ours", f"config={tmp_path / 'small.json'}")
-    tuned = dict(
+    settings = dict(
         base="ours/config.json",
         init=str(tmp_path / "ours"),
         run=str(tmp_path / "tuned"),
@@ -192,20 +200,20 @@ def test_a_converted_model_trains_on(tmp_path):
         log_every=1,
         optim=dict(lr="1e-3", weight_decay=0.2, warmup=32),
     )
-    (tmp_path / "tuned.yaml").write_text(json.dumps(tuned))
+    (tmp_path / "tuned.yaml").write_text(json.dumps(settings))
 
-    done = launch(2, "run/pretrain.py", "--config", str(tmp_path / "tuned.yaml"))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = launch(2, "run/pretrain.py", "--config", str(tmp_path / "tuned.yaml"))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
     lines = (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     losses = [row["loss"] for row in rows if "loss" in row]
-    wanted = peer_loss(peer, config.load(tmp_path / "tuned" / "config.yaml"))
+    expected = reference_loss(reference, config.load(tmp_path / "tuned" / "config.yaml"))
     later = ", ".join(f"{loss:.3f}" for loss in losses[1:])
     print(
-        f"\nopen_clip's own loss {wanted:.6f}, ours at the first step"
-        f" {abs(losses[0] - wanted):.1e} apart; then {later}"
+        f"\nloss of open_clip {expected:.6f}; at the first step ours differs by"
+        f" {abs(losses[0] - expected):.1e}; later losses {later}"
     )
     assert len(losses) == STEPS
-    assert losses[0] == pytest.approx(wanted, abs=1e-5)
+    assert losses[0] == pytest.approx(expected, abs=1e-5)
     assert max(losses[-3:]) < losses[0] - 0.1
