@@ -1,7 +1,7 @@
-"""Masks: every strategy keeps the contract that data/masking.py states.
+"""Masks: every strategy fulfills the contract of data/masking.py.
 
-GLIP's keep-rates are those of the released rule, and a spec that cannot be meant is refused with
-what would be right.
+The rates at which GLIP's masks keep patches are those of its released code, and invalid specs are
+refused with a message about valid ones.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ GRIDS = [(14, 14), (16, 16), (3, 11), (1, 8)]
 
 
 def uniform(images, grid, seed=0):
-    """Noise of so many images, as a loader draws it."""
+    """Uniform noise (images, patches), like the loader's."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(images, grid[0] * grid[1], generator=generator)
 
@@ -43,10 +43,10 @@ def test_contract(name, ratio, grid):
     assert (keep.diff(dim=1) > 0).all(), "ascending, so no patch twice"
     assert keep.min() >= 0
     assert keep.max() < patches
-    assert torch.equal(noise, before), "the noise is left as it was"
-    assert torch.equal(keep, mask(noise, grid)), "the noise decides"
-    alone = mask(noise[5:6], grid)
-    assert torch.equal(keep[5:6], alone), "an image's mask does not depend on its batch"
+    assert torch.equal(noise, before), "the noise is not modified"
+    assert torch.equal(keep, mask(noise, grid)), "the mask is a function of the noise"
+    single = mask(noise[5:6], grid)
+    assert torch.equal(keep[5:6], single), "an image's mask does not depend on its batch"
     if ratio:
         other = mask(uniform(64, grid, seed=1), grid)
         assert not torch.equal(keep, other)
@@ -101,7 +101,7 @@ def test_random_keeps_the_largest_noise():
 
 
 def keep_rates(spec, grid, draws=6000):
-    """(rows, columns): how often each patch stays."""
+    """Return the share of draws in which each patch stays, (rows, columns)."""
     keep = parse_mask(spec)(uniform(draws, grid), grid)
     counts = torch.bincount(keep.flatten(), minlength=grid[0] * grid[1])
     return (counts / draws).view(grid)
@@ -110,8 +110,8 @@ def keep_rates(spec, grid, draws=6000):
 @pytest.mark.parametrize(
     "spec, expected",
     [
-        # the published rule with its variance of 0.2, simulated from the released sampler; border
-        # first, the central four patches last
+        # Rates by ring, from the border to the central four patches. Simulated with the released
+        # sampler, whose variance is 0.2.
         ("gaussian(0.5)", (0.33, 0.38, 0.46, 0.60, 0.78, 0.95, 1.00)),
         ("gaussian(0.75)", (0.08, 0.12, 0.21, 0.35, 0.53, 0.70, 0.82)),
         ("gaussian(0.9)", (0.00, 0.00, 0.02, 0.13, 0.31, 0.49, 0.60)),
@@ -133,7 +133,7 @@ def test_keep_rate_per_ring(spec, expected):
 
 
 def density(grid, variance):
-    """The bivariate normal density, patch by patch in plain numpy."""
+    """Return the bivariate normal density at each patch, computed one by one in numpy."""
     values = []
     for y in np.linspace(-1, 1, grid[0]):
         for x in np.linspace(-1, 1, grid[1]):
@@ -150,7 +150,7 @@ def density(grid, variance):
         ("gaussian(0.6, 0.3, literal=True)", 1, 0.09),
     ],
 )
-def test_rows_and_columns_are_told_apart(spec, sign, variance):
+def test_rows_and_columns_are_not_swapped(spec, sign, variance):
     grid = (4, 9)
     noise = uniform(200, grid)
 
@@ -223,14 +223,14 @@ def test_parse_reads_what_a_config_writes():
     ],
 )
 def test_parse_refuses(spec, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as error:
         parse_mask(spec)
-    assert repr(spec) in str(caught.value)
+    assert repr(spec) in str(error.value)
 
 
 def test_a_strategy_that_scores_nothing_cannot_be_made():
-    class Forgetful(Mask):
+    class WithoutScore(Mask):
         pass
 
     with pytest.raises(TypeError, match="score"):
-        Forgetful(0.5)
+        WithoutScore(0.5)

@@ -1,6 +1,6 @@
-"""Patches: laid out as a stride-P convolution's weight flattens, and exactly invertible.
+"""Patches: ordered like the flattened weight of a stride-P convolution, and exactly invertible.
 
-They are the same whether taken from all of them or copied alone.
+Copying only the visible patches gives the same values as selecting them from all patches.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
-"""Shards: what is written is what is read, and the index says where.
+"""Shards: samples are read as they were written, with the help of an index.
 
-The order is a pure function that gives every sample once an epoch.
+The order of a run is a pure function that visits every sample once an epoch.
 
     bash run/test.sh tests/data/test_shards.py
 """
@@ -31,16 +31,16 @@ from glimpse.data.shards import (
 )
 
 
-def rows(count, start=0):
-    """Samples of unlike sizes, several extensions, keys with folders and dots in them."""
+def make_samples(count, start=0):
+    """Samples of different sizes, with several extensions, and keys with folders and dots."""
     samples = []
     for i in range(start, start + count):
-        parts = {
+        files = {
             "jpg": bytes([i % 256]) * (i * 97 % 2000),
             "txt": b"caption %d" % i,
             "seg.png": b"s" * (i % 5),
         }
-        samples.append((f"part.{i % 3}/{i:04d}", parts))
+        samples.append((f"part.{i % 3}/{i:04d}", files))
     return samples
 
 
@@ -48,7 +48,7 @@ def rows(count, start=0):
 def folder(tmp_path):
     """Three shards of 7, 5 and 9 samples."""
     for n, (start, count) in enumerate(((0, 7), (7, 5), (12, 9))):
-        assert write_shard(tmp_path / f"{n:05d}.tar", rows(count, start)) == count
+        assert write_shard(tmp_path / f"{n:05d}.tar", make_samples(count, start)) == count
     return tmp_path
 
 
@@ -66,14 +66,14 @@ def test_what_is_written_is_read(folder):
     shards = Shards([folder])
 
     assert len(shards) == 21
-    for i, (key, parts) in enumerate(rows(21)):
+    for i, (key, files) in enumerate(make_samples(21)):
         shard = f"{(i >= 7) + (i >= 12):05d}.tar"
-        assert shards[i] == Sample(shard, key, parts)
+        assert shards[i] == Sample(shard, key, files)
         assert shards.name(i) == (shard, key)
         assert shards[i].caption == f"caption {i}"
-        assert shards[i].image == parts["jpg"]
+        assert shards[i].image == files["jpg"]
     copy = pickle.loads(pickle.dumps(shards))
-    assert copy[13] == shards[13], "worker processes that do not fork"
+    assert copy[13] == shards[13], "pickled, as for worker processes that are not forked"
 
     twice = Shards([folder, folder])
     assert len(twice) == 42
@@ -81,16 +81,13 @@ def test_what_is_written_is_read(folder):
 
 
 def test_some_shards_of_a_folder(folder):
-    """As many as braces name, each once, in the index's order.
+    """Braces select shards, each once, in the order of the index."""
+    selection = Shards([str(folder / "{00002,00000,00002}.tar")])
 
-    The rest of the folder stays what it is.
-    """
-    some = Shards([str(folder / "{00002,00000,00002}.tar")])
-
-    assert [path.name for path in some.paths] == ["00000.tar", "00002.tar"]
-    assert len(some) == 16
-    keys = [key for key, _ in rows(21)]
-    assert [some[i].key for i in range(16)] == keys[:7] + keys[12:]
+    assert [path.name for path in selection.paths] == ["00000.tar", "00002.tar"]
+    assert len(selection) == 16
+    keys = [key for key, _ in make_samples(21)]
+    assert [selection[i].key for i in range(16)] == keys[:7] + keys[12:]
 
     assert Shards([f"{folder}/{{00000..00002}}.tar"]).paths == Shards([folder]).paths
     assert len(Shards([folder / "00001.tar"])) == 5
@@ -105,31 +102,31 @@ def test_some_shards_of_a_folder(folder):
 
 
 def test_only_some_members_are_read(folder, monkeypatch):
-    """A label or a caption costs its own bytes, not the image's."""
+    """Reading a label or a caption does not read the image."""
     shards = Shards([folder])
-    key, parts = rows(21)[20]
+    key, files = make_samples(21)[20]
     sizes = []
     pread = os.pread
 
-    def recorded(file, count, offset):
+    def recording_pread(file, count, offset):
         sizes.append(count)
         return pread(file, count, offset)
 
-    monkeypatch.setattr("os.pread", recorded)
+    monkeypatch.setattr("os.pread", recording_pread)
 
     sample = shards.read(20, extensions=("cls", "txt"))
 
-    assert sample == Sample("00002.tar", key, {"txt": parts["txt"]})
-    assert sizes == [len(parts["txt"])]
-    assert shards.read(20, extensions=("cls",)).files == parts, (
-        "none of them: all, to say what there is"
+    assert sample == Sample("00002.tar", key, {"txt": files["txt"]})
+    assert sizes == [len(files["txt"])]
+    assert shards.read(20, extensions=("cls",)).files == files, (
+        "without a match all files are read, so that messages can list them"
     )
 
 
 def test_same_samples_same_bytes(tmp_path):
-    """Also over releases of tarfile: no time, no owner, USTAR."""
+    """Shards contain no time and no owner, in USTAR format: any release of tarfile agrees."""
     for name in "ab":
-        write_shard(tmp_path / f"{name}.tar", iter(rows(9)))
+        write_shard(tmp_path / f"{name}.tar", iter(make_samples(9)))
 
     data = (tmp_path / "a.tar").read_bytes()
     assert data == (tmp_path / "b.tar").read_bytes()
@@ -143,12 +140,12 @@ def test_same_samples_same_bytes(tmp_path):
 
 
 def test_a_failed_write_leaves_no_shard(tmp_path):
-    def failing():
-        yield from rows(2)
+    def failing_samples():
+        yield from make_samples(2)
         raise OSError("the disk is full")
 
     with pytest.raises(OSError):
-        write_shard(tmp_path / "0.tar", failing())
+        write_shard(tmp_path / "0.tar", failing_samples())
     assert not list(tmp_path.glob("*.tar"))
 
 
@@ -157,31 +154,37 @@ def test_index(folder):
 
     assert [row["name"] for row in index["shards"]] == ["00000.tar", "00001.tar", "00002.tar"]
     assert [row["samples"] for row in index["shards"]] == [7, 5, 9]
-    written = dict(rows(21))
+    samples = dict(make_samples(21))
     for row in index["shards"]:
         path = folder / row["name"]
         data = path.read_bytes()
         assert row["bytes"] == len(data)
         assert row["extensions"] == dict.fromkeys(("jpg", "seg.png", "txt"), row["samples"])
         table = json.loads((folder / "shards.index" / f"{path.name}.json").read_text())
-        for key, parts in table:
+        for key, files in table:
             content = {}
-            for extension, (offset, size) in parts.items():
+            for extension, (offset, size) in files.items():
                 content[extension] = data[offset : offset + size]
-            assert content == written[key]
-    assert read_index(folder) == index, "the index is found again"
+            assert content == samples[key]
+    assert read_index(folder) == index, "the index is stored"
 
 
 def test_stale_index(folder):
     build_index(folder)
-    write_shard(folder / "00003.tar", rows(2))
+
+    # A new shard.
+    write_shard(folder / "00003.tar", make_samples(2))
     with pytest.raises(ValueError, match=r"00003\.tar.*prepare\.py index"):
         Shards([folder])
     build_index(folder)
     assert len(Shards([folder])) == 23
+
+    # A missing shard.
     (folder / "00000.tar").unlink()
     with pytest.raises(ValueError, match=r"00000\.tar"):
         Shards([folder])
+
+    # An index of another version.
     saved = folder / "shards.index.json"
     saved.write_text(json.dumps(dict(json.loads(saved.read_text()), version=0)))
     with pytest.raises(ValueError, match="version 0"):
@@ -192,6 +195,7 @@ def test_a_shard_that_became_shorter_is_named(folder):
     shards = Shards([folder])
     path = folder / "00001.tar"
     path.write_bytes(path.read_bytes()[:8000])
+
     assert shards[7].key == "part.1/0007"
     with pytest.raises(ValueError, match="00001.tar: shorter than its index"):
         shards[11]
@@ -199,12 +203,12 @@ def test_a_shard_that_became_shorter_is_named(folder):
 
 @pytest.mark.parametrize("keep", [300, 700, 1024, 2048, 9000])
 def test_a_tar_cut_off_anywhere_is_refused(tmp_path, keep):
-    """Within a header, within a file, and where a header should begin."""
-    write_shard(tmp_path / "0.tar", rows(9, start=3))
+    """Within a header, within a file, and at the beginning of a header."""
+    write_shard(tmp_path / "0.tar", make_samples(9, start=3))
     data = (tmp_path / "0.tar").read_bytes()
     assert keep < len(data)
     cut = data[:keep]
-    if keep % 512 == 0:  # where a header should begin
+    if keep % 512 == 0:  # at the beginning of a header: put garbage there
         cut += b"x" * 512
     (tmp_path / "0.tar").write_bytes(cut)
 
@@ -228,30 +232,30 @@ def test_webdataset_reads_what_we_write(folder):
 
     samples = []
     for sample in pipeline:
-        parts = {key: value for key, value in sample.items() if isinstance(value, bytes)}
-        samples.append((sample["__key__"], parts))
+        files = {key: value for key, value in sample.items() if isinstance(value, bytes)}
+        samples.append((sample["__key__"], files))
 
-    assert samples == rows(9, start=12)
+    assert samples == make_samples(9, start=12)
 
 
 def test_we_read_what_webdataset_writes(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
-        for key, parts in rows(6):
-            writer.write({"__key__": key, **parts})
+        for key, files in make_samples(6):
+            writer.write({"__key__": key, **files})
 
     shards = Shards([tmp_path])
 
-    assert [(shards[i].key, shards[i].files) for i in range(6)] == rows(6)
+    assert [(shards[i].key, shards[i].files) for i in range(6)] == make_samples(6)
 
 
 def test_captions():
-    def caption(**parts):
-        return Sample("s", "k", parts).caption
+    def caption(**files):
+        return Sample("s", "k", files).caption
 
     assert caption(json=b'{"TEXT": " b ", "url": 1}') == "b"
     assert caption(txt=b" a\n", json=b'{"caption": "c"}') == "a"
     assert caption(txt=b"caf\xe9") == "caf\ufffd", (
-        "a caption in another encoding is no reason to lose the image"
+        "a caption in another encoding does not make the sample unreadable"
     )
     several = Sample("s", "k", {"json": b'{"caption": [" title ", "", "description"]}'})
     assert several.captions == ["title", "description"]
@@ -288,14 +292,14 @@ def test_every_sample_once_an_epoch(window):
     copy = pickle.loads(pickle.dumps(order))
     assert [copy(position) for position in shuffled] == [
         draws[position] for position in shuffled
-    ], "whatever was asked before, in any process"
+    ], "the order does not depend on earlier calls or the process"
 
     other = Order(COUNTS, 4, window)
     assert [other(position) for position in range(total)] != draws[:total], "the seed matters"
 
 
 def test_a_window_reads_few_shards_at_a_time():
-    """Within a window samples are mixed; outside it nothing is open."""
+    """Samples are mixed within a window, and only its shards are open."""
     order = Order(COUNTS, 0, 3)
     total = sum(COUNTS)
     shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
@@ -307,13 +311,13 @@ def test_a_window_reads_few_shards_at_a_time():
         first = shards.index(shard)
         last = total - 1 - shards[::-1].index(shard)
         spans.append((first, last))
-    at_once = [sum(first <= p <= last for first, last in spans) for p in range(total)]
-    assert max(at_once) == 3, "three shards are open at a time"
+    open_counts = [sum(first <= p <= last for first, last in spans) for p in range(total)]
+    assert max(open_counts) == 3, "three shards are open at a time"
     assert shards != sorted(shards, key=shards.index), "and mixed"
 
 
 def test_memory_is_not_needed_for_the_order():
-    """A position far into a long run costs one window, not the epochs before it."""
+    """A position far into a long run needs one window, not all earlier epochs."""
     epoch, sample = Order([10_000] * 300, 0, 16)(12_800_000_000 - 1)
 
     assert epoch == 12_800_000_000 // 3_000_000

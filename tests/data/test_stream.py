@@ -1,9 +1,9 @@
-"""Streamed shards, from a real HTTP server through webdataset.
+"""Streamed shards, read by webdataset from a real HTTP server.
 
-Nothing is left out, nothing is lost by a resume, broken shards are named.
+All samples of an epoch are read, also across a resume, and broken shards are reported.
 
     bash run/test.sh tests/data/test_stream.py
-        -s prints how often samples were seen again after a kill
+        -s prints how many samples are repeated after a resume
 """
 
 import functools
@@ -35,7 +35,7 @@ from glimpse.tests.helpers.tiny import write_dataset as make_shards
 COUNT, SHARDS = 120, 6
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
@@ -47,7 +47,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(data):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(data)))
+    handler = functools.partial(QuietHandler, directory=str(data))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -55,117 +56,122 @@ def url(data):
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch):
-    # less than a shard, so that the cursor moves within the test
+    # Smaller than a shard, so that the cursor moves within the test.
     monkeypatch.setattr(stream_module, "SHUFFLE_BUFFER", 15)
 
 
-def stream(data, *train, workers=0, **more):
+def make_stream(data, *train, workers=0, **options):
+    """A stream of batches of 8; options: of Stream."""
     cfg = DataConfig(
         train=train, tokenizer=f"sentencepiece({data}/tokenizer.model)", context=12, workers=workers
     )
     view = View(crop=(0.5, 1.0), mask="random(0.5)")
     reader = SampleReader(cfg, {"image": view}, image_size=32, patch=8, seed=0)
-    return Stream(reader, train, **{"batch": 8, **more})
+    options = {"batch": 8, **options}
+    return Stream(reader, train, **options)
 
 
-def read(loader, batches):
-    """The first batches of a loader, each a list of its parts."""
-    return list(loader.iterate(range(batches), pin_memory=False))
+def read_batches(loader, count):
+    """Read the first batches of a loader, each a list of micro-batches."""
+    return list(loader.iterate(range(count), pin_memory=False))
 
 
 def read_until(loader, shard, limit=400):
-    """Read until no reader of this loader needs a shard before that one.
+    """Read until no worker of this loader needs an earlier shard.
 
-    Returns a Counter of (epoch, shard, key).
+    Return how often each (epoch, shard, key) was read.
     """
-    seen = Counter()
-    for parts in loader.iterate(range(limit), pin_memory=False):
-        for part in parts:
-            seen.update(loader.keys(part))
+    counts = Counter()
+    for micro_batches in loader.iterate(range(limit), pin_memory=False):
+        for micro_batch in micro_batches:
+            counts.update(loader.keys(micro_batch))
         if loader.resume_cursor() >= shard:
-            return seen
+            return counts
     raise AssertionError(f"still at shard {loader.resume_cursor()} after {limit} batches")
 
 
-def first_epochs(seen, count):
-    return {key: n for key, n in seen.items() if key[0] < count}
+def select_epochs(counts, epochs):
+    """Return the counts of the first epochs."""
+    return {key: n for key, n in counts.items() if key[0] < epochs}
 
 
 ALL_SHARDS = "/train/{00000..00005}.tar"
 KEYS = [f"{i:06d}" for i in range(COUNT)]
 ONE_EPOCH = [(f"{i // 20:05d}.tar", key) for i, key in enumerate(KEYS)]
-EVERYTHING = {(epoch, *sample) for epoch in (0, 1) for sample in ONE_EPOCH}
+TWO_EPOCHS = {(epoch, *sample) for epoch in (0, 1) for sample in ONE_EPOCH}
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (1, 2)])
-def test_every_sample_of_every_epoch(data, url, world, workers):
-    """Once each, where nothing interrupts, however many readers share the shards."""
-    seen = Counter()
-    for rank in range(world):
-        loader = stream(data, url + ALL_SHARDS, rank=rank, world_size=world, workers=workers)
-        seen += read_until(loader, 2 * SHARDS)
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (1, 2)])
+def test_every_sample_of_every_epoch(data, url, world_size, workers):
+    """Each sample is read once if nothing interrupts, with any number of readers."""
+    total = Counter()
+    for rank in range(world_size):
+        loader = make_stream(
+            data, url + ALL_SHARDS, rank=rank, world_size=world_size, workers=workers
+        )
+        total += read_until(loader, 2 * SHARDS)
 
-    counts = first_epochs(seen, 2)
-    assert counts.keys() == EVERYTHING
+    counts = select_epochs(total, 2)
+    assert counts.keys() == TWO_EPOCHS
     assert set(counts.values()) == {1}
 
 
 def test_what_travels_and_the_order(data, url):
-    first = read(stream(data, url + ALL_SHARDS, accumulate=2), 6)
-    again = read(stream(data, url + ALL_SHARDS, accumulate=2), 6)
+    first = read_batches(make_stream(data, url + ALL_SHARDS, accumulate=2), 6)
+    again = read_batches(make_stream(data, url + ALL_SHARDS, accumulate=2), 6)
 
-    keys = [part["keys"] for parts in first for part in parts]
-    keys_again = [part["keys"] for parts in again for part in parts]
-    assert keys == keys_again, "the same run reads the same"
+    keys = [micro_batch["keys"] for micro_batches in first for micro_batch in micro_batches]
+    keys_again = [micro_batch["keys"] for micro_batches in again for micro_batch in micro_batches]
+    assert keys == keys_again, "the order is deterministic"
     assert len(first[0]) == 2
-    part = first[0][1]
-    assert part["samples"].shape == (4, 2)
-    assert part["views"]["image"]["patches"].shape == (4, 8, 192)
+    micro_batch = first[0][1]
+    assert micro_batch["samples"].shape == (4, 2)
+    assert micro_batch["views"]["image"]["patches"].shape == (4, 8, 192)
 
     order = [int(key) for row in keys for _, _, key in row]
     neighbors = sum(b == a + 1 for a, b in zip(order, order[1:]))
     assert neighbors < 12, "samples are mixed"
 
 
-@pytest.mark.parametrize("then", [1, 2])
-def test_a_resume_loses_nothing(data, url, then):
-    """Two ranks stop after some batches; one or two go on from the cursor.
+@pytest.mark.parametrize("resumed_ranks", [1, 2])
+def test_a_resume_loses_nothing(data, url, resumed_ranks):
+    """Two ranks stop after some batches, and one or two resume from the cursor.
 
-    Every sample of both epochs was seen.
+    Together they read every sample of both epochs.
     """
     train = url + ALL_SHARDS
-    seen = Counter()
+    total = Counter()
     cursors = []
     for rank in range(2):
-        loader = stream(data, train, rank=rank, world_size=2)
+        loader = make_stream(data, train, rank=rank, world_size=2)
         assert loader.resume_cursor() == 0
-        for parts in loader.iterate(range(25), pin_memory=False):
-            for part in parts:
-                seen.update(loader.keys(part))
+        for micro_batches in loader.iterate(range(25), pin_memory=False):
+            for micro_batch in micro_batches:
+                total.update(loader.keys(micro_batch))
         cursors.append(loader.resume_cursor())
     cursor = min(cursors)
-    assert cursor > 0, "it goes on from somewhere"
+    assert cursor > 0, "the cursor has advanced"
 
-    for rank in range(then):
-        loader = stream(data, train, rank=rank, world_size=then, cursor=cursor)
-        seen += read_until(loader, 2 * SHARDS)
+    for rank in range(resumed_ranks):
+        loader = make_stream(data, train, rank=rank, world_size=resumed_ranks, cursor=cursor)
+        total += read_until(loader, 2 * SHARDS)
 
-    counts = first_epochs(seen, 2)
-    assert counts.keys() == EVERYTHING
+    counts = select_epochs(total, 2)
+    assert counts.keys() == TWO_EPOCHS
     repeated = sum(counts.values()) - len(counts)
-    print(f"cursor {cursors}: {repeated} of {2 * COUNT} samples seen again")
+    print(f"cursor {cursors}: {repeated} of {2 * COUNT} samples read again")
 
 
 def test_fewer_shards_than_readers(data, url):
     with pytest.raises(ValueError, match="6 streamed shards for 8 readers .*fewer workers"):
-        stream(data, url + ALL_SHARDS, world_size=4, workers=2)
+        make_stream(data, url + ALL_SHARDS, world_size=4, workers=2)
 
 
 def test_pipes_and_several_sources(data, url):
     pipe = f"pipe:cat {data}/train/{{00000..00002}}.tar"
-    loader = stream(data, pipe, url + "/train/{00003..00005}.tar")
+    loader = make_stream(data, pipe, url + "/train/{00003..00005}.tar")
 
-    counts = first_epochs(read_until(loader, 2 * SHARDS), 2)
+    counts = select_epochs(read_until(loader, 2 * SHARDS), 2)
 
     assert {key for _, _, key in counts} == set(KEYS)
     assert set(counts.values()) == {1}
@@ -180,24 +186,24 @@ def test_what_is_a_stream():
 
 
 def test_broken_shards_are_named_and_survived(data, tmp_path):
-    """One cut off in a file, one that is no tar, one that is not there, one broken picture.
+    """A truncated shard, one that is not a tar, one that is missing, and a broken image.
 
-    The rest of the epoch is all there.
+    All other samples of the epoch are read.
     """
     path = data / "train" / "00000.tar"
     content = path.read_bytes()
-    # within the tenth image; webdataset holds the ninth back
-    cut = list_files(path)[18][2] + 100
+    # Within the tenth image. webdataset has not yet returned the ninth.
+    cut_at = list_files(path)[18][2] + 100
     (tmp_path / "0.tar").write_bytes(content)
-    (tmp_path / "1.tar").write_bytes(content[:cut])
+    (tmp_path / "1.tar").write_bytes(content[:cut_at])
     (tmp_path / "2.tar").write_bytes(b"<html>" * 200)
-    good = {"png": content[512 : 512 + 2000], "txt": b"x"}
-    write_shard(tmp_path / "4.tar", [("good", good), ("mute", {"jpg": b"x"})])
+    readable = {"png": content[512 : 512 + 2000], "txt": b"x"}
+    write_shard(tmp_path / "4.tar", [("readable", readable), ("no caption", {"jpg": b"x"})])
     train = f"pipe:cat {tmp_path}/{{0..4}}.tar"
 
     bad = []
-    for parts in read(stream(data, train, batch=4), 30):
-        bad += parts[0]["bad"]
+    for micro_batches in read_batches(make_stream(data, train, batch=4), 30):
+        bad += micro_batches[0]["bad"]
 
     keys = {shard: key for shard, key, _ in bad}
     assert keys.keys() == {"1.tar", "2.tar", "3.tar", "4.tar"}
@@ -205,8 +211,8 @@ def test_broken_shards_are_named_and_survived(data, tmp_path):
     assert keys["2.tar"] == "after 0 samples"
     assert keys["3.tar"] == "after 0 samples"
 
-    seen = read_until(stream(data, train, batch=4), 5)
-    first_shard = {key for epoch, shard, key in seen if (epoch, shard) == (0, "0.tar")}
+    counts = read_until(make_stream(data, train, batch=4), 5)
+    first_shard = {key for epoch, shard, key in counts if (epoch, shard) == (0, "0.tar")}
     assert first_shard == set(KEYS[:20])
 
 
@@ -220,7 +226,7 @@ def test_broken_shards_are_named_and_survived(data, tmp_path):
 )
 def test_nothing_to_read_is_an_error_and_no_endless_wait(data, train):
     with pytest.raises(ValueError, match="streamed shards in a row yielded no samples"):
-        read(stream(data, train), 1)
+        read_batches(make_stream(data, train), 1)
 
 
 def test_nothing_readable_is_an_error(data, tmp_path):
@@ -228,7 +234,7 @@ def test_nothing_readable_is_an_error(data, tmp_path):
     write_shard(tmp_path / "0.tar", rows)
 
     with pytest.raises(ValueError, match="20 samples in a row cannot be read, the last 0.tar"):
-        read(stream(data, f"pipe:cat {tmp_path}/0.tar"), 1)
+        read_batches(make_stream(data, f"pipe:cat {tmp_path}/0.tar"), 1)
 
 
 @pytest.mark.slow
@@ -242,37 +248,40 @@ def test_a_run_on_streams_is_stopped_and_goes_on(data, url):
         "samples=8000",
     )
 
-    train_and_stop(
-        launcher_command(2, "run/pretrain.py", *tiny_run_arguments(data, run, *overrides)), run
-    )
+    arguments = tiny_run_arguments(data, run, *overrides)
+    train_and_stop(launcher_command(2, "run/pretrain.py", *arguments), run)
     last = sorted((run / "checkpoints").glob("step-*/manifest.json"))[-1]
     stopped = json.loads(last.read_text())["samples"]
-    more = (*overrides, f"samples={stopped + 160}")
-    done = launch(2, "run/pretrain.py", *tiny_run_arguments(data, run, *more), "--resume")
+    arguments = tiny_run_arguments(data, run, *overrides, f"samples={stopped + 160}")
+    result = launch(2, "run/pretrain.py", *arguments, "--resume")
 
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "6 streamed shards" in done.stdout
-    assert len((run / "command.txt").read_text().splitlines()) == 2, "rank 0 alone keeps the folder"
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "6 streamed shards" in result.stdout
+    assert len((run / "command.txt").read_text().splitlines()) == 2, (
+        "only rank 0 writes to the run folder"
+    )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["samples"] for row in rows] == list(range(16, stopped + 161, 16)), "each step once"
+    assert [row["samples"] for row in rows] == list(range(16, stopped + 161, 16)), (
+        "each step is logged once"
+    )
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def train_and_stop(line, run):
-    """Start a training, and stop it by a signal after some steps."""
+def train_and_stop(command, run):
+    """Start a training run, and stop it with SIGTERM after some steps."""
     log = run.with_suffix(".log")
     metrics = run / "metrics.jsonl"
     with log.open("w") as file:
         process = subprocess.Popen(
-            line, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True
         )
         while not metrics.exists() or len(metrics.read_text().splitlines()) <= 5:
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.1)
-        # as schedulers do: deepspeed's own process passes nothing on
+        # To the process group, like schedulers: the deepspeed launcher does not forward signals.
         os.killpg(process.pid, signal.SIGTERM)
-        limit = time.time() + 60
+        deadline = time.time() + 60
         while "continue with --resume" not in log.read_text():
-            assert time.time() < limit, log.read_text()[-3000:]
+            assert time.time() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
         process.wait(10)
