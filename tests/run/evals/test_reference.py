@@ -3,7 +3,7 @@
 A random ViT-B-32 is evaluated on sets in CLIP_benchmark's layout. A small model is trained further,
 from the loss that open_clip computes.
 
-    bash run/test.sh tests/run/evals/test_peer.py -s        print the differences too
+    bash run/test.sh tests/run/evals/test_reference.py -s        print the differences too
 """
 
 import io
@@ -123,8 +123,8 @@ def test_the_same_accuracy_and_embeddings(
     templates = [template.replace("{c}", "{}") for template in TEMPLATES]
     classifier = open_clip.build_zero_shot_classifier(reference, tokenizer, NAMES, templates)
 
-    # open_clip 3.3.0 converts arrays of one number to floats, which numpy 2.4 refuses. This replaces
-    # its function and counts the same hits.
+    # open_clip 3.3.0 converts arrays of one number to floats, which numpy 2.4 refuses. Replace its
+    # function by one that counts the same hits.
     def accuracy(output, target, topk):
         hits = output.topk(max(topk)).indices == target[:, None]
         return [float(hits[:, :k].sum()) for k in topk]
@@ -147,7 +147,8 @@ def test_the_same_accuracy_and_embeddings(
     text_difference = (model.embed_texts(NAMES) - reference_texts).abs().max()
     print(
         f"\nimages of {SIZES[name]}: top1 {top1:.4f}, top5 {top5:.4f} in both;"
-        f" embeddings differ by at most {image_difference:.1e} (images), {text_difference:.1e} (texts)"
+        f" embeddings differ by at most {image_difference:.1e} (images) and"
+        f" {text_difference:.1e} (texts)"
     )
     assert image_difference < tolerance
     assert text_difference < 1e-5
