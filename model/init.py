@@ -1,39 +1,44 @@
-"""How a tower draws its weights: a recipe for each kind of parameter.
+"""Weight initialization of the towers: the distribution of each kind of parameter.
 
-Weights are drawn inside the layer's own __init__ (Linear and Embedding in model/layers.py): sharded
-construction (ZeRO-3's zero.Init) partitions a module's parameters as soon as its __init__ ends, so
-that no parent can draw them again.
+A layer initializes its weights in its own __init__ (Linear and Embedding in model/layers.py).
+ZeRO-3's zero.Init partitions the parameters of a module as soon as its __init__ ends, so a parent
+module cannot initialize them again.
 
-Letters: D width. To add a recipe: one more function that returns an `Init`.
+Letters: D width. To add an initialization, add it to vision_init, text_init and towers.INITS.
 """
 
 from dataclasses import dataclass
 
-# 'xavier': U(+-sqrt(6 / (in + out))); 'uniform': torch's default, U(+-in ** -0.5); a number: normal
-# of that std
+# 'xavier': U(+-sqrt(6 / (in + out))); 'uniform': PyTorch's default, U(+-in ** -0.5); a float:
+# normal with this standard deviation.
 InitSpec = str | float
 
 
 @dataclass(frozen=True)
 class WeightInit:
-    """How one tower draws its weights.  The defaults are FLIP's, which are MAE's."""
+    """Initialization of one tower. The defaults are FLIP's, which are MAE's.
 
-    # on the fused (3 D, D) weight; the bias is zero in every recipe, as is `out`'s
+    The biases of `qkv` and `out` are always zero.
+    """
+
+    # the fused (3 D, D) weight of queries, keys and values
     qkv: InitSpec = "xavier"
-    out: InitSpec = "xavier"  # attention's output layer
-    up: InitSpec = "xavier"  # MLP, D -> its hidden width
-    down: InitSpec = "xavier"  # MLP, back to D
-    patch: InitSpec = "xavier"  # patch embedding, its kernel seen as (D, 3 P P)
-    projection: InitSpec = "xavier"  # tower -> common embedding
+    out: InitSpec = "xavier"  # output layer of the attention
+    up: InitSpec = "xavier"  # first layer of the MLP
+    down: InitSpec = "xavier"  # second layer of the MLP
+    patch: InitSpec = "xavier"  # patch embedding, with its kernel seen as (D, 3 P P)
+    projection: InitSpec = "xavier"  # from a tower to the shared embedding
     bias: str = "zeros"  # biases of the MLP and of the patch embedding
     cls: float = 0.02  # std of the class token
     token: float = 0.02  # std of the token embedding
-    positions: float = 0.02  # std of learned positions
+    positions: float = 0.02  # std of learned position embeddings
 
 
 def vision_init(init: str, width: int) -> WeightInit:
-    """The recipe of a vision tower; for 'clip', what open_clip trains with: torch's defaults (fused
-    Xavier for qkv) in all linear layers, std D ** -0.5 in the rest.
+    """Return the initialization of a vision tower; init: 'flip' or 'clip'.
+
+    'clip' is open_clip's: PyTorch's defaults for linear layers and multi-head attention (Xavier for
+    the fused qkv), and std D ** -0.5 for the other parameters.
     """
     if init == "flip":
         return WeightInit()
@@ -51,13 +56,16 @@ def vision_init(init: str, width: int) -> WeightInit:
 
 
 def text_init(init: str, width: int, depth: int) -> WeightInit:
-    """The recipe of a text tower; for 'clip', the stds of the CLIP paper's, whose MLP biases stay
-    at torch's default.
+    """Return the initialization of a text tower; init: 'flip' or 'clip'.
+
+    'clip' has the standard deviations of OpenAI's code, in which the MLP biases keep PyTorch's
+    default.
     """
     if init == "flip":
         return WeightInit()
     std = width**-0.5
-    residual = (2 * depth) ** -0.5  # keeps the sum of 2 * depth branches at the scale of one
+    # The sum of 2 * depth residual branches then has the scale of one branch.
+    residual = (2 * depth) ** -0.5
     return WeightInit(
         qkv=std,
         out=std * residual,

@@ -1,8 +1,10 @@
-"""Transformer parts shared by the towers: linear layers, attention, MLP, pre-norm block, stack of
-blocks, positions, packed sequences.
+"""Transformer layers that the vision and text towers share.
+
+Linear layers, self-attention, MLP, pre-norm block, stack of blocks, position embeddings, and
+batches of packed sequences.
 
 Letters: B batch, N tokens of a sequence, T tokens of a packed batch, D width, H heads, E = D / H.
-To add an activation: one row in ACTIVATIONS.
+To add an activation, add one row to ACTIVATIONS.
 """
 
 from collections.abc import Callable
@@ -18,24 +20,24 @@ from glimpse.model.init import InitSpec, WeightInit
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # flax's default, so FLIP's
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the default of flax, which FLIP uses
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
 }
 
 
-# The tokens that a block computes: all (None), the first n of each sequence (int), or, in a packed
-# batch, these indices, one per sequence, (B,).
+# The tokens that are queries: all (None), the first n of each sequence (int), or, in a packed
+# batch, one token of each sequence, given by its index among the T tokens, (B,).
 QueryIndex = int | Tensor | None
 
 
 class Linear(nn.Linear):
-    """(..., inputs) -> (..., outputs).
+    """Linear layer, (..., inputs) -> (..., outputs), with a chosen initialization.
 
-    `bias`: 'zeros', 'uniform' (torch's default) or None for no bias.
+    weight: see InitSpec. bias: 'zeros', 'uniform' (PyTorch's default), or None for no bias.
     """
 
     def __init__(self, inputs: int, outputs: int, weight: InitSpec, bias: str | None = "zeros"):
-        # before super().__init__, which calls reset_parameters
+        # Set before super().__init__, which calls reset_parameters.
         self.weight_init, self.bias_init = weight, bias
         super().__init__(inputs, outputs, bias=bias is not None)
 
@@ -48,7 +50,9 @@ class Linear(nn.Linear):
         elif self.weight_init == "uniform":
             nn.init.uniform_(self.weight, -bound, bound)
         else:
-            raise ValueError(f"weight {self.weight_init!r}: xavier, uniform or a float")
+            raise ValueError(
+                f"weight: unknown {self.weight_init!r}; use xavier, uniform or a float"
+            )
         if self.bias_init == "zeros":
             nn.init.zeros_(self.bias)
         elif self.bias_init == "uniform":
@@ -56,9 +60,9 @@ class Linear(nn.Linear):
 
 
 class AttentionRecorder:
-    """Record the attention of the class token: `layers`, one (B, N) per layer, mean over heads.
+    """Collect the attention of the class token, (B, N) per layer, as the mean over heads.
 
-    Not a list: ZeRO-3's hooks hand lists to a module as copies.
+    An object and not a plain list, because ZeRO-3's hooks pass a module copies of its lists.
     """
 
     def __init__(self) -> None:
@@ -66,59 +70,59 @@ class AttentionRecorder:
 
 
 class PackedSequences:
-    """B sequences of different lengths laid end to end, T tokens, which only attention sees padded,
-    as (B, N).
+    """Layout of B sequences of different lengths that lie end to end, T tokens in all.
 
-    Nothing waits for the device when `longest` is given (any int >= the longest length); without it
-    one read of `lengths` does.
+    Only attention needs them padded, as (B, N); all other layers run on the (T, D) tokens.
+
+    `longest` is any int >= the greatest length. Pass it to avoid a device synchronization: without
+    it the greatest length is read from the device.
     """
 
-    def __init__(self, lengths: Tensor, tokens: int, longest: int | None, causal: bool):
-        """`lengths` (B,): int, each at least 1, sum `tokens`."""
+    def __init__(self, lengths: Tensor, num_tokens: int, longest: int | None, causal: bool):
+        """lengths: (B,) int, each at least 1; their sum is num_tokens."""
         longest = int(lengths.max()) if longest is None else longest
         device = lengths.device
-        self.shape = len(lengths), longest
+        self.padded_shape = len(lengths), longest
         self.causal = causal
 
-        # (B,): the first and the last token of each sequence
+        # (B,): index of the first and of the last token of each sequence.
         ends = lengths.cumsum(0)
         self.first_token, self.last_token = ends - lengths, ends - 1
 
-        # (T,): the sequence of each token, its place in the sequence and in the padded layout
+        # (T,): position of each token in its sequence, and its index in the padded (B * N) layout.
         sequences = torch.arange(len(lengths), device=device)
-        rows = torch.repeat_interleave(sequences, lengths, output_size=tokens)
-        self.positions = torch.arange(tokens, device=device) - self.first_token[rows]
+        rows = torch.repeat_interleave(sequences, lengths, output_size=num_tokens)
+        self.positions = torch.arange(num_tokens, device=device) - self.first_token[rows]
         self.padded_index = rows * longest + self.positions
 
-        # Without pads, packed and padded are the same memory. With causal attention every pad comes
-        # after the real tokens, so that no mask is needed when all tokens are queries.
-        self.has_no_padding = tokens == len(lengths) * longest
+        # Without padding, the packed and the padded layout are the same memory. With causal
+        # attention every padding token comes after the real tokens, so no mask is needed when all
+        # tokens are queries.
+        self.has_no_padding = num_tokens == len(lengths) * longest
         self.key_mask = None if self.has_no_padding else key_padding_mask(lengths, longest)
         self.attention_mask = None if causal else self.key_mask
 
     def pad(self, x: Tensor) -> Tensor:
-        """(T, D) -> (B, N, D), zeros in the pads."""
+        """Return (T, D) as (B, N, D), with zeros in the padding."""
         if not self.has_no_padding:
-            padded = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1])
+            padded = x.new_zeros(self.padded_shape[0] * self.padded_shape[1], x.shape[1])
             x = padded.index_copy_(0, self.padded_index, x)
-        return x.unflatten(0, self.shape)
+        return x.unflatten(0, self.padded_shape)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (T, D)."""
+        """Return (B, N, D) as (T, D), without the padding."""
         x = x.flatten(0, 1)
         return x if self.has_no_padding else x.index_select(0, self.padded_index)
 
 
 def key_padding_mask(lengths: Tensor, longest: int) -> Tensor:
-    """(B,) -> (B, 1, 1, N): True where a padded sequence has a token, as a mask of keys."""
-    places = torch.arange(longest, device=lengths.device)
-    return (places < lengths[:, None])[:, None, None]
+    """Return a mask of the keys, (B,) -> (B, 1, 1, N): True for real tokens, False for padding."""
+    positions = torch.arange(longest, device=lengths.device)
+    return (positions < lengths[:, None])[:, None, None]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D), or (T, D) -> (T, D) on packed
-    sequences.
-    """
+    """Multi-head self-attention, (B, N, D) -> (B, N, D), or (T, D) -> (T, D) if packed."""
 
     def __init__(self, width: int, heads: int, init: WeightInit):
         super().__init__()
@@ -134,17 +138,25 @@ class Attention(nn.Module):
         recorder: AttentionRecorder | None = None,
         value_attention_only: bool = False,
     ) -> Tensor:
-        """only: the tokens that are queries, and are returned.
+        """Return the attention output of the queries.
 
-        alone: each token attends to itself alone, so that it gets its own value.
+        query_index: the tokens that are queries; the output has only these tokens.
+
+        recorder: collects the attention of the class token.
+
+        value_attention_only: each token attends only to itself, so that its output is its own
+        value vector.
         """
+        # 1. Queries, keys and values; packed sequences are padded here.
         x = self.qkv(x)
         x = x if packed is None else packed.pad(x)
         q, k, v = x.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
         if recorder is not None:
+            # Computed apart, because the fused kernel does not return its weights.
             scores = q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head_dim**-0.5
             recorder.layers.append(scores.softmax(3).mean(1)[:, 0])
 
+        # 2. Attention.
         if value_attention_only:
             x = v
         elif packed is None:
@@ -154,41 +166,45 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=packed.attention_mask, is_causal=packed.causal
             )
         else:
-            # One query per sequence: its first token (not causal), or its last, which may attend to
-            # all tokens in either case.
-            place = (
-                packed.positions[query_index]
-                .view(-1, 1, 1, 1)
-                .expand(-1, q.shape[1], 1, self.head_dim)
-            )
-            x = F.scaled_dot_product_attention(q.gather(2, place), k, v, attn_mask=packed.key_mask)
+            # One query per sequence: its first token (bidirectional attention only) or its last. It
+            # may attend to all tokens of the sequence, so a causal mask is not needed.
+            index = packed.positions[query_index].view(-1, 1, 1, 1)
+            index = index.expand(-1, q.shape[1], 1, self.head_dim)
+            x = F.scaled_dot_product_attention(q.gather(2, index), k, v, attn_mask=packed.key_mask)
             return self.out(x.flatten(1))
+
+        # 3. Join the heads.
         x = x.transpose(1, 2).flatten(2)
         return self.out(x if packed is None else packed.unpad(x))
 
 
 def mlp_width(width: int, mlp_ratio: float) -> int:
-    """The width inside an MLP, rounded down as open_clip does."""
+    """Return the hidden width of an MLP, rounded down as in open_clip."""
     return int(width * mlp_ratio)
 
 
 class MLP(nn.Module):
-    """(..., D) -> (..., D) through `mlp_ratio` times D."""
+    """Two linear layers with an activation between them, (..., D) -> (..., D).
+
+    The hidden width is `mlp_ratio` times D.
+    """
 
     def __init__(self, width: int, activation: str, init: WeightInit, mlp_ratio: float = 4.0):
         super().__init__()
-        self.up = Linear(width, mlp_width(width, mlp_ratio), init.up, init.bias)
+        hidden = mlp_width(width, mlp_ratio)
+        self.up = Linear(width, hidden, init.up, init.bias)
         self.act = ACTIVATIONS[activation]
-        self.down = Linear(mlp_width(width, mlp_ratio), width, init.down, init.bias)
+        self.down = Linear(hidden, width, init.down, init.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block; shapes as Attention's.
+    """Pre-norm transformer block; shapes as in Attention.
 
-    drop_path_mask: (2, B), by what its two branches are multiplied (see drop_path).
+    drop_path_mask: (2, B), the factors of the attention branch and of the MLP branch; see
+    make_drop_path_mask.
     """
 
     def __init__(
@@ -216,35 +232,39 @@ class TransformerBlock(nn.Module):
         drop_path_mask: Tensor | None = None,
     ) -> Tensor:
         attended = self.attn(self.norm1(x), packed, query_index, recorder, value_attention_only)
+        # The residual stream keeps only the tokens that were queries.
         if isinstance(query_index, Tensor):
             x = x.index_select(0, query_index)
         elif query_index is not None:
             x = x[:, :query_index]
-        attention_path, mlp_path = (None, None) if drop_path_mask is None else drop_path_mask
-        x = x + scale_branch(attended, attention_path)
-        return x + scale_branch(self.mlp(self.norm2(x)), mlp_path)
+
+        attention_factor, mlp_factor = (None, None) if drop_path_mask is None else drop_path_mask
+        x = x + scale_branch(attended, attention_factor)
+        return x + scale_branch(self.mlp(self.norm2(x)), mlp_factor)
 
 
 def scale_branch(branch: Tensor, factors: Tensor | None) -> Tensor:
-    """(B, N, D) times (B,)."""
+    """Return the branch (B, N, D) times the factors (B,); None leaves it unchanged."""
     return branch if factors is None else branch * factors.to(branch.dtype)[:, None, None]
 
 
 def make_drop_path_mask(noise: Tensor, rate: float) -> Tensor:
-    """Uniform noise (B, depth, 2) -> drop_path_mask (depth, 2, B) for Blocks: stochastic depth (arXiv
-    1603.09382).
+    """Return the drop-path mask for Transformer, uniform noise (B, depth, 2) -> (depth, 2, B).
 
-    A sample goes round a branch with a probability that rises linearly from 0 in the first block to
-    `rate` in the last; where it goes through, the branch counts for more, so that its mean stays.
-    Each of a block's two branches is drawn by itself, as in timm.
+    Stochastic depth (arXiv 1603.09382): a sample skips a branch with a probability that rises
+    linearly from 0 in the first block to `rate` in the last. The mask is 0 where a branch is
+    skipped, and 1 / (1 - probability) elsewhere, which keeps the expected value of the branch. The
+    two branches of a block are independent, as in timm.
     """
     rates = torch.linspace(0, rate, noise.shape[1], device=noise.device)[None, :, None]
     return ((noise >= rates) / (1 - rates)).permute(1, 2, 0)
 
 
 class Transformer(nn.ModuleList):
-    """`depth` blocks; `checkpoint_activations` drops a block's activations until its backward pass, the one
-    place that trades compute for memory.
+    """Stack of `depth` transformer blocks.
+
+    checkpoint_activations: recompute each block in the backward pass, which saves memory and costs
+    compute.
     """
 
     def __init__(
@@ -258,9 +278,10 @@ class Transformer(nn.ModuleList):
         checkpoint_activations: bool = False,
         mlp_ratio: float = 4.0,
     ):
-        super().__init__(
+        blocks = [
             TransformerBlock(width, heads, activation, eps, init, mlp_ratio) for _ in range(depth)
-        )
+        ]
+        super().__init__(blocks)
         self.checkpoint_activations = checkpoint_activations
 
     def forward(
@@ -272,24 +293,28 @@ class Transformer(nn.ModuleList):
         value_attention_only: bool = False,
         drop_path_mask: Tensor | None = None,
     ) -> Tensor:
-        """only: the tokens that are needed: the last block computes these alone. alone: in the last
-        block each token attends to itself.
+        """Return the tokens after the last block.
 
-        drop_path_mask: (depth, 2, B), of drop_path; for sequences of one length.
+        query_index: the tokens to return; the last block computes only these.
+
+        value_attention_only: in the last block each token attends only to itself.
+
+        drop_path_mask: (depth, 2, B), from make_drop_path_mask; only for unpacked sequences.
         """
         for i, block in enumerate(self):
-            last = i == len(self) - 1
+            is_last = i == len(self) - 1
             arguments = (
                 x,
                 packed,
-                query_index if last else None,
+                query_index if is_last else None,
                 recorder,
-                value_attention_only and last,
+                value_attention_only and is_last,
                 None if drop_path_mask is None else drop_path_mask[i],
             )
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # No layer draws random numbers (drop_path_mask are drawn before), so no generator is saved.
-                # DeepSpeed's own non-reentrant form fails under ZeRO-3.
+                # No block draws random numbers (the drop-path mask is an input), so the state of
+                # the generator need not be saved. DeepSpeed's own non-reentrant checkpointing fails
+                # under ZeRO-3.
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
@@ -297,10 +322,10 @@ class Transformer(nn.ModuleList):
 
 
 class Embedding(nn.Embedding):
-    """(...) ids -> (..., D), drawn from a normal of the given std."""
+    """Embedding table, ids (...) -> (..., D), initialized from a normal distribution."""
 
     def __init__(self, rows: int, width: int, std: float):
-        self.std = std  # before super().__init__, which calls reset_parameters
+        self.std = std  # set before super().__init__, which calls reset_parameters
         super().__init__(rows, width)
 
     def reset_parameters(self) -> None:
@@ -308,19 +333,20 @@ class Embedding(nn.Embedding):
 
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
-    """A parameter drawn from a normal."""
+    """Return a parameter with values from a normal distribution."""
     return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=std))
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """MAE's fixed 2-D positions of a (rows, columns) grid, (L, D) fp32: [sin x, cos x, sin y, cos
-    y], D / 4 frequencies each.
+    """Return MAE's fixed 2-D position embeddings of a (rows, columns) grid, (L, D) fp32.
 
-    Computed in numpy: sharded construction turns torch's new tensors into the training type, bf16
-    perhaps.
+    A row is [sin x, cos x, sin y, cos y], with D / 4 frequencies each.
+
+    Computed in NumPy, because inside zero.Init (ZeRO-3) new PyTorch tensors get the training type,
+    which may be bf16.
     """
     y, x = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    omega = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
-    angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # 2 x (L, D / 4)
+    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (x, y)]  # 2 x (L, D / 4)
     waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
     return torch.from_numpy(np.concatenate(waves, axis=1).astype(np.float32))

@@ -1,14 +1,13 @@
 """Losses of the methods.
 
-The contrastive loss of B pairs (InfoNCE; CLIP, arXiv 2103.00020), as one would write it for one
-process:
+The contrastive loss of B pairs (InfoNCE; CLIP, arXiv 2103.00020), for a single process:
 
     logits = scale * image @ text.t()
     labels = torch.arange(B)
     loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
 
-`contrastive` is this loss over the pairs of all ranks, without the B x B matrix
-(model/tiled_softmax.py); `simclr` likewise. The other losses return a number per sample, (b,).
+`contrastive` computes this loss over the pairs of all ranks without storing the B x B matrix
+(model/tiled_softmax.py), and so does `simclr`. The other losses return one number per sample, (b,).
 
 Letters: `b` samples on this rank, `B` = b x ranks, `E` embedding width, `M` tokens.
 """
@@ -26,45 +25,45 @@ def l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-# ---- over all ranks
+# ---- losses over the samples of all ranks
 
 
 def contrastive(
     image: Tensor, text: Tensor, scale: Tensor, exact: bool = True
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the contrastive loss () and {"accuracy": ()}, the same numbers on every rank.
+    """Return the contrastive loss () and {"accuracy": ()}, the same values on every rank.
 
-    image and text are (b, E), scale is (1,).
+    image and text: (b, E). scale: (1,).
 
     The loss is the mean over the B pairs and both directions, in fp32 (fp64 stays fp64). Its
-    gradients are those of the global mean loss times the number of ranks: DeepSpeed averages
-    parameter gradients over ranks, and so applies the exact gradient. (A full matrix on every rank
-    with the own slice re-inserted would apply exact / ranks; local rows against detached columns
-    only the query-side half.)
+    gradient on a rank is the gradient of this global mean times the number of ranks. DeepSpeed
+    averages parameter gradients over ranks, so the parameters get the exact gradient. (Gathering
+    without a gradient and putting the local features back into the matrix would give 1 / ranks of
+    it; local rows against detached columns would give only the half that flows through the rows.)
 
-    exact False: the same loss with the gradients of SLIP's release, whose local rows meet gathered
-    columns that carry none.
+    exact=False: the same loss with the gradient of SLIP's released code, which multiplies the local
+    rows with gathered columns that have no gradient.
 
-    Accuracy: the share of pairs whose logit beats every other of its row, averaged with that of its
-    column; a tie is a miss.
+    Accuracy: the share of pairs whose logit is greater than all others in its row, averaged with
+    the same share for columns. A tie counts as wrong.
     """
     if image.ndim != 2 or image.shape != text.shape or not len(image):
         raise ValueError(
-            f"image {tuple(image.shape)} and text {tuple(text.shape)}: both must be (b, E), b > 0,"
-            " one row a pair"
+            f"image {tuple(image.shape)}, text {tuple(text.shape)}: both must have the shape (b, E)"
+            " with b > 0, one row per pair"
         )
     if scale.shape != (1,):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, must be (1,)")
+        raise ValueError(f"scale: has the shape {tuple(scale.shape)}; it must be (1,)")
     check_equal_batches(image)
-    kind = torch.promote_types(image.dtype, torch.float32)
-    loss, accuracy = TiledContrastive.apply(image.to(kind), text.to(kind), scale.to(kind), exact)
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    loss, accuracy = TiledContrastive.apply(image.to(dtype), text.to(dtype), scale.to(dtype), exact)
     return loss, {"accuracy": accuracy}
 
 
 def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Return the loss as defined above, for one process: (B, E), (B, E), (1,) -> ().
+    """Return the contrastive loss of one process as defined above, (B, E), (B, E), (1,) -> ().
 
-    Tests and benchmarks compare with it.
+    The reference for tests and benchmarks.
     """
     logits = scale * image @ text.t()
     labels = torch.arange(len(image), device=image.device)
@@ -74,63 +73,63 @@ def dense_contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 def simclr(
     first: Tensor, second: Tensor, temperature: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return SimCLR's loss () and {"simclr_accuracy": ()}, the same numbers on every rank.
+    """Return SimCLR's loss () and {"simclr_accuracy": ()}, the same values on every rank.
 
-    one and two: the vectors of two views, each (b, E).
+    first and second: vectors of two views of the same images, each (b, E).
 
-    The loss is NT-Xent (arXiv 2002.05709, equation 1) over the views of all ranks: each view's
-    positive is the other view of its image, its negatives both views of all other images. Mean over
-    the 2 B rows; gradients as `contrastive`'s.
+    The loss is NT-Xent (arXiv 2002.05709, equation 1) over the views of all ranks, as the mean over
+    the 2 B rows. The positive of a view is the other view of its image; its negatives are both
+    views of all other images. Gradients are scaled as in `contrastive`.
     """
     if first.ndim != 2 or first.shape != second.shape or not len(first):
         raise ValueError(
-            f"one {tuple(first.shape)} and two {tuple(second.shape)}: both must be (b, E), b > 0, one"
-            " row an image"
+            f"first {tuple(first.shape)}, second {tuple(second.shape)}: both must have the shape"
+            " (b, E) with b > 0, one row per image"
         )
     check_equal_batches(first)
     loss, accuracy = TiledSimCLR.apply(l2_normalize(first), l2_normalize(second), 1 / temperature)
     return loss, {"simclr_accuracy": accuracy}
 
 
-# ---- a number per sample
+# ---- losses per sample
 
 
 def byol(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return 2 - 2 cos, (b, E) x 2 -> (b,) (BYOL, arXiv 2006.07733, equation 2).
+    """Return 2 - 2 cos(prediction, target), (b, E) x 2 -> (b,) (BYOL, arXiv 2006.07733, eq. 2).
 
-    No gradient reaches the target.
+    The target gets no gradient.
     """
     return 2 - 2 * (l2_normalize(prediction) * l2_normalize(target.detach())).sum(-1)
 
 
 def simsiam(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return -cos, (b, E) x 2 -> (b,) (SimSiam, arXiv 2011.10566, equation 1).
+    """Return -cos(prediction, target), (b, E) x 2 -> (b,) (SimSiam, arXiv 2011.10566, eq. 1).
 
-    No gradient reaches the target.
+    The target gets no gradient.
     """
     return -(l2_normalize(prediction) * l2_normalize(target.detach())).sum(-1)
 
 
 def distillation(
-    prediction: Tensor, target: Tensor, beta: float = 2.0, normalise: bool = False
+    prediction: Tensor, target: Tensor, beta: float = 2.0, normalize: bool = False
 ) -> Tensor:
     """Return the smooth L1 loss, (b, M, D) x 2 -> (b,) (MaskCLIP section 3.2).
 
-    It is the mean over tokens and channels. normalise: layer-normalize the targets.
+    The mean over tokens and channels. normalize: apply a layer norm without weights to the targets.
     """
     prediction, target = prediction.float(), target.detach().float()
-    if normalise:
+    if normalize:
         target = F.layer_norm(target, target.shape[-1:])
     return F.smooth_l1_loss(prediction, target, beta=beta, reduction="none").mean((1, 2))
 
 
-def reconstruction(prediction: Tensor, target: Tensor, normalise: bool = True) -> Tensor:
+def reconstruction(prediction: Tensor, target: Tensor, normalize: bool = True) -> Tensor:
     """Return the mean squared error of patches, (b, M, X) x 2 -> (b,) (MAE section 3).
 
-    normalise: normalize each target patch by its own mean and standard deviation.
+    normalize: normalize each target patch by the mean and standard deviation of its pixels.
     """
     prediction, target = prediction.float(), target.detach().float()
-    if normalise:
+    if normalize:
         mean = target.mean(-1, keepdim=True)
         variance = target.var(-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()

@@ -1,11 +1,10 @@
-"""The text tower. It reads packed captions: the tokens of a batch end to end, so that no layer runs
-on padding.
+"""Text tower over packed captions: the tokens of a batch end to end, without padding.
 
-Inside attention alone the sequences are spread over (B, N), which is exact: see Packed in
-model/layers.py. A model whose tokens must
-attend the pads (FLIP's released weights) is fed pads as tokens: every length is then the context,
-and nothing is copied.
-Letters: B batch, T tokens of the packed batch, N the longest caption, D width.
+Only attention pads the captions, to (B, N), and masks the padding (PackedSequences in
+model/layers.py). For a model that attends to padding, such as FLIP's released weights, the caller
+adds the padding tokens to the captions: every length is then the context, and nothing is copied.
+
+Letters: B batch, T tokens of the packed batch, N tokens of the longest caption, D width.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,10 @@ from glimpse.model.layers import (
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The defaults are FLIP's; CLIP's: causal, eot, gelu or quick_gelu, eps 1e-5."""
+    """Architecture of the text tower; the defaults are FLIP's.
+
+    CLIP uses: causal, pool eot, activation gelu or quick_gelu, eps 1e-5.
+    """
 
     # Use causal attention; it requires pool: eot.
     causal: bool = False
@@ -37,21 +39,21 @@ class TextConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for key, known in (("pool", ("eot", "first")), ("activation", ACTIVATIONS)):
-            if getattr(self, key) not in known:
+        for key, choices in (("pool", ("eot", "first")), ("activation", ACTIVATIONS)):
+            if getattr(self, key) not in choices:
                 raise ValueError(
-                    f"model.text.{key} {getattr(self, key)!r}: unknown; known:"
-                    f" {', '.join(sorted(known))}"
+                    f"model.text.{key}: unknown {getattr(self, key)!r}; known:"
+                    f" {', '.join(sorted(choices))}"
                 )
         if self.causal and self.pool == "first":
             raise ValueError(
-                "model.text.pool 'first' with model.text.causal: the first token would see nothing;"
-                " use pool: eot"
+                "model.text.pool: 'first' does not work with model.text.causal, because the first"
+                " token attends only to itself; use pool: eot"
             )
 
 
 class TextTower(nn.Module):
-    """`vocab` token ids, captions of at most `context` tokens."""
+    """Transformer over captions of at most `context` tokens, with ids below `vocab`."""
 
     def __init__(
         self,
@@ -81,15 +83,18 @@ class TextTower(nn.Module):
         longest: int | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """ids (T,) and lengths (B,) that sum to T, each from 1 to the context -> (B, D). `longest`:
-        see Packed.
+        """Return one vector per caption, (B, D).
 
-        positions (T,): the tokens' places in captions of which a mask dropped some.
+        ids: (T,), the captions end to end. lengths: (B,), each from 1 to the context; their sum is
+        T. longest: see PackedSequences.
+
+        positions: (T,), the position of each token in its caption; needed if text masking dropped
+        tokens, else they are 0, 1, ...
         """
         packed = PackedSequences(lengths, len(ids), longest, self.cfg.causal)
-        places = packed.positions if positions is None else positions.long()
-        x = self.token(ids) + F.embedding(places, self.positions)
-        # The last token, never the largest id: a caption that was cut, or another vocabulary, has
-        # its EOT elsewhere.
+        positions = packed.positions if positions is None else positions.long()
+        x = self.token(ids) + F.embedding(positions, self.positions)
+        # eot is the last token, and not the token with the largest id as in OpenAI's code: a
+        # truncated caption has no end-of-text token, and other vocabularies give it another id.
         pooled = packed.last_token if self.cfg.pool == "eot" else packed.first_token
         return self.norm(self.blocks(x, packed, query_index=pooled))

@@ -1,14 +1,13 @@
-"""The pair of towers, what joins them, and the table of sizes.
+"""CLIP model: vision and text towers, projections, temperature; model sizes and configuration.
 
-To add a size: one row in SIZES. A model that is no row, an imported one perhaps, states its numbers
-itself: `size: custom/14` and `custom:`.
+To add a size, add one row to SIZES. A model with other sizes, such as an imported one, lists them
+in its config: `size: custom/14` and `custom:`.
 
-Under ZeRO-3 a parameter is gathered only inside the forward of the module that owns it, so the
-projections and the temperature are modules of their own, and the encode_* methods only call
-modules.
+Under ZeRO-3 a parameter is gathered only inside the forward of the module that owns it. The
+projections and the temperature are therefore modules, and the encode_* methods only call modules.
 
-Letters: B batch, L patches, K visible patches, P patch side, T packed tokens, D width, E common
-embedding.
+Letters: B batch, L patches, K visible patches, P patch size, T packed tokens, D width, E width of
+the shared embedding.
 """
 
 import math
@@ -27,7 +26,7 @@ from glimpse.model.vision import VisionConfig, VisionTower
 
 @dataclass(frozen=True)
 class Size:
-    """One row of SIZES, or what a config states under `model.custom`."""
+    """Sizes of both towers: one row of SIZES, or `model.custom` in a config."""
 
     # Width of the vision tower.
     width: int
@@ -51,7 +50,9 @@ class Size:
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "text_width", "text_depth", "text_heads", "embed"):
             if getattr(self, key) < 1:
-                raise ValueError(f"model.custom.{key} {getattr(self, key)}: it must be at least 1")
+                raise ValueError(
+                    f"model.custom.{key}: {getattr(self, key)} is below 1; use 1 or more"
+                )
         towers = (
             ("", self.width, self.heads, self.mlp),
             ("text_", self.text_width, self.text_heads, self.text_mlp),
@@ -59,24 +60,25 @@ class Size:
         for key, width, heads, ratio in towers:
             if width % heads:
                 raise ValueError(
-                    f"model.custom.{key}width {width}: it must be a multiple of"
-                    f" model.custom.{key}heads {heads}"
+                    f"model.custom.{key}width: {width} is not a multiple of"
+                    f" model.custom.{key}heads ({heads})"
                 )
             if not 1 <= width * ratio < math.inf:
                 raise ValueError(
-                    f"model.custom.{key}mlp {ratio}: the hidden width in widths of {width}; it must"
-                    f" be at least 1 / {width}"
+                    f"model.custom.{key}mlp: {ratio} is out of range; the hidden width is mlp times"
+                    f" the width of {width}, so use a finite number of at least 1 / {width}"
                 )
 
 
 SIZES = {
     "nano": Size(128, 4, 4, 128, 3, 4, 128),  # for tests and first runs on a CPU
-    # DeiT-Ti; no CLIP of this size is standard: text as wide as vision, as in S
+    # DeiT-Ti. No CLIP of this size is standard; the text tower is as wide as the vision tower, as
+    # in S.
     "Ti": Size(192, 12, 3, 192, 12, 3, 192),
     "S": Size(384, 12, 6, 384, 12, 6, 384),  # open_clip's ViT-S
     "B": Size(768, 12, 12, 512, 12, 8, 512),  # CLIP's and FLIP's
     "L": Size(1024, 24, 16, 768, 12, 12, 768),
-    # SLIP's and A-CLIP's L: B's text tower beside L's vision
+    # L of SLIP and A-CLIP: the vision tower of L with the text tower of B
     "L512": Size(1024, 24, 16, 512, 12, 8, 512),
     "H": Size(1280, 32, 16, 1024, 24, 16, 1024),
 }
@@ -86,7 +88,7 @@ INITS = ("clip", "flip")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model as a run's config states it, under `model:`."""
+    """Section `model:` of a run's config."""
 
     # Model size and patch side in pixels, as in B/16: nano, Ti, S, B, L, L512 (L with B's
     # text tower) or H with 8, 14, 16 or 32, or custom with any patch side.
@@ -107,30 +109,34 @@ class ModelConfig:
     def __post_init__(self) -> None:
         name, _, patch = self.size.partition("/")
         is_custom = name == "custom" and bool(re.fullmatch("[1-9][0-9]*", patch))
-        is_row = name in SIZES and patch in map(str, PATCH_SIZES)
-        if not is_custom and not is_row:
+        is_standard = name in SIZES and patch in map(str, PATCH_SIZES)
+        if not is_custom and not is_standard:
             raise ValueError(
-                f"model.size {self.size!r}: a size ({', '.join(SIZES)}), '/', and a patch side"
-                f" {PATCH_SIZES}, as in 'B/16'; or custom, '/', and any patch side"
+                f"model.size: unknown {self.size!r}; use SIZE/PATCH as in 'B/16', with SIZE one of"
+                f" {', '.join(SIZES)} and PATCH one of {', '.join(map(str, PATCH_SIZES))}, or"
+                " custom/PATCH with any patch size"
             )
-        if is_custom != bool(self.custom):
-            state = "missing" if is_custom else "given"
+        if is_custom and not self.custom:
             raise ValueError(
-                f"model.custom: {state} with model.size {self.size!r}; custom/PATCH and the numbers"
-                " under model.custom belong together"
+                f"model.custom: missing; model.size {self.size!r} takes its numbers from there"
+            )
+        if self.custom and not is_custom:
+            raise ValueError(
+                f"model.custom: not used by model.size {self.size!r}; use size custom/PATCH, or"
+                " remove model.custom"
             )
         if self.vision.positions == "sincos" and self.shape.width % 4:
             raise ValueError(
-                f"model.custom.width {self.shape.width}: model.vision.positions sincos needs a"
-                " multiple of 4; or use learned"
+                f"model.custom.width: {self.shape.width} is not a multiple of 4, which"
+                " model.vision.positions sincos needs; change the width, or use learned positions"
             )
         if any(side < self.patch_size or side % self.patch_size for side in self.image_shape):
             raise ValueError(
-                f"model.image_size {self.image_size}: not a multiple of the patch side of"
+                f"model.image_size: {self.image_size} is not a multiple of the patch size of"
                 f" model.size {self.size!r}"
             )
         if self.init not in INITS:
-            raise ValueError(f"model.init {self.init!r}: unknown; known: {', '.join(INITS)}")
+            raise ValueError(f"model.init: unknown {self.init!r}; known: {', '.join(INITS)}")
 
     @property
     def shape(self) -> Size:
@@ -142,7 +148,7 @@ class ModelConfig:
 
     @property
     def image_shape(self) -> tuple[int, int]:
-        """Height and width of an image, pixels."""
+        """Height and width of an image in pixels."""
         if isinstance(self.image_size, tuple):
             return self.image_size
         return self.image_size, self.image_size
@@ -154,18 +160,19 @@ class ModelConfig:
 
 
 class Temperature(nn.Module):
-    """The scale of the logits, exp(min(logit_scale, ln 100)), (1,) fp32.
+    """Scale of the logits, exp(min(logit_scale, ln 100)), (1,) fp32.
 
-    It is clamped here, since an in-place clamp misses an optimizer's fp32 copy.
+    The clamp is part of the forward pass, because an in-place clamp of the parameter would miss the
+    optimizer's fp32 master copy.
 
-    `residual`: what the parameter's own precision cannot hold. Under bf16 (steps of 1/64 at 2.66)
-    whoever owns the fp32 copy sets it to copy - parameter after each step, so that small updates
-    reach the loss. It carries no gradient.
+    residual: fp32 master copy minus parameter. A bf16 parameter has steps of 1/64 at its initial
+    value of 2.66, so that small updates would not reach the loss; the engine sets the residual
+    after each step. It has no gradient.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # not 0-dim, which DeepSpeed cannot hold
+        # (1,), because DeepSpeed does not support 0-dim parameters.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.residual: Tensor | float = 0.0
 
@@ -174,7 +181,7 @@ class Temperature(nn.Module):
 
 
 def build_vision_tower(cfg: ModelConfig) -> VisionTower:
-    """The vision tower of a model; of its teacher too."""
+    """Build the vision tower of a model, or of its teacher."""
     size = cfg.shape
     return VisionTower(
         cfg.vision,
@@ -190,13 +197,13 @@ def build_vision_tower(cfg: ModelConfig) -> VisionTower:
 
 
 class Towers(nn.Module):
-    """Image and text towers, their projections into the common embedding, and the temperature."""
+    """Vision and text tower, their projections to the shared embedding, and the temperature."""
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int):
         super().__init__()
         size = cfg.shape
-        image = vision_init(cfg.init, size.width)
-        text = text_init(cfg.init, size.text_width, size.text_depth)
+        vision_weights = vision_init(cfg.init, size.width)
+        text_weights = text_init(cfg.init, size.text_width, size.text_depth)
         self.vision = build_vision_tower(cfg)
         self.text = TextTower(
             cfg.text,
@@ -205,25 +212,30 @@ class Towers(nn.Module):
             size.text_width,
             size.text_depth,
             size.text_heads,
-            text,
+            text_weights,
             cfg.checkpoint_activations,
             size.text_mlp,
         )
-        self.image_projection = Linear(size.width, size.embed, image.projection, bias=None)
-        self.text_projection = Linear(size.text_width, size.embed, text.projection, bias=None)
+        self.image_projection = Linear(size.width, size.embed, vision_weights.projection, bias=None)
+        self.text_projection = Linear(
+            size.text_width, size.embed, text_weights.projection, bias=None
+        )
         self.temperature = Temperature()
 
     def image_features(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """(B, K, 3 P P) at (B, K) -> pooled tokens (B, D)."""
+        """Return the pooled tokens, patches (B, K, 3 P P) at positions (B, K) -> (B, D)."""
         only_cls = self.vision.cfg.pool == "cls"
         return self.vision.pool(self.vision(patches, positions, only_cls=only_cls))
 
     def embed_image(self, features: Tensor) -> Tensor:
-        """Pooled tokens (B, D) -> (B, E), fp32 unit vectors."""
+        """Return the embeddings of pooled tokens, (B, D) -> (B, E), fp32 unit vectors."""
         return l2_normalize(self.image_projection(features))
 
     def encode_image(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """(B, K, 3 P P) at (B, K) -> (B, E), fp32 unit vectors."""
+        """Return the embeddings of images, (B, E), fp32 unit vectors.
+
+        patches: (B, K, 3 P P). positions: (B, K).
+        """
         return self.embed_image(self.image_features(patches, positions))
 
     def encode_text(
@@ -233,7 +245,5 @@ class Towers(nn.Module):
         longest: int | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """ids (T,), lengths (B,), the tokens' places (T,) if they are not 0, 1, ... -> (B, E), fp32
-        unit vectors.
-        """
+        """Return the embeddings of captions, (B, E), fp32 unit vectors; see TextTower.forward."""
         return l2_normalize(self.text_projection(self.text(ids, lengths, longest, positions)))

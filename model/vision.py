@@ -1,8 +1,9 @@
-"""The vision tower. It sees patches and where they are; it knows nothing of masks and never holds a
-hidden patch.
+"""Vision tower: patches and their positions in the grid -> tokens.
 
-Letters: B batch, L patches of the grid, K visible patches, P patch side, D width.
-To add a kind of pooling: one row in POOLS.
+Masking happens before the tower: its input has only the visible patches of each image.
+
+Letters: B batch, L patches of the grid, K visible patches, P patch size, D width.
+To add a kind of pooling, add one row to POOLS.
 """
 
 from collections.abc import Callable
@@ -22,20 +23,23 @@ from glimpse.model.layers import (
     sincos_positions,
 )
 
-# the tower's tokens (B, 1 + K, D) -> (B, D)
+# Poolings of the tower's tokens, (B, 1 + K, D) -> (B, D).
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens[:, 1:].mean(1),
     "mean_with_cls": lambda tokens: tokens.mean(1),
-    # The tower has put the mean there: its norm's parameters are gathered in its own forward only.
+    # VisionTower.forward has put the normalized mean in place of the class token. It cannot be
+    # computed here: under ZeRO-3 the norm's parameters are gathered only inside that forward.
     "mean_then_norm": lambda tokens: tokens[:, 0],
 }
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The defaults are FLIP's; CLIP's: learned, cls, pre_norm, no patch_bias, gelu or quick_gelu,
-    eps 1e-5, its own mean and std.
+    """Architecture of the vision tower; the defaults are FLIP's.
+
+    CLIP uses: positions learned, pool cls, pre_norm, no patch_bias, activation gelu or quick_gelu,
+    eps 1e-5, and another mean and std.
     """
 
     # Position embeddings: sincos (fixed) or learned.
@@ -60,28 +64,29 @@ class VisionConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        for key, known in (
+        for key, choices in (
             ("positions", ("learned", "sincos")),
             ("pool", POOLS),
             ("activation", ACTIVATIONS),
         ):
-            if getattr(self, key) not in known:
+            if getattr(self, key) not in choices:
                 raise ValueError(
-                    f"model.vision.{key} {getattr(self, key)!r}: unknown; known:"
-                    f" {', '.join(sorted(known))}"
+                    f"model.vision.{key}: unknown {getattr(self, key)!r}; known:"
+                    f" {', '.join(sorted(choices))}"
                 )
         if not self.eps > 0:
-            raise ValueError(f"model.vision.eps {self.eps}: it must be above 0")
+            raise ValueError(f"model.vision.eps: {self.eps} is not positive; use a number above 0")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
-                f"model.vision.mean {self.mean}, std {self.std}: three numbers each, std above 0"
+                f"model.vision.mean {self.mean}, model.vision.std {self.std}: give three numbers"
+                " each, one per color channel; std must be above 0"
             )
 
 
 class VisionTower(nn.Module):
-    """`grid` (rows, columns) of P x P patches; L = rows * columns."""
+    """Vision transformer over the visible patches of a (rows, columns) grid, L = rows * columns."""
 
-    positions: Tensor  # (1 + L, D), learned, or (L, D), fixed
+    positions: Tensor  # (1 + L, D) if learned, with the class token's first; (L, D) if fixed
 
     def __init__(
         self,
@@ -121,19 +126,29 @@ class VisionTower(nn.Module):
         value_attention_only: bool = False,
         drop_path_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, K, 3 P P), uint8 pixels or normalized floats, at (B, K) -> tokens (B, 1 + K, D), the
-        class token first.
+        """Return the tokens (B, 1 + K, D), the class token first.
 
-        Where mean_then_norm is pooled, the normalized mean stands in the class token's place.
+        With pool mean_then_norm the normalized mean takes the place of the class token.
 
-        grid: the positions are those of another grid, to which the tower's own are interpolated.
-        only_cls: compute the class token alone, (B, 1, D), exactly and for less. recorder: records the
-        attention of the class token. alone: in the last block each token attends to itself, so that
-        it describes its own place where the tower is pooled by its class token (Zhou et al. 2022,
-        Extract Free Dense Labels from CLIP, 3.2). drop_path_mask: (depth, 2, B), model/layers.py's
-        drop_path, in fine-tuning.
+        patches: (B, K, 3 P P), uint8 pixels or normalized floats.
+
+        positions: (B, K), the index of each patch in the grid.
+
+        grid: the grid that `positions` refer to, if it is not the tower's; the position embeddings
+        are interpolated to it.
+
+        only_cls: compute only the class token, (B, 1, D). The result is exact and the last block
+        is cheaper.
+
+        recorder: collects the attention of the class token in each layer.
+
+        value_attention_only: in the last block each token attends only to itself. With pool cls
+        this makes patch tokens that describe their own patch (Zhou et al. 2022, Extract Free Dense
+        Labels from CLIP, section 3.2).
+
+        drop_path_mask: (depth, 2, B), from layers.make_drop_path_mask, for fine-tuning.
         """
-        # 1. Embed the patches and add their positions; row 0 of learned ones is the class token's.
+        # 1. Embed the patches and add their position embeddings.
         learned = self.cfg.positions == "learned"
         x = self.patch(normalize_pixels(patches, self.cfg.mean, self.cfg.std, self.cls.dtype))
         table = self.positions[1:] if learned else self.positions
@@ -145,7 +160,7 @@ class VisionTower(nn.Module):
         cls = self.cls + self.positions[0] if learned else self.cls
         x = torch.cat([cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
-        # 3. The transformer.
+        # 3. Run the transformer, then the pooling that belongs before the norm.
         query_index = 1 if only_cls else None
         x = self.blocks(
             self.pre_norm(x),
@@ -159,32 +174,38 @@ class VisionTower(nn.Module):
         return self.norm(x)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """(B, 1 + K, D) -> (B, D); holds no parameter, so it may be called anywhere."""
+        """Return the pooled tokens, (B, 1 + K, D) -> (B, D).
+
+        Uses no parameters, so that it may be called outside of forward under ZeRO-3.
+        """
         return POOLS[self.cfg.pool](tokens)
 
 
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate the positions (L, D) of one grid (rows, columns) at the places of another's
-    patches, bicubic (A-CLIP section 4.1).
+def resize_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resize the position embeddings (L, D) of one (rows, columns) grid to another, bicubic.
+
+    As in A-CLIP, section 4.1.
     """
-    image = table.t().unflatten(1, old)[None].float()  # (1, D, rows, columns)
-    image = F.interpolate(image, new, mode="bicubic", align_corners=False)
+    image = table.t().unflatten(1, old_grid)[None].float()  # (1, D, rows, columns)
+    image = F.interpolate(image, new_grid, mode="bicubic", align_corners=False)
     return image[0].flatten(1).t().to(table.dtype)
 
 
 def normalize_pixels(
     patches: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
 ) -> Tensor:
-    """uint8 (B, K, 3 P P), channel after channel -> (x / 255 - mean) / std, computed in fp32;
-    floats pass as they are.
+    """Return (x / 255 - mean) / std, computed in fp32; floats are only cast to `dtype`.
 
-    Channel by channel with Python numbers: a tensor of means would be a copy to the device each
-    time, or a buffer cast to bf16.
+    patches: (B, K, 3 P P) uint8, with the values of a color channel next to each other.
+
+    mean and std are Python numbers: as a tensor they would be copied to the device at every call,
+    and as a buffer they would be cast to bf16.
     """
     if patches.dtype != torch.uint8:
         return patches.to(dtype)
     channels = patches.unflatten(2, (3, -1)).unbind(2)
     normalized = [
-        ((x.float() / 255 - m) / s).to(dtype) for x, m, s in zip(channels, mean, std, strict=True)
+        ((x.float() / 255 - channel_mean) / channel_std).to(dtype)
+        for x, channel_mean, channel_std in zip(channels, mean, std, strict=True)
     ]
     return torch.cat(normalized, dim=2)

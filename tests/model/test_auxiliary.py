@@ -54,18 +54,18 @@ def plain_simsiam(prediction, target):
     return -F.cosine_similarity(prediction, target.detach())
 
 
-def plain_distillation(prediction, target, normalise=False):
+def plain_distillation(prediction, target, normalize=False):
     target = target.detach()
-    if normalise:
+    if normalize:
         variance = target.var(-1, keepdim=True, correction=0)
         target = (target - target.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
     d = (prediction - target).abs()
     return torch.where(d < 2, 0.25 * d**2, d - 1).mean((1, 2))
 
 
-def plain_reconstruction(prediction, target, normalise=True):
+def plain_reconstruction(prediction, target, normalize=True):
     target = target.detach()
-    if normalise:
+    if normalize:
         variance = target.var(-1, keepdim=True, correction=1)  # as in MAE's code
         target = (target - target.mean(-1, keepdim=True)) / (variance + 1e-6) ** 0.5
     return ((prediction - target) ** 2).mean(-1).mean(-1)
@@ -142,14 +142,14 @@ CASES = {
     "simsiam": (of_two(losses.simsiam), of_two(plain_simsiam), ()),
     "distillation": (of_two(losses.distillation), of_two(plain_distillation), (M,)),
     "distillation, normalised": (
-        of_two(losses.distillation, normalise=True),
-        of_two(plain_distillation, normalise=True),
+        of_two(losses.distillation, normalize=True),
+        of_two(plain_distillation, normalize=True),
         (M,),
     ),
     "reconstruction": (of_two(losses.reconstruction), of_two(plain_reconstruction), (M,)),
     "reconstruction, plain": (
-        of_two(losses.reconstruction, normalise=False),
-        of_two(plain_reconstruction, normalise=False),
+        of_two(losses.reconstruction, normalize=False),
+        of_two(plain_reconstruction, normalize=False),
         (M,),
     ),
 }

@@ -254,8 +254,8 @@ def detached(image, text, scale):
     carry no gradient to the other ranks.
     """
     labels = dist.get_rank() * b + torch.arange(b)
-    images = tiled_softmax.gather(image.detach())
-    texts = tiled_softmax.gather(text.detach())
+    images = tiled_softmax.all_gather(image.detach())
+    texts = tiled_softmax.all_gather(text.detach())
     image_loss = F.cross_entropy(scale * image @ texts.t(), labels)
     text_loss = F.cross_entropy(scale * text @ images.t(), labels)
     return (image_loss + text_loss) / 2

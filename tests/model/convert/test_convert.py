@@ -360,7 +360,7 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
         ),
         (
             ["glimpse", "FOLDER", "OUT", "--patch", "10"],
-            "model.image_size 64: not a multiple of the patch side",
+            "model.image_size: 64 is not a multiple of the patch size",
         ),
         (
             ["glimpse", "FOLDER", "OUT", "--tokenizer", "wordpiece(LICENSE)"],

@@ -291,13 +291,13 @@ def test_a_vision_tower_alone_is_refused(tmp_path):
             "vision_config.hidden_act 'relu': our towers have gelu, gelu_pytorch_tanh, quick_gelu",
         ),
         ("vision_config", dict(image_size=[96, 64]), r"vision_config.image_size \[96, 64\]"),
-        ("vision_config", dict(patch_size=31), "model.image_size 96: not a multiple"),
+        ("vision_config", dict(patch_size=31), "model.image_size: 96 is not a multiple"),
         ("vision_config", dict(num_channels=1), "vision_config.num_channels 1"),
         ("text_config", dict(eos_token_id=[3, 4]), r"text_config.eos_token_id \[3, 4\]"),
         (
             "text_config",
             dict(num_attention_heads=5),
-            "model.custom.text_width 96: it must be a multiple",
+            "model.custom.text_width: 96 is not a multiple",
         ),
         (
             "text_config",

@@ -316,7 +316,7 @@ def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
         ("heads=[", "no value"),
         ("heads=x", "heads: 'x'; it must be of type int"),
         ("depth=2", "unknown 'depth'; known"),
-        ("eps=0", "model.vision.eps 0.0: it must be above 0"),
+        ("eps=0", "model.vision.eps: 0.0 is not positive"),
         ("image_size=0", "of an image of 0 x 0; say its height"),
         ("mean=0.5", "model.vision.mean (0.5,), std"),
         ("image_size=[64]", "image_size: [64]; it must be"),
