@@ -1,30 +1,28 @@
-"""Several views of one image: an enclosing view has the smallest box around those that it encloses.
+"""Several views of one image. An enclosing view has the smallest box around the enclosed views.
 
-An enlarged one has a larger box. A box is where the pixels come from, shrunk JPEGs included; each
-view has its own draws, which no other view changes; settings that cannot be meant are refused.
+An enlarged view has a larger box. A box is the region of the pixels, also if a JPEG is decoded at a
+smaller size. Each view has random numbers that no other view changes. Invalid settings are refused.
 
     bash run/test.sh tests/data/test_views.py
 """
 
-import io
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import glimpse.data.transforms as augment
 from glimpse.data.transforms import (
     View,
-    decode,
     enclosing_box,
     enlarge_box,
     expand_views,
     random_views,
 )
+from glimpse.tests.helpers.photos import encode, record_shrinks
 
 CROP = (0.25, 0.4)
-# kind, (height, width), side of the views, how much smaller a JPEG can be decoded for them
+# Format, (height, width), side of the views, and the shrink with which a JPEG can be decoded.
 CASES = [
     ("PNG", (90, 141), 24, 1),
     ("JPEG", (141, 90), 36, 1),
@@ -32,41 +30,40 @@ CASES = [
     ("JPEG", (611, 303), 46, 4),
     ("JPEG", (403, 507), 24, 8),
 ]
-COLOURED = dict(jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.5, solarize=0.2)
+COLOR_CHANGES = dict(jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.5, solarize=0.2)
 
 
-def brightness(places, shape, axis):
-    """The brightness that `coded` has at (rows, columns).
+def brightness(positions, shape, axis):
+    """Return the brightness of the image of `encode_ramp` at (rows, columns).
 
-    It grows along the axis; the other one mixes in, so that rounding takes no side.
+    It increases along the axis. It also depends on the other axis, so that rounding errors average
+    out.
     """
     weights = [64, 64]
     weights[axis] = 191
-    rows, columns = places
+    rows, columns = positions
     down = rows / (shape[0] - 1) * weights[0]
     right = columns / (shape[1] - 1) * weights[1]
     return down[:, None] + right
 
 
-def coded(kind, shape, axis=1):
-    """A gray picture that grows brighter down (axis 0) or to the right (1)."""
-    places = [np.arange(side) for side in shape]
-    pixels = np.rint(brightness(places, shape, axis)).astype(np.uint8)
+def encode_ramp(kind, shape, axis=1):
+    """Encode a gray image whose brightness increases downward (axis 0) or to the right (1)."""
+    positions = [np.arange(side) for side in shape]
+    pixels = np.rint(brightness(positions, shape, axis)).astype(np.uint8)
     options = dict(quality=100) if kind == "JPEG" else {}
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels), kind, **options)
 
 
-def drawn(data, size, views, seed=0):
-    """random_views, each with a generator that follows from its name and the seed."""
+def draw_views(data, size, views, seed=0):
+    """Call random_views with a generator for each view, seeded by its name and the seed."""
     views = expand_views(views)
     rngs = {name: np.random.default_rng((seed, *name.encode())) for name in views}
     return random_views(data, size, views, rngs)
 
 
-def around(boxes, shape):
-    """The smallest box around boxes, by painting them."""
+def box_around(boxes, shape):
+    """Return the smallest box around boxes, computed by painting them."""
     canvas = np.zeros(shape, bool)
     for top, left, rows, columns in boxes:
         canvas[top : top + rows, left : left + columns] = True
@@ -85,54 +82,42 @@ def contains(outer, inner):
     return True
 
 
-def watched(monkeypatch):
-    """The shrinks that images are decoded with."""
-    shrinks = []
-
-    def recorded(data, shrink=1):
-        shrinks.append(shrink)
-        return decode(data, shrink)
-
-    monkeypatch.setattr(augment, "decode", recorded)
-    return shrinks
-
-
 @pytest.mark.parametrize("enlarge", [False, True])
 @pytest.mark.parametrize("kind, shape, size, shrink", CASES)
 def test_an_enclosing_view_is_around_all_draws(kind, shape, size, shrink, enlarge, monkeypatch):
-    shrinks = watched(monkeypatch)
-    data = coded(kind, shape)
+    shrinks = record_shrinks(monkeypatch)
+    data = encode_ramp(kind, shape)
     views = {
         "view": View(crop=CROP, count=2),
         "other": View(crop=CROP),
         "apart": View(),
         "teacher": View(encloses=("other", "view"), enlarge=enlarge),
     }
-    larger = 0
+    larger_count = 0
     for seed in range(60):
-        result = drawn(data, size, views, seed)
+        result = draw_views(data, size, views, seed)
 
         boxes = {name: box for name, (_, box) in result.items()}
         assert sorted(boxes) == ["apart", "other", "teacher", "view1", "view2"]
-        least = around([boxes[name] for name in ("other", "view1", "view2")], shape)
+        smallest = box_around([boxes[name] for name in ("other", "view1", "view2")], shape)
         box = boxes["teacher"]
         assert contains((0, 0, *shape), box)
         if enlarge:
-            assert contains(box, least)
+            assert contains(box, smallest)
         else:
-            assert box == least
-        larger += box != least
+            assert box == smallest
+        larger_count += box != smallest
     if enlarge:
-        assert larger >= 0.8 * 60
+        assert larger_count >= 0.8 * 60
     assert shrinks == [shrink] * 60, "decoded once"
 
 
 def test_enlarging_moves_each_side_by_a_uniform_share_of_what_is_left():
     rng = np.random.default_rng(0)
-    least = enclosing_box([(30, 50, 20, 10), (35, 40, 35, 15)])
-    assert least == (30, 40, 40, 20)
+    smallest = enclosing_box([(30, 50, 20, 10), (35, 40, 35, 15)])
+    assert smallest == (30, 40, 40, 20)
 
-    boxes = np.array([enlarge_box(least, 100, 120, rng) for _ in range(4000)])
+    boxes = np.array([enlarge_box(smallest, 100, 120, rng) for _ in range(4000)])
 
     top, left, rows, columns = boxes.T
     for side, low, high in (
@@ -141,19 +126,21 @@ def test_enlarging_moves_each_side_by_a_uniform_share_of_what_is_left():
         (top + rows, 70, 100),
         (left + columns, 60, 120),
     ):
-        assert side.min() == low, "both ends are met"
-        assert side.max() == high, "both ends are met"
+        assert side.min() == low, "the limits are reached"
+        assert side.max() == high, "the limits are reached"
         deciles = np.quantile(side, np.linspace(0, 1, 11))
         expected = np.linspace(low, high, 11)
         np.testing.assert_allclose(deciles, expected, atol=0.04 * (high - low) + 0.5)
-    assert enlarge_box((0, 0, 100, 120), 100, 120, rng) == (0, 0, 100, 120), "nothing is left"
+    assert enlarge_box((0, 0, 100, 120), 100, 120, rng) == (0, 0, 100, 120), (
+        "the image leaves no room"
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind, shape, size, shrink", CASES)
-def test_a_box_tells_where_the_pixels_come_from(kind, shape, size, shrink, axis, monkeypatch):
-    shrinks = watched(monkeypatch)
-    data = coded(kind, shape, axis)
+def test_a_box_is_where_the_pixels_come_from(kind, shape, size, shrink, axis, monkeypatch):
+    shrinks = record_shrinks(monkeypatch)
+    data = encode_ramp(kind, shape, axis)
     views = {
         "view": View(crop=CROP, count=2),
         "teacher": View(encloses=("view",), interpolation="bilinear"),
@@ -161,29 +148,29 @@ def test_a_box_tells_where_the_pixels_come_from(kind, shape, size, shrink, axis,
     }
     shifts = []
     for seed in range(10):
-        for image, (top, left, rows, columns) in drawn(data, size, views, seed).values():
-            # The picture's brightness where the box puts the centers of the view's pixels.
+        for image, (top, left, rows, columns) in draw_views(data, size, views, seed).values():
+            # Compare the view with the image's brightness at the centers of the view's pixels.
             centers = (np.arange(len(image)) + 0.5) / len(image)
-            places = [top + centers * rows - 0.5, left + centers * columns - 0.5]
-            error = image - brightness(places, shape, axis)[..., None]
-            # at its border, a view is smoothed on one side only
+            positions = [top + centers * rows - 0.5, left + centers * columns - 0.5]
+            error = image - brightness(positions, shape, axis)[..., None]
+            # At the border of a view, resizing averages pixels on one side only.
             error = error[3:-3, 3:-3]
             assert np.abs(error).max() < 2
             shifts.append(error.mean() * (shape[axis] - 1) / 191 / shrink)
-    assert abs(np.mean(shifts)) < 0.1, "pixels, as decoded"
-    assert np.max(np.abs(shifts)) < 0.25, "pixels, as decoded"
+    assert abs(np.mean(shifts)) < 0.1, "in decoded pixels"
+    assert np.max(np.abs(shifts)) < 0.25, "in decoded pixels"
     assert set(shrinks) == {shrink}
 
 
 def test_each_view_has_its_own_side():
-    data = coded("PNG", (90, 141))
+    data = encode_ramp("PNG", (90, 141))
     views = {
         "view": View(count=2),
         "teacher": View(encloses=("view",), size=48),
         "small": View(size=16),
     }
 
-    result = drawn(data, 32, views)
+    result = draw_views(data, 32, views)
 
     shapes = {name: image.shape for name, (image, _) in result.items()}
     assert shapes == {
@@ -192,37 +179,37 @@ def test_each_view_has_its_own_side():
         "teacher": (48, 48, 3),
         "small": (16, 16, 3),
     }
-    for name, (_, box) in drawn(data, 40, views).items():
-        assert result[name][1] == box, "a side moves no box"
+    for name, (_, box) in draw_views(data, 40, views).items():
+        assert result[name][1] == box, "the size of a view does not change its box"
 
 
 def test_a_jpeg_is_shrunk_only_as_far_as_every_view_allows(monkeypatch):
-    shrinks = watched(monkeypatch)
-    data = coded("JPEG", (130, 200))
+    shrinks = record_shrinks(monkeypatch)
+    data = encode_ramp("JPEG", (130, 200))
     for sides in ((16,), (30,), (16, 30), (16, 30, 65), (16, 66)):
         views = {}
         for side in sides:
             views[f"v{side}"] = View(crop=(1.0, 1.0), ratio=(1.0, 2.0), size=side)
 
-        drawn(data, 8, views)
+        draw_views(data, 8, views)
 
     assert shrinks == [8, 4, 4, 2, 1]
 
 
 def equal(a, b):
-    """Compare two views: (image, box)."""
+    """Compare two views, each (image, box)."""
     return np.array_equal(a[0], b[0]) and a[1] == b[1]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_same_generators_same_views(kind):
-    data = coded(kind, (141, 90))
+    data = encode_ramp(kind, (141, 90))
     views = {
-        "view": View(count=2, **COLOURED),
-        "teacher": View(encloses=("view",), enlarge=True, **COLOURED),
+        "view": View(count=2, **COLOR_CHANGES),
+        "teacher": View(encloses=("view",), enlarge=True, **COLOR_CHANGES),
     }
 
-    first, same, other = (drawn(data, 32, views, seed) for seed in (0, 0, 1))
+    first, same, other = (draw_views(data, 32, views, seed) for seed in (0, 0, 1))
 
     for name in first:
         assert equal(first[name], same[name])
@@ -230,31 +217,31 @@ def test_same_generators_same_views(kind):
     assert first["view1"][1] != first["view2"][1], "draws of one view differ"
 
 
-def test_another_view_changes_no_crop_and_no_colour():
-    data = coded("PNG", (90, 141))
-    view = View(**COLOURED)
+def test_another_view_changes_no_crop_and_no_color():
+    data = encode_ramp("PNG", (90, 141))
+    view = View(**COLOR_CHANGES)
     views = {
         "teacher": View(encloses=("view", "more"), enlarge=True),
-        "more": View(count=3, **COLOURED),
+        "more": View(count=3, **COLOR_CHANGES),
         "a": View(flip=True),
         "view": view,
     }
 
-    alone = drawn(data, 32, {"view": view})
-    among = drawn(data, 32, views)
-    turned = drawn(data, 32, dict(reversed(views.items())))
+    one_view = draw_views(data, 32, {"view": view})
+    four_views = draw_views(data, 32, views)
+    reordered = draw_views(data, 32, dict(reversed(views.items())))
 
-    assert equal(alone["view"], among["view"])
-    for name in among:
-        assert equal(among[name], turned[name]), "the order of the views does not matter"
+    assert equal(one_view["view"], four_views["view"])
+    for name in four_views:
+        assert equal(four_views[name], reordered[name]), "the order of the views does not matter"
 
 
 def test_each_draw_is_mirrored_on_its_own():
-    data = coded("PNG", (40, 60))
+    data = encode_ramp("PNG", (40, 60))
     views = {"view": View(count=2, flip=True), "other": View()}
     counts = Counter()
     for seed in range(60):
-        result = drawn(data, 16, views, seed)
+        result = draw_views(data, 16, views, seed)
 
         mirrored = {}
         for name, (image, _) in result.items():
@@ -265,7 +252,7 @@ def test_each_draw_is_mirrored_on_its_own():
     assert min(counts.values()) >= 6
 
 
-def test_expanded():
+def test_expand_views():
     views = {
         "view": View(count=3, grey=0.2),
         "teacher": View(encloses=("view", "also"), enlarge=True),
@@ -275,7 +262,7 @@ def test_expanded():
     draws = expand_views(views)
 
     names = ["also", "teacher", "view1", "view2", "view3"]
-    assert list(draws) == names, "in alphabetical order; a view drawn once keeps its name"
+    assert list(draws) == names, "in alphabetical order; a view with count 1 keeps its name"
     encloses = ("view1", "view2", "view3", "also")
     assert draws["teacher"] == View(encloses=encloses, enlarge=True)
     assert draws["view1"] == View(grey=0.2)
@@ -283,9 +270,9 @@ def test_expanded():
     assert draws["also"] == View(size=16)
     assert expand_views(draws) == draws
 
-    twice = expand_views({"view": View(), "wide": View(encloses=("view",), count=2)})
-    assert twice["wide1"] == View(encloses=("view",))
-    assert twice["wide2"] == View(encloses=("view",))
+    nested = expand_views({"view": View(), "wide": View(encloses=("view",), count=2)})
+    assert nested["wide1"] == View(encloses=("view",))
+    assert nested["wide2"] == View(encloses=("view",))
 
 
 @pytest.mark.parametrize(
