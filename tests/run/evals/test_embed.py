@@ -193,7 +193,7 @@ def test_rows_are_the_readable_images_in_order(model, photos, tmp_path, monkeypa
     assert all("cannot read the image" in line for line in lines)
 
 
-def test_they_are_the_embeddings_of_evaluations(data, model, tmp_path, monkeypatch):
+def test_embeddings_are_those_of_evaluations(data, model, tmp_path, monkeypatch):
     """The images of an evaluation set, and texts, are bitwise equal."""
     prompts = [caption(i) for i in range(49)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
@@ -242,7 +242,7 @@ def test_parquet_and_half_precision_hold_the_same(model, photos, tmp_path, monke
         assert (text is None) == (i % 3 == 0), "null without a caption"
 
 
-def test_broken_off_it_goes_on(model, photos, tmp_path, monkeypatch):
+def test_an_interrupted_job_can_be_resumed(model, photos, tmp_path, monkeypatch):
     gallery = open_gallery(photos)
     folder = tmp_path / "out"
     embed_gallery(monkeypatch, model, gallery, tmp_path / "uninterrupted")
@@ -281,7 +281,7 @@ def test_broken_off_it_goes_on(model, photos, tmp_path, monkeypatch):
         embedding_folder(tmp_path / "other", gallery).start(resume=True)
 
 
-def test_where_most_images_are_broken_it_stops(data, model, tmp_path, monkeypatch):
+def test_it_stops_if_most_images_are_broken(data, model, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     rows = []
     for i in range(10):
@@ -309,7 +309,7 @@ def test_where_most_images_are_broken_it_stops(data, model, tmp_path, monkeypatc
     assert "0.tar/text\tno image: has txt" in left_out
 
 
-def test_what_is_no_gallery(data, tmp_path):
+def test_bad_galleries(data, tmp_path):
     (tmp_path / "deep/shards").mkdir(parents=True)
     (tmp_path / "deep/shards/0.tar").touch()
     (tmp_path / "gap.txt").write_text("a cat\n\na dog\n")
@@ -328,7 +328,7 @@ def test_what_is_no_gallery(data, tmp_path):
     assert ShardGallery(data / "train").captioned
 
 
-def test_ranks_that_see_other_images_are_told(data, monkeypatch):
+def test_ranks_that_see_other_images_raise_an_error(data, monkeypatch):
     """If one rank listed one more file, the rows of all others would be shifted."""
     gallery = open_gallery(data / "train")
     info = embedding_folder(Path("nowhere"), gallery).info
@@ -428,7 +428,7 @@ def test_the_script_with_a_converted_model(data, photos, tmp_path, monkeypatch):
         ("photos --workers -1", "--workers: -1 is too small; use 0 or more"),
     ],
 )
-def test_arguments_that_cannot_be(args, message, monkeypatch):
+def test_bad_arguments(args, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run/embed.py", "runs/x", "--out", "out", *args.split()])
     with pytest.raises(ValueError, match=message):
         main()

@@ -290,7 +290,7 @@ def recalls_of_matrix(name, scores, match):
     return recalls
 
 
-def test_what_a_set_lacks_is_said_at_the_start(data, tmp_path):
+def test_what_a_set_lacks_is_reported_at_the_start(data, tmp_path):
     shapes, pairs = f"{data}/eval/shapes", f"{data}/eval/pairs"
     for specs, message in (
         ([f"zero_shot:{pairs}"], "pairs: no templates; it needs zeroshot"),

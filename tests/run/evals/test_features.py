@@ -71,7 +71,7 @@ def test_no_file_is_kept_open(tmp_path, images, monkeypatch):
 
 
 @pytest.mark.parametrize("before, after", [(1, 1), (1, 3), (3, 2)])
-def test_broken_off_it_goes_on(tmp_path, images, monkeypatch, before, after):
+def test_an_interrupted_job_can_be_resumed(tmp_path, images, monkeypatch, before, after):
     """A job that fails at image 20 leaves complete chunks, and no part of the third chunk."""
     failing_model = TableModel(tmp_path, 4, failing_row=20)
     with ranks(monkeypatch, before, batch=4) as run, pytest.raises(OSError):
@@ -123,7 +123,7 @@ def test_labels_are_added_to_features_made_without(tmp_path, images, monkeypatch
     assert results[1].labels().tolist() == images.all_labels["test"].tolist()
 
 
-def test_a_mislabelled_set_is_named(tmp_path, images, monkeypatch):
+def test_a_mislabeled_set_is_reported(tmp_path, images, monkeypatch):
     images.all_labels["train"] = images.all_labels["train"].clone()
     images.all_labels["train"][[3, 9]] = CLASSES
     with (

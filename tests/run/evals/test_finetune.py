@@ -184,7 +184,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_what_a_set_lacks_is_said_at_the_start(data):
+def test_what_a_set_lacks_is_reported_at_the_start(data):
     spec = f"finetune:{data}/eval/shapes"
 
     assert parse_evaluations([spec])[0].options == replace(Options())

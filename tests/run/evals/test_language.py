@@ -220,7 +220,7 @@ def test_pieces_of_any_vocabulary(tmp_path):
     assert max(vocabulary.ids("the blue cross").tolist()) < len(vocabulary) < 320
 
 
-def test_what_is_missing_is_said_at_the_start(tmp_path, monkeypatch):
+def test_what_is_missing_is_reported_at_the_start(tmp_path, monkeypatch):
     folder = write_described_set(tmp_path / "complete", dict(train=2, test=2))
     test_only = write_described_set(tmp_path / "test_only", dict(test=2))
     for spec, message in (

@@ -298,7 +298,7 @@ def test_each_metric_of_a_set(monkeypatch, tmp_path, world):
     assert results("pm", frames) == dict(pm_0=1.0, pm_10=0.5, chance=third)
 
 
-def test_what_does_not_fit_is_said_at_the_start(tmp_path):
+def test_what_does_not_fit_is_reported_at_the_start(tmp_path):
     def check_refused(spec, message):
         with pytest.raises(ValueError, match=message):
             parse_evaluations([spec])

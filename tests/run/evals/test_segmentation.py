@@ -187,7 +187,7 @@ def test_against_a_plain_computation_on_any_ranks(
         assert picture.height == len(SIZES) * 148
 
 
-def test_values_are_of_tokens_that_attend_to_themselves(scenes):
+def test_values_are_tokens_that_attend_only_to_themselves(scenes):
     """A block that mixes no tokens has the same output for each token as for the token alone."""
     vision = build_model(scenes, "cls")[0].towers.vision
     block = vision.blocks[0]
