@@ -1,8 +1,8 @@
-"""Text masks: which tokens of a caption stay, and where they stood.
+"""Text masks: which tokens of a caption remain, and their positions.
 
-FLIP's masks keep the pooled token and so many slots, and return the places; CLIPA's cut what is too
-long, between the special tokens. The places travel with the ids, and the text tower computes as it
-would on those tokens of a whole caption.
+FLIP's masks keep the pooled token and a share of the context's slots, and return positions.
+CLIPA's shorten long captions between the special tokens. Batches contain the positions next to the
+ids, and the text tower computes with them as it does on those tokens of a complete caption.
 
     bash run/test.sh tests/data/test_text_masking.py
 """
@@ -35,25 +35,25 @@ from glimpse.tests.helpers.tiny import NAMES, picture
 CONTEXT, PAD = 16, 0
 
 
-def caption(real, padded=False):
-    """Ids that tell their places: 100, 101, ...; pads up to the context where asked."""
-    ids = list(range(100, 100 + real))
+def make_caption(length, padded=False):
+    """Ids 100, 101, ..., which show their positions; padded: up to the context."""
+    ids = list(range(100, 100 + length))
     if padded:
-        ids += [PAD] * (CONTEXT - real)
+        ids += [PAD] * (CONTEXT - length)
     return ids
 
 
-once = cache(parse_text_mask)
+parse_cached = cache(parse_text_mask)
 
 
-def masked(spec, real, *, padded=False, pooled=-1, start=1, end=1, seed=0):
-    """(ids, places) that stay; seed: of a generator, or the generator."""
-    ids = caption(real, padded)
-    layout = CaptionFormat(CONTEXT, start, end, pooled)
+def apply_mask(spec, length, *, padded=False, pooled=-1, start=1, end=1, seed=0):
+    """Return the (ids, positions) that remain; seed: of a generator, or the generator."""
+    ids = make_caption(length, padded)
+    caption_format = CaptionFormat(CONTEXT, start, end, pooled)
 
-    result = once(spec)(ids, real, layout, np.random.default_rng(seed))
+    result = parse_cached(spec)(ids, length, caption_format, np.random.default_rng(seed))
 
-    assert ids == caption(real, padded), "the caption is left as it was"
+    assert ids == make_caption(length, padded), "the caption is not modified"
     return result
 
 
@@ -64,44 +64,46 @@ def masked(spec, real, *, padded=False, pooled=-1, start=1, end=1, seed=0):
 @pytest.mark.parametrize("ratio, slots", [(0, 16), (0.5, 8), (0.7, 4), (0.99, 1)])
 @pytest.mark.parametrize("name", ["random", "prioritised"])
 def test_what_stays_of_a_caption(name, ratio, slots, pooled, padded):
-    for real in range(1, CONTEXT + 1):
-        uncut = caption(real, padded)
-        pooled_place = 0 if pooled == 0 else len(uncut) - 1
+    for length in range(1, CONTEXT + 1):
+        original = make_caption(length, padded)
+        pooled_position = 0 if pooled == 0 else len(original) - 1
         for seed in range(10):
-            ids, places = masked(f"{name}({ratio})", real, padded=padded, pooled=pooled, seed=seed)
+            ids, positions = apply_mask(
+                f"{name}({ratio})", length, padded=padded, pooled=pooled, seed=seed
+            )
 
-            assert all(a < b for a, b in pairwise(places))
-            assert ids == [uncut[place] for place in places]
-            assert pooled_place in places, "the pooled token"
+            assert all(a < b for a, b in pairwise(positions))
+            assert ids == [original[position] for position in positions]
+            assert pooled_position in positions, "the pooled token"
             if name == "prioritised" or padded:
-                assert len(ids) == min(len(uncut), slots)
+                assert len(ids) == min(len(original), slots)
             else:
                 assert len(ids) <= slots
             if name == "prioritised":
-                words = sum(place < real for place in places)
-                assert words == min(real, slots), "a token is lost only for want of slots"
+                tokens = sum(position < length for position in positions)
+                assert tokens == min(length, slots), "padding is hidden first"
 
 
 @pytest.mark.parametrize(
     "context, ratio, slots",
     [(32, 0.5, 16), (32, 0.75, 8), (77, 0.5, 38), (20, 0.9, 2), (4, 0.9, 1)],
 )
-def test_so_many_slots(context, ratio, slots):
+def test_number_of_slots(context, ratio, slots):
     ids = list(range(context))
-    layout = CaptionFormat(context, 1, 1, -1)
+    caption_format = CaptionFormat(context, 1, 1, -1)
     for mask in (RandomTextMask(ratio), PrioritizedTextMask(ratio)):
-        kept_ids, _ = mask(ids, context, layout, np.random.default_rng(0))
+        remaining, _ = mask(ids, context, caption_format, np.random.default_rng(0))
 
-        assert len(kept_ids) == slots
+        assert len(remaining) == slots
 
 
 @pytest.mark.parametrize(
-    "name, real, padded, pooled, rates",
+    "name, length, padded, pooled, rates",
     [
-        # 8 slots of 16, one of them the pooled token's
+        # 8 of 16 slots stay, one of them with the pooled token.
         ("random", 16, False, -1, [7 / 15] * 15 + [1]),
         ("random", 16, False, 0, [1] + [7 / 15] * 15),
-        # a short caption loses as large a share
+        # A short caption loses the same share.
         ("random", 6, False, -1, [7 / 15] * 5 + [1]),
         ("random", 6, True, 0, [1] + [7 / 15] * 15),
         ("prioritised", 16, False, -1, [7 / 15] * 15 + [1]),
@@ -110,13 +112,13 @@ def test_so_many_slots(context, ratio, slots):
         ("prioritised", 6, True, 0, [1] * 6 + [2 / 10] * 10),
     ],
 )
-def test_keep_rates(name, real, padded, pooled, rates):
+def test_keep_rates(name, length, padded, pooled, rates):
     rng = np.random.default_rng(0)
     draws = 3000
-    counts = np.zeros(CONTEXT if padded else real)
+    counts = np.zeros(CONTEXT if padded else length)
     for _ in range(draws):
-        _, places = masked(f"{name}(0.5)", real, padded=padded, pooled=pooled, seed=rng)
-        counts[places] += 1
+        _, positions = apply_mask(f"{name}(0.5)", length, padded=padded, pooled=pooled, seed=rng)
+        counts[positions] += 1
 
     np.testing.assert_allclose(counts / draws, rates, atol=0.03)
 
@@ -128,59 +130,66 @@ def test_keep_rates(name, real, padded, pooled, rates):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["first", "block", "shuffled"])
 def test_only_a_long_caption_is_cut(name, padded, start, end):
-    for real in range(1, CONTEXT + 1):
-        uncut = caption(real, padded)
+    for length in range(1, CONTEXT + 1):
+        original = make_caption(length, padded)
         for seed in range(5):
-            ids, places = masked(f"{name}(8)", real, padded=padded, start=start, end=end, seed=seed)
+            ids, positions = apply_mask(
+                f"{name}(8)", length, padded=padded, start=start, end=end, seed=seed
+            )
 
-            assert places is None
-            assert len(ids) == min(len(uncut), 8)
-            if real <= 8:
-                assert ids == uncut[:8], "a short one is as it was, and loses padding only"
+            assert positions is None
+            assert len(ids) == min(len(original), 8)
+            if length <= 8:
+                assert ids == original[:8], "a short one loses only padding"
                 continue
-            assert ids[:start] == uncut[:start], "special tokens stay where they stood"
-            assert ids[8 - end :] == uncut[real - end : real], "special tokens stay at the end"
+            assert ids[:start] == original[:start], "special tokens stay at the beginning"
+            assert ids[8 - end :] == original[length - end : length], (
+                "special tokens stay at the end"
+            )
             words = ids[start : 8 - end]
             assert len(set(words)) == len(words)
-            assert set(words) <= set(uncut[start : real - end])
+            assert set(words) <= set(original[start : length - end])
 
 
-def words(spec, real, draws):
-    """(draws, 6): the places of the words that stay of `real` tokens, in their new order."""
+def remaining_words(spec, length, draws):
+    """Return the old positions of the remaining words, (draws, 6), in their new order.
+
+    length: of the caption.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(draws):
-        ids, _ = masked(spec, real, seed=rng)
+        ids, _ = apply_mask(spec, length, seed=rng)
         rows.append(ids[1:-1])
     return np.array(rows) - 100
 
 
 def test_first_keeps_the_first_words():
-    assert (words("first(8)", 14, 20) == [1, 2, 3, 4, 5, 6]).all()
+    assert (remaining_words("first(8)", 14, 20) == [1, 2, 3, 4, 5, 6]).all()
 
 
 def test_block_keeps_words_in_a_row_from_any_place():
-    places = words("block(8)", 14, 4000)
+    positions = remaining_words("block(8)", 14, 4000)
 
-    assert (np.diff(places, axis=1) == 1).all()
+    assert (np.diff(positions, axis=1) == 1).all()
     # 12 words, 7 blocks of 6
-    first = np.bincount(places[:, 0]) / 4000
+    first = np.bincount(positions[:, 0]) / 4000
     np.testing.assert_allclose(first, [0] + [1 / 7] * 7, atol=0.02)
 
 
 def test_shuffled_keeps_any_words_in_any_order():
-    places = words("shuffled(8)", 14, 4000)
+    positions = remaining_words("shuffled(8)", 14, 4000)
 
-    rates = np.bincount(places.flatten()) / 4000
+    rates = np.bincount(positions.flatten()) / 4000
     np.testing.assert_allclose(rates, [0] + [6 / 12] * 12, atol=0.03)
     for column in range(6):
-        rates = np.bincount(places[:, column]) / 4000
+        rates = np.bincount(positions[:, column]) / 4000
         np.testing.assert_allclose(rates, [0] + [1 / 12] * 12, atol=0.02)
-    ascending = (np.diff(places, axis=1) > 0).mean(0)
+    ascending = (np.diff(positions, axis=1) > 0).mean(0)
     np.testing.assert_allclose(ascending, [0.5] * 5, atol=0.03)
 
 
-# ---- all
+# ---- all strategies
 
 SPECS = {
     "random": "random(0.5)",
@@ -193,8 +202,8 @@ SPECS = {
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_the_generator_decides(name):
-    results = [masked(SPECS[name], CONTEXT, seed=seed) for seed in range(20)]
-    again = [masked(SPECS[name], CONTEXT, seed=seed) for seed in range(20)]
+    results = [apply_mask(SPECS[name], CONTEXT, seed=seed) for seed in range(20)]
+    again = [apply_mask(SPECS[name], CONTEXT, seed=seed) for seed in range(20)]
 
     assert results == again
     distinct = len({tuple(ids) for ids, _ in results})
@@ -248,11 +257,11 @@ def test_parse_refuses(spec, message):
     def in_config(text_mask):
         return DataConfig(train=("x",), tokenizer="clip_bpe", context=32, text_mask=text_mask)
 
-    for read in (parse_text_mask, in_config):
-        with pytest.raises(ValueError, match=message) as caught:
-            read(spec)
+    for parse in (parse_text_mask, in_config):
+        with pytest.raises(ValueError, match=message) as error:
+            parse(spec)
 
-        assert str(caught.value).startswith(f"data.text_mask {spec!r}")
+        assert str(error.value).startswith(f"data.text_mask {spec!r}")
 
 
 # ---- through the reader
@@ -265,41 +274,41 @@ def tokenizer(tmp_path_factory):
     return f"sentencepiece({path})"
 
 
-def read(tokenizer, text_mask, *, pool="first", epoch=0, pad_text=False):
-    """The text of a batch of captions of three to sixteen tokens, and each caption uncut."""
+def read_text(tokenizer, text_mask, *, pool="first", epoch=0, pad_text=False):
+    """Return the text of a batch of captions, and the tokens of each caption without a mask."""
     cfg = DataConfig(
         train=("x",), tokenizer=tokenizer, context=CONTEXT, text_mask=text_mask, pad_text=pad_text
     )
     reader = SampleReader(cfg, {"image": View()}, image_size=8, patch=8, seed=0, pool=pool)
     image = picture("red circle", np.random.default_rng(0))
     captions = [" ".join(NAMES[:n]) for n in (1, 2, 9)] + ["", "a purple square"]
-    rows = []
+    samples = []
     for i, text in enumerate(captions):
         sample = Sample("s", str(i), {"png": image, "txt": text.encode()})
-        rows.append(reader.prepare(sample, epoch, i))
-    return reader.collate(rows, [])["text"], [reader.tokenizer(text) for text in captions]
+        samples.append(reader.prepare(sample, epoch, i))
+    return reader.collate(samples, [])["text"], [reader.tokenizer(text) for text in captions]
 
 
 @pytest.mark.parametrize("pool", ["first", "eot"])
 @pytest.mark.parametrize("text_mask", ["random(0.5)", "prioritised(0.75)"])
-def test_places_travel_with_the_ids(tokenizer, text_mask, pool):
-    text, uncut = read(tokenizer, text_mask, pool=pool)
+def test_batches_contain_positions(tokenizer, text_mask, pool):
+    text, original = read_text(tokenizer, text_mask, pool=pool)
 
     assert text["positions"].dtype == text["ids"].dtype == torch.int32
     assert text["longest"] == text["lengths"].max() <= 8
     lengths = text["lengths"].tolist()
-    assert any(length < len(ids) for length, ids in zip(lengths, uncut))
+    assert any(length < len(ids) for length, ids in zip(lengths, original))
     rows = text["ids"].split(lengths)
-    all_places = text["positions"].split(lengths)
-    for ids, places, uncut_ids in zip(rows, all_places, uncut, strict=True):
-        assert ids.tolist() == [uncut_ids[place] for place in places]
+    all_positions = text["positions"].split(lengths)
+    for ids, positions, original_ids in zip(rows, all_positions, original, strict=True):
+        assert ids.tolist() == [original_ids[position] for position in positions]
         if pool == "first":
-            assert places[0] == 0
+            assert positions[0] == 0
         else:
-            assert places[-1] == len(uncut_ids) - 1
+            assert positions[-1] == len(original_ids) - 1
 
-    again, _ = read(tokenizer, text_mask, pool=pool, epoch=0)
-    other, _ = read(tokenizer, text_mask, pool=pool, epoch=1)
+    again, _ = read_text(tokenizer, text_mask, pool=pool, epoch=0)
+    other, _ = read_text(tokenizer, text_mask, pool=pool, epoch=1)
     assert torch.equal(again["positions"], text["positions"])
     assert other["positions"].tolist() != text["positions"].tolist()
 
@@ -308,37 +317,37 @@ def test_a_cut_that_cuts_nothing_is_refused():
     with pytest.raises(
         ValueError,
         match=r"data.text_mask: first\(32\) cuts nothing from captions of at most data.context 32"
-        r" tokens",
+        r" tokens; use a number below 32",
     ):
         DataConfig(train=("x",), tokenizer="clip_bpe", context=32, text_mask="first(32)")
 
 
 @pytest.mark.parametrize("text_mask", ["none", "first(5)", "block(5)", "shuffled(5)"])
-def test_no_places_where_tokens_are_numbered_anew(tokenizer, text_mask):
-    text, uncut = read(tokenizer, text_mask)
+def test_no_positions_if_tokens_are_renumbered(tokenizer, text_mask):
+    text, original = read_text(tokenizer, text_mask)
 
     assert sorted(text) == ["ids", "lengths", "longest"]
     if text_mask == "none":
-        assert text["lengths"].tolist() == [len(ids) for ids in uncut]
-        assert text["ids"].tolist() == sum(uncut, [])
+        assert text["lengths"].tolist() == [len(ids) for ids in original]
+        assert text["ids"].tolist() == sum(original, [])
     else:
-        assert text["lengths"].tolist() == [min(len(ids), 5) for ids in uncut]
+        assert text["lengths"].tolist() == [min(len(ids), 5) for ids in original]
 
 
-def test_a_filled_caption_loses_padding_first(tokenizer):
-    text, uncut = read(tokenizer, "prioritised(0.5)", pad_text=True)
+def test_a_padded_caption_loses_padding_first(tokenizer):
+    text, original = read_text(tokenizer, "prioritised(0.5)", pad_text=True)
 
     assert text["lengths"].tolist() == [8] * 5
-    for places, ids in zip(text["positions"].view(5, 8).tolist(), uncut):
-        assert sum(place < len(ids) for place in places) == min(8, len(ids))
+    for positions, ids in zip(text["positions"].view(5, 8).tolist(), original):
+        assert sum(position < len(ids) for position in positions) == min(8, len(ids))
 
 
 # ---- through the tower
 
 
-def tower(pool):
+def make_tower(pool):
     torch.manual_seed(0)
-    init = WeightInit(token=1.0, positions=1.0)  # large, so that a wrong place shows
+    init = WeightInit(token=1.0, positions=1.0)  # large, so that a wrong position has an effect
     return TextTower(
         TextConfig(pool=pool), vocab=120, context=CONTEXT, width=32, depth=3, heads=4, init=init
     )
@@ -347,25 +356,30 @@ def tower(pool):
 @pytest.mark.parametrize("ratio", [0, 0.5])
 @pytest.mark.parametrize("pool", ["first", "eot"])
 @torch.no_grad()
-def test_the_tower_sees_the_tokens_that_stay_at_their_places(pool, ratio):
-    text = tower(pool)
+def test_the_tower_uses_the_positions(pool, ratio):
+    text = make_tower(pool)
     pooled = 0 if pool == "first" else -1
-    reals = (3, 16, 1, 9)
-    rows = [masked(f"random({ratio})", real, pooled=pooled, seed=real) for real in reals]
+    caption_lengths = (3, 16, 1, 9)
+    rows = [
+        apply_mask(f"random({ratio})", length, pooled=pooled, seed=length)
+        for length in caption_lengths
+    ]
     packed, lengths = pack([ids for ids, _ in rows])
-    places, _ = pack([places for _, places in rows])
+    positions, _ = pack([positions for _, positions in rows])
 
-    outputs = text(packed, lengths, int(lengths.max()), places)
+    outputs = text(packed, lengths, int(lengths.max()), positions)
 
-    for output, (ids, row_places) in zip(outputs, rows):
-        x = text.token(torch.tensor(ids)) + text.positions[row_places]
+    for output, (ids, row_positions) in zip(outputs, rows):
+        x = text.token(torch.tensor(ids)) + text.positions[row_positions]
         expected = text.norm(text.blocks(x[None]))[0, pooled]
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
 
-    numbered = text(packed, lengths, int(lengths.max()))
+    without_positions = text(packed, lengths, int(lengths.max()))
     if ratio == 0:
-        assert torch.equal(outputs, numbered)
-        uncut = text(*pack([caption(real) for real in reals]))
-        torch.testing.assert_close(outputs, uncut)
+        assert torch.equal(outputs, without_positions)
+        original = text(*pack([make_caption(length) for length in caption_lengths]))
+        torch.testing.assert_close(outputs, original)
     else:
-        assert not torch.equal(outputs, numbered), "without places, tokens are numbered anew"
+        assert not torch.equal(outputs, without_positions), (
+            "without positions, tokens are numbered from 0"
+        )

