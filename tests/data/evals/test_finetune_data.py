@@ -1,6 +1,6 @@
-"""Augmented images of fine-tuning are functions of (seed, epoch, sample) alone.
+"""Augmented images for fine-tuning are functions of (seed, epoch, sample).
 
-They are mixed alike on any number of ranks, with targets that sum to one.
+Mixing gives the same result on any number of ranks, and targets that sum to one.
 
     bash run/test.sh tests/data/evals/test_finetune_data.py
 """
@@ -24,7 +24,7 @@ from glimpse.data.evals.finetune import (
 from glimpse.data.shards import write_shard
 from glimpse.tests.helpers.tiny import NAMES, picture
 
-HOW = dict(
+SETTINGS = dict(
     size=32,
     interpolation="bicubic",
     mean=(0.5, 0.4, 0.3),
@@ -33,7 +33,7 @@ HOW = dict(
     seed=0,
 )
 STRONG = dict(crop=0.08, augment="rand-m9-mstd0.5-inc1", erase=0.5)
-ALL = [(0, i) for i in range(24)]  # rows: every image, in the first epoch
+ALL_SAMPLES = [(0, i) for i in range(24)]  # every image, in the first epoch
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def images(tmp_path_factory):
 
 
 def random_states():
-    """The states of the three global generators."""
+    """Return the states of the three global generators."""
     return (
         random.getstate(),
         np.random.get_state()[1].tolist(),
@@ -57,16 +57,16 @@ def random_states():
     )
 
 
-def test_what_is_drawn_follows_from_seed_epoch_and_sample(images):
-    """Not from what was read before, nor from the global generators, which stay as they were."""
-    rows = [*ALL, (1, 3)]
+def test_images_depend_on_seed_epoch_and_sample(images):
+    """They do not depend on earlier reads or the global generators, whose state is preserved."""
+    rows = [*ALL_SAMPLES, (1, 3)]
 
-    first, labels, noise = LabeledImages(images, 24, **HOW, **STRONG)[rows]
+    first, labels, noise = LabeledImages(images, 24, **SETTINGS, **STRONG)[rows]
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(7)
     states = random_states()
-    again, _, noise_again = LabeledImages(images, 24, **HOW, **STRONG)[rows[::-1]]
-    other, _, _ = LabeledImages(images, 24, **{**HOW, "seed": 1}, **STRONG)[rows]
+    again, _, noise_again = LabeledImages(images, 24, **SETTINGS, **STRONG)[rows[::-1]]
+    other, _, _ = LabeledImages(images, 24, **{**SETTINGS, "seed": 1}, **STRONG)[rows]
 
     assert states == random_states()
     torch.testing.assert_close(again.flip(0), first, rtol=0, atol=0)
@@ -74,15 +74,17 @@ def test_what_is_drawn_follows_from_seed_epoch_and_sample(images):
     assert labels.tolist() == [*range(24), 3]
     assert first.shape == (25, 3, 32, 32)
     assert noise.shape == (25, 4, 2)
-    assert not torch.equal(first[24], first[3]), "another epoch, another draw"
+    assert not torch.equal(first[24], first[3]), "another epoch, another crop"
     assert not torch.equal(other, first)
 
 
 def test_the_whole_image_without_augmentation(images):
-    """Normalized by channel; mirrored at random, which is all that is left."""
-    mean = torch.tensor(HOW["mean"]).view(3, 1, 1)
+    """Only the random flip remains; the images are normalized per channel."""
+    mean = torch.tensor(SETTINGS["mean"]).view(3, 1, 1)
 
-    normalized, _, _ = LabeledImages(images, 24, **HOW, crop=1.0, augment="none", erase=0.0)[ALL]
+    normalized, _, _ = LabeledImages(images, 24, **SETTINGS, crop=1.0, augment="none", erase=0.0)[
+        ALL_SAMPLES
+    ]
 
     pixels = (normalized * 0.2 + mean) * 255
     assert pixels.min() >= -1e-3
@@ -91,20 +93,24 @@ def test_the_whole_image_without_augmentation(images):
 
 
 def test_erasing_draws_noise_after_normalisation(images):
-    plain, _, _ = LabeledImages(images, 24, **HOW, crop=0.5, augment="none", erase=0.0)[ALL]
-    erased, _, _ = LabeledImages(images, 24, **HOW, crop=0.5, augment="none", erase=1.0)[ALL]
+    plain, _, _ = LabeledImages(images, 24, **SETTINGS, crop=0.5, augment="none", erase=0.0)[
+        ALL_SAMPLES
+    ]
+    erased, _, _ = LabeledImages(images, 24, **SETTINGS, crop=0.5, augment="none", erase=1.0)[
+        ALL_SAMPLES
+    ]
 
     changed = (plain != erased).float().mean((1, 2, 3))
     assert (changed > 0.01).all()
-    assert (changed < 0.4).all(), "a third of an image at most"
+    assert (changed < 0.4).all(), "at most a third of an image"
     assert abs(float(erased[plain != erased].std()) - 1) < 0.05
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_pairs_stay_on_a_rank(world):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_pairs_stay_on_a_rank(world_size):
     rows = [(0, i) for i in range(10)]
 
-    shares = [mixup_pairs_of_rank(rows, rank, world) for rank in range(world)]
+    shares = [mixup_pairs_of_rank(rows, rank, world_size) for rank in range(world_size)]
 
     assert sorted(sum(shares, [])) == rows
     for share in shares:
@@ -113,7 +119,7 @@ def test_pairs_stay_on_a_rank(world):
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_shares_are_mixed_as_the_whole(mixup, cutmix):
+def test_shares_are_mixed_like_the_full_batch(mixup, cutmix):
     pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(10) % 4
     rows = [(0, i) for i in range(10)]
@@ -132,13 +138,13 @@ def test_shares_are_mixed_as_the_whole(mixup, cutmix):
 
 
 def test_targets_by_hand():
-    """Two classes, smoothing 0.2: 0.9 and 0.1; mixed with weight w, an image has w of its class."""
+    """Smoothing 0.2 with two classes gives 0.9 and 0.1; mixing with weight w gives w and 1 - w."""
     pixels = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     labels = torch.tensor([0, 1])
 
-    same, targets = MixupCutmix(2, 0.0, 0.0, 0.2)(pixels.clone(), labels, 0, 0)
+    unmixed, targets = MixupCutmix(2, 0.0, 0.0, 0.2)(pixels.clone(), labels, 0, 0)
 
-    assert torch.equal(same, pixels)
+    assert torch.equal(unmixed, pixels)
     torch.testing.assert_close(targets, torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
 
     mixed, targets = MixupCutmix(2, 0.8, 0.0, 0.0)(pixels.clone(), labels, 0, 0)
@@ -150,13 +156,13 @@ def test_targets_by_hand():
 
 def test_a_label_beyond_the_classes_is_named(images):
     with pytest.raises(ValueError, match="0.tar 0005 is of class 5; classnames.txt names 5"):
-        LabeledImages(images, 5, **HOW, **STRONG)[[(0, 5)]]
+        LabeledImages(images, 5, **SETTINGS, **STRONG)[[(0, 5)]]
 
 
-def test_randaugment_is_refused_where_timm_cannot_read_it():
-    for how in ("auto-m9", "rand-x9", "rand-mnine"):
+def test_randaugment_in_another_notation_is_refused():
+    for notation in ("auto-m9", "rand-x9", "rand-mnine"):
         with pytest.raises(ValueError, match="finetune.augment=.*not in timm's notation"):
-            rand_augment(how, 32, (0.5, 0.5, 0.5))
+            rand_augment(notation, 32, (0.5, 0.5, 0.5))
 
     transform = rand_augment("rand-m9-n1-p1-inc1", 32, (0.5, 0.5, 0.5))
     strongest = timm_module("auto_augment").NAME_TO_OP["PosterizeIncreasing"]
@@ -166,7 +172,7 @@ def test_randaugment_is_refused_where_timm_cannot_read_it():
     assert strongest(image, 0).getpixel((0, 0)) == (128, 0, 0)
 
 
-def test_timm_is_asked_for(monkeypatch):
+def test_timm_is_required(monkeypatch):
     timm_module.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 

@@ -1,6 +1,6 @@
-"""Each layout's folder is recognized and read correctly, and a broken set is named in one line.
+"""The layout of each set is detected and read correctly; errors name a broken set in one line.
 
-The tests make a small set of every layout (tests/helpers/tiny_layouts.py).
+tests/helpers/tiny_layouts.py writes a small set of every layout.
 
 Run: pytest tests/data/evals/test_layouts.py
 """
@@ -18,30 +18,30 @@ from glimpse.data.shards import write_shard
 from glimpse.run.evals import parse_evaluations
 from glimpse.tests.helpers.tiny_layouts import (
     SIZE,
-    ade20k,
-    coco,
-    coco_stuff,
-    context,
-    folders,
-    karpathy,
-    label_map,
-    nocaps,
-    picture,
-    tell,
-    vqa,
+    write_ade20k,
+    write_coco,
+    write_coco_stuff,
+    write_context,
+    write_custom_folders,
+    write_image,
+    write_karpathy,
+    write_label_map,
+    write_nocaps,
+    write_text,
+    write_vqa,
 )
 
 
-def seen(images, i):
-    """The classes of the first pixels of label map i."""
+def first_classes(images, i):
+    """Return the classes of the first pixels of label map i."""
     return images.label_map(i).reshape(-1)[:5].tolist()
 
 
-def raises_at_once(folder, complaint):
-    """Opening the folder raises an error of one line with this complaint."""
+def assert_refused_on_opening(folder, message):
+    """Assert that opening the folder raises a one-line error that contains the message."""
     with pytest.raises(ValueError, match="^evals: ") as error:
         open_set(folder)
-    assert complaint in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -50,13 +50,13 @@ def raises_at_once(folder, complaint):
 
 
 def test_ade20k(tmp_path):
-    images = open_set(ade20k(tmp_path))
+    images = open_set(write_ade20k(tmp_path))
 
     assert type(images) is segmentation_layouts.Ade20k
     assert images.key(0) == "images/validation/ADE_val_1.jpg"
     assert images.key(1) == "images/validation/ADE_val_2.jpg"
     assert images.image(0) == (tmp_path / "images/validation/ADE_val_1.jpg").read_bytes()
-    assert seen(images, 0) == [IGNORE, 0, 1, 149, 149]
+    assert first_classes(images, 0) == [IGNORE, 0, 1, 149, 149]
     assert images.label_map(0).shape == (4, 6)
     assert images.label_map(0).dtype == np.uint8
     assert images.class_names()[:3] == ["wall", "building", "thing 3"]
@@ -69,46 +69,46 @@ def test_ade20k(tmp_path):
 
 
 def test_pascal_context(tmp_path):
-    images = open_set(context(tmp_path))
+    images = open_set(write_context(tmp_path))
 
     assert type(images) is segmentation_layouts.PascalContext
     assert [images.key(i)[-5] for i in range(len(images))] == ["3", "1"]
-    assert seen(images, 0) == [IGNORE, 0, 1, 58, 58]
+    assert first_classes(images, 0) == [IGNORE, 0, 1, 58, 58]
     classes = images.class_names()
     assert len(classes) == 59
     assert classes[:3] == ["aeroplane", "bag", "bed"] == sorted(classes)[:3]
 
-    # With the background as a class.
-    tell(
+    # With a class for the background.
+    write_text(
         tmp_path / "classnames.txt",
         "\n".join(["background", *segmentation_layouts.CONTEXT_CLASSES]),
     )
     images = open_set(tmp_path)
-    assert seen(images, 0) == [0, 1, 2, 59, 59]
+    assert first_classes(images, 0) == [0, 1, 2, 59, 59]
     assert len(images.class_names()) == 60
 
-    tell(tmp_path / "classnames.txt", "one\ntwo")
+    write_text(tmp_path / "classnames.txt", "one\ntwo")
     with pytest.raises(
         ValueError, match="2 class names; Pascal Context has 59, or 60 with the background"
     ):
         open_set(tmp_path)
 
 
-def test_pascal_context_as_it_was_published(tmp_path):
-    """Those maps have the order of their own list."""
+def test_pascal_context_with_its_original_maps(tmp_path):
+    """The classes of these maps are in the order of 59_labels.txt."""
     with pytest.raises(ValueError, match="it needs 59_labels.txt, the data set's list of classes"):
-        open_set(context(tmp_path, "59_context_labels"))
+        open_set(write_context(tmp_path, "59_context_labels"))
 
-    tell(tmp_path / "59_labels.txt", "\n".join(f"{i}: name {i}" for i in range(1, 60)))
+    write_text(tmp_path / "59_labels.txt", "\n".join(f"{i}: name {i}" for i in range(1, 60)))
     images = open_set(tmp_path)
 
     assert images.class_names()[0] == "name 1"
-    assert seen(images, 1) == [IGNORE, 0, 1, 58, 58]
+    assert first_classes(images, 1) == [IGNORE, 0, 1, 58, 58]
 
 
 @pytest.mark.parametrize("maps, where", [("stuffthingmaps", "."), ("annotations", "images")])
 def test_coco_stuff(tmp_path, maps, where):
-    images = open_set(coco_stuff(tmp_path, maps, where), content="label_map")
+    images = open_set(write_coco_stuff(tmp_path, maps, where), content="label_map")
 
     assert type(images) is segmentation_layouts.CocoStuff
     assert len(images) == 2
@@ -119,41 +119,41 @@ def test_coco_stuff(tmp_path, maps, where):
     assert names[-1] == "class 182"
     assert "class 12" not in names
     assert names[11] == "class 13"
-    assert seen(images, 0) == [IGNORE, 0, 10, 11, 170]
+    assert first_classes(images, 0) == [IGNORE, 0, 10, 11, 170]
 
-    # 11 is what class 12 would be stored as.
-    label_map(tmp_path / maps / "val2017/000000000139.png", (11, 0))
-    complaint = (
+    # 11 would be the stored value of class 12, which does not exist.
+    write_label_map(tmp_path / maps / "val2017/000000000139.png", (11, 0))
+    message = (
         "000000000139.png has pixels of class 11; this layout stores its 171 classes as 0 to 181"
     )
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         images.label_map(0)
 
 
-def test_folders_of_ones_own(tmp_path):
-    images = open_set(folders(tmp_path))
+def test_custom_folders(tmp_path):
+    images = open_set(write_custom_folders(tmp_path))
 
     assert type(images) is segmentation_layouts.CustomFolders
     assert images.class_names() == ["cat", "dog", "tree"]
     assert images.class_synonyms()[0] == ["cat", "pussycat"]
-    assert seen(images, 2) == [0, 1, 2, IGNORE, IGNORE]
+    assert first_classes(images, 2) == [0, 1, 2, IGNORE, IGNORE]
     with pytest.raises(ValueError, match="it needs images/train/"):
         images.open_split("train")
 
     # With several splits.
     for part in ("train", "test"):
-        picture(tmp_path / f"images/{part}/x.jpg")
-        label_map(tmp_path / f"labels/{part}/x.png", (1, 1))
+        write_image(tmp_path / f"images/{part}/x.jpg")
+        write_label_map(tmp_path / f"labels/{part}/x.png", (1, 1))
     images = open_set(tmp_path)
     assert images.key(0) == "images/test/x.jpg"
     assert images.open_split("train").key(0) == "images/train/x.jpg"
 
 
 @pytest.mark.parametrize(
-    "spoil, complaint",
+    "damage, message",
     [
         (
-            lambda f: label_map(f / "labels/1.png", (3, 0)),
+            lambda f: write_label_map(f / "labels/1.png", (3, 0)),
             "1.png has pixels of class 3; this layout stores its 3 classes as 0 to 2",
         ),
         (
@@ -161,7 +161,7 @@ def test_folders_of_ones_own(tmp_path):
             "map stores one value from 0 to 255 per pixel, but this image has mode RGB",
         ),
         (
-            lambda f: label_map(f / "labels/1.png", (300, 0), "I;16"),
+            lambda f: write_label_map(f / "labels/1.png", (300, 0), "I;16"),
             "map stores one value from 0 to 255 per pixel, but this image has mode I;16",
         ),
         (
@@ -177,7 +177,7 @@ def test_folders_of_ones_own(tmp_path):
             "labels/1.png or its image: cannot read the image",
         ),
         (
-            lambda f: tell(f / "classnames.txt", "cat\n\ndog"),
+            lambda f: write_text(f / "classnames.txt", "cat\n\ndog"),
             "classnames.txt has an empty line; line i + 1 must name class i",
         ),
         (
@@ -186,69 +186,69 @@ def test_folders_of_ones_own(tmp_path):
         ),
     ],
 )
-def test_a_bad_map_is_named(tmp_path, spoil, complaint):
-    spoil(folders(tmp_path))
+def test_a_bad_map_is_named(tmp_path, damage, message):
+    damage(write_custom_folders(tmp_path))
 
     with pytest.raises(ValueError, match="^evals: ") as error:
         open_set(tmp_path).label_map(1)
 
-    assert complaint in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "make, spoil, complaint",
+    "write, damage, message",
     [
-        (ade20k, lambda f: (f / "objectInfo150.txt").unlink(), "it needs objectInfo150.txt"),
+        (write_ade20k, lambda f: (f / "objectInfo150.txt").unlink(), "it needs objectInfo150.txt"),
         (
-            ade20k,
-            lambda f: tell(f / "objectInfo150.txt", "Idx\tName\n1\twall\n"),
+            write_ade20k,
+            lambda f: write_text(f / "objectInfo150.txt", "Idx\tName\n1\twall\n"),
             "it is not the benchmark's table of the classes 1 to 150",
         ),
-        (ade20k, lambda f: (f / "images/validation/ADE_val_1.jpg").rename(f / "x.jpg"), ""),
+        (write_ade20k, lambda f: (f / "images/validation/ADE_val_1.jpg").rename(f / "x.jpg"), ""),
         (
-            context,
-            lambda f: tell(f / "ImageSets/SegmentationContext/val.txt", "2008_000002"),
+            write_context,
+            lambda f: write_text(f / "ImageSets/SegmentationContext/val.txt", "2008_000002"),
             "Context: 1 of 1 images have no file in it",
         ),
         (
-            context,
+            write_context,
             lambda f: (f / "ImageSets/SegmentationContext/val.txt").unlink(),
             "it needs ImageSets/SegmentationContext/val.txt",
         ),
         (
-            coco_stuff,
+            write_coco_stuff,
             lambda f: (f / "labels.txt").unlink(),
             "it needs labels.txt, the data set's list of classes",
         ),
         (
-            coco_stuff,
-            lambda f: tell(f / "labels.txt", "0: unlabeled\nperson"),
+            write_coco_stuff,
+            lambda f: write_text(f / "labels.txt", "0: unlabeled\nperson"),
             "labels.txt: line 2 is not 'NUMBER: NAME'",
         ),
         (
-            coco_stuff,
-            lambda f: tell(f / "labels.txt", "0: unlabeled\n1: person"),
+            write_coco_stuff,
+            lambda f: write_text(f / "labels.txt", "0: unlabeled\n1: person"),
             "labels.txt: it is not COCO-Stuff's list",
         ),
     ],
 )
-def test_a_bad_set_is_named_when_opened(tmp_path, make, spoil, complaint):
-    spoil(make(tmp_path))
+def test_a_bad_set_is_named_when_opened(tmp_path, write, damage, message):
+    damage(write(tmp_path))
 
-    if complaint:
-        raises_at_once(tmp_path, complaint)
+    if message:
+        assert_refused_on_opening(tmp_path, message)
     else:
-        assert len(open_set(tmp_path)) == 1, "a map without its image is not evaluated"
+        assert len(open_set(tmp_path)) == 1, "a label map without an image is ignored"
 
 
 # --------------------------------------------------------------------------------------------------
-# texts
+# captions and questions
 
 
 @pytest.mark.parametrize("year", ["2017", "2014"])
 def test_coco_captions(tmp_path, year):
-    images = open_set(coco(tmp_path, year))
+    images = open_set(write_coco(tmp_path, year))
 
     assert type(images) is caption_layouts.CocoCaptions
     assert images.key(0) == f"val{year}/000000000002.jpg"
@@ -263,7 +263,7 @@ def test_coco_captions(tmp_path, year):
 
 
 def test_nocaps(tmp_path):
-    images = open_set(nocaps(tmp_path))
+    images = open_set(write_nocaps(tmp_path))
 
     assert type(images) is caption_layouts.Nocaps
     groups = [images.group(i) for i in range(3)]
@@ -274,8 +274,8 @@ def test_nocaps(tmp_path):
     with pytest.raises(ValueError, match="it needs captions_train2017.json"):
         images.open_split("train")
 
-    # What is trained is trained on COCO's captions.
-    coco(tmp_path)
+    # The train split is COCO's.
+    write_coco(tmp_path)
     assert open_set(tmp_path).open_split("train").captions(0) == ["train 0 one", "train 0 two"]
 
 
@@ -286,7 +286,7 @@ def test_karpathys_splits(tmp_path, name):
         "flickr30k": "flickr30k-images/0.jpg",
     }
 
-    images = open_set(karpathy(tmp_path, name))
+    images = open_set(write_karpathy(tmp_path, name))
 
     assert type(images) is caption_layouts.Karpathy
     assert images.captions(0) == ["0 a", "0 b"]
@@ -303,7 +303,7 @@ def test_vqa(tmp_path):
         answers = tuple(f"{kind} {a}" for a in range(10))
         questions.append(Question(f"val2014 {i}?", answers, kind))
 
-    images = open_set(vqa(tmp_path))
+    images = open_set(write_vqa(tmp_path))
 
     assert type(images) is caption_layouts.Vqa
     assert images.key(0) == "val2014/COCO_val2014_000000000042.jpg"
@@ -313,10 +313,11 @@ def test_vqa(tmp_path):
     assert images.open_split("train").questions(1)[0].text == "train2014 1?"
 
 
-def change(path, edit):
+def edit_json(path, edit):
+    """Change the content of a JSON file."""
     content = json.loads(path.read_text())
     edit(content)
-    tell(path, content)
+    write_text(path, content)
 
 
 CAPTIONS = "annotations/captions_val2017.json"
@@ -325,140 +326,149 @@ ANSWERS = "v2_mscoco_val2014_annotations.json"
 
 
 @pytest.mark.parametrize(
-    "make, spoil, complaint",
+    "write, damage, message",
     [
         (
-            coco,
-            lambda f: tell(f / CAPTIONS, '{"images": ['),
+            write_coco,
+            lambda f: write_text(f / CAPTIONS, '{"images": ['),
             "captions_val2017.json: truncated or not JSON",
         ),
         (
-            coco,
-            lambda f: tell(f / CAPTIONS, dict(annotations=[])),
+            write_coco,
+            lambda f: write_text(f / CAPTIONS, dict(annotations=[])),
             "captions_val2017.json: an entry has no key 'images'; is it the data set's file of this"
             " name?",
         ),
         (
-            coco,
-            lambda f: tell(f / CAPTIONS, []),
+            write_coco,
+            lambda f: write_text(f / CAPTIONS, []),
             "captions_val2017.json: not structured as the data set's file of this name (TypeError",
         ),
         (
-            coco,
-            lambda f: change(
+            write_coco,
+            lambda f: edit_json(
                 f / CAPTIONS, lambda c: c["annotations"].append(dict(image_id=1, caption="x"))
             ),
             "a caption belongs to image 1, which the file does not list",
         ),
         (
-            coco,
-            lambda f: change(f / CAPTIONS, lambda c: c.update(annotations=c["annotations"][:1])),
+            write_coco,
+            lambda f: edit_json(f / CAPTIONS, lambda c: c.update(annotations=c["annotations"][:1])),
             "2 of 3 images have no caption",
         ),
         (
-            coco,
+            write_coco,
             lambda f: (f / "val2017/000000000001.jpg").unlink(),
             "val2017: 1 of 3 images that captions_val2017.json lists are missing",
         ),
         (
-            coco,
+            write_coco,
             lambda f: (f / "val2017").rename(f / "pictures"),
             "its images, the first is 000000000002.jpg, are not in",
         ),
         (
-            nocaps,
-            lambda f: change(
+            write_nocaps,
+            lambda f: edit_json(
                 f / "nocaps_val_4500_captions.json", lambda c: c["images"][0].pop("domain")
             ),
             "an entry has no key 'domain'",
         ),
         (
-            karpathy,
-            lambda f: change(f / "dataset_coco.json", lambda c: c["images"][0].pop("split")),
+            write_karpathy,
+            lambda f: edit_json(f / "dataset_coco.json", lambda c: c["images"][0].pop("split")),
             "an entry has no key 'split'",
         ),
         (
-            karpathy,
-            lambda f: change(f / "dataset_coco.json", lambda c: c.update(images=[])),
+            write_karpathy,
+            lambda f: edit_json(f / "dataset_coco.json", lambda c: c.update(images=[])),
             "no images of this split in it",
         ),
-        (vqa, lambda f: (f / ANSWERS).unlink(), f"it needs {ANSWERS}"),
+        (write_vqa, lambda f: (f / ANSWERS).unlink(), f"it needs {ANSWERS}"),
         (
-            vqa,
-            lambda f: change(f / ANSWERS, lambda c: c["annotations"].pop()),
+            write_vqa,
+            lambda f: edit_json(f / ANSWERS, lambda c: c["annotations"].pop()),
             "no answers to question 0; do both files come from one split?",
         ),
         (
-            vqa,
-            lambda f: change(f / ANSWERS, lambda c: c["annotations"][0].pop("answers")),
+            write_vqa,
+            lambda f: edit_json(f / ANSWERS, lambda c: c["annotations"][0].pop("answers")),
             "an entry has no key 'answers'",
         ),
         (
-            vqa,
-            lambda f: change(f / ANSWERS, lambda c: c["annotations"][0].clear()),
+            write_vqa,
+            lambda f: edit_json(f / ANSWERS, lambda c: c["annotations"][0].clear()),
             f"{ANSWERS}: an entry has no key 'answers'",
         ),
         (
-            vqa,
-            lambda f: change(f / QUESTIONS, lambda c: c["questions"][0].clear()),
+            write_vqa,
+            lambda f: edit_json(f / QUESTIONS, lambda c: c["questions"][0].clear()),
             f"{QUESTIONS}: an entry has no key 'question_id'",
         ),
         (
-            vqa,
-            lambda f: change(f / QUESTIONS, lambda c: c["questions"][0].update(image_id=None)),
+            write_vqa,
+            lambda f: edit_json(f / QUESTIONS, lambda c: c["questions"][0].update(image_id=None)),
             f"{QUESTIONS}: not structured as the data set's file of this name (TypeError",
         ),
         (
-            vqa,
-            lambda f: change(
+            write_vqa,
+            lambda f: edit_json(
                 f / QUESTIONS, lambda c: c["questions"].append(dict(c["questions"][0], image_id=5))
             ),
             "val2014: 1 of 3 images",
         ),
     ],
 )
-def test_a_bad_json_is_named(tmp_path, make, spoil, complaint):
-    spoil(make(tmp_path))
+def test_a_bad_json_is_named(tmp_path, write, damage, message):
+    damage(write(tmp_path))
 
-    raises_at_once(tmp_path, complaint)
+    assert_refused_on_opening(tmp_path, message)
 
 
 # --------------------------------------------------------------------------------------------------
-# recognized
+# detection
 
 
-MAKERS = (karpathy, nocaps, coco, vqa, ade20k, context, coco_stuff, folders)
+WRITERS = (
+    write_karpathy,
+    write_nocaps,
+    write_coco,
+    write_vqa,
+    write_ade20k,
+    write_context,
+    write_coco_stuff,
+    write_custom_folders,
+)
 
 
-@pytest.mark.parametrize("layout, make", list(zip(LAYOUTS, MAKERS, strict=True)))
-def test_each_is_recognised_alone(tmp_path, layout, make):
-    make(tmp_path)
-    tell(tmp_path / "dataset_infos.json", {})  # Hugging Face's
+@pytest.mark.parametrize("layout, write", list(zip(LAYOUTS, WRITERS, strict=True)))
+def test_each_layout_matches_only_its_sets(tmp_path, layout, write):
+    write(tmp_path)
+    write_text(tmp_path / "dataset_infos.json", {})  # a file of Hugging Face, not of COCO
 
-    assert [other for other in LAYOUTS if other.matches(tmp_path)] == [layout]
+    assert [candidate for candidate in LAYOUTS if candidate.matches(tmp_path)] == [layout]
 
 
-def several(folder, *makers):
-    """Put sets of several layouts into one folder, with COCO-Stuff's maps of all its images."""
-    for make in makers:
-        make(folder)
+def write_several(folder, *writers):
+    """Write sets of several layouts to one folder, with COCO-Stuff's maps for all images."""
+    for write in writers:
+        write(folder)
     for image in (folder / "val2017").iterdir():
-        label_map(folder / f"stuffthingmaps/val2017/{image.stem}.png", (0, 0))
+        write_label_map(folder / f"stuffthingmaps/val2017/{image.stem}.png", (0, 0))
 
 
-def test_a_folder_that_holds_several(tmp_path):
-    """`reads` decides, as for COCO's folder; Karpathy goes before val2017; shards before all."""
-    several(tmp_path, coco, vqa, coco_stuff)
+def test_a_folder_with_several_layouts(tmp_path):
+    """`content` selects the layout; Karpathy precedes COCO captions, shards precede all."""
+    write_several(tmp_path, write_coco, write_vqa, write_coco_stuff)
     expected = {
         "captions": caption_layouts.CocoCaptions,
         "questions": caption_layouts.Vqa,
         "label_map": segmentation_layouts.CocoStuff,
         "": caption_layouts.CocoCaptions,
     }
-    for reads, layout in expected.items():
-        assert type(open_set(tmp_path, content=reads)) is layout
+    for content, layout in expected.items():
+        assert type(open_set(tmp_path, content=content)) is layout
 
-    karpathy(tmp_path)
+    write_karpathy(tmp_path)
     assert type(open_set(tmp_path, content="captions")) is caption_layouts.Karpathy
 
     (tmp_path / "test").mkdir()
@@ -466,9 +476,9 @@ def test_a_folder_that_holds_several(tmp_path):
     assert type(open_set(tmp_path, content="captions")) is ClipBenchmarkSet
 
 
-def test_evaluations_open_what_they_read(tmp_path):
-    several(tmp_path, coco, coco_stuff)
-    tell(tmp_path / "zeroshot_classification_templates.txt", "a {c}")
+def test_evaluations_open_the_layout_they_need(tmp_path):
+    write_several(tmp_path, write_coco, write_coco_stuff)
+    write_text(tmp_path / "zeroshot_classification_templates.txt", "a {c}")
 
     retrieval, segmentation = parse_evaluations(
         [f"retrieval:{tmp_path}", f"segmentation:{tmp_path}"]
@@ -484,4 +494,4 @@ def test_evaluations_open_what_they_read(tmp_path):
     ):
         parse_evaluations([f"retrieval:{tmp_path / 'val2017'}"])
     with pytest.raises(ValueError, match="no captions in it, or not in a known layout"):
-        parse_evaluations([f"retrieval:{ade20k(tmp_path / 'ade')}"])
+        parse_evaluations([f"retrieval:{write_ade20k(tmp_path / 'ade')}"])

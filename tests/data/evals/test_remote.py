@@ -1,4 +1,4 @@
-"""Evaluation sets at URLs are fetched once, from a server or a pipe, and read like local ones.
+"""Evaluation sets at URLs are downloaded once, from a server or a pipe, and read like local ones.
 
 bash run/test.sh tests/data/evals/test_remote.py
 """
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     rows = []
     for i, name in enumerate(names):
         rows.append({"png": picture(name, np.random.default_rng(0)), "cls": b"%d" % i})
-    path = write_evaluation_set(tmp_path / "there" / "wds_shapes", rows, "\n".join(names))
+    path = write_evaluation_set(tmp_path / "server" / "wds_shapes", rows, "\n".join(names))
     (path / "test" / "nshards.txt").write_text("1\n")
     monkeypatch.setattr(remote, "CACHE", tmp_path / "cache")
     return path
@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(folder):
-    """(URL of the set, list of the files requested so far)."""
+    """The URL of the set, and a list of the requested files."""
     if not shutil.which("curl"):
         pytest.skip("webdataset reads URLs through curl, which is not installed")
     requested = []
@@ -51,8 +51,8 @@ def server(folder):
     http.server_close()
 
 
-def same(fetched, folder):
-    """The fetched set is equal to the one in the folder."""
+def assert_equal(fetched, folder):
+    """Assert that the fetched set is equal to the one in the folder."""
     local = ClipBenchmarkSet(folder)
     assert len(fetched) == len(local) == 10
     assert fetched.class_names() == local.class_names()
@@ -68,30 +68,31 @@ def test_a_set_at_a_url_is_fetched_once(server, folder):
     (evaluation,) = parse_evaluations([f"zero_shot:{url}"])
 
     assert evaluation.label == "zero_shot/wds_shapes"
-    same(evaluation.images, folder)
+    assert_equal(evaluation.images, folder)
     assert requested.count("test/0.tar") == 1
     assert "classnames.txt" in requested
 
+    # The second time the copy is used.
     before = len(requested)
-    same(ClipBenchmarkSet(url + "/"), folder)
-    assert len(requested) == before, "the second time nothing is asked for"
+    assert_equal(ClipBenchmarkSet(url + "/"), folder)
+    assert len(requested) == before
 
     with pytest.raises(ValueError, match=f"{url}/train/nshards.txt cannot be read"):
         evaluation.images.open_split("train")
 
 
 def test_a_pipe(folder):
-    same(ClipBenchmarkSet(f"pipe:cat {folder}"), folder)
+    assert_equal(ClipBenchmarkSet(f"pipe:cat {folder}"), folder)
 
     fetched = ClipBenchmarkSet(f"pipe:cat {folder}/{{file}} | cat")
 
     assert fetched.name == "wds_shapes"
-    same(fetched, folder)
+    assert_equal(fetched, folder)
 
 
-def test_what_cannot_be_reached_is_named(server, folder):
+def test_errors_name_the_url(server, folder):
     url, _requested = server
-    complaints = {
+    messages = {
         f"http://127.0.0.1:{free_port()}/x": (
             "/x/test/nshards.txt cannot be read: the host cannot be reached"
         ),
@@ -99,17 +100,17 @@ def test_what_cannot_be_reached_is_named(server, folder):
         "pipe:cat /nowhere": "cat /nowhere/test/nshards.txt cannot be read: .*exit 1",
         "abc://host/set": "abc://host/set/test/nshards.txt cannot be read: .*no gopen handler",
     }
-    for address, complaint in complaints.items():
-        with pytest.raises(ValueError, match=f"evals: .*{complaint}"):
-            parse_evaluations([f"zero_shot:{address}"])
+    for source, message in messages.items():
+        with pytest.raises(ValueError, match=f"evals: .*{message}"):
+            parse_evaluations([f"zero_shot:{source}"])
 
-    # A shard is missing; when it is corrected the set can be read.
+    # A shard is missing. Once nshards.txt is corrected, the set can be read.
     shard_count = folder / "test" / "nshards.txt"
     shard_count.write_text("2")
     with pytest.raises(ValueError, match="test/1.tar cannot be read: the server"):
         ClipBenchmarkSet(url)
     shard_count.write_text("1")
-    same(ClipBenchmarkSet(url), folder)
+    assert_equal(ClipBenchmarkSet(url), folder)
 
     shard_count.write_text("<html>")
     with pytest.raises(
@@ -118,14 +119,14 @@ def test_what_cannot_be_reached_is_named(server, folder):
         ClipBenchmarkSet(f"pipe:cat {folder}")
 
 
-def test_no_half_of_a_file_is_kept(folder, tmp_path):
+def test_an_incomplete_file_is_deleted(folder, tmp_path):
     with pytest.raises(ValueError, match="test/0.tar.* cannot be read: .*exit 1"):
         ClipBenchmarkSet(f"pipe:head -c 9000 {folder}/{{file}}; [ {{file}} != test/0.tar ]")
 
     assert not list((tmp_path / "cache").rglob("*.tar*"))
 
 
-def test_addresses():
+def test_split_url():
     page = "https://huggingface.co/datasets/some/wds_vtab-dtd"
     for url in (page, f"{page}/tree/main", f"{page}/tree/main/"):
         assert remote.split_url(url) == (f"{page}/resolve/main/{{file}}", "wds_vtab-dtd")

@@ -1,4 +1,4 @@
-"""Suites: the table agrees with the papers; missing and broken sets of a folder are reported.
+"""Suites: the table agrees with the papers; missing and broken sets are reported.
 
 bash run/test.sh tests/data/evals/test_suites.py
 """
@@ -90,8 +90,8 @@ def test_a_set_by_any_of_its_names(tmp_path, folder):
     assert table.find_set_folder(tmp_path, table.SETS["mnist"]) is None
 
 
-def rows(classes, count=30):
-    """So many images, with the classes in turn."""
+def make_samples(classes, count=30):
+    """Make images with the classes 0, 1, ... in turn."""
     rng = np.random.default_rng(classes)
     samples = []
     for i in range(count):
@@ -100,35 +100,37 @@ def rows(classes, count=30):
     return samples
 
 
-def numbered(classes):
-    """Names of so many classes: their numbers."""
+def number_names(classes):
+    """Return class names that are numbers, one per line."""
     return "\n".join(str(i) for i in range(classes))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Sets of a suite that are complete, incomplete or broken, and one that is in no suite."""
+    """Complete, incomplete and broken sets of a suite, and one that is in no suite."""
     folder = tmp_path_factory.mktemp("sets")
     two = "\n".join(NAMES[:2])
 
-    # Three that are complete, and one that is not but can be evaluated.
-    write_evaluation_set(folder / "wds_mnist", rows(10), TEN)
-    write_evaluation_set(folder / "wds_vtab-eurosat", rows(10), TEN)
-    write_evaluation_set(folder / "hateful_memes", rows(2), two)
-    write_evaluation_set(folder / "wds_vtab-caltech101", rows(10)[1:3], numbered(102))
+    # Three complete sets, and one that lacks images of most classes but can be evaluated.
+    write_evaluation_set(folder / "wds_mnist", make_samples(10), TEN)
+    write_evaluation_set(folder / "wds_vtab-eurosat", make_samples(10), TEN)
+    write_evaluation_set(folder / "hateful_memes", make_samples(2), two)
+    write_evaluation_set(folder / "wds_vtab-caltech101", make_samples(10)[1:3], number_names(102))
 
-    # Five that are broken: cut off, classes counted from one, too few classes, no templates, and
-    # no image.
-    cut = write_evaluation_set(folder / "wds_vtab-cifar10", rows(10), TEN) / "test" / "0.tar"
-    cut.write_bytes(cut.read_bytes()[:20000])
-    write_evaluation_set(folder / "wds_stl10", [*rows(10), {"cls": b"10"}], TEN)
-    write_evaluation_set(folder / "wds_fer2013", rows(6), "\n".join(NAMES[:6]))
-    sst2 = write_evaluation_set(folder / "wds_renderedsst2", rows(2), two)
+    # Five broken sets: truncated, classes numbered from 1, too few classes, no templates, and an
+    # unreadable image.
+    truncated = (
+        write_evaluation_set(folder / "wds_vtab-cifar10", make_samples(10), TEN) / "test" / "0.tar"
+    )
+    truncated.write_bytes(truncated.read_bytes()[:20000])
+    write_evaluation_set(folder / "wds_stl10", [*make_samples(10), {"cls": b"10"}], TEN)
+    write_evaluation_set(folder / "wds_fer2013", make_samples(6), "\n".join(NAMES[:6]))
+    sst2 = write_evaluation_set(folder / "wds_renderedsst2", make_samples(2), two)
     (sst2 / "zeroshot_classification_templates.txt").unlink()
     no_image = {"png": b"no image", "cls": b"0"}
-    write_evaluation_set(folder / "wds_gtsrb", [no_image], numbered(43))
+    write_evaluation_set(folder / "wds_gtsrb", [no_image], number_names(43))
 
-    write_evaluation_set(folder / "shapes", rows(10), TEN)
+    write_evaluation_set(folder / "shapes", make_samples(10), TEN)
     return folder
 
 
@@ -141,7 +143,7 @@ FAULTS = (
 )
 
 
-def test_what_is_there_what_is_missing_what_is_broken(data):
+def test_complete_missing_and_broken_sets(data):
     suite = find_suite("aclip", str(data), Options())
 
     assert list(suite.sets) == ["caltech101", "mnist", "eurosat", "hateful_memes"]
@@ -160,11 +162,11 @@ def test_what_is_there_what_is_missing_what_is_broken(data):
     assert re.match(doubt, lines[-1])
 
     with_templates = find_suite("aclip", str(data), Options(templates="7"))
-    assert "sst2" in with_templates.sets, "with templates from elsewhere it can be evaluated"
+    assert "sst2" in with_templates.sets, "with other templates it can be evaluated"
 
 
-def test_what_cannot_be_a_suite(data, tmp_path):
-    for spec, folder, words in (
+def test_bad_suites_are_refused(data, tmp_path):
+    for spec, folder, message in (
         ("suite:aclop", data, "did you mean 'aclip'"),
         ("suite:flip", "", "--data DIR, or eval_data"),
         ("suite:flip", tmp_path, "no set to evaluate.*called e.g. food101 or wds_food101"),
@@ -172,7 +174,7 @@ def test_what_cannot_be_a_suite(data, tmp_path):
         ("suite(templates=8):aclip", data, "^templates: unknown '8'"),
         ("suite(metric=map):aclip", data, "metric"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             parse_evaluations([spec], data=str(folder))
 
     with pytest.raises(ValueError, match="repair or remove them\n  cifar10: "):
@@ -180,7 +182,7 @@ def test_what_cannot_be_a_suite(data, tmp_path):
 
 
 def test_averages():
-    """They are over the sets that are there, under a name with their number."""
+    """Averages are over the available sets; their names contain the number of sets."""
     suite = Suite("glip", None, "zero_shot", dict.fromkeys(["mnist", "aircraft", "pcam"]))
     results = {
         "zero_shot/mnist/top1": 0.5,
@@ -191,7 +193,7 @@ def test_averages():
     expected = {"object_of_2": 0.3, "other_of_1": 0.6, "average_of_3": pytest.approx(0.4)}
     assert average_metrics(suite, results) == expected
 
-    # All sets of one of a suite's averages.
+    # All sets of one average.
     sets = table.SUITES["glip"]["other"]
     suite = Suite("glip", None, "zero_shot", dict.fromkeys(sets))
     results = {}
@@ -201,13 +203,13 @@ def test_averages():
     expected = {"other": pytest.approx(0.5), "average_of_11": pytest.approx(0.5)}
     assert average_metrics(suite, results) == expected
 
-    # A set that is in no average.
+    # A set that belongs to no average.
     videos = Suite("robustness", None, "zero_shot", {"ytbb": None})
     assert average_metrics(videos, {"zero_shot/ytbb/pm_10": 0.5}) == {}
 
 
 def test_two_suites_share_their_sets(data, monkeypatch):
-    """Each set is evaluated once, and both suites have their averages."""
+    """Each set is evaluated once, and both suites report their averages."""
     specs = ["suite:aclip", "suite:maskclip", f"zero_shot:{data}/shapes"]
 
     evals = parse_evaluations(specs, data=str(data), templates="7")
@@ -225,7 +227,7 @@ def test_two_suites_share_their_sets(data, monkeypatch):
     assert all(e.options.templates == "7" for e in evals if e.kind == "zero_shot")
 
     class Model:
-        """All images have the embedding of class 0, whose prompts are the first seven texts."""
+        """A model that embeds all images like class 0, whose prompts are the first seven texts."""
 
         towers = torch.nn.Identity()
 
@@ -248,40 +250,40 @@ def test_two_suites_share_their_sets(data, monkeypatch):
 
 @pytest.mark.slow
 def test_a_suite_from_the_command_line(data, tmp_path):
-    """Two ranks train and evaluate complete sets; then run/evaluate.py reports the broken ones."""
+    """Two ranks train and evaluate the complete sets; run/evaluate.py reports the broken ones."""
     tiny = make_shards(tmp_path / "data")
     run = tmp_path / "run"
-    good = tmp_path / "good"
-    good.mkdir()
+    complete = tmp_path / "good"
+    complete.mkdir()
     for name in ("wds_vtab-caltech101", "wds_mnist", "wds_vtab-eurosat", "hateful_memes"):
-        (good / name).symlink_to(data / name)
+        (complete / name).symlink_to(data / name)
 
-    # 1. The suite's evaluation after a training.
+    # 1. Evaluate the suite after training.
     options = tiny_run_arguments(
-        tiny, run, "evals=[suite:aclip]", f"eval_data={good}", "samples=32"
+        tiny, run, "evals=[suite:aclip]", f"eval_data={complete}", "samples=32"
     )
-    done = launch(2, "run/pretrain.py", *options)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = launch(2, "run/pretrain.py", *options)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
-    # 2. The same by run/evaluate.py, with the broken sets: its exit status is an error.
-    done = launch(2, "run/evaluate.py", "--run", str(run), "--data", str(data))
-    assert done.returncode != 0
+    # 2. Evaluate it with run/evaluate.py, with the broken sets: the exit status is an error.
+    result = launch(2, "run/evaluate.py", "--run", str(run), "--data", str(data))
+    assert result.returncode != 0
     for fault in FAULTS:
-        assert len(re.findall(fault, done.stdout)) == 1, fault
-        assert len(re.findall(fault, done.stderr)) == 1, fault
-    assert "missing: food101" in done.stdout
-    assert "5 of the sets could not be evaluated; all others were" in done.stderr
+        assert len(re.findall(fault, result.stdout)) == 1, fault
+        assert len(re.findall(fault, result.stderr)) == 1, fault
+    assert "missing: food101" in result.stdout
+    assert "5 of the sets could not be evaluated; all others were" in result.stderr
     trained, after = map(json.loads, (run / "results.jsonl").read_text().splitlines())
     assert after == {**trained, "mask": "none", "ensemble": 1}
     assert "suite/aclip/average_of_4" in after
 
-    # 3. A set that breaks an evaluation: the results before it are kept.
-    broken = [*rows(10, 2), {"png": b"no picture", "cls": b"0"}]
+    # 3. A set whose evaluation fails: the results before it are stored.
+    broken = [*make_samples(10, 2), {"png": b"no picture", "cls": b"0"}]
     write_evaluation_set(tmp_path / "broken", broken, TEN)
     evals = [f"zero_shot:{data}/wds_mnist", f"zero_shot:{tmp_path}/broken"]
-    done = launch(1, "run/evaluate.py", "--run", str(run), "--evals", *evals)
-    assert done.returncode == 2
-    assert "cannot read the image" in done.stderr
+    result = launch(1, "run/evaluate.py", "--run", str(run), "--evals", *evals)
+    assert result.returncode == 2
+    assert "cannot read the image" in result.stderr
     results = json.loads((run / "results.jsonl").read_text().splitlines()[2])
-    assert "zero_shot/wds_mnist/top1" in results, "what was done before is kept"
+    assert "zero_shot/wds_mnist/top1" in results, "earlier results are stored"
     assert not any("broken" in name for name in results)
