@@ -242,8 +242,8 @@ class SampleReader:
         rng = np.random.default_rng((self.seed, epoch, number, 0))
         # A single caption draws no number, so that the text mask below sees the same numbers as
         # it does for data sets without alternative captions.
-        chosen = rng.integers(len(captions)) if len(captions) > 1 else 0
-        tokens = self.tokenizer(captions[chosen])
+        choice = rng.integers(len(captions)) if len(captions) > 1 else 0
+        tokens = self.tokenizer(captions[choice])
         ids = self.cfg.pad(tokens, self.tokenizer.pad_id)
         if self.text_mask is None:
             return ids, None
@@ -391,7 +391,7 @@ class Batches(Dataset):
         )
 
     def seek(self, cursor: int) -> None:
-        """Do nothing: positions are computed from the number of samples seen (see Stream.seek)."""
+        """Ignore the cursor: the number of samples seen is enough to resume (see Stream.seek)."""
 
     def resume_cursor(self) -> int:
         """Return 0: the number of samples seen is enough to resume (see Stream.resume_cursor)."""

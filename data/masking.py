@@ -122,6 +122,7 @@ def normal_density(variance: float, grid: tuple[int, int]) -> Tensor:
 
     The outermost patches have coordinates -1 and 1, as in GLIP's released code.
     """
+    # A single row or column is at the center.
     y, x = (torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in grid)
     squared_distance = y[:, None] ** 2 + x[None, :] ** 2
     return torch.exp(-squared_distance / (2 * variance)).flatten() / (2 * math.pi * variance)

@@ -47,7 +47,7 @@ class Sample:
 
     @property
     def image(self) -> bytes:
-        """The encoded image; ValueError if there is none."""
+        """The encoded image; ValueError if the sample has no image."""
         for extension in IMAGE_EXTENSIONS:
             if extension in self.files:
                 return self.files[extension]
@@ -172,12 +172,12 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
 
     # Index each tar. Damaged ones are collected, so that one message lists all of them.
     rows = []
-    broken = []
+    errors = []
     for path in progress(paths):
         try:
             samples = list_samples(path)
         except ValueError as error:
-            broken.append(str(error))
+            errors.append(str(error))
             continue
         replace_json(folder / "shards.index" / f"{path.name}.json", samples)
         extensions = Counter(extension for _, members in samples for extension in members)
@@ -189,11 +189,11 @@ def build_index(folder: Path, progress: Callable[[Iterable], Iterable] = iter) -
                 extensions=dict(sorted(extensions.items())),
             )
         )
-    if len(broken) == 1:
-        raise ValueError(broken[0])
-    if broken:
-        summary = f"{folder}: {len(broken)} of {len(paths)} shards are unusable"
-        raise ValueError("\n  ".join([summary, *broken]))
+    if len(errors) == 1:
+        raise ValueError(errors[0])
+    if errors:
+        summary = f"{folder}: {len(errors)} of {len(paths)} shards are unusable"
+        raise ValueError("\n  ".join([summary, *errors]))
 
     # Write the summary last: a folder without it is indexed again.
     index = dict(version=INDEX_VERSION, shards=rows)
@@ -232,13 +232,13 @@ def require_pairs(folder: Path, row: dict) -> None:
 
     row: the shard's entry in the index.
     """
-    for what, known in (("images", IMAGE_EXTENSIONS), ("captions", CAPTION_EXTENSIONS)):
-        if not any(extension in row["extensions"] for extension in known):
+    for content, extensions in (("images", IMAGE_EXTENSIONS), ("captions", CAPTION_EXTENSIONS)):
+        if not any(extension in row["extensions"] for extension in extensions):
             path = folder / row["name"]
             present = ", ".join(row["extensions"])
-            allowed = ", ".join(known)
+            allowed = ", ".join(extensions)
             raise ValueError(
-                f"{path}: no {what} (has {present}; {what} are one of {allowed}); see data.train"
+                f"{path}: no {content} (has {present}; {content} are one of {allowed}); see data.train"
             )
 
 
@@ -268,11 +268,11 @@ class Shards:
     def __init__(self, folders: Iterable[str | Path], require_captions: bool = True):
         self.paths: list[Path] = []
         self.counts: list[int] = []
-        for folder, selected in map(select_tars, folders):
+        for folder, selection in map(select_tars, folders):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: no such folder of shards; see data.train")
             rows = {row["name"]: row for row in read_index(folder)["shards"]}
-            for name in selected or rows:
+            for name in selection or rows:
                 if name not in rows:
                     raise ValueError(
                         f"{folder / name}: no such shard; the folder has {len(rows)},"
@@ -335,12 +335,10 @@ class _OpenShard:
 
     def read(self, i: int, extensions: tuple[str, ...]) -> Sample:
         key, members = self.samples[i]
-        selected = {
-            extension: members[extension] for extension in extensions if extension in members
-        }
-        # Otherwise all files, so that the caller's error message can list them.
-        if selected:
-            members = selected
+        # Without a match read all files, so that the caller's error message can list them.
+        matches = [extension for extension in extensions if extension in members]
+        if matches:
+            members = {extension: members[extension] for extension in matches}
 
         # The files of a sample are adjacent: one read for all.
         start = min(offset for offset, _ in members.values())
@@ -348,7 +346,7 @@ class _OpenShard:
         block = os.pread(self.file, end - start, start)
         if len(block) < end - start:
             raise ValueError(
-                f"{self.name}: shorter than its index says; run: run/prepare.py index DIR"
+                f"{self.name}: shorter than in its index; run: run/prepare.py index DIR"
             )
 
         files = {}

@@ -340,9 +340,10 @@ def resize(
 ) -> np.ndarray:
     """Resize an image (H, W, 3) uint8 to (height, width, 3); flip mirrors it horizontally."""
     check_interpolation(interpolation)
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).view(1, *image.shape).permute(0, 3, 1, 2)
-    # The strides must be channels-last, including that of the batch. Otherwise torch resizes plane
-    # by plane, which takes twice as long.
+    # (1, H, W, 3) seen as (1, 3, H, W). The strides must be channels-last, including that of the
+    # batch. Otherwise torch resizes plane by plane, which takes twice as long.
+    batch = torch.from_numpy(np.ascontiguousarray(image)).view(1, *image.shape)
+    pixels = batch.permute(0, 3, 1, 2)
     pixels = torch.nn.functional.interpolate(
         pixels, (height, width), mode=interpolation, antialias=True
     )
@@ -419,7 +420,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """Convert a Pillow image of any mode to (H, W, 3) uint8, blending transparency with white."""
     # 16-bit grayscale: Pillow's conversion would clip values at 255 instead of scaling them.
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        high_bytes = np.asarray(image) >> 8
+        image = Image.fromarray(high_bytes.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,8 +1,8 @@
-"""Communication between ranks inside a forward or backward pass.
+"""Collectives for forward and backward passes, with and without a gradient.
 
-One process without a process group is a world of one.
+A process without a process group is a world of size 1, where they return their input.
 
-Letters: `k` rows on this rank, `b` pairs.
+Letters: `k` rows on this rank, `b` samples on this rank.
 """
 
 import weakref
@@ -13,46 +13,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed these two and deprecated the names that 2.11 knows
+# PyTorch 2.13 renamed these two and deprecated the names of 2.11.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# process group -> the b all its ranks brought to the first step
+# {process group: the b of all its ranks at the first step}, see check_equal_batches.
 _batch_sizes: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
-
-
 _is_single_process = False  # see single_process
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Make this rank a world of one, for computations without the other ranks."""
+    """Run the body as a world of size 1, for a computation that other ranks do not take part in."""
     global _is_single_process
-    before, _is_single_process = _is_single_process, True
+    previous, _is_single_process = _is_single_process, True
     try:
         yield
     finally:
-        _is_single_process = before
+        _is_single_process = previous
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() and not _is_single_process else 1
 
 
 def rank() -> int:
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() and not _is_single_process else 0
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Gather x (k, ...) of each rank: (k x ranks, ...), in rank order; no gradient."""
+    """Concatenate x (k, ...) of all ranks in rank order, (k x ranks, ...); no gradient."""
     if world_size() == 1:
         return x
     out = x.new_empty(len(x) * world_size(), *x.shape[1:])
-    _all_gather(out, x.contiguous())  # NCCL refuses any other
+    _all_gather(out, x.contiguous())  # NCCL refuses non-contiguous tensors
     return out
 
 
 def reduce_scatter_sum(x: Tensor) -> Tensor:
-    """Return this rank's rows (k, ...) of the sum over ranks of x (k x ranks, ...); no gradient."""
+    """Sum x (k x ranks, ...) over ranks and return this rank's rows (k, ...); no gradient."""
     if world_size() == 1:
         return x
     out = x.new_empty(len(x) // world_size(), *x.shape[1:])
@@ -60,10 +60,10 @@ def reduce_scatter_sum(x: Tensor) -> Tensor:
     return out
 
 
-def all_reduce(x: Tensor, largest: bool = False) -> Tensor:
-    """Reduce x in place to the sum over ranks, or to the largest; no gradient."""
+def all_reduce(x: Tensor, maximum: bool = False) -> Tensor:
+    """Replace x in place by its sum, or its maximum, over ranks; no gradient."""
     if world_size() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        dist.all_reduce(x, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
     return x
 
 
@@ -78,13 +78,13 @@ class _AllGatherWithGrad(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """Gather x (k, ...) of each rank, (k x ranks, ...) in rank order, with a gradient.
+    """Concatenate x (k, ...) of all ranks in rank order, (k x ranks, ...), with a gradient.
 
-    The gradient of a rank's rows is the sum of the gradients of all ranks' losses.
+    The gradient of a rank's rows is the sum over ranks of the gradients of their losses.
 
-    For a new loss across ranks: compute it from gathered features as a mean over the global batch.
-    If every rank computes the same loss the summed gradient is `ranks` times that of the loss, and
-    DeepSpeed's average over ranks makes it exact.
+    To write a loss across ranks, compute it from gathered features as a mean over the global batch.
+    If every rank computes the same loss, the summed gradient is `ranks` times the gradient of the
+    loss, and averaging over ranks, which DeepSpeed does, makes it exact.
     """
     return _AllGatherWithGrad.apply(x) if world_size() > 1 else x
 
@@ -100,26 +100,23 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Return the mean over ranks, the same on each.
+    """Return the mean of x over ranks, the same value on every rank, with a gradient.
 
-    Its gradient is that of the sum of all ranks' losses, which DeepSpeed then averages.
+    The gradient is that of the sum of the losses of all ranks, which DeepSpeed then averages.
     """
     return _MeanOverRanks.apply(x) if world_size() > 1 else x
 
 
 def batch_mean(x: Tensor) -> Tensor:
-    """Return the mean over all samples of the batch, (b,) -> ().
-
-    x: a number per sample, as many on each rank.
-    """
+    """Return the mean over the samples of all ranks, (b,) -> (), with the same b on every rank."""
     return mean_over_ranks(x.mean())
 
 
 def check_equal_batches(image: Tensor) -> None:
-    """Refuse ranks with unequal batches: they would hang or corrupt the collectives.
+    """Raise ValueError if ranks have batches of different sizes, which corrupt collectives or hang.
 
-    The sizes are compared over ranks once, at the first step; afterwards each rank holds its own to
-    that number, with no communication.
+    The sizes are compared over ranks once, at the first step. Later each rank compares its batch
+    size with that of the first step, without communication.
     """
     if world_size() == 1:
         return
@@ -129,12 +126,12 @@ def check_equal_batches(image: Tensor) -> None:
         sizes = all_gather(torch.tensor([b], device=image.device)).tolist()
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"local batches {sizes} differ over the ranks: the contrastive loss needs the same"
-                " number on every rank"
+                f"batch sizes differ between ranks: {sizes}; the contrastive loss needs the same"
+                " number of samples on every rank"
             )
         _batch_sizes[group] = b
     if b != _batch_sizes[group]:
         raise ValueError(
-            f"local batch {b} on rank {rank()}, {_batch_sizes[group]} at the first step: bring that"
-            " number at every step"
+            f"rank {rank()}: batch of {b} samples, but {_batch_sizes[group]} at the first step; the"
+            " contrastive loss needs the same number at every step"
         )

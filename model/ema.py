@@ -1,15 +1,15 @@
-"""The moving average of a student's weights, its teacher: kept in fp32, by each rank for its own
-shard, without gathering.
+"""Moving average of a student's weights (its teacher), in fp32, each rank for its shard.
 
-    average = Average(parameters(modules), part, source, written)
-    average.update(cosine(0.996, 1.0, progress))
+    averages = MovingAverages(pair_parameters(modules), local_shard, student_shard, after_write)
+    averages.update(cosine_momentum(0.996, 1.0, progress))
 
-Under ZeRO-3 a rank holds shards, which three functions hide: `part(teacher parameter)` returns the
-tensor to write, `source(student parameter)` the student's newest values of the same elements in
-fp32, and `written(teacher parameter)` is called after a change.
+Under ZeRO-3 a rank holds only shards of the parameters, and nothing is gathered. Three functions
+hide this: `local_shard(teacher parameter)` returns the tensor to write to, `student_shard(student
+parameter)` returns the newest values of the same elements in fp32, and `after_write(teacher
+parameter)` is called after each change.
 
-Where weights are fp32 the teacher's own memory is the average; under bf16, whose steps are coarser
-than 1 - momentum, an fp32 copy stands beside it.
+If the weights are fp32, the memory of the teacher is the average. Under bf16, whose steps are
+coarser than 1 - momentum, the average is a separate fp32 copy.
 """
 
 import math
@@ -20,72 +20,83 @@ from torch import Tensor, nn
 
 
 def cosine_momentum(start: float, end: float, progress: float) -> float:
-    """From start to end along half a cosine, progress 0 to 1 (BYOL, arXiv 2006.07733 section
-    3.3).
+    """Return the momentum that goes from start to end along half a cosine.
+
+    progress: of the run, 0 to 1 (BYOL, arXiv 2006.07733, section 3.3).
     """
     return end - (end - start) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def linear_momentum(start: float, end: float, progress: float) -> float:
-    """From start to end (MaskCLIP appendix B)."""
+    """Return the momentum that goes linearly from start to end (MaskCLIP, appendix B)."""
     return start + (end - start) * min(1.0, progress)
 
 
 def check_momentum(momentum: tuple[float, float]) -> None:
+    """Raise ValueError unless 0 <= start <= end <= 1."""
     if not 0 <= momentum[0] <= momentum[1] <= 1:
-        raise ValueError(f"options.momentum {momentum}: two numbers from 0 to 1, first <= last")
+        raise ValueError(
+            f"options.momentum: {momentum} is invalid; give the momentum at the start and at the"
+            " end, from 0 to 1, the first not above the second"
+        )
 
 
 def pair_parameters(
     modules: Iterable[tuple[nn.Module, nn.Module]],
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """{i.name: (teacher's, student's)} of pairs of modules that are built alike."""
+    """Return {i.name: (teacher parameter, student parameter)} for (teacher, student) modules.
+
+    i is the index of the pair; the modules of a pair must have the same parameters.
+    """
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for i, (teacher, student) in enumerate(modules):
-        averages, sources = dict(teacher.named_parameters()), dict(student.named_parameters())
-        differing = sorted(averages.keys() ^ sources.keys())
+        teachers, students = dict(teacher.named_parameters()), dict(student.named_parameters())
+        differing = sorted(teachers.keys() ^ students.keys())
         assert not differing, f"teacher and student differ in {differing[0]}"
-        for name, average in averages.items():
-            assert full_shape(average) == full_shape(sources[name]), (
-                "teacher and student differ in a shape"
-            )
-            assert not average.requires_grad, "a teacher's parameters are frozen"
-            pairs[f"{i}.{name}"] = average, sources[name]
+        for name, parameter in teachers.items():
+            shapes_match = full_shape(parameter) == full_shape(students[name])
+            assert shapes_match, f"teacher and student differ in the shape of {name}"
+            assert not parameter.requires_grad, f"{name} of the teacher is not frozen"
+            pairs[f"{i}.{name}"] = parameter, students[name]
     return pairs
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # a sharded one's own is empty
+    """Return the shape of the full parameter; under ZeRO-3 the local tensor is empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class MovingAverages:
-    """The averages of this rank, {name: flat fp32 tensor}."""
+    """Moving averages of this rank's shards; `values`: {name: flat fp32 tensor}."""
 
     def __init__(
         self,
         pairs: dict[str, tuple[nn.Parameter, nn.Parameter]],
-        part: Callable[[nn.Parameter], Tensor],
-        source: Callable[[nn.Parameter], Tensor],
-        written: Callable[[nn.Parameter], None],
+        local_shard: Callable[[nn.Parameter], Tensor],
+        student_shard: Callable[[nn.Parameter], Tensor],
+        after_write: Callable[[nn.Parameter], None],
     ):
-        self.pairs, self.part, self.source, self.written = pairs, part, source, written
-        # the same memory where it is fp32
-        self.values = {name: part(teacher).float() for name, (teacher, _) in pairs.items()}
+        self.pairs = pairs
+        self.local_shard, self.student_shard = local_shard, student_shard
+        self.after_write = after_write
+        # For fp32 weights .float() returns the teacher's own memory.
+        self.values = {name: local_shard(teacher).float() for name, (teacher, _) in pairs.items()}
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """average = momentum * average + (1 - momentum) * student; momentum 0 copies."""
+        """Set average = momentum * average + (1 - momentum) * student; momentum 0 copies."""
         for name, (_, student) in self.pairs.items():
             average = self.values[name]
-            newest = self.source(student).view(-1)[: average.numel()].to(average)
-            average.lerp_(newest, 1 - momentum)
+            # The student's shard may be padded at its end.
+            student_values = self.student_shard(student).view(-1)[: average.numel()].to(average)
+            average.lerp_(student_values, 1 - momentum)
         self.write()
 
     @torch.no_grad()
     def write(self) -> None:
-        """Copy the averages into the teacher's weights."""
+        """Copy the averages to the weights of the teacher."""
         for name, (teacher, _) in self.pairs.items():
-            part = self.part(teacher)
-            if part.data_ptr() != self.values[name].data_ptr():
-                part.copy_(self.values[name])
-            self.written(teacher)
+            shard = self.local_shard(teacher)
+            if shard.data_ptr() != self.values[name].data_ptr():
+                shard.copy_(self.values[name])
+            self.after_write(teacher)

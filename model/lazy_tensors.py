@@ -9,8 +9,8 @@ from torch import Tensor
 class LazyTensors(Mapping[str, Tensor]):
     """Named tensors that are read or computed on demand.
 
-    meta: {name: tensor on the meta device}, their shapes and types at no cost. unused_entries: other
-    entries of their file that hold tensors.
+    meta: {name: tensor on the meta device}, their shapes and types at no cost. unused_entries:
+    other entries of their file that hold tensors.
     """
 
     def __init__(

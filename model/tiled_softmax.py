@@ -71,7 +71,7 @@ class TiledContrastive(torch.autograd.Function):
 
         # 2. Complete the column sums over ranks: first the largest logits, then the sums of
         # exp(logit - largest). The same all-reduce collects the positives and the row statistics.
-        col_largest = all_reduce(by_col.largest.clone(), largest=True)
+        col_largest = all_reduce(by_col.largest.clone(), maximum=True)
         col_total = by_col.total * (by_col.largest - col_largest).exp()
         positives = torch.zeros_like(col_largest)
         positives[pairs] = positive

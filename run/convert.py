@@ -28,8 +28,7 @@ import torch
 import yaml
 
 from glimpse.data.builders import tokenizer_files
-from glimpse.data.tokenizer import Tokenizer, vocabulary_file
-from glimpse.data.tokenizer import build_tokenizer
+from glimpse.data.tokenizer import Tokenizer, build_tokenizer, vocabulary_file
 from glimpse.model import portable
 from glimpse.model.convert import FORMATS
 from glimpse.model.convert.resize import resized

@@ -359,13 +359,13 @@ def decode_label_map(data: bytes) -> np.ndarray:
     Raise ValueError if it is a color image, or has values above 255.
     """
     with open_image(data) as image:
-        stored = np.array(image)
-    if stored.ndim != 2 or stored.max(initial=0) > 255:
+        values = np.array(image)
+    if values.ndim != 2 or values.max(initial=0) > 255:
         raise ValueError(
             f"a label map stores one value from 0 to 255 per pixel, but this image has mode"
             f" {image.mode}"
         )
-    return stored.astype(np.uint8)
+    return values.astype(np.uint8)
 
 
 class _ImageBatches(Dataset):

@@ -200,8 +200,8 @@ class _Blocks(Dataset):
             names.append(name)
             captions.append(text)
             patches.append(patchify_visible(view, self.pre.patch, self.all_patches))
-        stacked = torch.from_numpy(np.stack(patches)) if patches else None
-        return GalleryBlock(names, captions, stacked, left_out)
+        batch = torch.from_numpy(np.stack(patches)) if patches else None
+        return GalleryBlock(names, captions, batch, left_out)
 
 
 # Formats that cannot be read. Such files count as unreadable images, instead of being ignored.

@@ -134,17 +134,17 @@ class LabelMaps(FileSet):
 
     def label_map(self, i: int) -> np.ndarray:
         try:
-            stored = decode_label_map(self.maps[i].read_bytes())
+            values = decode_label_map(self.maps[i].read_bytes())
             height, width = image_size(self.image(i))
         except ValueError as error:
             raise ValueError(f"evals: {self.maps[i]} or its image: {error}") from None
-        if stored.shape != (height, width):
+        if values.shape != (height, width):
             raise ValueError(
-                f"evals: {self.maps[i]} has {stored.shape[0]} x {stored.shape[1]} pixels, its image"
+                f"evals: {self.maps[i]} has {values.shape[0]} x {values.shape[1]} pixels, its image"
                 f" {height} x {width}"
             )
-        labels = self.table[stored]
-        unknown = np.unique(stored[labels == UNKNOWN_CLASS]).tolist()
+        labels = self.table[values]
+        unknown = np.unique(values[labels == UNKNOWN_CLASS]).tolist()
         if unknown:
             examples = ", ".join(map(str, unknown[:5]))
             lowest, highest = min(self.stored_numbers), max(self.stored_numbers)
@@ -266,8 +266,10 @@ class CocoStuff(LabelMaps):
                 f"evals: {self.folder}/labels.txt: it is not COCO-Stuff's list, which has the"
                 " numbers 0 to 182"
             )
-        used = [number for number in range(1, 183) if number not in UNUSED_THINGS]
-        self.set_classes([labels[number] for number in used], [number - 1 for number in used])
+        used_numbers = [number for number in range(1, 183) if number not in UNUSED_THINGS]
+        self.set_classes(
+            [labels[number] for number in used_numbers], [number - 1 for number in used_numbers]
+        )
 
         images = self.folder / "images" / name
         if not images.is_dir():

@@ -1,6 +1,6 @@
-"""Methods that a config may name.
+"""Table of the methods, by the name that a config gives under `method:`.
 
-model/methods/base.py defines what a method is; to add one: a file here and its row in METHODS.
+base.py defines the interface. To add a method, add a module to this package and a row to METHODS.
 """
 
 from glimpse.model.methods.aclip import Aclip
@@ -20,5 +20,5 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(cfg, vocab: int) -> Method:
-    """Build the method of a run's config (run/lib/config.py); vocab: rows of the token table."""
+    """Build the method of a RunConfig (run/lib/config.py); vocab: the number of token ids."""
     return METHODS[cfg.method](cfg.model, vocab, cfg.data.context, cfg.options)

@@ -1,13 +1,14 @@
-"""A-CLIP (arXiv 2212.08653): views of half their patches, selected by a teacher's attention.
+"""A-CLIP (arXiv 2212.08653): views with the patches that a teacher attends to.
 
-The selected patches are those to which the class token of the teacher, a moving average, attends
-most. The teacher sees the smallest box around all views, once; its attention scores are read off at
-each view's patches (section 3.3). Each view meets the text in a contrastive loss of its own (3.4).
-Auxiliary losses: SimCLR or SimSiam between the views, BYOL between a view and the teacher's whole
-image.
+A view keeps half of its patches, those with the most attention from the class token of the teacher,
+a moving average of the student. The teacher runs once, on the smallest box around all views; its
+attention is interpolated at the patches of each view (section 3.3). Each view has a contrastive
+loss with the text (section 3.4). Auxiliary losses: SimCLR or SimSiam between the views, and BYOL
+between each view and the teacher's box.
 
-Views: one to four of `view`, and `teacher`, which encloses them. Letters: B samples, k views, K
-visible patches, L all, D width.
+Views: one to four of `view`, and `teacher`, which encloses them.
+
+Letters: B samples, k views, K kept patches, L patches of the grid, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,20 +75,22 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.layers not in ("all", "last"):
-            raise ValueError(f"options.layers {self.layers!r}: unknown; known: all, last")
+            raise ValueError(f"options.layers: unknown {self.layers!r}; known: all, last")
         if not 0 <= self.keep <= 1:
             raise ValueError(
-                f"options.keep {self.keep}: the share of patches that a view keeps, 0 (one over the"
-                " views) to 1"
+                f"options.keep: {self.keep}; it must be from 0 to 1, the share of its patches that a"
+                " view keeps; 0 keeps one divided by the number of views"
             )
         check_momentum(self.momentum)
         require_at_least(0, simclr=self.simclr, simsiam=self.simsiam, byol=self.byol)
         require_at_least(1, out=self.out)
-        require_at_least(8, hidden=self.hidden)  # SimSiam's narrowest layer has an eighth of it
+        require_at_least(8, hidden=self.hidden)  # SimSiam's narrowest layer has hidden / 8
         require_above(0, temperature=self.temperature)
 
 
 class Aclip(EmaMethod):
+    """Contrastive loss of views masked by the teacher's attention, and auxiliary losses."""
+
     Options = Options
     allowed_view_counts = {"view": (1, 2, 3, 4), "teacher": (1,)}
     noise_views = ("view",)
@@ -100,7 +103,7 @@ class Aclip(EmaMethod):
         self.selector = build_selector(options, cfg)
         if options.average_text:
             self.teacher = Towers(cfg, vocab, context)
-            # the release shares these with the student
+            # In A-CLIP's code the teacher shares these with the student.
             del self.teacher.temperature
             del self.teacher.text.token
             del self.teacher.text.positions
@@ -124,8 +127,8 @@ class Aclip(EmaMethod):
         build_selector(options, cfg).count_blocks(options.keep or 1 / counts["view"])
         if (options.simclr or options.simsiam) and counts["view"] < 2:
             raise ValueError(
-                "options.simclr, options.simsiam: they compare views, and views.view.count is 1;"
-                " set both to 0, or count to 2"
+                "options.simclr, options.simsiam: these losses compare views, but views.view.count"
+                " is 1; set both to 0, or views.view.count to 2"
             )
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -146,63 +149,67 @@ class Aclip(EmaMethod):
         return cosine_momentum(start, end, progress)
 
     def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        options, scene = self.options, micro_batch["views"]["teacher"]
+        options, teacher_view = self.options, micro_batch["views"]["teacher"]
         views = [view for name, view in sorted(micro_batch["views"].items()) if name != "teacher"]
         share = options.keep or 1 / len(views)
 
-        # 1. The teacher looks once at what encloses all views.
-        scores, teacher_features = torch.zeros_like(scene["positions"], dtype=torch.float32), None
+        # 1. The teacher runs once, on the box that encloses all views.
+        scores = torch.zeros_like(teacher_view["positions"], dtype=torch.float32)
+        teacher_features = None
         if self.needs_teacher(share):
             with torch.no_grad():
-                scores, teacher_features = self.run_teacher(scene)
+                scores, teacher_features = self.run_teacher(teacher_view)
 
-        # 2. Each view keeps the patches that the teacher attends to; all go through the student.
-        selected = [self.select_patches(scores, scene, view, share) for view in views]
+        # 2. Each view keeps the patches that the teacher attends to. All views go through the
+        # student.
+        selected = [self.select_patches(scores, teacher_view, view, share) for view in views]
         pooled = self.pool_views(selected)  # k x (B, D)
         features = {f"image{i}": self.towers.embed_image(x) for i, x in enumerate(pooled)}
         features["text"] = self.towers.encode_text(**micro_batch["text"])
         features["scale"] = self.towers.temperature()
 
-        # 3. Auxiliary heads, over all views at once.
+        # 3. Auxiliary heads.
         return features | self.auxiliary_features(pooled, teacher_features)
 
     def auxiliary_features(
         self, pooled: list[Tensor], teacher_features: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the vectors of SimCLR, and the losses (B,) of SimSiam and BYOL."""
+        """Return the vectors of SimCLR's loss, and the losses (B,) of SimSiam and BYOL."""
         options, k = self.options, len(pooled)
-        together = torch.cat(pooled)
+        # One call of each head, so that all views share batch statistics.
+        all_views = torch.cat(pooled)  # (k B, D)
         features = {}
         if options.simclr:
-            for i, vectors in enumerate(self.simclr_head(together).chunk(k)):
+            for i, vectors in enumerate(self.simclr_head(all_views).chunk(k)):
                 features[f"simclr{i}"] = vectors
         if options.simsiam:
-            targets = self.simsiam_projector(together)
+            targets = self.simsiam_projector(all_views)
             predictions = self.simsiam_predictor(targets)
             features["simsiam"] = pairwise_simsiam(predictions.chunk(k), targets.chunk(k))
         if options.byol:
             with torch.no_grad():
-                # the teacher's own batch statistics, as in the release
+                # With batch statistics of the teacher's features alone, as in A-CLIP's code.
                 target = self.byol_teacher(teacher_features)
-            predictions = self.byol_predictor(self.byol_projector(together))
+            predictions = self.byol_predictor(self.byol_projector(all_views))
             losses = [byol(prediction, target) for prediction in predictions.chunk(k)]
             features["byol"] = torch.stack(losses).mean(0)
         return features
 
     def needs_teacher(self, share: float) -> bool:
-        """Return True if the teacher's forward pass is needed."""
-        return bool(self.options.byol) or (self.options.strategy != "random" and share < 1)
+        """Return True if the teacher's forward pass is needed; share: of the patches to keep."""
+        needs_scores = self.options.strategy != "random" and share < 1
+        return bool(self.options.byol) or needs_scores
 
-    def run_teacher(self, scene: ViewBatch) -> tuple[Tensor, Tensor]:
+    def run_teacher(self, teacher_view: ViewBatch) -> tuple[Tensor, Tensor]:
         """Return the teacher's attention scores (B, L) and its pooled features (B, D).
 
         The scores are means over heads and layers (equation 4).
         """
         vision, recorder = self.teacher_vision(), AttentionRecorder()
         tokens = vision(
-            scene["patches"],
-            scene["positions"],
-            grid=self.teacher_grid(scene),
+            teacher_view["patches"],
+            teacher_view["positions"],
+            grid=self.teacher_grid(teacher_view),
             only_cls=vision.cfg.pool == "cls",
             recorder=recorder,
         )
@@ -210,16 +217,21 @@ class Aclip(EmaMethod):
             scores = torch.stack(recorder.layers).mean(0)
         else:
             scores = recorder.layers[-1]
-        # without the class token's attention to itself
+        # Column 0 is the attention of the class token to itself.
         return scores[:, 1:], vision.pool(tokens)
 
     def select_patches(
-        self, scores: Tensor, scene: ViewBatch, view: ViewBatch, share: float
+        self, scores: Tensor, teacher_view: ViewBatch, view: ViewBatch, share: float
     ) -> ViewBatch:
-        """Return the patches of a view that stay: (B, K, 3 P P) at (B, K)."""
-        grid = self.teacher_grid(scene)
-        at_patches = scores_in_view(scores, grid, scene["box"], view["box"], self.cfg.grid)
-        keep = self.selector.choose(at_patches, share, view["noise"])
+        """Return the patches of a view to keep, (B, K, 3 P P), and their positions (B, K)."""
+        view_scores = scores_in_view(
+            scores,
+            self.teacher_grid(teacher_view),
+            teacher_view["box"],
+            view["box"],
+            self.cfg.grid,
+        )
+        keep = self.selector.choose(view_scores, share, view["noise"])
         return ViewBatch(patches=gather_patches(view["patches"], keep), positions=keep)
 
     def teacher_vision(self) -> VisionTower:
@@ -228,23 +240,23 @@ class Aclip(EmaMethod):
         assert isinstance(vision, VisionTower)
         return vision
 
-    def teacher_grid(self, scene: ViewBatch) -> tuple[int, int]:
+    def teacher_grid(self, teacher_view: ViewBatch) -> tuple[int, int]:
         """Return the grid (rows, columns) of the teacher's view.
 
-        It may have another resolution (A-CLIP-eff), but has the model's proportions.
+        The view may have another resolution than the model (A-CLIP-eff), but not another aspect.
         """
         rows, columns = self.cfg.grid
-        scale = (scene["positions"].shape[1] / (rows * columns)) ** 0.5
+        scale = (teacher_view["positions"].shape[1] / (rows * columns)) ** 0.5
         return round(rows * scale), round(columns * scale)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean of the views' contrastive losses + the weighted auxiliary losses.
+        """Return the mean contrastive loss of the views + the weighted auxiliary losses.
 
-        Sections 3.1 and 3.4.
+        See sections 3.1 and 3.4 of the paper.
         """
         options = self.options
 
-        # 1. Each view against the text.
+        # 1. The contrastive loss of each view with the text.
         losses, accuracies = [], []
         for image in numbered_features(features, "image"):
             loss, metrics = contrastive(image, features["text"], features["scale"])
@@ -270,25 +282,29 @@ class Aclip(EmaMethod):
         return total, metrics
 
     def simclr_loss(self, views: Sequence[Tensor]) -> Tensor:
-        """Return the mean over all pairs of views; as released, of the first view with itself."""
+        """Return SimCLR's loss, as the mean over all pairs of views.
+
+        The released code has only one pair: the first view with itself.
+        """
         pairs = list(combinations(views, 2))
         if self.options.as_released:
             pairs = [(views[0], views[0])]
-        losses = [simclr(one, two, self.options.temperature)[0] for one, two in pairs]
+        losses = [simclr(first, second, self.options.temperature)[0] for first, second in pairs]
         return torch.stack(losses).mean()
 
 
 def build_selector(options: Options, cfg: ModelConfig) -> PatchSelector:
+    """Build the patch selector for the model's grid."""
     return PatchSelector(options.strategy, options.block, cfg.patch_size, cfg.grid)
 
 
 def numbered_features(features: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """Return the features name0, name1, and so on."""
+    """Return the features name0, name1, ... in this order."""
     return [features[f"{name}{i}"] for i in range(len(features)) if f"{name}{i}" in features]
 
 
 def pairwise_simsiam(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Return SimSiam's loss over all pairs of views, both ways, (B,)."""
+    """Return SimSiam's loss (B,), as the mean over all ordered pairs of views."""
     losses = []
     for i, prediction in enumerate(predictions):
         for j, target in enumerate(targets):

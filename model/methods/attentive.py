@@ -1,15 +1,16 @@
-"""A-CLIP's choice of visible patches from a teacher's attention (arXiv 2212.08653 section 3.3).
+"""A-CLIP's selection of visible patches by a teacher's attention (arXiv 2212.08653, section 3.3).
 
-It is made on the device, for all images at once.
+It runs on the device, for all images of a batch at once:
 
-    scores = scores_at(attention, teacher_grid, teacher_box, view_box, grid)     one map, read off
-    at the patches of any view
-    keep = Attentive("low", block=32, patch=16, grid=(14, 14)).choose(scores, 0.5)
-    patches = take(patches, keep)
+    # The attention map of the teacher, read at the patches of any view.
+    scores = scores_in_view(attention, teacher_grid, teacher_box, view_box, grid)
+    keep = PatchSelector("low", block=32, patch_size=16, grid=(14, 14)).choose(scores, 0.5)
+    patches = gather_patches(patches, keep)
 
-A box is (top, left, height, width) in pixels of the source image; a view is its box squeezed into
-the grid.
-Letters: B images, L = rows * columns patches of the grid, K kept ones, N blocks, n patches of a
+A box is (top, left, height, width) in pixels of the source image. A view is its box, resized to the
+grid.
+
+Letters: B images, L = rows * columns patches of the grid, K kept patches, N blocks, n patches of a
 block.
 """
 
@@ -18,40 +19,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 STRATEGIES = ("low", "high", "mixed", "random")
-RANDOM_SHARE = 0.25  # of what the strategy mixed keeps
+RANDOM_SHARE = 0.25  # of the blocks that strategy `mixed` keeps
 
 
 class PatchSelector:
-    """Choice of the patches that stay, by their scores.
+    """Selection of the patches to keep, by their scores.
 
-    strategy: low (the lowest scores go), high (the highest go), mixed (a quarter of the patches
-    that stay is drawn, the others have the highest scores), random. Patches stay or go in squares
-    of `block` pixels, 1 x 1 patch or more.
+    strategy: low drops the lowest scores, high drops the highest; mixed keeps the highest scores,
+    but a quarter of the kept patches are random; random ignores the scores.
+
+    Patches are kept or dropped in square blocks of `block` pixels, at least one patch.
     """
 
     def __init__(self, strategy: str, block: int, patch_size: int, grid: tuple[int, int]):
         if strategy not in STRATEGIES:
             raise ValueError(
-                f"options.strategy {strategy!r}: unknown; known: {', '.join(STRATEGIES)}"
+                f"options.strategy: unknown {strategy!r}; known: {', '.join(STRATEGIES)}"
             )
-        side = block // patch_size
-        if block < patch_size or block % patch_size or any(length % side for length in grid):
-            divisors = [
-                k for k in range(1, min(grid) + 1) if not any(length % k for length in grid)
+        block_side = block // patch_size
+        divides_grid = block_side > 0 and not any(length % block_side for length in grid)
+        if block % patch_size or not divides_grid:
+            sides = range(1, min(grid) + 1)
+            allowed = [
+                side * patch_size for side in sides if not any(length % side for length in grid)
             ]
-            fits = [k * patch_size for k in divisors]
             raise ValueError(
-                f"options.block {block}: a grid of {grid[0]} x {grid[1]} patches of {patch_size} pixels"
-                f" divides into blocks of {', '.join(map(str, fits))}"
+                f"options.block: {block} does not divide the grid of {grid[0]} x {grid[1]} patches"
+                f" of {patch_size} pixels; use {', '.join(map(str, allowed))}"
             )
-        self.strategy, self.block_side, self.grid = strategy, side, grid
-        # (N, n): the patches of each block
-        self.patches_of_block = self.group_by_block(torch.arange(grid[0] * grid[1])[None].double())[
-            0
-        ].long()
+        self.strategy, self.block_side, self.grid = strategy, block_side, grid
+        # (N, n): indices of the patches of each block.
+        indices = torch.arange(grid[0] * grid[1])[None].double()
+        self.patches_of_block = self.group_by_block(indices)[0].long()
 
     def group_by_block(self, scores: Tensor) -> Tensor:
-        """Return scores (B, L) by blocks, (B, N, n)."""
+        """Return the scores of each block, (B, L) -> (B, N, n)."""
         rows, columns = (length // self.block_side for length in self.grid)
         return (
             scores.view(-1, rows, self.block_side, columns, self.block_side)
@@ -61,40 +63,46 @@ class PatchSelector:
         )
 
     def count_blocks(self, share: float) -> int:
-        """Return how many blocks stay for a share of the patches; half a block counts as one.
+        """Return the number of blocks to keep for a share of the patches, rounded half up.
 
-        Of 196 patches in 49 blocks: 25 blocks, 100 patches, at a half, as in A-CLIP's release; 64
-        at a third and 48 at a quarter. One by one: 98, 65, 49. (Table 5 has 98, 65, 48.)
+        With 196 patches in 49 blocks: a half keeps 25 blocks, which are 100 patches, as in A-CLIP's
+        code; a third keeps 64 patches and a quarter 48. With single patches: 98, 65, 49. (Table 5
+        of the paper has 98, 65, 48.)
         """
+        # Rounding to 6 digits first, because a share such as 1 / 3 is not exact.
         count = int(round(len(self.patches_of_block) * share, 6) + 0.5)
         if not 0 < count <= len(self.patches_of_block):
             raise ValueError(
-                f"options.keep {share}: keeps {count} of {len(self.patches_of_block)} blocks; use smaller"
-                " blocks, or another share"
+                f"options.keep: {share} keeps {count} of {len(self.patches_of_block)} blocks; use"
+                " smaller blocks, or another share"
             )
         return count
 
     def choose(self, scores: Tensor, share: float, noise: Tensor | None = None) -> Tensor:
-        """Return the patches to keep, (B, K), ascending.
+        """Return the indices of the patches to keep, (B, K), in ascending order.
 
-        scores (B, L). share: of the patches. noise (B, L), uniform: for mixed and random.
+        scores: (B, L). share: of the patches to keep. noise: (B, L), uniform in [0, 1), for the
+        strategies mixed and random.
         """
-        score, count = (
-            self.group_by_block(scores.float()).mean(2),
-            self.count_blocks(share),
-        )  # (B, N)
+        # 1. The score of a block is the mean of its patches.
+        block_scores, count = self.group_by_block(scores.float()).mean(2), self.count_blocks(share)
+
+        # 2. Random blocks: replace the scores by 1 for the blocks that are kept for their
+        # attention, plus noise. The noise is below 1, so these blocks come first and the rest of
+        # the order is random.
         if self.strategy in ("mixed", "random"):
-            assert noise is not None, f"strategy {self.strategy} draws by noise"
-            drawn = count if self.strategy == "random" else round(RANDOM_SHARE * count)
-            noise = self.group_by_block(noise)[
-                :, :, 0
-            ]  # below 1, where a rank from the top is at least 1
-            order = score.argsort(dim=1, descending=True, stable=True)
-            score = torch.zeros_like(score).scatter_(1, order[:, : count - drawn], 1.0) + noise
-        order = score.argsort(dim=1, descending=self.strategy != "high", stable=True)
-        self.patches_of_block = self.patches_of_block.to(order.device)  # copied once
-        chosen = self.patches_of_block[order[:, :count]]  # (B, count, n)
-        return chosen.flatten(1).sort(dim=1).values
+            assert noise is not None, f"strategy {self.strategy} needs noise"
+            random_count = count if self.strategy == "random" else round(RANDOM_SHARE * count)
+            order = block_scores.argsort(dim=1, descending=True, stable=True)
+            by_attention = order[:, : count - random_count]
+            block_scores = torch.zeros_like(block_scores).scatter_(1, by_attention, 1.0)
+            block_scores = block_scores + self.group_by_block(noise)[:, :, 0]
+
+        # 3. Keep the first `count` blocks.
+        order = block_scores.argsort(dim=1, descending=self.strategy != "high", stable=True)
+        self.patches_of_block = self.patches_of_block.to(order.device)  # copied at the first call
+        kept_patches = self.patches_of_block[order[:, :count]]  # (B, count, n)
+        return kept_patches.flatten(1).sort(dim=1).values
 
 
 def scores_in_view(
@@ -104,32 +112,35 @@ def scores_in_view(
     view_box: Tensor,
     grid: tuple[int, int],
 ) -> Tensor:
-    """Return scores (B, L') of the teacher's grid at the patches of a view, (B, L).
+    """Return the scores at the patches of a view, (B, L), from scores of the teacher's grid.
 
-    They are interpolated bilinearly at the centers of the patches. Boxes are (B, 4).
+    scores: (B, patches of the teacher's grid). They are interpolated bilinearly at the centers of
+    the view's patches. Boxes are (B, 4).
     """
     rows, columns = grid
 
-    # The centers of the view's patches, in pixels of the source and then from -1 to 1 in the
-    # teacher's box: (B, rows) or (B, columns).
-    places = []
+    # The centers of the view's patches along each axis, first in pixels of the source image, then
+    # scaled so that the teacher's box is -1 to 1: (B, rows) and (B, columns).
+    axes = []
     for axis, count in enumerate(grid):
         begin, length = view_box[:, axis, None], view_box[:, 2 + axis, None]
         centers = (torch.arange(count, device=scores.device) + 0.5) / count
         pixels = begin + centers * length
         teacher_begin, teacher_length = teacher_box[:, axis, None], teacher_box[:, 2 + axis, None]
-        places.append((pixels - teacher_begin) / teacher_length * 2 - 1)
-    y, x = places
-    # grid_sample wants x before y
-    at = torch.stack(
+        axes.append((pixels - teacher_begin) / teacher_length * 2 - 1)
+    y, x = axes
+    # grid_sample takes (x, y) in this order.
+    points = torch.stack(
         [x[:, None].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, columns)], dim=3
     )
 
     image = scores.float().unflatten(1, teacher_grid)[:, None]
-    sampled = F.grid_sample(image, at, mode="bilinear", padding_mode="border", align_corners=False)
+    sampled = F.grid_sample(
+        image, points, mode="bilinear", padding_mode="border", align_corners=False
+    )
     return sampled.flatten(1)
 
 
 def gather_patches(patches: Tensor, keep: Tensor) -> Tensor:
-    """Return the patches to keep: (B, L, X), keep (B, K) -> (B, K, X)."""
+    """Return the patches to keep, (B, L, X) at indices keep (B, K) -> (B, K, X)."""
     return patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))

@@ -1,17 +1,17 @@
-"""Contract between a training run and a method, the losses of a paper.
+"""Interface between a training run and a method, that is, the model and losses of a paper.
 
-A method is an nn.Module that turns a micro-batch into features and features into a loss:
+A method is an nn.Module with two functions:
 
-    forward(part) -> features           {name: tensor}: everything that depends on parameters, made
-                                        inside the towers' own forwards
-    loss(features) -> (loss, metrics)   a function of the features of the whole batch on this rank,
-                                        and of the other ranks'
+    forward(micro_batch) -> features    {name: tensor}: everything that depends on parameters, which
+                                        only the forward of the towers and heads may use
+    loss(features) -> (loss, metrics)   a function of the features of this rank's whole batch and of
+                                        the features of other ranks
 
-A new method needs these two. The cut between them is what lets accumulation keep the negatives of
-the whole batch (GradCache): features without a graph for all micro-batches, the loss and its
-gradient in the features once, then one micro-batch after another again with a graph. Each row of a
-feature belongs to one sample, except those named in `shared`, which every micro-batch computes
-alike (the temperature).
+The split between the two allows gradient accumulation with the negatives of the whole batch
+(GradCache): first the features of all micro-batches without a graph, then the loss and its gradient
+with respect to the features, then each micro-batch again with a graph. A row of a feature belongs
+to one sample, except for features named in `shared_features`, which are the same for every
+micro-batch (the temperature).
 
 Letters: B samples, L patches of the grid, K visible patches, T tokens.
 """
@@ -29,14 +29,14 @@ from glimpse.model.towers import ModelConfig, Towers
 
 
 class ViewBatch(TypedDict):
-    """One view of the samples of a micro-batch, as data/loader.py makes it."""
+    """One view of the samples of a micro-batch; data/loader.py creates it."""
 
-    patches: Tensor  # (B, K, 3 P P) uint8
-    positions: Tensor  # (B, K) int16
-    box: NotRequired[Tensor]  # (B, 4): where one view encloses others
-    hidden: NotRequired[Tensor]  # (B, L - K, 3 P P): for methods that name the view in `hidden`
+    patches: Tensor  # (B, K, 3 P P) uint8, the visible patches
+    positions: Tensor  # (B, K) int16, their indices in the grid
+    box: NotRequired[Tensor]  # (B, 4), if a view encloses others
+    hidden: NotRequired[Tensor]  # (B, L - K, 3 P P), the masked patches; see hidden_patch_views
     hidden_positions: NotRequired[Tensor]  # (B, L - K)
-    noise: NotRequired[Tensor]  # (B, L): for methods that name the view in `noise`
+    noise: NotRequired[Tensor]  # (B, L), uniform; see noise_views
 
 
 class TextBatch(TypedDict):
@@ -49,7 +49,7 @@ class TextBatch(TypedDict):
 
 
 class MicroBatch(TypedDict):
-    """Views and captions, the part of a batch that a method reads."""
+    """The part of a micro-batch that methods read: views and captions."""
 
     views: dict[str, ViewBatch]
     text: TextBatch
@@ -57,19 +57,27 @@ class MicroBatch(TypedDict):
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Options of a method that has none."""
+    """Options of a method without options."""
 
 
 class Method(nn.Module, ABC):
-    """Towers, and the facts on a method that a run needs: its options, views and teacher."""
+    """Base class of methods: the towers, and what a run must know about the method.
 
-    Options: type = NoOptions  # what the config's `options:` may hold
-    # the views that it reads, and how many of each it can use
+    The config check and the data path read the class attributes.
+    """
+
+    # Dataclass of the config's section `options:`.
+    Options: type = NoOptions
+    # {view name: allowed values of its `count`}, for all views that the method reads.
     allowed_view_counts: dict[str, tuple[int, ...]] = {"image": (1,)}
-    hidden_patch_views: tuple[str, ...] = ()  # views whose hidden patches it reads, as targets
-    # views whose visible patches it chooses itself, with uniform noise of the data path
+    # Views whose masked patches are loaded too, as targets.
+    hidden_patch_views: tuple[str, ...] = ()
+    # Views that are loaded with all patches and uniform noise, because the method selects the
+    # visible patches.
     noise_views: tuple[str, ...] = ()
-    enclosing_views: tuple[str, ...] = ()  # views around others, of which it reads the boxes
+    # Views that enclose other views; all boxes are loaded.
+    enclosing_views: tuple[str, ...] = ()
+    # Features that do not have one row per sample.
     shared_features: tuple[str, ...] = ("scale",)
 
     def __init__(self, cfg: ModelConfig, vocab: int, context: int, options):
@@ -79,45 +87,46 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     def check_options(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
-        """Raise ValueError if the options do not go with the model or the number of draws.
+        """Raise ValueError if the options do not fit the model or the views.
 
-        counts: draws of each view.
+        counts: {view name: its `count`}.
         """
 
     def teacher_checkpoint(self) -> dict[str, str]:
-        """Return {prefix of parameters: the run whose towers they start from}.
+        """Return {parameter prefix: run folder} for parameters that start from another run.
 
         For example {"teacher.": "runs/clip"}.
         """
         return {}
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return (teacher, student) pairs of modules that are built alike.
+        """Return (teacher, student) modules with the same parameters.
 
-        The teacher follows the student as a moving average (class Averaging).
+        The teacher's are a moving average of the student's (class EmaMethod).
         """
         return []
 
     def eval_towers(self, weights: str = "student") -> Towers:
-        """Return the towers that evaluations see.
+        """Return the towers for evaluation.
 
-        They are the student's; for other weights, moving averages replace the modules that they
-        average.
+        weights: 'student', or another value for the moving averages, in modules that have one.
         """
         if weights == "student":
             return self.towers
         if not self.ema_pairs():
-            raise ValueError(f"--weights {weights}: this run was trained without a moving average")
-        towers = replace_submodules(
-            self.towers, {student: teacher for teacher, student in self.ema_pairs()}
-        )
+            raise ValueError(
+                f"--weights: {weights} is not available, because this run was trained without a"
+                " moving average; use student"
+            )
+        teacher_of = {student: teacher for teacher, student in self.ema_pairs()}
+        towers = replace_submodules(self.towers, teacher_of)
         assert isinstance(towers, Towers)
         return towers
 
     def pool_views(self, views: Sequence[ViewBatch]) -> list[Tensor]:
         """Return the pooled features (B, D) of each view.
 
-        If all views have the same number of patches, they pass through the tower together.
+        Views with the same number of patches go through the tower in one batch.
         """
         patches = [view["patches"] for view in views]
         positions = [view["positions"] for view in views]
@@ -127,9 +136,9 @@ class Method(nn.Module, ABC):
         return [self.towers.image_features(x, at) for x, at in zip(patches, positions)]
 
     def pair_features(self, pooled: Tensor, text: TextBatch) -> dict[str, Tensor]:
-        """Return the unit embeddings image and text (B, E), and scale (1,).
+        """Return the features of the contrastive loss: image and text (B, E), scale (1,).
 
-        pooled: images (B, D).
+        pooled: pooled tokens of the images, (B, D).
         """
         return dict(
             image=self.towers.embed_image(pooled),
@@ -138,10 +147,7 @@ class Method(nn.Module, ABC):
         )
 
     def momentum(self, progress: float) -> float:
-        """Return the share of itself that a teacher keeps in a step; see Averaging.
-
-        progress: of the run, 0 to 1.
-        """
+        """Return the momentum of the moving average; see EmaMethod."""
         raise TypeError(f"{type(self).__name__} has no moving average")
 
     @abstractmethod
@@ -150,59 +156,59 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (loss (), metrics to log) for the features of the whole batch on this rank."""
+        """Return (loss (), metrics to log) for the features of this rank's whole batch."""
 
 
 class EmaMethod(Method):
-    """Method with a teacher that is a moving average."""
+    """Method with a teacher that is a moving average of the student."""
 
     @abstractmethod
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return the pairs of Method.averaged; none if the options ask for another teacher."""
+        """Return the pairs as in Method; none if the options select another kind of teacher."""
 
     @abstractmethod
     def momentum(self, progress: float) -> float:
-        """Return the share of itself that the teacher keeps in a step.
+        """Return the momentum of a step: average = momentum * average + (1 - momentum) * student.
 
         progress: of the run, 0 to 1.
         """
 
 
 def replace_submodules(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Return the module with `others` in the place of some below it.
+    """Return a copy of the module in which some submodules are replaced; others: {old: new}.
 
-    It shares everything else with the original, which stays as it is.
+    The copy shares all other submodules with the original, which does not change.
     """
     if module in others:
         return others[module]
-    below = {
+    children = {
         name: child and replace_submodules(child, others) for name, child in module._modules.items()
     }
-    if all(below[name] is child for name, child in module._modules.items()):
+    if all(children[name] is child for name, child in module._modules.items()):
         return module
-    twin = copy.copy(module)
-    twin._modules = below
-    return twin
+    clone = copy.copy(module)
+    clone._modules = children
+    return clone
 
 
-def require_at_least(least: float, **options: float) -> None:
-    """Raise ValueError naming the first option that is less."""
+def require_at_least(minimum: float, **options: float) -> None:
+    """Raise ValueError for the first option below the minimum."""
     for name, value in options.items():
-        if not value >= least:
-            raise ValueError(f"options.{name} {value}: it must be at least {least}")
+        if not value >= minimum:
+            raise ValueError(f"options.{name}: {value}; it must be at least {minimum}")
 
 
 def require_above(bound: float, **options: float) -> None:
-    """Raise ValueError naming the first option that is not more."""
+    """Raise ValueError for the first option that is not greater than the bound."""
     for name, value in options.items():
         if not value > bound:
-            raise ValueError(f"options.{name} {value}: it must be above {bound}")
+            raise ValueError(f"options.{name}: {value}; it must be above {bound}")
 
 
 def all_patches(view: ViewBatch) -> tuple[Tensor, Tensor]:
     """Return all patches (B, L, 3 P P) of a masked view and their positions (B, L).
 
-    The visible ones come first, then the hidden ones.
+    The visible patches come first, then the masked ones.
     """
     patches = torch.cat([view["patches"], view["hidden"]], dim=1)
     positions = torch.cat([view["positions"], view["hidden_positions"]], dim=1)

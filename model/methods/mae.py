@@ -1,10 +1,12 @@
-"""CLIP + MAE: the contrastive loss, and MAE (arXiv 2111.06377) through the same vision tower.
+"""CLIP + MAE: the contrastive loss and MAE (arXiv 2111.06377) with the same vision tower.
 
-Two papers report it without code. `contrast: image` is the baseline of MaskCLIP (its figure 1c):
-the whole image meets the text, a masked one is reconstructed. `contrast: visible` is FLIP's table
-1f: the same masked pass serves both losses.
-View: `image` with a mask, whose hidden patches are the targets. Letters: B samples, K visible
-patches, L all, D width.
+Two papers report it, without code. `contrast: image` is a baseline of MaskCLIP (figure 1c): the
+contrastive loss uses all patches in a second forward pass. `contrast: visible` is FLIP's table 1f:
+one masked forward pass for both losses.
+
+View: `image` with a mask; the masked patches are the targets.
+
+Letters: B samples, L patches of the grid, K visible patches, D width.
 """
 
 from collections.abc import Mapping
@@ -46,12 +48,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.contrast not in ("image", "visible"):
-            raise ValueError(f"options.contrast {self.contrast!r}: unknown; known: image, visible")
+            raise ValueError(f"options.contrast: unknown {self.contrast!r}; known: image, visible")
         require_at_least(1, depth=self.depth)
         require_above(0, weight=self.weight)
 
 
 class Mae(Method):
+    """Contrastive loss, and reconstruction of the masked patches by a decoder."""
+
     Options = Options
     hidden_patch_views = ("image",)
 
@@ -73,21 +77,24 @@ class Mae(Method):
 
     def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         view, towers, vision = micro_batch["views"]["image"], self.towers, self.cfg.vision
+
+        # 1. The visible patches, and the image features for the contrastive loss.
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
         if self.options.contrast == "image":
             pooled = towers.image_features(*all_patches(view))
         else:
             pooled = towers.vision.pool(tokens)
 
-        # The hidden patches, predicted and real: (B, L - K, 3 P P).
+        # 2. The masked patches, predicted and real: (B, L - K, 3 P P).
         prediction = self.decoder(tokens, view["positions"], view["hidden_positions"])
         target = normalize_pixels(view["hidden"], vision.mean, vision.std, torch.float32)
-        features = self.pair_features(pooled, micro_batch["text"])
         error = reconstruction(prediction, target, self.options.normalise)
+
+        features = self.pair_features(pooled, micro_batch["text"])
         return dict(features, reconstruction=error)
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return contrastive + weight * squared error of the hidden patches (FLIP section 4.1)."""
+        """Return contrastive + weight * squared error of the masked patches (FLIP section 4.1)."""
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
         auxiliary = batch_mean(features["reconstruction"])
         total = loss + self.options.weight * auxiliary

@@ -1,10 +1,12 @@
-"""MaskCLIP (arXiv 2208.12262v1): contrast of the whole image, and masked self-distillation.
+"""MaskCLIP (arXiv 2208.12262v1): contrastive loss on full images, and masked self-distillation.
 
-A moving average of the vision tower, the teacher, sees the whole image; the student sees a quarter
-of its patches, and a decoder of one block predicts the teacher's features of the others (sections
-3.1 and 3.2).
-View: `image` with a mask, whose hidden patches are the targets' places. Letters: B samples, K
-visible patches, L all, D width.
+The teacher, a moving average of the vision tower, gets all patches of the image. The student gets a
+quarter of them, and a decoder of one block predicts the teacher's features of the masked patches
+(sections 3.1 and 3.2).
+
+View: `image` with a mask; the targets are the teacher's features of the masked patches.
+
+Letters: B samples, L patches of the grid, K visible patches, D width.
 """
 
 from dataclasses import dataclass
@@ -53,18 +55,21 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.convention not in ("sum", "half"):
-            raise ValueError(f"options.convention {self.convention!r}: unknown; known: half, sum")
+            raise ValueError(f"options.convention: unknown {self.convention!r}; known: half, sum")
         check_momentum(self.momentum)
         require_at_least(1, depth=self.depth)
         require_above(0, weight=self.weight, beta=self.beta)
         if not self.contrast and self.teacher in ("average", "student"):
             raise ValueError(
-                f"options.contrast: false with teacher {self.teacher!r}: nothing would be learned"
-                " but to agree; name a run"
+                f"options.contrast: false does not work with options.teacher {self.teacher!r},"
+                " because the student would only learn to predict itself; set options.teacher to a"
+                " run folder"
             )
 
 
 class MaskClip(EmaMethod):
+    """Contrastive loss on full images, and distillation of the masked patches."""
+
     Options = Options
     hidden_patch_views = ("image",)
 
@@ -107,9 +112,9 @@ class MaskClip(EmaMethod):
 
     def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         view, towers, options = micro_batch["views"]["image"], self.towers, self.options
-        patches, positions = all_patches(view)  # the hidden patches last
+        patches, positions = all_patches(view)  # the masked patches last
 
-        # 1. The whole image, for the teacher's targets and the contrastive loss.
+        # 1. The full image, for the teacher's targets and the contrastive loss.
         features: dict[str, Tensor] = {}
         if options.teacher == "student":
             tokens = towers.vision(patches, positions)  # (B, 1 + L, D)
@@ -122,7 +127,7 @@ class MaskClip(EmaMethod):
                 pooled = towers.image_features(patches, positions)
                 features = self.pair_features(pooled, micro_batch["text"])
 
-        # 2. The visible patches, from which the decoder predicts the targets of the hidden ones.
+        # 2. The visible patches, from which the decoder predicts the targets of the masked ones.
         tokens = towers.vision(view["patches"], view["positions"])  # (B, 1 + K, D)
         prediction = self.decoder(tokens, view["positions"], view["hidden_positions"])
         target = target[:, -prediction.shape[1] :]  # (B, L - K, D)
@@ -134,7 +139,7 @@ class MaskClip(EmaMethod):
         auxiliary = batch_mean(features["distillation"])
         if not self.options.contrast:
             return self.options.weight * auxiliary, {"distillation": auxiliary.detach()}
-        # (L_I + L_T) / 2
+        # `contrastive` returns (L_I + L_T) / 2; the paper's loss is the sum.
         loss, metrics = contrastive(features["image"], features["text"], features["scale"])
         factor = 2 if self.options.convention == "sum" else 1
         total = loss * factor + self.options.weight * auxiliary

@@ -1,6 +1,5 @@
-"""SLIP (arXiv 2112.12750): CLIP on one view of the image, and SimCLR on two augmented views.
+"""SLIP (arXiv 2112.12750): CLIP on one view of the image, SimCLR on two strongly augmented views.
 
-The augmentation is strong.
 Views: `image`, and two of `augmented`.
 """
 
@@ -35,6 +34,8 @@ class Options:
 
 
 class Slip(Method):
+    """Contrastive loss with the caption, and SimCLR's loss between the augmented views."""
+
     Options = Options
     allowed_view_counts = {"image": (1,), "augmented": (2,)}
 
@@ -44,12 +45,12 @@ class Slip(Method):
 
     def forward(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         views = micro_batch["views"]
-        image, one, two = self.pool_views(
+        image, first, second = self.pool_views(
             [views["image"], views["augmented1"], views["augmented2"]]
         )
         features = self.pair_features(image, micro_batch["text"])
-        # each view has its own batch statistics
-        return dict(features, one=self.head(one), two=self.head(two))
+        # One call of the head per view, so that each view has separate batch statistics.
+        return dict(features, augmented1=self.head(first), augmented2=self.head(second))
 
     def loss(self, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return CLIP + weight * SimCLR (SLIP section 3.3)."""
@@ -60,7 +61,7 @@ class Slip(Method):
             exact=not self.options.as_released,
         )
         auxiliary, simclr_metrics = simclr(
-            features["one"], features["two"], self.options.temperature
+            features["augmented1"], features["augmented2"], self.options.temperature
         )
         total = loss + self.options.weight * auxiliary
         return total, {

@@ -130,7 +130,7 @@ def test_one_of_several_captions_is_drawn(data):
     assert set(first) == {tuple(reader.tokenizer(text)) for text in texts}
 
 
-def test_rows_are_what_their_seed_says(data):
+def test_batches_follow_from_the_seed(data):
     """Batches are recomputed here from the seeds that data/loader.py documents.
 
     The caption is that of the sample. The patches are those of the crop at the positions that the
@@ -496,7 +496,7 @@ def test_pad_text(data):
         assert row.tolist() == ids.tolist() + padding
 
 
-def test_grey_and_palette_pictures_join_a_batch(data, tmp_path):
+def test_gray_and_palette_images_join_a_batch(data, tmp_path):
     rows = []
     for i, mode in enumerate(("L", "P", "RGBA", "I;16", "CMYK", "1")):
         out = io.BytesIO()

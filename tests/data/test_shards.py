@@ -197,7 +197,7 @@ def test_a_shard_that_became_shorter_is_named(folder):
     path.write_bytes(path.read_bytes()[:8000])
 
     assert shards[7].key == "part.1/0007"
-    with pytest.raises(ValueError, match="00001.tar: shorter than its index"):
+    with pytest.raises(ValueError, match="00001.tar: shorter than in its index"):
         shards[11]
 
 

@@ -208,7 +208,7 @@ def test_transparency_lies_on_white():
     assert (opaque[:, 4:] == [255, 0, 0]).all()
 
 
-def test_sixteen_bit_grey_keeps_its_range():
+def test_sixteen_bit_gray_keeps_its_range():
     gray = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
 
     pixels = decode(encode(Image.fromarray(gray), "PNG"))

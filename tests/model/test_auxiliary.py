@@ -298,11 +298,11 @@ def test_simclr_accuracy(monkeypatch):
 @pytest.mark.parametrize(
     "one, two, complaint",
     [
-        ((4, 3), (5, 3), r"one \(4, 3\) and two \(5, 3\).*one row an image"),
-        ((4, 3), (4, 2), "one row an image"),
+        ((4, 3), (5, 3), r"first \(4, 3\), second \(5, 3\).*one row per image"),
+        ((4, 3), (4, 2), "one row per image"),
         ((0, 3), (0, 3), "b > 0"),
-        ((4,), (4,), r"must be \(b, E\)"),
-        ((4, 2, 3), (4, 2, 3), r"must be \(b, E\)"),
+        ((4,), (4,), r"must have the shape \(b, E\)"),
+        ((4, 2, 3), (4, 2, 3), r"must have the shape \(b, E\)"),
     ],
 )
 def test_simclr_refuses(one, two, complaint):

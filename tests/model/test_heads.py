@@ -309,7 +309,8 @@ def test_decoder_in_bf16():
 )
 def test_decoder_refuses_a_width(width, attention, multiple):
     message = (
-        f"options.width {width}: a decoder of {attention} heads needs a multiple of {multiple}$"
+        f"options.width: {width} does not fit a decoder of options.heads {attention}; use a"
+        f" multiple of {multiple}$"
     )
 
     heads.check_decoder_width(96, 16)

@@ -214,10 +214,10 @@ def test_a_nan_is_not_hidden():
 @pytest.mark.parametrize(
     "image, text, scale, complaint",
     [
-        ((4, 3), (5, 3), (1,), "one row a pair"),
-        ((4, 3), (4, 2), (1,), "one row a pair"),
+        ((4, 3), (5, 3), (1,), "one row per pair"),
+        ((4, 3), (4, 2), (1,), "one row per pair"),
         ((0, 3), (0, 3), (1,), "b > 0"),
-        ((4,), (4,), (1,), r"must be \(b, E\)"),
+        ((4,), (4,), (1,), r"must have the shape \(b, E\)"),
         ((4, 3), (4, 3), (), r"must be \(1,\)"),
     ],
 )

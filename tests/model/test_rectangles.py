@@ -315,8 +315,8 @@ def test_a_run_and_its_evaluation(data, tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["model.image_size=[32, 47]"], r"model.image_size (32, 47): not a multiple"),
-        (["model.image_size=[0, 48]"], r"model.image_size (0, 48): not a multiple"),
+        (["model.image_size=[32, 47]"], r"model.image_size: (32, 47) is not a multiple"),
+        (["model.image_size=[0, 48]"], r"model.image_size: (0, 48) is not a multiple"),
         (["model.image_size=[32]"], "model.image_size: [32]; it must be"),
         (["model.image_size=[32, 48, 3]"], "model.image_size: [32, 48, 3]; it must be"),
         (["model.image_size=32x48"], "model.image_size: '32x48'; it must be"),

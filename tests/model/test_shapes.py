@@ -193,30 +193,30 @@ def test_a_borrowed_tower_of_another_custom_size_is_refused(tmp_path):
     [
         (
             ["model.size=custom/14", "model.image_size=42"],
-            "model.custom: missing with model.size 'custom/14'",
+            "model.custom: missing; model.size 'custom/14'",
         ),
         (
             ["model.size=B/16", f"model.custom={NUMBERS}"],
-            "model.custom: given with model.size 'B/16'",
+            "model.custom: not used by model.size 'B/16'",
         ),
-        ([*CUSTOM, "model.size=custom/0"], "model.size 'custom/0'"),
-        ([*CUSTOM, "model.size=custom"], "model.size 'custom'"),
+        ([*CUSTOM, "model.size=custom/0"], "model.size: unknown 'custom/0'"),
+        ([*CUSTOM, "model.size=custom"], "model.size: unknown 'custom'"),
         (
             [*CUSTOM, "model.custom.heads=5"],
-            "model.custom.width 48: it must be a multiple of model.custom.heads 5",
+            "model.custom.width: 48 is not a multiple of model.custom.heads \(5\)",
         ),
         (
             [*CUSTOM, "model.custom.text_heads=3"],
-            "model.custom.text_width 40: it must be a multiple of model.custom.text_heads 3",
+            "model.custom.text_width: 40 is not a multiple of model.custom.text_heads \(3\)",
         ),
-        ([*CUSTOM, "model.custom.depth=0"], "model.custom.depth 0"),
-        ([*CUSTOM, "model.custom.mlp=0.01"], "model.custom.mlp 0.01"),
+        ([*CUSTOM, "model.custom.depth=0"], "model.custom.depth: 0"),
+        ([*CUSTOM, "model.custom.mlp=0.01"], "model.custom.mlp: 0.01"),
         ([*CUSTOM, "model.custom.mpl=4"], "model.custom.mpl: unknown .* did you mean 'mlp'"),
         ([*CUSTOM, "model.custom.embed=null"], "model.custom.embed: missing"),
         ([*CUSTOM, "model.custom=7"], "model.custom: 7 is not a mapping; its keys are width"),
         (
             [*CUSTOM, "model.custom.width=50", "model.custom.heads=5"],
-            "sincos needs a multiple of 4",
+            "is not a multiple of 4, which model.vision.positions sincos needs",
         ),
     ],
 )

@@ -397,20 +397,20 @@ def test_temperature_residual_restores_what_bf16_lost():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: ModelConfig(size="B16"), "model.size 'B16'.*nano, .*B, .*H"),
+        (lambda: ModelConfig(size="B16"), "model.size: unknown 'B16'.*nano, .*B, .*H"),
         (lambda: ModelConfig(size="B/15"), "8, 14, 16, 32"),
-        (lambda: ModelConfig(size="L/14", image_size=230), "model.image_size 230"),
-        (lambda: ModelConfig(init="kaiming"), "model.init 'kaiming': unknown; known: clip, flip"),
+        (lambda: ModelConfig(size="L/14", image_size=230), "model.image_size: 230"),
+        (lambda: ModelConfig(init="kaiming"), "model.init: unknown 'kaiming'; known: clip, flip"),
         (
             lambda: VisionConfig(positions="rope"),
-            "model.vision.positions 'rope': unknown; known: learned, sincos",
+            "model.vision.positions: unknown 'rope'; known: learned, sincos",
         ),
         (
             lambda: VisionConfig(activation="relu"),
-            "model.vision.activation 'relu'.*gelu, gelu_tanh, quick_gelu",
+            "model.vision.activation: unknown 'relu'.*gelu, gelu_tanh, quick_gelu",
         ),
-        (lambda: VisionConfig(std=(1.0, 0.0, 1.0)), "std above 0"),
-        (lambda: TextConfig(pool="argmax"), "model.text.pool 'argmax': unknown; known: eot, first"),
+        (lambda: VisionConfig(std=(1.0, 0.0, 1.0)), "std must be above 0"),
+        (lambda: TextConfig(pool="argmax"), "model.text.pool: unknown 'argmax'; known: eot, first"),
         (lambda: TextConfig(causal=True), "use pool: eot"),
     ],
 )

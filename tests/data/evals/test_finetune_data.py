@@ -92,7 +92,7 @@ def test_the_whole_image_without_augmentation(images):
     torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
 
 
-def test_erasing_draws_noise_after_normalisation(images):
+def test_erasing_draws_noise_after_normalization(images):
     plain, _, _ = LabeledImages(images, 24, **SETTINGS, crop=0.5, augment="none", erase=0.0)[
         ALL_SAMPLES
     ]

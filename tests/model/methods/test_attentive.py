@@ -297,23 +297,23 @@ def test_a_tie_keeps_the_earlier_block(strategy):
 @pytest.mark.parametrize(
     "strategy, block, share, message",
     [
-        ("lowest", 32, 0.5, "options.strategy 'lowest': unknown; known: low, high, mixed, random"),
+        ("lowest", 32, 0.5, "options.strategy: unknown 'lowest'; known: low, high, mixed, random"),
         (
             "low",
             8,
             0.5,
-            "options.block 8: a grid of 12 x 18 patches of 16 pixels divides into blocks of 16, 32,"
+            "options.block: 8 does not divide the grid of 12 x 18 patches of 16 pixels; use 16, 32,"
             " 48, 96",
         ),
-        ("low", 40, 0.5, "options.block 40: "),
-        ("low", 64, 0.5, "options.block 64: "),  # divides 12, not 18
+        ("low", 40, 0.5, "options.block: 40 does not divide"),
+        ("low", 64, 0.5, "options.block: 64 does not divide"),  # divides 12, not 18
         (
             "low",
             96,
             0.05,
-            "options.keep 0.05: keeps 0 of 6 blocks; use smaller blocks, or another share",
+            "options.keep: 0.05 keeps 0 of 6 blocks; use smaller blocks, or another share",
         ),
-        ("low", 96, 1.2, "options.keep 1.2: keeps 7 of 6 blocks"),
+        ("low", 96, 1.2, "options.keep: 1.2 keeps 7 of 6 blocks"),
     ],
 )
 def test_refuses(strategy, block, share, message):

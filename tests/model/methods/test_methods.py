@@ -284,8 +284,8 @@ def test_slip(part, as_released, mask):
     features = method(batch)
     image = method.towers.embed_image(image_features("image"))
     torch.testing.assert_close(features["image"], image)
-    torch.testing.assert_close(features["one"], method.head(image_features("augmented1")))
-    torch.testing.assert_close(features["two"], method.head(image_features("augmented2")))
+    torch.testing.assert_close(features["augmented1"], method.head(image_features("augmented1")))
+    torch.testing.assert_close(features["augmented2"], method.head(image_features("augmented2")))
 
     # The loss, and its gradients with respect to the features.
     actual = {key: x.detach().requires_grad_() for key, x in features.items()}
@@ -294,7 +294,7 @@ def test_slip(part, as_released, mask):
     images, texts = (image.detach(), text.detach()) if as_released else (image, text)
     image_loss = F.cross_entropy(scale * image @ texts.T, torch.arange(B))
     text_loss = F.cross_entropy(scale * text @ images.T, torch.arange(B))
-    simclr_loss, _ = simclr(reference["one"], reference["two"], 0.2)
+    simclr_loss, _ = simclr(reference["augmented1"], reference["augmented2"], 0.2)
     expected = (image_loss + text_loss) / 2 + 0.7 * simclr_loss
     loss, _ = method.loss(actual)
     torch.testing.assert_close(loss, expected)
@@ -482,37 +482,37 @@ def auxiliary_losses(
     [
         (
             lambda: build("mae", contrast="text"),
-            "options.contrast 'text': unknown; known: image, visible",
+            "options.contrast: unknown 'text'; known: image, visible",
         ),
         (
             lambda: build("mae", width=62),
-            "options.width 62: a decoder of 2 heads needs a multiple of 4",
+            "options.width: 62 does not fit a decoder of options.heads 2; use a multiple of 4",
         ),
         (
             lambda: build("maskclip", convention="mean"),
-            "options.convention 'mean': unknown; known: half, sum",
+            "options.convention: unknown 'mean'; known: half, sum",
         ),
         (
             lambda: build("maskclip", contrast=False),
-            "options.contrast: false with teacher 'average': nothing would be learned",
+            "options.contrast: false does not work with options.teacher 'average'",
         ),
         (
             lambda: build("maskclip", momentum=(0.9, 1.1)),
-            "options.momentum .* two numbers from 0 to 1, first <= last",
+            "options.momentum: .* from 0 to 1, the first not above the second",
         ),
         (
             lambda: build("aclip", momentum=(1.0, 0.9)),
-            "options.momentum .* two numbers from 0 to 1, first <= last",
+            "options.momentum: .* from 0 to 1, the first not above the second",
         ),
         (
             lambda: build("aclip", layers="first"),
-            "options.layers 'first': unknown; known: all, last",
+            "options.layers: unknown 'first'; known: all, last",
         ),
-        (lambda: build("aclip", keep=1.5), "options.keep 1.5: the share of patches"),
-        (lambda: build("aclip", keep=0.01), "options.keep 0.01: keeps 0 of 16 blocks"),
+        (lambda: build("aclip", keep=1.5), "options.keep: 1.5; it must be from 0 to 1"),
+        (lambda: build("aclip", keep=0.01), "options.keep: 0.01 keeps 0 of 16 blocks"),
         (
             lambda: build("aclip", views=1, simsiam=1.0),
-            "they compare views, and views.view.count is 1",
+            "these losses compare views, but views.view.count is 1",
         ),
     ],
 )
