@@ -238,7 +238,8 @@ def require_pairs(folder: Path, row: dict) -> None:
             present = ", ".join(row["extensions"])
             allowed = ", ".join(extensions)
             raise ValueError(
-                f"{path}: no {content} (has {present}; {content} are one of {allowed}); see data.train"
+                f"{path}: no {content} (has {present}; {content} are one of {allowed});"
+                " see data.train"
             )
 
 

@@ -78,8 +78,8 @@ class Options:
             raise ValueError(f"options.layers: unknown {self.layers!r}; known: all, last")
         if not 0 <= self.keep <= 1:
             raise ValueError(
-                f"options.keep: {self.keep}; it must be from 0 to 1, the share of its patches that a"
-                " view keeps; 0 keeps one divided by the number of views"
+                f"options.keep: {self.keep}; it must be from 0 to 1, the share of its patches that"
+                " a view keeps; 0 keeps one divided by the number of views"
             )
         check_momentum(self.momentum)
         require_at_least(0, simclr=self.simclr, simsiam=self.simsiam, byol=self.byol)
