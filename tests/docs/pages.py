@@ -6,7 +6,7 @@ A page's fenced blocks are marked by their language, or by a comment on the line
     <!-- checked: arguments only (reason) -->    commands to parse, because they need e.g. Slurm
     <!-- file: PATH -->                          a new file
     <!-- append: PATH -->                        lines for the end of a file
-    <!-- edit: PATH -->                          a diff: lines to keep (" ") and to add ("+")
+    <!-- edit: PATH -->                          a diff: lines to keep, remove (-) and add (+)
 
 Other blocks are read by people alone.
 """
@@ -83,8 +83,8 @@ def apply(block: Block, workspace: Path) -> None:
         text = path.read_text()
         for hunk in block.text.strip("\n").split("\n\n"):
             lines = hunk.splitlines()
-            before = "".join(f"{line[1:]}\n" for line in lines if line.startswith(" "))
-            after = "".join(f"{line[1:]}\n" for line in lines)
+            before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+            after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
             assert text.count(before) == 1, (
                 f"{block.path} does not have these lines once:\n{before}"
             )

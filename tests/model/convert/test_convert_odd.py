@@ -318,7 +318,7 @@ def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
         ("depth=2", "unknown 'depth'; known"),
         ("eps=0", "model.vision.eps: 0.0 is not positive"),
         ("image_size=0", "of an image of 0 x 0; say its height"),
-        ("mean=0.5", "model.vision.mean (0.5,), std"),
+        ("mean=0.5", "model.vision.mean (0.5,), model.vision.std"),
         ("image_size=[64]", "image_size: [64]; it must be"),
     ):
         code, _, message = convert("glimpse", tower, tmp_path / "c", "--given", pair)

@@ -296,8 +296,8 @@ def test_what_a_folder_lacks_or_cannot_say(tmp_path):
     timm_format.save(pair(FLAVOURS["flip"]), folder)
     tree = json.loads((folder / "config.json").read_text())
     for args, complaint in (
-        ({"global_pool": "map"}, "config.json: model.vision.pool 'map': unknown"),
-        ({"act_layer": "relu"}, "config.json: model.vision.activation: unknown 'relu': unknown"),
+        ({"global_pool": "map"}, "config.json: model.vision.pool: unknown 'map'"),
+        ({"act_layer": "relu"}, "config.json: model.vision.activation: unknown 'relu'"),
         ({"img_size": [32, 40]}, "pos_embed .* 32 x 40"),
     ):
         changed = tree | {"model_args": tree["model_args"] | args}
