@@ -264,7 +264,7 @@ PROGRAM = """
 import json, data, model, run  # the user's
 import glimpse, glimpse.data.loader, glimpse.run.pretrain
 from glimpse.data.builders.imagefolder import WORDNET
-from glimpse.data.evals.prompts import templates
+from glimpse.data.evals.prompts import load_templates
 from glimpse.run.lib.config import ROOT, load
 from glimpse.run.study import claims, grid
 from glimpse.run.train.engine import read_deepspeed_json
@@ -276,7 +276,7 @@ print(json.dumps({
     "root": str(ROOT),
     "files": [module.__file__ for module in (glimpse, glimpse.data, glimpse.model, glimpse.run)],
     "zero stage": read_deepspeed_json(config.deepspeed)["zero_optimization"]["stage"],
-    "templates": len(templates("7")),
+    "templates": len(load_templates("7")),
     "readable": [
         file.exists()
         for file in (WORDNET, claims.CLAIMS_FILE, grid.GRIDS_FOLDER / "methods.yaml")

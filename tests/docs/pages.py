@@ -14,6 +14,7 @@ Other blocks are read by people alone.
 import os
 import re
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,14 +109,23 @@ def copy_checkout(target: Path) -> None:
 
 
 def run(command: str, workspace: Path, timeout: int = 600) -> subprocess.CompletedProcess:
-    """Run a command in bash, with `glimpse` imported from the workspace."""
-    environment = {**os.environ, "PYTHONPATH": str(workspace)}
-    return subprocess.run(
+    """Run a command in bash, with `glimpse` imported from the workspace.
+
+    A command that runs longer than `timeout` seconds is killed with all the processes it started.
+    """
+    process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=workspace,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(workspace)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        output += f"\nkilled after {timeout} s"
+    return subprocess.CompletedProcess(command, process.returncode, output)

@@ -110,7 +110,9 @@ def test_commands_run(page, prepared, tmp_path, monkeypatch):
 
 
 def test_a_failing_command_is_caught(prepared, tmp_path):
-    block = pages.Block("parse", "python run/evaluate.py --no-such-option", line=1)
+    block = pages.Block(
+        "parse", "python run/evaluate.py --run runs/quickstart --no-such-option", line=1
+    )
 
     done = pages.run(as_run_here(block), prepared)
 

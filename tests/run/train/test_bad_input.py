@@ -84,7 +84,7 @@ CASES = {
     "truncated tar": ("data.train={folder}", ["0.tar", "truncated"]),
     "accumulate": ("accumulate=3", ["batch: 16", "accumulate 3"]),
     "unknown evaluation": ("evals=[zeroshot:x]", ["zeroshot", "did you mean 'zero_shot'"]),
-    "missing evaluation set": ("evals=[zero_shot:{folder}/none]", ["no evaluation set"]),
+    "missing evaluation set": ("evals=[zero_shot:{folder}/none]", ["is not an evaluation set"]),
     "tokenizer": ("data.tokenizer=bpe", ["bpe", "clip_bpe"]),
     "image size": ("model.image_size=30", ["30", "multiple"]),
     "DeepSpeed JSON": (
