@@ -31,7 +31,7 @@ from glimpse.data.builders import tokenizer_files
 from glimpse.data.tokenizer import Tokenizer, build_tokenizer, vocabulary_file
 from glimpse.model import portable
 from glimpse.model.convert import FORMATS
-from glimpse.model.convert.resize import resized
+from glimpse.model.convert.resize import resize_model
 from glimpse.model.portable import PortableModel, select_vision_weights
 from glimpse.model.safe_unpickler import first_line
 from glimpse.run.lib import config
@@ -42,7 +42,7 @@ from glimpse.run.verify import (
     reference_libs,  # noqa: F401
 )
 from glimpse.run.verify import proofs as prove
-from glimpse.run.verify.describe import architecture, describe, size_of
+from glimpse.run.verify.describe import architecture_summary, describe, format_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -118,7 +118,7 @@ def add_format(command: ArgumentParser, name: str) -> None:
 
 
 def inspect(args: Namespace) -> None:
-    print(describe(args.path, stated(args.given)))
+    print(describe(args.path, parse_given(args.given)))
 
 
 def convert(args: Namespace) -> None:
@@ -127,14 +127,14 @@ def convert(args: Namespace) -> None:
         raise ValueError(f"{args.out} exists; name a folder that does not, or remove it")
 
     # The source, and its own library's model to compare with, unless it is resized.
-    given = stated(args.given)
-    source_format, model = open_any.anything(args.source, args.weights, given)
+    given = parse_given(args.given)
+    source_format, model = open_any.load_any(args.source, args.weights, given)
     peer = None
     if args.image_size is not None or args.patch is not None:
-        model = resized(model, side(args.image_size), args.patch)
-    elif hasattr(FORMATS.get(source_format), "peer"):
-        peer = partial(FORMATS[source_format].peer, args.source, **given)
-    model, tokenizer = with_tokenizer(model, args)
+        model = resize_model(model, parse_image_size(args.image_size), args.patch)
+    elif hasattr(FORMATS.get(source_format), "reference_model"):
+        peer = partial(FORMATS[source_format].reference_model, args.source, **given)
+    model, tokenizer = complete_tokenizer(model, args)
 
     # Everything is written beside the folder, and renamed only when it is verified.
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,20 +142,22 @@ def convert(args: Namespace) -> None:
         prefix=f"{args.out.name}.", suffix=".part", dir=args.out.parent, ignore_cleanup_errors=True
     ) as scratch:
         part = Path(scratch, args.out.name)
-        notes = write(model, args, tokenizer, part, news=source_format != "glimpse")
+        notes = write_model(model, args, tokenizer, part, news=source_format != "glimpse")
         if args.format in FORMATS:
             again = FORMATS[args.format].load(part)
         else:
             again = load_model.open_converted(part)
-        notes += proofs(model, again, args, tokenizer, part, peer)
+        notes += verify_conversion(model, again, args, tokenizer, part, peer)
         part.rename(args.out)
 
-    print(f"{args.out}: {args.format}, {architecture(again)}, {args.dtype}, {size_of(args.out)}")
+    print(
+        f"{args.out}: {args.format}, {architecture_summary(again)}, {args.dtype}, {format_size(args.out)}"
+    )
     for line in notes:
         print(f"  {line}")
 
 
-def stated(given: list[str]) -> dict:
+def parse_given(given: list[str]) -> dict:
     """Return {KEY: VALUE} of the arguments of --given."""
     options = {}
     for pair in given:
@@ -172,7 +174,7 @@ def stated(given: list[str]) -> dict:
     return options
 
 
-def side(given: list[int] | None) -> int | tuple[int, int] | None:
+def parse_image_size(given: list[int] | None) -> int | tuple[int, int] | None:
     """Return --image-size as a side, or as (height, width)."""
     if not given:
         return None
@@ -181,7 +183,9 @@ def side(given: list[int] | None) -> int | tuple[int, int] | None:
     return given[0] if len(given) == 1 else tuple(given)
 
 
-def with_tokenizer(model: PortableModel, args: Namespace) -> tuple[PortableModel, Tokenizer | None]:
+def complete_tokenizer(
+    model: PortableModel, args: Namespace
+) -> tuple[PortableModel, Tokenizer | None]:
     """Return the model, completed with the tokenizer's settings, and the tokenizer.
 
     ValueError if it is not the one that the model was trained with.
@@ -211,7 +215,7 @@ def with_tokenizer(model: PortableModel, args: Namespace) -> tuple[PortableModel
     return replace(model, about=about), tokenizer
 
 
-def write(
+def write_model(
     model: PortableModel, args: Namespace, tokenizer: Tokenizer | None, folder: Path, news: bool
 ) -> list[str]:
     """Write the model in its format, with its vocabulary; return notes, one line each.
@@ -255,7 +259,7 @@ def source_notes(source: dict, news: bool) -> list[str]:
     return notes
 
 
-def proofs(
+def verify_conversion(
     model: PortableModel,
     again: PortableModel,
     args: Namespace,
@@ -271,29 +275,33 @@ def proofs(
     module = FORMATS.get(args.format)
     dtype = DTYPES[args.dtype]
     tensors = model.tensors if again.vocab else select_vision_weights(model.tensors)
-    if flaw := prove.flaw(tensors, again.tensors, dtype):
+    if flaw := prove.find_difference(tensors, again.tensors, dtype):
         raise ValueError(f"{args.source}: {flaw} ({args.format})")
-    rounding = f", rounded to {args.dtype}" if prove.rounded(tensors, dtype) else ""
+    rounding = f", rounded to {args.dtype}" if prove.loses_precision(tensors, dtype) else ""
     yield (
         f"read again: {len(again.tensors)} tensors, each used once, bit for bit those of the"
         f" source{rounding}"
     )
 
     # The same embeddings as the other libraries' models.
-    if not prove.fits(again):
+    if not prove.fits_in_memory(again):
         yield (
             "not run beside another library: two such models do not fit into this machine's memory"
         )
         return
-    written = partial(module.peer, folder) if hasattr(module, "peer") else None
+    written = (
+        partial(module.reference_model, folder) if hasattr(module, "reference_model") else None
+    )
     for path, peer, ours in ((args.source, source, model), (args.out, written, again)):
         if peer:
-            yield compared(path, peer, ours, tokenizer if ours.vocab else None)
+            yield compare_with_reference(path, peer, ours, tokenizer if ours.vocab else None)
     if module and not written:
         yield f"not run in {args.format}'s own code; the tests do that"
 
 
-def compared(whose: Path, peer: Callable, model: PortableModel, tokenizer: Tokenizer | None) -> str:
+def compare_with_reference(
+    whose: Path, peer: Callable, model: PortableModel, tokenizer: Tokenizer | None
+) -> str:
     """Return a line about the foreign library's own model beside ours.
 
     ValueError if its embeddings differ. whose: the path of the foreign model.
@@ -306,13 +314,13 @@ def compared(whose: Path, peer: Callable, model: PortableModel, tokenizer: Token
         raise ValueError(
             f"{whose}: its own library cannot open it ({type(error).__name__}: {first_line(error)})"
         ) from error
-    differences = prove.differences(model, foreign, tokenizer)
-    if not all(far <= prove.CLOSE for far in differences.values()):  # nan is not
+    differences = prove.embedding_differences(model, foreign, tokenizer)
+    if not all(far <= prove.TOLERANCE for far in differences.values()):  # nan is not
         source = model.about.source
         notes = f" ({source['notes']})" if "notes" in source else ""
         raise ValueError(
             f"{whose}: run in its own library it gives other embeddings: {differences}, more than"
-            f" {prove.CLOSE}{notes}"
+            f" {prove.TOLERANCE}{notes}"
         )
     listed = ", ".join(f"{far:.1e} ({what})" for what, far in differences.items())
     return f"{whose} run in its own library: largest difference {listed}"

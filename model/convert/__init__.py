@@ -33,7 +33,7 @@ FORMATS: dict[str, ModuleType] = {
 }
 
 
-def claimed(path: Path) -> str | None:
+def detect_format(path: Path) -> str | None:
     """Return the name of the format at the path.
 
     None for a run or a model in Glimpse's own format. ValueError if the path does not exist.
@@ -41,6 +41,6 @@ def claimed(path: Path) -> str | None:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     for name, module in FORMATS.items():
-        if module.claims(path):
+        if module.recognizes(path):
             return name
     return None

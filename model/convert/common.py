@@ -13,10 +13,10 @@ from glimpse.model.portable import EVAL_CROPS
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-MOST = 20  # the largest number of unused tensors that a note names
+MAX_LISTED = 20  # the largest number of unused tensors that a note names
 
 
-def origin(
+def describe_source(
     path: Path, format_name: str, notes: Iterable[str] = (), left_out: Sequence[str] = ()
 ) -> dict[str, str]:
     """Return the `source` of a model of another format.
@@ -25,15 +25,15 @@ def origin(
     """
     notes = list(notes)
     if left_out:
-        names = ", ".join(left_out[:MOST])
-        notes.append(f"left out: {names}{and_more(left_out[MOST - 1 :])}")
+        names = ", ".join(left_out[:MAX_LISTED])
+        notes.append(f"left out: {names}{and_more(left_out[MAX_LISTED - 1 :])}")
     source = dict(path=str(path), format=format_name)
     if notes:
         source["notes"] = "; ".join(notes)
     return source
 
 
-def newer(package: str, least: str) -> None:
+def require_version(package: str, least: str) -> None:
     """Raise ImportError if a package is missing or older than the version that `peer` needs."""
     try:
         version = metadata.version(package)
@@ -43,7 +43,7 @@ def newer(package: str, least: str) -> None:
         raise ImportError(f"{package} {version} is installed, {least} or newer is needed")
 
 
-def kept_crop(crop: str) -> dict[str, dict]:
+def crop_entry(crop: str) -> dict[str, dict]:
     """Return the entry by which `crop_in` recognizes `square` in a config that has no field for it.
 
     Foreign libraries ignore the entry.
@@ -53,7 +53,7 @@ def kept_crop(crop: str) -> dict[str, dict]:
     return {"glimpse": {"eval_crop": crop}}
 
 
-def crop_in(tree: dict, file: Path, says: str = EVAL_CROPS[0]) -> str:
+def read_crop(tree: dict, file: Path, says: str = EVAL_CROPS[0]) -> str:
     """Return the crop that `kept_crop` wrote into the file's tree.
 
     says: the crop according to the format's own fields, returned if there is no such entry.
@@ -67,7 +67,7 @@ def crop_in(tree: dict, file: Path, says: str = EVAL_CROPS[0]) -> str:
     return crop
 
 
-def told_crop(crop: str, whose: str) -> list[str]:
+def crop_notes(crop: str, whose: str) -> list[str]:
     """Return the note of `save` on a library (`whose`) that prepares images differently."""
     if crop != "square":
         return []

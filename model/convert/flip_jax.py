@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 
 from glimpse.model.convert import t5x
-from glimpse.model.convert.positions import fixed, is_fixed
+from glimpse.model.convert.positions import is_sincos, sincos_table
 from glimpse.model.convert.rules import (
     Rule,
     as_kernel,
-    exported,
-    fused,
-    imported,
-    thirds,
-    transposed,
+    export_tensors,
+    fuse_qkv,
+    import_tensors,
+    split_qkv,
+    transpose,
 )
-from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.convert.sizes import mlp_ratio, size_fields
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.text import TextConfig
@@ -46,7 +46,7 @@ from glimpse.model.vision import VisionConfig
 TOWERS = {"vision": "img_encoder", "text": "txt_encoder"}
 PATCH = "img_encoder/embedding"
 CLS = "img_encoder/cls"
-PLACES = {
+POSITIONS = {
     "vision": "img_encoder/posembed_encoder/pos_embedding",
     "text": "txt_encoder/posembed_encoder/pos_embedding",
 }
@@ -54,7 +54,7 @@ TOKEN = "txt_encoder/token_embedding/embedding"
 SCALE = "logit_scale"
 PROJECTIONS = {"image_projection": "img_mlp1", "text_projection": "txt_mlp1"}
 BLOCK = "Transformer/encoderblock_{:02}"
-LAST = "Transformer/encoder_norm"
+FINAL_NORM = "Transformer/encoder_norm"
 QKV = [f"MultiHeadDotProductAttention_0/{name}" for name in ("query", "key", "value")]
 DENSE = {
     "attn.out": "MultiHeadDotProductAttention_0/out",
@@ -66,7 +66,7 @@ VOCAB = 30523  # of BERT's uncased vocabulary, as data.tokenizer's wordpiece has
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadOptions:
     """Numbers of heads, for a size that is no row of SIZES; by default heads are 64 wide."""
 
     heads: int | None = None
@@ -80,40 +80,40 @@ def rules(depth: int, text_depth: int, sincos: Tensor | None) -> Iterator[Rule]:
     yield Rule(("vision.patch.bias",), (f"{PATCH}/bias",))
     yield Rule(("vision.cls",), (CLS,), as_token, from_token)
     if sincos is None:
-        yield Rule(("vision.positions",), (PLACES["vision"],), as_batch, patch_positions)
+        yield Rule(("vision.positions",), (POSITIONS["vision"],), as_batch, patch_positions)
     else:
-        yield Rule((), (PLACES["vision"],), lambda: sincos[None], lambda table: ())
+        yield Rule((), (POSITIONS["vision"],), lambda: sincos[None], lambda table: ())
 
     # Embeddings of the text tower, temperature and projections.
     yield Rule(("text.token.weight",), (TOKEN,))
-    yield Rule(("text.positions",), (PLACES["text"],), as_batch, from_batch)
+    yield Rule(("text.positions",), (POSITIONS["text"],), as_batch, from_batch)
     yield Rule(("temperature.logit_scale",), (SCALE,))
-    for ours, theirs in PROJECTIONS.items():
-        yield Rule((f"{ours}.weight",), (f"{theirs}/kernel",), transposed, transposed)
+    for glimpse_name, foreign_name in PROJECTIONS.items():
+        yield Rule((f"{glimpse_name}.weight",), (f"{foreign_name}/kernel",), transpose, transpose)
 
     # Blocks, then all norms. The order of the rules is that of the file.
     for tower, blocks in (("vision", depth), ("text", text_depth)):
-        norms = {f"{tower}.norm": f"{TOWERS[tower]}/{LAST}"}
+        norms = {f"{tower}.norm": f"{TOWERS[tower]}/{FINAL_NORM}"}
         for i in range(blocks):
             block, foreign_block = f"{tower}.blocks.{i}", f"{TOWERS[tower]}/{BLOCK.format(i)}"
             yield from block_rules(block, foreign_block)
             for name, norm in NORMS.items():
                 norms[f"{block}.{name}"] = f"{foreign_block}/{norm}"
-        for ours, theirs in norms.items():
-            yield Rule((f"{ours}.weight",), (f"{theirs}/scale",))
-            yield Rule((f"{ours}.bias",), (f"{theirs}/bias",))
+        for glimpse_name, foreign_name in norms.items():
+            yield Rule((f"{glimpse_name}.weight",), (f"{foreign_name}/scale",))
+            yield Rule((f"{glimpse_name}.bias",), (f"{foreign_name}/bias",))
 
 
-def block_rules(ours: str, theirs: str) -> Iterator[Rule]:
+def block_rules(glimpse_name: str, foreign_name: str) -> Iterator[Rule]:
     """Yield the rules of a block's linear layers, given its name here and in FLIP's tree."""
-    kernels = tuple(f"{theirs}/{name}/kernel" for name in QKV)
-    biases = tuple(f"{theirs}/{name}/bias" for name in QKV)
-    yield Rule((f"{ours}.attn.qkv.weight",), kernels, qkv_kernels, qkv_weight)
-    yield Rule((f"{ours}.attn.qkv.bias",), biases, thirds, fused)
+    kernels = tuple(f"{foreign_name}/{name}/kernel" for name in QKV)
+    biases = tuple(f"{foreign_name}/{name}/bias" for name in QKV)
+    yield Rule((f"{glimpse_name}.attn.qkv.weight",), kernels, qkv_kernels, qkv_weight)
+    yield Rule((f"{glimpse_name}.attn.qkv.bias",), biases, split_qkv, fuse_qkv)
     for name, dense in DENSE.items():
-        kernel = f"{theirs}/{dense}/kernel"
-        yield Rule((f"{ours}.{name}.weight",), (kernel,), transposed, transposed)
-        yield Rule((f"{ours}.{name}.bias",), (f"{theirs}/{dense}/bias",))
+        kernel = f"{foreign_name}/{dense}/kernel"
+        yield Rule((f"{glimpse_name}.{name}.weight",), (kernel,), transpose, transpose)
+        yield Rule((f"{glimpse_name}.{name}.bias",), (f"{foreign_name}/{dense}/bias",))
 
 
 def as_flax_patch(weight: Tensor) -> Tensor:
@@ -155,29 +155,29 @@ def patch_positions(table: Tensor) -> Tensor:
 
 def qkv_kernels(weight: Tensor) -> tuple[Tensor, ...]:
     """Return a fused weight (3 D, D) as the kernels (D, D) of q, k and v."""
-    return tuple(map(transposed, thirds(weight)))
+    return tuple(map(transpose, split_qkv(weight)))
 
 
 def qkv_weight(*kernels: Tensor) -> Tensor:
     """Invert `qkv_kernels`."""
-    return fused(*map(transposed, kernels))
+    return fuse_qkv(*map(transpose, kernels))
 
 
 # ---- in
 
 
-def claims(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return True for a checkpoint, a folder of checkpoints, or the msgpack file of one.
 
     The msgpack file must begin with a map.
     """
-    file = newest(path)
+    file = find_newest_checkpoint(path)
     if file is None:
         return False
     return file.open("rb").read(1).hex().startswith("8")
 
 
-def newest(path: Path) -> Path | None:
+def find_newest_checkpoint(path: Path) -> Path | None:
     """Return the msgpack file at a path, that of the last step if there are several; None if
     there is none.
     """
@@ -196,7 +196,7 @@ def step_of(file: Path) -> int:
 
 
 def load(path: Path, heads: int | None = None, text_heads: int | None = None) -> PortableModel:
-    file = newest(path)
+    file = find_newest_checkpoint(path)
     if file is None:
         raise ValueError(
             f"{path}: no checkpoint of FLIP's: no file called checkpoint in it, nor in a"
@@ -206,27 +206,27 @@ def load(path: Path, heads: int | None = None, text_heads: int | None = None) ->
     # The architecture, from names and shapes.
     tensors = t5x.read(file)
     depth, text_depth = (count_blocks(tensors, tower) for tower in TOWERS.values())
-    known = {name for rule in rules(depth, text_depth, None) for name in rule.theirs}
+    known = {name for rule in rules(depth, text_depth, None) for name in rule.foreign_names}
     check_names(tensors, known, file)
-    cfg = architecture(tensors, depth, text_depth, file, heads, text_heads)
+    cfg = read_architecture(tensors, depth, text_depth, file, heads, text_heads)
 
     # Positions: fixed ones are no parameter of ours.
     source = dict(path=str(file.parent), format="flip_jax")
-    if is_fixed(tensors[PLACES["vision"]][0], cfg):
-        sincos = fixed(cfg)
+    if is_sincos(tensors[POSITIONS["vision"]][0], cfg):
+        sincos = sincos_table(cfg)
     else:
         sincos = None
         cfg = replace(cfg, vision=replace(cfg.vision, positions="learned"))
         source["notes"] = (
-            f"{PLACES['vision']}: other than the sin-cos positions, so it became learned ones"
+            f"{POSITIONS['vision']}: other than the sin-cos positions, so it became learned ones"
         )
 
     vocab = tensors.meta[TOKEN].shape[0]
-    context = tensors.meta[PLACES["text"]].shape[1]
+    context = tensors.meta[POSITIONS["text"]].shape[1]
     tokenizer = "wordpiece" if vocab == VOCAB else ""
     about = ModelInfo(tokenizer=tokenizer, pad_text=True, crop="square", source=source)
     table = rules(depth, text_depth, sincos)
-    return PortableModel(cfg, vocab, context, imported(table, tensors, str(file)), about)
+    return PortableModel(cfg, vocab, context, import_tensors(table, tensors, str(file)), about)
 
 
 def count_blocks(tensors: LazyTensors, tower: str) -> int:
@@ -249,7 +249,7 @@ def check_names(tensors: LazyTensors, known: set[str], whose: Path) -> None:
         )
 
 
-def architecture(
+def read_architecture(
     tensors: LazyTensors,
     depth: int,
     text_depth: int,
@@ -271,16 +271,16 @@ def architecture(
         return shape(f"{TOWERS[tower]}/{BLOCK.format(0)}/{DENSE['mlp.up']}/bias", 1)[0]
 
     side, _, _, width = shape(f"{PATCH}/kernel", 4)
-    places = shape(PLACES["vision"], 3)[1] - 1
+    places = shape(POSITIONS["vision"], 3)[1] - 1
     text_width = shape(TOKEN, 2)[1]
     inside, text_inside = hidden_units("vision"), hidden_units("text")
-    shape(PLACES["text"], 3)
+    shape(POSITIONS["text"], 3)
     if math.isqrt(places) ** 2 != places:
         raise ValueError(
-            f"{whose}: {PLACES['vision']} is for {places} patches; FLIP's are a square"
+            f"{whose}: {POSITIONS['vision']} is for {places} patches; FLIP's are a square"
         )
 
-    size = sized(
+    size = size_fields(
         side,
         width=width,
         depth=depth,
@@ -289,8 +289,8 @@ def architecture(
         text_depth=text_depth,
         text_heads=text_heads,
         embed=shape(f"{PROJECTIONS['image_projection']}/kernel", 2)[1],
-        mlp=ratio(width, inside),
-        text_mlp=ratio(text_width, text_inside),
+        mlp=mlp_ratio(width, inside),
+        text_mlp=mlp_ratio(text_width, text_inside),
     )
     return ModelConfig(**size, image_size=math.isqrt(places) * side)
 
@@ -301,17 +301,17 @@ def architecture(
 def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write the folder, all in the msgpack file; return what differs when FLIP's code runs it."""
     cfg = model.cfg
-    check_flavour(cfg, bool(model.vocab))
+    check_settings(cfg, bool(model.vocab))
     if cfg.vision.positions == "learned" and model.tensors["vision.positions"][0].any():
         raise ValueError(
             "model.vision.positions learned: FLIP's code adds none to the class token, and this"
             " model's is not zero"
         )
 
-    sincos = fixed(cfg) if cfg.vision.positions == "sincos" else None
+    sincos = sincos_table(cfg) if cfg.vision.positions == "sincos" else None
     table = rules(cfg.shape.depth, cfg.shape.text_depth, sincos)
     folder.mkdir(parents=True)
-    t5x.write(folder / "checkpoint", exported(table, model.tensors), dtype)
+    t5x.write(folder / "checkpoint", export_tensors(table, model.tensors), dtype)
 
     notes = []
     if not model.about.pad_text:
@@ -327,7 +327,7 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
     return notes
 
 
-def check_flavour(cfg: ModelConfig, text: bool) -> None:
+def check_settings(cfg: ModelConfig, text: bool) -> None:
     """Raise ValueError naming the first setting that FLIP's code does not have."""
     if not text:
         raise ValueError("a vision tower alone: FLIP's checkpoints are of a pair")

@@ -22,10 +22,26 @@ import torch
 from torch import Tensor
 
 from glimpse.model import tensor_files
-from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, origin, told_crop
-from glimpse.model.convert.positions import position_rule, taken, write
-from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, fused, one, scalar, thirds
-from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.convert.common import (
+    MEAN,
+    STD,
+    crop_entry,
+    crop_notes,
+    describe_source,
+    read_crop,
+    require_version,
+)
+from glimpse.model.convert.positions import import_with_positions, position_rule, write_weights
+from glimpse.model.convert.rules import (
+    Rule,
+    as_kernel,
+    as_matrix,
+    as_scalar,
+    from_scalar,
+    fuse_qkv,
+    split_qkv,
+)
+from glimpse.model.convert.sizes import mlp_ratio, size_fields
 from glimpse.model.layers import mlp_width
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import ModelInfo, PortableModel
@@ -34,7 +50,7 @@ from glimpse.model.towers import ModelConfig
 from glimpse.model.vision import VisionConfig
 
 CONFIG = "config.json"
-IMAGES = "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,7 +59,7 @@ WEIGHTS = (
 )
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
 # Buffers of older files that count 0, 1, ...
-COUNTS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+INDEX_BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 VISION = dict(
     hidden_size=768,
@@ -68,8 +84,8 @@ TEXT = dict(
     eos_token_id=49407,
 )
 # The eos_token_id of older configs. It means "pool at the largest id", OpenAI's end-of-text.
-ARGMAX = 2
-IMAGE = dict(
+LARGEST_ID_EOS = 2
+PREPROCESSING = dict(
     do_resize=True, do_center_crop=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True
 )
 RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
@@ -102,27 +118,38 @@ BLOCK = {
 def rules(cfg: ModelConfig) -> list[Rule]:
     """Return the rules of all tensors."""
     patch = "vision_model.embeddings.patch_embedding.weight"
-    table = [Rule((ours,), (theirs,)) for ours, theirs in NAMES.items()]
-    table.append(Rule(("vision.patch.weight",), (patch,), out=as_kernel, back=as_matrix))
+    table = [Rule((glimpse_name,), (foreign_name,)) for glimpse_name, foreign_name in NAMES.items()]
+    table.append(
+        Rule(("vision.patch.weight",), (patch,), to_foreign=as_kernel, from_foreign=as_matrix)
+    )
     table.append(position_rule(cfg, POSITIONS))
-    table.append(Rule(("temperature.logit_scale",), ("logit_scale",), out=scalar, back=one))
-    table += blocks("vision", cfg.shape.depth)
-    table += blocks("text", cfg.shape.text_depth)
+    table.append(
+        Rule(
+            ("temperature.logit_scale",),
+            ("logit_scale",),
+            to_foreign=as_scalar,
+            from_foreign=from_scalar,
+        )
+    )
+    table += block_rules("vision", cfg.shape.depth)
+    table += block_rules("text", cfg.shape.text_depth)
     return table
 
 
-def blocks(tower: str, depth: int) -> Iterator[Rule]:
+def block_rules(tower: str, depth: int) -> Iterator[Rule]:
     """Yield the rules of a tower's blocks."""
     for i in range(depth):
         block, layer = f"{tower}.blocks.{i}", f"{tower}_model.encoder.layers.{i}"
         for kind in ("weight", "bias"):
             qkv = tuple(f"{layer}.self_attn.{name}_proj.{kind}" for name in "qkv")
-            yield Rule((f"{block}.attn.qkv.{kind}",), qkv, out=thirds, back=fused)
-            for ours, theirs in BLOCK.items():
-                yield Rule((f"{block}.{ours}.{kind}",), (f"{layer}.{theirs}.{kind}",))
+            yield Rule(
+                (f"{block}.attn.qkv.{kind}",), qkv, to_foreign=split_qkv, from_foreign=fuse_qkv
+            )
+            for glimpse_name, foreign_name in BLOCK.items():
+                yield Rule((f"{block}.{glimpse_name}.{kind}",), (f"{layer}.{foreign_name}.{kind}",))
 
 
-def claims(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     try:
         return json.loads((path / CONFIG).read_text()).get("model_type") == "clip"
     except (OSError, ValueError, AttributeError):
@@ -132,38 +159,38 @@ def claims(path: Path) -> bool:
 def load(path: Path) -> PortableModel:
     """Load the folder's model.  ValueError: see the package's docstring."""
     try:
-        return understood(path, tensor_files.read_json(path / CONFIG))
+        return load_from_config(path, tensor_files.read_json(path / CONFIG))
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise error from None
         raise ValueError(f"{path / CONFIG}: {error}") from None
 
 
-def understood(path: Path, tree: dict) -> PortableModel:
+def load_from_config(path: Path, tree: dict) -> PortableModel:
     """Load the folder's model, given the tree of its config.json."""
     # 1. The architecture, from the config.
-    vision = section(tree, "vision_config", VISION)
-    text = section(tree, "text_config", TEXT)
+    vision = tower_section(tree, "vision_config", VISION)
+    text = tower_section(tree, "text_config", TEXT)
     check_config(vision, text)
-    size = sized(
+    size = size_fields(
         vision["patch_size"],
         width=vision["hidden_size"],
         depth=vision["num_hidden_layers"],
         heads=vision["num_attention_heads"],
-        mlp=ratio(vision["hidden_size"], vision["intermediate_size"]),
+        mlp=mlp_ratio(vision["hidden_size"], vision["intermediate_size"]),
         text_width=text["hidden_size"],
         text_depth=text["num_hidden_layers"],
         text_heads=text["num_attention_heads"],
-        text_mlp=ratio(text["hidden_size"], text["intermediate_size"]),
+        text_mlp=mlp_ratio(text["hidden_size"], text["intermediate_size"]),
         embed=tree.get("projection_dim", 512),
     )
-    mean, std, interpolation, crop = images(path, vision["image_size"])
+    mean, std, interpolation, crop = read_preprocessing(path, vision["image_size"])
     vision_cfg = VisionConfig(
         positions="learned",
         pool="cls",
         pre_norm=True,
         patch_bias=False,
-        activation=activation(vision, "vision_config"),
+        activation=read_activation(vision, "vision_config"),
         eps=vision["layer_norm_eps"],
         mean=mean,
         std=std,
@@ -171,7 +198,7 @@ def understood(path: Path, tree: dict) -> PortableModel:
     text_cfg = TextConfig(
         causal=True,
         pool="eot",
-        activation=activation(text, "text_config"),
+        activation=read_activation(text, "text_config"),
         eps=text["layer_norm_eps"],
     )
     cfg = ModelConfig(
@@ -179,21 +206,21 @@ def understood(path: Path, tree: dict) -> PortableModel:
     )
 
     # 2. The weights, which tell whether positions are fixed.
-    tensors = weights(path)
+    tensors = read_weights(path)
     eot, vocab = text["eos_token_id"], text["vocab_size"]
-    if eot == ARGMAX:
+    if eot == LARGEST_ID_EOS:
         eot = vocab - 1
     about = ModelInfo(
         eot=eot,
         crop=crop,
         interpolation=interpolation,
-        source=origin(path, "hf", left_out=tensors.unused_entries),
+        source=describe_source(path, "hf", left_out=tensors.unused_entries),
     )
-    cfg, tensors = taken(path, cfg, rules, POSITIONS, tensors, str(path))
+    cfg, tensors = import_with_positions(path, cfg, rules, POSITIONS, tensors, str(path))
     return PortableModel(cfg, vocab, text["max_position_embeddings"], tensors, about)
 
 
-def section(tree: dict, key: str, default: dict) -> dict:
+def tower_section(tree: dict, key: str, default: dict) -> dict:
     """Return the config of a tower. An old `..._dict` replaces all of it, as in transformers."""
     return default | (tree.get(f"{key}_dict") or tree.get(key) or {})
 
@@ -215,41 +242,43 @@ def check_config(vision: dict, text: dict) -> None:
         )
 
 
-def activation(tower: dict, where: str) -> str:
+def read_activation(tower: dict, where: str) -> str:
     """Return our name of a tower's activation; `where` names its config in errors."""
-    for ours, theirs in ACTIVATIONS.items():
-        if tower["hidden_act"] == theirs:
-            return ours
+    for name, foreign_name in ACTIVATIONS.items():
+        if tower["hidden_act"] == foreign_name:
+            return name
     known = ", ".join(sorted(ACTIVATIONS.values()))
     raise ValueError(f"{where}.hidden_act {tower['hidden_act']!r}: our towers have {known}")
 
 
-def images(path: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...], str, str]:
+def read_preprocessing(
+    path: Path, side: int
+) -> tuple[tuple[float, ...], tuple[float, ...], str, str]:
     """Return (mean, std, interpolation, crop) of the folder's image processor.
 
     ValueError if it prepares images differently from our evaluations.
     """
-    file, config = image_processor(path, side)
+    file, config = read_image_processor(path, side)
     for key in ("image_mean", "image_std"):
         if not is_rgb(config[key]):
             raise ValueError(
                 f"{file}: {key} {config[key]}: it should be three numbers, of red, green and blue"
             )
-    squash = check_preparation(config, side, file)
+    squash = check_preprocessing(config, side, file)
     mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    interpolation = interpolation_in(config, file)
-    crop = crop_in(config, file, "squash" if squash else "resize_crop")
+    interpolation = read_interpolation(config, file)
+    crop = read_crop(config, file, "squash" if squash else "resize_crop")
     return mean, std, interpolation, crop
 
 
-def image_processor(path: Path, side: int) -> tuple[Path, dict]:
+def read_image_processor(path: Path, side: int) -> tuple[Path, dict]:
     """Return the file of the folder's image processor and its config, filled up with defaults.
 
     side: the image size of the model, which is the default size.
     """
-    names = (IMAGES, "processor_config.json")
+    names = (PREPROCESSOR, "processor_config.json")
     files = [path / name for name in names if (path / name).exists()]
-    file = files[0] if files else path / IMAGES
+    file = files[0] if files else path / PREPROCESSOR
     tree = tensor_files.read_json(file) if files else {}
     config = tree.get("image_processor", tree)
     if not isinstance(config, dict):
@@ -257,7 +286,7 @@ def image_processor(path: Path, side: int) -> tuple[Path, dict]:
             f"{file}: image_processor holds a {type(config).__name__}, and should hold keys"
         )
     defaults = dict(size=side, crop_size=side, resample=3, image_mean=MEAN, image_std=STD)
-    return file, IMAGE | defaults | config
+    return file, PREPROCESSING | defaults | config
 
 
 def is_rgb(values: object) -> bool:
@@ -267,7 +296,7 @@ def is_rgb(values: object) -> bool:
     return all(type(value) in (int, float) for value in values)
 
 
-def check_preparation(config: dict, side: int, file: Path) -> bool:
+def check_preprocessing(config: dict, side: int, file: Path) -> bool:
     """Raise ValueError naming the first key of an image processor that our evaluations contradict.
 
     Return True if it squashes images, False if it resizes and crops them.
@@ -275,7 +304,7 @@ def check_preparation(config: dict, side: int, file: Path) -> bool:
     square = {"height": side, "width": side}
     squash = config["size"] == square
     sides = {"size": square if squash else {"shortest_edge": side}, "crop_size": square}
-    wanted = IMAGE | sides
+    wanted = PREPROCESSING | sides
     if squash and not config["do_center_crop"]:  # the crop size is not used then
         del wanted["do_center_crop"], wanted["crop_size"]
     for key, value in wanted.items():
@@ -289,7 +318,7 @@ def check_preparation(config: dict, side: int, file: Path) -> bool:
     return squash
 
 
-def interpolation_in(config: dict, file: Path) -> str:
+def read_interpolation(config: dict, file: Path) -> str:
     """Return the name of an image processor's interpolation."""
     for name, number in RESAMPLE.items():
         if config["resample"] == number:
@@ -298,16 +327,16 @@ def interpolation_in(config: dict, file: Path) -> str:
     raise ValueError(f"{file}: resample {config['resample']}: we have {known}")
 
 
-def weights(path: Path) -> LazyTensors:
+def read_weights(path: Path) -> LazyTensors:
     """Return the folder's tensors without the buffers that only count."""
     for name in WEIGHTS:
         if (path / name).exists():
             tensors = tensor_files.read_tensors(path / name)
-            return tensors.rename({name: name for name in tensors if name not in COUNTS})
+            return tensors.rename({name: name for name in tensors if name not in INDEX_BUFFERS})
     raise ValueError(f"{path}: no weights; one of {', '.join(WEIGHTS)}")
 
 
-def check(model: PortableModel) -> None:
+def check_settings(model: PortableModel) -> None:
     """Raise ValueError naming the first setting that CLIPModel does not have."""
     vision, text, about = model.cfg.vision, model.cfg.text, model.about
     if not model.vocab:
@@ -330,7 +359,7 @@ def check(model: PortableModel) -> None:
         )
     if about.eot is None:
         why = "this has none"
-    elif about.eot == ARGMAX:
+    elif about.eot == LARGEST_ID_EOS:
         why = f"this one's id, {about.eot}, it takes to mean a caption's largest id"
     else:
         return
@@ -345,16 +374,16 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
 
     ValueError: see `check`.
     """
-    check(model)
-    config, processor = config_out(model, dtype), processor_out(model)
+    check_settings(model)
+    config, processor = make_config(model, dtype), make_processor_config(model)
     folder.mkdir(parents=True)
-    write(folder / WEIGHTS[0], model.tensors, model, rules(model.cfg), dtype)
-    for name, content in ((CONFIG, config), (IMAGES, processor)):
+    write_weights(folder / WEIGHTS[0], model.tensors, model, rules(model.cfg), dtype)
+    for name, content in ((CONFIG, config), (PREPROCESSOR, processor)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
-    return told_crop(model.about.crop, "HF's image processor")
+    return crop_notes(model.about.crop, "HF's image processor")
 
 
-def config_out(model: PortableModel, dtype: torch.dtype) -> dict:
+def make_config(model: PortableModel, dtype: torch.dtype) -> dict:
     """Return the content of config.json."""
     cfg, s = model.cfg, model.cfg.shape
     vision = dict(
@@ -395,7 +424,7 @@ def config_out(model: PortableModel, dtype: torch.dtype) -> dict:
     )
 
 
-def processor_out(model: PortableModel) -> dict:
+def make_processor_config(model: PortableModel) -> dict:
     """Return the content of preprocessor_config.json."""
     cfg, about = model.cfg, model.about
     side = cfg.image_shape[0]
@@ -404,22 +433,22 @@ def processor_out(model: PortableModel) -> dict:
     return dict(
         image_processor_type="CLIPImageProcessor",
         processor_class="CLIPProcessor",
-        **IMAGE,
+        **PREPROCESSING,
         do_convert_rgb=True,
         size=size,
         crop_size=square,
         resample=RESAMPLE[about.interpolation],
         image_mean=list(cfg.vision.mean),
         image_std=list(cfg.vision.std),
-        **kept_crop(about.crop),
+        **crop_entry(about.crop),
     )
 
 
-def peer(path: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def reference_model(path: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return transformers' own model: (images (B, 3, H, W) normalized, ids (B, N) padded) -> unit
     vectors (B, E) of images and of texts.
     """
-    newer("transformers", "4.56")
+    require_version("transformers", "4.56")
     from transformers import CLIPModel
     from transformers.utils.logging import disable_progress_bar
 

@@ -36,9 +36,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glimpse.model.convert import torch_dist
-from glimpse.model.convert.positions import keep, position_rule, taken
-from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, exported, one, same, scalar
-from glimpse.model.convert.torch_dist import Folder, Place
+from glimpse.model.convert.positions import import_with_positions, position_rule, write_terms
+from glimpse.model.convert.rules import (
+    Rule,
+    as_kernel,
+    as_matrix,
+    as_scalar,
+    export_tensors,
+    from_scalar,
+    identity,
+)
+from glimpse.model.convert.torch_dist import DistCheckpoint, TensorPlace
 from glimpse.model.layers import mlp_width
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import CONFIG_FILE, ModelInfo, PortableModel
@@ -64,7 +72,7 @@ SPLIT = {
 }
 # Megatron-LM pads a vocabulary to a multiple of this, times the ranks
 # (--make-vocab-size-divisible-by)
-MULTIPLE = 128
+VOCAB_MULTIPLE = 128
 
 
 def save(
@@ -85,14 +93,14 @@ def save(
     memory and 20 to 30 s, written for 1 rank or 8.
     """
     cfg = model.cfg
-    check(cfg, bool(model.vocab), tp, spec)
+    check_split(cfg, bool(model.vocab), tp, spec)
 
     # Weights under megatron-core's names, and the layers' extra states, which are empty.
-    multiple = MULTIPLE * tp
+    multiple = VOCAB_MULTIPLE * tp
     padded = -(-model.vocab // multiple) * multiple
     table = rules(cfg, model.vocab, padded, (spec, "te"))
-    tensors = exported(table, model.tensors)
-    places = {name: place(cfg, name) for name in tensors}
+    tensors = export_tensors(table, model.tensors)
+    places = {name: find_place(cfg, name) for name in tensors}
     states = extra_states(cfg, model.vocab)
     common = {
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}
@@ -105,11 +113,11 @@ def save(
         vocab=model.vocab,
         context=model.context,
         about=asdict(model.about),
-        megatron=dict(tp=tp, spec=spec, **arguments(cfg, padded, model.context)),
+        megatron=dict(tp=tp, spec=spec, **module_arguments(cfg, padded, model.context)),
     )
     folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=1) + "\n")
-    keep(folder, model, table)
+    write_terms(folder, model, table)
     torch_dist.write(folder, tensors, places, states, common, tp, dtype)
 
     if tp == 1:
@@ -120,19 +128,19 @@ def save(
 def extra_states(cfg: ModelConfig, vocab: int) -> dict[str, list[None]]:
     """Return the extra states that megatron-core saves for each linear layer, all of them empty."""
     states = {}
-    for tower, depth in depths(cfg, vocab).items():
+    for tower, depth in count_layers(cfg, vocab).items():
         for layer in SPLIT:
             for i in range(depth):
                 states[f"{tower}{LAYERS}{layer}._extra_state/shard_{i}_{depth}"] = [None]
     return states
 
 
-def claims(path: Path) -> bool:
-    return torch_dist.is_one(path)
+def recognizes(path: Path) -> bool:
+    return torch_dist.is_complete_folder(path)
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadOptions:
     """Options for a checkpoint that lies apart from its config.json."""
 
     # the config.json that `save` wrote
@@ -144,32 +152,32 @@ def load(path: Path, config: str = "") -> PortableModel:
 
     config: as in Given.
     """
-    cfg, vocab, context, about = described(Path(config or path / CONFIG_FILE))
-    tensors = named(Folder(path))
+    cfg, vocab, context, about = read_config(Path(config or path / CONFIG_FILE))
+    tensors = unstack_layers(DistCheckpoint(path))
 
     # A bias of zeros stands for none, until it is trained.
     bias = f"{KERNEL}bias"
     patch_bias = bias in tensors and (cfg.vision.patch_bias or bool(tensors[bias].any()))
     cfg = replace(cfg, vision=replace(cfg.vision, positions="learned", patch_bias=patch_bias))
 
-    specs = [spec_of(tensors, tower) for tower in (VISION, TEXT)]
+    specs = [detect_spec(tensors, tower) for tower in (VISION, TEXT)]
     padded = tensors.meta[WORDS].shape[0] if WORDS in tensors else 0
 
     def rules_of(cfg: ModelConfig) -> list[Rule]:
         return rules(cfg, vocab, padded, specs)
 
-    cfg, tensors = taken(path, cfg, rules_of, POSITIONS, tensors, str(path))
+    cfg, tensors = import_with_positions(path, cfg, rules_of, POSITIONS, tensors, str(path))
     source = {**about.source, "path": str(path), "format": "megatron"}
     return PortableModel(cfg, vocab, context, tensors, replace(about, source=source))
 
 
-def spec_of(tensors: LazyTensors, tower: str) -> str:
+def detect_spec(tensors: LazyTensors, tower: str) -> str:
     """Return the spec, a key of NORMS, that gave a tower's norms their names."""
     first_norm = f"{tower}{LAYERS}0.{NORMS['te'][0]}weight"
     return "te" if first_norm in tensors else "local"
 
 
-def check(cfg: ModelConfig, text: bool, tp: int, spec: str) -> None:
+def check_split(cfg: ModelConfig, text: bool, tp: int, spec: str) -> None:
     """Raise ValueError naming the first reason why the model cannot be written with these options.
 
     text: there is a text tower.
@@ -197,19 +205,24 @@ def rules(cfg: ModelConfig, vocab: int, padded: int, specs: Sequence[str]) -> li
     s = cfg.shape
     table = [
         Rule(("vision.cls",), (f"{VISION}class_token",), as_token, from_token),
-        *tower("vision", VISION, s.depth, s.heads, NORMS[specs[0]]),
+        *tower_rules("vision", VISION, s.depth, s.heads, NORMS[specs[0]]),
         *patch_rules(cfg),
     ]
     if vocab:
         positions = f"{TEXT}embedding.position_embeddings.weight"
-        pad, cut = partial(padded_to, padded), partial(cut_to, vocab)
+        pad, cut = partial(pad_rows, padded), partial(cut_rows, vocab)
         table += [
             Rule(("text.token.weight",), (WORDS,), pad, cut),
             Rule(("text.positions",), (positions,)),
-            *tower("text", TEXT, s.text_depth, s.text_heads, NORMS[specs[1]]),
+            *tower_rules("text", TEXT, s.text_depth, s.text_heads, NORMS[specs[1]]),
             Rule(("image_projection.weight",), (f"{VISION}head.weight",)),
             Rule(("text_projection.weight",), (f"{TEXT}head.weight",)),
-            Rule(("temperature.logit_scale",), ("logit_scale",), out=scalar, back=one),
+            Rule(
+                ("temperature.logit_scale",),
+                ("logit_scale",),
+                to_foreign=as_scalar,
+                from_foreign=from_scalar,
+            ),
         ]
     return table
 
@@ -217,12 +230,12 @@ def rules(cfg: ModelConfig, vocab: int, padded: int, specs: Sequence[str]) -> li
 def patch_rules(cfg: ModelConfig) -> list[Rule]:
     """Return the rules of the patch embedding, the positions and the norm before the blocks."""
     weight, bias = (f"{KERNEL}weight",), (f"{KERNEL}bias",)
-    patch = Rule(("vision.patch.weight",), weight, out=as_kernel, back=as_matrix)
+    patch = Rule(("vision.patch.weight",), weight, to_foreign=as_kernel, from_foreign=as_matrix)
     if cfg.vision.pre_norm:  # subtype clip: a bias is folded into the positions
         return [
             patch,
             position_rule(cfg, POSITIONS),
-            *both("vision.pre_norm.", f"{VISION}ln_pre."),
+            *weight_and_bias("vision.pre_norm.", f"{VISION}ln_pre."),
         ]
 
     # Subtype internvit has a bias.
@@ -230,7 +243,12 @@ def patch_rules(cfg: ModelConfig) -> list[Rule]:
     positions = position_rule(unbiased, POSITIONS)
     if cfg.vision.patch_bias:
         return [patch, positions, Rule(("vision.patch.bias",), bias)]
-    patch = Rule(("vision.patch.weight",), weight + bias, out=kernel_and_zeros, back=without_zeros)
+    patch = Rule(
+        ("vision.patch.weight",),
+        weight + bias,
+        to_foreign=kernel_and_zeros,
+        from_foreign=without_zeros,
+    )
     return [patch, positions]
 
 
@@ -253,38 +271,48 @@ def without_zeros(kernel: Tensor, zeros: Tensor) -> Tensor:
     return as_matrix(kernel)
 
 
-def padded_to(rows: int, table: Tensor) -> Tensor:
+def pad_rows(rows: int, table: Tensor) -> Tensor:
     """Return a vocabulary (V, D) padded with zeros to (rows, D)."""
     return F.pad(table, (0, 0, 0, rows - len(table)))
 
 
-def cut_to(rows: int, table: Tensor) -> Tensor:
+def cut_rows(rows: int, table: Tensor) -> Tensor:
     return table[:rows]
 
 
-def tower(ours: str, theirs: str, depth: int, heads: int, norms: tuple[str, str]) -> list[Rule]:
+def tower_rules(
+    glimpse_tower: str, foreign_prefix: str, depth: int, heads: int, norms: tuple[str, str]
+) -> list[Rule]:
     """Return the rules of a tower's blocks and of its last norm."""
-    qkv_out, qkv_back = partial(by_head, heads), partial(by_kind, heads)
-    table = both(f"{ours}.norm.", f"{theirs}final_layernorm.")
+    qkv_out, qkv_back = partial(group_by_head, heads), partial(group_by_kind, heads)
+    table = weight_and_bias(f"{glimpse_tower}.norm.", f"{foreign_prefix}final_layernorm.")
     for i in range(depth):
-        block, layer = f"{ours}.blocks.{i}.", f"{theirs}{LAYERS}{i}."
+        block, layer = f"{glimpse_tower}.blocks.{i}.", f"{foreign_prefix}{LAYERS}{i}."
         qkv = f"{layer}self_attention.linear_qkv."
-        table += both(f"{block}norm1.", f"{layer}{norms[0]}")
-        table += both(f"{block}norm2.", f"{layer}{norms[1]}")
-        table += both(f"{block}attn.qkv.", qkv, qkv_out, qkv_back)
-        table += both(f"{block}attn.out.", f"{layer}self_attention.linear_proj.")
-        table += both(f"{block}mlp.up.", f"{layer}mlp.linear_fc1.")
-        table += both(f"{block}mlp.down.", f"{layer}mlp.linear_fc2.")
+        table += weight_and_bias(f"{block}norm1.", f"{layer}{norms[0]}")
+        table += weight_and_bias(f"{block}norm2.", f"{layer}{norms[1]}")
+        table += weight_and_bias(f"{block}attn.qkv.", qkv, qkv_out, qkv_back)
+        table += weight_and_bias(f"{block}attn.out.", f"{layer}self_attention.linear_proj.")
+        table += weight_and_bias(f"{block}mlp.up.", f"{layer}mlp.linear_fc1.")
+        table += weight_and_bias(f"{block}mlp.down.", f"{layer}mlp.linear_fc2.")
     return table
 
 
-def both(ours: str, theirs: str, out: Callable = same, back: Callable = same) -> list[Rule]:
+def weight_and_bias(
+    glimpse_prefix: str,
+    foreign_prefix: str,
+    to_foreign: Callable = identity,
+    from_foreign: Callable = identity,
+) -> list[Rule]:
     """Return the rules of a weight and a bias, given the prefixes of their names."""
-    names = [(ours + kind, theirs + kind) for kind in ("weight", "bias")]
-    return [Rule((name,), (foreign_name,), out, back) for name, foreign_name in names]
+    table = []
+    for kind in ("weight", "bias"):
+        names = (glimpse_prefix + kind,), (foreign_prefix + kind,)
+        table.append(Rule(*names, to_foreign, from_foreign))
+    return table
 
 
-def by_head(heads: int, qkv: Tensor) -> Tensor:
+def group_by_head(heads: int, qkv: Tensor) -> Tensor:
     """Return the rows of a fused qkv (3 D, ...) in megatron-core's order.
 
     Ours has all of q first; megatron-core has q, k and v of the first head, then of the next.
@@ -292,12 +320,12 @@ def by_head(heads: int, qkv: Tensor) -> Tensor:
     return qkv.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def by_kind(heads: int, qkv: Tensor) -> Tensor:
+def group_by_kind(heads: int, qkv: Tensor) -> Tensor:
     """Invert `by_head`."""
     return qkv.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def depths(cfg: ModelConfig, vocab: int) -> dict[str, int]:
+def count_layers(cfg: ModelConfig, vocab: int) -> dict[str, int]:
     """Return {tower: number of layers}."""
     counts = {VISION: cfg.shape.depth}
     if vocab:
@@ -305,25 +333,25 @@ def depths(cfg: ModelConfig, vocab: int) -> dict[str, int]:
     return counts
 
 
-def place(cfg: ModelConfig, name: str) -> Place:
+def find_place(cfg: ModelConfig, name: str) -> TensorPlace:
     """Return where a tensor of `rules` lies in the checkpoint.
 
     A layer's tensor is a row of the tensor of all layers, as in sharded_state_dict.
     """
     match = re.fullmatch(rf"(.*{re.escape(LAYERS)})(\d+)\.(.*)", name)
     if not match:
-        return Place(name, axis=0 if name == WORDS else None)
+        return TensorPlace(name, axis=0 if name == WORDS else None)
     before, row, after = match.groups()
     layer, _, kind = after.rpartition(".")
     axis = None
     if layer in SPLIT and kind in ("weight", "bias"):
         weight_axis, bias_axis = SPLIT[layer]
         axis = bias_axis if kind == "bias" else weight_axis
-    depth = depths(cfg, 1)[before.removesuffix(LAYERS)]
-    return Place(before + after, int(row), depth, axis)
+    depth = count_layers(cfg, 1)[before.removesuffix(LAYERS)]
+    return TensorPlace(before + after, int(row), depth, axis)
 
 
-def named(folder: Folder) -> LazyTensors:
+def unstack_layers(folder: DistCheckpoint) -> LazyTensors:
     """Return the folder's tensors under the names of `rules`, layers one by one."""
     meta: dict[str, Tensor] = {}
     where: dict[str, tuple[str, int | None]] = {}  # (key, row), as `Folder.read` takes them
@@ -342,7 +370,7 @@ def named(folder: Folder) -> LazyTensors:
     return LazyTensors(meta, lambda name: folder.read(*where[name]))
 
 
-def arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
+def module_arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
     """Return the arguments that the modules are built with, under megatron-core's names.
 
     The value of activation_func is our name of it.
@@ -382,11 +410,11 @@ def arguments(cfg: ModelConfig, padded: int, context: int) -> dict[str, dict]:
     return {"vision": vision, "text": text}
 
 
-def described(path: Path) -> tuple[ModelConfig, int, int, ModelInfo]:
+def read_config(path: Path) -> tuple[ModelConfig, int, int, ModelInfo]:
     """Return (architecture, vocab, context, about) from a config.json of `save`."""
     try:
         tree = json.loads(path.read_text())
-        fields = tupled(tree["model"])
+        fields = lists_to_tuples(tree["model"])
         if fields["custom"]:
             fields["custom"] = Size(**fields["custom"])
         else:
@@ -406,12 +434,12 @@ def described(path: Path) -> tuple[ModelConfig, int, int, ModelInfo]:
         ) from None
 
 
-def tupled(tree: dict) -> dict:
+def lists_to_tuples(tree: dict) -> dict:
     """Return the tree with json's lists as the tuples that they were."""
     fields: dict = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            fields[key] = tupled(value)
+            fields[key] = lists_to_tuples(value)
         elif isinstance(value, list):
             fields[key] = tuple(value)
         else:

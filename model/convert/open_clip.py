@@ -23,9 +23,29 @@ from torch import Tensor
 from glimpse.model import tensor_files
 from glimpse.model.convert import open_clip_trunk as trunk
 from glimpse.model.convert import positions
-from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, origin, told_crop
-from glimpse.model.convert.open_clip_config import RESNET, config_in, config_out, is_timms
-from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, one, scalar, transposed
+from glimpse.model.convert.common import (
+    MEAN,
+    STD,
+    crop_entry,
+    crop_notes,
+    describe_source,
+    read_crop,
+    require_version,
+)
+from glimpse.model.convert.open_clip_config import (
+    RESNET,
+    make_config,
+    needs_timm_tower,
+    read_config,
+)
+from glimpse.model.convert.rules import (
+    Rule,
+    as_kernel,
+    as_matrix,
+    as_scalar,
+    from_scalar,
+    transpose,
+)
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.towers import ModelConfig
@@ -36,16 +56,16 @@ WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-MARKS = {"visual.conv1.weight", f"{trunk.TRUNK}patch_embed.proj.weight"}
+SIGNATURE_TENSORS = {"visual.conv1.weight", f"{trunk.TRUNK}patch_embed.proj.weight"}
 # entries of OpenAI's state dicts that are no weights
-OPENAI = ("input_resolution", "context_length", "vocab_size")
-PLACES = "visual.positional_embedding"
-RESAMPLE = {"random": "bicubic"}  # drawn in training alone
-RESIZE = {"shortest": "resize_crop", "squash": "squash"}  # a resize_mode as we call it
+OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
+POSITIONS = "visual.positional_embedding"
+INTERPOLATION_NAMES = {"random": "bicubic"}  # drawn in training alone
+RESIZE_MODES = {"shortest": "resize_crop", "squash": "squash"}  # a resize_mode as we call it
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadOptions:
     """Options for a file of weights; a folder needs none."""
 
     config: str = ""  # see the head of this file
@@ -53,10 +73,10 @@ class Given:
     std: tuple[float, ...] | None = None
 
 
-def claims(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     if (path / CONFIG).is_file():
         return True
-    return path.is_file() and not MARKS.isdisjoint(tensor_files.read_meta_tensors(path))
+    return path.is_file() and not SIGNATURE_TENSORS.isdisjoint(tensor_files.read_meta_tensors(path))
 
 
 # --- in
@@ -75,49 +95,51 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
                 " weights"
             )
         tree = tensor_files.read_json(path / CONFIG)
-        file, config_file = weights_of(path), path / CONFIG
+        file, config_file = find_weights(path), path / CONFIG
         tensors = tensor_files.read_tensors(file)
     else:
         file, config_file = path, Path(config)
         tensors = tensor_files.read_tensors(file)
-        tree = config_of(tensors, path, config)
+        tree = find_config(tensors, path, config)
     left_out = tensors.unused_entries
 
     # 2. The architecture.
     model = tree.get("model_cfg", tree)
     preprocess = tree.get("preprocess_cfg", {}) | statistics
-    cfg = config_in(model, preprocess, path)
+    cfg = read_config(model, preprocess, path)
     tensors = plain_names(tensors)
     timms = bool(model["vision_cfg"].get("timm_model_name"))
-    if timms and trunk.is_fixed(tensors, cfg):
+    if timms and trunk.has_sincos_positions(tensors, cfg):
         cfg = replace(cfg, vision=replace(cfg.vision, positions="sincos"))
     table = partial(rules, timms=timms)
-    cfg, tensors = positions.taken(file.parent, cfg, table, PLACES, tensors, str(file))
+    cfg, tensors = positions.import_with_positions(
+        file.parent, cfg, table, POSITIONS, tensors, str(file)
+    )
 
     # 3. The tokenizer and the preparation of images.
     text = model["text_cfg"]
     mode = preprocess.get("resize_mode") or "shortest"
-    if mode not in RESIZE:
+    if mode not in RESIZE_MODES:
         raise ValueError(
-            f"{path}: preprocess_cfg.resize_mode {mode!r}: ours are {' or '.join(RESIZE)}; write"
+            f"{path}: preprocess_cfg.resize_mode {mode!r}: ours are {' or '.join(RESIZE_MODES)}; write"
             " one of them"
         )
     interpolation = preprocess.get("interpolation") or "bicubic"
     eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
     attends_padding = not cfg.text.causal
     about = ModelInfo(
-        tokenizer=tokenizer_in(text),
+        tokenizer=read_tokenizer(text),
         eot=eot,
         pad_text=attends_padding,
-        crop=crop_in(tree, config_file, RESIZE[mode]),
-        interpolation=RESAMPLE.get(interpolation, interpolation),
-        source=origin(path, "open_clip", assumed(config, preprocess), left_out),
+        crop=read_crop(tree, config_file, RESIZE_MODES[mode]),
+        interpolation=INTERPOLATION_NAMES.get(interpolation, interpolation),
+        source=describe_source(path, "open_clip", assumption_notes(config, preprocess), left_out),
     )
     vocab, context = text.get("vocab_size", 49408), text.get("context_length", 77)
     return PortableModel(cfg, vocab, context, tensors, about)
 
 
-def weights_of(folder: Path) -> Path:
+def find_weights(folder: Path) -> Path:
     """Return the folder's file of weights."""
     for name in WEIGHTS:
         if (folder / name).is_file():
@@ -125,7 +147,7 @@ def weights_of(folder: Path) -> Path:
     raise ValueError(f"{folder}: has {CONFIG}, but none of {', '.join(WEIGHTS)}")
 
 
-def tokenizer_in(text: dict) -> str:
+def read_tokenizer(text: dict) -> str:
     """Return the tokenizer of a text_cfg: clip_bpe, or "" if it names another."""
     keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
     return "" if any(text.get(key) for key in keys) else "clip_bpe"
@@ -136,12 +158,12 @@ def plain_names(tensors: LazyTensors) -> LazyTensors:
 
     CustomTextCLIP has `text.` before the names of the text tower.
     """
-    unused = (*OPENAI, "attn_mask")
+    unused = (*OPENAI_ENTRIES, "attn_mask")
     names = [name for name in tensors if name not in unused]
     return tensors.rename({name.removeprefix("text."): name for name in names})
 
 
-def assumed(config: str, preprocess: dict) -> list[str]:
+def assumption_notes(config: str, preprocess: dict) -> list[str]:
     """Return a note on the statistics that a named config leaves out.
 
     OpenAI's models have their own mean and std, LAION's not always.
@@ -159,20 +181,20 @@ def assumed(config: str, preprocess: dict) -> list[str]:
     return [note]
 
 
-def config_of(tensors: LazyTensors, path: Path, config: str) -> dict:
+def find_config(tensors: LazyTensors, path: Path, config: str) -> dict:
     """Return the config of a file of weights; config: its file or name, for all but OpenAI's."""
-    is_openais = set(OPENAI) <= tensors.meta.keys()
+    is_openais = set(OPENAI_ENTRIES) <= tensors.meta.keys()
     if is_openais and config:
         raise ValueError(
             f"--given config={config}: {path} is OpenAI's, which tells everything itself; leave"
             " it out"
         )
     if is_openais or not config:
-        return openai(tensors, path)
-    return named(config)
+        return openai_config(tensors, path)
+    return find_named_config(config)
 
 
-def named(config: str) -> dict:
+def find_named_config(config: str) -> dict:
     """Return a config by its file, or by its name in the installed package."""
     if Path(config).is_file():
         return tensor_files.read_json(Path(config))
@@ -189,9 +211,9 @@ def named(config: str) -> dict:
     )
 
 
-def openai(tensors: LazyTensors, path: Path) -> dict:
+def openai_config(tensors: LazyTensors, path: Path) -> dict:
     """Return the config of OpenAI's state dicts, from the shapes."""
-    if not set(OPENAI) <= tensors.meta.keys():
+    if not set(OPENAI_ENTRIES) <= tensors.meta.keys():
         raise ValueError(
             f"{path}: weights alone, which do not tell the activation; add --given config=NAME,"
             " e.g. ViT-B-32, or a json file"
@@ -240,12 +262,12 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
         interpolation=model.about.interpolation,
         resize_mode=resize_mode,
     )
-    tree = dict(model_cfg=config_out(model), preprocess_cfg=preprocess, **kept_crop(crop))
-    table = rules(cfg, is_timms(cfg))
+    tree = dict(model_cfg=make_config(model), preprocess_cfg=preprocess, **crop_entry(crop))
+    table = rules(cfg, needs_timm_tower(cfg))
     folder.mkdir(parents=True)
-    positions.write(folder / WEIGHTS[0], model.tensors, model, table, dtype)
+    positions.write_weights(folder / WEIGHTS[0], model.tensors, model, table, dtype)
     (folder / CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
-    return told_crop(crop, "open_clip")
+    return crop_notes(crop, "open_clip")
 
 
 # --- both
@@ -253,38 +275,40 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
 
 def rules(cfg: ModelConfig, timms: bool) -> list[Rule]:
     """Return the rules of all tensors; timms: the vision tower is one of timm's."""
-    table = list(trunk.rules(cfg)) if timms else tower(cfg)
+    table = list(trunk.rules(cfg)) if timms else tower_rules(cfg)
     table.append(Rule(("text.token.weight",), ("token_embedding.weight",)))
     table.append(Rule(("text.positions",), ("positional_embedding",)))
-    table += blocks("text.", "", cfg.shape.text_depth)
-    table += norm("text.norm", "ln_final")
+    table += block_rules("text.", "", cfg.shape.text_depth)
+    table += norm_rules("text.norm", "ln_final")
     projection = ("text_projection.weight",), ("text_projection",)
-    table.append(Rule(*projection, transposed, transposed))
-    table.append(Rule(("temperature.logit_scale",), ("logit_scale",), scalar, one))
+    table.append(Rule(*projection, transpose, transpose))
+    table.append(Rule(("temperature.logit_scale",), ("logit_scale",), as_scalar, from_scalar))
     return table
 
 
-def tower(cfg: ModelConfig) -> list[Rule]:
+def tower_rules(cfg: ModelConfig) -> list[Rule]:
     """Return the rules of open_clip's own vision tower and of the image projection."""
     table = [
         Rule(("vision.patch.weight",), ("visual.conv1.weight",), as_kernel, as_matrix),
         Rule(("vision.cls",), ("visual.class_embedding",)),
-        positions.position_rule(cfg, PLACES),
+        positions.position_rule(cfg, POSITIONS),
     ]
     if cfg.vision.pre_norm:
-        table += norm("vision.pre_norm", "visual.ln_pre")
-    table += blocks("vision.", "visual.", cfg.shape.depth)
-    table += norm("vision.norm", "visual.ln_post")
+        table += norm_rules("vision.pre_norm", "visual.ln_pre")
+    table += block_rules("vision.", "visual.", cfg.shape.depth)
+    table += norm_rules("vision.norm", "visual.ln_post")
     projection = ("image_projection.weight",), ("visual.proj",)
-    table.append(Rule(*projection, transposed, transposed))
+    table.append(Rule(*projection, transpose, transpose))
     return table
 
 
-def norm(ours: str, theirs: str) -> Iterator[Rule]:
-    return (Rule((f"{ours}.{kind}",), (f"{theirs}.{kind}",)) for kind in ("weight", "bias"))
+def norm_rules(glimpse_name: str, foreign_name: str) -> Iterator[Rule]:
+    """Yield the rules of the weight and the bias of a layer norm."""
+    for kind in ("weight", "bias"):
+        yield Rule((f"{glimpse_name}.{kind}",), (f"{foreign_name}.{kind}",))
 
 
-def blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
+def block_rules(glimpse_prefix: str, foreign_prefix: str, depth: int) -> Iterator[Rule]:
     """Yield the rules of a tower's blocks, given the prefixes of the tower's names."""
     pairs = {
         "norm1.": "ln_1.",
@@ -295,25 +319,27 @@ def blocks(ours: str, theirs: str, depth: int) -> Iterator[Rule]:
         "mlp.down.": "mlp.c_proj.",
     }
     for i in range(depth):
-        block, foreign_block = f"{ours}blocks.{i}.", f"{theirs}transformer.resblocks.{i}."
+        block = f"{glimpse_prefix}blocks.{i}."
+        foreign_block = f"{foreign_prefix}transformer.resblocks.{i}."
         for layer, foreign_layer in pairs.items():
             for kind in ("weight", "bias"):
-                name, foreign_name = f"{layer}{kind}", f"{foreign_layer}{kind}"
-                yield Rule((block + name,), (foreign_block + foreign_name,))
+                glimpse_name = f"{block}{layer}{kind}"
+                foreign_name = f"{foreign_block}{foreign_layer}{kind}"
+                yield Rule((glimpse_name,), (foreign_name,))
 
 
-def peer(path: Path, config: str = "", **_: object) -> Callable:
+def reference_model(path: Path, config: str = "", **_: object) -> Callable:
     """Return open_clip's own model: (images (B, 3, H, W) normalized, ids (B, context)) -> unit
     embeddings of both.
     """
-    newer("open-clip-torch", "3.0")
+    require_version("open-clip-torch", "3.0")
     import open_clip
 
     if path.is_dir():
         model = open_clip.create_model(f"local-dir:{path}")
     else:
         tensors = tensor_files.read_tensors(path)
-        tree = config_of(tensors, path, config)
+        tree = find_config(tensors, path, config)
         options = dict(tree.get("model_cfg", tree))
         options.pop("custom_text", None)
         model = open_clip.CLIP(**options)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from glimpse.model.convert import open_clip_trunk as trunk
 from glimpse.model.convert.common import MEAN, STD
-from glimpse.model.convert.sizes import sized
+from glimpse.model.convert.sizes import size_fields
 from glimpse.model.portable import PortableModel
 from glimpse.model.text import TextConfig
 from glimpse.model.towers import ModelConfig
@@ -15,7 +15,7 @@ RESNET = "a ResNet; Glimpse's towers are vision transformers"
 POOLS = {"cls": ("tok", False), "mean": ("avg", False), "mean_then_norm": ("avg", True)}
 # The keys of a model_cfg and of its towers. READ: those that are read here. HARMLESS: those that
 # change nothing. ONLY: those that must have one of these values.
-READ = {
+READ_KEYS = {
     "embed_dim",
     "vision_cfg",
     "text_cfg",
@@ -41,7 +41,7 @@ READ = {
     "tokenizer_mode",
     "tokenizer_kwargs",
 }
-HARMLESS = {
+HARMLESS_KEYS = {
     "custom_text",
     "init_logit_scale",
     "nonscalar_logit_scale",
@@ -62,7 +62,7 @@ HARMLESS = {
     "hf_proj_type",
     "hf_pooler_type",
 }
-ONLY = {
+ALLOWED_VALUES = {
     "ls_init_value": (None,),
     "attentional_pool": (False,),
     "hf_model_name": (None,),
@@ -83,7 +83,7 @@ ONLY = {
     "input_patchnorm": (False,),
     "global_average_pool": (False,),
 }
-WHY = {
+REASONS = {
     "init_logit_bias": "a sigmoid loss's model (SigLIP); Glimpse's have no bias of the logits",
     "global_average_pool": (
         "it averaged the class token too, before the last norm, which is none of Glimpse's pools"
@@ -91,7 +91,7 @@ WHY = {
 }
 
 
-def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
+def read_config(model: dict, preprocess: dict, path: Path) -> ModelConfig:
     """Return our architecture for a model_cfg; path: where it lies, for errors.
 
     Positions are learned and there is no patch bias, as far as a config can tell.
@@ -102,15 +102,15 @@ def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
         raise ValueError(f"{path}: model_cfg.vision_cfg.layers {vision['layers']}: {RESNET}")
 
     # 1. Settings of both towers.
-    pool, text_pool = pools_in(vision, text, path)
-    vision_activation = activation(model, vision, f"{path}: model_cfg.vision_cfg")
-    text_activation = activation(model, text, f"{path}: model_cfg.text_cfg")
-    vision_eps, text_eps = eps_in(vision), eps_in(text)
+    pool, text_pool = read_pools(vision, text, path)
+    vision_activation = read_activation(model, vision, f"{path}: model_cfg.vision_cfg")
+    text_activation = read_activation(model, text, f"{path}: model_cfg.text_cfg")
+    vision_eps, text_eps = read_eps(vision), read_eps(text)
 
     # 2. The vision tower: open_clip's own, or one of timm's.
     width = vision.get("width", 768)
     if vision.get("timm_model_name"):
-        tower, settings = trunk.tower_in(vision, f"{path}: model_cfg.vision_cfg")
+        tower, settings = trunk.read_vision_config(vision, f"{path}: model_cfg.vision_cfg")
     else:
         heads = width // vision.get("head_width", 64)
         tower = trunk.TowerSize(
@@ -129,7 +129,7 @@ def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
         )
 
     # 3. Both together.
-    size = sized(
+    size = size_fields(
         **tower,
         text_width=text.get("width", 512),
         text_depth=text.get("layers", 12),
@@ -148,9 +148,9 @@ def config_in(model: dict, preprocess: dict, path: Path) -> ModelConfig:
     return ModelConfig(**size, image_size=image_size, init="clip", vision=vision_cfg, text=text_cfg)
 
 
-def pools_in(vision: dict, text: dict, path: Path) -> tuple[str, str]:
+def read_pools(vision: dict, text: dict, path: Path) -> tuple[str, str]:
     """Return our names of the pools of a vision_cfg and a text_cfg."""
-    pools = {theirs: ours for ours, theirs in POOLS.items()}
+    pools = {foreign_pool: pool for pool, foreign_pool in POOLS.items()}
     pools["tok", True] = "cls"
     pool = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool"))
     text_pool = text.get("pool_type", "argmax")
@@ -163,7 +163,7 @@ def pools_in(vision: dict, text: dict, path: Path) -> tuple[str, str]:
     return pools[pool], "first" if text_pool == "first" else "eot"
 
 
-def eps_in(tower: dict) -> float:
+def read_eps(tower: dict) -> float:
     return (tower.get("norm_kwargs") or {}).get("eps", 1e-5)
 
 
@@ -177,22 +177,22 @@ def check_keys(model: dict, path: Path) -> None:
     for where, tree in places.items():
         check_values(tree, where)
     for where, tree in places.items():
-        check_known(tree, READ | HARMLESS | ONLY.keys(), where)
+        check_known_keys(tree, READ_KEYS | HARMLESS_KEYS | ALLOWED_VALUES.keys(), where)
     for where, tree in places.items():
         for key, known in (("norm_kwargs", {"eps"}), ("act_kwargs", {"approximate"})):
-            check_known(tree.get(key) or {}, known, f"{where}.{key}")
+            check_known_keys(tree.get(key) or {}, known, f"{where}.{key}")
 
 
 def check_values(tree: dict, where: str) -> None:
     """Raise ValueError naming the first key of a tree with a value that is not ours."""
     for key, value in tree.items():
-        if key in ONLY and value not in ONLY[key]:
-            why = WHY.get(key, "Glimpse's towers have no such thing")
-            allowed = " or ".join(map(repr, ONLY[key]))
+        if key in ALLOWED_VALUES and value not in ALLOWED_VALUES[key]:
+            why = REASONS.get(key, "Glimpse's towers have no such thing")
+            allowed = " or ".join(map(repr, ALLOWED_VALUES[key]))
             raise ValueError(f"{where}.{key} {value!r}: {why} (only {allowed})")
 
 
-def check_known(tree: dict, known: Collection[str], where: str) -> None:
+def check_known_keys(tree: dict, known: Collection[str], where: str) -> None:
     """Raise ValueError naming the first key of a tree that is not known."""
     for key, value in tree.items():
         if key not in known:
@@ -202,7 +202,7 @@ def check_known(tree: dict, known: Collection[str], where: str) -> None:
             )
 
 
-def activation(model: dict, tower: dict, where: str) -> str:
+def read_activation(model: dict, tower: dict, where: str) -> str:
     """Return our name of a tower's activation; `where` names its config in errors."""
     if model.get("quick_gelu"):
         return "quick_gelu"
@@ -215,7 +215,7 @@ def activation(model: dict, tower: dict, where: str) -> str:
     return known[approximate]
 
 
-def config_out(model: PortableModel) -> dict:
+def make_config(model: PortableModel) -> dict:
     """Return the model_cfg.  ValueError naming the first setting that open_clip does not have."""
     cfg, shape, vision, text = model.cfg, model.cfg.shape, model.cfg.vision, model.cfg.text
     if not model.vocab:
@@ -242,21 +242,21 @@ def config_out(model: PortableModel) -> dict:
         layers=shape.text_depth,
         mlp_ratio=shape.text_mlp,
         no_causal_mask=not text.causal,
-        **pooled(model),
-        **inside(text),
+        **text_settings(model),
+        **layer_settings(text),
     )
     return dict(
         embed_dim=shape.embed,
         quick_gelu=text.activation == "quick_gelu",
-        vision_cfg=tower_out(cfg),
+        vision_cfg=make_vision_config(cfg),
         text_cfg=text_cfg,
     )
 
 
-def tower_out(cfg: ModelConfig) -> dict:
+def make_vision_config(cfg: ModelConfig) -> dict:
     """Return the vision_cfg: open_clip's own tower, or one of timm's."""
-    if is_timms(cfg):
-        return timms_tower_out(cfg)
+    if needs_timm_tower(cfg):
+        return make_timm_vision_config(cfg)
     shape = cfg.shape
     pool, norm_after_pool = POOLS[cfg.vision.pool]
     return dict(
@@ -269,14 +269,14 @@ def tower_out(cfg: ModelConfig) -> dict:
         no_ln_pre=not cfg.vision.pre_norm,
         pool_type=pool,
         final_ln_after_pool=norm_after_pool,
-        **inside(cfg.vision),
+        **layer_settings(cfg.vision),
     )
 
 
-def timms_tower_out(cfg: ModelConfig) -> dict:
+def make_timm_vision_config(cfg: ModelConfig) -> dict:
     """Return the vision_cfg of a tower of timm's."""
     try:
-        return trunk.tower_out(cfg)
+        return trunk.make_vision_config(cfg)
     except ValueError as error:
         activations = (
             f"model.vision.activation {cfg.vision.activation!r}, model.text.activation"
@@ -288,7 +288,7 @@ def timms_tower_out(cfg: ModelConfig) -> dict:
         ) from None
 
 
-def is_timms(cfg: ModelConfig) -> bool:
+def needs_timm_tower(cfg: ModelConfig) -> bool:
     """Return True if the vision tower becomes one of timm's.
 
     open_clip's own cannot have quick_gelu in one tower alone.
@@ -296,7 +296,7 @@ def is_timms(cfg: ModelConfig) -> bool:
     return (cfg.vision.activation == "quick_gelu") != (cfg.text.activation == "quick_gelu")
 
 
-def inside(tower: VisionConfig | TextConfig) -> dict[str, dict]:
+def layer_settings(tower: VisionConfig | TextConfig) -> dict[str, dict]:
     """Return the settings of a tower's norms and MLPs."""
     settings: dict[str, dict] = {"norm_kwargs": {"eps": tower.eps}}
     if tower.activation == "gelu_tanh":
@@ -304,7 +304,7 @@ def inside(tower: VisionConfig | TextConfig) -> dict[str, dict]:
     return settings
 
 
-def pooled(model: PortableModel) -> dict:
+def text_settings(model: PortableModel) -> dict:
     """Return the settings of the text's pooling, and of the tokenizer.
 
     CLIP's tokenizer is open_clip's own; another lies in the folder as Hugging Face's files.

@@ -21,7 +21,7 @@ from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.towers import ModelConfig
 
 TRUNK = "visual.trunk."
-SIDE, EPS = 224, 1e-6
+IMAGE_SIZE, EPS = 224, 1e-6
 POOLS = {"cls": "token", "mean": "avg"}  # as timm_pool names them
 PROJECTION = dict(timm_proj="linear", timm_proj_bias=False)
 
@@ -46,7 +46,7 @@ class TowerSettings(TypedDict):
     eps: float
 
 
-def named(cfg: ModelConfig) -> str:
+def timm_name(cfg: ModelConfig) -> str:
     """Return timm's name of the vision tower.
 
     ValueError naming the first setting that no name of timm's stands for.
@@ -62,49 +62,49 @@ def named(cfg: ModelConfig) -> str:
         if value not in allowed:
             choices = " or ".join(map(str, allowed))
             raise ValueError(f"none there has model.vision.{key} {value!r}, only {choices}")
-    if set(cfg.image_shape) != {SIDE}:
-        raise ValueError(f"none there has model.image_size {cfg.image_size}, only {SIDE}")
+    if set(cfg.image_shape) != {IMAGE_SIZE}:
+        raise ValueError(f"none there has model.image_size {cfg.image_size}, only {IMAGE_SIZE}")
 
     numbers = (shape.width, shape.depth, shape.heads)
     for name, size in timm.SIZES.items():
-        is_known = f"{name}_patch{cfg.patch_size}" in timm.KNOWN
+        is_known = f"{name}_patch{cfg.patch_size}" in timm.KNOWN_NAMES
         if size == numbers and shape.mlp == 4 and is_known:
-            return f"vit_{name}_patch{cfg.patch_size}_{SIDE}"
+            return f"vit_{name}_patch{cfg.patch_size}_{IMAGE_SIZE}"
     raise ValueError(
         f"none there has the width, depth, heads and patches of model.size {cfg.size!r}"
     )
 
 
-def tower_out(cfg: ModelConfig) -> dict:
+def make_vision_config(cfg: ModelConfig) -> dict:
     """Return the vision_cfg."""
     return dict(
-        timm_model_name=named(cfg),
+        timm_model_name=timm_name(cfg),
         timm_model_pretrained=False,
         timm_pool=POOLS[cfg.vision.pool],
         **PROJECTION,
-        image_size=SIDE,
+        image_size=IMAGE_SIZE,
     )
 
 
-def tower_in(vision: dict, where: str) -> tuple[TowerSize, TowerSettings]:
+def read_vision_config(vision: dict, where: str) -> tuple[TowerSize, TowerSettings]:
     """Return the size and the settings in a vision_cfg.
 
     where: its place, for errors.
     """
     name = vision["timm_model_name"]
-    match = re.fullmatch(rf"vit_({'|'.join(timm.SIZES)})_patch(\d+)_{SIDE}", name)
+    match = re.fullmatch(rf"vit_({'|'.join(timm.SIZES)})_patch(\d+)_{IMAGE_SIZE}", name)
     if not match:
         sizes = ",".join(timm.SIZES)
         raise ValueError(
             f"{where}.timm_model_name {name!r}: of timm's towers ours are"
-            f" vit_{{{sizes}}}_patchN_{SIDE}"
+            f" vit_{{{sizes}}}_patchN_{IMAGE_SIZE}"
         )
 
     # Settings beside the name.
-    pools = {theirs: ours for ours, theirs in POOLS.items()}
+    pools = {timm_pool: pool for pool, timm_pool in POOLS.items()}
     pool = vision.get("timm_pool", "avg")
-    image_size = vision.get("image_size", SIDE)
-    checks = [("timm_pool", pool, pools), ("image_size", image_size, (SIDE,))]
+    image_size = vision.get("image_size", IMAGE_SIZE)
+    checks = [("timm_pool", pool, pools), ("image_size", image_size, (IMAGE_SIZE,))]
     for key, value in PROJECTION.items():
         checks.append((key, vision.get(key, value), (value,)))
     for key, value, allowed in checks:
@@ -120,14 +120,15 @@ def tower_in(vision: dict, where: str) -> tuple[TowerSize, TowerSettings]:
     return size, settings
 
 
-def is_fixed(tensors: LazyTensors, cfg: ModelConfig) -> bool:
+def has_sincos_positions(tensors: LazyTensors, cfg: ModelConfig) -> bool:
     """Return True if the tower's positions are the sin-cos ones."""
     name = f"{TRUNK}pos_embed"
-    return name in tensors and positions.is_fixed(tensors[name][0], cfg)
+    return name in tensors and positions.is_sincos(tensors[name][0], cfg)
 
 
 def rules(cfg: ModelConfig) -> Iterator[Rule]:
     """Yield the rules of the vision tower and of the image projection."""
     for rule in timm.rules(cfg):
-        yield replace(rule, theirs=tuple(TRUNK + name for name in rule.theirs))
+        trunk_names = tuple(TRUNK + name for name in rule.foreign_names)
+        yield replace(rule, foreign_names=trunk_names)
     yield Rule(("image_projection.weight",), ("visual.head.proj.weight",))

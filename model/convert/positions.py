@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from glimpse.model import tensor_files
-from glimpse.model.convert.rules import Rule, as_tuple, exported, imported
+from glimpse.model.convert.rules import Rule, as_tuple, export_tensors, import_tensors
 from glimpse.model.layers import sincos_positions
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import PortableModel
 from glimpse.model.towers import ModelConfig
 
-KEPT = "glimpse.safetensors"
+TERMS_FILE = "glimpse.safetensors"
 Rules = Callable[[ModelConfig], list[Rule]]
 
 
@@ -43,11 +43,13 @@ def position_rule(cfg: ModelConfig, name: str) -> Rule:
     if cfg.vision.positions == "sincos":
 
         def fold(*bias: Tensor) -> Tensor:
-            return folded(fixed(cfg), *bias)
+            return add_patch_bias(sincos_table(cfg), *bias)
 
-        return Rule(bias, (name,), out=fold, back=no_tensors, folded=cfg.vision.patch_bias)
+        return Rule(
+            bias, (name,), to_foreign=fold, from_foreign=no_tensors, is_lossy=cfg.vision.patch_bias
+        )
     if bias:
-        return Rule(("vision.positions", *bias), (name,), out=folded, folded=True)
+        return Rule(("vision.positions", *bias), (name,), to_foreign=add_patch_bias, is_lossy=True)
     return Rule(("vision.positions",), (name,))
 
 
@@ -56,27 +58,27 @@ def no_tensors(table: Tensor) -> tuple[()]:
     return ()
 
 
-def fixed(cfg: ModelConfig) -> Tensor:
+def sincos_table(cfg: ModelConfig) -> Tensor:
     """Return sin-cos positions as a table, (1 + L, D)."""
     width = cfg.shape.width
     return torch.cat([torch.zeros(1, width), sincos_positions(cfg.grid, width)])
 
 
-def is_fixed(table: Tensor, cfg: ModelConfig) -> bool:
+def is_sincos(table: Tensor, cfg: ModelConfig) -> bool:
     """Return True if the positions (1 + L, D) are the sin-cos ones, up to rounding.
 
     FLIP computes them in fp32, 2e-6 off; MAE's are equal.
     """
     if cfg.shape.width % 4:
         return False
-    wanted = fixed(cfg)
+    wanted = sincos_table(cfg)
     if table.shape != wanted.shape:
         return False
     eps = torch.finfo(table.dtype).eps if table.is_floating_point() else 0
     return torch.allclose(table.float(), wanted, rtol=eps, atol=4e-6)
 
 
-def folded(table: Tensor, bias: Tensor | None = None) -> Tensor:
+def add_patch_bias(table: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the table (1 + L, D) with the bias (D,), if any, added to the patches' rows."""
     if bias is None:
         return table
@@ -84,7 +86,7 @@ def folded(table: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat([table[:1], table[1:] + bias])
 
 
-def write(
+def write_weights(
     file: Path, tensors: LazyTensors, model: PortableModel, rules: list[Rule], dtype: torch.dtype
 ) -> None:
     """Write a format's file of weights, as its rules make them, and beside it the tensors that
@@ -95,25 +97,25 @@ def write(
     """
     computed: list[str] = []
     for rule in rules:
-        if rule.folded or not rule.ours:
-            computed += rule.theirs
-    tensor_files.write_safetensors(file, exported(rules, tensors), dtype, exact=computed)
-    keep(file.parent, model, rules)
+        if rule.is_lossy or not rule.glimpse_names:
+            computed += rule.foreign_names
+    tensor_files.write_safetensors(file, export_tensors(rules, tensors), dtype, exact=computed)
+    write_terms(file.parent, model, rules)
 
 
-def keep(folder: Path, model: PortableModel, rules: list[Rule]) -> None:
+def write_terms(folder: Path, model: PortableModel, rules: list[Rule]) -> None:
     """Write those of our tensors that folding loses into the folder."""
     lost: list[str] = []
     for rule in rules:
-        if rule.folded:
-            lost += rule.ours
+        if rule.is_lossy:
+            lost += rule.glimpse_names
     if lost:
         tensors = model.tensors.rename({name: name for name in lost})
         about = {"model": json.dumps(asdict(model.cfg))}
-        tensor_files.write_safetensors(folder / KEPT, tensors, about=about)
+        tensor_files.write_safetensors(folder / TERMS_FILE, tensors, about=about)
 
 
-def taken(
+def import_with_positions(
     folder: Path, cfg: ModelConfig, rules: Rules, name: str, tensors: LazyTensors, whose: str
 ) -> tuple[ModelConfig, LazyTensors]:
     """Return the architecture, completed from the tensors, and the foreign tensors as ours.
@@ -121,18 +123,18 @@ def taken(
     cfg: the architecture that their files give, with learned positions and no bias. name: the
     foreign table of positions.  ValueError: see `imported`.
     """
-    if (folder / KEPT).exists():
-        result = unfolded(folder / KEPT, cfg, rules, tensors, whose)
+    if (folder / TERMS_FILE).exists():
+        result = import_with_terms(folder / TERMS_FILE, cfg, rules, tensors, whose)
         if result is not None:
             return result
     shape = (1 + math.prod(cfg.grid), cfg.shape.width)
     has_table = name in tensors and tensors.meta[name].shape == shape
-    if has_table and is_fixed(tensors[name], cfg):
+    if has_table and is_sincos(tensors[name], cfg):
         cfg = replace(cfg, vision=replace(cfg.vision, positions="sincos"))
-    return cfg, imported(rules(cfg), tensors, whose)
+    return cfg, import_tensors(rules(cfg), tensors, whose)
 
 
-def unfolded(
+def import_with_terms(
     path: Path, cfg: ModelConfig, rules: Rules, tensors: LazyTensors, whose: str
 ) -> tuple[ModelConfig, LazyTensors] | None:
     """Return architecture and tensors with the terms in the file at `path`; None if their sums
@@ -155,30 +157,30 @@ def unfolded(
     table = rules(cfg)
     rest = dict(tensors.meta)
     for rule in table:
-        if rule.folded:
-            if not is_sum(rule, terms, tensors):
+        if rule.is_lossy:
+            if not matches_sums(rule, terms, tensors):
                 return None
-            for name in rule.theirs:
+            for name in rule.foreign_names:
                 del rest[name]
-    plain_rules = [rule for rule in table if not rule.folded]
-    ours = imported(plain_rules, LazyTensors(rest, tensors.__getitem__), whose)
+    plain_rules = [rule for rule in table if not rule.is_lossy]
+    plain_tensors = import_tensors(plain_rules, LazyTensors(rest, tensors.__getitem__), whose)
 
     def get(name: str) -> Tensor:
-        return terms[name] if name in terms else ours[name]
+        return terms[name] if name in terms else plain_tensors[name]
 
-    return cfg, LazyTensors(ours.meta | terms.meta, get)
+    return cfg, LazyTensors(plain_tensors.meta | terms.meta, get)
 
 
-def is_sum(rule: Rule, terms: LazyTensors, tensors: LazyTensors) -> bool:
+def matches_sums(rule: Rule, terms: LazyTensors, tensors: LazyTensors) -> bool:
     """Return True if the foreign tensors of a folded rule equal those computed from the terms."""
-    complete = all(name in terms for name in rule.ours)
-    if not complete or not all(name in tensors for name in rule.theirs):
+    complete = all(name in terms for name in rule.glimpse_names)
+    if not complete or not all(name in tensors for name in rule.foreign_names):
         return False
     try:
-        sums = as_tuple(rule.out(*(terms[name] for name in rule.ours)))
+        sums = as_tuple(rule.to_foreign(*(terms[name] for name in rule.glimpse_names)))
     except RuntimeError:  # of torch: the shapes are of another model
         return False
-    for name, total in zip(rule.theirs, sums):
+    for name, total in zip(rule.foreign_names, sums):
         if not torch.equal(total.to(tensors.meta[name].dtype), tensors[name]):
             return False
     return True

@@ -21,7 +21,7 @@ from glimpse.model.towers import PATCH_SIZES
 from glimpse.model.vision import resize_positions as resized_grid
 
 
-def resized(
+def resize_model(
     model: PortableModel, image_size: int | tuple[int, int] | None = None, patch: int | None = None
 ) -> PortableModel:
     """Return the same towers for other images or patches, in pixels; None leaves them as they
@@ -39,9 +39,11 @@ def resized(
     # The tensors that change.
     changed = {}
     if cfg.patch_size != old.patch_size:
-        changed["vision.patch.weight"] = partial(kernel, old=old.patch_size, new=cfg.patch_size)
+        changed["vision.patch.weight"] = partial(
+            resize_patch_embedding, old=old.patch_size, new=cfg.patch_size
+        )
     if cfg.grid != old.grid and cfg.vision.positions == "learned":
-        changed["vision.positions"] = partial(positions, old=old.grid, new=cfg.grid)
+        changed["vision.positions"] = partial(resize_position_table, old=old.grid, new=cfg.grid)
 
     def change(name: str, tensor: Tensor) -> Tensor:
         return changed[name](tensor.float()) if name in changed else tensor
@@ -53,12 +55,12 @@ def resized(
     return replace(model, cfg=cfg, tensors=LazyTensors(meta, get))
 
 
-def positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resize_position_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Return positions (1 + L, D) for another grid; the class token's is unchanged."""
     return torch.cat([table[:1], resized_grid(table[1:], old, new)])
 
 
-def kernel(weight: Tensor, old: int, new: int) -> Tensor:
+def resize_patch_embedding(weight: Tensor, old: int, new: int) -> Tensor:
     """Return a linear layer over patches (D, 3 P P) for patches of another side."""
     if weight.is_meta:
         return weight.new_empty(len(weight), 3 * new * new)

@@ -1,13 +1,15 @@
-"""One table for both ways: which of our tensors correspond to which of a foreign format's, and how
-each is computed from the other.
+"""Tables of rules that convert tensors between Glimpse and a foreign format, in both directions.
+
+A rule lists some tensors of Glimpse, the foreign tensors that correspond to them, and the functions
+that compute one from the other:
 
     Rule(("text.norm.weight",), ("ln_final.weight",))
-    Rule(("patch.weight",), ("conv1.weight",), out=as_kernel, back=as_matrix)
+    Rule(("patch.weight",), ("conv1.weight",), to_foreign=as_kernel, from_foreign=as_matrix)
 
-A format is a function that returns such rules for an architecture; `exported` and `imported` apply
-them lazily, so that a conversion never holds more than the tensors of one rule, before and after.
-Both refuse a tensor that no rule uses, and a rule whose tensor is missing: every tensor is used
-exactly once.
+A format provides a function that returns the rules for an architecture. `export_tensors` and
+`import_tensors` apply them lazily: at most the inputs and outputs of one rule are in memory. Both
+raise ValueError for a tensor that no rule uses and for a rule whose tensor is missing, so every
+tensor is used exactly once.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,77 +21,81 @@ from torch import Tensor
 from glimpse.model.lazy_tensors import LazyTensors, and_more
 
 
-def same(*tensors: Tensor) -> tuple[Tensor, ...]:
+def identity(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors unchanged: they differ only in name."""
     return tensors
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Some of our tensors, and the foreign ones that are computed from them alone.
+    """Tensors of Glimpse, and the foreign tensors that are computed from only these.
 
-    out: ours -> theirs; back: theirs -> ours, both with torch operations that run on meta tensors
-    too. Each takes its tensors as arguments and returns one tensor, or a tuple of them. They are
-    inverse, bit for bit, unless `folded`: then `out` loses information (a bias added to positions),
-    and the writer of a file keeps our tensors beside it.
+    to_foreign, from_foreign: take the tensors as arguments and return one tensor or a tuple of
+    tensors. Both run on meta tensors too. They are bit-for-bit inverses unless `is_lossy`: then
+    `to_foreign` loses information (it adds a bias to positions), and the writer of a file stores
+    the Glimpse tensors next to it.
     """
 
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    out: Callable = same
-    back: Callable = same
-    folded: bool = False
+    glimpse_names: tuple[str, ...]
+    foreign_names: tuple[str, ...]
+    to_foreign: Callable = identity
+    from_foreign: Callable = identity
+    is_lossy: bool = False
 
 
-def exported(rules: Iterable[Rule], ours: LazyTensors) -> LazyTensors:
-    """Return our tensors as the foreign ones."""
-    return applied([(rule.ours, rule.theirs, rule.out) for rule in rules], ours, "the model")
+def export_tensors(rules: Iterable[Rule], tensors: LazyTensors) -> LazyTensors:
+    """Convert tensors of Glimpse to the foreign format."""
+    steps = [(rule.glimpse_names, rule.foreign_names, rule.to_foreign) for rule in rules]
+    return apply_rules(steps, tensors, "the model")
 
 
-def imported(rules: Iterable[Rule], tensors: LazyTensors, whose: str) -> LazyTensors:
-    """Return foreign tensors as ours; `whose` names the file or folder in errors."""
-    return applied([(rule.theirs, rule.ours, rule.back) for rule in rules], tensors, whose)
+def import_tensors(rules: Iterable[Rule], tensors: LazyTensors, whose: str) -> LazyTensors:
+    """Convert foreign tensors to tensors of Glimpse; `whose` is the file or folder for errors."""
+    steps = [(rule.foreign_names, rule.glimpse_names, rule.from_foreign) for rule in rules]
+    return apply_rules(steps, tensors, whose)
 
 
-def applied(
+def apply_rules(
     steps: list[tuple[tuple[str, ...], tuple[str, ...], Callable]], source: LazyTensors, whose: str
 ) -> LazyTensors:
-    """Return the outputs of all steps, computed when they are read.
+    """Return the outputs of all steps. Each is computed when it is read.
 
-    steps: (names in the source, names of the outputs, function).
+    steps: (names in the source, names of the outputs, function). ValueError if a tensor is missing,
+    unused, or of the wrong shape.
     """
-    # 1. Every tensor of the source is used exactly once.
+    # 1. Check that every tensor of the source is used exactly once.
     needed = [name for names, _, _ in steps for name in names]
-    assert len(needed) == len(set(needed)), "a table uses a tensor twice"
+    assert len(needed) == len(set(needed)), "two rules use the same tensor"
     if missing := [name for name in needed if name not in source]:
         raise ValueError(
-            f"{whose}: {missing[0]} is missing{and_more(missing)}; incomplete, or of another"
-            " architecture than it says"
+            f"{whose}: {missing[0]} is missing{and_more(missing)}; the file is incomplete, or its"
+            " config describes another architecture"
         )
     if extra := sorted(source.meta.keys() - set(needed)):
         raise ValueError(
-            f"{whose}: nothing takes {extra[0]} {tuple(source.meta[extra[0]].shape)}"
-            f"{and_more(extra)}; it holds more than this format, or another architecture"
+            f"{whose}: unexpected tensor {extra[0]} {tuple(source.meta[extra[0]].shape)}"
+            f"{and_more(extra)}; this architecture has no such tensor in this format"
         )
 
-    # 2. Each step on meta tensors: the shapes and types of its outputs.
+    # 2. Run each step on meta tensors to get the shapes and dtypes of its outputs.
     meta, step_of = {}, {}
     for step in steps:
         inputs, outputs, function = step
         try:
             tensors = as_tuple(function(*(source.meta[name] for name in inputs)))
-        except RuntimeError as error:  # of torch: shapes that do not go together
+        except RuntimeError as error:  # torch: the shapes do not match
             shapes = ", ".join(f"{name} {tuple(source.meta[name].shape)}" for name in inputs)
             raise ValueError(
-                f"{whose}: {shapes}: not the shape of this architecture"
+                f"{whose}: {shapes}: wrong shape for this architecture"
                 f" ({str(error).splitlines()[0]})"
             ) from None
-        assert len(tensors) == len(outputs), f"{outputs}: the table makes {len(tensors)} tensors"
+        assert len(tensors) == len(outputs), f"{outputs}: the rule returns {len(tensors)} tensors"
         for name, tensor in zip(outputs, tensors):
-            assert name not in meta, f"a table makes {name} twice"
+            assert name not in meta, f"two rules produce {name}"
             meta[name], step_of[name] = tensor.to("meta"), step
 
-    # 3. The values, on demand. `latest` holds the outputs of the last step that are not read yet,
-    # because q, k and v are read one after another.
+    # 3. Compute values on demand. `latest` caches the unread outputs of the last step, because q, k
+    # and v are read one after another.
     latest: dict[str, Tensor] = {}
 
     def get(name: str) -> Tensor:
@@ -106,12 +112,11 @@ def as_tuple(tensors: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
     return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
 
 
-# Transforms of several formats, each with its inverse.  Letters: D width, P patch side, E
-# embedding, H heads.
+# Transforms that several formats share, each with its inverse. D: width, P: patch size.
 
 
 def as_kernel(weight: Tensor) -> Tensor:
-    """Return a linear layer over patches (D, 3 P P) as the equal convolution (D, 3, P, P)."""
+    """Reshape the patch embedding from a linear layer (D, 3 P P) to a convolution (D, 3, P, P)."""
     side = round((weight.shape[1] // 3) ** 0.5)
     return weight.reshape(len(weight), 3, side, side)
 
@@ -121,26 +126,26 @@ def as_matrix(kernel: Tensor) -> Tensor:
     return kernel.flatten(1)
 
 
-def transposed(weight: Tensor) -> Tensor:
-    """Return a linear layer's (out, in) as (in, out), and back."""
+def transpose(weight: Tensor) -> Tensor:
+    """Transpose the weight of a linear layer: (out, in) to (in, out), and back."""
     return weight.t()
 
 
-def thirds(qkv: Tensor) -> tuple[Tensor, ...]:
-    """Return a fused (3 D, ...) as q, k and v."""
+def split_qkv(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Split a fused qkv tensor (3 D, ...) into q, k and v, each (D, ...)."""
     return qkv.chunk(3)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fuse_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Invert `thirds`."""
     return torch.cat([q, k, v])
 
 
-def scalar(scale: Tensor) -> Tensor:
-    """Return our (1,) as a 0-dim tensor."""
+def as_scalar(scale: Tensor) -> Tensor:
+    """Reshape a scale (1,) to a 0-dim tensor."""
     return scale.reshape(())
 
 
-def one(scale: Tensor) -> Tensor:
+def from_scalar(scale: Tensor) -> Tensor:
     """Invert `scalar`."""
     return scale.reshape(1)

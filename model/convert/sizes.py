@@ -18,7 +18,7 @@ class SizeFields(TypedDict):
     custom: NotRequired[Size]
 
 
-def sized(
+def size_fields(
     patch: int,
     *,
     width: int,
@@ -75,7 +75,7 @@ def sized(
     return {"size": f"custom/{patch}", "custom": custom}
 
 
-def ratio(width: int, inside: int) -> float:
+def mlp_ratio(width: int, inside: int) -> float:
     """Return the `mlp` of a Size whose MLPs are `inside` wide.
 
     `hidden` turns it into `inside` again, although it rounds down.

@@ -21,10 +21,10 @@ from torch import Tensor
 from glimpse.model.lazy_tensors import LazyTensors
 
 # The most bytes of a tensor: msgpack counts them in 32 bits, together with its shape and type.
-LARGEST = 2**32 - 2**10
+MAX_BYTES = 2**32 - 2**10
 
 
-class Packed(NamedTuple):
+class PackedTensor(NamedTuple):
     """A tensor in the msgpack file."""
 
     shape: list[int]
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
     data: bytes
 
 
-class Zarr(NamedTuple):
+class ZarrTensor(NamedTuple):
     """A tensor in a folder beside the msgpack file."""
 
     shape: list[int]
@@ -45,14 +45,14 @@ def read(file: Path) -> LazyTensors:
 
     Tensors beside the file are read on demand; those in it are in memory.
     """
-    content = unpacked(file)
+    content = unpack(file)
     tree = content.get("optimizer", content) if isinstance(content, dict) else {}
     if not isinstance(tree.get("target"), dict):
         raise ValueError(
             f"{file}: no parameters in it: it should hold optimizer.target, as t5x writes since its"
             " version 2"
         )
-    parameters: dict[str, Packed | Zarr] = {}
+    parameters: dict[str, PackedTensor | ZarrTensor] = {}
     meta = {}
     for name, leaf in dict(leaves(tree["target"], file.parent)).items():
         if leaf is None:
@@ -61,24 +61,24 @@ def read(file: Path) -> LazyTensors:
         dtype = getattr(torch, kind, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{file}: {name} is {kind}; parameters are floats")
-        check(leaf, dtype, f"{file}: {name}")
+        check_leaf(leaf, dtype, f"{file}: {name}")
         parameters[name] = leaf
         meta[name] = torch.empty(leaf.shape, dtype=dtype, device="meta")
 
     def get(name: str) -> Tensor:
-        return value(parameters[name], meta[name].dtype, f"{file}: {name}")
+        return read_leaf(parameters[name], meta[name].dtype, f"{file}: {name}")
 
     return LazyTensors(meta, get)
 
 
-def unpacked(file: Path) -> object:
+def unpack(file: Path) -> object:
     """Return the content of a msgpack file."""
     try:
         with (
             file.open("rb") as opened,
             mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            return msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=False)
+            return msgpack.unpackb(data, ext_hook=decode_extension, raw=False, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ValueError(
             f"{file}: truncated or no msgpack file ({type(error).__name__}: {str(error)[:80]});"
@@ -86,11 +86,11 @@ def unpacked(file: Path) -> object:
         ) from None
 
 
-def check(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> None:
+def check_leaf(leaf: PackedTensor | ZarrTensor, dtype: torch.dtype, what: str) -> None:
     """Raise ValueError if the stored tensor does not have the shape that the tree gives."""
     if not is_shape(leaf.shape):
         raise ValueError(f"{what} has the shape {leaf.shape}, which is none; fetch it again")
-    if isinstance(leaf, Packed):
+    if isinstance(leaf, PackedTensor):
         size, stored = math.prod(leaf.shape) * dtype.itemsize, len(leaf.data)
         if size != stored:
             raise ValueError(
@@ -119,41 +119,44 @@ def is_shape(shape: object) -> bool:
     return all(type(size) is int and size >= 0 for size in shape)
 
 
-def extension(code: int, data: bytes) -> object:
+def decode_extension(code: int, data: bytes) -> object:
     """Decode an extension of msgpack: flax's arrays, others as they are."""
     if code in (1, 3):
-        return Packed(*msgpack.unpackb(data, raw=True))
+        return PackedTensor(*msgpack.unpackb(data, raw=True))
     return msgpack.ExtType(code, data)
 
 
 def leaves(
     tree: dict, folder: Path, prefix: str = ""
-) -> Iterator[tuple[str, Packed | Zarr | None]]:
+) -> Iterator[tuple[str, PackedTensor | ZarrTensor | None]]:
     """Yield (name, tensor) for each leaf of a tree; None for a leaf that is no tensor."""
     for key, node in tree.items():
         name = f"{prefix}{key}"
         if not isinstance(node, dict):
-            yield name, node if isinstance(node, Packed) else None
+            yield name, node if isinstance(node, PackedTensor) else None
         elif "kvstore" in node:  # tensorstore's Spec
             # The path is relative, or that of a bucket that no longer exists.
             path = node["kvstore"].get("path") or node.get("path", name)
             shape, dtype = node["metadata"]["shape"], node["dtype"].encode()
-            yield name, Zarr(shape, dtype, folder / Path(path).name)
+            yield name, ZarrTensor(shape, dtype, folder / Path(path).name)
         elif "__msgpack_chunked_array__" in node:  # flax's form of arrays above 1 GiB
-            shape, chunks = in_order(node["shape"]), in_order(node["chunks"])
-            yield name, Packed(shape, chunks[0].dtype, b"".join(chunk.data for chunk in chunks))
+            shape, chunks = values_in_order(node["shape"]), values_in_order(node["chunks"])
+            yield (
+                name,
+                PackedTensor(shape, chunks[0].dtype, b"".join(chunk.data for chunk in chunks)),
+            )
         else:
             yield from leaves(node, folder, f"{name}/")
 
 
-def in_order(items: dict) -> list:
+def values_in_order(items: dict) -> list:
     """Return a list that flax stores as {"0": ..., "1": ...}."""
     return [items[str(i)] for i in range(len(items))]
 
 
-def value(leaf: Packed | Zarr, dtype: torch.dtype, what: str) -> Tensor:
+def read_leaf(leaf: PackedTensor | ZarrTensor, dtype: torch.dtype, what: str) -> Tensor:
     """Read a tensor; `what` names it in errors."""
-    if isinstance(leaf, Packed):
+    if isinstance(leaf, PackedTensor):
         return torch.frombuffer(bytearray(leaf.data), dtype=dtype).reshape(leaf.shape)
     try:
         import tensorstore
@@ -185,12 +188,12 @@ def write(path: Path, tensors: LazyTensors, dtype: torch.dtype) -> None:
     One tensor is in memory at a time.
     """
     check_sizes(tensors, dtype)
-    target = nested(tensors)
+    target = nest_names(tensors)
     state = {"step": 0, "param_states": {}}
     tree = {"version": 3, "optimizer": {"target": target, "state": state}}
     part = path.with_name("checkpoint.part")
     with part.open("wb") as file:
-        file.writelines(packed(tree, tensors, dtype))
+        file.writelines(pack_tree(tree, tensors, dtype))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -200,16 +203,16 @@ def check_sizes(tensors: LazyTensors, dtype: torch.dtype) -> None:
     """Raise ValueError naming the first tensor that is too large for msgpack."""
     for name, meta in tensors.meta.items():
         size = meta.numel() * dtype.itemsize
-        if size > LARGEST:
+        if size > MAX_BYTES:
             kind = str(dtype).removeprefix("torch.")
             raise ValueError(
                 f"{name} {tuple(meta.shape)} takes {size:,} bytes as {kind}: FLIP's file has room"
-                f" for {LARGEST:,}; --dtype bf16 takes half of what fp32 does, and other formats"
+                f" for {MAX_BYTES:,}; --dtype bf16 takes half of what fp32 does, and other formats"
                 " have no such limit"
             )
 
 
-def nested(names: Iterable[str]) -> dict:
+def nest_names(names: Iterable[str]) -> dict:
     """Return the tree {a: {b: a/b}} of names a/b."""
     tree: dict = {}
     for name in names:
@@ -221,7 +224,7 @@ def nested(names: Iterable[str]) -> dict:
     return tree
 
 
-def packed(
+def pack_tree(
     node: dict | str | int, tensors: LazyTensors, dtype: torch.dtype
 ) -> Iterator[bytes | memoryview]:
     """Yield the msgpack form of a tree, piece by piece; its strings are names of tensors."""
@@ -230,14 +233,14 @@ def packed(
         yield packer.pack_map_header(len(node))
         for key, below in node.items():
             yield packer.pack(key)
-            yield from packed(below, tensors, dtype)
+            yield from pack_tree(below, tensors, dtype)
     elif isinstance(node, str):
-        yield from packed_tensor(tensors[node].detach().to(dtype).contiguous().cpu())
+        yield from pack_tensor(tensors[node].detach().to(dtype).contiguous().cpu())
     else:
         yield packer.pack(node)
 
 
-def packed_tensor(tensor: Tensor) -> Iterator[bytes | memoryview]:
+def pack_tensor(tensor: Tensor) -> Iterator[bytes | memoryview]:
     """Yield flax's extension 1: (shape, type, bytes).
 
     Its parts are put together here, because msgpack itself would hold the bytes several times.

@@ -23,10 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from glimpse.model import tensor_files
-from glimpse.model.convert.common import MEAN, STD, crop_in, kept_crop, newer, origin, told_crop
-from glimpse.model.convert.positions import is_fixed, position_rule, taken, write
+from glimpse.model.convert.common import (
+    MEAN,
+    STD,
+    crop_entry,
+    crop_notes,
+    describe_source,
+    read_crop,
+    require_version,
+)
+from glimpse.model.convert.positions import (
+    import_with_positions,
+    is_sincos,
+    position_rule,
+    write_weights,
+)
 from glimpse.model.convert.rules import Rule, as_kernel, as_matrix, as_tuple
-from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.convert.sizes import mlp_ratio, size_fields
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import INTERPOLATIONS, ModelInfo, PortableModel, select_vision_weights
 from glimpse.model.towers import ModelConfig
@@ -55,7 +68,7 @@ POOLS_IN = {
     ("avg", True, True): "mean_with_cls",
     ("avg", False, False): "mean_then_norm",
 }
-MODES = {"center": "resize_crop", "squash": "squash"}  # crop_mode: our crop
+CROP_MODES = {"center": "resize_crop", "squash": "squash"}  # crop_mode: our crop
 # A config has no field for it: architectures with clip in their name have 1e-5.
 EPS = {1e-6: "", 1e-5: "_clip"}
 # Names of sizes: width, blocks, heads
@@ -67,7 +80,7 @@ SIZES = {
     "huge": (1280, 32, 16),
 }
 NAMES = {width: name for name, (width, _, _) in SIZES.items()}
-KNOWN = {
+KNOWN_NAMES = {
     "tiny_patch16",
     "small_patch8",
     "small_patch16",
@@ -84,18 +97,23 @@ KNOWN = {
     "large_patch14_clip",
     "huge_patch14_clip",
 }
-HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # for timm's widths whose heads are not 64 wide
-MARKS = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
+HEADS_BY_WIDTH = {
+    1152: 16,
+    1280: 16,
+    1408: 16,
+    1664: 16,
+}  # for timm's widths whose heads are not 64 wide
+SIGNATURE_TENSORS = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
 LEFT_OUT = ("head.", "decoder_", "mask_token")  # a classifier; MAE's decoder
 # Tensors that every tower of ours needs
-NEEDED = (
+REQUIRED_TENSORS = (
     "patch_embed.proj.weight",
     "cls_token",
     "pos_embed",
     "blocks.0.mlp.fc1.weight",
     "blocks.0.mlp.fc2.weight",
 )
-REFUSED = {
+UNSUPPORTED = {
     "dist_token": "a distillation token",
     "reg_token": "register tokens",
     ".ls1.": "layer scale",
@@ -110,7 +128,7 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadOptions:
     """Settings that a bare file does not hold; they override those of a folder."""
 
     heads: int | None = None
@@ -144,11 +162,11 @@ def rules(cfg: ModelConfig) -> list[Rule]:
     if vision.pre_norm:
         layers["vision.pre_norm"] = "norm_pre"
     for i in range(cfg.shape.depth):
-        for ours, theirs in BLOCK.items():
-            layers[f"vision.blocks.{i}.{ours}"] = f"blocks.{i}.{theirs}"
-    for ours, theirs in layers.items():
+        for glimpse_name, foreign_name in BLOCK.items():
+            layers[f"vision.blocks.{i}.{glimpse_name}"] = f"blocks.{i}.{foreign_name}"
+    for glimpse_name, foreign_name in layers.items():
         for kind in ("weight", "bias"):
-            table.append(Rule((f"{ours}.{kind}",), (f"{theirs}.{kind}",)))
+            table.append(Rule((f"{glimpse_name}.{kind}",), (f"{foreign_name}.{kind}",)))
     return table
 
 
@@ -161,14 +179,14 @@ def batched_position_rule(cfg: ModelConfig) -> Rule:
         cfg = replace(cfg, vision=replace(cfg.vision, patch_bias=False))
     rule = position_rule(cfg, "pos_embed")
 
-    def out(*ours: Tensor) -> Tensor:
-        (table,) = as_tuple(rule.out(*ours))
+    def to_foreign(*terms: Tensor) -> Tensor:
+        (table,) = as_tuple(rule.to_foreign(*terms))
         return table[None]
 
-    def back(table: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return rule.back(table[0])
+    def from_foreign(table: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return rule.from_foreign(table[0])
 
-    return replace(rule, out=out, back=back)
+    return replace(rule, to_foreign=to_foreign, from_foreign=from_foreign)
 
 
 def no_tensors(bias: Tensor) -> tuple[()]:
@@ -194,9 +212,11 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
     ValueError if timm has no such architecture.
     """
     cfg, vision = model.cfg, model.cfg.vision
-    name, args = described(cfg)
+    name, args = timm_architecture(cfg)
     folder.mkdir(parents=True)
-    write(folder / WEIGHTS[0], select_vision_weights(model.tensors), model, rules(cfg), dtype)
+    write_weights(
+        folder / WEIGHTS[0], select_vision_weights(model.tensors), model, rules(cfg), dtype
+    )
 
     # The config, with an entry of ours that timm ignores.
     mode = "squash" if model.about.crop == "squash" else "center"
@@ -214,7 +234,7 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
         classifier="head",
     )
     glimpse = dict(init=cfg.init, patch_bias=vision.patch_bias, freeze_patch=vision.freeze_patch)
-    glimpse |= kept_crop(model.about.crop).get("glimpse", {})
+    glimpse |= crop_entry(model.about.crop).get("glimpse", {})
     tree = dict(
         architecture=name,
         num_classes=0,
@@ -232,10 +252,10 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
             "left out: the text tower, the projections and the temperature; timm's models see"
             " images alone"
         )
-    return notes + told_crop(model.about.crop, "timm")
+    return notes + crop_notes(model.about.crop, "timm")
 
 
-def described(cfg: ModelConfig) -> tuple[str, dict]:
+def timm_architecture(cfg: ModelConfig) -> tuple[str, dict]:
     """Return the architecture's name in timm, and the arguments of create_model.
 
     The arguments determine everything, so any known name with the right eps serves.
@@ -248,7 +268,7 @@ def described(cfg: ModelConfig) -> tuple[str, dict]:
         )
     suffix = EPS[vision.eps]
     name = f"{NAMES.get(shape.width, 'base')}_patch{cfg.patch_size}{suffix}"
-    if name not in KNOWN:
+    if name not in KNOWN_NAMES:
         name = f"base_patch16{suffix}"
     args = dict(
         img_size=cfg.image_shape,
@@ -267,13 +287,13 @@ def described(cfg: ModelConfig) -> tuple[str, dict]:
 # ---- in
 
 
-def claims(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return True for a folder with a config of timm's, or a file of tensors under timm's names."""
     try:
         if path.is_dir():
             tree = json.loads((path / CONFIG).read_text())
             return {"architecture", "pretrained_cfg"} <= tree.keys()
-        return MARKS <= tensor_files.read_meta_tensors(path).keys()
+        return SIGNATURE_TENSORS <= tensor_files.read_meta_tensors(path).keys()
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -281,21 +301,21 @@ def claims(path: Path) -> bool:
 def load(path: Path, **given: object) -> PortableModel:
     """Load a folder, or a file of weights; given: as in Given."""
     if not path.is_dir():
-        return portable(tensor_files.read_tensors(path), path, given)
-    tree, tensors = opened(path)
-    settings = settings_in(tree, "norm.weight" in tensors)
-    mode, interpolation, notes = preparation(tree["pretrained_cfg"])
+        return to_portable(tensor_files.read_tensors(path), path, given)
+    tree, tensors = read_folder(path)
+    settings = read_settings(tree, "norm.weight" in tensors)
+    mode, interpolation, notes = read_preprocessing(tree["pretrained_cfg"])
     try:
-        model = portable(tensors, path, settings | given, notes, tree.get("glimpse"))
+        model = to_portable(tensors, path, settings | given, notes, tree.get("glimpse"))
     except ValueError as error:
         if str(error).startswith(str(path)):
             raise error from None
         raise ValueError(f"{path / CONFIG}: {error}") from None
-    crop = crop_in(tree, path / CONFIG, MODES.get(mode, "resize_crop"))
+    crop = read_crop(tree, path / CONFIG, CROP_MODES.get(mode, "resize_crop"))
     return replace(model, about=replace(model.about, crop=crop, interpolation=interpolation))
 
 
-def settings_in(tree: dict, has_norm: bool) -> dict:
+def read_settings(tree: dict, has_norm: bool) -> dict:
     """Return the settings of a config that shapes do not give, as arguments of `architecture`.
 
     has_norm: there is a norm before the pooling.
@@ -325,7 +345,7 @@ def settings_in(tree: dict, has_norm: bool) -> dict:
     )
 
 
-def preparation(prepared: dict) -> tuple[str, str, list[str]]:
+def read_preprocessing(prepared: dict) -> tuple[str, str, list[str]]:
     """Return (crop_mode, interpolation, notes) of a pretrained_cfg.
 
     The notes say how our evaluation images differ.
@@ -337,7 +357,7 @@ def preparation(prepared: dict) -> tuple[str, str, list[str]]:
             f"crop_pct {cut}: its images are cut from larger ones, ours resized to the very size"
         )
     mode = prepared.get("crop_mode") or "center"
-    if mode not in MODES:
+    if mode not in CROP_MODES:
         notes.append(
             f"crop_mode {mode}: its images are made square otherwise; ours by resizing the short"
             " side, then cropping the middle"
@@ -349,7 +369,7 @@ def preparation(prepared: dict) -> tuple[str, str, list[str]]:
     return mode, interpolation, notes
 
 
-def opened(folder: Path) -> tuple[dict, LazyTensors]:
+def read_folder(folder: Path) -> tuple[dict, LazyTensors]:
     """Return the folder's config and its tensors."""
     try:
         tree = json.loads((folder / CONFIG).read_text())
@@ -364,7 +384,7 @@ def opened(folder: Path) -> tuple[dict, LazyTensors]:
     raise ValueError(f"{folder}: no weights in it; looked for {' and '.join(WEIGHTS)}")
 
 
-def portable(
+def to_portable(
     tensors: LazyTensors,
     path: Path,
     settings: dict,
@@ -375,12 +395,12 @@ def portable(
 
     settings: arguments of `architecture`. glimpse: the entry that `save` wrote into the config.
     """
-    tensors, left_out = encoder(tensors, path)
-    cfg = architecture(tensors, path, **stated(settings))
+    tensors, left_out = select_encoder(tensors, path)
+    cfg = read_architecture(tensors, path, **drop_none(settings))
 
     # Settings that only tensors, or our entry, determine.
     vision = cfg.vision
-    if is_fixed(tensors["pos_embed"][0], cfg):
+    if is_sincos(tensors["pos_embed"][0], cfg):
         vision = replace(vision, positions="sincos")
     if glimpse:
         # A bias of zeros stands for none, until it is trained.
@@ -393,17 +413,17 @@ def portable(
 
     left_out += tensors.unused_entries
     folder = path if path.is_dir() else path.parent
-    cfg, tensors = taken(folder, cfg, rules, "pos_embed", tensors, str(path))
-    source = origin(path, "timm", [*notes, *assumed(cfg, settings)], left_out)
+    cfg, tensors = import_with_positions(folder, cfg, rules, "pos_embed", tensors, str(path))
+    source = describe_source(path, "timm", [*notes, *assumption_notes(cfg, settings)], left_out)
     return PortableModel(cfg, 0, 0, tensors, ModelInfo(source=source))
 
 
-def stated(settings: dict) -> dict:
+def drop_none(settings: dict) -> dict:
     """Return the settings that are not None."""
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def assumed(cfg: ModelConfig, settings: dict) -> list[str]:
+def assumption_notes(cfg: ModelConfig, settings: dict) -> list[str]:
     """Return a note on the settings that neither shapes nor the config or user determine.
 
     The comparison with timm's own model cannot verify them, because it is built from the same.
@@ -425,12 +445,12 @@ def assumed(cfg: ModelConfig, settings: dict) -> list[str]:
     return [f"assumed, as nothing says it: {', '.join(missing)}; --given KEY=VALUE says otherwise"]
 
 
-def encoder(tensors: LazyTensors, whose: Path) -> tuple[LazyTensors, list[str]]:
+def select_encoder(tensors: LazyTensors, whose: Path) -> tuple[LazyTensors, list[str]]:
     """Return the tensors of the tower, and the modules of the others, which are left out.
 
     ValueError naming a tensor that no tower of ours has.
     """
-    for mark, what in REFUSED.items():
+    for mark, what in UNSUPPORTED.items():
         for name in tensors:
             if mark in name:
                 raise ValueError(f"{whose}: {name}: {what}, which our vision tower has not")
@@ -439,7 +459,7 @@ def encoder(tensors: LazyTensors, whose: Path) -> tuple[LazyTensors, list[str]]:
     return tensors.rename({name: name for name in names}), sorted(others)
 
 
-def architecture(
+def read_architecture(
     tensors: LazyTensors,
     whose: Path,
     heads: int | None = None,
@@ -456,12 +476,12 @@ def architecture(
     """
     # 1. Sizes, from the shapes.
     shapes = {name: tuple(meta.shape) for name, meta in tensors.meta.items()}
-    width, side, inside = numbers(shapes, whose)
+    width, side, inside = read_sizes(shapes, whose)
     if heads is None:
-        heads = HEADS.get(width)
+        heads = HEADS_BY_WIDTH.get(width)
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-    sides = image_sides(shapes["pos_embed"], side, image_size, whose)
-    size = sized(side, width=width, depth=depth, heads=heads, mlp=ratio(width, inside))
+    sides = read_image_size(shapes["pos_embed"], side, image_size, whose)
+    size = size_fields(side, width=width, depth=depth, heads=heads, mlp=mlp_ratio(width, inside))
 
     # 2. Settings: a norm before the blocks is that of CLIP's towers, whose other settings differ.
     pre_norm = "norm_pre.weight" in shapes
@@ -491,12 +511,12 @@ def architecture(
     return ModelConfig(**size, image_size=sides[0] if is_square else sides, vision=vision)
 
 
-def numbers(shapes: dict[str, tuple[int, ...]], whose: Path) -> tuple[int, int, int]:
+def read_sizes(shapes: dict[str, tuple[int, ...]], whose: Path) -> tuple[int, int, int]:
     """Return (width, patch side, width of the MLPs).
 
     ValueError if a tensor is missing or not of a tower of ours.
     """
-    for name in NEEDED:
+    for name in REQUIRED_TENSORS:
         if name not in shapes:
             raise ValueError(f"{whose}: {name} is missing, which our vision tower needs")
     kernel = shapes["patch_embed.proj.weight"]
@@ -513,7 +533,7 @@ def numbers(shapes: dict[str, tuple[int, ...]], whose: Path) -> tuple[int, int, 
     return width, side, inside
 
 
-def image_sides(
+def read_image_size(
     positions: tuple[int, ...], patch: int, image_size: int | Sequence[int] | None, whose: Path
 ) -> tuple[int, int]:
     """Return (height, width) of the images.
@@ -538,30 +558,32 @@ def image_sides(
 # ---- timm itself
 
 
-def peer(path: Path, **given: object) -> Callable[[Tensor, None], tuple[Tensor, None]]:
+def reference_model(path: Path, **given: object) -> Callable[[Tensor, None], tuple[Tensor, None]]:
     """Return timm's own model of what `load` takes: (images (B, 3, H, W), normalized, None) ->
     (features (B, D), None).
     """
-    newer("timm", "1.0.16")
+    require_version("timm", "1.0.16")
     import timm
 
     if path.is_dir():
-        return run(timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0))
-    return run(built(tensor_files.read_tensors(path), path, given))
+        return feature_function(
+            timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
+        )
+    return feature_function(build_timm_model(tensor_files.read_tensors(path), path, given))
 
 
-def built(tensors: LazyTensors, whose: Path, settings: dict) -> nn.Module:
+def build_timm_model(tensors: LazyTensors, whose: Path, settings: dict) -> nn.Module:
     """Return timm's model of these tensors."""
     import timm
 
-    tensors, _ = encoder(tensors, whose)
-    name, args = described(architecture(tensors, whose, **stated(settings)))
+    tensors, _ = select_encoder(tensors, whose)
+    name, args = timm_architecture(read_architecture(tensors, whose, **drop_none(settings)))
     model = timm.create_model(name, num_classes=0, **args)
     model.load_state_dict(dict(tensors))
     return model
 
 
-def run(model: nn.Module) -> Callable[[Tensor, None], tuple[Tensor, None]]:
+def feature_function(model: nn.Module) -> Callable[[Tensor, None], tuple[Tensor, None]]:
     """Return a timm model as a function of images, and of ids, which it ignores."""
     model.eval()
 

@@ -51,13 +51,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.safe_unpickler import GETATTR, enum_member
 
-INDEX, SIGN, COMMON = ".metadata", "metadata.json", "common.pt"
+INDEX, MARKER, COMMON = ".metadata", "metadata.json", "common.pt"
 # megatron-core 0.15's own, with attributes that no weight needs
-OLDER = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
+MEGATRON_CLASSES = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """The place of a tensor in the checkpoint."""
 
     key: str  # the stored tensor
@@ -70,7 +70,7 @@ class Place:
 def write(
     folder: Path,
     tensors: LazyTensors,
-    places: Mapping[str, Place],
+    places: Mapping[str, TensorPlace],
     objects: Mapping[str, object],
     common: object,
     ranks: int,
@@ -83,7 +83,7 @@ def write(
 
     places: of each tensor. objects: {key: value for torch.save}. Split axes must divide by `ranks`.
     """
-    pieces = Pieces(tensors, places, objects, ranks, dtype)
+    pieces = PieceSavePlanner(tensors, places, objects, ranks, dtype)
     # 0: one tensor after another, on machines with CUDA too
     writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
@@ -103,16 +103,16 @@ def write(
         common_backend="torch",
         common_backend_version=1,
     )
-    (folder / SIGN).write_text(json.dumps(sign))
+    (folder / MARKER).write_text(json.dumps(sign))
 
 
-class Pieces(DefaultSavePlanner):
+class PieceSavePlanner(DefaultSavePlanner):
     """The pieces that each rank writes; a piece is computed when it is written."""
 
     def __init__(
         self,
         tensors: LazyTensors,
-        places: Mapping[str, Place],
+        places: Mapping[str, TensorPlace],
         objects: Mapping[str, object],
         ranks: int,
         dtype: torch.dtype,
@@ -176,16 +176,16 @@ class Pieces(DefaultSavePlanner):
         return value.reshape(piece.chunk.sizes).contiguous()
 
 
-def is_one(folder: Path) -> bool:
+def is_complete_folder(folder: Path) -> bool:
     """Return True for a complete folder of this format."""
     try:
-        sign = json.loads((folder / SIGN).read_text())
+        sign = json.loads((folder / MARKER).read_text())
         return sign.get("sharded_backend") == "torch_dist" and (folder / INDEX).is_file()
     except (OSError, ValueError, AttributeError):
         return False
 
 
-class Folder:
+class DistCheckpoint:
     """A folder to be read, whatever number of ranks wrote it.
 
     `meta`: {key: shape and type} of its tensors; its objects are ignored.
@@ -233,7 +233,7 @@ class Folder:
         reader = FileSystemReader(self.path)
         reader.set_up_storage_reader(self.index, True)
         try:
-            reader.read_data(LoadPlan(items), Into(target)).value()
+            reader.read_data(LoadPlan(items), SingleTensorPlanner(target)).value()
         except (
             RuntimeError,
             KeyError,
@@ -249,7 +249,7 @@ class Folder:
         return target if row is None else target[0]
 
 
-class Into(DefaultLoadPlanner):
+class SingleTensorPlanner(DefaultLoadPlanner):
     """A plan that reads everything into one tensor."""
 
     def __init__(self, target: Tensor):
@@ -260,7 +260,7 @@ class Into(DefaultLoadPlanner):
         return self.target
 
 
-class Plain(pickle.Unpickler):
+class CheckpointUnpickler(pickle.Unpickler):
     """Unpickle descriptions of checkpoints and nothing else, because a pickle can call anything."""
 
     def find_class(self, module: str, name: str) -> object:
@@ -275,15 +275,18 @@ class Plain(pickle.Unpickler):
             return PurePath
         elif (module.replace("__builtin__", "builtins"), name) == GETATTR:
             return enum_member
-        elif module == "megatron.core.dist_checkpointing.strategies.torch" and name in OLDER:
-            return OLDER[name]
+        elif (
+            module == "megatron.core.dist_checkpointing.strategies.torch"
+            and name in MEGATRON_CLASSES
+        ):
+            return MEGATRON_CLASSES[name]
         for known in (metadata, planner, filesystem):
-            if module == known.__name__ and is_plain(vars(known).get(name)):
+            if module == known.__name__ and is_enum_or_dataclass(vars(known).get(name)):
                 return vars(known)[name]
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
-def is_plain(kind: object) -> bool:
+def is_enum_or_dataclass(kind: object) -> bool:
     """Return True for an enum or a dataclass."""
     if isinstance(kind, EnumMeta):
         return True
@@ -294,7 +297,7 @@ def read_index(path: Path) -> Metadata:
     """Read a .metadata; ValueError if it is damaged or not plain."""
     try:
         with path.open("rb") as file:
-            index = Plain(file).load()
+            index = CheckpointUnpickler(file).load()
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: refused ({error}): it is damaged, or would make objects that describe no"

@@ -55,14 +55,14 @@ def find_model(path: Path) -> Path:
     path: a run folder (for its newest checkpoint), a checkpoint, or a converted model's folder or
     weight file. Raises ValueError if there is no model, it is damaged, or it has another format.
     """
-    from glimpse.model.convert import claimed
+    from glimpse.model.convert import detect_format
 
     if path.name == WEIGHTS_FILE and is_glimpse_folder(path.parent):
         path = path.parent
     if is_glimpse_folder(path):
         return path
 
-    foreign_format = claimed(path) if path.exists() else None
+    foreign_format = detect_format(path) if path.exists() else None
     if foreign_format:
         raise ValueError(
             f"{path}: a model in {foreign_format} format; convert it first, with `python"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from glimpse.data.builders import tokenizer_files
 from glimpse.model import tensor_files
-from glimpse.model.convert import claimed
+from glimpse.model.convert import detect_format
 from glimpse.model.portable import PortableModel, is_glimpse_folder
 from glimpse.run.train import checkpoint
 from glimpse.run.train.log import format_count
@@ -20,9 +20,9 @@ def describe(path: Path, given: dict | None = None) -> str:
     A file or folder of no known format is described by its tensors.
     """
     try:
-        format_name, model = open_any.anything(path, given=given)
+        format_name, model = open_any.load_any(path, given=given)
     except ValueError as error:
-        return loose(path, error)
+        return describe_tensors(path, error)
     source = model.about.source
     path = Path(source.get("path", path))
 
@@ -30,14 +30,14 @@ def describe(path: Path, given: dict | None = None) -> str:
     rows = {
         "path": path,
         "format": format_name,
-        "architecture": architecture(model),
-        "image": sides(model),
-        **counts(model),
+        "architecture": architecture_summary(model),
+        "image": image_row(model),
+        **parameter_row(model),
         "vision": vision_row(model),
     }
     if model.vocab:
         rows["text"] = text_row(model, path)
-    rows["stored as"] = f"{' and '.join(stored_types(model))}, {size_of(path)}"
+    rows["stored as"] = f"{' and '.join(stored_types(model))}, {format_size(path)}"
 
     # The run that it is from, or the source of a converted model.
     if manifest := checkpoint.manifest_if_complete(path):
@@ -65,7 +65,7 @@ def vision_row(model: PortableModel) -> str:
 def text_row(model: PortableModel, path: Path) -> str:
     text = model.cfg.text
     causal = "causal" if text.causal else "not causal"
-    tokenizer = model.about.tokenizer or vocabulary(path)
+    tokenizer = model.about.tokenizer or folder_tokenizer(path)
     return (
         f"{model.vocab:,} ids, {model.context} tokens, {causal}, pool {text.pool},"
         f" {text.activation}, eps {text.eps:g}; tokenizer {tokenizer}"
@@ -89,7 +89,7 @@ def run_rows(manifest: dict) -> dict[str, str]:
     }
 
 
-def vocabulary(path: Path) -> str:
+def folder_tokenizer(path: Path) -> str:
     """Return the vocabulary of the tokenizer files in a folder of another format, or "unknown"."""
     try:
         return tokenizer_files.read(path)
@@ -97,7 +97,7 @@ def vocabulary(path: Path) -> str:
         return "unknown"
 
 
-def loose(path: Path, why: ValueError) -> str:
+def describe_tensors(path: Path, why: ValueError) -> str:
     """Describe the tensors in a file, or in a folder's files, of no known format.
 
     why: the reason why the format is not known, raised if there are no tensors.
@@ -109,7 +109,7 @@ def loose(path: Path, why: ValueError) -> str:
             " torn, or not of a run of Glimpse"
         )
     rows = []
-    for file in loose_files(path):
+    for file in files_to_list(path):
         if meta := tensor_files.read_meta_tensors(file):
             rows += tensor_rows(file, meta)
     if not rows:
@@ -117,18 +117,18 @@ def loose(path: Path, why: ValueError) -> str:
     return "\n".join([*rows, str(why)])
 
 
-def loose_files(path: Path) -> list[Path]:
+def files_to_list(path: Path) -> list[Path]:
     """Return the files at a path that are described one by one: none of a known format."""
     if path.is_file():
         return [path]
-    if claimed(path) or is_glimpse_folder(path):
+    if detect_format(path) or is_glimpse_folder(path):
         return []
     return sorted(path.glob("*"))
 
 
 def tensor_rows(file: Path, meta: dict[str, Tensor]) -> list[str]:
     """Return a line about a file, and one for each of its first ten tensors."""
-    rows = [f"{file}: {len(meta)} tensors, {size_of(file)}"]
+    rows = [f"{file}: {len(meta)} tensors, {format_size(file)}"]
     for name, tensor in list(meta.items())[:10]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append(f"  {name}  {tuple(tensor.shape)} {dtype}")
@@ -137,7 +137,7 @@ def tensor_rows(file: Path, meta: dict[str, Tensor]) -> list[str]:
     return rows
 
 
-def architecture(model: PortableModel) -> str:
+def architecture_summary(model: PortableModel) -> str:
     """Return the architecture in a few words: ViT-B/32 at 224 with text, 151 M parameters."""
     shape = model.cfg.shape
     total = sum(meta.numel() for meta in model.tensors.meta.values())
@@ -149,13 +149,13 @@ def architecture(model: PortableModel) -> str:
     return f"ViT-{model.cfg.size} ({sizes}), {format_count(total)} parameters"
 
 
-def sides(model: PortableModel) -> str:
+def image_row(model: PortableModel) -> str:
     """Return the size of images and the number of patches."""
     (height, width), (rows, columns) = model.cfg.image_shape, model.cfg.grid
     return f"{height} x {width} pixels, {rows} x {columns} patches of {model.cfg.patch_size}"
 
 
-def counts(model: PortableModel) -> dict[str, str]:
+def parameter_row(model: PortableModel) -> dict[str, str]:
     """Return the row with the number of parameters of each tower."""
     towers: dict[str, int] = {}
     for name, meta in model.tensors.meta.items():
@@ -166,7 +166,7 @@ def counts(model: PortableModel) -> dict[str, str]:
     }
 
 
-def size_of(path: Path) -> str:
+def format_size(path: Path) -> str:
     """Return the size of a file or a folder in MiB."""
     files = [path] if path.is_file() else path.rglob("*")
     total = sum(file.stat().st_size for file in files if file.is_file())

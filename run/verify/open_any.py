@@ -4,18 +4,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glimpse.model import safe_unpickler, tensor_files
-from glimpse.model.convert import FORMATS, claimed
+from glimpse.model.convert import FORMATS, detect_format
 from glimpse.model.portable import CONFIG_FILE, PortableModel, is_glimpse_folder
 from glimpse.run.lib.config import build, relocate_tokenizer
 from glimpse.run.train.load_model import find_model, open_portable
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoOptions:
     """Options of a format that has none."""
 
 
-def anything(
+def load_any(
     path: Path, weights: str = "student", given: dict | None = None
 ) -> tuple[str, PortableModel]:
     """Return (format, model) of a path.
@@ -26,9 +26,9 @@ def anything(
     Given.
     """
     try:
-        if format_name := claimed(path):
-            return format_name, foreign(path, format_name, weights, given or {})
-        check_known(path)
+        if format_name := detect_format(path):
+            return format_name, load_foreign(path, format_name, weights, given or {})
+        check_known_format(path)
         folder = find_model(path)
         if given:
             raise ValueError(
@@ -48,7 +48,7 @@ def anything(
         raise ValueError(f"{path}: damaged, or not what {source} says ({what})") from error
 
 
-def foreign(path: Path, format_name: str, weights: str, given: dict) -> PortableModel:
+def load_foreign(path: Path, format_name: str, weights: str, given: dict) -> PortableModel:
     """Load a model of another format."""
     if weights != "student":
         raise ValueError(
@@ -56,13 +56,15 @@ def foreign(path: Path, format_name: str, weights: str, given: dict) -> Portable
             " teacher"
         )
     module = FORMATS[format_name]
-    options = build(getattr(module, "Given", Nothing), given, f"--given for {format_name}: ")
+    options = build(
+        getattr(module, "LoadOptions", NoOptions), given, f"--given for {format_name}: "
+    )
     model = module.load(path, **{key: getattr(options, key) for key in given})
     tokenizer = relocate_tokenizer(model.about.tokenizer, path)
     return replace(model, about=replace(model.about, tokenizer=tokenizer))
 
 
-def check_known(path: Path) -> None:
+def check_known_format(path: Path) -> None:
     """Raise ValueError for a file, and for a folder whose config.json is of an unknown format."""
     if path.is_file():
         tensor_files.read_tensors(path)  # raises ValueError if it cannot be read

@@ -16,7 +16,7 @@ from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.losses import l2_normalize
 from glimpse.model.portable import PortableModel
 
-CLOSE = 1e-5  # for unit embeddings in fp32, whose sums may be in another order
+TOLERANCE = 1e-5  # for unit embeddings in fp32, whose sums may be in another order
 CAPTIONS = (
     "a red circle",
     "A photo of two cats, asleep on a sofa.",
@@ -25,7 +25,7 @@ CAPTIONS = (
 )
 
 
-def flaw(source: LazyTensors, written: LazyTensors, dtype: torch.dtype) -> str | None:
+def find_difference(source: LazyTensors, written: LazyTensors, dtype: torch.dtype) -> str | None:
     """Describe the first tensor that differs between a model and its copy, written with `dtype`.
 
     None if they are the same, bit for bit.
@@ -46,17 +46,19 @@ def flaw(source: LazyTensors, written: LazyTensors, dtype: torch.dtype) -> str |
     return None
 
 
-def rounded(tensors: LazyTensors, dtype: torch.dtype) -> bool:
+def loses_precision(tensors: LazyTensors, dtype: torch.dtype) -> bool:
     """Return True if `dtype` cannot hold all values of the tensors' types."""
     return any(torch.promote_types(meta.dtype, dtype) != dtype for meta in tensors.meta.values())
 
 
-def fits(model: PortableModel) -> bool:
+def fits_in_memory(model: PortableModel) -> bool:
     """Return True if there is memory for two such models in fp32, and a third in between."""
-    return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < room()
+    return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < available_memory()
 
 
-def room(groups: Path = Path("/proc/self/cgroup"), under: Path = Path("/sys/fs/cgroup")) -> int:
+def available_memory(
+    groups: Path = Path("/proc/self/cgroup"), under: Path = Path("/sys/fs/cgroup")
+) -> int:
     """Return the bytes of memory that this process may still take.
 
     They are the machine's, or fewer if a job or container has a limit (cgroup v2). groups: the file
@@ -69,13 +71,13 @@ def room(groups: Path = Path("/proc/self/cgroup"), under: Path = Path("/sys/fs/c
         group = under / name
         parents = [parent for parent in group.parents if parent.is_relative_to(under)]
         for folder in (group, *parents):
-            free = min(free, room_in(folder))
+            free = min(free, cgroup_memory(folder))
     except (OSError, StopIteration, ValueError, KeyError):  # no such groups here
         pass
     return free
 
 
-def room_in(group: Path) -> float:
+def cgroup_memory(group: Path) -> float:
     """Return the bytes of memory that a cgroup leaves; infinite if it has no limit."""
     file = group / "memory.max"
     limit = file.read_text().strip() if file.exists() else "max"
@@ -87,7 +89,7 @@ def room_in(group: Path) -> float:
 
 
 @torch.no_grad()
-def differences(
+def embedding_differences(
     model: PortableModel, peer: Callable, tokenizer: Tokenizer | None
 ) -> dict[str, float]:
     """Compare our embeddings of a few images and captions with a foreign model's, as unit vectors.
@@ -102,7 +104,7 @@ def differences(
         padded = [row + [tokenizer.pad_id] * (model.context - len(row)) for row in rows]
         ids = torch.tensor(padded)
     foreign = peer(images, ids)
-    ours = embeddings(model, images, padded if model.about.pad_text else rows)
+    ours = compute_embeddings(model, images, padded if model.about.pad_text else rows)
     far = {}
     for what, our_vectors, foreign_vectors in zip(("images", "captions"), ours, foreign):
         if our_vectors is not None:
@@ -112,7 +114,7 @@ def differences(
     return far
 
 
-def embeddings(
+def compute_embeddings(
     model: PortableModel, images: Tensor, rows: list[list[int]]
 ) -> tuple[Tensor, Tensor | None]:
     """Return unit embeddings of normalized images (B, 3, H, W) and of rows of ids.

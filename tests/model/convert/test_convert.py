@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from glimpse.model import portable, tensor_files
 from glimpse.model.convert import common, open_clip
-from glimpse.model.convert.resize import kernel, resized
-from glimpse.model.convert.rules import Rule, exported, imported
+from glimpse.model.convert.resize import resize_model, resize_patch_embedding
+from glimpse.model.convert.rules import Rule, export_tensors, import_tensors
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.towers import SIZES, ModelConfig
 from glimpse.model.vision import resize_positions as resized_grid
@@ -60,8 +60,8 @@ def join(*parts: torch.Tensor) -> torch.Tensor:
 def test_a_table_goes_both_ways():
     rules = [Rule(("a",), ("top", "rest"), first_and_rest, join), Rule(("b",), ("c",))]
 
-    out = exported(rules, HELD)
-    back = imported(rules, out, "x")
+    out = export_tensors(rules, HELD)
+    back = import_tensors(rules, out, "x")
 
     assert set(out) == {"top", "rest", "c"}
     assert out.meta["rest"].shape == (1, 3)
@@ -74,7 +74,7 @@ def test_a_table_keeps_nothing_that_was_taken():
     source = LazyTensors(HELD.meta, lambda name: HELD[name].clone())
     rules = [Rule(("a",), ("top", "rest"), first_and_rest), Rule(("b",), ("c",))]
 
-    out = exported(rules, source)
+    out = export_tensors(rules, source)
 
     for names in (["top", "rest"], ["c"]):
         for storage in [weakref.ref(out[name].untyped_storage()) for name in names]:
@@ -85,12 +85,12 @@ def test_a_table_keeps_nothing_that_was_taken():
     "names, complaint",
     [
         ({"a": "a", "d": "b"}, "FILE: b is missing"),
-        ({"a": "a", "b": "b", "d": "b"}, r"FILE: nothing takes d \(1,\)"),
+        ({"a": "a", "b": "b", "d": "b"}, r"FILE: unexpected tensor d \(1,\)"),
     ],
 )
 def test_each_tensor_is_used_once(names, complaint):
     with pytest.raises(ValueError, match=complaint):
-        imported([Rule(("x",), ("a",)), Rule(("y",), ("b",))], HELD.rename(names), "FILE")
+        import_tensors([Rule(("x",), ("a",)), Rule(("y",), ("b",))], HELD.rename(names), "FILE")
 
 
 def test_a_tensor_of_another_shape_is_named():
@@ -166,7 +166,7 @@ def test_what_else_holds_tensors_is_named(tmp_path):
     names = [f"t{i}" for i in range(22)]
 
     tensors = tensor_files.read_tensors(tmp_path / "x.pt")
-    notes = common.origin(Path("x"), "hf", ["odd"], names)["notes"]
+    notes = common.describe_source(Path("x"), "hf", ["odd"], names)["notes"]
 
     assert sorted(tensors) == ["a", "b"]
     assert tensors.unused_entries == ("ema", "optimizer", "extra", "7")
@@ -258,7 +258,9 @@ def test_the_patch_embedding_is_resized_as_timm_does(old, new):
     torch.manual_seed(0)
     weight = torch.randn(5, 3 * old * old)
     wanted = resample_patch_embed(weight.view(5, 3, old, old), [new, new]).flatten(1)
-    assert torch.allclose(kernel(weight, old, new), wanted, atol=2e-4 * float(wanted.abs().max()))
+    assert torch.allclose(
+        resize_patch_embedding(weight, old, new), wanted, atol=2e-4 * float(wanted.abs().max())
+    )
 
 
 def test_larger_patches_see_what_the_smaller_ones_saw():
@@ -266,7 +268,7 @@ def test_larger_patches_see_what_the_smaller_ones_saw():
     weight, patches = torch.randn(7, 3 * 14 * 14), torch.randn(4, 3, 14, 14)
     larger_patches = F.interpolate(patches, (16, 16), mode="bicubic", antialias=True)
 
-    embedded = larger_patches.flatten(1) @ kernel(weight, 14, 16).t()
+    embedded = larger_patches.flatten(1) @ resize_patch_embedding(weight, 14, 16).t()
 
     assert torch.allclose(embedded, patches.flatten(1) @ weight.t(), atol=1e-3)
 
@@ -275,7 +277,7 @@ def test_patches_of_a_side_that_no_row_has():
     """A named size becomes one of its own."""
     cfg = ModelConfig("nano/8", image_size=32, vision=CLIP_VISION, text=CLIP_TEXT)
 
-    finer = resized(made(cfg, 9, False), patch=4)
+    finer = resize_model(made(cfg, 9, False), patch=4)
 
     assert finer.cfg.size == "custom/4"
     assert finer.cfg.shape == SIZES["nano"]
@@ -287,7 +289,7 @@ def test_positions_follow_the_grid():
     cfg, context, pad = FLAVOURS["CLIP"]
     model = made(cfg, context, pad)
 
-    larger = resized(model, image_size=(96, 64))
+    larger = resize_model(model, image_size=(96, 64))
 
     assert larger.cfg.grid == (6, 4)
     assert larger.cfg.size == model.cfg.size
@@ -298,7 +300,7 @@ def test_positions_follow_the_grid():
     larger.towers()
 
     cfg, context, pad = FLAVOURS["FLIP, pooled mean"]
-    finer = resized(made(cfg, context, pad), patch=8)
+    finer = resize_model(made(cfg, context, pad), patch=8)
     assert finer.cfg.size == "custom/8"
     assert finer.cfg.grid == (8, 8)
     assert "vision.positions" not in finer.tensors

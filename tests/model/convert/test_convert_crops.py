@@ -18,7 +18,7 @@ from glimpse.data import transforms
 from glimpse.data.transforms import center_view
 from glimpse.model import portable
 from glimpse.model.convert import FORMATS, flip_jax, hf, open_clip, timm
-from glimpse.model.convert.common import crop_in
+from glimpse.model.convert.common import read_crop
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import EVAL_CROPS, ModelInfo, PortableModel
 from glimpse.model.towers import ModelConfig, Towers
@@ -27,7 +27,7 @@ from glimpse.tests.model.convert.test_convert_open_clip import FLAVOURS
 from glimpse.tests.model.convert.test_convert_open_clip import made as pair
 
 WHOSE = {"open_clip": "open_clip", "hf": "HF's image processor", "timm": "timm", "megatron": ""}
-CONFIGS = {"open_clip": "open_clip_config.json", "hf": hf.IMAGES, "timm": timm.CONFIG}
+CONFIGS = {"open_clip": "open_clip_config.json", "hf": hf.PREPROCESSOR, "timm": timm.CONFIG}
 
 
 def test_models_and_images_are_prepared_in_the_same_words():
@@ -50,7 +50,7 @@ def test_out_and_back(kind, crop, tmp_path):
         beginning = f"eval_crop square: {WHOSE[kind]} resizes images before it crops"
         assert note.startswith(beginning)
     if differs:
-        FORMATS[kind].peer(folder)  # its library passes over what is for us
+        FORMATS[kind].reference_model(folder)  # its library passes over what is for us
         file = folder / CONFIGS[kind]
         tree = json.loads(file.read_text())
         tree["glimpse"]["eval_crop"] = "round"
@@ -109,7 +109,10 @@ def test_transformers_keeps_it(tmp_path):
     transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").save_pretrained(
         tmp_path / "again"
     )
-    assert crop_in(json.loads((tmp_path / "again" / hf.IMAGES).read_text()), tmp_path) == "square"
+    assert (
+        read_crop(json.loads((tmp_path / "again" / hf.PREPROCESSOR).read_text()), tmp_path)
+        == "square"
+    )
 
 
 def test_flips_release_knows_the_square_alone(tmp_path):

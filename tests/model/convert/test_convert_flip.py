@@ -236,9 +236,9 @@ def test_embeddings_of_a_plain_forward_pass(tmp_path, write):
     folder = tmp_path / "flip"
     write(folder / "checkpoint_190", arrays)
 
-    assert flip_jax.claims(folder)
-    assert flip_jax.claims(folder / "checkpoint_190")
-    assert not flip_jax.claims(tmp_path)
+    assert flip_jax.recognizes(folder)
+    assert flip_jax.recognizes(folder / "checkpoint_190")
+    assert not flip_jax.recognizes(tmp_path)
 
     # All settings are FLIP's, which are the default.
     model = flip_jax.load(folder, *HEADS)

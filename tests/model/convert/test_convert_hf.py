@@ -14,7 +14,7 @@ import torch
 
 from glimpse.model import tensor_files
 from glimpse.model.convert import hf
-from glimpse.model.convert.positions import KEPT, fixed
+from glimpse.model.convert.positions import TERMS_FILE, sincos_table
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import ModelInfo, PortableModel, select_vision_weights
 from glimpse.model.text import TextConfig
@@ -102,7 +102,7 @@ def assert_same(a: PortableModel, b: PortableModel) -> None:
 
 def assert_theirs_agrees(model: PortableModel, folder: Path) -> None:
     images, ids, _ = inputs(model)
-    peer = hf.peer(folder)
+    peer = hf.reference_model(folder)
     pairs = zip(embeddings(model), peer(images, ids))
     for what, (ours, theirs) in zip(("images", "captions"), pairs):
         far = float((ours - theirs).abs().max())
@@ -122,12 +122,12 @@ def test_there_and_back(tmp_path, cfg, context):
     hf.save(model, tmp_path / "hf")
     back = hf.load(tmp_path / "hf")
 
-    assert hf.claims(tmp_path / "hf")
+    assert hf.recognizes(tmp_path / "hf")
     assert back.about.interpolation == "bilinear"
     # `init` is stored only beside tensors that folding loses.
     wanted = replace(model, cfg=replace(cfg, init="clip")) if cfg == UNBIASED else model
     assert_same(back, wanted)
-    assert (tmp_path / "hf" / KEPT).exists() == (cfg == FLIP)
+    assert (tmp_path / "hf" / TERMS_FILE).exists() == (cfg == FLIP)
     assert_theirs_agrees(model, tmp_path / "hf")
 
 
@@ -186,7 +186,7 @@ def test_from_transformers(tmp_path, eos):
     assert_theirs_agrees(model, tmp_path / "hf")
 
     hf.save(model, tmp_path / "again")
-    assert not (tmp_path / "again" / KEPT).exists()
+    assert not (tmp_path / "again" / TERMS_FILE).exists()
     source = tensor_files.read_tensors(tmp_path / "hf" / "model.safetensors")
     again = tensor_files.read_tensors(tmp_path / "again" / "model.safetensors")
     assert source.keys() == again.keys()
@@ -202,7 +202,7 @@ def test_older_folders(tmp_path):
     wanted = hf.load(folder)
 
     # Two pickles in place of the file of weights.
-    state = model.state_dict() | {name: torch.arange(9)[None] for name in hf.COUNTS}
+    state = model.state_dict() | {name: torch.arange(9)[None] for name in hf.INDEX_BUFFERS}
     names = sorted(state)
     file_of = {}
     for n, part in enumerate((names[:30], names[30:])):
@@ -312,7 +312,7 @@ def test_a_vision_tower_alone_is_refused(tmp_path):
         (
             "text_config",
             dict(num_hidden_layers=1),
-            r"nothing takes text_model.encoder.layers.1.layer_norm1.bias \(96,\) \(and 15 more\)",
+            r"unexpected tensor text_model.encoder.layers.1.layer_norm1.bias \(96,\) \(and 15 more\)",
         ),
     ],
 )
@@ -394,7 +394,7 @@ def test_positions_that_were_tuned_elsewhere(tmp_path):
     )
     model = hf.load(tmp_path / "hf")
     assert (model.cfg.vision.positions, model.cfg.vision.patch_bias) == ("learned", False)
-    assert not torch.equal(model.tensors["vision.positions"], fixed(FLIP))
+    assert not torch.equal(model.tensors["vision.positions"], sincos_table(FLIP))
     assert_theirs_agrees(model, tmp_path / "hf")
 
 

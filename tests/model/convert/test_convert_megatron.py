@@ -20,7 +20,7 @@ import torch
 
 from glimpse.data.patches import patchify
 from glimpse.model.convert import megatron, torch_dist
-from glimpse.model.convert.positions import KEPT
+from glimpse.model.convert.positions import TERMS_FILE
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import PortableModel
 from glimpse.model.text import TextConfig
@@ -77,11 +77,11 @@ def test_there_and_back(tmp_path, flavour, tp):
 
     megatron.save(ours, folder, tp=tp, spec=spec)
 
-    assert megatron.claims(folder)
-    assert not megatron.claims(tmp_path)
+    assert megatron.recognizes(folder)
+    assert not megatron.recognizes(tmp_path)
     pieces = {path.name for path in folder.glob("*.distcp")}
     assert pieces == {f"__{rank}_0.distcp" for rank in range(tp)}
-    assert (folder / KEPT).exists() == (flavour == "folded")
+    assert (folder / TERMS_FILE).exists() == (flavour == "folded")
     assert equal(megatron.load(folder), ours)
 
 
@@ -98,7 +98,7 @@ def test_where_each_rank_finds_its_piece(tmp_path):
     """
     ours = model("clip")
     megatron.save(ours, tmp_path / "out", tp=2)
-    folder = torch_dist.Folder(tmp_path / "out")
+    folder = torch_dist.DistCheckpoint(tmp_path / "out")
 
     def last_piece(key):
         """Return (offset, file) of the last rank's piece."""
@@ -133,12 +133,12 @@ def test_trained_elsewhere_positions_and_bias_count(tmp_path):
         ours = model(flavour)
         folder = tmp_path / flavour
         megatron.save(ours, folder)
-        foreign = megatron.named(torch_dist.Folder(folder))
+        foreign = megatron.unstack_layers(torch_dist.DistCheckpoint(folder))
         trained = {}
         for name in foreign:
             changes = "position" in name or name.endswith("conv1.bias")
             trained[name] = foreign[name] + (1e-3 if changes else 0)
-        places = {name: megatron.place(ours.cfg, name) for name in trained}
+        places = {name: megatron.find_place(ours.cfg, name) for name in trained}
         torch_dist.write(folder, LazyTensors.from_dict(trained), places, {}, {}, 1, torch.float32)
 
         again = megatron.load(folder)
@@ -201,7 +201,7 @@ def test_a_truncated_or_missing_file_is_named(written):
 
 
 def test_a_missing_tensor_or_another_architecture_is_named(written):
-    index = torch_dist.Folder(written).index
+    index = torch_dist.DistCheckpoint(written).index
     qkv = "vision_model.decoder.layers.self_attention.linear_qkv.weight"
     chunks = index.state_dict_metadata[qkv].chunks
     half = chunks.pop()
@@ -223,7 +223,7 @@ def test_a_missing_tensor_or_another_architecture_is_named(written):
     (written / ".metadata").write_bytes(pickle.dumps(index))
     tree = json.loads((written / "config.json").read_text())
     for key, value, message in (
-        ("depth", 2, "nothing takes vision_model.decoder.layers.2"),
+        ("depth", 2, "unexpected tensor vision_model.decoder.layers.2"),
         ("width", 32, r"out: vision.cls is \(64,\); its architecture makes it \(32,\)"),
         ("depths", 2, "config.json: not what a conversion to megatron wrote"),
     ):
@@ -263,7 +263,7 @@ def test_an_index_that_would_run_code_is_refused(written, pickled, message):
 
 
 def test_an_index_of_an_older_megatron_is_read(written):
-    index = pickle.dumps(torch_dist.Folder(written).index, protocol=2)
+    index = pickle.dumps(torch_dist.DistCheckpoint(written).index, protocol=2)
     foreign = index.replace(
         b"torch.distributed.checkpoint.metadata\nMetadata\n",
         b"megatron.core.dist_checkpointing.strategies.torch\nMCoreMetadata\n",

@@ -260,7 +260,7 @@ def test_what_was_assumed_is_told_where_embeddings_differ(good, tmp_path, conver
 
 def test_nan_is_no_small_difference(good, tmp_path, convert, monkeypatch):
     monkeypatch.setattr(
-        "glimpse.run.verify.proofs.differences",
+        "glimpse.run.verify.proofs.embedding_differences",
         lambda *_: {"images": 1e-7, "captions": float("nan")},
     )
 
@@ -384,9 +384,9 @@ def test_members_of_enums_as_older_pythons_pickle_them(protocol, tmp_path):
     kind = metadata._MEM_FORMAT_ENCODING
     member = pickle.dumps(Odd(kind, "TORCH_PRESERVE_FORMAT"), protocol)
     no_member = pickle.dumps(Odd(kind, "mro"), protocol)
-    assert torch_dist.Plain(io.BytesIO(member)).load() is kind.TORCH_PRESERVE_FORMAT
+    assert torch_dist.CheckpointUnpickler(io.BytesIO(member)).load() is kind.TORCH_PRESERVE_FORMAT
     with pytest.raises(pickle.UnpicklingError, match="getattr of"):
-        torch_dist.Plain(io.BytesIO(no_member)).load()
+        torch_dist.CheckpointUnpickler(io.BytesIO(no_member)).load()
 
     torch.save({"stage": Odd(ZeroStageEnum, "weights")}, tmp_path / "shard.pt")
     assert zero_reader.read_structure(tmp_path / "shard.pt") == {"stage": ZeroStageEnum.weights}
@@ -405,7 +405,7 @@ def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):
     assert note in out
     monkeypatch.undo()
     with pytest.raises(ImportError, match="^no-such-package is not installed$"):
-        common.newer("no-such-package", "1.0")
+        common.require_version("no-such-package", "1.0")
 
 
 def test_openais_state_dict(tmp_path, convert):
@@ -475,14 +475,14 @@ def test_a_tensor_that_is_too_large_for_flips_file(tmp_path):
 # malloc keeps for later
 LARGE = 66
 # what is written of three such tensors: as many times one of them may be held
-SPLIT = "[Rule((n,), (n + 'q', n + 'k', n + 'v'), thirds, fused) for n in source]"
-TURNED = "[Rule((n,), (n,), transposed, transposed) for n in source]"
+SPLIT = "[Rule((n,), (n + 'q', n + 'k', n + 'v'), split_qkv, fuse_qkv) for n in source]"
+TURNED = "[Rule((n,), (n,), transpose, transpose) for n in source]"
 WRITERS = {
     "files.write_safetensors(out, source)": 1.2,
-    f"files.write_safetensors(out, exported({SPLIT}, source))": 1.2,
+    f"files.write_safetensors(out, export_tensors({SPLIT}, source))": 1.2,
     "t5x.write(out, source, torch.float32)": 1.2,
     "files.write_safetensors(out, source, torch.bfloat16)": 1.7,
-    f"files.write_safetensors(out, exported({TURNED}, source))": 2.2,
+    f"files.write_safetensors(out, export_tensors({TURNED}, source))": 2.2,
 }
 
 
@@ -497,7 +497,9 @@ import psutil
 import torch
 from glimpse.model import tensor_files as files
 from glimpse.model.convert import t5x
-from glimpse.model.convert.rules import LazyTensors, Rule, exported, fused, thirds, transposed
+from glimpse.model.convert.rules import (
+    LazyTensors, Rule, export_tensors, fuse_qkv, split_qkv, transpose
+)
 shape, out = (3 * 2**10, {LARGE} * 2**18 // (3 * 2**10)), Path({str(tmp_path / "x")!r})
 meta = {{f"w{{i}}": torch.empty(shape, device="meta") for i in range(3)}}
 source = LazyTensors(meta, lambda name: torch.ones(shape))

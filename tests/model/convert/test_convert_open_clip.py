@@ -117,8 +117,8 @@ def made(cfg: ModelConfig, context: int, pad_text: bool, seed: int = 0) -> Porta
 
 def assert_theirs_agrees(model: PortableModel, path: Path, *config: str) -> None:
     """Assert that open_clip's own model of the path gives our embeddings."""
-    peer = open_clip.peer(path, *config)
-    far = proofs.differences(model, peer, build_tokenizer("clip_bpe", model.context))
+    peer = open_clip.reference_model(path, *config)
+    far = proofs.embedding_differences(model, peer, build_tokenizer("clip_bpe", model.context))
     print(f"{path.name}: {far}")
     assert max(far.values()) < 1e-5
 
@@ -131,7 +131,7 @@ def test_there_and_back_and_beside_open_clip(flavour, tmp_path):
     open_clip.save(model, folder)
     again = open_clip.load(folder)
 
-    assert proofs.flaw(model.tensors, again.tensors, torch.float32) is None
+    assert proofs.find_difference(model.tensors, again.tensors, torch.float32) is None
     assert replace(again.cfg, init=model.cfg.init) == model.cfg
     assert again.context == model.context
     assert_theirs_agrees(again, folder)
@@ -147,7 +147,7 @@ def test_after_tuning_elsewhere_what_was_folded_is_taken_as_it_is(tmp_path):
     }
     tuned["visual.positional_embedding"] += 0.01
     save_file(tuned, weights)
-    assert (tmp_path / "out" / positions.KEPT).exists()
+    assert (tmp_path / "out" / positions.TERMS_FILE).exists()
 
     again = open_clip.load(tmp_path / "out")
 
@@ -176,7 +176,7 @@ def test_a_tower_of_timms_in_another_model(tmp_path):
 
     open_clip.save(model, tmp_path / "own")
     again = open_clip.load(tmp_path / "own")
-    assert proofs.flaw(model.tensors, again.tensors, torch.float32) is None
+    assert proofs.find_difference(model.tensors, again.tensors, torch.float32) is None
     assert "timm" not in (tmp_path / "own" / open_clip.CONFIG).read_text()
 
 
@@ -312,7 +312,7 @@ def test_every_config_of_open_clips_is_taken_or_refused_for_what_it_is():
     taken = set()
     for file in Path(package.submodule_search_locations[0], "model_configs").glob("*.json"):
         try:
-            open_clip.config_in(json.loads(file.read_text()), {}, file)
+            open_clip.read_config(json.loads(file.read_text()), {}, file)
             taken.add(file.stem)
         except ValueError as error:
             assert "unknown here" not in str(error)
@@ -348,10 +348,10 @@ def test_openais_state_dict_tells_its_architecture(tmp_path):
         vocab_size=torch.tensor(49408),
     )
     torch.save({**tensors, **scalars}, tmp_path / "openai.pt")
-    assert open_clip.claims(tmp_path / "openai.pt")
+    assert open_clip.recognizes(tmp_path / "openai.pt")
     again = open_clip.load(tmp_path / "openai.pt")
     assert replace(again.cfg, init=model.cfg.init) == model.cfg
-    assert proofs.flaw(model.tensors, again.tensors, torch.float16) is None
+    assert proofs.find_difference(model.tensors, again.tensors, torch.float16) is None
 
 
 def test_weights_alone_ask_for_their_architecture(tmp_path):
@@ -373,8 +373,8 @@ def test_weights_alone_ask_for_their_architecture(tmp_path):
     again = open_clip.load(
         tmp_path / "epoch_3.pt", config=str(tmp_path / "state" / open_clip.CONFIG)
     )
-    assert proofs.flaw(model.tensors, again.tensors, torch.float32) is None
-    with pytest.raises(ValueError, match="not the shape|nothing takes|is missing"):
+    assert proofs.find_difference(model.tensors, again.tensors, torch.float32) is None
+    with pytest.raises(ValueError, match="wrong shape|unexpected tensor|is missing"):
         open_clip.load(tmp_path / "epoch_3.pt", config="ViT-B-32").towers()
 
 
@@ -399,4 +399,4 @@ def test_open_clips_own_b32(name, tmp_path):
 
     open_clip.save(model, tmp_path / "out")
     written = open_clip.tensor_files.read_tensors(tmp_path / "out" / open_clip.WEIGHTS[0])
-    assert proofs.flaw(LazyTensors.from_dict(weights), written, torch.float32) is None
+    assert proofs.find_difference(LazyTensors.from_dict(weights), written, torch.float32) is None

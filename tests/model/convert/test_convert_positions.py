@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from glimpse.model import tensor_files
-from glimpse.model.convert.positions import KEPT, fixed, keep, position_rule, taken
-from glimpse.model.convert.rules import Rule, exported
+from glimpse.model.convert.positions import (
+    TERMS_FILE,
+    import_with_positions,
+    position_rule,
+    sincos_table,
+    write_terms,
+)
+from glimpse.model.convert.rules import Rule, export_tensors
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import PortableModel
 from glimpse.model.towers import ModelConfig, Towers
@@ -48,11 +54,13 @@ def test_there_and_back(tmp_path, positions, bias, dtype):
     ours = model(positions, bias)
     table, path = rules(ours.cfg), tmp_path / "theirs.safetensors"
 
-    tensor_files.write_safetensors(path, exported(table, ours.tensors), dtype)
-    keep(tmp_path, ours, table)
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read_tensors(path), "here")
+    tensor_files.write_safetensors(path, export_tensors(table, ours.tensors), dtype)
+    write_terms(tmp_path, ours, table)
+    cfg, tensors = import_with_positions(
+        tmp_path, PLAIN, rules, "table", tensor_files.read_tensors(path), "here"
+    )
 
-    assert (tmp_path / KEPT).exists() == bias
+    assert (tmp_path / TERMS_FILE).exists() == bias
     unbiased = replace(PLAIN, vision=replace(PLAIN.vision, positions=positions))
     assert cfg == (ours.cfg if bias else unbiased)
     assert tensors.keys() == ours.tensors.keys()
@@ -68,12 +76,14 @@ def test_the_table_is_what_the_tower_adds(tmp_path):
     """
     ours = model("sincos", True)
     path = tmp_path / "theirs.safetensors"
-    tensor_files.write_safetensors(path, exported(rules(ours.cfg), ours.tensors))
+    tensor_files.write_safetensors(path, export_tensors(rules(ours.cfg), ours.tensors))
 
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", tensor_files.read_tensors(path), "here")
+    cfg, tensors = import_with_positions(
+        tmp_path, PLAIN, rules, "table", tensor_files.read_tensors(path), "here"
+    )
 
     assert cfg == PLAIN
-    folded = fixed(PLAIN)[1:] + ours.tensors["vision.patch.bias"]
+    folded = sincos_table(PLAIN)[1:] + ours.tensors["vision.patch.bias"]
     assert torch.equal(tensors["vision.positions"][1:], folded)
     patches, places = torch.randn(2, 9, 3 * 32 * 32), torch.arange(9).expand(2, 9)
     with torch.no_grad():
@@ -86,31 +96,31 @@ def test_tuned_elsewhere_the_table_counts(tmp_path):
     """The tensors beside no longer add up to it; nor do those of another model's shape."""
     ours = model("sincos", True)
     table = rules(ours.cfg)
-    tuned = {name: tensor.clone() for name, tensor in exported(table, ours.tensors).items()}
-    keep(tmp_path, ours, table)
+    tuned = {name: tensor.clone() for name, tensor in export_tensors(table, ours.tensors).items()}
+    write_terms(tmp_path, ours, table)
     tuned["table"][3, 5] += 1e-3
     foreign = LazyTensors.from_dict(tuned)
 
-    cfg, tensors = taken(tmp_path, PLAIN, rules, "table", foreign, "here")
+    cfg, tensors = import_with_positions(tmp_path, PLAIN, rules, "table", foreign, "here")
 
     assert cfg == PLAIN
     assert torch.equal(tensors["vision.positions"], tuned["table"])
 
-    about = tensor_files.read_metadata(tmp_path / KEPT)
+    about = tensor_files.read_metadata(tmp_path / TERMS_FILE)
     short = LazyTensors.from_dict({"vision.patch.bias": torch.zeros(7)})
-    tensor_files.write_safetensors(tmp_path / KEPT, short, about=about)
-    assert taken(tmp_path, PLAIN, rules, "table", foreign, "here")[0] == PLAIN
+    tensor_files.write_safetensors(tmp_path / TERMS_FILE, short, about=about)
+    assert import_with_positions(tmp_path, PLAIN, rules, "table", foreign, "here")[0] == PLAIN
 
 
 def test_a_table_that_is_missing_or_of_another_grid_is_named(tmp_path):
-    tensors = dict(exported(rules(PLAIN), model("learned", False).tensors))
+    tensors = dict(export_tensors(rules(PLAIN), model("learned", False).tensors))
     without = LazyTensors.from_dict({name: t for name, t in tensors.items() if name != "table"})
     larger = LazyTensors.from_dict(tensors | {"table": torch.zeros(50, 128)})
 
     with pytest.raises(ValueError, match="here: table is missing"):
-        taken(tmp_path, PLAIN, rules, "table", without, "here")
+        import_with_positions(tmp_path, PLAIN, rules, "table", without, "here")
 
-    cfg, ours = taken(tmp_path, PLAIN, rules, "table", larger, "here")
+    cfg, ours = import_with_positions(tmp_path, PLAIN, rules, "table", larger, "here")
     with pytest.raises(
         ValueError, match=r"vision.positions is \(50, 128\); its architecture makes it \(10, 128\)"
     ):

@@ -18,20 +18,20 @@ from glimpse.tests.helpers.tiny import ROOT
 
 
 def check_timm(model: PortableModel) -> None:
-    timm.described(model.cfg)
+    timm.timm_architecture(model.cfg)
 
 
 def check_megatron(model: PortableModel) -> None:
-    megatron.check(model.cfg, True, 1, "local")
+    megatron.check_split(model.cfg, True, 1, "local")
 
 
 def check_flip_jax(model: PortableModel) -> None:
-    flip_jax.check_flavour(model.cfg, True)
+    flip_jax.check_settings(model.cfg, True)
 
 
 SAYS = {  # each raises ValueError if its format cannot express the model
-    "open_clip": open_clip.config_out,
-    "hf": hf.check,
+    "open_clip": open_clip.make_config,
+    "hf": hf.check_settings,
     "timm": check_timm,
     "megatron": check_megatron,
     "flip_jax": check_flip_jax,

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from glimpse.model.convert.positions import fixed, is_fixed
-from glimpse.model.convert.sizes import ratio, sized
+from glimpse.model.convert.positions import is_sincos, sincos_table
+from glimpse.model.convert.sizes import mlp_ratio, size_fields
 from glimpse.model.layers import mlp_width
 from glimpse.model.towers import ModelConfig, Size
 
 
 def test_rows_and_others():
-    assert sized(16, width=768, depth=12, heads=12, mlp=4.0) == {"size": "B/16"}
-    assert sized(14, width=1024, depth=24, text_width=512) == {"size": "L512/14"}
+    assert size_fields(16, width=768, depth=12, heads=12, mlp=4.0) == {"size": "B/16"}
+    assert size_fields(14, width=1024, depth=24, text_width=512) == {"size": "L512/14"}
     # whose heads are 80 wide
-    assert sized(14, width=1280, depth=32, heads=None) == {"size": "H/14"}
+    assert size_fields(14, width=1280, depth=32, heads=None) == {"size": "H/14"}
     custom = Size(384, 12, 12, 384, 12, 6, 384)
     # SLIP's S, all columns but one
-    assert sized(16, width=384, depth=12, heads=12) == {"size": "custom/16", "custom": custom}
-    assert sized(7, width=768, depth=12)["size"] == "custom/7"
-    size = sized(14, width=1408, depth=40, mlp=ratio(1408, 6144))
+    assert size_fields(16, width=384, depth=12, heads=12) == {"size": "custom/16", "custom": custom}
+    assert size_fields(7, width=768, depth=12)["size"] == "custom/7"
+    size = size_fields(14, width=1408, depth=40, mlp=mlp_ratio(1408, 6144))
     assert ModelConfig(**size, image_size=28).shape.heads == 22
 
 
@@ -29,7 +29,7 @@ def test_rows_and_others():
     "width, inside", [(1408, 6144), (1664, 8192), (1152, 4304), (49, 147), (3, 10)]
 )
 def test_the_ratio_gives_the_width(width, inside):
-    assert mlp_width(width, ratio(width, inside)) == inside
+    assert mlp_width(width, mlp_ratio(width, inside)) == inside
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -46,7 +46,7 @@ def test_positions_computed_elsewhere_are_known(dtype):
     table = torch.cat([torch.zeros(1, 1024), table])
 
     assert table.dtype == torch.float32
-    assert not torch.equal(table, fixed(cfg))
-    assert is_fixed(table.to(dtype), cfg)
+    assert not torch.equal(table, sincos_table(cfg))
+    assert is_sincos(table.to(dtype), cfg)
     table[100, 1000] += 0.02
-    assert not is_fixed(table.to(dtype), cfg)
+    assert not is_sincos(table.to(dtype), cfg)

@@ -14,7 +14,7 @@ import torch
 
 from glimpse.model.convert import open_clip
 from glimpse.model.convert import timm as timm_format
-from glimpse.model.convert.positions import KEPT, fixed
+from glimpse.model.convert.positions import TERMS_FILE, sincos_table
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import ModelInfo, PortableModel
 from glimpse.model.text import TextConfig
@@ -79,12 +79,12 @@ def test_out_and_back(tmp_path, flavour):
 
     # Out.
     assert "text tower" in timm_format.save(ours, folder)[0]
-    assert timm_format.claims(folder)
-    assert (folder / KEPT).exists() == (flavour == "a norm and a bias")
+    assert timm_format.recognizes(folder)
+    assert (folder / TERMS_FILE).exists() == (flavour == "a norm and a bias")
 
     # timm's own model and its preparation of images.
     images = torch.randn(3, 3, *ours.cfg.image_shape)
-    reference, none = timm_format.peer(folder)(images, None)
+    reference, none = timm_format.reference_model(folder)(images, None)
     far = float((features(ours, images) - reference).abs().max())
     print(f"{flavour}: {far:.1e} (features, of {float(reference.abs().max()):.1f} at most)")
     assert none is None
@@ -196,7 +196,7 @@ def test_models_that_timm_wrote(tmp_path, name, args, vision):
     assert notes.endswith("; left out: head")
     assert "assumed" not in notes
     images = torch.randn(2, 3, 32, 32)
-    wanted, _ = timm_format.peer(tmp_path / "hub")(images)
+    wanted, _ = timm_format.reference_model(tmp_path / "hub")(images)
     assert (features(model, images) - wanted).abs().max() < 1e-5
 
 
@@ -213,14 +213,14 @@ def bare(folder, change=lambda tensors: tensors, **args):
 
 def test_a_bare_file(tmp_path):
     path, reference = bare(tmp_path)
-    assert timm_format.claims(path)
+    assert timm_format.recognizes(path)
     model = timm_format.load(path, heads=6, pool="mean", mean=[0.5] * 3)
     vision = VisionConfig(positions="learned", pool="mean", activation="gelu", mean=(0.5, 0.5, 0.5))
     size = Size(96, 2, 6, 96, 2, 1, 96)
     assert model.cfg == ModelConfig("custom/8", size, image_size=32, vision=vision)
 
     images = torch.randn(2, 3, 32, 32)
-    pooled, _ = timm_format.peer(path, heads=6, pool="mean")(images)
+    pooled, _ = timm_format.reference_model(path, heads=6, pool="mean")(images)
     assert (tokens(model, images) - reference.forward_features(images)).abs().max() < 1e-5
     assert (features(model, images) - pooled).abs().max() < 1e-5
 
@@ -249,7 +249,7 @@ def test_a_bare_file(tmp_path):
         ({"in_chans": 1}, r"patch_embed.proj.weight \(96, 1, 8, 8\): ours is"),
         ({"no_embed_class": True}, r"pos_embed \(1, 16, 96\): not the places"),
         ({"final_norm": False}, "norm.weight is missing"),
-        ({"scale_mlp_norm": True}, "nothing takes blocks.0.mlp.norm.bias"),
+        ({"scale_mlp_norm": True}, "unexpected tensor blocks.0.mlp.norm.bias"),
     ],
 )
 def test_other_architectures_are_refused(tmp_path, args, complaint):
@@ -275,7 +275,7 @@ def test_distilled_missing_extra_and_misshapen_tensors(tmp_path):
 
     for change, complaint in (
         (without_bias, "blocks.1.norm2.bias is missing"),
-        (with_more, r"nothing takes more \(2,\)"),
+        (with_more, r"unexpected tensor more \(2,\)"),
         (with_short_norm, r"vision.norm.weight is \(5,\); its architecture makes it \(96,\)"),
     ):
         path, _ = bare(tmp_path, change)
@@ -290,7 +290,7 @@ def test_what_a_folder_lacks_or_cannot_say(tmp_path):
     ):
         timm_format.save(pair(cfg), tmp_path / "no")
     folder = tmp_path / "out"
-    assert not timm_format.claims(folder)
+    assert not timm_format.recognizes(folder)
     assert not (tmp_path / "no").exists()
 
     timm_format.save(pair(FLAVOURS["flip"]), folder)
@@ -337,7 +337,7 @@ def sincos_of_mae(width: int, side: int) -> torch.Tensor:
 def test_positions_are_those_of_mae():
     cfg = ModelConfig("custom/8", Size(64, 1, 1, 64, 1, 1, 64), image_size=40)
 
-    assert torch.equal(sincos_of_mae(64, 5), fixed(cfg))
+    assert torch.equal(sincos_of_mae(64, 5), sincos_table(cfg))
 
 
 DECODER = (
@@ -358,7 +358,7 @@ def of_mae(tensors: dict) -> dict:
 
 def test_mae_pretrained(tmp_path):
     path, reference = bare(tmp_path, of_mae)
-    assert timm_format.claims(path)
+    assert timm_format.recognizes(path)
     model = timm_format.load(path, heads=6, pool="mean_with_cls")
     assert model.cfg.vision == VisionConfig(activation="gelu")
     notes, left_out = model.about.source["notes"].split("; left out: ")
@@ -369,7 +369,7 @@ def test_mae_pretrained(tmp_path):
 
     reference.pos_embed.data = sincos_of_mae(96, 4)[None]
     images = torch.randn(2, 3, 32, 32)
-    pooled, _ = timm_format.peer(path, heads=6, pool="mean_with_cls")(images)
+    pooled, _ = timm_format.reference_model(path, heads=6, pool="mean_with_cls")(images)
     assert (tokens(model, images) - reference.forward_features(images)).abs().max() < 1e-5
     assert (features(model, images) - pooled).abs().max() < 1e-5
 
@@ -382,6 +382,6 @@ def test_mae_finetuned(tmp_path):
 
     images = torch.randn(2, 3, 32, 32)
     wanted = reference.forward_head(reference.forward_features(images), pre_logits=True)
-    pooled, _ = timm_format.peer(path, heads=6)(images)
+    pooled, _ = timm_format.reference_model(path, heads=6)(images)
     assert (features(model, images) - wanted).abs().max() < 1e-5
     assert (pooled - wanted).abs().max() < 1e-5

@@ -307,15 +307,17 @@ def test_memory_is_that_of_the_group(tmp_path):
     job.write_text("0::/slurm/job_1\n")
     group = tmp_path / "fs/slurm/job_1"
     group.mkdir(parents=True)
-    free = proofs.room(job, tmp_path / "fs")
+    free = proofs.available_memory(job, tmp_path / "fs")
 
     (group / "memory.max").write_text("max\n")
-    assert proofs.room(job, tmp_path / "fs") == pytest.approx(free, rel=0.2)
+    assert proofs.available_memory(job, tmp_path / "fs") == pytest.approx(free, rel=0.2)
 
     (group.parent / "memory.max").write_text("3000000\n")
     (group.parent / "memory.stat").write_text("anon 1000000\nfile 1900000\n")
-    assert proofs.room(job, tmp_path / "fs") == 2_000_000
-    assert proofs.room(tmp_path / "nothing", tmp_path / "fs") == pytest.approx(free, rel=0.2)
+    assert proofs.available_memory(job, tmp_path / "fs") == 2_000_000
+    assert proofs.available_memory(tmp_path / "nothing", tmp_path / "fs") == pytest.approx(
+        free, rel=0.2
+    )
 
 
 def test_a_large_tensor_is_in_memory_once(tmp_path):
