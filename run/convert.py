@@ -1,15 +1,18 @@
-"""Models leave and enter Glimpse: a run, a checkpoint or a foreign model into any of the formats,
-each conversion proven.
+"""Convert a run, a checkpoint or a foreign model to another format, and verify the result.
 
-    python run/convert.py glimpse   runs/quickstart models/quickstart        one safetensors file
-                                    and config.json
-    python run/convert.py open_clip runs/aclip_b16  models/for_open_clip
-    python run/convert.py glimpse   models/CLIP-ViT-B-32 models/b32          in: the format of what
-                                    lies there is found out
-    python run/convert.py inspect   models/CLIP-ViT-B-32                     what any checkpoint is
+The first argument is the target format; the source format is detected.
 
-docs/converting.md has the formats, what each cannot express, and how training starts from what
-comes in.
+    # export a run as one safetensors file and config.json
+    python run/convert.py glimpse runs/quickstart models/quickstart
+    # export a run for open_clip
+    python run/convert.py open_clip runs/aclip_b16 models/for_open_clip
+    # import a foreign model
+    python run/convert.py glimpse models/CLIP-ViT-B-32 models/b32
+    # describe the model at a path
+    python run/convert.py inspect models/CLIP-ViT-B-32
+
+docs/converting.md describes the formats, what each cannot express, and how to start training from
+an imported model.
 """
 
 import shutil
@@ -51,8 +54,8 @@ def main() -> None:
     args = config.argument_parser(__doc__)
     commands = args.add_subparsers(required=True, metavar="FORMAT|inspect")
     for name in ["glimpse", *(name for name, module in FORMATS.items() if hasattr(module, "save"))]:
-        add_format(commands.add_parser(name, help=f"convert into {name}"), name)
-    command = commands.add_parser("inspect", help="tell what lies at a path")
+        add_format(commands.add_parser(name, help=f"convert a model to {name}"), name)
+    command = commands.add_parser("inspect", help="describe the model at a path")
     command.add_argument("path", type=Path)
     command.set_defaults(do=inspect)
     for command in commands.choices.values():
@@ -61,44 +64,44 @@ def main() -> None:
             nargs="+",
             default=[],
             metavar="KEY=VALUE",
-            help="what the files do not tell, e.g. config=ViT-B-32",
+            help="settings that the source files do not contain, e.g. config=ViT-B-32",
         )
     options = args.parse_args()
     options.do(options)
 
 
 def add_format(command: ArgumentParser, name: str) -> None:
-    """Add the options of a conversion into a format."""
+    """Add the command-line options of a conversion to a format."""
     command.add_argument(
         "source", type=Path, help="a run folder, a checkpoint, or a model of any format"
     )
-    command.add_argument("out", type=Path, help="a folder that is not there yet")
+    command.add_argument("out", type=Path, help="the folder to write; it must not exist")
     command.add_argument(
         "--weights",
         choices=("student", "teacher"),
         default="student",
-        help="of a run; teacher: the moving average",
+        help="weights of a run; teacher: the moving average of the student",
     )
     command.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="what the weights are stored as"
+        "--dtype", choices=DTYPES, default="fp32", help="dtype of the stored weights"
     )
     command.add_argument(
         "--image-size",
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="resize positions: a side, or height and width",
+        help="resize to this image size: one number, or height and width",
     )
     command.add_argument(
         "--patch",
         type=int,
         metavar="PIXELS",
-        help="resize the patch embedding to this side, as FLIP's L/16 to L/14",
+        help="resize the patch embedding to this patch size, e.g. from L/16 to L/14",
     )
     command.add_argument(
         "--tokenizer",
         metavar="SPEC",
-        help="as data.tokenizer, where the source does not tell it",
+        help="tokenizer of the source if its files do not name it; format of data.tokenizer",
     )
     if name == "megatron":
         command.add_argument(
@@ -106,13 +109,13 @@ def add_format(command: ArgumentParser, name: str) -> None:
             type=int,
             default=1,
             metavar="N",
-            help="tensor-parallel ranks that the weights are split for",
+            help="number of tensor-parallel ranks to split the weights for",
         )
         command.add_argument(
             "--spec",
             choices=("local", "te"),
             default="local",
-            help="the layers' kind: te for Transformer Engine's",
+            help="layer spec of the vision tower; te: Transformer Engine",
         )
     command.set_defaults(do=convert, format=name)
 
@@ -124,41 +127,42 @@ def inspect(args: Namespace) -> None:
 def convert(args: Namespace) -> None:
     """Convert the source, verify the result and move it into place."""
     if args.out.exists() or args.out.is_symlink():
-        raise ValueError(f"{args.out} exists; name a folder that does not, or remove it")
+        raise ValueError(f"{args.out} exists; choose a new folder, or remove this one")
 
-    # The source, and its own library's model to compare with, unless it is resized.
+    # Load the source. Unless it is resized, its reference library can verify it.
     given = parse_given(args.given)
     source_format, model = open_any.load_any(args.source, args.weights, given)
-    peer = None
+    open_reference = None
     if args.image_size is not None or args.patch is not None:
         model = resize_model(model, parse_image_size(args.image_size), args.patch)
     elif hasattr(FORMATS.get(source_format), "reference_model"):
-        peer = partial(FORMATS[source_format].reference_model, args.source, **given)
+        open_reference = partial(FORMATS[source_format].reference_model, args.source, **given)
     model, tokenizer = complete_tokenizer(model, args)
 
-    # Everything is written beside the folder, and renamed only when it is verified.
+    # Write to a temporary folder, and move it into place only after verification.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(
         prefix=f"{args.out.name}.", suffix=".part", dir=args.out.parent, ignore_cleanup_errors=True
     ) as scratch:
-        part = Path(scratch, args.out.name)
-        notes = write_model(model, args, tokenizer, part, news=source_format != "glimpse")
+        folder = Path(scratch, args.out.name)
+        notes = write_model(
+            model, args, tokenizer, folder, include_source_notes=source_format != "glimpse"
+        )
         if args.format in FORMATS:
-            again = FORMATS[args.format].load(part)
+            written = FORMATS[args.format].load(folder)
         else:
-            again = load_model.open_converted(part)
-        notes += verify_conversion(model, again, args, tokenizer, part, peer)
-        part.rename(args.out)
+            written = load_model.open_converted(folder)
+        notes += verify_conversion(model, written, args, tokenizer, folder, open_reference)
+        folder.rename(args.out)
 
-    print(
-        f"{args.out}: {args.format}, {architecture_summary(again)}, {args.dtype}, {format_size(args.out)}"
-    )
+    summary = f"{architecture_summary(written)}, {args.dtype}, {format_size(args.out)}"
+    print(f"{args.out}: {args.format}, {summary}")
     for line in notes:
         print(f"  {line}")
 
 
 def parse_given(given: list[str]) -> dict:
-    """Return {KEY: VALUE} of the arguments of --given."""
+    """Parse the arguments of --given to {KEY: VALUE}."""
     options = {}
     for pair in given:
         key, _, text = pair.partition("=")
@@ -167,28 +171,26 @@ def parse_given(given: list[str]) -> dict:
         except yaml.YAMLError:
             value = None
         if value is None:
-            raise ValueError(
-                f"--given {pair}: no value; it should be as in KEY=3, KEY=word or KEY=[224,448]"
-            )
+            raise ValueError(f"--given {pair}: no value; write KEY=3, KEY=word or KEY=[224,448]")
         options[key] = value
     return options
 
 
 def parse_image_size(given: list[int] | None) -> int | tuple[int, int] | None:
-    """Return --image-size as a side, or as (height, width)."""
+    """Return --image-size as one number, or as (height, width)."""
     if not given:
         return None
     if len(given) > 2:
-        raise ValueError(f"--image-size {given}: one side, or height and width")
+        raise ValueError(f"--image-size {given}: give one number, or height and width")
     return given[0] if len(given) == 1 else tuple(given)
 
 
 def complete_tokenizer(
     model: PortableModel, args: Namespace
 ) -> tuple[PortableModel, Tokenizer | None]:
-    """Return the model, completed with the tokenizer's settings, and the tokenizer.
+    """Return the model, completed with the settings of its tokenizer, and the tokenizer.
 
-    ValueError if it is not the one that the model was trained with.
+    ValueError if the model was trained with another tokenizer.
     """
     if not model.vocab:
         return model, None
@@ -198,34 +200,39 @@ def complete_tokenizer(
     try:
         tokenizer = build_tokenizer(spec, model.context)
     except ValueError as error:
-        raise ValueError(f"{error}; --tokenizer SPEC names another") from None
+        raise ValueError(f"{error}; choose the tokenizer with --tokenizer SPEC") from None
     if tokenizer.vocab_size != model.vocab or about.fingerprint not in ("", tokenizer.fingerprint):
         fingerprint = about.fingerprint or "unnamed"
         raise ValueError(
             f"{path}: trained with a vocabulary of {model.vocab} ({fingerprint}); {spec} has"
-            f" {tokenizer.vocab_size} ({tokenizer.fingerprint}); --tokenizer names another"
+            f" {tokenizer.vocab_size} ({tokenizer.fingerprint}); choose the right tokenizer with"
+            " --tokenizer SPEC"
         )
     end = tokenizer.end[0] if tokenizer.end else None
     if about.eot not in (None, end):
         raise ValueError(
-            f"{path}: a caption ends with id {about.eot}; with {end} in {spec}; --tokenizer names"
-            " another"
+            f"{path}: captions end with id {about.eot}, but {spec} ends them with {end}; choose the"
+            " right tokenizer with --tokenizer SPEC"
         )
     about = replace(about, tokenizer=spec, fingerprint=tokenizer.fingerprint, eot=end)
     return replace(model, about=about), tokenizer
 
 
 def write_model(
-    model: PortableModel, args: Namespace, tokenizer: Tokenizer | None, folder: Path, news: bool
+    model: PortableModel,
+    args: Namespace,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    include_source_notes: bool,
 ) -> list[str]:
-    """Write the model in its format, with its vocabulary; return notes, one line each.
+    """Write the model and its vocabulary in the target format; return notes, one line each.
 
-    news: the notes of the source have not been printed before.
+    include_source_notes: also return the notes that the source was loaded with.
     """
     dtype, source = DTYPES[args.dtype], model.about.source
-    notes = source_notes(source, news)
+    notes = source_notes(source, include_source_notes)
 
-    # A vocabulary of a file of its own is copied into the folder.
+    # A vocabulary file is copied into the folder, and the spec refers to the copy.
     file = vocabulary_file(model.about.tokenizer)
     if file:
         kind = model.about.tokenizer.partition("(")[0]
@@ -238,7 +245,7 @@ def write_model(
         options = {"tp": args.tp, "spec": args.spec} if args.format == "megatron" else {}
         notes += FORMATS[args.format].save(model, folder, dtype, **options) or []
 
-    # open_clip has CLIP's vocabulary itself; timm's models have no text.
+    # open_clip contains CLIP's vocabulary; timm's models have no text tower.
     needs_files = args.format == "hf" or (args.format == "open_clip" and file)
     if tokenizer and needs_files:
         tokenizer_files.write(tokenizer, folder)
@@ -247,83 +254,87 @@ def write_model(
     return notes
 
 
-def source_notes(source: dict, news: bool) -> list[str]:
-    """Return notes on the source: the step of a run, and its own notes if they are news."""
+def source_notes(source: dict, include_load_notes: bool) -> list[str]:
+    """Return notes on the source: the step of a run, and optionally its load notes."""
     notes = []
     if "step" in source:
-        notes.append(
-            f"of {source['path']}, after step {source['step']:,}, {source['samples']:,} samples"
-        )
-    if "notes" in source and news:
+        progress = f"step {source['step']:,}, {source['samples']:,} samples"
+        notes.append(f"source: {source['path']}, after {progress}")
+    if "notes" in source and include_load_notes:
         notes.append(f"{source['path']}: {source['notes']}")
     return notes
 
 
 def verify_conversion(
     model: PortableModel,
-    again: PortableModel,
+    written: PortableModel,
     args: Namespace,
     tokenizer: Tokenizer | None,
     folder: Path,
-    source: Callable | None,
+    open_source_reference: Callable | None,
 ) -> Iterator[str]:
     """Verify the conversion; yield a line for each check. ValueError if a check fails.
 
-    again: the written model, read from the folder. source: loads the source in its own library.
+    written: the converted model, read back from the folder. open_source_reference: loads the source
+    in its reference library.
     """
-    # The same tensors, bit for bit.
+    # 1. The written tensors equal the source's bit for bit.
     module = FORMATS.get(args.format)
     dtype = DTYPES[args.dtype]
-    tensors = model.tensors if again.vocab else select_vision_weights(model.tensors)
-    if flaw := prove.find_difference(tensors, again.tensors, dtype):
-        raise ValueError(f"{args.source}: {flaw} ({args.format})")
+    tensors = model.tensors if written.vocab else select_vision_weights(model.tensors)
+    if difference := prove.find_difference(tensors, written.tensors, dtype):
+        raise ValueError(f"{args.source}: {difference} ({args.format})")
     rounding = f", rounded to {args.dtype}" if prove.loses_precision(tensors, dtype) else ""
     yield (
-        f"read again: {len(again.tensors)} tensors, each used once, bit for bit those of the"
+        f"read back: {len(written.tensors)} tensors, bit for bit equal to those of the"
         f" source{rounding}"
     )
 
-    # The same embeddings as the other libraries' models.
-    if not prove.fits_in_memory(again):
+    # 2. The reference libraries compute the same embeddings.
+    if not prove.fits_in_memory(written):
         yield (
-            "not run beside another library: two such models do not fit into this machine's memory"
+            "not compared with the reference library: two such models do not fit into this"
+            " machine's memory"
         )
         return
-    written = (
-        partial(module.reference_model, folder) if hasattr(module, "reference_model") else None
-    )
-    for path, peer, ours in ((args.source, source, model), (args.out, written, again)):
-        if peer:
-            yield compare_with_reference(path, peer, ours, tokenizer if ours.vocab else None)
-    if module and not written:
-        yield f"not run in {args.format}'s own code; the tests do that"
+    open_target_reference = None
+    if hasattr(module, "reference_model"):
+        open_target_reference = partial(module.reference_model, folder)
+    for path, open_reference, glimpse_model in (
+        (args.source, open_source_reference, model),
+        (args.out, open_target_reference, written),
+    ):
+        if open_reference:
+            text_tokenizer = tokenizer if glimpse_model.vocab else None
+            yield compare_with_reference(path, open_reference, glimpse_model, text_tokenizer)
+    if module and not open_target_reference:
+        yield f"not compared with {args.format}'s own code; Glimpse's tests do that"
 
 
 def compare_with_reference(
-    whose: Path, peer: Callable, model: PortableModel, tokenizer: Tokenizer | None
+    path: Path, open_reference: Callable, model: PortableModel, tokenizer: Tokenizer | None
 ) -> str:
-    """Return a line about the foreign library's own model beside ours.
+    """Compare the embeddings with those of the reference library; return a line with the result.
 
-    ValueError if its embeddings differ. whose: the path of the foreign model.
+    path: the foreign model. open_reference: loads it. ValueError if the embeddings differ.
     """
     try:
-        foreign = peer()
+        reference = open_reference()
     except ImportError as error:
-        return f"not run beside another library: {error}"
-    except Exception as error:  # another library's may be of any kind
-        raise ValueError(
-            f"{whose}: its own library cannot open it ({type(error).__name__}: {first_line(error)})"
-        ) from error
-    differences = prove.embedding_differences(model, foreign, tokenizer)
-    if not all(far <= prove.TOLERANCE for far in differences.values()):  # nan is not
+        return f"not compared with the reference library: {error}"
+    except Exception as error:  # a foreign library may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{path}: its reference library cannot open it ({reason})") from error
+    differences = prove.embedding_differences(model, reference, tokenizer)
+    if not all(value <= prove.TOLERANCE for value in differences.values()):  # also catches nan
         source = model.about.source
         notes = f" ({source['notes']})" if "notes" in source else ""
         raise ValueError(
-            f"{whose}: run in its own library it gives other embeddings: {differences}, more than"
-            f" {prove.TOLERANCE}{notes}"
+            f"{path}: its reference library computes other embeddings: largest differences"
+            f" {differences}, allowed {prove.TOLERANCE}{notes}"
         )
-    listed = ", ".join(f"{far:.1e} ({what})" for what, far in differences.items())
-    return f"{whose} run in its own library: largest difference {listed}"
+    values = ", ".join(f"{value:.1e} ({kind})" for kind, value in differences.items())
+    return f"{path} compared with its reference library: largest difference {values}"
 
 
 if __name__ == "__main__":

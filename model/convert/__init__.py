@@ -1,22 +1,26 @@
 """Formats that models are converted from and to, one module each.
 
-Models pass between formats as portable.PortableModel. A module defines those of the following names
-that make sense for its format:
+A conversion goes through portable.PortableModel. The module of a format defines those of the
+following names that apply to it:
 
-    load(path, **given) -> PortableModel
-        Read the model at the path lazily. ValueError if our towers cannot express its architecture.
-    Given
-        A dataclass of the options that `load` and `peer` take. Without it there are none.
-    claims(path) -> bool
+    load(path, **options) -> PortableModel
+        Read the model at the path lazily. ValueError if Glimpse's towers cannot express its
+        architecture.
+    LoadOptions
+        A dataclass of the options that `load` and `reference_model` take (`--given KEY=VALUE`).
+        A format without it takes no options.
+    recognizes(path) -> bool
         Return True if the path holds this format. Only names and headers are read.
     save(model, folder, dtype, **options) -> list[str]
-        Write the model; return notes for the user, one line each. ValueError naming the first field
-        that the format cannot express.
-    peer(path, **given) -> Callable
-        Return the foreign library's own model as a function: normalized images (B, 3, H, W) and
-        padded ids (B, context) -> unit embeddings of both. ImportError if the library is missing.
+        Write the model; return notes for the user, one line each. ValueError names the first
+        setting that the format cannot express.
+    reference_model(path, **options) -> Callable
+        Load the model in the library of the format. Return a function: normalized images
+        (B, 3, H, W) and padded ids (B, context) -> unit embeddings of both. ImportError if the
+        library is missing.
 
-To add a format, write such a module, mostly a table of rules (rules.py), and add it to FORMATS.
+To add a format, write such a module, which is mostly a table of rules (rules.py), and add it to
+FORMATS.
 """
 
 from pathlib import Path
@@ -34,9 +38,10 @@ FORMATS: dict[str, ModuleType] = {
 
 
 def detect_format(path: Path) -> str | None:
-    """Return the name of the format at the path.
+    """Return the name of the foreign format at the path.
 
-    None for a run or a model in Glimpse's own format. ValueError if the path does not exist.
+    None for a run, for a model in Glimpse's format, and for everything else. ValueError if the path
+    does not exist.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")

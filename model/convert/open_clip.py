@@ -121,8 +121,8 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
     mode = preprocess.get("resize_mode") or "shortest"
     if mode not in RESIZE_MODES:
         raise ValueError(
-            f"{path}: preprocess_cfg.resize_mode {mode!r}: ours are {' or '.join(RESIZE_MODES)}; write"
-            " one of them"
+            f"{path}: preprocess_cfg.resize_mode {mode!r}: Glimpse supports"
+            f" {' or '.join(RESIZE_MODES)}"
         )
     interpolation = preprocess.get("interpolation") or "bicubic"
     eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None

@@ -1,18 +1,18 @@
-"""Positions and the patch bias, for formats that have a table of positions, the class token's
-first, and no bias: open_clip, Hugging Face.
+"""Conversion of positions and of the patch bias, for formats (open_clip, Hugging Face) that have a
+table of positions, the class token's row first, and no patch bias.
 
-Fixed sin-cos positions become such a table, with zeros for the class token; a bias of the patch
-embedding is added to every patch's row. That is the same model, but a sum cannot be taken apart.
-Therefore the terms of the sum are kept in glimpse.safetensors beside the foreign file:
+Fixed sin-cos positions become such a table, with zeros for the class token. A bias of the patch
+embedding is added to the row of every patch. The model computes the same, but the terms cannot be
+recovered from the sum. Therefore they are stored in glimpse.safetensors next to the foreign file:
 
-    write(file, tensors, model, rules, dtype)
-        Write the foreign tensors, the table in fp32 whatever `dtype` is, and the terms.
-    cfg, tensors = taken(folder, cfg, rules, name, tensors, whose)
-        Read them, in place of `imported`.
+    write_weights(file, tensors, model, rules, dtype)
+        Write the foreign tensors and the terms. The table is fp32 for every `dtype`.
+    cfg, tensors = import_with_positions(folder, cfg, rules, name, tensors, whose)
+        Read both; replaces `import_tensors`.
 
-On the way in the terms count only if their sum equals the foreign table bit for bit. After a
-fine-tuning elsewhere it does not; then the table is taken as it is: learned positions, no bias.
-`rules` is a function: ModelConfig -> its table of rules, one of which is position_rule's.
+The import uses the terms only if their sum equals the foreign table bit for bit. After fine-tuning
+in another library it does not; then the table becomes learned positions, without a patch bias.
+`rules` is a function that returns the rules of a ModelConfig, one of which is position_rule's.
 """
 
 import json
@@ -36,8 +36,8 @@ Rules = Callable[[ModelConfig], list[Rule]]
 
 
 def position_rule(cfg: ModelConfig, name: str) -> Rule:
-    """Return the rule of our positions and patch bias, as far as `cfg` has them, and the foreign
-    table `name` (1 + L, D).
+    """Return the rule for the foreign table `name` (1 + L, D): it is computed from the positions
+    and the patch bias that `cfg` has.
     """
     bias = ("vision.patch.bias",) if cfg.vision.patch_bias else ()
     if cfg.vision.positions == "sincos":
@@ -54,7 +54,7 @@ def position_rule(cfg: ModelConfig, name: str) -> Rule:
 
 
 def no_tensors(table: Tensor) -> tuple[()]:
-    """Return nothing: fixed positions are no tensor of ours."""
+    """Return no tensors: sin-cos positions are not stored in Glimpse."""
     return ()
 
 
@@ -65,9 +65,9 @@ def sincos_table(cfg: ModelConfig) -> Tensor:
 
 
 def is_sincos(table: Tensor, cfg: ModelConfig) -> bool:
-    """Return True if the positions (1 + L, D) are the sin-cos ones, up to rounding.
+    """Return True if the positions (1 + L, D) equal the sin-cos positions up to rounding.
 
-    FLIP computes them in fp32, 2e-6 off; MAE's are equal.
+    FLIP computes them in fp32, with an error of 2e-6; MAE's are equal bit for bit.
     """
     if cfg.shape.width % 4:
         return False
@@ -79,7 +79,7 @@ def is_sincos(table: Tensor, cfg: ModelConfig) -> bool:
 
 
 def add_patch_bias(table: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the table (1 + L, D) with the bias (D,), if any, added to the patches' rows."""
+    """Add the patch bias (D,), if there is one, to the patches' rows of the table (1 + L, D)."""
     if bias is None:
         return table
     table = table.float().to(bias.device)
@@ -89,11 +89,10 @@ def add_patch_bias(table: Tensor, bias: Tensor | None = None) -> Tensor:
 def write_weights(
     file: Path, tensors: LazyTensors, model: PortableModel, rules: list[Rule], dtype: torch.dtype
 ) -> None:
-    """Write a format's file of weights, as its rules make them, and beside it the tensors that
-    folding loses.
+    """Convert the tensors by the rules and write them, and the terms of lossy rules next to them.
 
-    Computed tensors stay in fp32. If they were rounded, a library that has only the table would
-    give other embeddings than ours.
+    Computed tensors stay in fp32: a library that reads a rounded table would compute embeddings
+    that differ from Glimpse's.
     """
     computed: list[str] = []
     for rule in rules:
@@ -104,7 +103,7 @@ def write_weights(
 
 
 def write_terms(folder: Path, model: PortableModel, rules: list[Rule]) -> None:
-    """Write those of our tensors that folding loses into the folder."""
+    """Write the tensors that lossy rules lose to TERMS_FILE in the folder."""
     lost: list[str] = []
     for rule in rules:
         if rule.is_lossy:
@@ -118,10 +117,11 @@ def write_terms(folder: Path, model: PortableModel, rules: list[Rule]) -> None:
 def import_with_positions(
     folder: Path, cfg: ModelConfig, rules: Rules, name: str, tensors: LazyTensors, whose: str
 ) -> tuple[ModelConfig, LazyTensors]:
-    """Return the architecture, completed from the tensors, and the foreign tensors as ours.
+    """Convert foreign tensors; return the completed architecture and the tensors of Glimpse.
 
-    cfg: the architecture that their files give, with learned positions and no bias. name: the
-    foreign table of positions.  ValueError: see `imported`.
+    cfg: the architecture according to the foreign files, with learned positions and no patch bias.
+    name: the foreign table of positions. whose: the file or folder for errors. ValueError: see
+    `import_tensors`.
     """
     if (folder / TERMS_FILE).exists():
         result = import_with_terms(folder / TERMS_FILE, cfg, rules, tensors, whose)
@@ -137,10 +137,11 @@ def import_with_positions(
 def import_with_terms(
     path: Path, cfg: ModelConfig, rules: Rules, tensors: LazyTensors, whose: str
 ) -> tuple[ModelConfig, LazyTensors] | None:
-    """Return architecture and tensors with the terms in the file at `path`; None if their sums
-    differ from the foreign tensors.
+    """Convert foreign tensors with the terms in the file at `path`.
+
+    None if the sums of the terms differ from the foreign tensors.
     """
-    # The terms, and the architecture that they belong to.
+    # Read the terms, and the architecture that they belong to.
     terms = tensor_files.read_tensors(path)
     try:
         source = json.loads(tensor_files.read_metadata(path)["model"])
@@ -148,12 +149,12 @@ def import_with_terms(
         lost = {key: vision[key] for key in ("positions", "patch_bias", "freeze_patch")}
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{path}: not what a conversion wrote; remove it, and the positions are taken as"
-            " they are"
+            f"{path}: not written by run/convert.py, or damaged; without this file the positions"
+            " are imported as learned positions: remove it"
         ) from None
     cfg = replace(cfg, init=source["init"], vision=replace(cfg.vision, **lost))
 
-    # The foreign tensors that are sums of them are replaced by the terms.
+    # Replace the foreign tensors that are sums of terms by the terms.
     table = rules(cfg)
     rest = dict(tensors.meta)
     for rule in table:
@@ -172,13 +173,13 @@ def import_with_terms(
 
 
 def matches_sums(rule: Rule, terms: LazyTensors, tensors: LazyTensors) -> bool:
-    """Return True if the foreign tensors of a folded rule equal those computed from the terms."""
+    """Return True if the foreign tensors of a lossy rule equal those computed from the terms."""
     complete = all(name in terms for name in rule.glimpse_names)
     if not complete or not all(name in tensors for name in rule.foreign_names):
         return False
     try:
         sums = as_tuple(rule.to_foreign(*(terms[name] for name in rule.glimpse_names)))
-    except RuntimeError:  # of torch: the shapes are of another model
+    except RuntimeError:  # torch: the terms have the shapes of another model
         return False
     for name, total in zip(rule.foreign_names, sums):
         if not torch.equal(total.to(tensors.meta[name].dtype), tensors[name]):

@@ -1,11 +1,11 @@
-"""A model for images of another size, or for patches of another side: FLIP's L/14 is its L/16,
-trained on (section 4.2, footnote 3).
+"""Resize a model to another image size or another patch size.
 
-Learned positions are interpolated bicubically to the new grid, as the tower itself does for one
-forward pass; sin-cos ones are computed anew. FLIP does not describe how the patch embedding is
-resized; here it is multiplied by the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013,
-section 3.4): if patches grow, the new embedding of a resized patch is the old embedding of the
-patch; if they shrink, it is as near as possible.
+FLIP continues to train its L/16 as L/14 in this way (section 4.2, footnote 3). Learned positions
+are interpolated bicubically to the new grid, as the tower itself does in a forward pass; sin-cos
+positions are computed again. FLIP does not describe how the patch embedding is resized. Here it is
+multiplied by the pseudo-inverse of the resizing matrix (FlexiViT, arXiv 2212.08013, section 3.4):
+for larger patches, the new embedding of a resized patch equals the old embedding of the patch; for
+smaller patches, it is the least-squares approximation.
 """
 
 from dataclasses import replace
@@ -18,16 +18,14 @@ from torch.nn import functional as F
 from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.portable import PortableModel
 from glimpse.model.towers import PATCH_SIZES
-from glimpse.model.vision import resize_positions as resized_grid
+from glimpse.model.vision import resize_positions
 
 
 def resize_model(
     model: PortableModel, image_size: int | tuple[int, int] | None = None, patch: int | None = None
 ) -> PortableModel:
-    """Return the same towers for other images or patches, in pixels; None leaves them as they
-    are.
-    """
-    # The architecture; a patch side that no row of SIZES has makes the size a custom one.
+    """Return the model for another image size or patch size, in pixels; None keeps the size."""
+    # The architecture. A patch size that SIZES does not offer makes the size a custom one.
     old = model.cfg
     patch = old.patch_size if patch is None else patch
     image_size = old.image_size if image_size is None else image_size
@@ -56,16 +54,16 @@ def resize_model(
 
 
 def resize_position_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Return positions (1 + L, D) for another grid; the class token's is unchanged."""
-    return torch.cat([table[:1], resized_grid(table[1:], old, new)])
+    """Interpolate positions (1 + L, D) to another grid. The class token's row is unchanged."""
+    return torch.cat([table[:1], resize_positions(table[1:], old, new)])
 
 
 def resize_patch_embedding(weight: Tensor, old: int, new: int) -> Tensor:
-    """Return a linear layer over patches (D, 3 P P) for patches of another side."""
+    """Convert the patch embedding (D, 3 P P) to another patch size, both in pixels."""
     if weight.is_meta:
         return weight.new_empty(len(weight), 3 * new * new)
     basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
-    # (old^2, new^2): a patch times it is the resized patch
+    # (old^2, new^2): a flat patch times this matrix is the resized patch
     resize = F.interpolate(basis, (new, new), mode="bicubic", antialias=True).flatten(1)
     inverse = torch.linalg.pinv(resize)  # (new^2, old^2)
     channels = weight.double().unflatten(1, (3, old * old))

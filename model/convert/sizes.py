@@ -1,7 +1,8 @@
-"""The numbers of a foreign architecture as fields of a config: a row of SIZES if one fits, else a
+"""Config fields for the dimensions of a foreign architecture: a row of SIZES if one matches, else a
 custom size.
 
-    ModelConfig(**sized(14, width=1024, depth=24, mlp=ratio(1024, 4096)), image_size=224)
+    fields = size_fields(14, width=1024, depth=24, mlp=mlp_ratio(1024, 4096))
+    cfg = ModelConfig(**fields, image_size=224)
 """
 
 import math
@@ -12,7 +13,7 @@ from glimpse.model.towers import PATCH_SIZES, SIZES, Size
 
 
 class SizeFields(TypedDict):
-    """Fields of a ModelConfig."""
+    """The fields of a ModelConfig that determine the dimensions of the towers."""
 
     size: str
     custom: NotRequired[Size]
@@ -33,9 +34,9 @@ def size_fields(
 ) -> SizeFields:
     """Return `size` and `custom` of a ModelConfig.
 
-    The arguments are columns of Size. A column that is left out, or None, is that of the first row
-    that fits. If no row fits, heads are 64 wide, and the text columns, which a vision tower alone
-    does not have, are those of the vision tower.
+    patch: patch size in pixels. The other arguments are columns of Size; None matches any value. If
+    no row of SIZES matches, the missing columns get defaults: heads of width 64, and text columns
+    equal to those of the vision tower (a model without a text tower does not use them).
     """
     columns = dict(
         width=width,
@@ -54,7 +55,7 @@ def size_fields(
             if all(getattr(row, key) == value for key, value in known.items()):
                 return {"size": f"{name}/{patch}"}
 
-    # No row fits: fill in the columns that are not known.
+    # No row matches: fill in the missing columns.
     if heads is None:
         heads = max(1, width // 64)
     if text_width is None:
@@ -76,9 +77,9 @@ def size_fields(
 
 
 def mlp_ratio(width: int, inside: int) -> float:
-    """Return the `mlp` of a Size whose MLPs are `inside` wide.
+    """Return the `mlp` of a Size whose MLPs have `inside` hidden units.
 
-    `hidden` turns it into `inside` again, although it rounds down.
+    layers.mlp_width, which rounds down, turns the ratio into exactly `inside` again.
     """
     mlp = inside / width
     return mlp if mlp_width(width, mlp) == inside else math.nextafter(mlp, math.inf)

@@ -1,1 +1,1 @@
-"""Verify conversions against the other libraries, and describe what is at a path."""
+"""Verify conversions against the reference libraries, and describe the model at a path."""

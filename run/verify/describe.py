@@ -1,4 +1,4 @@
-"""A description of the model at a path: `python run/convert.py inspect PATH`."""
+"""Describe the model at a path, for `python run/convert.py inspect PATH`."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from glimpse.run.verify import open_any
 
 
 def describe(path: Path, given: dict | None = None) -> str:
-    """Return lines of `name: value`: the format, the architecture, sizes, and for a run its step,
-    samples and ranks.
+    """Return lines with the format, the architecture, the sizes, and for a run its step, samples
+    and ranks.
 
-    A file or folder of no known format is described by its tensors.
+    For a file or folder of unknown format, the lines list its tensors.
     """
     try:
         format_name, model = open_any.load_any(path, given=given)
@@ -39,7 +39,7 @@ def describe(path: Path, given: dict | None = None) -> str:
         rows["text"] = text_row(model, path)
     rows["stored as"] = f"{' and '.join(stored_types(model))}, {format_size(path)}"
 
-    # The run that it is from, or the source of a converted model.
+    # The run that wrote the checkpoint, or the source of a converted model.
     if manifest := checkpoint.manifest_if_complete(path):
         rows |= run_rows(manifest)
     else:
@@ -73,7 +73,7 @@ def text_row(model: PortableModel, path: Path) -> str:
 
 
 def stored_types(model: PortableModel) -> list[str]:
-    """Return the types of the stored tensors, without `torch.`."""
+    """Return the dtypes of the stored tensors, without the prefix `torch.`."""
     metas = model.tensors.meta.values()
     return sorted({str(meta.dtype).removeprefix("torch.") for meta in metas})
 
@@ -90,7 +90,7 @@ def run_rows(manifest: dict) -> dict[str, str]:
 
 
 def folder_tokenizer(path: Path) -> str:
-    """Return the vocabulary of the tokenizer files in a folder of another format, or "unknown"."""
+    """Return the tokenizer spec of the tokenizer files in a foreign folder, or "unknown"."""
     try:
         return tokenizer_files.read(path)
     except ValueError:
@@ -98,15 +98,15 @@ def folder_tokenizer(path: Path) -> str:
 
 
 def describe_tensors(path: Path, why: ValueError) -> str:
-    """Describe the tensors in a file, or in a folder's files, of no known format.
+    """Describe the tensors in a file or folder of unknown format.
 
-    why: the reason why the format is not known, raised if there are no tensors.
+    why: the error that `load_any` raised. It is raised again if there are no tensors.
     """
     shards = list(path.glob("*_model_states.pt"))
     if shards and not (path / "manifest.json").exists():
         raise ValueError(
             f"{path}: {len(shards)} ranks' files of a DeepSpeed checkpoint, but no manifest.json:"
-            " torn, or not of a run of Glimpse"
+            " the checkpoint is incomplete, or was not written by Glimpse"
         )
     rows = []
     for file in files_to_list(path):
@@ -118,7 +118,7 @@ def describe_tensors(path: Path, why: ValueError) -> str:
 
 
 def files_to_list(path: Path) -> list[Path]:
-    """Return the files at a path that are described one by one: none of a known format."""
+    """Return the files whose tensors are listed; [] for a folder of a known format."""
     if path.is_file():
         return [path]
     if detect_format(path) or is_glimpse_folder(path):
@@ -127,7 +127,7 @@ def files_to_list(path: Path) -> list[Path]:
 
 
 def tensor_rows(file: Path, meta: dict[str, Tensor]) -> list[str]:
-    """Return a line about a file, and one for each of its first ten tensors."""
+    """Return a line for the file, and a line for each of its first ten tensors."""
     rows = [f"{file}: {len(meta)} tensors, {format_size(file)}"]
     for name, tensor in list(meta.items())[:10]:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -138,7 +138,7 @@ def tensor_rows(file: Path, meta: dict[str, Tensor]) -> list[str]:
 
 
 def architecture_summary(model: PortableModel) -> str:
-    """Return the architecture in a few words: ViT-B/32 at 224 with text, 151 M parameters."""
+    """Return one line, as ViT-B/32 (768 x 12 + text 512 x 12), 151 M parameters."""
     shape = model.cfg.shape
     total = sum(meta.numel() for meta in model.tensors.meta.values())
     if model.vocab:
@@ -150,7 +150,7 @@ def architecture_summary(model: PortableModel) -> str:
 
 
 def image_row(model: PortableModel) -> str:
-    """Return the size of images and the number of patches."""
+    """Return the image size and the number of patches."""
     (height, width), (rows, columns) = model.cfg.image_shape, model.cfg.grid
     return f"{height} x {width} pixels, {rows} x {columns} patches of {model.cfg.patch_size}"
 

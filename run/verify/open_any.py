@@ -12,18 +12,17 @@ from glimpse.run.train.load_model import find_model, open_portable
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Options of a format that has none."""
+    """Load options of a format without any."""
 
 
 def load_any(
     path: Path, weights: str = "student", given: dict | None = None
 ) -> tuple[str, PortableModel]:
-    """Return (format, model) of a path.
+    """Load the model at a path; return (format, model).
 
-    ValueError, one line that names the path, if it holds no model of ours or is damaged.
-
-    weights: student or teacher of a run. given: options that complete the files, as in the format's
-    Given.
+    weights: student or teacher of a run. given: options that the files leave open, fields of the
+    format's LoadOptions. ValueError, one line that begins with the path or the option, if the path
+    holds no model that Glimpse can load, or is damaged.
     """
     try:
         if format_name := detect_format(path):
@@ -32,7 +31,7 @@ def load_any(
         folder = find_model(path)
         if given:
             raise ValueError(
-                f"--given {' '.join(given)}: {path} tells everything itself; leave it out"
+                f"--given {' '.join(given)}: {path} needs no further settings; remove --given"
             )
         return "glimpse" if is_glimpse_folder(folder) else "checkpoint of a run", open_portable(
             folder, weights
@@ -41,19 +40,19 @@ def load_any(
         if str(path) in str(error):
             raise error from None
         raise ValueError(f"{path}: {error}") from None
-    # the files lack a key, or hold another type or size than expected
+    # A key is missing in the files, or a value has an unexpected type or size.
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         what = f"{type(error).__name__}: {safe_unpickler.first_line(error)}"
         source = "its format or --given" if given else "its format"
-        raise ValueError(f"{path}: damaged, or not what {source} says ({what})") from error
+        raise ValueError(f"{path}: damaged, or does not match {source} ({what})") from error
 
 
 def load_foreign(path: Path, format_name: str, weights: str, given: dict) -> PortableModel:
-    """Load a model of another format."""
+    """Load a model of a foreign format."""
     if weights != "student":
         raise ValueError(
-            f"--weights {weights}: {path} is a model of {format_name}; a run has a student and a"
-            " teacher"
+            f"--weights {weights}: {path} is a model of {format_name}; only a run has a student"
+            " and a teacher; remove --weights"
         )
     module = FORMATS[format_name]
     options = build(
@@ -65,20 +64,18 @@ def load_foreign(path: Path, format_name: str, weights: str, given: dict) -> Por
 
 
 def check_known_format(path: Path) -> None:
-    """Raise ValueError for a file, and for a folder whose config.json is of an unknown format."""
+    """Raise ValueError if the path is a file, or a folder whose config.json has no known format."""
     if path.is_file():
         tensor_files.read_tensors(path)  # raises ValueError if it cannot be read
         raise ValueError(
-            f"{path}: tensors of no architecture that is known here; `run/convert.py inspect"
+            f"{path}: the tensors belong to no known architecture; `run/convert.py inspect"
             f" {path}` lists them"
         )
     if (path / CONFIG_FILE).is_file() and not is_glimpse_folder(path):
         tree = tensor_files.read_json(path / CONFIG_FILE)
-        says = (
-            tree.get("model_type")
-            or tree.get("architecture")
-            or "neither model_type nor architecture"
-        )
-        raise ValueError(
-            f"{path / CONFIG_FILE}: of no architecture that is known here: it says {says}"
-        )
+        name = tree.get("model_type") or tree.get("architecture")
+        if name is None:
+            raise ValueError(
+                f"{path / CONFIG_FILE}: unknown format: neither model_type nor architecture"
+            )
+        raise ValueError(f"{path / CONFIG_FILE}: unknown architecture {name}")

@@ -1,5 +1,5 @@
-"""Checks of a conversion: the written model is read again bit for bit, and the foreign library's
-own model gives the same embeddings as ours.
+"""Checks of a conversion: the written model has the source's tensors bit for bit, and the reference
+library computes the same embeddings as Glimpse.
 """
 
 import math
@@ -16,7 +16,7 @@ from glimpse.model.lazy_tensors import LazyTensors
 from glimpse.model.losses import l2_normalize
 from glimpse.model.portable import PortableModel
 
-TOLERANCE = 1e-5  # for unit embeddings in fp32, whose sums may be in another order
+TOLERANCE = 1e-5  # for unit embeddings in fp32; libraries may sum in another order
 CAPTIONS = (
     "a red circle",
     "A photo of two cats, asleep on a sofa.",
@@ -26,43 +26,43 @@ CAPTIONS = (
 
 
 def find_difference(source: LazyTensors, written: LazyTensors, dtype: torch.dtype) -> str | None:
-    """Describe the first tensor that differs between a model and its copy, written with `dtype`.
+    """Describe the first tensor that differs between a model and its copy, stored as `dtype`.
 
-    None if they are the same, bit for bit.
+    None if all tensors are equal bit for bit.
     """
     for name in sorted(source.meta.keys() | written.meta.keys()):
         if name not in written:
-            return f"{name} is not in what was written"
+            return f"{name} is missing in the written model"
         if name not in source:
             return f"{name} is not in the source"
         value = source[name].to(dtype)
         if not value.isfinite().all():
             return (
-                f"{name} holds values that are no numbers, or too large for"
+                f"{name} contains nan or infinity, or values too large for"
                 f" {str(dtype).removeprefix('torch.')}"
             )
         if not torch.equal(value, written[name].to(dtype)):
-            return f"{name} is another when it is read again"
+            return f"{name} has other values in the written model"
     return None
 
 
 def loses_precision(tensors: LazyTensors, dtype: torch.dtype) -> bool:
-    """Return True if `dtype` cannot hold all values of the tensors' types."""
+    """Return True if `dtype` cannot represent all values of the tensors' dtypes."""
     return any(torch.promote_types(meta.dtype, dtype) != dtype for meta in tensors.meta.values())
 
 
 def fits_in_memory(model: PortableModel) -> bool:
-    """Return True if there is memory for two such models in fp32, and a third in between."""
+    """Return True if memory suffices for two such models in fp32, and temporarily a third."""
     return 12 * sum(meta.numel() for meta in model.tensors.meta.values()) < available_memory()
 
 
 def available_memory(
     groups: Path = Path("/proc/self/cgroup"), under: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Return the bytes of memory that this process may still take.
+    """Return the bytes of memory that this process can still allocate.
 
-    They are the machine's, or fewer if a job or container has a limit (cgroup v2). groups: the file
-    that names this process's group. under: the folder of all groups.
+    That is the machine's free memory, or less if a job or container has a limit (cgroup v2).
+    groups: the file that names this process's group. under: the root folder of all groups.
     """
     free = psutil.virtual_memory().available
     try:
@@ -72,13 +72,13 @@ def available_memory(
         parents = [parent for parent in group.parents if parent.is_relative_to(under)]
         for folder in (group, *parents):
             free = min(free, cgroup_memory(folder))
-    except (OSError, StopIteration, ValueError, KeyError):  # no such groups here
+    except (OSError, StopIteration, ValueError, KeyError):  # no cgroup v2
         pass
     return free
 
 
 def cgroup_memory(group: Path) -> float:
-    """Return the bytes of memory that a cgroup leaves; infinite if it has no limit."""
+    """Return the bytes of memory that a cgroup still allows; infinity without a limit."""
     file = group / "memory.max"
     limit = file.read_text().strip() if file.exists() else "max"
     if limit == "max":
@@ -90,11 +90,12 @@ def cgroup_memory(group: Path) -> float:
 
 @torch.no_grad()
 def embedding_differences(
-    model: PortableModel, peer: Callable, tokenizer: Tokenizer | None
+    model: PortableModel, reference: Callable, tokenizer: Tokenizer | None
 ) -> dict[str, float]:
-    """Compare our embeddings of a few images and captions with a foreign model's, as unit vectors.
+    """Compare the unit embeddings of a few images and captions with those of a reference library.
 
-    Return the largest difference: {"images": ..., "captions": ...}.
+    reference: as `reference_model` of a format returns it. Return the largest absolute differences,
+    {"images": ..., "captions": ...}.
     """
     torch.manual_seed(0)
     images = torch.randn(4, 3, *model.cfg.image_shape)
@@ -103,23 +104,24 @@ def embedding_differences(
         rows = [tokenizer(caption) for caption in CAPTIONS]
         padded = [row + [tokenizer.pad_id] * (model.context - len(row)) for row in rows]
         ids = torch.tensor(padded)
-    foreign = peer(images, ids)
-    ours = compute_embeddings(model, images, padded if model.about.pad_text else rows)
-    far = {}
-    for what, our_vectors, foreign_vectors in zip(("images", "captions"), ours, foreign):
-        if our_vectors is not None:
-            far[what] = float(
-                (l2_normalize(our_vectors) - l2_normalize(foreign_vectors)).abs().max()
-            )
-    return far
+    foreign_embeddings = reference(images, ids)
+    embeddings = compute_embeddings(model, images, padded if model.about.pad_text else rows)
+    largest = {}
+    for kind, vectors, foreign_vectors in zip(
+        ("images", "captions"), embeddings, foreign_embeddings
+    ):
+        if vectors is not None:
+            difference = l2_normalize(vectors) - l2_normalize(foreign_vectors)
+            largest[kind] = float(difference.abs().max())
+    return largest
 
 
 def compute_embeddings(
     model: PortableModel, images: Tensor, rows: list[list[int]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return unit embeddings of normalized images (B, 3, H, W) and of rows of ids.
+    """Return unit embeddings of normalized images (B, 3, H, W) and of captions (rows of ids).
 
-    For a vision tower alone: its pooled tokens, and None.
+    For a model without a text tower: the pooled image tokens, and None.
     """
     towers = model.towers()
     patches = patchify(images, model.cfg.patch_size)

@@ -1,8 +1,9 @@
-"""Preparation for importing other libraries' models beside a torchvision built for another torch.
+"""Make the reference libraries importable with a torchvision built for another torch.
 
-PyPI's torchvision beside a CPU build of torch cannot load its compiled operators. It then fails on
-import, and with it open_clip, timm and parts of transformers, though none of them needs those
-operators here. Importing this file before them declares the two that torchvision asks for.
+With a CPU build of torch, PyPI's torchvision cannot load its compiled operators. Its import then
+fails, and with it the imports of open_clip, timm and parts of transformers, although Glimpse uses
+none of these operators. Importing this module first declares the two operators that torchvision
+needs for its import.
 """
 
 import importlib.abc
@@ -12,7 +13,7 @@ import torch
 
 
 class DefineOperators(importlib.abc.MetaPathFinder):
-    """Declare the two operators that torchvision registers fakes for, before its first import."""
+    """Declare, before torchvision's first import, the two operators that it registers fakes for."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision":

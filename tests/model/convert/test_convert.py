@@ -324,7 +324,7 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
     # In, rounded.
     code, out, complaint = convert("glimpse", folder, ours, "--dtype", "bf16")
     assert code == 0, complaint
-    assert "read again: 62 tensors" in out
+    assert "read back: 62 tensors" in out
     assert "largest difference" in out
     assert load_model.open_converted(ours).tensors.meta["vision.cls"].dtype == torch.bfloat16
 
@@ -344,14 +344,14 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
     assert "open_clip" in convert("inspect", folder)[1]
     loose = tmp_path / "loose.safetensors"
     tensor_files.write_safetensors(loose, HELD)
-    assert "of no architecture that is known here" in convert("inspect", loose)[1]
+    assert "the tensors belong to no known architecture" in convert("inspect", loose)[1]
 
 
 @pytest.mark.parametrize(
     "line, complaint",
     [
         (["hf", "nowhere", "OUT"], "nowhere: no such file or folder"),
-        (["glimpse", "FOLDER", "FOLDER"], "exists; name a folder that does not"),
+        (["glimpse", "FOLDER", "FOLDER"], "exists; choose a new folder, or remove this one"),
         (
             ["glimpse", "FOLDER", "OUT", "--given", "heads=3"],
             "--given for open_clip: heads: unknown 'heads'; known: config, mean, std",
@@ -366,7 +366,7 @@ def test_in_out_and_inspected(folder, tmp_path, convert):
         ),
         (
             ["glimpse", "FOLDER", "OUT", "--tokenizer", "wordpiece(LICENSE)"],
-            "data.tokenizer 'wordpiece.LICENSE.'.*; --tokenizer SPEC names",
+            "data.tokenizer 'wordpiece.LICENSE.'.*; choose the tokenizer with --tokenizer SPEC",
         ),
         (["megatron", "FOLDER", "OUT", "--tp", "3"], "tp"),
         (["glimpse", "EMPTY", "OUT"], "no complete checkpoint in it"),

@@ -57,7 +57,7 @@ def test_out_and_back(kind, crop, tmp_path):
         file.write_text(json.dumps(tree))
         with pytest.raises(
             ValueError,
-            match=f"{file}: glimpse.eval_crop 'round': unknown; known: resize_crop, square, squash",
+            match=f"{file}: glimpse.eval_crop: 'round' is unknown; use resize_crop, square, squash",
         ):
             FORMATS[kind].load(folder)
 

@@ -312,7 +312,10 @@ def test_a_vision_tower_alone_is_refused(tmp_path):
         (
             "text_config",
             dict(num_hidden_layers=1),
-            r"unexpected tensor text_model.encoder.layers.1.layer_norm1.bias \(96,\) \(and 15 more\)",
+            (
+                r"unexpected tensor text_model.encoder.layers.1.layer_norm1.bias \(96,\)"
+                r" \(and 15 more\)"
+            ),
         ),
     ],
 )

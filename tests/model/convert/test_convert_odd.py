@@ -104,7 +104,7 @@ ODD = {  # what of `good`, what happens to it, the complaint
     "no keys": (
         "open_clip",
         file(open_clip.CONFIG, "{}"),
-        "damaged, or not what its format says (KeyError: 'vision_cfg')",
+        "damaged, or does not match its format (KeyError: 'vision_cfg')",
     ),
     "no heads": (
         "open_clip",
@@ -116,7 +116,10 @@ ODD = {  # what of `good`, what happens to it, the complaint
     "another's glimpse.safetensors": (
         "open_clip",
         another_models_terms,
-        "glimpse.safetensors: not what a conversion wrote; remove it",
+        (
+            "glimpse.safetensors: not written by run/convert.py, or damaged; without this file the"
+            " positions are imported as learned positions: remove it"
+        ),
     ),
     "no model": (
         "glimpse",
@@ -131,7 +134,7 @@ ODD = {  # what of `good`, what happens to it, the complaint
     "another way to a square": (
         "open_clip",
         put(open_clip.CONFIG, "preprocess_cfg", "resize_mode", value="longest"),
-        "preprocess_cfg.resize_mode 'longest': ours are shortest or squash; write one of them",
+        "preprocess_cfg.resize_mode 'longest': Glimpse supports shortest or squash",
     ),
     "two numbers": (
         "open_clip",
@@ -141,7 +144,7 @@ ODD = {  # what of `good`, what happens to it, the complaint
     "no architecture": (
         "timm",
         put("config.json", "pretrained_cfg", value=3),
-        "damaged, or not what its format says",
+        "damaged, or does not match its format",
     ),
     "an index of nothing": (None, index("{}"), "no index: it should hold weight_map"),
     "an index that leaves": (
@@ -179,7 +182,7 @@ def test_a_damaged_folder(what, good, tmp_path, convert):
         ([torch.ones(2)], "no tensors in it"),
         ({1: torch.ones(2)}, "no tensors in it"),
         ("root:x:0:0:root:/root", "truncated or no file of tensors"),
-        ({"w": torch.ones(2)}, "tensors of no architecture that is known here"),
+        ({"w": torch.ones(2)}, "the tensors belong to no known architecture"),
     ],
 )
 def test_a_file_that_is_no_model(content, complaint, tmp_path, convert):
@@ -200,20 +203,20 @@ def test_other_models_are_told_by_name(tmp_path, convert):
     file("config.json", '{"model_type": "bert"}')(tmp_path)
 
     _, _, message = convert("glimpse", tmp_path, tmp_path / "out")
-    assert "of no architecture that is known here: it says bert" in message
+    assert "config.json: unknown architecture bert" in message
 
     save_file({"embeddings": torch.ones(3, 2)}, tmp_path / "model.safetensors")
     code, out, _ = convert("inspect", tmp_path)
     assert code == 0
     assert "embeddings  (3, 2) float32" in out
-    assert "it says bert" in out
+    assert "unknown architecture bert" in out
 
 
 def test_values_that_are_no_numbers(good, tmp_path, convert):
     shutil.copytree(good / "open_clip", tmp_path / "odd")
     stored(lambda x: x * float("nan"))(tmp_path / "odd")
     _, _, message = convert("glimpse", tmp_path / "odd", tmp_path / "out")
-    assert "holds values that are no numbers" in message
+    assert "contains nan or infinity, or values too large for" in message
 
     # Infinity is equal to itself, and the largest of differences of which one is nan may be small.
     model = made(*FLAVOURS["CLIP"])
@@ -224,7 +227,9 @@ def test_values_that_are_no_numbers(good, tmp_path, convert):
     for kind in ("open_clip", "hf"):
         code, _, message = convert(kind, source, tmp_path / kind, "--tokenizer", "clip_bpe")
         assert code == 2, message
-        assert "text.norm.weight holds values that are no numbers" in message, message
+        assert "text.norm.weight contains nan or infinity, or values too large for" in message, (
+            message
+        )
         assert not (tmp_path / kind).exists(), message
 
 
@@ -250,11 +255,14 @@ def test_what_was_assumed_is_told_where_embeddings_differ(good, tmp_path, conver
     # Other heads than the model's are noticed.
     code, _, message = convert("glimpse", good / "timm", out, "--given", "heads=4")
     assert code == 2, message
-    assert "it gives other embeddings" in message, message
+    assert "its reference library computes other embeddings" in message, message
     put("config.json", "pretrained_cfg", "mean", value=None)(folder)
     code, _, message = convert("glimpse", folder, out, "--given", "heads=4")
     assert code == 2, message
-    pattern = r"it gives other embeddings.*assumed, as nothing says it: mean \[0.485,"
+    pattern = (
+        r"its reference library computes other embeddings.*assumed, as nothing says it: mean"
+        r" \[0.485,"
+    )
     assert re.search(pattern, message), message
 
 
@@ -266,7 +274,7 @@ def test_nan_is_no_small_difference(good, tmp_path, convert, monkeypatch):
 
     _, _, message = convert("open_clip", good / "open_clip", tmp_path / "out")
 
-    assert "it gives other embeddings" in message
+    assert "its reference library computes other embeddings" in message
 
 
 def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
@@ -287,7 +295,7 @@ def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
     given = ("--given", f"config={config}")
     code, out, complaint = convert("glimpse", epoch, tmp_path / "a", *given)
     assert code == 0, complaint
-    assert "epoch_1.pt run in its own library" in out, complaint
+    assert "epoch_1.pt compared with its reference library" in out, complaint
     assert "epoch_1.pt: left out: ema" in out, complaint
 
     # The same file inspected.
@@ -310,7 +318,7 @@ def test_what_files_do_not_tell_is_given(good, tmp_path, convert):
         "glimpse", tower, tmp_path / "b", "--given", "heads=2", "pool=mean"
     )
     assert code == 0, complaint
-    assert "model.safetensors run in its own library" in out, complaint
+    assert "model.safetensors compared with its reference library" in out, complaint
     for pair, why in (
         ("heads", "no value"),
         ("heads=[", "no value"),
@@ -401,7 +409,10 @@ def test_an_older_library_is_no_error(good, tmp_path, convert, monkeypatch):
     code, out, complaint = convert("open_clip", good / "open_clip", tmp_path / "out")
 
     assert code == 0, complaint
-    note = "not run beside another library: open-clip-torch 2.30.0 is installed, 3.0 or newer"
+    note = (
+        "not compared with the reference library: open-clip-torch 2.30.0 is installed; version 3.0"
+        " or newer is needed"
+    )
     assert note in out
     monkeypatch.undo()
     with pytest.raises(ImportError, match="^no-such-package is not installed$"):
@@ -420,7 +431,7 @@ def test_openais_state_dict(tmp_path, convert):
 
     code, out, complaint = convert("glimpse", path, tmp_path / "out")
     assert code == 0, complaint
-    assert "openai.pt run in its own library" in out, complaint
+    assert "openai.pt compared with its reference library" in out, complaint
 
     code, _, message = convert("glimpse", path, tmp_path / "gelu", "--given", "config=ViT-B-32")
     assert code == 2
@@ -444,7 +455,7 @@ def test_bf16_in_and_out(kind, flavour, tmp_path, convert):
     code, out, complaint = convert(kind, tmp_path / "source", tmp_path / "out", "--dtype", "bf16")
 
     assert code == 0, complaint
-    assert "run in its own library" in out or kind == "megatron", complaint
+    assert "compared with its reference library" in out or kind == "megatron", complaint
 
 
 def test_nothing_that_a_user_has_is_touched(good, tmp_path, convert):

@@ -126,8 +126,8 @@ def test_a_pair_of_another_format_converted(tmp_path, monkeypatch, capsys):
 
     out = capsys.readouterr().out
     assert "the text tower" in out
-    assert re.search("pair run in its own library: .*images.*captions", out)
-    assert re.search("out run in its own library: .*images", out)
+    assert re.search("pair compared with its reference library: .*images.*captions", out)
+    assert re.search("out compared with its reference library: .*images", out)
     assert not (tmp_path / "out" / "tokenizer.txt").exists()
 
 

@@ -114,7 +114,7 @@ def test_a_run_may_be_moved(trained, tmp_path, convert):
     code, out, errors = convert("megatron", moved, tmp_path / "mg", "--tp", "2")
     assert code == 0, errors
     assert "in 2 pieces, a tensor-parallel rank each" in out
-    assert "not run in megatron's own code" in out
+    assert "not compared with megatron's own code" in out
 
     code, _, errors = convert("flip_jax", moved, tmp_path / "flip")
     assert code == 0, errors
