@@ -245,7 +245,7 @@ def check_names(tensors: LazyTensors, known: set[str], whose: Path) -> None:
     if problems:
         raise ValueError(
             f"{whose}: not FLIP's parameters, {'; '.join(problems)}; if it calls the same modules"
-            " otherwise, mend the names at the top of model/convert/flip_jax.py"
+            " otherwise, change the names at the top of model/convert/flip_jax.py"
         )
 
 
@@ -340,9 +340,9 @@ def check_settings(cfg: ModelConfig, text: bool) -> None:
                 continue
             if value != wanted[key]:
                 raise ValueError(
-                    f"model.{tower}.{key} {value}: FLIP's code knows {wanted[key]} alone"
+                    f"model.{tower}.{key} {value}: FLIP's code supports only {wanted[key]}"
                 )
     if cfg.grid[0] != cfg.grid[1]:
         raise ValueError(
-            f"model.image_size {list(cfg.image_shape)}: FLIP's code knows square images alone"
+            f"model.image_size {list(cfg.image_shape)}: FLIP's code supports only square images"
         )

@@ -58,7 +58,7 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
-# Buffers of older files that count 0, 1, ...
+# Buffers of older files that hold the indices 0, 1, ...
 INDEX_BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 VISION = dict(
@@ -90,10 +90,10 @@ PREPROCESSING = dict(
 )
 RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 
-# ours: theirs
+# Glimpse's name: Hugging Face's name
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
-NAMES = {  # ours: theirs
+NAMES = {  # Glimpse's name: Hugging Face's name
     "vision.cls": "vision_model.embeddings.class_embedding",
     "vision.pre_norm.weight": "vision_model.pre_layrnorm.weight",
     "vision.pre_norm.bias": "vision_model.pre_layrnorm.bias",
@@ -116,7 +116,7 @@ BLOCK = {
 
 
 def rules(cfg: ModelConfig) -> list[Rule]:
-    """Return the rules of all tensors."""
+    """Return the rules for all tensors of the model."""
     patch = "vision_model.embeddings.patch_embedding.weight"
     table = [Rule((glimpse_name,), (foreign_name,)) for glimpse_name, foreign_name in NAMES.items()]
     table.append(
@@ -157,7 +157,7 @@ def recognizes(path: Path) -> bool:
 
 
 def load(path: Path) -> PortableModel:
-    """Load the folder's model.  ValueError: see the package's docstring."""
+    """Load the model of a folder. ValueError if Glimpse cannot express its architecture."""
     try:
         return load_from_config(path, tensor_files.read_json(path / CONFIG))
     except ValueError as error:
@@ -167,7 +167,7 @@ def load(path: Path) -> PortableModel:
 
 
 def load_from_config(path: Path, tree: dict) -> PortableModel:
-    """Load the folder's model, given the tree of its config.json."""
+    """Load the model of a folder; tree: the content of its config.json."""
     # 1. The architecture, from the config.
     vision = tower_section(tree, "vision_config", VISION)
     text = tower_section(tree, "text_config", TEXT)
@@ -205,7 +205,7 @@ def load_from_config(path: Path, tree: dict) -> PortableModel:
         **size, image_size=vision["image_size"], init="clip", vision=vision_cfg, text=text_cfg
     )
 
-    # 2. The weights, which tell whether positions are fixed.
+    # 2. The weights, which determine whether positions are sin-cos or learned.
     tensors = read_weights(path)
     eot, vocab = text["eos_token_id"], text["vocab_size"]
     if eot == LARGEST_ID_EOS:
@@ -221,7 +221,7 @@ def load_from_config(path: Path, tree: dict) -> PortableModel:
 
 
 def tower_section(tree: dict, key: str, default: dict) -> dict:
-    """Return the config of a tower. An old `..._dict` replaces all of it, as in transformers."""
+    """Return the config of a tower. An old `..._dict` replaces it, as in transformers."""
     return default | (tree.get(f"{key}_dict") or tree.get(key) or {})
 
 
@@ -243,12 +243,12 @@ def check_config(vision: dict, text: dict) -> None:
 
 
 def read_activation(tower: dict, where: str) -> str:
-    """Return our name of a tower's activation; `where` names its config in errors."""
+    """Return Glimpse's name of a tower's activation; where: its config, for errors."""
     for name, foreign_name in ACTIVATIONS.items():
         if tower["hidden_act"] == foreign_name:
             return name
     known = ", ".join(sorted(ACTIVATIONS.values()))
-    raise ValueError(f"{where}.hidden_act {tower['hidden_act']!r}: our towers have {known}")
+    raise ValueError(f"{where}.hidden_act {tower['hidden_act']!r}: Glimpse supports {known}")
 
 
 def read_preprocessing(
@@ -290,7 +290,7 @@ def read_image_processor(path: Path, side: int) -> tuple[Path, dict]:
 
 
 def is_rgb(values: object) -> bool:
-    """Return True for three numbers."""
+    """Return True if the value is a list of three numbers."""
     if not isinstance(values, (list, tuple)) or len(values) != 3:
         return False
     return all(type(value) in (int, float) for value in values)
@@ -328,7 +328,7 @@ def read_interpolation(config: dict, file: Path) -> str:
 
 
 def read_weights(path: Path) -> LazyTensors:
-    """Return the folder's tensors without the buffers that only count."""
+    """Return the tensors of a folder, without buffers of position indices."""
     for name in WEIGHTS:
         if (path / name).exists():
             tensors = tensor_files.read_tensors(path / name)
@@ -337,7 +337,7 @@ def read_weights(path: Path) -> LazyTensors:
 
 
 def check_settings(model: PortableModel) -> None:
-    """Raise ValueError naming the first setting that CLIPModel does not have."""
+    """Raise ValueError naming the first setting that CLIPModel does not support."""
     vision, text, about = model.cfg.vision, model.cfg.text, model.about
     if not model.vocab:
         raise ValueError("a vision tower alone: HF's CLIPModel has a text tower too")
@@ -350,12 +350,12 @@ def check_settings(model: PortableModel) -> None:
     ):
         if value != wanted:
             raise ValueError(
-                f"{key} {json.dumps(value)}: HF's CLIPModel has {json.dumps(wanted)} alone"
+                f"{key} {json.dumps(value)}: HF's CLIPModel supports only {json.dumps(wanted)}"
             )
     height, width = model.cfg.image_shape
     if height != width:
         raise ValueError(
-            f"model.image_size {[height, width]}: HF's CLIPModel has square images alone"
+            f"model.image_size {[height, width]}: HF's CLIPModel supports only square images"
         )
     if about.eot is None:
         why = "this has none"
@@ -370,9 +370,9 @@ def check_settings(model: PortableModel) -> None:
 
 
 def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Write the folder without tokenizer files; return what differs when HF's libraries run it.
+    """Write the folder without tokenizer files; return notes on differences in HF's libraries.
 
-    ValueError: see `check`.
+    ValueError: see `check_settings`.
     """
     check_settings(model)
     config, processor = make_config(model, dtype), make_processor_config(model)
@@ -445,14 +445,14 @@ def make_processor_config(model: PortableModel) -> dict:
 
 
 def reference_model(path: Path) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return transformers' own model: (images (B, 3, H, W) normalized, ids (B, N) padded) -> unit
-    vectors (B, E) of images and of texts.
+    """Load the model in transformers; return a function from normalized images (B, 3, H, W) and
+    padded ids (B, N) to unit embeddings (B, E) of images and texts.
     """
     require_version("transformers", "4.56")
     from transformers import CLIPModel
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of reading weights
+    disable_progress_bar()  # the progress bar of loading weights
     model = CLIPModel.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
     def embed(images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ class LoadOptions:
 def load(path: Path, config: str = "") -> PortableModel:
     """Load a checkpoint of any number of ranks, perhaps after training elsewhere.
 
-    config: as in Given.
+    config: as in LoadOptions.
     """
     cfg, vocab, context, about = read_config(Path(config or path / CONFIG_FILE))
     tensors = unstack_layers(DistCheckpoint(path))
@@ -193,7 +193,7 @@ def check_split(cfg: ModelConfig, text: bool, tp: int, spec: str) -> None:
             units = "hidden units" if "mlp" in key else "heads"
             raise ValueError(
                 f"tp {tp}: the {count} {units} of model.size {cfg.size!r} ({key}) cannot be split"
-                " evenly over so many ranks"
+                f" evenly over {tp} ranks; choose a divisor of {count}"
             )
 
 
@@ -334,7 +334,7 @@ def count_layers(cfg: ModelConfig, vocab: int) -> dict[str, int]:
 
 
 def find_place(cfg: ModelConfig, name: str) -> TensorPlace:
-    """Return where a tensor of `rules` lies in the checkpoint.
+    """Return the place of a tensor of `rules` in the checkpoint.
 
     A layer's tensor is a row of the tensor of all layers, as in sharded_state_dict.
     """
@@ -435,7 +435,7 @@ def read_config(path: Path) -> tuple[ModelConfig, int, int, ModelInfo]:
 
 
 def lists_to_tuples(tree: dict) -> dict:
-    """Return the tree with json's lists as the tuples that they were."""
+    """Convert the lists of a JSON tree to tuples."""
     fields: dict = {}
     for key, value in tree.items():
         if isinstance(value, dict):

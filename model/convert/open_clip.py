@@ -1,13 +1,12 @@
-"""open_clip's CLIP, both ways; and OpenAI's state dicts, which have the same names.
+"""Conversion from and to open_clip's CLIP, and from OpenAI's state dicts, which use the same names.
 
-A folder is as `open_clip.create_model_and_transforms('local-dir:FOLDER')` takes it:
+A folder has the layout that `open_clip.create_model_and_transforms('local-dir:FOLDER')` reads:
 
     FOLDER/open_clip_config.json        {model_cfg, preprocess_cfg}
-    FOLDER/open_clip_model.safetensors  (in: open_clip_pytorch_model.bin, too)
+    FOLDER/open_clip_model.safetensors  (or, to read, open_clip_pytorch_model.bin)
 
-A file of weights alone determines no architecture except OpenAI's, whose own entries do. For
-another, `--given config=` names the config: a json file, or a name of open_clip's (ViT-B-32),
-looked up in the installed package.
+OpenAI's state dicts also determine the architecture. For other files of weights, `--given config=`
+gives the config: a json file, or a name of open_clip's (ViT-B-32) that the installed package knows.
 """
 
 import json
@@ -57,18 +56,18 @@ WEIGHTS = (
     "open_clip_pytorch_model.bin",
 )
 SIGNATURE_TENSORS = {"visual.conv1.weight", f"{trunk.TRUNK}patch_embed.proj.weight"}
-# entries of OpenAI's state dicts that are no weights
+# entries of OpenAI's state dicts that are not weights
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 POSITIONS = "visual.positional_embedding"
-INTERPOLATION_NAMES = {"random": "bicubic"}  # drawn in training alone
-RESIZE_MODES = {"shortest": "resize_crop", "squash": "squash"}  # a resize_mode as we call it
+INTERPOLATION_NAMES = {"random": "bicubic"}  # random only in training
+RESIZE_MODES = {"shortest": "resize_crop", "squash": "squash"}  # resize_mode: eval_crop
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """Options for a file of weights; a folder needs none."""
 
-    config: str = ""  # see the head of this file
+    config: str = ""  # a json file, or a name of open_clip's
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -85,7 +84,7 @@ def recognizes(path: Path) -> bool:
 def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> PortableModel:
     """Load a folder as above, or a file of weights.
 
-    config, statistics (mean, std): as in Given.
+    config, statistics (mean, std): as in LoadOptions.
     """
     # 1. The config and the weights.
     if path.is_dir():
@@ -140,7 +139,7 @@ def load(path: Path, config: str = "", **statistics: tuple[float, ...]) -> Porta
 
 
 def find_weights(folder: Path) -> Path:
-    """Return the folder's file of weights."""
+    """Return the path of the folder's weights."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -154,9 +153,9 @@ def read_tokenizer(text: dict) -> str:
 
 
 def plain_names(tensors: LazyTensors) -> LazyTensors:
-    """Return the weights under the names of open_clip's CLIP.
+    """Rename the weights to the names of open_clip's CLIP.
 
-    CustomTextCLIP has `text.` before the names of the text tower.
+    CustomTextCLIP prefixes the names of the text tower with `text.`.
     """
     unused = (*OPENAI_ENTRIES, "attn_mask")
     names = [name for name in tensors if name not in unused]
@@ -164,9 +163,9 @@ def plain_names(tensors: LazyTensors) -> LazyTensors:
 
 
 def assumption_notes(config: str, preprocess: dict) -> list[str]:
-    """Return a note on the statistics that a named config leaves out.
+    """Return a note if a named config has no mean or std, so that OpenAI's are assumed.
 
-    OpenAI's models have their own mean and std, LAION's not always.
+    Some of LAION's models were trained with others.
     """
     missing = []
     for key, usual in (("mean", MEAN), ("std", STD)):
@@ -195,7 +194,7 @@ def find_config(tensors: LazyTensors, path: Path, config: str) -> dict:
 
 
 def find_named_config(config: str) -> dict:
-    """Return a config by its file, or by its name in the installed package."""
+    """Read a config from a file, or by its name from the installed package."""
     if Path(config).is_file():
         return tensor_files.read_json(Path(config))
     package = find_spec("open_clip")
@@ -241,7 +240,7 @@ def openai_config(tensors: LazyTensors, path: Path) -> dict:
 
 
 def count_layers(tensors: LazyTensors, prefix: str) -> int:
-    """Return the number of layers whose names begin with the prefix and an index."""
+    """Count the layers, whose names begin with the prefix and an index."""
     layers = (name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
     return 1 + max(int(name.partition(".")[0]) for name in layers)
 
@@ -250,9 +249,9 @@ def count_layers(tensors: LazyTensors, prefix: str) -> int:
 
 
 def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Write a folder as above; return what differs when open_clip runs it.
+    """Write a folder; return notes on differences in open_clip.
 
-    ValueError naming the first setting that open_clip's CLIP does not have.
+    ValueError names the first setting that open_clip's CLIP does not support.
     """
     cfg, crop = model.cfg, model.about.crop
     resize_mode = "squash" if crop == "squash" else "shortest"
@@ -274,7 +273,7 @@ def save(model: PortableModel, folder: Path, dtype: torch.dtype = torch.float32)
 
 
 def rules(cfg: ModelConfig, timms: bool) -> list[Rule]:
-    """Return the rules of all tensors; timms: the vision tower is one of timm's."""
+    """Return the rules for all tensors; timms: the vision tower is one of timm's."""
     table = list(trunk.rules(cfg)) if timms else tower_rules(cfg)
     table.append(Rule(("text.token.weight",), ("token_embedding.weight",)))
     table.append(Rule(("text.positions",), ("positional_embedding",)))
@@ -329,8 +328,8 @@ def block_rules(glimpse_prefix: str, foreign_prefix: str, depth: int) -> Iterato
 
 
 def reference_model(path: Path, config: str = "", **_: object) -> Callable:
-    """Return open_clip's own model: (images (B, 3, H, W) normalized, ids (B, context)) -> unit
-    embeddings of both.
+    """Load the model in open_clip; return a function from normalized images (B, 3, H, W) and ids
+    (B, context) to unit embeddings of both.
     """
     require_version("open-clip-torch", "3.0")
     import open_clip

@@ -1,14 +1,14 @@
 """timm's vision transformers, as vision towers without text.
 
-Out: a folder that timm.create_model("local-dir:FOLDER", pretrained=True) opens. timm's features are
-the pooled tokens before the projection, which belongs to the pair and is left out.
+Export: a folder that timm.create_model("local-dir:FOLDER", pretrained=True) opens. timm's features
+are the pooled tokens before the projection. The projection is not exported.
 
-In: such a folder, those of timm on the hub among them, or a file of tensors under timm's names, as
-DeiT's and MAE's are. The architecture of a file is read from shapes as far as possible; the rest is
-given by the user, or assumed as usual, with a note: heads of 64, pooled by the class token, gelu,
-eps 1e-6 and ImageNet's mean and std (with a norm before the blocks 1e-5 and OpenAI's). MAE's is
-then complete: its fixed positions equal ours bit for bit; its decoder is left out. Fine-tuned on
-pooled patches it has a norm after the pooling, which is our pool mean_then_norm.
+Import: such a folder, e.g. a model of timm on the Hugging Face hub, or a file of tensors with
+timm's names, e.g. of DeiT or MAE. The architecture of a file is read from the shapes as far as
+possible. The user gives the rest, or it is assumed, with a note: heads of width 64, class-token
+pooling, gelu, eps 1e-6 and ImageNet's mean and std (with a norm before the blocks: 1e-5 and
+OpenAI's). MAE's fixed positions equal Glimpse's bit for bit; its decoder is left out. MAE
+fine-tuned on pooled patches has a norm after the pooling, which is Glimpse's pool mean_then_norm.
 """
 
 import json
@@ -190,7 +190,7 @@ def batched_position_rule(cfg: ModelConfig) -> Rule:
 
 
 def no_tensors(bias: Tensor) -> tuple[()]:
-    """Return nothing: a bias that we do not have."""
+    """Return no tensors: the model has no patch bias."""
     return ()
 
 
@@ -299,7 +299,7 @@ def recognizes(path: Path) -> bool:
 
 
 def load(path: Path, **given: object) -> PortableModel:
-    """Load a folder, or a file of weights; given: as in Given."""
+    """Load a folder, or a file of weights; given: as in LoadOptions."""
     if not path.is_dir():
         return to_portable(tensor_files.read_tensors(path), path, given)
     tree, tensors = read_folder(path)
@@ -391,7 +391,7 @@ def to_portable(
     notes: Iterable[str] = (),
     glimpse: dict | None = None,
 ) -> PortableModel:
-    """Return tensors under timm's names as our model.
+    """Convert tensors with timm's names to a model of Glimpse.
 
     settings: arguments of `architecture`. glimpse: the entry that `save` wrote into the config.
     """
@@ -453,7 +453,9 @@ def select_encoder(tensors: LazyTensors, whose: Path) -> tuple[LazyTensors, list
     for mark, what in UNSUPPORTED.items():
         for name in tensors:
             if mark in name:
-                raise ValueError(f"{whose}: {name}: {what}, which our vision tower has not")
+                raise ValueError(
+                    f"{whose}: {name}: {what}, which Glimpse's vision tower does not support"
+                )
     names = [name for name in tensors if not name.startswith(LEFT_OUT)]
     others = {name.partition(".")[0] for name in tensors if name.startswith(LEFT_OUT)}
     return tensors.rename({name: name for name in names}), sorted(others)
@@ -559,7 +561,7 @@ def read_image_size(
 
 
 def reference_model(path: Path, **given: object) -> Callable[[Tensor, None], tuple[Tensor, None]]:
-    """Return timm's own model of what `load` takes: (images (B, 3, H, W), normalized, None) ->
+    """Load the model in timm; return a function from (normalized images (B, 3, H, W), None) to
     (features (B, D), None).
     """
     require_version("timm", "1.0.16")
@@ -573,7 +575,7 @@ def reference_model(path: Path, **given: object) -> Callable[[Tensor, None], tup
 
 
 def build_timm_model(tensors: LazyTensors, whose: Path, settings: dict) -> nn.Module:
-    """Return timm's model of these tensors."""
+    """Build timm's model and load these tensors."""
     import timm
 
     tensors, _ = select_encoder(tensors, whose)
@@ -584,7 +586,7 @@ def build_timm_model(tensors: LazyTensors, whose: Path, settings: dict) -> nn.Mo
 
 
 def feature_function(model: nn.Module) -> Callable[[Tensor, None], tuple[Tensor, None]]:
-    """Return a timm model as a function of images, and of ids, which it ignores."""
+    """Return a function from images (and ids, which it ignores) to features of a timm model."""
     model.eval()
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ def write(
     ranks: int,
     dtype: torch.dtype,
 ) -> None:
-    """Write a folder as `ranks` ranks would have written it, each into a file of its own.
+    """Write a folder as `ranks` ranks would have written it, each into a separate file.
 
     One tensor is computed at a time; torch's writer keeps the last one meanwhile, so up to four of
     the largest are in memory.

@@ -456,15 +456,15 @@ def test_broken_files(tmp_path, monkeypatch):
     [
         (
             {"vision": VisionConfig(pool="cls")},
-            "model.vision.pool cls: FLIP's code knows mean_with_cls alone",
+            "model.vision.pool cls: FLIP's code supports only mean_with_cls",
         ),
         (
             {"vision": VisionConfig(pre_norm=True)},
-            "model.vision.pre_norm True: FLIP's code knows False alone",
+            "model.vision.pre_norm True: FLIP's code supports only False",
         ),
         (
             {"image_size": (16, 24)},
-            r"model.image_size \[16, 24\]: FLIP's code knows square images alone",
+            r"model.image_size \[16, 24\]: FLIP's code supports only square images",
         ),
     ],
 )

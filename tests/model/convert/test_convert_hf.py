@@ -240,19 +240,22 @@ def test_a_config_that_says_little_is_openais(tmp_path):
     [
         (
             dict(vision=dict(pool="mean")),
-            'model.vision.pool "mean": HF\'s CLIPModel has "cls" alone',
+            'model.vision.pool "mean": HF\'s CLIPModel supports only "cls"',
         ),
         (
             dict(vision=dict(pre_norm=False)),
-            "model.vision.pre_norm false: HF's CLIPModel has true alone",
+            "model.vision.pre_norm false: HF's CLIPModel supports only true",
         ),
-        (dict(text=dict(causal=False)), "model.text.causal false: HF's CLIPModel has true alone"),
+        (
+            dict(text=dict(causal=False)),
+            "model.text.causal false: HF's CLIPModel supports only true",
+        ),
         (dict(text=dict(causal=False, pool="first")), "model.text.causal false"),
         (
             dict(image_size=(64, 96)),
-            r"model.image_size \[64, 96\]: HF's CLIPModel has square images alone",
+            r"model.image_size \[64, 96\]: HF's CLIPModel supports only square images",
         ),
-        (dict(about=dict(pad_text=True)), "data.pad_text true: HF's CLIPModel has false alone"),
+        (dict(about=dict(pad_text=True)), "data.pad_text true: HF's CLIPModel supports only false"),
         (
             dict(about=dict(eot=None, tokenizer="wordpiece")),
             "data.tokenizer 'wordpiece': .* end-of-text token; this has none",
@@ -288,7 +291,7 @@ def test_a_vision_tower_alone_is_refused(tmp_path):
         (
             "vision_config",
             dict(hidden_act="relu"),
-            "vision_config.hidden_act 'relu': our towers have gelu, gelu_pytorch_tanh, quick_gelu",
+            "vision_config.hidden_act 'relu': Glimpse supports gelu, gelu_pytorch_tanh, quick_gelu",
         ),
         ("vision_config", dict(image_size=[96, 64]), r"vision_config.image_size \[96, 64\]"),
         ("vision_config", dict(patch_size=31), "model.image_size: 96 is not a multiple"),

@@ -165,7 +165,7 @@ def written(tmp_path):
             dict(tp=4),
             (
                 r"tp 4: the 2 heads of model.size 'custom/8' \(text_heads\) cannot be split evenly"
-                r" over so many ranks"
+                r" over 4 ranks; choose a divisor of 2"
             ),
         ),
         (dict(tp=3), r"tp 3: the 4 heads"),
