@@ -6,6 +6,7 @@ without padding.
 
 Determinism. All random numbers of a sample come from generators seeded with
 (seed, epoch, sample, n): n = 0 for the caption, n = 1, 2, ... for the views in alphabetical order.
+Substitutes of unreadable samples are drawn with (seed, epoch, position, attempt, 1).
 Crops and masks therefore do not depend on the number of workers or ranks, or on resuming.
 
 Shapes: B global batch size, b samples of a micro-batch on one rank, L patches of a view, K visible
@@ -107,10 +108,10 @@ class DataConfig:
     # block(TOKENS) or shuffled(TOKENS); RATIO is the share of the context to hide, TOKENS the
     # number to keep.
     text_mask: str = "none"
-    # Shards that are mixed with each other at a time.
+    # Number of shards whose samples are shuffled together.
     window: int = 16
-    # Share of unreadable samples, from 0 to below 1, above which a rank stops the run; the
-    # first 1,000 samples count as a whole.
+    # Share of unreadable samples, from 0 to below 1, above which a rank stops the run. Early in
+    # a run it is the share of 1,000 samples, so that a few bad ones do not stop it.
     max_bad: float = 0.01
     # Loader processes on each rank; 0 loads in the training process.
     workers: int = 4
@@ -217,7 +218,8 @@ class SampleReader:
         """
         ids, token_positions = self.caption_tokens(sample.captions, epoch, number)
 
-        # Crop and recolor. Each view has its own generator, so that a new view changes no other.
+        # Crop and recolor. Each view has its own generator, so the number of draws in one view does
+        # not affect another. (A new view does reseed the views that sort after it.)
         views = {}
         rngs = {}
         for n, spec in enumerate(self.views):
@@ -225,7 +227,7 @@ class SampleReader:
             rngs[spec.name] = np.random.default_rng((self.seed, epoch, number, 1 + n))
         images = random_views(sample.image, self.image_size, views, rngs)
 
-        # Mask: the generator of a view goes on from its crop.
+        # Mask: the generator of a view continues after its crop.
         arrays = {}
         for spec in self.views:
             pixels, box = images[spec.name]
@@ -240,8 +242,8 @@ class SampleReader:
         Positions are None for 0, 1, ...
         """
         rng = np.random.default_rng((self.seed, epoch, number, 0))
-        # A single caption draws no number, so that the text mask below sees the same numbers as
-        # it does for data sets without alternative captions.
+        # Draw only if there is a choice, so that the text mask of a sample does not depend on
+        # whether its caption is stored as a string or as a list of one.
         choice = rng.integers(len(captions)) if len(captions) > 1 else 0
         tokens = self.tokenizer(captions[choice])
         ids = self.cfg.pad(tokens, self.tokenizer.pad_id)

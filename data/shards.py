@@ -365,13 +365,14 @@ class Order:
     a network file system. Positions continue over epochs, so a batch may contain samples of two.
 
     Generators: the shards of an epoch are shuffled with (seed, epoch), the samples of a window with
-    (seed, epoch, 1 + window).
+    (seed, epoch, 1 + index of the window). (NumPy pads a seed with zeros, so (a, b) and (a, b, 0)
+    are the same generator.)
     """
 
     def __init__(self, counts: list[int], seed: int, window: int):
         self.counts = np.asarray(counts)
         self.seed = seed
-        self.window = window
+        self.shards_per_window = window
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.total = int(self.counts.sum())
         # Consecutive positions share a window: its permutation is computed once.
@@ -381,28 +382,29 @@ class Order:
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.total)
         _, ends = self._epoch(epoch)
-        window = bisect_right(ends, offset)
-        begin = ends[window - 1] if window else 0
-        return epoch, int(self._window(epoch, window)[offset - begin])
+        index = bisect_right(ends, offset)
+        begin = ends[index - 1] if index else 0
+        return epoch, int(self._window(epoch, index)[offset - begin])
 
     def _epoch_windows(self, epoch: int) -> tuple[list[np.ndarray], list[int]]:
         """Return the shards of each window of an epoch, and the offset at which it ends."""
         shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
-        windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
+        size = self.shards_per_window
+        windows = [shards[i : i + size] for i in range(0, len(shards), size)]
         sizes = [int(self.counts[window].sum()) for window in windows]
         return windows, list(accumulate(sizes))
 
-    def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
+    def _shuffled_window(self, epoch: int, index: int) -> np.ndarray:
         """Return the samples of a window in the order in which the run visits them."""
-        shards = self._epoch(epoch)[0][window]
+        shards = self._epoch(epoch)[0][index]
         begins = self.starts[shards]
         ends = begins + self.counts[shards]
         ranges = [np.arange(begin, end) for begin, end in zip(begins, ends)]
         samples = np.concatenate(ranges)
-        return np.random.default_rng((self.seed, epoch, 1 + window)).permutation(samples)
+        return np.random.default_rng((self.seed, epoch, 1 + index)).permutation(samples)
 
     def __getstate__(self) -> dict:
-        return dict(counts=list(self.counts), seed=self.seed, window=self.window)
+        return dict(counts=list(self.counts), seed=self.seed, window=self.shards_per_window)
 
     def __setstate__(self, state: dict) -> None:
         Order.__init__(self, **state)

@@ -134,7 +134,8 @@ def view_names(name: str, view: View) -> list[str]:
 def expand_views(views: dict[str, View]) -> dict[str, View]:
     """Return one view for each draw of each view, under its name, in alphabetical order.
 
-    The order must not depend on the config file: the loader seeds the n-th view with n.
+    The order must not depend on the config file: the loader seeds each view by its
+    place in this order.
     """
     names = {name: view_names(name, view) for name, view in views.items()}
     result: dict[str, View] = {}
@@ -181,8 +182,8 @@ def random_views(
 ) -> dict[str, tuple[np.ndarray, Box]]:
     """Make random views of an image, which is decoded once.
 
-    views: from `expand_views`. rngs: a generator for each view; a view does not depend on the
-    others' numbers, except through the boxes that it encloses. Return {name: (pixels (H, W, 3)
+    views: from `expand_views`. rngs: a generator for each view; a view depends on another
+    view's generator only if it encloses that view. Return {name: (pixels (H, W, 3)
     uint8, box)}. Raise ValueError if the image cannot be read.
     """
     # 1. Draw a box in the full-size image for each view with a crop.
@@ -195,8 +196,9 @@ def random_views(
             boxes[name] = random_box(height, width, view, rngs[name], aspect)
     flips = {name: view.flip and rngs[name].random() < 0.5 for name, view in views.items()}
 
-    # 2. Decode a JPEG at 1/2, 1/4 or 1/8 if every view is smaller still, and scale the boxes.
-    #    They shift by less than one pixel of the view.
+    # 2. Decode a JPEG at the smallest of 1/2, 1/4 and 1/8 at which every crop is still at least as
+    #    large as its view, and scale the boxes. Rounding moves a box by less than a pixel of its
+    #    view. Sides are rounded down, so that a box never passes the border of the decoded image.
     shrink = choose_shrink(views, boxes, targets) if is_jpeg(data) else 1
     crops = {name: shrink_box(box, shrink) for name, box in boxes.items()}
     for name, view in views.items():
@@ -275,8 +277,8 @@ def random_box(
     """Draw a box of random area and aspect ratio, as in torchvision and FLIP.
 
     If CROP_ATTEMPTS boxes in a row do not fit into the image, return the largest central box with
-    an allowed aspect ratio. Only images much wider or taller than the view need it; FLIP would use
-    a central square of 7/8 of the short side.
+    an allowed aspect ratio. This happens only for images with an extreme aspect ratio; FLIP would
+    use a central square of 7/8 of the short side.
 
     aspect: width / height of the view. view.ratio is relative to it, so that views that are not
     square are distorted as little as square ones.

@@ -102,7 +102,8 @@ class _MeanOverRanks(torch.autograd.Function):
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Return the mean of x over ranks, the same value on every rank, with a gradient.
 
-    The gradient is that of the sum of the losses of all ranks, which DeepSpeed then averages.
+    Backward returns the gradient of the sum of all ranks' losses. DeepSpeed then averages parameter
+    gradients over ranks, so a loss that is equal on all ranks gets its exact gradient.
     """
     return _MeanOverRanks.apply(x) if world_size() > 1 else x
 
@@ -112,18 +113,18 @@ def batch_mean(x: Tensor) -> Tensor:
     return mean_over_ranks(x.mean())
 
 
-def check_equal_batches(image: Tensor) -> None:
-    """Raise ValueError if ranks have batches of different sizes, which corrupt collectives or hang.
+def check_equal_batches(rows: Tensor) -> None:
+    """Raise ValueError if ranks have different batch sizes, with which collectives would hang.
 
     The sizes are compared over ranks once, at the first step. Later each rank compares its batch
     size with that of the first step, without communication.
     """
     if world_size() == 1:
         return
-    b, group = len(image), dist.group.WORLD
+    b, group = len(rows), dist.group.WORLD
     assert group is not None
     if group not in _batch_sizes:
-        sizes = all_gather(torch.tensor([b], device=image.device)).tolist()
+        sizes = all_gather(torch.tensor([b], device=rows.device)).tolist()
         if len(set(sizes)) > 1:
             raise ValueError(
                 f"batch sizes differ between ranks: {sizes}; the contrastive loss needs the same"

@@ -1,15 +1,16 @@
-"""Moving average of a student's weights (its teacher), in fp32, each rank for its shard.
+"""Moving average of a student's weights (its teacher), in fp32; each rank averages its shard.
 
     averages = MovingAverages(pair_parameters(modules), local_shard, student_shard, after_write)
     averages.update(cosine_momentum(0.996, 1.0, progress))
 
 Under ZeRO-3 a rank holds only shards of the parameters, and nothing is gathered. Three functions
 hide this: `local_shard(teacher parameter)` returns the tensor to write to, `student_shard(student
-parameter)` returns the newest values of the same elements in fp32, and `after_write(teacher
+parameter)` returns the newest values of the same elements (of the fp32 master copy if it is local,
+as under ZeRO-3), and `after_write(teacher
 parameter)` is called after each change.
 
-If the weights are fp32, the memory of the teacher is the average. Under bf16, whose steps are
-coarser than 1 - momentum, the average is a separate fp32 copy.
+If the weights are fp32, the teacher's own tensors hold the average. In bf16 an update by
+(1 - momentum) times a difference would be rounded away, so the average is a separate fp32 copy.
 """
 
 import math
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 def cosine_momentum(start: float, end: float, progress: float) -> float:
     """Return the momentum that goes from start to end along half a cosine.
 
-    progress: of the run, 0 to 1 (BYOL, arXiv 2006.07733, section 3.3).
+    progress: the fraction of the run that is done (BYOL, arXiv 2006.07733, section 3.3).
     """
     return end - (end - start) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 

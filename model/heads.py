@@ -56,27 +56,27 @@ def projection_mlp(*widths: int, bias: bool, last_norm: bool = False) -> nn.Sequ
 
 
 def simclr_head(width: int, hidden: int, out: int) -> nn.Module:
-    """Build the SimCLR head of SLIP and A-CLIP: D -> 4096 -> 4096 -> 256."""
+    """Build the SimCLR head of SLIP and A-CLIP: D -> hidden -> hidden -> out."""
     return projection_mlp(width, hidden, hidden, out, bias=True)
 
 
 def byol_projector(width: int, hidden: int, out: int) -> nn.Module:
-    """Build the BYOL projector of A-CLIP's code, D -> 4096 -> 256; student and teacher have one."""
+    """Build the BYOL projector of A-CLIP's code, D -> hidden -> out."""
     return projection_mlp(width, hidden, out, bias=False)
 
 
 def byol_predictor(hidden: int, out: int) -> nn.Module:
-    """Build the BYOL predictor, 256 -> 4096 -> 256, which only the student has."""
+    """Build the BYOL predictor, out -> hidden -> out, which only the student has."""
     return projection_mlp(out, hidden, out, bias=False)
 
 
 def simsiam_projector(width: int, hidden: int) -> nn.Module:
-    """Build the SimSiam projector (section 3), D -> 2048 -> 2048 -> 2048 with a final norm."""
+    """Build the SimSiam projector (arXiv 2011.10566, section 3): three layers and a norm."""
     return projection_mlp(width, hidden, hidden, hidden, bias=False, last_norm=True)
 
 
 def simsiam_predictor(hidden: int) -> nn.Module:
-    """Build the SimSiam predictor, 2048 -> 512 -> 2048."""
+    """Build the SimSiam predictor, hidden -> hidden / 4 -> hidden."""
     return projection_mlp(hidden, hidden // 4, hidden, bias=True)
 
 

@@ -25,7 +25,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# The tokens that are queries: all (None), the first n of each sequence (int), or, in a packed
+# The tokens that are queries: all (None), the first n of each sequence (int: a number, not an
+# index), or, in a packed
 # batch, one token of each sequence, given by its index among the T tokens, (B,).
 QueryIndex = int | Tensor | None
 
@@ -127,6 +128,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, init: WeightInit):
         super().__init__()
         self.head_dim = width // heads
+        # Their biases start at zero in every initialization, see WeightInit.
         self.qkv = Linear(width, 3 * width, init.qkv)
         self.out = Linear(width, width, init.out)
 
@@ -152,7 +154,7 @@ class Attention(nn.Module):
         x = x if packed is None else packed.pad(x)
         q, k, v = x.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
         if recorder is not None:
-            # Computed apart, because the fused kernel does not return its weights.
+            # Computed separately, because the fused kernel does not return its weights.
             scores = q[:, :, :1].float() @ k.float().transpose(2, 3) * self.head_dim**-0.5
             recorder.layers.append(scores.softmax(3).mean(1)[:, 0])
 

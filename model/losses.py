@@ -37,12 +37,12 @@ def contrastive(
 
     The loss is the mean over the B pairs and both directions, in fp32 (fp64 stays fp64). Its
     gradient on a rank is the gradient of this global mean times the number of ranks. DeepSpeed
-    averages parameter gradients over ranks, so the parameters get the exact gradient. (Gathering
-    without a gradient and putting the local features back into the matrix would give 1 / ranks of
-    it; local rows against detached columns would give only the half that flows through the rows.)
+    averages parameter gradients over ranks, so the parameters get the exact gradient. Two
+    common shortcuts are wrong: gathering without a gradient and putting the local features back
+    gives the gradient divided by the number of ranks; multiplying local rows with detached columns
+    gives only the gradient through the rows.
 
-    exact=False: the same loss with the gradient of SLIP's released code, which multiplies the local
-    rows with gathered columns that have no gradient.
+    exact=False: the second of these, as in SLIP's released code; the loss is the same.
 
     Accuracy: the share of pairs whose logit is greater than all others in its row, averaged with
     the same share for columns. A tie counts as wrong.

@@ -94,7 +94,7 @@ class TextTower(nn.Module):
         packed = PackedSequences(lengths, len(ids), longest, self.cfg.causal)
         positions = packed.positions if positions is None else positions.long()
         x = self.token(ids) + F.embedding(positions, self.positions)
-        # eot is the last token, and not the token with the largest id as in OpenAI's code: a
-        # truncated caption has no end-of-text token, and other vocabularies give it another id.
+        # eot is the last token, also of a truncated caption. OpenAI's code takes the token with the
+        # largest id, which is right only for its own vocabulary.
         pooled = packed.last_token if self.cfg.pool == "eot" else packed.first_token
         return self.norm(self.blocks(x, packed, query_index=pooled))

@@ -1,7 +1,7 @@
 """Softmax losses over the pairs of all ranks, tile by tile: no b x B matrix is ever stored.
 
 Letters: `b` pairs on this rank, `B` = b x ranks, `E` embedding width, `m` rows, `n` columns; logits
-S = rows @ columns^T.
+= rows @ columns^T, `G` the gradient of the summed loss with respect to the logits.
 
 A rank computes the logits of its b rows with all B columns. It goes through this block in tiles,
 once in the forward pass and, recomputing each tile, once in the backward pass. The sum of a row
@@ -67,7 +67,7 @@ class TiledContrastive(torch.autograd.Function):
 
         # 1. The block of this rank: its row sums are complete, its column sums are partial.
         positive, by_row, by_col = sum_negatives(rows, cols, offset)
-        row_negatives = by_row.largest + by_row.total.log()
+        row_lse_negatives = by_row.largest + by_row.total.log()
 
         # 2. Complete the column sums over ranks: first the largest logits, then the sums of
         # exp(logit - largest). The same all-reduce collects the positives and the row statistics.
@@ -75,21 +75,23 @@ class TiledContrastive(torch.autograd.Function):
         col_total = by_col.total * (by_col.largest - col_largest).exp()
         positives = torch.zeros_like(col_largest)
         positives[pairs] = positive
-        row_stats = loss_and_hits(positive, row_negatives, by_row.largest)
+        row_stats = loss_and_hits(positive, row_lse_negatives, by_row.largest)
         message = all_reduce(torch.cat([col_total, positives, row_stats]))
         col_total, positives, row_stats = message.split([B, B, 2])
-        col_negatives = col_largest + col_total.log()
+        col_lse_negatives = col_largest + col_total.log()
 
         # 3. Loss and accuracy over rows and columns. They are cloned, because they are views and
         # the caller may change the loss in place.
-        stats = (row_stats + loss_and_hits(positives, col_negatives, col_largest)) / (2 * B)
+        stats = (row_stats + loss_and_hits(positives, col_lse_negatives, col_largest)) / (2 * B)
         loss, accuracy = stats[0].clone(), stats[1].clone()
 
         # 4. For the backward pass: 1 - probability of each positive, by row and by column, (2, b).
-        miss = torch.stack([row_negatives - positive, (col_negatives - positives)[pairs]]).sigmoid()
-        row_lse = torch.logaddexp(row_negatives, positive)
-        col_lse = torch.logaddexp(col_negatives, positives)
-        ctx.save_for_backward(image, scale, cols, row_lse, col_lse, miss)
+        wrong_probability = torch.stack(
+            [row_lse_negatives - positive, (col_lse_negatives - positives)[pairs]]
+        ).sigmoid()
+        row_lse = torch.logaddexp(row_lse_negatives, positive)
+        col_lse = torch.logaddexp(col_lse_negatives, positives)
+        ctx.save_for_backward(image, scale, cols, row_lse, col_lse, wrong_probability)
         ctx.exact, ctx.offset = exact, offset
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy
@@ -97,28 +99,29 @@ class TiledContrastive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        image, scale, cols, row_lse, col_lse, miss = ctx.saved_tensors
+        image, scale, cols, row_lse, col_lse, wrong_probability = ctx.saved_tensors
         rows = image * scale
         pairs = slice(ctx.offset, ctx.offset + len(image))
 
-        def block_gradients(col_lse: Tensor, miss: Tensor) -> tuple[Tensor, Tensor]:
+        def block_gradients(col_lse: Tensor, wrong_probability: Tensor) -> tuple[Tensor, Tensor]:
             d_rows, d_cols = softmax_gradients(rows, cols, ctx.offset, row_lse, col_lse)
-            d_rows.addcmul_(miss[:, None], cols[pairs], value=-1)
-            d_cols[pairs].addcmul_(miss[:, None], rows, value=-1)
+            d_rows.addcmul_(wrong_probability[:, None], cols[pairs], value=-1)
+            d_cols[pairs].addcmul_(wrong_probability[:, None], rows, value=-1)
             return d_rows, d_cols
 
         # 1. The block of this rank, both directions at once.
-        d_rows, d_cols = block_gradients(col_lse, miss.sum(0))
+        d_rows, d_cols = block_gradients(col_lse, wrong_probability.sum(0))
         # Times the number of ranks, because DeepSpeed averages gradients over ranks.
         grad = grad * world_size() / (2 * len(cols))
-        # This rank's part of sum(G * image @ text^T); averaging over ranks completes it.
+        # d loss / d scale is the sum over pairs (i, j) of G_ij * <image_i, text_j>, here over this
+        # rank's rows; averaging over ranks completes it.
         d_scale = (d_rows * image).sum() * grad
 
         # 2. As released: an image gets only the gradient of its row's softmax, a text only that of
         # its column's.
         if not ctx.exact:
             no_column_softmax = torch.full_like(col_lse, torch.inf)
-            d_rows, d_cols_of_rows = block_gradients(no_column_softmax, miss[0])
+            d_rows, d_cols_of_rows = block_gradients(no_column_softmax, wrong_probability[0])
             d_cols -= d_cols_of_rows
 
         # 3. Send the gradients of the gathered texts back to their ranks.
@@ -152,8 +155,11 @@ class TiledSimCLR(torch.autograd.Function):
                 others.largest + others.total.log(), same.largest + same.total.log()
             )
             stats += loss_and_hits(positive, negatives, torch.maximum(others.largest, same.largest))
-            lse, miss = torch.logaddexp(negatives, positive), (negatives - positive).sigmoid()
-            saved += [lse, miss]
+            lse, wrong_probability = (
+                torch.logaddexp(negatives, positive),
+                (negatives - positive).sigmoid(),
+            )
+            saved += [lse, wrong_probability]
         ctx.save_for_backward(first, second, all_first, all_second, *saved)
 
         means = all_reduce(stats) / (2 * len(all_first))
@@ -174,14 +180,14 @@ class TiledSimCLR(torch.autograd.Function):
         d_cols_of_view = [torch.zeros_like(all_first), torch.zeros_like(all_second)]
         for n, view in enumerate((first, second)):
             rows = view * ctx.scale
-            lse, miss = saved[2 * n], saved[2 * n + 1]
+            lse, wrong_probability = saved[2 * n], saved[2 * n + 1]
             other_view, same_view = all_views[1 - n], all_views[n]
 
             d_rows, d_other = softmax_gradients(
                 rows, other_view, ctx.offset, lse, no_column_softmax
             )
-            d_rows.addcmul_(miss[:, None], other_view[pairs], value=-1)
-            d_other[pairs].addcmul_(miss[:, None], rows, value=-1)
+            d_rows.addcmul_(wrong_probability[:, None], other_view[pairs], value=-1)
+            d_other[pairs].addcmul_(wrong_probability[:, None], rows, value=-1)
             d_rows_same, d_same = softmax_gradients(
                 rows, same_view, ctx.offset, lse, no_column_softmax
             )

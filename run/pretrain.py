@@ -173,7 +173,7 @@ class Training:
         self.stop = distributed.StopSignal()
         self.audit = Audit(run_folder, distributed.rank(), cfg.data, log.warning)
         self.peak_flops = peak_flops() * distributed.world_size()
-        self.saved_samples = trainer.samples  # of the newest checkpoint
+        self.saved_samples = trainer.samples  # samples seen at the newest checkpoint
         self.examples = self.read_examples()
         self.flops_per_sample: float | None = None  # computed at the first record
 
@@ -181,12 +181,14 @@ class Training:
         """Train until the end of the run or a signal, then save and evaluate."""
         cfg, trainer = self.cfg, self.trainer
         starts = range(trainer.samples, cfg.samples - cfg.batch + 1, cfg.batch)
-        stream = self.batches.iterate(starts, pin_memory=distributed.device().type == "cuda")
+        batch_iterator = self.batches.iterate(
+            starts, pin_memory=distributed.device().type == "cuda"
+        )
 
         while self.has_more_steps() and not self.stop.is_requested():
             # 1. Wait for the batch, and count samples that could not be read.
             begin = time.perf_counter()
-            micro_batches = next(stream)
+            micro_batches = next(batch_iterator)
             self.log.add_wait_time(time.perf_counter() - begin)
             self.audit(self.batches, micro_batches, trainer.samples + cfg.batch)
 

@@ -102,13 +102,15 @@ class Aclip(EmaMethod):
         width, hidden, out = cfg.shape.width, options.hidden, options.out
         self.selector = build_selector(options, cfg)
         if options.average_text:
+            # The averaged text tower serves only evaluations of the teacher (eval_towers). The
+            # deleted parts have no average: they are the student's, as in A-CLIP's code.
             self.teacher = Towers(cfg, vocab, context)
-            # In A-CLIP's code the teacher shares these with the student.
             del self.teacher.temperature
             del self.teacher.text.token
             del self.teacher.text.positions
             del self.teacher.text.norm
         else:
+            # A ModuleDict, so that the parameter names are the same in both cases.
             self.teacher = nn.ModuleDict({"vision": build_vision_tower(cfg)})
         self.teacher.requires_grad_(False)
         if options.simclr:
@@ -124,6 +126,7 @@ class Aclip(EmaMethod):
 
     @staticmethod
     def check_options(options, cfg: ModelConfig, counts: Mapping[str, int]) -> None:
+        # Both raise ValueError if block size and share do not fit the model.
         build_selector(options, cfg).count_blocks(options.keep or 1 / counts["view"])
         if (options.simclr or options.simsiam) and counts["view"] < 2:
             raise ValueError(
@@ -153,7 +156,8 @@ class Aclip(EmaMethod):
         views = [view for name, view in sorted(micro_batch["views"].items()) if name != "teacher"]
         share = options.keep or 1 / len(views)
 
-        # 1. The teacher runs once, on the box that encloses all views.
+        # 1. The teacher runs once, on the box that encloses all views. Without it the scores are 0
+        # and unused: patches are random, or all are kept.
         scores = torch.zeros_like(teacher_view["positions"], dtype=torch.float32)
         teacher_features = None
         if self.needs_teacher(share):
@@ -174,7 +178,11 @@ class Aclip(EmaMethod):
     def auxiliary_features(
         self, pooled: list[Tensor], teacher_features: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the vectors of SimCLR's loss, and the losses (B,) of SimSiam and BYOL."""
+        """Return the vectors of SimCLR's loss, and the losses (B,) of SimSiam and BYOL.
+
+        SimSiam and BYOL have no negatives: the loss of a sample needs no other sample, so it is
+        computed here and averaged in loss().
+        """
         options, k = self.options, len(pooled)
         # One call of each head, so that all views share batch statistics.
         all_views = torch.cat(pooled)  # (k B, D)
@@ -183,9 +191,9 @@ class Aclip(EmaMethod):
             for i, vectors in enumerate(self.simclr_head(all_views).chunk(k)):
                 features[f"simclr{i}"] = vectors
         if options.simsiam:
-            targets = self.simsiam_projector(all_views)
-            predictions = self.simsiam_predictor(targets)
-            features["simsiam"] = pairwise_simsiam(predictions.chunk(k), targets.chunk(k))
+            projections = self.simsiam_projector(all_views)
+            predictions = self.simsiam_predictor(projections)
+            features["simsiam"] = pairwise_simsiam(predictions.chunk(k), projections.chunk(k))
         if options.byol:
             with torch.no_grad():
                 # With batch statistics of the teacher's features alone, as in A-CLIP's code.
@@ -196,14 +204,14 @@ class Aclip(EmaMethod):
         return features
 
     def needs_teacher(self, share: float) -> bool:
-        """Return True if the teacher's forward pass is needed; share: of the patches to keep."""
+        """Return True if the teacher's forward pass is needed to keep this share of the patches."""
         needs_scores = self.options.strategy != "random" and share < 1
         return bool(self.options.byol) or needs_scores
 
     def run_teacher(self, teacher_view: ViewBatch) -> tuple[Tensor, Tensor]:
         """Return the teacher's attention scores (B, L) and its pooled features (B, D).
 
-        The scores are means over heads and layers (equation 4).
+        The scores are means over heads and, with options.layers=all, over layers (equation 4).
         """
         vision, recorder = self.teacher_vision(), AttentionRecorder()
         tokens = vision(
@@ -231,6 +239,7 @@ class Aclip(EmaMethod):
             view["box"],
             self.cfg.grid,
         )
+        # RunConfig allows no mask on these views: row i of their patches is patch i of the grid.
         keep = self.selector.choose(view_scores, share, view["noise"])
         return ViewBatch(patches=gather_patches(view["patches"], keep), positions=keep)
 
@@ -243,7 +252,9 @@ class Aclip(EmaMethod):
     def teacher_grid(self, teacher_view: ViewBatch) -> tuple[int, int]:
         """Return the grid (rows, columns) of the teacher's view.
 
-        The view may have another resolution than the model (A-CLIP-eff), but not another aspect.
+        The view may have another resolution than the model (views.teacher.size), but not another
+        aspect ratio. The method does not see the view's config, so the grid follows from the number
+        of patches.
         """
         rows, columns = self.cfg.grid
         scale = (teacher_view["positions"].shape[1] / (rows * columns)) ** 0.5

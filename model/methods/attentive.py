@@ -7,8 +7,8 @@ It runs on the device, for all images of a batch at once:
     keep = PatchSelector("low", block=32, patch_size=16, grid=(14, 14)).choose(scores, 0.5)
     patches = gather_patches(patches, keep)
 
-A box is (top, left, height, width) in pixels of the source image. A view is its box, resized to the
-grid.
+A box is (top, left, height, width) in pixels of the source image. A view is the content
+of its box, resized to the model's input.
 
 Letters: B images, L = rows * columns patches of the grid, K kept patches, N blocks, n patches of a
 block.
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 STRATEGIES = ("low", "high", "mixed", "random")
-RANDOM_SHARE = 0.25  # of the blocks that strategy `mixed` keeps
+RANDOM_SHARE = 0.25  # share of the kept blocks that strategy `mixed` draws at random
 
 
 class PatchSelector:
@@ -81,15 +81,15 @@ class PatchSelector:
     def choose(self, scores: Tensor, share: float, noise: Tensor | None = None) -> Tensor:
         """Return the indices of the patches to keep, (B, K), in ascending order.
 
-        scores: (B, L). share: of the patches to keep. noise: (B, L), uniform in [0, 1), for the
-        strategies mixed and random.
+        scores: (B, L). share: the share of patches to keep. noise: (B, L), uniform in [0, 1), for
+        the strategies mixed and random.
         """
         # 1. The score of a block is the mean of its patches.
         block_scores, count = self.group_by_block(scores.float()).mean(2), self.count_blocks(share)
 
-        # 2. Random blocks: replace the scores by 1 for the blocks that are kept for their
-        # attention, plus noise. The noise is below 1, so these blocks come first and the rest of
-        # the order is random.
+        # 2. Random blocks: blocks that are kept for their attention score 1 + noise, all others
+        # only noise. Noise is below 1, so the former come first, and the others follow in random
+        # order.
         if self.strategy in ("mixed", "random"):
             assert noise is not None, f"strategy {self.strategy} needs noise"
             random_count = count if self.strategy == "random" else round(RANDOM_SHARE * count)
@@ -100,7 +100,8 @@ class PatchSelector:
 
         # 3. Keep the first `count` blocks.
         order = block_scores.argsort(dim=1, descending=self.strategy != "high", stable=True)
-        self.patches_of_block = self.patches_of_block.to(order.device)  # copied at the first call
+        # Not a buffer, which would become part of a checkpoint: moved to the device at first use.
+        self.patches_of_block = self.patches_of_block.to(order.device)
         kept_patches = self.patches_of_block[order[:, :count]]  # (B, count, n)
         return kept_patches.flatten(1).sort(dim=1).values
 

@@ -2,8 +2,9 @@
 
 A method is an nn.Module with two functions:
 
-    forward(micro_batch) -> features    {name: tensor}: everything that depends on parameters, which
-                                        only the forward of the towers and heads may use
+    forward(micro_batch) -> features    {name: tensor}. All uses of parameters happen here, in the
+                                        forward of towers and heads; loss() may use none, because
+                                        ZeRO-3 gathers a parameter only in its module's forward
     loss(features) -> (loss, metrics)   a function of the features of this rank's whole batch and of
                                         the features of other ranks
 
@@ -63,7 +64,7 @@ class NoOptions:
 class Method(nn.Module, ABC):
     """Base class of methods: the towers, and what a run must know about the method.
 
-    The config check and the data path read the class attributes.
+    The config check and the loader read the class attributes.
     """
 
     # Dataclass of the config's section `options:`.
@@ -72,8 +73,7 @@ class Method(nn.Module, ABC):
     allowed_view_counts: dict[str, tuple[int, ...]] = {"image": (1,)}
     # Views whose masked patches are loaded too, as targets.
     hidden_patch_views: tuple[str, ...] = ()
-    # Views that are loaded with all patches and uniform noise, because the method selects the
-    # visible patches.
+    # Views without a mask, loaded with uniform noise: the method selects their patches.
     noise_views: tuple[str, ...] = ()
     # Views that enclose other views; all boxes are loaded.
     enclosing_views: tuple[str, ...] = ()
@@ -170,7 +170,7 @@ class EmaMethod(Method):
     def momentum(self, progress: float) -> float:
         """Return the momentum of a step: average = momentum * average + (1 - momentum) * student.
 
-        progress: of the run, 0 to 1.
+        progress: the fraction of the run that is done.
         """
 
 

@@ -162,7 +162,7 @@ class Engine:
     """A method under DeepSpeed, as the training loop uses it.
 
     Public attributes: method, ds (the DeepSpeedEngine), samples (processed so far), averages (the
-    EMA of a teacher's parameters), stage (of ZeRO), bf16.
+    moving average of the student's parameters, which is the teacher), stage (of ZeRO), bf16.
     """
 
     def __init__(
@@ -231,6 +231,8 @@ class Engine:
     def restore(self, folder: Path, manifest: dict) -> None:
         """Load weights, optimizer state and counters from a checkpoint folder.
 
+        elastic.resume() loads the teacher's averages and the temperature's residual.
+
         manifest: the content of the checkpoint's manifest.json.
         """
         loaded, _ = self.ds.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -267,7 +269,8 @@ class Engine:
             loss, metrics = self.cached_step(inputs)
 
         # 2. State that follows the new weights: the temperature's residual and the teacher.
-        #    A-CLIP's reference code updates the teacher before the next forward, which is the same.
+        #    A-CLIP's code updates the teacher at the start of the next step; the weights are the
+        #    same by then.
         self.update_temperature_residuals()
         self.samples += self.batch
         if self.averages.pairs:
@@ -298,7 +301,8 @@ class Engine:
         micro_gradients = self.split(dict(zip(features, gradients)), outputs)
 
         # 3. Each micro-batch again, with a graph: the surrogate <features, gradient> has the
-        #    gradient of the loss. Masks are part of the batch, so the patches are those of phase 1.
+        #    gradient of the loss. Both passes see the same patches: masks and noise are part of the
+        #    batch, and the teacher does not change before the optimizer step.
         for micro_batch, gradient in zip(micro_batches, micro_gradients):
             output = self.ds(micro_batch)
             self.backward(sum((output[name] * gradient[name]).sum() for name in output))
@@ -343,7 +347,8 @@ class Engine:
         # No division by the accumulation steps: the loss is already the mean of the whole batch.
         self.ds.backward(loss, scale_wrt_gas=False)
 
-        # ZeRO-3 would silently apply the previous step's gradient of a parameter without one.
+        # Under ZeRO-3 a parameter that received no gradient would silently be updated with its
+        # gradient from the previous step.
         missing = self.trainable.keys() - self.parameters_with_gradient
         if missing:
             raise RuntimeError(

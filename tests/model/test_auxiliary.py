@@ -465,4 +465,4 @@ def test_simclr_over_ranks():
     ranks = [results["auxiliary"] for results in ranks_worker.rank_results()]
 
     assert [results["accuracy"] for results in ranks] == pytest.approx([expected] * len(ranks))
-    assert f"local batch {b - 1} on rank 1" in ranks[1]["refused"]
+    assert f"rank 1: batch of {b - 1} samples" in ranks[1]["refused"]

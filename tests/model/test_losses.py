@@ -395,7 +395,7 @@ def test_unequal_batches_are_refused(ranks):
 
     for results in ranks:
         assert str(sizes) in results["first"]
-    assert f"local batch {b - 1} on rank 1" in ranks[1]["later"]
+    assert f"rank 1: batch of {b - 1} samples" in ranks[1]["later"]
 
 
 if __name__ == "__main__":
